@@ -1,0 +1,25 @@
+"""What a person can mend. The command line prints these without a traceback; everything else is a bug of ours."""
+
+
+class UserError(ValueError):
+    """Something the user gave is wrong. The message says what, where, and what to do."""
+
+
+class ConfigError(UserError):
+    """An option, or a combination of options, is wrong."""
+
+
+class DataError(UserError):
+    """A data file is unreadable, malformed, or has no usable row."""
+
+
+class TemplateError(UserError):
+    """The chat template, the tokenizer and the dialog do not fit together."""
+
+
+class ModelError(UserError):
+    """The model cannot be loaded, or cannot do what is asked of it."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, incomplete, altered, or belongs to another run."""
