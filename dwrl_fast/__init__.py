@@ -1,0 +1,27 @@
+"""Generative preference models trained with Dual-Weighted Reinforcement Learning, and the fused operators underneath.
+
+Nothing heavy is imported here: `dwrl_fast.ops` and the other public names load when they are first asked for, and neither
+transformers nor vLLM is touched until something needs it.
+"""
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "ops"]
+
+# In a checkout `kernels/` lies beside this package, in a wheel inside it: either way it is `dwrl_fast.kernels`. It must never get
+# an `__init__.py`: a regular top-level package would hide Hugging Face's `kernels`, which transformers imports.
+if not Path(__file__).with_name("kernels").is_dir():
+    __path__.append(str(Path(__file__).parent.parent))
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in __all__:
+        return importlib.import_module(f"dwrl_fast.{name}")
+    raise AttributeError(f"module 'dwrl_fast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

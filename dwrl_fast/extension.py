@@ -1,0 +1,48 @@
+"""The compiled C++ operators: loaded once, and when they are absent that is said with the command that builds them.
+
+`python -m dwrl_fast.extension` says whether they are there, and exits with 1 where they are not.
+"""
+
+import functools
+import importlib
+import sys
+from pathlib import Path
+
+from dwrl_fast.log import warn_once
+
+MISSING = """\
+dwrl_fast runs WITHOUT its C++ operators: {reason}.
+Everything works, but operators on the CPU take the slower PyTorch path. To build them, install a C++17 compiler and the
+headers of Python (Debian, Ubuntu: apt-get install g++ python3-dev; Fedora: dnf install gcc-c++ python3-devel), then:
+    {command}"""
+
+
+@functools.cache
+def problem() -> str | None:
+    """Registers the C++ operators in `torch.ops.dwrl_fast`; what is wrong and how to mend it, or None when they are there."""
+    import torch  # noqa: F401  the extension links against its libraries
+
+    try:
+        importlib.import_module("dwrl_fast._C")
+    except ImportError as error:
+        absent = isinstance(error, ModuleNotFoundError) and error.name == "dwrl_fast._C"
+        reason = "they were not compiled when it was installed" if absent else f"they do not load here ({error})"
+        checkout = Path(__file__).parent.parent
+        source = str(checkout) if (checkout / "csrc").is_dir() else "<checkout of dwrl_fast>"
+        command = f"cd {source} && {sys.executable} -m pip install --no-build-isolation --no-deps --force-reinstall"
+        return MISSING.format(reason=reason, command=f"{command} {'-e .' if source == str(checkout) else '.'}")
+    return None
+
+
+def available() -> bool:
+    """Whether the C++ operators are loaded; says once what is missing where they are not."""
+    message = problem()
+    if message:
+        warn_once(message)
+    return message is None
+
+
+if __name__ == "__main__":
+    message = problem()
+    print(message or "dwrl_fast: the C++ operators are built and load.")
+    sys.exit(message is not None)
