@@ -1,0 +1,33 @@
+"""The fused operators. Each is defined in `dwrl_fast.reference`; here it is dispatched to the fastest backend that can run it.
+
+Every operator takes `backend`: "auto" (says its choice once), "reference" (plain PyTorch), "cpu" (the C++ extension) or "triton".
+A backend that is named and cannot run raises. Gradients are once differentiable: a double backward raises.
+
+    linear_logprob        log pi(target) and entropy, from hidden states, without the logits of all rows
+    linear_policy_loss    the clipped policy loss from hidden states, gradients formed while the logits are live
+    policy_loss           the same from given log-probabilities
+    yes_no_logprob        the score s = log p(Yes)
+    preference_weights    coefficients and weights of any preference likelihood (METHOD 2.1); dual_weights is its pair form
+    combine_stats, read_stats, STAT_SUMS, STAT_MAXIMA    what `PolicyLoss.stats` holds
+"""
+
+from dwrl_fast.ops.logprob import linear_logprob, yes_no_logprob
+from dwrl_fast.ops.policy import PolicyLoss, linear_policy_loss, policy_loss
+from dwrl_fast.ops.stats import STAT_MAXIMA, STAT_SUMS, combine_stats, read_stats
+from dwrl_fast.ops.weights import DualWeights, PreferenceWeights, dual_weights, preference_weights
+
+__all__ = [
+    "STAT_MAXIMA",
+    "STAT_SUMS",
+    "DualWeights",
+    "PolicyLoss",
+    "PreferenceWeights",
+    "combine_stats",
+    "dual_weights",
+    "linear_logprob",
+    "linear_policy_loss",
+    "policy_loss",
+    "preference_weights",
+    "read_stats",
+    "yes_no_logprob",
+]
