@@ -1,0 +1,5 @@
+"""Preference data: files in, validated groups out, nothing dropped in silence."""
+
+from dwrl_fast.data.preference import Dataset, Message, Preference
+
+__all__ = ["Dataset", "Message", "Preference"]
