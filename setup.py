@@ -1,10 +1,10 @@
 """The package map and the C++ (and, on request, CUDA) operators; everything else is in pyproject.toml.
 
-Every `csrc/*.cpp` becomes part of the one module `dwrl_fast._C`. What it takes is looked for and what is missing is said, here and
-by `python -m dwrl_fast.extension`; the install then succeeds without it. A source that does not compile fails the install.
+Every `csrc/*.cpp` becomes part of the one module `dwrl_fast._C`. Where what it takes is missing, that is said, here and
+by `python -m dwrl_fast.extension`, and the install succeeds without it. A source that does not compile fails the install.
 
-Environment: `CXX` names the compiler, `DWRL_FAST_CUDA` 1 or 0 builds or leaves out `csrc/*.cu` (by default they are built where
-both a CUDA toolkit, `CUDA_HOME`, and a CUDA build of PyTorch are found; whether this machine has a GPU does not matter).
+Environment: `CXX` names the compiler; `DWRL_FAST_CUDA` 1 or 0 builds or leaves out `csrc/*.cu`, which by default are built
+where both a CUDA toolkit (`CUDA_HOME`) and a CUDA build of PyTorch are found, whether or not this machine has a GPU.
 """
 
 import os
@@ -23,7 +23,7 @@ def missing() -> str | None:
     try:
         from torch.utils.cpp_extension import get_cxx_compiler
     except ImportError as error:
-        return f"PyTorch in the building environment ({error}); pass --no-build-isolation to build against the installed one"
+        return f"PyTorch, at build time ({error}); with --no-build-isolation the installed one is used"
     if not shutil.which(get_cxx_compiler()):
         return f"a C++ compiler ({get_cxx_compiler()} is not on the PATH)"
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
@@ -41,8 +41,8 @@ def with_cuda() -> bool:
     found = CUDA_HOME is not None and torch.version.cuda is not None
     if flag == "1" and not found:
         sys.exit(
-            f"DWRL_FAST_CUDA=1 needs a CUDA toolkit (CUDA_HOME: {CUDA_HOME}) and a CUDA build of PyTorch ({torch.__version__}"
-            f" has CUDA {torch.version.cuda})"
+            f"DWRL_FAST_CUDA=1 needs a CUDA toolkit (CUDA_HOME: {CUDA_HOME}) and a CUDA build of PyTorch "
+            f"({torch.__version__} has CUDA {torch.version.cuda})"
         )
     return found if flag is None else flag == "1"
 
@@ -58,7 +58,13 @@ def extension() -> dict:
     if cuda_sources and with_cuda():
         kind, sources = CUDAExtension, sources + cuda_sources
         flags["nvcc"] = ["-O3", "-std=c++20"]
-    module = kind("dwrl_fast._C", sources, include_dirs=[str(Path("csrc").resolve())], extra_compile_args=flags, extra_link_args=openmp)
+    module = kind(
+        "dwrl_fast._C",
+        sources,
+        include_dirs=[str(Path("csrc").resolve())],
+        extra_compile_args=flags,
+        extra_link_args=openmp,
+    )
     return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}
 
 

@@ -1,7 +1,7 @@
 """Generative preference models trained with Dual-Weighted Reinforcement Learning, and the fused operators underneath.
 
-Nothing heavy is imported here: `dwrl_fast.ops` and the other public names load when they are first asked for, and neither
-transformers nor vLLM is touched until something needs it.
+Nothing heavy is imported here: `dwrl_fast.ops` and the other public names load when first asked for, and neither
+transformers nor vLLM before something needs it.
 """
 
 import importlib
@@ -11,8 +11,8 @@ from types import ModuleType
 __version__ = "0.1.0"
 __all__ = ["__version__", "ops"]
 
-# In a checkout `kernels/` lies beside this package, in a wheel inside it: either way it is `dwrl_fast.kernels`. It must never get
-# an `__init__.py`: a regular top-level package would hide Hugging Face's `kernels`, which transformers imports.
+# In a checkout `kernels/` lies beside this package, in a wheel inside it: either way it is `dwrl_fast.kernels`. It must
+# never get an `__init__.py`: a regular package of that name would hide Hugging Face's, which transformers imports.
 if not Path(__file__).with_name("kernels").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 

@@ -19,7 +19,7 @@ headers of Python (Debian, Ubuntu: apt-get install g++ python3-dev; Fedora: dnf 
 
 @functools.cache
 def problem() -> str | None:
-    """Registers the C++ operators in `torch.ops.dwrl_fast`; what is wrong and how to mend it, or None when they are there."""
+    """Register the C++ operators in `torch.ops.dwrl_fast`: None, or what is wrong with them and how to mend it."""
     import torch  # noqa: F401  the extension links against its libraries
 
     try:
@@ -29,8 +29,8 @@ def problem() -> str | None:
         reason = "they were not compiled when it was installed" if absent else f"they do not load here ({error})"
         checkout = Path(__file__).parent.parent
         source = str(checkout) if (checkout / "csrc").is_dir() else "<checkout of dwrl_fast>"
-        command = f"cd {source} && {sys.executable} -m pip install --no-build-isolation --no-deps --force-reinstall"
-        return MISSING.format(reason=reason, command=f"{command} {'-e .' if source == str(checkout) else '.'}")
+        command = f"cd {source} && {sys.executable} -m pip install --no-build-isolation --no-deps -e ."
+        return MISSING.format(reason=reason, command=command)
     return None
 
 

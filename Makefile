@@ -1,0 +1,55 @@
+# `make train` and `make test` are each enough on a fresh machine: what they need is installed first, once, into .venv.
+#
+#   PYTHON       the interpreter that .venv is made with, 3.11 or 3.12
+#   CONSTRAINTS  the versions to install; `make install CONSTRAINTS=` takes the newest that pyproject.toml admits
+#   ARGS         further arguments of `make train`, `make test` and `make test-slow`
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= python3.11 python3.12 python3
+CONSTRAINTS ?= constraints.txt
+ARGS ?=
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install $(CONSTRAINTS:%=-c %)
+
+.PHONY: help install train test test-slow clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@sed -n 's/^#   //p' $(firstword $(MAKEFILE_LIST))
+
+install: $(INSTALLED)  ## .venv with the constrained versions, the package (editable) and its C++ operators
+	@$(BIN)/python -m dwrl_fast.extension || true
+
+train: install  ## train with no arguments: the embedded task; ARGS="--config mine.yaml" for your own data
+	$(BIN)/python -m dwrl_fast.train $(ARGS)
+
+test: install  ## linter, formatter, type checker and the quick tests
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
+
+test-slow: install  ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+clean:  ## everything that can be made again, .venv too; runs/ stays
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis dwrl_fast/_C.*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The operators are compiled against the very PyTorch they run with, so it comes first and the build is not isolated.
+$(INSTALLED): $(BIN)/python setup.py pyproject.toml $(CONSTRAINTS) $(wildcard csrc/*)
+	$(PIP) setuptools ninja numpy torch
+	$(PIP) --no-build-isolation -e ".[test,bench]"
+	@touch $@
+
+$(BIN)/python:
+	@for python in $(PYTHON); do \
+	    "$$python" -c 'import ensurepip, venv, sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null || continue; \
+	    echo "$$python -m venv .venv"; exec "$$python" -m venv .venv; \
+	done; \
+	echo "dwrl_fast needs Python 3.11 or 3.12 with its venv module, and none of these is one: $(PYTHON)." >&2; \
+	echo "Install one (Debian, Ubuntu: apt-get install python3.11 python3.11-venv) or name it: make PYTHON=/path/to/python3.12 ..." >&2; \
+	exit 1
