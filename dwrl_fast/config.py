@@ -1,0 +1,341 @@
+"""What can be set: the options of `dwrl_fast.train` and `dwrl_fast.evaluate`.
+
+Names are TRL's where it has one. The defaults of the method are the paper's; the rest says in its help what it is for.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, Literal
+
+from .errors import ConfigError
+from .log import warn_once
+from .options import FRACTION, OPEN_FRACTION, POSITIVE, Base, Options, at_least, option, parse
+
+# ruff: noqa: RUF009 - what option() returns is a dataclass field
+
+DWRL = ("method", "dwrl")
+
+_model = partial(option, group="Model")
+_data = partial(option, group="Data")
+_method = partial(option, group="Method")
+_dwrl = partial(option, group="DWRL", needs=DWRL)
+_thoughts = partial(option, group="Generating thoughts", needs=DWRL)
+_updates = partial(option, group="Updates")
+_optimizer = partial(option, group="Optimizer")
+_evaluation = partial(option, group="Evaluation")
+_run = partial(option, group="Run")
+_embedded = partial(option, group="Embedded task")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommonOptions(Options):
+    """What both commands share: reading rows, generating thoughts, the size of a forward pass."""
+
+    groups: ClassVar[tuple[str, ...]] = (
+        "Model",
+        "Data",
+        "Method",
+        "DWRL",
+        "Generating thoughts",
+        "Updates",
+        "Optimizer",
+        "Evaluation",
+        "Run",
+        "Embedded task",
+    )
+
+    dtype: Literal["auto", "fp32", "bf16"] = _model(
+        "auto",
+        "What the forward and backward pass compute in; master weights and optimizer states are float32 either way. "
+        "auto: fp32 on a CPU, bf16 on a GPU.",
+        refused={"fp16": "its gradients underflow before a loss scale can help; use bf16, or fp32 where bf16 is slow."},
+    )
+    columns: dict[str, str] = _data(
+        {},
+        "Rename columns, new=old: --columns chosen=better --columns rejected=worse. May be given several times; given"
+        " on the command line it replaces the mapping of the YAML file.",
+    )
+    max_length: int = _data(
+        4096,
+        "The most tokens that prompt and response may have together. Longer rows are dropped and counted, never cut.",
+        bound=at_least(1),
+    )
+    max_completion_length: int = _thoughts(
+        1000,
+        "The most tokens of a thought. One cut here is still followed by the rating turn and scored.",
+        bound=at_least(1),
+    )
+    temperature: float = _thoughts(
+        1.0,
+        "Of sampled thoughts. Top-k, top-p and penalties are always off, whatever the model's generation_config says:"
+        " the thoughts must come from the distribution that is trained.",
+        bound=POSITIVE,
+    )
+    generation_batch_size: int = _thoughts(
+        256, "Thoughts generated at once. Lower it when generation runs out of memory.", bound=at_least(1)
+    )
+    seed: int = _run(0, "Of everything drawn: order, thoughts, drawn weights, resampling.", bound=at_least(0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(CommonOptions):
+    """The options of `python -m dwrl_fast.train`."""
+
+    command: ClassVar[str] = "python -m dwrl_fast.train"
+    summary: ClassVar[str] = (
+        "Trains a generative preference model: a language model that writes a thought about a response and then rates"
+        " it. Without --dataset_name it runs the embedded task, which needs no files: a tiny model is made, trained and"
+        " evaluated in a few minutes."
+    )
+    examples: ClassVar[str] = """
+# the embedded task, whole, from another seed
+python -m dwrl_fast.train --seed 1
+
+# one's own pairs (JSONL with prompt, chosen, rejected) and a model
+python -m dwrl_fast.train --model_name_or_path Qwen/Qwen2.5-3B-Instruct --dataset_name pairs.jsonl \\
+    --output_dir runs/mine
+
+# a file of options, of which the command line changes two
+python -m dwrl_fast.train --config mine.yaml --learning_rate 1e-6 --alternate joint
+
+# a run that was interrupted goes on where its last checkpoint stands
+python -m dwrl_fast.train --config runs/mine/config.yaml --resume_from_checkpoint latest
+"""
+
+    model_name_or_path: str | None = _model(
+        None, "A local folder or a hub name of a causal language model. Code that comes with a model is not run."
+    )
+    model_config: str | None = _model(
+        None, "A config.json whose weights are drawn from --seed, in place of --model_name_or_path."
+    )
+    tokenizer_name_or_path: str | None = _model(
+        None, "The tokenizer, where it is not in the model's own folder. It must have a chat template."
+    )
+    gradient_checkpointing: bool = _model(
+        False, "Recompute activations in the backward pass: about a third more time for far less memory."
+    )
+
+    dataset_name: str | None = _data(
+        None,
+        "Preference pairs: a .jsonl or .jsonl.gz file with chosen and rejected, and a prompt where those do not hold "
+        "it; each a string or a list of messages.",
+    )
+    eval_dataset_name: str | None = _data(None, "Held-out pairs in the same form; without it nothing is evaluated.")
+    aspect: str = _data("helpfulness", "What the model is asked to judge. A column named aspect sets it row by row.")
+
+    method: Literal["dwrl", "bt"] = _method(
+        "dwrl",
+        "dwrl: thoughts and scores are learnt together, weighted by how far the model is from the preference. bt: a "
+        "scalar head under the Bradley-Terry loss, without thoughts.",
+    )
+    num_generations: int = _dwrl(4, "Thoughts sampled for each response. dwrl needs at least 2.", bound=at_least(1))
+    alternate: Literal["minibatch", "rollout", "joint"] = _dwrl(
+        "minibatch",
+        "How the two updates take turns, A (scores) and B (thoughts). minibatch: A then B on each minibatch. rollout:"
+        " every A of the rollout batch, then every B. joint: both in one update.",
+    )
+    joint_reward: Literal["centred", "standardised"] = _dwrl(
+        "standardised",
+        "The thoughts' advantages: their weights less 1/n, or divided by their spread as well.",
+        needs=("alternate", "joint"),
+    )
+    misalignment_weight: bool = _dwrl(
+        True,
+        "Weight each pair by the probability that the model has it the wrong way round. off is the paper's ablation.",
+    )
+    score_normalization: Literal["vocab", "yes_no"] = _dwrl(
+        "vocab",
+        "The score is the log-probability of Yes: over the whole vocabulary (the paper's), or over Yes and No alone.",
+    )
+    thought_normalization: Literal["paper", "likelihood"] = _dwrl(
+        "paper",
+        "paper: thoughts are averaged over n and over their tokens. likelihood: plain sums; A and B together are then"
+        " the consistent estimator of the marginal likelihood's gradient, and B is far larger.",
+    )
+    epsilon: float = _dwrl(0.2, "Clip range of the ratio to the sampling policy: 1 - epsilon.", bound=OPEN_FRACTION)
+    epsilon_high: float | None = _dwrl(None, "The upper side, 1 + epsilon_high. none: as epsilon.", bound=POSITIVE)
+    truncated_thoughts: Literal["keep", "mask"] = _dwrl(
+        "keep",
+        "Whether the tokens of a thought cut at --max_completion_length are trained. Masked, it still counts in n and"
+        " is scored.",
+    )
+    old_logprobs: Literal["auto", "recompute", "sampler"] = _dwrl(
+        "auto",
+        "Where the sampling policy's log-probabilities come from: recompute takes one more pass before the first "
+        "update, sampler keeps the generator's own. auto: sampler where it computes in float32, otherwise recompute.",
+    )
+
+    rollout_batch_size: int = _updates(
+        256, "Preference groups that thoughts are sampled for at once, with the same weights.", bound=at_least(1)
+    )
+    minibatch_size: int = _updates(
+        32, "Preference groups in one update. Must divide --rollout_batch_size.", bound=at_least(1)
+    )
+    token_budget: int = _updates(
+        16384,
+        "Tokens in one forward pass, padding included. Sets memory and speed, not the result; a preference group is "
+        "never split.",
+        bound=at_least(1),
+    )
+    packing: Literal["padded"] = _updates("padded", "How sequences are laid out in a forward pass.")
+    num_train_epochs: int = _updates(2, "Passes over the data.", bound=at_least(1))
+    max_steps: int = _updates(
+        -1, "Stop after so many rollout batches, whatever the epochs. -1: by epochs.", bound=at_least(-1)
+    )
+
+    learning_rate: float = _optimizer(5e-7, "Of AdamW, at its highest.", bound=POSITIVE)
+    score_learning_rate: float | None = _optimizer(
+        None, "For update A alone. none: --learning_rate.", bound=POSITIVE, needs=DWRL
+    )
+    thought_learning_rate: float | None = _optimizer(
+        None, "For update B alone. none: --learning_rate.", bound=POSITIVE, needs=DWRL
+    )
+    optimizer_state: Literal["shared", "per_phase"] = _optimizer(
+        "shared",
+        "Gradients of A are often ten times those of B, and in a shared state A's second moment then starves B. "
+        "per_phase keeps AdamW's moments twice: 8 bytes a parameter more.",
+        needs=DWRL,
+    )
+    adam_beta1: float = _optimizer(0.9, "Decay of AdamW's first moment.", bound=OPEN_FRACTION)
+    adam_beta2: float = _optimizer(0.999, "Decay of AdamW's second moment.", bound=OPEN_FRACTION)
+    adam_epsilon: float = _optimizer(1e-8, "Added to the root of AdamW's second moment.", bound=POSITIVE)
+    weight_decay: float = _optimizer(0.0, "AdamW's, times the learning rate.", bound=at_least(0))
+    max_grad_norm: float = _optimizer(1.0, "Gradients are scaled down to this norm, in each update.", bound=POSITIVE)
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = _optimizer(
+        "linear", "How the learning rate falls from its highest to the end of the run."
+    )
+    warmup_steps: int = _optimizer(0, "Minibatches over which the learning rate first rises from 0.", bound=at_least(0))
+    min_learning_rate_ratio: float = _optimizer(
+        0.0, "What is left of the learning rate at the end of the run, as a fraction.", bound=FRACTION
+    )
+
+    eval_steps: int = _evaluation(
+        0, "Rollout batches between evaluations. 0: only before and after.", bound=at_least(0)
+    )
+    eval_votes: int = _evaluation(
+        4,
+        "Beside the one greedy thought, also average p(Yes) over so many sampled ones. 0: greedy only.",
+        bound=at_least(0),
+        needs=DWRL,
+    )
+
+    output_dir: str | None = _run(None, "Where everything is written. none: runs/METHOD-TIME.")
+    save_steps: int = _run(0, "Rollout batches between checkpoints. 0: only at the end.", bound=at_least(0))
+    save_total_limit: int | None = _run(
+        None, "Keep so many of the newest checkpoints. none: all of them.", bound=at_least(1)
+    )
+    resume_from_checkpoint: str | None = _run(
+        None, "A checkpoint's folder, or latest: the newest whole one in --output_dir. The run goes on to the bit."
+    )
+
+    easy_fraction: float = _embedded(
+        0.7, "Share of pairs whose wrong answer could not be right for any question.", bound=FRACTION
+    )
+
+    def validate(self) -> None:
+        self._validate_sources()
+        self._validate_method()
+        if self.minibatch_size > self.rollout_batch_size or self.rollout_batch_size % self.minibatch_size:
+            raise ConfigError(
+                f"minibatch_size = {self.minibatch_size} must divide rollout_batch_size = {self.rollout_batch_size}:"
+                " a rollout batch is made of whole minibatches, so that its updates see equally many preference groups."
+            )
+        if self.max_steps == 0:
+            raise ConfigError(
+                "max_steps = 0 would train nothing: give a number of rollout batches, or -1 to go by num_train_epochs."
+            )
+        if self.resume_from_checkpoint == "latest" and self.output_dir is None:
+            raise ConfigError(
+                "resume_from_checkpoint = latest: give --output_dir, the folder of the run that is to go on."
+            )
+        for name, need in self.without_effect().items():
+            warn_once(f"{name} has no effect here: it applies only with {need}.")
+
+    def _validate_sources(self) -> None:
+        """The model and the data belong together; the embedded task has its own of both."""
+        if self.model_name_or_path is not None and self.model_config is not None:
+            raise ConfigError(
+                "model_name_or_path and model_config exclude each other: the first brings its weights, those of the"
+                " second are drawn."
+            )
+        model = self.model_name_or_path or self.model_config
+        if self.dataset_name is not None:
+            if model is None:
+                raise ConfigError(
+                    "dataset_name needs a model: give --model_name_or_path (a folder or a hub name), or --model_config"
+                    " (a config.json whose weights are drawn)."
+                )
+            if self.changed("easy_fraction"):
+                raise ConfigError(
+                    "easy_fraction belongs to the embedded task, which --dataset_name replaces: leave one of them out."
+                )
+            return
+        own = ("model_name_or_path", "model_config", "tokenizer_name_or_path", "eval_dataset_name", "columns")
+        stray = [name for name in own if getattr(self, name)]
+        if stray:
+            raise ConfigError(
+                f"{' and '.join(stray)} without dataset_name: the embedded task makes its own model and data. Give"
+                " --dataset_name to train on pairs of your own."
+            )
+
+    def _validate_method(self) -> None:
+        if self.method != "dwrl":
+            return
+        if self.num_generations < 2:
+            raise ConfigError(
+                "num_generations = 1: with one thought its weight is 1 and its advantage 0, so that no thought would be"
+                " learnt. Give at least 2 (the paper uses 4)."
+            )
+        phased = [name for name in ("score_learning_rate", "thought_learning_rate") if getattr(self, name) is not None]
+        phased += ["optimizer_state = per_phase"] if self.optimizer_state == "per_phase" else []
+        if self.alternate == "joint" and phased:
+            raise ConfigError(
+                f"{' and '.join(phased)} with alternate = joint: its one update holds both terms, and has one"
+                " learning rate and one optimizer state. Use --learning_rate and --optimizer_state shared, or another"
+                " --alternate."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(CommonOptions):
+    """The options of `python -m dwrl_fast.evaluate`."""
+
+    command: ClassVar[str] = "python -m dwrl_fast.evaluate"
+    summary: ClassVar[str] = (
+        "Measures on held-out pairs how often a trained model scores the preferred response higher."
+    )
+    examples: ClassVar[str] = """
+# one greedy thought a response
+python -m dwrl_fast.evaluate --model_name_or_path runs/mine/model --dataset_name held_out.jsonl
+
+# the mean of 8 sampled thoughts, on the first 200 pairs, written down pair by pair
+python -m dwrl_fast.evaluate --model_name_or_path runs/mine/model --dataset_name held_out.jsonl --votes 8 --limit 200 \\
+    --output_file scores.jsonl
+"""
+
+    model_name_or_path: str = _model(help="The folder of a model that dwrl_fast.train wrote.")
+    dataset_name: str = _data(help="Preference pairs, a .jsonl or .jsonl.gz file as for training.")
+    aspect: str | None = _data(
+        None, "What the model is asked to judge. none: what it was trained on. A column named aspect goes first."
+    )
+    limit: int | None = _data(None, "Use only so many of the first pairs. none: all of them.", bound=at_least(1))
+    votes: int = _evaluation(
+        0, "Average p(Yes) over so many sampled thoughts. 0: one greedy thought.", bound=at_least(0)
+    )
+    token_budget: int = _evaluation(
+        16384, "Tokens in one forward pass, padding included. Sets memory and speed.", bound=at_least(1)
+    )
+    output_file: str | None = _run(
+        None, "Write every pair's thoughts and scores to this JSONL file. none: only the summary is printed."
+    )
+
+
+def parse_train(argv: Sequence[str], base: Base | None = None) -> TrainConfig:
+    """The training options of a command line (without the program's name); see `options.parse`."""
+    return parse(TrainConfig, argv, base)
+
+
+def parse_evaluate(argv: Sequence[str]) -> EvaluateConfig:
+    """The evaluation options of a command line (without the program's name); see `options.parse`."""
+    return parse(EvaluateConfig, argv)

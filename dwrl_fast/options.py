@@ -1,0 +1,325 @@
+"""Options from a dataclass: the command line, a YAML file and the help page, all read off the fields.
+
+A command's options are the fields of a frozen dataclass derived from `Options`, each made by `option(...)`. The type
+says what is accepted (`int`, `float`, `bool`, `str`, `Literal[...]`, `X | None`, `dict[str, str]`), the metadata what
+it means.
+"""
+
+import dataclasses
+import difflib
+import math
+import shutil
+import sys
+import textwrap
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from .errors import ConfigError
+
+COMMAND_LINE = "the command line"
+Configuration = TypeVar("Configuration", bound="Options")
+BOOLEANS = {"true": True, "on": True, "false": False, "off": False}
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a number must satisfy, as written on the help page and as a predicate."""
+
+    words: str
+    holds: Callable[[float], bool]
+
+
+POSITIVE = Bound("> 0", lambda v: v > 0)
+OPEN_FRACTION = Bound("in (0, 1)", lambda v: 0 < v < 1)
+FRACTION = Bound("in [0, 1]", lambda v: 0 <= v <= 1)
+
+
+def at_least(low: int) -> Bound:
+    return Bound(f">= {low}", lambda v: v >= low)
+
+
+def option(
+    default: Any = dataclasses.MISSING,
+    help: str = "",
+    *,
+    group: str,
+    bound: Bound | None = None,
+    refused: Mapping[str, str] | None = None,
+    needs: tuple[str, str] | None = None,
+) -> Any:
+    """A field that is an option.
+
+    `refused` maps a value that people will try to why it is not offered; `needs=("method", "dwrl")` says that the
+    option has an effect only where that other option has that value. Without a default it must be given.
+    """
+    metadata = {"group": group, "help": help, "bound": bound, "refused": refused or {}, "needs": needs}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The base of a command's options. An invalid combination cannot be constructed: ConfigError."""
+
+    command: ClassVar[str]
+    summary: ClassVar[str]
+    groups: ClassVar[tuple[str, ...]]
+    examples: ClassVar[str]
+
+    explicit: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
+    """The names that the user set, by YAML or command line."""
+
+    def __post_init__(self) -> None:
+        for f in option_fields(type(self)):
+            value, bound = getattr(self, f.name), f.metadata["bound"]
+            if bound is not None and value is not None and not bound.holds(value):
+                raise ConfigError(f"{f.name} = {value!r}: must be {bound.words}.")
+        self.validate()
+
+    def validate(self) -> None:
+        """Raise ConfigError where options contradict each other."""
+
+    def changed(self, name: str) -> bool:
+        """Whether the user set it to something else than the default (a saved configuration sets everything)."""
+        default = next(f.default for f in dataclasses.fields(self) if f.name == name)
+        return name in self.explicit and getattr(self, name) != default
+
+    def without_effect(self) -> dict[str, str]:
+        """The options that the user changed and that do nothing here, each with what it would need (`method=dwrl`)."""
+        unmet = {}
+        for f in option_fields(type(self)):
+            if f.metadata["needs"] is not None and self.changed(f.name):
+                other, value = f.metadata["needs"]
+                if getattr(self, other, value) != value:
+                    unmet[f.name] = f"{other}={value}"
+        return unmet
+
+    def to_dict(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in option_fields(type(self))}
+
+    def to_yaml(self) -> str:
+        """Every option, grouped; given back by `--config` it makes an equal configuration."""
+        parts = []
+        for group, fields in grouped(type(self)).items():
+            values = {f.name: getattr(self, f.name) for f in fields}
+            parts.append(f"# {group}\n" + yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+        return "\n".join(parts)
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(self.to_yaml(), encoding="utf-8")
+
+
+def option_fields(cls: type[Options]) -> list[dataclasses.Field]:
+    return [f for f in dataclasses.fields(cls) if "help" in f.metadata]
+
+
+def grouped(cls: type[Options]) -> dict[str, list[dataclasses.Field]]:
+    """The options by group; in each, the command's own before those that it shares with others."""
+    groups: dict[str, list[dataclasses.Field]] = {group: [] for group in cls.groups}
+    for f in sorted(option_fields(cls), key=lambda f: f.name not in cls.__annotations__):
+        groups[f.metadata["group"]].append(f)
+    return {group: fields for group, fields in groups.items() if fields}
+
+
+# Values
+
+
+def _convert(hint: Any, value: Any) -> Any:
+    """`value`, from YAML or as the text of the command line, as the type `hint`; ValueError says what was expected."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        inner = next(a for a in args if a is not type(None))
+        return None if value is None or value == "none" else _convert(inner, value)
+    if origin is Literal:
+        if value in args:
+            return value
+        raise ValueError("expected " + (f"one of {', '.join(args)}" if len(args) > 1 else args[0]))
+    if origin is dict:
+        if isinstance(value, Mapping) and all(isinstance(part, str) for item in value.items() for part in item):
+            return dict(value)
+        raise ValueError("expected new=old, as in --columns prompt=question (in YAML a mapping, new: old)")
+    if hint is bool:
+        value = BOOLEANS.get(value.lower(), value) if isinstance(value, str) else value
+        if isinstance(value, bool):
+            return value
+        raise ValueError("expected true or false (or on, off)")
+    if hint is str:
+        if isinstance(value, str) and value:
+            return value
+        raise ValueError(
+            "expected text" + ("" if isinstance(value, str) else ", in quotes where YAML would read it otherwise")
+        )
+    return _number(hint, value)
+
+
+def _number(kind: type, value: Any) -> int | float:
+    expected = "expected a whole number" if kind is int else "expected a finite number"
+    # YAML 1.1 reads 5e-7 as text, so text is tried wherever it comes from.
+    if isinstance(value, bool) or not isinstance(value, (str, int, float if kind is float else int)):
+        raise ValueError(expected)
+    try:
+        number: int | float = kind(value)
+    except ValueError:
+        raise ValueError(expected) from None
+    if not math.isfinite(number):
+        raise ValueError(expected)
+    return number
+
+
+def _unknown(name: str, names: Sequence[str], where: str) -> ConfigError:
+    wanted = name.lower().replace("-", "_")
+    abbreviated = [n for n in names if "".join(word[0] for word in n.split("_")) == wanted]
+    nearest = (abbreviated or difflib.get_close_matches(wanted, names, n=1, cutoff=0.0))[0]
+    dashes = "--" if where == COMMAND_LINE else ""
+    return ConfigError(
+        f"Unknown option {dashes}{name} in {where}. The nearest is {dashes}{nearest}; --help lists them all."
+    )
+
+
+def _checked(cls: type[Options], given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """`given` with every value converted; ConfigError names key, value, what was expected, and where it was read."""
+    fields, hints = {f.name: f for f in option_fields(cls)}, get_type_hints(cls)
+    values = {}
+    for name, value in given.items():
+        if name not in fields:
+            raise _unknown(str(name), list(fields), where)
+        if isinstance(value, str) and value in fields[name].metadata["refused"]:
+            raise ConfigError(
+                f"{name} = {value} (in {where}) is not offered: {fields[name].metadata['refused'][value]}"
+            )
+        try:
+            values[name] = _convert(hints[name], value)
+        except ValueError as error:
+            raise ConfigError(f"{name} = {value!r} (in {where}): {error}.") from None
+    return values
+
+
+# Sources
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, of which YAML would keep the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        twice = [key for key in dict.fromkeys(keys) if keys.count(key) > 1]
+        if twice:
+            raise ConfigError(f"{node.start_mark.name}: {', '.join(map(str, twice))} given more than once.")
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = yaml.load(file, Loader=_Loader)  # a SafeLoader
+    except OSError as error:
+        raise ConfigError(f"--config {path}: cannot be read ({error.strerror}).") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: not valid YAML. {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config {path}: expected lines of `option: value`, found a {type(values).__name__}.")
+    return values
+
+
+def _read_command_line(cls: type[Options], argv: Sequence[str]) -> dict[str, Any]:
+    """Option names to texts. A bare bool is true; a repeated dict option accumulates, any other's last value wins."""
+    hints = {f.name: get_type_hints(cls)[f.name] for f in option_fields(cls)} | {"config": str}
+    given: dict[str, Any] = {}
+    arguments = list(argv)
+    while arguments:
+        argument = arguments.pop(0)
+        if not argument.startswith("--") or argument == "--":
+            raise ConfigError(f"Unexpected argument {argument!r}: options are written --name value or --name=value.")
+        name, equals, value = argument[2:].partition("=")
+        if name not in hints:
+            raise _unknown(name, list(hints), COMMAND_LINE)
+        if not equals:
+            if arguments and not arguments[0].startswith("--"):
+                value = arguments.pop(0)
+            elif hints[name] is bool:
+                value = "true"
+            else:
+                raise ConfigError(f"--{name} has no value. One that starts with dashes is written --{name}=value.")
+        if get_origin(hints[name]) is dict:
+            new, equals, old = value.partition("=")
+            if not (new and old):
+                raise ConfigError(f"--{name} {value}: expected new=old, once for each column.")
+            given.setdefault(name, {})[new] = old
+        else:
+            given[name] = value
+    return given
+
+
+Base = Mapping[str, Any] | Callable[[Mapping[str, Any]], Mapping[str, Any]]
+
+
+def parse(cls: type[Configuration], argv: Sequence[str], base: Base | None = None) -> Configuration:
+    """The configuration from the defaults, `base`, the YAML file of --config and the command line; the later wins.
+
+    base: a recipe's values, or a function from what the user gave to them (so that a recipe can step aside).
+    -h and --help print the help page and raise SystemExit(0). Anything wrong is a ConfigError.
+    """
+    if "-h" in argv or "--help" in argv:
+        sys.stdout.write(help_page(cls))
+        raise SystemExit(0)
+    line = _read_command_line(cls, argv)
+    path = line.pop("config", None)
+    given = _checked(cls, _read_yaml(path), path) if path is not None else {}
+    given |= _checked(cls, line, COMMAND_LINE)
+    recipe = base(given) if callable(base) else base or {}
+    values = _checked(cls, recipe, "the recipe") | given
+    for f in option_fields(cls):
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and f.name not in values:
+            raise ConfigError(f"--{f.name} is missing: {f.metadata['help']}")
+    return cls(**values, explicit=frozenset(given))
+
+
+# Help
+
+
+def _accepts(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return "|".join(get_args(hint))
+    if get_origin(hint) is dict:
+        return "NEW=OLD"
+    inner = next((a for a in get_args(hint) if a is not type(None)), hint)
+    return "true|false" if inner is bool else {int: "N", float: "X", str: "TEXT"}[inner]
+
+
+def _default(f: dataclasses.Field) -> str:
+    if f.default_factory is not dataclasses.MISSING:
+        return "[none]"
+    if f.default is dataclasses.MISSING:
+        return "[must be given]"
+    value = f.default
+    return f"[{str(value).lower() if value is None or isinstance(value, bool) else value}]"
+
+
+def help_page(cls: type[Options], width: int | None = None) -> str:
+    """The text of --help, wrapped to `width` columns (by default the terminal's, at most 110)."""
+    width = width or min(shutil.get_terminal_size().columns, 110)
+    hints = get_type_hints(cls)
+    lines = [f"Usage: {cls.command} [--config FILE.yaml] [--option value] ...", ""]
+    lines += [*textwrap.wrap(cls.summary, width), ""]
+    order = "Values come from the defaults [in brackets], then the file of --config, then the command line."
+    lines += textwrap.wrap(order, width)
+    for group, fields in grouped(cls).items():
+        lines += ["", group]
+        for f in fields:
+            head = [f"--{f.name}", _accepts(hints[f.name])]
+            if f.metadata["bound"] is not None:
+                head.append(f.metadata["bound"].words)
+            head.append(_default(f))
+            if f.metadata["needs"] is not None and f.metadata["needs"][0] in hints:
+                head.append("(with {} {})".format(*f.metadata["needs"]))
+            lines += textwrap.wrap(" ".join(head), width, initial_indent=" " * 2, subsequent_indent=" " * 6)
+            lines += textwrap.wrap(f.metadata["help"], width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join([*lines, "", "Examples", textwrap.indent(cls.examples.strip(), "  "), ""])
