@@ -1,0 +1,78 @@
+"""The embedded task: a tiny model, warmed up on generated critiques, and pairs on which DWRL learns on two CPU cores.
+
+No pretrained model is needed and nothing is fetched: `prepare` draws the model, teaches it, and writes model and pairs
+into a folder in the very forms that a user's own would have.
+"""
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dwrl_fast.embedded.formats import EVALUATE, RATE
+from dwrl_fast.embedded.task import draw_claims, prompts, write_pairs
+from dwrl_fast.embedded.tokenizer import make_tokenizer
+from dwrl_fast.embedded.warmup import Progress, Warmup, draw_model, state_reached, warm_up
+
+__all__ = ["EVALUATE", "RATE", "RECIPE", "Embedded", "Sizes", "Warmup", "prepare"]
+
+RECIPE = Path(__file__).with_name("recipe.yaml")  # the options of the default run, under their command-line names
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Pairs in each split. Dev and test hold hard pairs only: a hidden easy pair would flatter every figure."""
+
+    train: int = 5120
+    dev: int = 512
+    test: int = 512
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Where things are, and the state in which reinforcement learning finds the model."""
+
+    model: Path
+    train: Path
+    dev: Path
+    test: Path
+    seconds: float
+    state: dict[str, float]  # shares of correct thoughts: see warmup.state_reached
+
+
+SIZES = Sizes()
+WARMUP = Warmup()
+
+
+def prepare(
+    folder: Path,
+    seed: int,
+    *,
+    easy_fraction: float = 0.7,
+    progress: Progress | None = None,
+    sizes: Sizes = SIZES,
+    plan: Warmup = WARMUP,
+) -> Embedded:
+    """Write the pairs and the warmed-up model under `folder`, all drawn from `seed`.
+
+    `easy_fraction` is the share of training pairs whose rejected response is wrong on its face. `progress` is called
+    with the stage, the steps done, the steps in all, and figures.
+    """
+    started = time.perf_counter()
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {split: folder / f"{split}.jsonl" for split in ("train", "dev", "test")}
+    data_rng, warmup_rng = (np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(2))
+    for split, path in paths.items():
+        share = easy_fraction if split == "train" else 0.0
+        write_pairs(path, *draw_claims(prompts(split), getattr(sizes, split), share, data_rng))
+
+    model = draw_model(plan, seed)
+    warm_up(model, plan, prompts("train"), warmup_rng, progress)
+    state = state_reached(model, prompts("dev"), 1024, seed)
+    model.save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
+    made = Embedded(folder / "model", **paths, seconds=time.perf_counter() - started, state=state)
+    (folder / "embedded.json").write_text(json.dumps(asdict(made), default=str, indent=1) + "\n", encoding="utf-8")
+    return made
