@@ -14,11 +14,11 @@ HIDDEN = "\0"  # put before the name of a control token, so that no text is look
 
 
 class ContentTokenizer:
-    """A fast tokenizer's backend, twice: `whole` as it is, and called, with every control token taken out.
+    """A fast tokenizer's backend, twice: `whole` as it is, and, called, with every control token taken out.
 
-    Every added token is a control token unless it is made of blanks or stands for the unknown word: Qwen's `<tool_call>` is not
-    "special" and yet structure. Ids of ordinary text are the same in both. Both are copies: truncation or padding that is set on
-    the tokenizer elsewhere does not reach them.
+    Every added token is a control token unless it is made of blanks or stands for the unknown word: Qwen's
+    `<tool_call>` is not "special" and yet structure. Ids of ordinary text are the same in both. Both are copies:
+    truncation or padding that is set on the tokenizer elsewhere does not reach them.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -53,7 +53,7 @@ class ContentTokenizer:
         if not self.control.isdisjoint(ids):
             names = [self._whole.id_to_token(i) for i in ids if i in self.control]
             raise TemplateError(
-                f"the tokenizer makes the control tokens {names} of a text that spells them; use another tokenizer"
+                f"the tokenizer makes control tokens {names} of a text that spells them; use another tokenizer"
             )
         return ids
 
@@ -69,7 +69,7 @@ def _unknown(model: dict[str, Any]) -> str | None:
 
 
 def _hide(model: dict[str, Any], control: set[str]) -> None:
-    """Control tokens can be words of the vocabulary too (word-level, SentencePiece): rename them there, the ids stay."""
+    """Control tokens can be words of the vocabulary too (word-level, SentencePiece): renamed there, the ids stay."""
     vocab = model["vocab"]
     if isinstance(vocab, list):
         model["vocab"] = [[HIDDEN + piece if piece in control else piece, score] for piece, score in vocab]

@@ -1,10 +1,11 @@
 """A conversation as token ids with named spans: [prompt, response, evaluate turn, thought, rate turn, generation head].
 
-The chat template gives the structure and never sees a content: it renders each sequence of roles once, with placeholders, and what
-stands between them becomes fixed segments of ids. Contents are encoded by a tokenizer in which control tokens cannot arise, so a
-response that spells a turn does not forge one. Ids are the truth: a sampled thought is appended as it was sampled.
+The chat template gives the structure, never the contents: it renders each sequence of roles once, with placeholders, and
+what stands between them becomes fixed segments of ids. Contents are encoded by a tokenizer in which control tokens cannot
+arise, so a response that spells a turn does not forge one. Ids are the truth: a sampled thought is appended as it was
+sampled.
 
-Not covered: templates that open a think block in the generation head, or rewrite earlier turns; they are refused by name.
+Not covered: templates that open a think block in the generation head, or rewrite earlier turns; they are refused.
 """
 
 import functools
@@ -32,17 +33,21 @@ CANONICAL: tuple[tuple[Message, ...], ...] = (
         {"role": "user", "content": "And another one, please."},
     ),
 )
+CANONICAL_RESPONSE = "It is five."
+CANONICAL_THOUGHT = "The answer is right and short."
 
 
 @dataclass(frozen=True)
 class Template:
-    """The two turns that make a model judge, and its two labels. Both turns may hold "{aspect}"."""
+    """The two turns that make a model judge, and the two labels. Both turns may hold "{aspect}"."""
 
     evaluate: str = (
-        "Now review the assistant's last response with regard to {aspect}. Work through what it does well, where it goes wrong "
-        "and what it leaves out, and say how much each point matters. Do not give a verdict yet."
+        "Now review the assistant's last response with regard to {aspect}. Work through what it does well, where it "
+        "goes wrong and what it leaves out, and say how much each point matters. Do not give a verdict yet."
     )
-    rate: str = "On the strength of your review, is that response a good one with regard to {aspect}? Reply with Yes or No only."
+    rate: str = (
+        "On the strength of your review, is that response good with regard to {aspect}? Reply with Yes or No only."
+    )
     labels: tuple[str, str] = ("Yes", "No")
 
 
@@ -58,7 +63,11 @@ class Context:
 
 @dataclass(frozen=True, slots=True)
 class Sequence:
-    """What is scored, at the last id. `thought` spans the trained ids (with a sampled end-of-turn), `rate` the rate turn's text."""
+    """What is scored, at the last id.
+
+    `prompt` and `response` are those of the context, `thought` spans the trained ids (with a sampled end-of-turn) and
+    `rate` the text of the rate turn.
+    """
 
     ids: list[int]
     prompt: slice
@@ -69,7 +78,7 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class _Structure:
-    """What a template puts before, between and after the contents of one sequence of roles: n contents, n + 1 segments."""
+    """What a template puts around the contents of one sequence of roles: n contents, n + 1 segments."""
 
     texts: tuple[str, ...]
     ids: tuple[tuple[int, ...], ...]
@@ -78,13 +87,17 @@ class _Structure:
 class Dialog:
     """Builds every sequence that is sampled from, trained on or scored, for one tokenizer, template and aspect.
 
-    `end_id` ends a turn, `stop_ids` end a thought, `pad_id` may be anything since padding is masked. `counts` says, over the contexts
-    built so far, how many held a content that was "trimmed" by the chat template, that spells "control text" or that the template
-    would have "rewritten" otherwise, and how many "merged": their ids differ from those of tokenizing the rendered conversation.
-    All of them are kept.
+    `end_id` ends a turn, `stop_ids` end a thought, `pad_id` may be anything since padding is masked. `counts` says of
+    how many conversations built so far
 
-    Raises TemplateError, naming the tokenizer, where its chat template does not fit: ids that differ from the template's own on plain
-    turns, labels that are not one token, earlier turns rewritten, no end-of-turn token.
+    - "trimmed": the chat template strips a content; we do the same;
+    - "rewritten": it changes a content in another way; we do not;
+    - "control text": a content spells a control token; its ids are those of the letters;
+    - "merged": the ids differ otherwise from tokenizing the rendered conversation, a content's start or end having
+      merged with what stands beside it.
+
+    Raises TemplateError, naming the tokenizer, where its chat template does not fit: it gives other ids on plain turns,
+    refuses a role, rewrites earlier turns, has no end-of-turn token, or a label is not one token.
     """
 
     def __init__(
@@ -97,13 +110,13 @@ class Dialog:
         self.counts: Counter[str] = Counter()
         self._check_tokenizer()
         self._contents = ContentTokenizer(tokenizer)
-        self._structure = functools.cache(self._render_structure)
+        self._structure = functools.lru_cache(maxsize=1024)(self._render_structure)
         self._tail = functools.lru_cache(maxsize=256)(self._build_tail)
 
-        closing, *_ = self._tail(aspect)
+        closing = self._tail(aspect)[0]
         if not closing or closing[0] not in self._contents.control:
             raise self._error(
-                "does not end an assistant turn with a control token; end-of-turn could not be told from text"
+                "does not end an assistant turn with a control token, so its end cannot be told from text"
             )
         self.end_id: int = closing[0]
         eos = tokenizer.eos_token_id
@@ -118,16 +131,15 @@ class Dialog:
 
     def context(self, prompt: Several[Message], response: str, aspect: str | None = None) -> Context:
         """What a thought about `response` is sampled from: [prompt, response, evaluate turn, generation head]."""
-        aspect = self.aspect if aspect is None else aspect
-        self._check_roles(tuple(message["role"] for message in prompt))
-        messages = [*prompt, _assistant(response), _user(_fill(self.template.evaluate, aspect))]
-        ids, spans = self._build(messages, head=True)
+        self._check_roles(_roles(prompt))
+        evaluate = _fill(self.template.evaluate, self.aspect if aspect is None else aspect)
+        ids, spans = self._build([*prompt, _assistant(response), _user(evaluate)], head=True)
         return Context(ids, slice(0, spans[-2].start), spans[-2], aspect)
 
     def sequence(self, context: Context, thought_ids: Several[int]) -> Sequence:
         """`context`, the thought as it was sampled, the rate turn and the generation head.
 
-        A thought that does not end with the end-of-turn gets it appended, outside the `thought` span: it is not trained.
+        A thought that does not end with the end-of-turn gets it appended, outside `thought`: that one is not trained.
         """
         closing, rate, head = self._tail(self.aspect if context.aspect is None else context.aspect)
         if thought_ids and thought_ids[-1] == self.end_id:
@@ -138,105 +150,106 @@ class Dialog:
         return Sequence(ids, context.prompt, context.response, thought, slice(start, start + len(rate)))
 
     def plain(self, prompt: Several[Message], response: str) -> Sequence:
-        """[prompt, response, end-of-turn]: what a reward head scores, at the last id. `thought` and `rate` are empty."""
+        """[prompt, response, end-of-turn]: what a reward head scores. `thought` and `rate` are empty."""
         ids, spans = self._build([*prompt, _assistant(response)], head=False)
-        response_span = spans[-1]
-        if ids[response_span.stop] != self.end_id:
-            raise self._error("ends an assistant turn differently at the end of a conversation and inside it")
-        empty = slice(response_span.stop + 1, response_span.stop + 1)
-        return Sequence(ids[: empty.start], slice(0, response_span.start), response_span, empty, empty)
+        end = spans[-1].stop
+        if ids[end : end + 1] != [self.end_id]:
+            raise self._error("ends the last assistant turn differently from earlier ones")
+        empty = slice(end + 1, end + 1)
+        return Sequence(ids[: end + 1], slice(0, spans[-1].start), spans[-1], empty, empty)
 
     def to_dict(self) -> dict[str, Any]:
         """What stands beside a trained model, so that it is scored as it was trained."""
-        ids = {"yes_id": self.yes_id, "no_id": self.no_id, "end_id": self.end_id}
-        return {"template": asdict(self.template), "aspect": self.aspect, **ids}
+        template = asdict(self.template) | {"labels": list(self.template.labels)}
+        return {"template": template, "aspect": self.aspect, **self._ids()}
 
     @classmethod
     def from_dict(cls, tokenizer: "PreTrainedTokenizerBase", saved: dict[str, Any]) -> "Dialog":
-        """The inverse of `to_dict`. TemplateError where it is incomplete, or the tokenizer gives other ids than it had in training."""
+        """The inverse of `to_dict`; TemplateError where something is missing or the tokenizer is another one."""
         try:
             fields = saved["template"]
-            template = Template(fields["evaluate"], fields["rate"], tuple(fields["labels"]))
-            dialog = cls(tokenizer, template, saved["aspect"])
-            ids = {key: saved[key] for key in ("yes_id", "no_id", "end_id")}
-        except (KeyError, TypeError) as error:
+            yes, no = fields["labels"]
+            dialog = cls(tokenizer, Template(fields["evaluate"], fields["rate"], (yes, no)), saved["aspect"])
+            ids = {key: saved[key] for key in dialog._ids()}
+        except KeyError as error:
             raise TemplateError(
-                f"the saved dialog is incomplete ({error!r}); save the model again, or restore the file"
+                f"the saved dialog has no {error}; restore the file, or save the model again"
             ) from error
-        now = {key: getattr(dialog, key) for key in ids}
-        if now != ids:
+        if ids != dialog._ids():
             raise TemplateError(
-                f"the tokenizer {dialog.name} is not the one this model was trained with: the saved ids are {ids}, it gives {now}; "
-                "load the tokenizer that was saved with the model"
+                f"{dialog.name} is not the tokenizer this model was trained with: it gives {dialog._ids()}, saved were "
+                f"{ids}; load the one that was saved with the model"
             )
         return dialog
+
+    def _ids(self) -> dict[str, int]:
+        return {"yes_id": self.yes_id, "no_id": self.no_id, "end_id": self.end_id}
 
     def _error(self, what: str) -> TemplateError:
         return TemplateError(f"the chat template of {self.name} {what}")
 
     def _check_tokenizer(self) -> None:
         if not self.tokenizer.is_fast:
+            raise TemplateError(f"{self.name} is a slow tokenizer; load its fast form, the one with a tokenizer.json")
+        template = self.tokenizer.chat_template
+        if not template:
             raise TemplateError(
-                f"{self.name} is a slow tokenizer; load its fast form (AutoTokenizer, with a tokenizer.json)"
+                f"{self.name} has no chat template; give the tokenizer of the instruction-tuned model "
+                "(--tokenizer_name_or_path), or set `tokenizer.chat_template`"
             )
-        if not self.tokenizer.chat_template:
-            raise TemplateError(
-                f"{self.name} has no chat template; give the tokenizer of the instruction-tuned model (--tokenizer_name_or_path) "
-                "or set `tokenizer.chat_template`"
-            )
-        if any(date in str(self.tokenizer.chat_template) for date in ("strftime_now", "date_string")):
+        if any(name in str(template) for name in ("strftime_now", "date_string")):
             info_once(
-                f"the chat template of {self.name} prints the date; it is held at {TODAY:%d %b %Y} so that runs can be repeated"
+                f"the chat template of {self.name} prints the date: held at {TODAY:%d %b %Y}, so that runs repeat"
             )
 
-    def _render(self, messages: Several[Message], head: bool) -> str:
+    def _apply(self, messages: Several[Message], head: bool, tokenize: bool) -> Any:
         from jinja2.exceptions import TemplateError as JinjaError
 
         try:
-            rendered = self.tokenizer.apply_chat_template(
+            return self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
-                tokenize=False,
+                tokenize=tokenize,
+                return_dict=False,
                 add_generation_prompt=head,
                 date_string=TODAY.strftime("%d %b %Y"),
                 strftime_now=TODAY.strftime,
             )
         except JinjaError as error:
-            roles = ", ".join(message["role"] for message in messages)
-            raise self._error(f"refuses the roles ({roles}): {error}") from error
-        assert isinstance(rendered, str)
-        return rendered
+            raise self._error(f"refuses the roles ({', '.join(_roles(messages))}): {error}") from error
+
+    def _render(self, messages: Several[Message], head: bool) -> str:
+        return self._apply(messages, head, tokenize=False)
 
     def _render_structure(self, roles: tuple[str, ...], head: bool) -> _Structure:
         places = [PLACEHOLDER.format(i) for i in range(len(roles))]
-        messages: list[Message] = [{"role": role, "content": place} for role, place in zip(roles, places, strict=True)]
+        messages: list[Message] = [{"role": r, "content": place} for r, place in zip(roles, places, strict=True)]
         texts, rest = [], self._render(messages, head)
         for role, place in zip(roles, places, strict=True):
             before, found, rest = rest.partition(place)
             if not found or place in rest:
-                raise self._error(
-                    f"repeats, drops or reorders the '{role}' turn in a conversation of {', '.join(roles)}"
-                )
+                raise self._error(f"repeats, drops or moves a '{role}' turn in the roles ({', '.join(roles)})")
             texts.append(before)
         texts.append(rest)
         return _Structure(tuple(texts), tuple(tuple(self._contents.whole(text)) for text in texts))
 
     def _check_roles(self, roles: tuple[str, ...]) -> None:
-        """The template must leave [prompt, response, evaluate turn, head] as it is once the thought and the rate turn follow."""
+        """The thought and the rate turn must leave [prompt, response, evaluate turn, head] as the sampler saw it."""
         context = self._structure((*roles, "assistant", "user"), True)
         full = self._structure((*roles, "assistant", "user", "assistant", "user"), True)
-        usual = self._structure(("user", "assistant") * 2 + ("user",), True)
+        usual = self._structure((*_roles(CANONICAL[0]), "assistant", "user", "assistant", "user"), True)
         if full.texts[:-2] != context.texts or full.texts[-2:] != usual.texts[-2:]:
             raise self._error(
-                f"rewrites earlier turns, or opens a think block, when turns follow (roles {', '.join(roles)}); use a template without"
+                f"shows earlier turns differently once others follow (roles {', '.join(roles)}), or opens a think "
+                "block in the generation head; use one that does not"
             )
 
     def _build(self, messages: Several[Message], head: bool) -> tuple[list[int], list[slice]]:
         """The ids of a conversation, and the span of each content in them."""
-        structure = self._structure(tuple(message["role"] for message in messages), head)
+        structure = self._structure(_roles(messages), head)
         rendered = self._render(messages, head)
-        contents = self._as_rendered(structure, messages, rendered)
         ids: list[int] = []
         spans = []
+        contents = self._as_rendered(structure, [message["content"] for message in messages], rendered)
         for segment, content in zip(structure.ids[:-1], contents, strict=True):
             ids += segment
             start = len(ids)
@@ -249,71 +262,70 @@ class Dialog:
             self.counts["control text" if forged else "merged"] += 1
         return ids, spans
 
-    def _as_rendered(self, structure: _Structure, messages: Several[Message], rendered: str) -> list[str]:
+    def _as_rendered(self, structure: _Structure, contents: list[str], rendered: str) -> list[str]:
         """The contents as the template shows them: as they are or, where it trims, trimmed."""
-        contents = [message["content"] for message in messages]
         if rendered == _interleave(structure.texts, contents):
             return contents
         shown, place = [], len(structure.texts[0])
         for content, after in zip(contents, structure.texts[1:], strict=True):
-            if not rendered.startswith(content + after, place):
-                content = content.strip()
-            shown.append(content)
-            place += len(content) + len(after)
+            shown.append(content if rendered.startswith(content + after, place) else content.strip())
+            place += len(shown[-1]) + len(after)
         if rendered == _interleave(structure.texts, shown):
             self.counts["trimmed"] += 1
             return shown
         self.counts["rewritten"] += 1
         return contents
 
+    def _canonical(self, prompt: tuple[Message, ...], aspect: str) -> list[Message]:
+        evaluate, rate = (_fill(text, aspect) for text in (self.template.evaluate, self.template.rate))
+        turns = [_assistant(CANONICAL_RESPONSE), _user(evaluate), _assistant(CANONICAL_THOUGHT), _user(rate)]
+        return [*prompt, *turns]
+
     def _build_tail(self, aspect: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """What follows a thought, the same in every conversation: its turn's closing, the rate turn's text, the head."""
-        turns = [_assistant("Five."), _user(_fill(self.template.evaluate, aspect)), _assistant("It is right.")]
-        messages = [*CANONICAL[0], *turns, _user(_fill(self.template.rate, aspect))]
-        structure = self._structure(tuple(message["role"] for message in messages), True)
-        rate = self._as_rendered(structure, messages, self._render(messages, True))[-1]
+        """What follows a thought, whatever the conversation: its turn's closing, the rate turn's text, the head."""
+        messages = self._canonical(CANONICAL[0], aspect)
+        structure = self._structure(_roles(messages), True)
+        contents = [message["content"] for message in messages]
+        rate = self._as_rendered(structure, contents, self._render(messages, True))[-1]
         return structure.ids[-2], self._contents(rate), structure.ids[-1]
 
     def _check_canonical(self, prompt: tuple[Message, ...]) -> None:
-        """On plain turns our ids are those of tokenizing the rendered conversation."""
-        thought = "The answer is right and short."
-        context = self.context(prompt, "It is five.")
-        ours = self.sequence(context, self._contents(thought)).ids
-        turns = [_assistant("It is five."), _user(_fill(self.template.evaluate, self.aspect)), _assistant(thought)]
-        rendered = self._render([*prompt, *turns, _user(_fill(self.template.rate, self.aspect))], True)
-        self._check_equal(ours, self._contents.whole(rendered))
-        plain = self.plain(prompt, "It is five.").ids
-        self._check_equal(plain, self._contents.whole(self._render([*prompt, turns[0]], False))[: len(plain)])
+        """On plain turns, our ids are those that the tokenizer gives the conversation as a whole."""
+        messages = self._canonical(prompt, self.aspect)
+        thought = self._contents(CANONICAL_THOUGHT)
+        ours = self.sequence(self.context(prompt, CANONICAL_RESPONSE), thought).ids
+        self._check_equal(ours, self._apply(messages, head=True, tokenize=True))
+        ours = self.plain(prompt, CANONICAL_RESPONSE).ids
+        theirs = self._apply(messages[: len(prompt) + 1], head=False, tokenize=True)
+        self._check_equal(ours, theirs[: len(ours)])
 
     def _check_equal(self, ours: list[int], theirs: list[int]) -> None:
         if ours == theirs:
             return
-        place = next(
-            (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
+        same = (a == b for a, b in zip(ours, theirs, strict=False))
+        place = next((i for i, equal in enumerate(same) if not equal), min(len(ours), len(theirs)))
+        ours_near, theirs_near = (
+            self.tokenizer.convert_ids_to_tokens(ids[max(0, place - 3) : place + 4]) for ids in (ours, theirs)
         )
-        near = [self.tokenizer.decode(ids[max(0, place - 4) : place + 4]) for ids in (ours, theirs)]
         raise self._error(
-            f"merges a turn's text with what stands around it, or rewrites it, at token {place} of plain turns: "
-            f"turn by turn {near[0]!r}, as a whole {near[1]!r}; change the evaluate or rate turn where they stand there, "
-            "or use another chat template"
+            f"rewrites a plain turn's text, or merges it with what stands beside it, at token {place}: turn by turn "
+            f"{ours_near}, as a whole {theirs_near}; change the evaluate or rate turn if it is theirs, or use another "
+            "chat template"
         )
 
     def _label_id(self, label: str) -> int:
         """The one id of a label where it is read: after the generation head of the rate turn."""
-        context = self.context(CANONICAL[0], "It is five.")
-        text = self._render(
-            [*CANONICAL[0], _assistant("It is five."), _user(_fill(self.template.evaluate, self.aspect))], True
-        )
-        alone, together = list(self._contents(label)), self._contents.whole(text + label)
-        if len(alone) != 1 or together != context.ids + alone:
+        rendered = self._render(self._canonical(CANONICAL[0], self.aspect), True)
+        before = self._contents.whole(rendered)
+        alone, after = list(self._contents(label)), self._contents.whole(rendered + label)
+        if len(alone) != 1 or after != before + alone:
+            by_itself, read = map(self.tokenizer.convert_ids_to_tokens, (alone, after[len(before) - 1 :]))
             raise self._error(
-                f"does not leave the label {label!r} one token: by itself it is {self.tokenizer.convert_ids_to_tokens(alone)}, "
-                f"after the generation head {self.tokenizer.convert_ids_to_tokens(together[-len(alone) - 1 :])}; choose other labels"
+                f"does not leave the label {label!r} one token: by itself it is {by_itself}, with the end of the "
+                f"generation head {read}; choose other labels"
             )
         if alone[0] == self.tokenizer.unk_token_id:
-            raise self._error(
-                f"has no token for the label {label!r}: it is unknown to the vocabulary; choose other labels"
-            )
+            raise TemplateError(f"{self.name} does not know the label {label!r}; choose labels of its vocabulary")
         return alone[0]
 
 
@@ -329,5 +341,9 @@ def _fill(text: str, aspect: str) -> str:
     return text.replace("{aspect}", aspect)
 
 
-def _interleave(texts: Several[str], contents: Several[str]) -> str:
-    return "".join([part for pair in zip(texts[:-1], contents, strict=True) for part in pair]) + texts[-1]
+def _roles(messages: Several[Message]) -> tuple[str, ...]:
+    return tuple(message["role"] for message in messages)
+
+
+def _interleave(texts: tuple[str, ...], contents: list[str]) -> str:
+    return "".join(part for pair in zip(texts[:-1], contents, strict=True) for part in pair) + texts[-1]

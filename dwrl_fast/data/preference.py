@@ -18,7 +18,7 @@ class Message(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """One preference group: a prompt and its K responses, best first (a pair: chosen, rejected). Groups are never split."""
+    """One preference group, never split: a prompt and its K responses, best first (a pair: chosen, rejected)."""
 
     prompt: tuple[Message, ...]
     responses: tuple[str, ...]
