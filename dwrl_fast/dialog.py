@@ -1,9 +1,8 @@
-"""A conversation as token ids with named spans: [prompt, response, evaluate turn, thought, rate turn, generation head].
+"""A conversation as token ids with named spans: [prompt, response, evaluate turn, thought, rate turn, head].
 
-The chat template gives the structure, never the contents: it renders each sequence of roles once, with placeholders, and
-what stands between them becomes fixed segments of ids. Contents are encoded by a tokenizer in which control tokens cannot
-arise, so a response that spells a turn does not forge one. Ids are the truth: a sampled thought is appended as it was
-sampled.
+The chat template gives the structure, never the contents: it renders each sequence of roles once, with placeholders;
+what stands between them becomes fixed segments of ids. Contents are encoded by a tokenizer in which control tokens do
+not arise, so a response that spells a turn forges none. Ids are the truth: a thought is appended as it was sampled.
 
 Not covered: templates that open a think block in the generation head, or rewrite earlier turns; they are refused.
 """

@@ -1,11 +1,9 @@
-"""What one row of preference data is, whatever file it came from."""
+"""What one row of preference data is, whatever file it came from, and what became of a file's rows."""
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TypedDict
 
-ROLES = ("system", "user", "assistant")
 SHOWN_LINES = 3
 
 
@@ -23,46 +21,32 @@ class Preference:
     prompt: tuple[Message, ...]
     responses: tuple[str, ...]
     margin: float = 0.0
-    aspect: str | None = None
+    aspect: str | None = None  # None: the dialog's own
     source: str = ""  # "file:line"
 
 
 @dataclass
-class Dropped:
-    """Rows that were read and not used: how many for each reason, and the lines they stand in."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    lines: dict[str, list[int]] = field(default_factory=dict)
-
-    def add(self, reason: str, line: int) -> None:
-        self.counts[reason] += 1
-        self.lines.setdefault(reason, []).append(line)
-
-    def __len__(self) -> int:
-        return self.counts.total()
-
-    def __iter__(self) -> Iterator[str]:
-        """One sentence a reason, the most frequent first, with the first few line numbers."""
-        for reason, count in self.counts.most_common():
-            shown = ", ".join(map(str, self.lines[reason][:SHOWN_LINES]))
-            yield f"{count} x {reason} (line {shown}{', ...' if count > SHOWN_LINES else ''})"
-
-
-@dataclass
 class Dataset:
-    """The rows of one file. Every row that was read is either in `rows` or counted in `dropped`."""
+    """The rows of one file: each that was read is in `rows`, or its line is in `dropped_lines` under the reason."""
 
     path: str
     rows: list[Preference] = field(default_factory=list)
-    dropped: Dropped = field(default_factory=Dropped)
+    dropped_lines: dict[str, list[int]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
+    def dropped(self) -> Counter[str]:
+        """How many rows were dropped for each reason."""
+        return Counter({reason: len(lines) for reason, lines in self.dropped_lines.items()})
+
+    @property
     def summary(self) -> str:
-        """One line that accounts for every row read."""
-        read = len(self.rows) + len(self.dropped)
-        return "; ".join(
-            [f"{self.path}: {read} rows read, {len(self.rows)} used, {len(self.dropped)} dropped", *self.dropped]
-        )
+        """Accounts for every row read, with the first lines of each reason."""
+        used, dropped = len(self.rows), self.dropped
+        parts = [f"{self.path}: {used + dropped.total()} rows read, {used} used, {dropped.total()} dropped"]
+        for reason, count in dropped.most_common():
+            lines = ", ".join(map(str, self.dropped_lines[reason][:SHOWN_LINES]))
+            parts.append(f"{count} x {reason} (line {lines}{', ...' if count > SHOWN_LINES else ''})")
+        return "; ".join(parts)
