@@ -34,8 +34,8 @@ def read_preferences(
         try:
             dataset.rows.append(pair(row, f"{path}:{line}", columns))
         except Unusable as reason:
-            dataset.dropped_lines.setdefault(str(reason), []).append(line)
-        if len(dataset) == limit:
+            dataset.dropped.add(str(reason), line)
+        if len(dataset.rows) == limit:
             break
     if not dataset.rows:
         raise DataError(f"no usable row: {dataset.summary}")

@@ -26,27 +26,37 @@ class Preference:
 
 
 @dataclass
+class Dropped:
+    """Rows that were read and are not used: the lines they stand in, by reason."""
+
+    lines: dict[str, list[int]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return self.counts.total()
+
+    @property
+    def counts(self) -> Counter[str]:
+        """How many rows for each reason."""
+        return Counter({reason: len(lines) for reason, lines in self.lines.items()})
+
+    def add(self, reason: str, line: int) -> None:
+        self.lines.setdefault(reason, []).append(line)
+
+
+@dataclass
 class Dataset:
-    """The rows of one file: each that was read is in `rows`, or its line is in `dropped_lines` under the reason."""
+    """The rows of one file: each that was read is either in `rows` or in `dropped`."""
 
     path: str
     rows: list[Preference] = field(default_factory=list)
-    dropped_lines: dict[str, list[int]] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def dropped(self) -> Counter[str]:
-        """How many rows were dropped for each reason."""
-        return Counter({reason: len(lines) for reason, lines in self.dropped_lines.items()})
+    dropped: Dropped = field(default_factory=Dropped)
 
     @property
     def summary(self) -> str:
         """Accounts for every row read, with the first lines of each reason."""
-        used, dropped = len(self.rows), self.dropped
-        parts = [f"{self.path}: {used + dropped.total()} rows read, {used} used, {dropped.total()} dropped"]
-        for reason, count in dropped.most_common():
-            lines = ", ".join(map(str, self.dropped_lines[reason][:SHOWN_LINES]))
+        used, dropped = len(self.rows), len(self.dropped)
+        parts = [f"{self.path}: {used + dropped} rows read, {used} used, {dropped} dropped"]
+        for reason, count in self.dropped.counts.most_common():
+            lines = ", ".join(map(str, self.dropped.lines[reason][:SHOWN_LINES]))
             parts.append(f"{count} x {reason} (line {lines}{', ...' if count > SHOWN_LINES else ''})")
         return "; ".join(parts)
