@@ -1,0 +1,39 @@
+// The row pass's entry points for each dtype, and which instruction sets it is compiled for.
+
+#pragma once
+
+#include "row_pass.h"
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+#include <c10/util/complex.h>
+#include <c10/util/irange.h>
+
+#include <algorithm>
+#include <array>
+#include <bitset>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define DWRL_FAST_X86_VARIANTS
+#endif
+
+namespace dwrl_fast {
+
+struct RowPasses {
+  RowPass<float, float> float32;
+  RowPass<double, double> float64;
+  RowPass<c10::BFloat16, float> bfloat16;
+};
+
+RowPasses row_passes_avx512();
+RowPasses row_passes_avx2();
+
+}  // namespace dwrl_fast
