@@ -2,6 +2,9 @@
 
 import dataclasses
 import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -9,14 +12,14 @@ import yaml
 from dwrl_fast import log
 from dwrl_fast.config import EvaluateConfig, TrainConfig, parse_evaluate, parse_train
 from dwrl_fast.errors import ConfigError
-from dwrl_fast.options import help_page, option_fields
+from dwrl_fast.options import Options, help_page, option_fields
 
 OWN = ["--dataset_name", "pairs.jsonl", "--model_name_or_path", "model"]
 
 
 @pytest.fixture
-def yaml_file(tmp_path):
-    def write(text):
+def yaml_file(tmp_path: Path) -> Callable[[str], str]:
+    def write(text: str) -> str:
         path = tmp_path / "options.yaml"
         path.write_text(text)
         return str(path)
@@ -24,7 +27,7 @@ def yaml_file(tmp_path):
     return write
 
 
-def test_nothing_given_is_the_papers_method():
+def test_nothing_given_is_the_papers_method() -> None:
     config = parse_train([])
     assert config == TrainConfig()
     assert config.explicit == frozenset()
@@ -41,7 +44,7 @@ def test_nothing_given_is_the_papers_method():
     assert {name: getattr(config, name) for name in papers} == papers
 
 
-def test_each_source_overrides_the_one_before(yaml_file):
+def test_each_source_overrides_the_one_before(yaml_file: Callable[[str], str]) -> None:
     path = yaml_file("seed: 2\nlearning_rate: 2.0e-6\nweight_decay: 0.2")
     base = {"seed": 1, "learning_rate": 1e-6, "weight_decay": 0.1, "warmup_steps": 1}
     config = parse_train(["--config", path, "--seed", "3"], base)
@@ -50,8 +53,8 @@ def test_each_source_overrides_the_one_before(yaml_file):
     assert config.explicit == {"seed", "learning_rate", "weight_decay"}
 
 
-def test_a_recipe_may_depend_on_what_was_given():
-    def recipe(given):
+def test_a_recipe_may_depend_on_what_was_given() -> None:
+    def recipe(given: Mapping[str, Any]) -> dict[str, Any]:
         return {} if "dataset_name" in given else {"max_steps": 40}
 
     assert parse_train([], recipe).max_steps == 40
@@ -76,7 +79,7 @@ def test_a_recipe_may_depend_on_what_was_given():
         (["--output_dir=--odd"], "output_dir", "--odd"),
     ],
 )
-def test_values_of_the_command_line(argv, name, value):
+def test_values_of_the_command_line(argv: list[str], name: str, value: object) -> None:
     got = getattr(parse_train(argv), name)
     assert got == value
     assert type(got) is type(value)
@@ -94,13 +97,13 @@ def test_values_of_the_command_line(argv, name, value):
         ("", "seed", 0),
     ],
 )
-def test_values_of_yaml(yaml_file, text, name, value):
+def test_values_of_yaml(yaml_file: Callable[[str], str], text: str, name: str, value: object) -> None:
     got = getattr(parse_train(["--config", yaml_file(text)]), name)
     assert got == value
     assert type(got) is type(value)
 
 
-def test_columns_of_the_command_line_replace_those_of_yaml(yaml_file):
+def test_columns_of_the_command_line_replace_those_of_yaml(yaml_file: Callable[[str], str]) -> None:
     path = yaml_file("columns: {chosen: a, rejected: b}")
     assert parse_train([*OWN, "--config", path, "--columns", "prompt=q"]).columns == {"prompt": "q"}
 
@@ -134,7 +137,7 @@ def test_columns_of_the_command_line_replace_those_of_yaml(yaml_file):
         (["--config", "/nowhere.yaml"], "--config /nowhere.yaml: cannot be read (No such file"),
     ],
 )
-def test_what_the_command_line_may_not_say(argv, message):
+def test_what_the_command_line_may_not_say(argv: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         parse_train(argv)
     assert message in str(error.value)
@@ -158,13 +161,13 @@ def test_what_the_command_line_may_not_say(argv, message):
         ("seed: !!python/object/apply:os.getpid []", "not valid YAML"),
     ],
 )
-def test_what_yaml_may_not_say(yaml_file, text, message):
+def test_what_yaml_may_not_say(yaml_file: Callable[[str], str], text: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
         parse_train(["--config", yaml_file(text)])
     assert message in str(error.value)
 
 
-def test_a_wrong_recipe_is_not_blamed_on_the_user():
+def test_a_wrong_recipe_is_not_blamed_on_the_user() -> None:
     with pytest.raises(ConfigError, match=r"seed = 'x' \(in the recipe\)"):
         parse_train([], {"seed": "x"})
 
@@ -191,21 +194,21 @@ def test_a_wrong_recipe_is_not_blamed_on_the_user():
         ({"alternate": "joint", "optimizer_state": "per_phase"}, "optimizer_state = per_phase with alternate = joint"),
     ],
 )
-def test_contradictions(options, message):
+def test_contradictions(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         TrainConfig(**options)
 
 
-def test_one_thought_is_no_contradiction_for_bt():
+def test_one_thought_is_no_contradiction_for_bt() -> None:
     assert TrainConfig(method="bt", num_generations=1).num_generations == 1
 
 
-def test_the_embedded_tasks_option_is_refused_beside_ones_own_data():
+def test_the_embedded_tasks_option_is_refused_beside_ones_own_data() -> None:
     with pytest.raises(ConfigError, match="easy_fraction belongs to the embedded task"):
         parse_train([*OWN, "--easy_fraction", "0.5"])
 
 
-def test_options_without_effect_are_said(caplog):
+def test_options_without_effect_are_said(caplog: pytest.LogCaptureFixture) -> None:
     log.warn_once.cache_clear()
     with caplog.at_level(logging.WARNING, logger="dwrl_fast"):
         parse_train(["--method", "bt", "--num_generations", "8", "--joint_reward", "centred", "--epsilon", "0.2"])
@@ -218,7 +221,9 @@ def test_options_without_effect_are_said(caplog):
 @pytest.mark.parametrize(
     "argv", [[], ["--method", "bt", *OWN], [*OWN, "--columns", "chosen=ja: nein #", "--epsilon_high", "0.28"]]
 )
-def test_the_saved_file_gives_the_same_configuration(tmp_path, caplog, argv):
+def test_the_saved_file_gives_the_same_configuration(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, argv: list[str]
+) -> None:
     config = parse_train(argv, {"learning_rate": 1.25e-5})
     config.save(tmp_path / "config.yaml")
     log.warn_once.cache_clear()
@@ -228,7 +233,7 @@ def test_the_saved_file_gives_the_same_configuration(tmp_path, caplog, argv):
     assert not caplog.messages
 
 
-def test_replacing_an_option_keeps_and_checks_the_rest():
+def test_replacing_an_option_keeps_and_checks_the_rest() -> None:
     config = parse_train(["--seed", "7"])
     assert dataclasses.replace(config, output_dir="runs/x").explicit == {"seed"}
     with pytest.raises(ConfigError):
@@ -236,7 +241,7 @@ def test_replacing_an_option_keeps_and_checks_the_rest():
 
 
 @pytest.mark.parametrize("cls", [TrainConfig, EvaluateConfig])
-def test_help_names_every_option_with_its_default_within_the_width(cls):
+def test_help_names_every_option_with_its_default_within_the_width(cls: type[Options]) -> None:
     page = help_page(cls, width=80)
     head = page[: page.index("\nExamples")]
     assert max(map(len, head.splitlines())) <= 80
@@ -248,21 +253,21 @@ def test_help_names_every_option_with_its_default_within_the_width(cls):
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["--seed", "1", "-h"]])
-def test_help_is_printed_and_ends_the_command(capsys, argv):
+def test_help_is_printed_and_ends_the_command(capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
     with pytest.raises(SystemExit) as end:
         parse_train(argv)
     assert end.value.code == 0
     assert "python -m dwrl_fast.train --seed 1" in capsys.readouterr().out
 
 
-def test_the_examples_of_the_help_parse(tmp_path):
+def test_the_examples_of_the_help_parse(tmp_path: Path) -> None:
     for cls, parse in ((TrainConfig, parse_train), (EvaluateConfig, parse_evaluate)):
         for line in cls.examples.replace("\\\n", "").splitlines():
             if line.startswith("python") and "--config" not in line:
                 parse(line.split()[3:])
 
 
-def test_evaluate_needs_a_model_and_pairs():
+def test_evaluate_needs_a_model_and_pairs() -> None:
     with pytest.raises(ConfigError, match="--model_name_or_path is missing: The folder"):
         parse_evaluate(["--dataset_name", "d"])
     with pytest.raises(ConfigError, match="--dataset_name is missing"):
@@ -271,5 +276,5 @@ def test_evaluate_needs_a_model_and_pairs():
     assert (config.votes, config.limit, config.aspect) == (8, None, None)
 
 
-def test_saved_text_is_plain_yaml():
+def test_saved_text_is_plain_yaml() -> None:
     assert yaml.safe_load(TrainConfig().to_yaml()) == TrainConfig().to_dict()

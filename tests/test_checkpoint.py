@@ -1,0 +1,411 @@
+"""Checkpoints: to the bit, whole or absent, never overwritten, refusing what was altered or would run code."""
+
+import json
+import logging
+import multiprocessing
+import os
+import pickle
+import random
+import shutil
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dwrl_fast import checkpoint
+from dwrl_fast.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from dwrl_fast.errors import CheckpointError
+
+STATE = {"step": 7, "rate": 0.1 + 0.2, "order": [3, 1], "note": "ähm", "nested": {"none": None}}
+
+
+def some_tensors(seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "model.weight": torch.randn(17, 5, generator=generator),
+        "model.half": torch.randn(9, generator=generator).bfloat16(),
+        "steps": torch.tensor([2**62 + 1, -seed]),
+        "nothing": torch.empty(0, 3),
+        "scalar": torch.tensor(1 / 3, dtype=torch.float64),
+        "random": torch.get_rng_state(),
+        "odd": torch.tensor([float("nan"), float("-inf"), -0.0, 1e-45]),
+        "transposed": torch.randn(4, 6, generator=generator).t(),
+        "view": torch.arange(10)[3:5],
+        "parameter": torch.nn.Parameter(torch.randn(2, generator=generator)),
+    }
+
+
+def blank(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.full_like(tensor.detach(), 7) for name, tensor in tensors.items()}
+
+
+def bits(tensor: Tensor) -> bytes:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    for name in expected:
+        assert bits(got[name]) == bits(expected[name]), name
+
+
+def reseal(folder: Path) -> None:
+    """Make the manifest vouch for the files as they are now, as an attacker would."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"] = {name: checkpoint._fingerprint(folder / name) for name in manifest["files"]}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_round_trip_to_the_bit(tmp_path: Path) -> None:
+    tensors = some_tensors()
+    path = save_checkpoint(tmp_path / "new" / "run", 123, tensors, STATE)
+    assert path == tmp_path / "new" / "run" / "checkpoint-000123"
+    into = blank(tensors)
+    into["parameter"] = torch.nn.Parameter(torch.zeros(2))
+    addresses = {name: tensor.data_ptr() for name, tensor in into.items()}
+    assert load_checkpoint(path, into) == STATE
+    assert_same(into, tensors)
+    assert {name: tensor.data_ptr() for name, tensor in into.items()} == addresses
+    assert latest_checkpoint(path.parent) == path
+    assert sorted(os.listdir(path.parent)) == [path.name]
+
+
+def test_optimizer_moments_go_on_to_the_bit(tmp_path: Path) -> None:
+    def run(steps: int, resume: Path | None) -> tuple[dict[str, Tensor], torch.nn.Parameter]:
+        weight = torch.nn.Parameter(torch.ones(3))
+        adam = torch.optim.AdamW([weight], lr=0.1)
+        weight.grad = torch.zeros(3)
+        adam.step()  # makes the moments
+        held = {"weight": weight, **{f"adam.{k}": v for k, v in adam.state[weight].items()}}
+        done = load_checkpoint(resume, held)["done"] if resume else 0
+        for step in range(done, steps):
+            weight.grad = torch.tensor([0.1, -0.2, 0.3]) * (step + 1)
+            adam.step()
+        return held, weight
+
+    held, _ = run(2, None)
+    path = save_checkpoint(tmp_path, 2, held, {"done": 2})
+    assert bits(run(5, path)[1]) == bits(run(5, None)[1])
+
+
+def test_a_step_is_never_overwritten(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, 1, some_tensors(), STATE)
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    with pytest.raises(CheckpointError, match="never overwritten"):
+        save_checkpoint(tmp_path, 1, some_tensors(1), STATE)
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+
+
+@pytest.mark.parametrize("keep", [None, 1, 2, 3])
+def test_pruning_keeps_the_newest(tmp_path: Path, keep: int | None) -> None:
+    (tmp_path / "checkpoint-final").mkdir()
+    for step in (
+        5,
+        10,
+        1000000,
+        15,
+    ):  # 1000000 has more digits than the others; 15 comes last though its number is smaller
+        save_checkpoint(tmp_path, step, {"a": torch.tensor(step)}, {}, keep)
+    left = {None: {5, 10, 15, 1000000}, 1: {15}, 2: {15, 1000000}, 3: {10, 15, 1000000}}[keep]
+    assert {path.name for path in tmp_path.iterdir()} == {f"checkpoint-{s:06d}" for s in left} | {"checkpoint-final"}
+    newest = latest_checkpoint(tmp_path)
+    assert newest is not None
+    assert newest.name == f"checkpoint-{max(left):06d}"
+
+
+def test_nothing_is_pruned_for_a_checkpoint_that_went_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = save_checkpoint(tmp_path, 1, some_tensors(), STATE, 1)
+    write = checkpoint._write
+
+    def write_badly(folder: Path, *rest: Any) -> None:
+        write(folder, *rest)
+        (folder / "state.json").write_text("{}")
+
+    monkeypatch.setattr(checkpoint, "_write", write_badly)
+    with pytest.raises(CheckpointError, match=r"state.json is not as it was written"):
+        save_checkpoint(tmp_path, 2, some_tensors(), STATE, 1)
+    assert latest_checkpoint(tmp_path) == old
+
+
+def flip_byte(folder: Path) -> None:
+    file = folder / "__0_0.distcp"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def truncate(folder: Path) -> None:
+    os.truncate(folder / "__0_0.distcp", 100)
+
+
+DAMAGES: list[tuple[Callable[[Path], object], str]] = [
+    (flip_byte, "__0_0.distcp is not as it was written"),
+    (truncate, "__0_0.distcp is not as it was written"),
+    (lambda folder: (folder / "__0_0.distcp").unlink(), "__0_0.distcp cannot be read"),
+    (lambda folder: (folder / "state.json").write_text("{}"), "state.json is not as it was written"),
+    (lambda folder: (folder / ".metadata").write_bytes(b""), ".metadata is not as it was written"),
+    (lambda folder: (folder / "manifest.json").unlink(), "has no manifest.json"),
+    (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json cannot be read"),
+    (lambda folder: (folder / "manifest.json").write_text("[]"), "manifest.json is not of format 1"),
+    (lambda folder: (folder / "manifest.json").write_text('{"format": 2, "files": {}}'), "is not of format 1"),
+    (
+        lambda folder: (folder / "manifest.json").write_text('{"format": 1, "files": {}}'),
+        "does not vouch for .metadata",
+    ),
+    (shutil.rmtree, "does not exist"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES)
+def test_damage_is_refused_and_the_one_before_is_the_latest(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], object], message: str
+) -> None:
+    good = save_checkpoint(tmp_path, 1, some_tensors(), STATE)
+    bad = save_checkpoint(tmp_path, 2, some_tensors(), STATE)
+    damage(bad)
+    into = blank(some_tensors())
+    with pytest.raises(CheckpointError) as error:
+        load_checkpoint(bad, into)
+    assert message in str(error.value)
+    assert str(bad) in str(error.value)
+    assert_same(into, blank(some_tensors()))
+    with caplog.at_level(logging.WARNING, logger="dwrl_fast"):
+        assert latest_checkpoint(tmp_path) == good
+    assert bad.exists() == any(message in said and "PASSED OVER" in said for said in caplog.messages)
+
+
+def test_no_checkpoint_at_all(tmp_path: Path) -> None:
+    assert latest_checkpoint(tmp_path) is None
+    assert latest_checkpoint(tmp_path / "nowhere") is None
+    with pytest.raises(CheckpointError, match="is not a checkpoint, or is incomplete"):
+        load_checkpoint(tmp_path, {})
+
+
+def test_names_shapes_and_dtypes_must_be_the_same(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, 1, {"a": torch.zeros(2, 3), "b": torch.zeros(1)}, {})
+
+    def refused(tensors: dict[str, Tensor], message: str) -> None:
+        with pytest.raises(CheckpointError, match=message) as error:
+            load_checkpoint(path, tensors)
+        assert "resume with the configuration saved beside it" in str(error.value)
+
+    refused({"a": torch.zeros(2, 3)}, "holds b besides")
+    refused({"a": torch.zeros(2, 3), "b": torch.zeros(1), "c": torch.zeros(1)}, "lacks c")
+    refused({f"n{i}": torch.zeros(1) for i in range(5)}, "lacks n0, n1, n2 and 2 more and holds a, b besides")
+    refused(
+        {"a": torch.zeros(3, 2), "b": torch.zeros(1)}, r"a is torch.float32 \[2, 3\] there and torch.float32 \[3, 2\]"
+    )
+    refused(
+        {"a": torch.zeros(2, 3), "b": torch.zeros(1).half()}, r"b is torch.float32 \[1\] there and torch.float16 \[1\]"
+    )
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"a": (1, 2)}, "tuples"),
+        ({1: 2}, "keys that are not text"),
+        ({"a": {1, 2}}, "cannot be written as JSON"),
+        ({"a": float("nan")}, "cannot be written as JSON"),
+    ],
+)
+def test_state_that_json_would_change_is_refused(tmp_path: Path, state: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        save_checkpoint(tmp_path, 1, {}, state)
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_tensors_are_saved(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="rate is a float: only tensors"):
+        save_checkpoint(tmp_path, 1, {"rate": 0.1}, {})  # type: ignore[dict-item]
+    assert not list(tmp_path.iterdir())
+
+
+class Malice:
+    """Runs code when unpickled: makes the folder that it names."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.trace),)
+
+
+def test_metadata_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    trace = tmp_path / "ran"
+    path = save_checkpoint(tmp_path, 1, {"a": torch.zeros(1)}, {})
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    metadata.planner_data = Malice(trace)
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    reseal(path)
+    with pytest.raises(CheckpointError, match=r"it asks for posix\.mkdir"):
+        load_checkpoint(path, {"a": torch.zeros(1)})
+    assert not trace.exists()
+    pickle.loads((path / ".metadata").read_bytes())
+    assert trace.exists(), "the test's own pickle does nothing"
+
+
+def test_tensors_that_would_run_code_are_refused(tmp_path: Path) -> None:
+    trace = tmp_path / "ran"
+    path = save_checkpoint(tmp_path, 1, {"a": torch.zeros(1)}, {})
+    torch.save(Malice(trace), path / "__0_0.distcp")
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    (place,) = metadata.storage_data.values()
+    place.length = (path / "__0_0.distcp").stat().st_size
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    reseal(path)
+    with pytest.raises(CheckpointError, match="cannot be read: UnpicklingError"):
+        load_checkpoint(path, {"a": torch.zeros(1)})
+    assert not trace.exists()
+
+
+def no_tensor(metadata: Any) -> Any:
+    metadata.state_dict_metadata["a"] = metadata.storage_data
+    return metadata
+
+
+def outside(metadata: Any) -> Any:
+    next(iter(metadata.storage_data.values())).relative_path = "../checkpoint-000002/__0_0.distcp"
+    return metadata
+
+
+def pickled_bytes(metadata: Any) -> Any:
+    metadata.state_dict_metadata["a"] = torch.distributed.checkpoint.metadata.BytesStorageMetadata()
+    return metadata
+
+
+@pytest.mark.parametrize(
+    "craft", [no_tensor, outside, pickled_bytes, lambda metadata: 1, lambda metadata: torch.Size([1])]
+)
+def test_metadata_of_anything_but_own_tensors_is_refused(tmp_path: Path, craft: Callable[[Any], Any]) -> None:
+    path = save_checkpoint(tmp_path, 1, {"a": torch.zeros(1)}, {})
+    save_checkpoint(tmp_path, 2, {"a": torch.ones(1)}, {})
+    metadata = craft(pickle.loads((path / ".metadata").read_bytes()))
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    reseal(path)
+    with pytest.raises(CheckpointError, match=r"\.metadata is refused"):
+        load_checkpoint(path, {"a": torch.zeros(1)})
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = save_checkpoint(tmp_path, 1, some_tensors(), STATE, 1)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    for function in ("_fingerprint", "_sync"):
+        with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="No space left on device"):
+            patch.setattr(checkpoint, function, full)
+            save_checkpoint(tmp_path, 2, some_tensors(), STATE, 1)
+        assert [path.name for path in tmp_path.iterdir()] == [good.name]
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="No space left on device"):
+        patch.setattr(checkpoint._Writer, "write_data", full)
+        save_checkpoint(tmp_path, 2, some_tensors(), STATE, 1)
+    assert latest_checkpoint(tmp_path) == good
+
+
+class Died(BaseException):
+    """Stands for a process that ends: nothing may be cleaned up after it."""
+
+
+STEPS_OF_A_SAVE = [
+    ("sync", ".metadata"),
+    ("sync", "__0_0.distcp"),
+    ("sync", "state.json"),
+    ("sync", "manifest.json"),
+    ("sync", "checkpoint-000002.unfinished"),
+    ("rename", "checkpoint-000002"),
+    ("sync", "run"),
+    ("rename", "checkpoint-000001.unfinished"),
+]
+
+
+@pytest.mark.parametrize("deadly", range(len(STEPS_OF_A_SAVE) + 1))
+def test_the_order_of_a_save_and_death_before_each_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deadly: int
+) -> None:
+    parent = tmp_path / "run"
+    save_checkpoint(parent, 1, some_tensors(1), {"step": 1}, 1)
+    done: list[tuple[str, str]] = []
+
+    def watched(kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any) -> Any:
+            if len(done) == deadly:
+                raise Died
+            done.append((kind, args[-1].name))
+            return function(*args)
+
+        return wrapper
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_sync", watched("sync", checkpoint._sync))
+        patch.setattr(Path, "rename", watched("rename", Path.rename))
+        # torch.distributed.checkpoint renames its own .metadata as it writes it, before anything of ours.
+        patch.setattr(checkpoint.dcp.filesystem.FileSystem, "rename", lambda _, a, b: os.rename(a, b))
+        if deadly < len(STEPS_OF_A_SAVE):
+            with pytest.raises(Died):
+                save_checkpoint(parent, 2, some_tensors(2), {"step": 2}, 1)
+        else:
+            save_checkpoint(parent, 2, some_tensors(2), {"step": 2}, 1)
+    assert done == STEPS_OF_A_SAVE[:deadly]
+
+    renamed = deadly > STEPS_OF_A_SAVE.index(("rename", "checkpoint-000002"))
+    latest = latest_checkpoint(parent)
+    assert latest is not None
+    into = blank(some_tensors())
+    assert load_checkpoint(latest, into) == {"step": 2 if renamed else 1}
+    assert_same(into, some_tensors(2 if renamed else 1))
+    save_checkpoint(parent, 3, some_tensors(3), {"step": 3}, 1)
+    assert [path.name for path in parent.iterdir()] == ["checkpoint-000003"]
+
+
+def numbers(step: int) -> dict[str, Tensor]:
+    return {"a": torch.arange(step, step + 300_000), "b": torch.full((1000,), step / 3)}
+
+
+def save_without_end(parent: Path, step: int, said: Connection) -> None:
+    while True:
+        said.send(step)
+        step += 1
+        save_checkpoint(parent, step, numbers(step), {"step": step}, keep=2)
+
+
+def test_twenty_kills_while_saving(tmp_path: Path) -> None:
+    """SIGKILL at random moments; whatever was reported as saved is there, whole, and equal to what that step held."""
+    chance = random.Random(0)
+    context = multiprocessing.get_context("forkserver")  # imports torch once, not twenty times
+    context.set_forkserver_preload(["dwrl_fast.checkpoint"])
+    saved = interrupted = 0
+    for _ in range(20):
+        hear, say = context.Pipe(duplex=False)
+        process = context.Process(target=save_without_end, args=(tmp_path, saved, say), daemon=True)
+        process.start()
+        say.close()
+        for _ in range(chance.randint(1, 3)):
+            reported = hear.recv()
+        time.sleep(chance.uniform(0, 0.03))
+        process.kill()
+        process.join()
+        while hear.poll():
+            try:
+                reported = hear.recv()
+            except EOFError:
+                break
+        interrupted += any(path.name.endswith(checkpoint.UNFINISHED) for path in tmp_path.iterdir())
+
+        latest = latest_checkpoint(tmp_path)
+        if latest is None:
+            assert reported == 0
+            continue
+        into = blank(numbers(0))
+        saved = load_checkpoint(latest, into)["step"]
+        assert saved in (reported, reported + 1)  # the next one may be whole before it is reported
+        assert latest.name == f"checkpoint-{saved:06d}"
+        assert_same(into, numbers(saved))
+    assert saved > 0
+    assert interrupted > 5, "hardly a kill fell into a save: the test shows little"
