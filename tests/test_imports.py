@@ -1,0 +1,100 @@
+"""Who may import whom, read from the syntax tree, and what `import dwrl_fast` loads."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A room, a module or folder of the package, may import only rooms that stand before it; so nothing imports `train`.
+ROOMS = (
+    *("errors", "log", "extension", "reference", "kernels", "ops"),
+    *("data", "contents", "dialog", "batch", "rollout", "model", "objectives"),
+    *("compute", "options", "config", "scorer", "pretrained", "methods"),
+    *("checkpoint", "progress", "metrics", "plots", "runlog", "order", "optimizer", "evaluation", "trainer"),
+    *("embedded", "console", "evaluate", "train"),
+)
+
+# What these rooms may import at all, besides themselves and the standard library.
+NARROW = {
+    "reference": {"torch", "dwrl_fast.errors", "dwrl_fast.log"},
+    "kernels": {"torch", "triton", "dwrl_fast.errors", "dwrl_fast.log", "dwrl_fast.reference"},
+    "objectives": {"torch", "dwrl_fast.errors", "dwrl_fast.log", "dwrl_fast.ops"},
+}
+
+
+def room_files() -> list[tuple[str, Path]]:
+    package = ROOT / "dwrl_fast"
+    paths = sorted(p for p in package.rglob("*.py") if p != package / "__init__.py")
+    inside = [(path.relative_to(package).parts[0].removesuffix(".py"), path) for path in paths]
+    return inside + [("kernels", path) for path in sorted((ROOT / "kernels").rglob("*.py"))]
+
+
+def imported(tree: ast.AST, package: tuple[str, ...]) -> Iterator[str]:
+    """The absolute dotted names that the imports of a module of `package` can load, wherever in the file they stand."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = [*package[: len(package) + 1 - node.level]] if node.level else []
+            base += [node.module] if node.module else []
+            yield from (".".join([*base, alias.name]) for alias in node.names)
+
+
+def violations(room: str, path: Path) -> Iterator[str]:
+    folder = path.relative_to(ROOT).parent.parts
+    package = folder if folder[0] == "dwrl_fast" else ("dwrl_fast", *folder)
+    for name in imported(ast.parse(path.read_text(encoding="utf-8")), package):
+        top, _, rest = name.partition(".")
+        target = rest.split(".")[0] if top == "dwrl_fast" else ""
+        if target == room or top in sys.stdlib_module_names or name == "dwrl_fast.__version__":
+            continue
+        if top == "dwrl_fast" and (target not in ROOMS or ROOMS.index(target) > ROOMS.index(room)):
+            yield f"{path.relative_to(ROOT)} imports {name}, which does not stand before {room}"
+        if room in NARROW and (f"dwrl_fast.{target}" if target else top) not in NARROW[room]:
+            yield f"{path.relative_to(ROOT)} imports {name}; {room} may import {', '.join(sorted(NARROW[room]))}"
+
+
+def test_every_module_has_its_place() -> None:
+    homeless = sorted({room for room, _ in room_files()} - set(ROOMS))
+    assert not homeless, (
+        f"give {', '.join(homeless)} a place in ROOMS: after all that it imports, before all that import it"
+    )
+
+
+def test_imports_go_one_way() -> None:
+    assert [line for room, path in room_files() if room in ROOMS for line in violations(room, path)] == []
+
+
+@pytest.mark.parametrize(
+    ("room", "source", "expected"),
+    [
+        ("data", "from dwrl_fast.dialog import Dialog", 1),
+        ("data", "def late():\n    import dwrl_fast.dialog", 1),
+        ("data", "from .. import dialog", 1),
+        ("data", "from . import jsonl\nfrom .jsonl import read\nfrom ..errors import DataError\nimport numpy", 0),
+        ("evaluate", "from dwrl_fast import train", 1),
+        ("objectives", "from dwrl_fast import ops, model", 1),
+        ("kernels", "import triton.language as tl\nimport torch", 0),
+        ("kernels", "import transformers", 1),
+    ],
+)
+def test_the_rule_itself(
+    room: str, source: str, expected: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    path = tmp_path / ("kernels/x.py" if room == "kernels" else f"dwrl_fast/{room}/x.py")
+    path.parent.mkdir(parents=True)
+    path.write_text(source)
+    assert len(list(violations(room, path))) == expected
+
+
+def test_importing_the_package_stays_light() -> None:
+    script = "import sys, dwrl_fast; dwrl_fast.ops; print([m for m in ('transformers', 'vllm') if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.strip() == "[]"
