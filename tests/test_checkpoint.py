@@ -309,6 +309,16 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path, monkeypatch: 
     assert latest_checkpoint(tmp_path) == good
 
 
+def test_an_interrupt_while_saving_stays_an_interrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint._Writer, "write_data", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path, 1, some_tensors(), STATE, 1)
+    assert not list(tmp_path.iterdir())
+
+
 class Died(BaseException):
     """Stands for a process that ends: nothing may be cleaned up after it."""
 
