@@ -2,6 +2,7 @@
 
 import functools
 import json
+import secrets
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from dwrl_fast.errors import TemplateError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-HIDDEN = "\0"  # put before the name of a control token, so that no text is looked up as one
+HIDDEN = secrets.token_hex(16)  # stands before a control token's name where text is encoded: no text can spell it
 
 
 class ContentTokenizer:

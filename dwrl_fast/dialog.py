@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TODAY = datetime(2024, 7, 26)  # for templates that print the date: a run must not depend on the day it is made
+# transformers hands templates plain data only, so the clock is replaced inside the template; `\n` is eaten by jinja.
+CLOCK = "".join(f" | replace('%{code}', '{TODAY.strftime('%' + code)}')" for code in "aAbBdeHIjmMpSyY")
+CLOCK = "{% macro strftime_now(format) %}{{ format | replace('%-', '%')" + CLOCK + " }}{% endmacro %}\n"
 PLACEHOLDER = "[[content-{}]]"
 CANONICAL: tuple[tuple[Message, ...], ...] = (
     ({"role": "user", "content": "What is two plus three?"},),
@@ -190,13 +193,16 @@ class Dialog:
     def _check_tokenizer(self) -> None:
         if not self.tokenizer.is_fast:
             raise TemplateError(f"{self.name} is a slow tokenizer; load its fast form, the one with a tokenizer.json")
-        template = self.tokenizer.chat_template
-        if not template:
+        if not self.tokenizer.chat_template:
             raise TemplateError(
                 f"{self.name} has no chat template; give the tokenizer of the instruction-tuned model "
                 "(--tokenizer_name_or_path), or set `tokenizer.chat_template`"
             )
-        if any(name in str(template) for name in ("strftime_now", "date_string")):
+        self._chat_template = self.tokenizer.get_chat_template()
+        clock = "strftime_now" in self._chat_template
+        if clock:
+            self._chat_template = CLOCK + self._chat_template
+        if clock or "date_string" in self._chat_template:
             info_once(
                 f"the chat template of {self.name} prints the date: held at {TODAY:%d %b %Y}, so that runs repeat"
             )
@@ -207,11 +213,11 @@ class Dialog:
         try:
             return self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
+                chat_template=self._chat_template,
                 tokenize=tokenize,
                 return_dict=False,
                 add_generation_prompt=head,
                 date_string=TODAY.strftime("%d %b %Y"),
-                strftime_now=TODAY.strftime,
             )
         except JinjaError as error:
             raise self._error(f"refuses the roles ({', '.join(_roles(messages))}): {error}") from error
@@ -226,7 +232,9 @@ class Dialog:
         for role, place in zip(roles, places, strict=True):
             before, found, rest = rest.partition(place)
             if not found or place in rest:
-                raise self._error(f"repeats, drops or moves a '{role}' turn in the roles ({', '.join(roles)})")
+                raise self._error(
+                    f"repeats, drops, moves or rewrites a '{role}' turn in the roles ({', '.join(roles)})"
+                )
             texts.append(before)
         texts.append(rest)
         return _Structure(tuple(texts), tuple(tuple(self._contents.whole(text)) for text in texts))

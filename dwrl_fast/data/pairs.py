@@ -1,7 +1,7 @@
 """A row with `prompt`, `chosen` and `rejected` as a preference: strings, message lists, or the prompt inside both.
 
-Two kinds of fault. A row not of the form (a missing column, a number for a text) is a DataError: the file is not what it
-was taken for. A row of the form that holds no comparison is Unusable: dropped and counted, the rest is used.
+Two kinds of fault. A row not of the form (a missing column, a number for a text) is a DataError: the file is not what
+it was taken for. A row of the form that holds no comparison is Unusable: dropped and counted, the rest is used.
 """
 
 import difflib
