@@ -1,13 +1,13 @@
-"""The fused operators. Each is defined in `dwrl_fast.reference`; here it is dispatched to the fastest backend that can run it.
+"""The fused operators, each defined in `dwrl_fast.reference` and dispatched to the fastest backend that can run it.
 
-Every operator takes `backend`: "auto" (says its choice once), "reference" (plain PyTorch), "cpu" (the C++ extension) or "triton".
+`backend` is "auto" (says its choice once), "reference" (plain PyTorch), "cpu" (the C++ extension) or "triton".
 A backend that is named and cannot run raises. Gradients are once differentiable: a double backward raises.
 
     linear_logprob        log pi(target) and entropy, from hidden states, without the logits of all rows
     linear_policy_loss    the clipped policy loss from hidden states, gradients formed while the logits are live
     policy_loss           the same from given log-probabilities
     yes_no_logprob        the score s = log p(Yes)
-    preference_weights    coefficients and weights of any preference likelihood (METHOD 2.1); dual_weights is its pair form
+    preference_weights    coefficients and weights of any preference likelihood; dual_weights is its pair form
     combine_stats, read_stats, STAT_SUMS, STAT_MAXIMA    what `PolicyLoss.stats` holds
 """
 

@@ -1,6 +1,23 @@
+"""Log-probabilities of a linear head: of given targets, and of the label "Yes"."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dwrl_fast import reference
+from dwrl_fast.errors import UserError
+from dwrl_fast.ops.backend import (
+    autocast,
+    check_head,
+    check_scaling,
+    check_targets,
+    check_tokens,
+    choose_backend,
+    row_pass,
+)
+from dwrl_fast.ops.products import Products, empty_gradients, wide
 
 
 def linear_logprob(
@@ -14,9 +31,27 @@ def linear_logprob(
     return_entropy: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    return reference.linear_logprob(
-        hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap, return_entropy=return_entropy
+    """[T] log p(target), and the entropy in nats if asked for, both differentiable, without ever holding [T, V].
+
+    hidden [T, H] (float32, bfloat16 or float64), weight [V, H] (hidden's dtype, or a float32 master), bias [V],
+    targets [T] int64. The result is float32 (float64 for float64). Four products: the backward forms the logits
+    again, of the rows whose gradient is not zero. Raises UserError, naming the argument; on CUDA a target outside the
+    vocabulary is NaN.
+    """
+    name = "linear_logprob"
+    check_head(name, hidden, weight, bias)
+    check_scaling(name, temperature, softcap)
+    check_tokens(name, hidden, targets=targets)
+    hidden = autocast(hidden)
+    chosen = choose_backend(backend, name, hidden)
+    if chosen == "reference":
+        return reference.linear_logprob(
+            hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap, return_entropy=return_entropy
+        )
+    logprob, entropy = _linear_logprob(
+        hidden, weight, bias, targets.contiguous(), float(temperature), softcap, return_entropy, chosen
     )
+    return (logprob, entropy) if return_entropy else logprob
 
 
 def yes_no_logprob(
@@ -31,6 +66,152 @@ def yes_no_logprob(
     return_mass: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    return reference.yes_no_logprob(
-        hidden, weight, yes_id, no_id, normalization=normalization, bias=bias, softcap=softcap, return_mass=return_mass
-    )
+    """The score s = log p(Yes) [B], differentiable, and if asked for p(Yes) + p(No) over the vocabulary, detached.
+
+    hidden [B, H], weight [V, H], bias [V]. Over the vocabulary (normalization "vocab") it is `linear_logprob` of
+    yes_id; over the two labels ("yes_no") it is logsigmoid(logit[yes] - logit[no]) and reads two rows of the weight;
+    asking for the mass there costs the whole head, without gradient. In float32 even where hidden is bfloat16.
+    """
+    name = "yes_no_logprob"
+    check_head(name, hidden, weight, bias)
+    check_scaling(name, 1.0, softcap)
+    _check_labels(name, yes_id, no_id, weight.shape[0], normalization)
+    hidden = autocast(hidden)
+    chosen = choose_backend(backend, name, hidden)
+    if chosen == "reference":
+        return reference.yes_no_logprob(
+            hidden, weight, yes_id, no_id, normalization=normalization, bias=bias, softcap=softcap,
+            return_mass=return_mass,
+        )  # fmt: skip
+    if hidden.device.type == "cpu" and hidden.dtype == torch.bfloat16:
+        hidden, weight = hidden.float(), weight.float()  # on CUDA the products give float32 themselves
+    if normalization == "yes_no":
+        score = _label_scores(hidden, weight, bias, yes_id, no_id, softcap, chosen)
+        if not return_mass:
+            return score
+    targets = torch.full(hidden.shape[:1], yes_id, device=hidden.device)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and normalization == "vocab"):
+        yes, _ = _linear_logprob(hidden, weight, bias, targets, 1.0, softcap, False, chosen)
+    if normalization == "vocab":
+        score = yes
+    if not return_mass:
+        return score
+    with torch.no_grad():
+        logit_yes, logit_no = _label_logits(hidden, weight, bias, yes_id, no_id, softcap)
+        return score, yes.exp() + (yes + logit_no - logit_yes).exp()
+
+
+def _check_labels(operator: str, yes_id: int, no_id: int, vocabulary: int, normalization: str) -> None:
+    if normalization not in ("vocab", "yes_no"):
+        raise UserError(f"{operator}: normalization is {normalization!r}; it can be 'vocab' or 'yes_no'")
+    for argument, token in (("yes_id", yes_id), ("no_id", no_id)):
+        if not 0 <= token < vocabulary:
+            raise UserError(f"{operator}: {argument} is {token}; expected a row of weight, 0 to {vocabulary - 1}")
+
+
+@torch.library.custom_op("dwrl_fast::linear_logprob", mutates_args=())
+def _linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: float,
+    softcap: float | None,
+    return_entropy: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The log-probability and the entropy, [T] each. `return_entropy`: whether the entropy's gradient will be used."""
+    rows = row_pass(backend)
+    products = Products(hidden, weight, bias, (False, False, False))
+    check_targets("linear_logprob", targets, weight.shape[0])
+    logprob, entropy = hidden.new_empty((2, hidden.shape[0]), dtype=wide(hidden.dtype)).unbind()
+    for start in range(0, hidden.shape[0], products.chunk):
+        here = slice(start, start + products.chunk)
+        logits = products.logits(hidden[here])
+        logprob[here], entropy[here] = rows.logprob_rows(logits, targets[here], temperature, softcap)
+    return logprob.clone(), entropy.clone()
+
+
+@_linear_logprob.register_fake
+def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    empty = hidden.new_empty(hidden.shape[0], dtype=wide(hidden.dtype))
+    return empty, torch.empty_like(empty)
+
+
+@torch.library.custom_op("dwrl_fast::linear_logprob_backward", mutates_args=())
+def _linear_logprob_backward(
+    grad_logprob: Tensor,
+    grad_entropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: float,
+    softcap: float | None,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients, empty where not needed. It has no formula for autograd, so that a double backward raises."""
+    rows = row_pass(backend)
+    products = Products(hidden, weight, bias, (need_hidden, need_weight, need_bias))
+    moved = grad_logprob != 0 if grad_entropy is None else (grad_logprob != 0) | (grad_entropy != 0)
+    for index in moved.nonzero().squeeze(-1).split(products.chunk):
+        some = hidden[index]
+        logits = products.logits(some)
+        gradient = products.gradient_buffer(logits)
+        grads = grad_logprob[index], None if grad_entropy is None else grad_entropy[index]
+        rows.logprob_rows_grad(logits, gradient, targets[index], *grads, temperature, softcap)
+        products.backward(gradient, some, index, torch.ones_like(index, dtype=torch.bool))
+    return products.gradients()
+
+
+@_linear_logprob_backward.register_fake
+def _(grad_logprob: Tensor, grad_entropy: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    hidden, weight, bias = rest[:3]
+    return empty_gradients(hidden, weight, bias, rest[-4:-1])
+
+
+def _save_logprob(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    hidden, weight, bias, targets, temperature, softcap, return_entropy, backend = inputs
+    ctx.save_for_backward(hidden, weight, bias, targets)
+    ctx.options = temperature, softcap, backend
+    ctx.return_entropy = return_entropy
+
+
+def _backward_logprob(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor) -> tuple:
+    temperature, softcap, backend = ctx.options
+    needs = ctx.needs_input_grad[:3]
+    gradients = _linear_logprob_backward(
+        grad_logprob.contiguous(), grad_entropy.contiguous() if ctx.return_entropy else None, *ctx.saved_tensors,
+        temperature, softcap, *needs, backend,
+    )  # fmt: skip
+    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *[None] * 5
+
+
+_linear_logprob.register_autograd(_backward_logprob, setup_context=_save_logprob)
+
+
+def _label_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, yes_id: int, no_id: int, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """[B] and [B]: the two labels' logits, after the soft-cap, wide."""
+    labels = [yes_id, no_id]
+    kind = wide(hidden.dtype)
+    logits = F.linear(hidden.to(kind), weight[labels].to(kind), None if bias is None else bias[labels].to(kind))
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits[:, 0], logits[:, 1]
+
+
+def _label_scores(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, yes_id: int, no_id: int, softcap: float | None, backend: str
+) -> Tensor:
+    """[B] log p(Yes) of the two labels: two columns, so that autograd over plain PyTorch is the CPU's fast path."""
+    if backend == "triton":
+        from dwrl_fast.kernels.yes_no import yes_no_scores
+
+        return yes_no_scores(hidden, weight, bias, yes_id, no_id, softcap)
+    logit_yes, logit_no = _label_logits(hidden, weight, bias, yes_id, no_id, softcap)
+    return F.logsigmoid(logit_yes - logit_no)

@@ -1,7 +1,25 @@
+"""The clipped policy loss (DWRL Eq. 14), from hidden states or log-probabilities; gradients come with the forward."""
+
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from dwrl_fast import reference
-from dwrl_fast.reference import PolicyLoss
+from dwrl_fast.errors import UserError
+from dwrl_fast.ops.backend import (
+    autocast,
+    check_head,
+    check_scaling,
+    check_targets,
+    check_tokens,
+    choose_backend,
+    row_pass,
+)
+from dwrl_fast.ops.products import Products, empty_gradients, needs_gradient, wide
+from dwrl_fast.ops.stats import empty_stats
+from dwrl_fast.reference import PolicyLoss, trained_rows
 
 
 def linear_policy_loss(
@@ -21,10 +39,40 @@ def linear_policy_loss(
     beta: float = 0.0,
     backend: str = "auto",
 ) -> PolicyLoss:
-    return reference.linear_policy_loss(
-        hidden, weight, targets, old_logprob, advantage, token_weight, clip_low=clip_low, clip_high=clip_high,
-        temperature=temperature, softcap=softcap, bias=bias, ref_logprob=ref_logprob, beta=beta,
+    """`policy_loss` of the log-probabilities of a linear head, without ever holding [T, V]: three products in all.
+
+    hidden [T, H] (float32, bfloat16 or float64), weight [V, H] (hidden's dtype, or a float32 master), bias [V],
+    targets [T] int64; the rest [T], constants. Rows with token_weight 0, or with advantage 0 when beta is 0, take
+    part in no product and may hold anything; rows that the clip silences (beta 0) take part in one. Their gradients
+    are zero. Put every constant factor of the loss into token_weight: a loss scaled afterwards costs one more pass
+    over the gradients.
+
+    Returns PolicyLoss(loss, logprob, stats), see `policy_loss`. Raises UserError, naming the argument. On CUDA a target
+    outside the vocabulary is not raised but makes its row NaN and counts in stats as `invalid`.
+    """
+    name = "linear_policy_loss"
+    check_head(name, hidden, weight, bias)
+    check_scaling(name, temperature, softcap)
+    check_tokens(
+        name, hidden, targets=targets, old_logprob=old_logprob, advantage=advantage, token_weight=token_weight,
+        ref_logprob=ref_logprob,
     )  # fmt: skip
+    _check_reference(name, ref_logprob, beta)
+    hidden = autocast(hidden)
+    chosen = choose_backend(backend, name, hidden)
+    if chosen == "reference":
+        return reference.linear_policy_loss(
+            hidden, weight, targets, old_logprob, advantage, token_weight, clip_low=clip_low, clip_high=clip_high,
+            temperature=temperature, softcap=softcap, bias=bias, ref_logprob=ref_logprob, beta=beta,
+        )  # fmt: skip
+    inputs = (hidden, weight, bias)
+    needs = needs_gradient(*inputs)
+    tokens = (_constant(x, wide(hidden.dtype)) for x in (old_logprob, advantage, token_weight, ref_logprob))
+    loss, logprob, stats, *gradients = _linear_policy_loss(
+        hidden.detach(), weight.detach(), None if bias is None else bias.detach(), targets.contiguous(), *tokens,
+        float(clip_low), float(clip_high), float(beta), float(temperature), softcap, *needs, chosen,
+    )  # fmt: skip
+    return PolicyLoss(_with_gradients(loss, inputs, gradients, needs), logprob, stats)
 
 
 def policy_loss(
@@ -37,15 +85,144 @@ def policy_loss(
     clip_high: float = 0.2,
     ref_logprob: Tensor | None = None,
     beta: float = 0.0,
+    entropy: Tensor | None = None,
     backend: str = "auto",
 ) -> PolicyLoss:
-    return reference.policy_loss(
-        logprob,
-        old_logprob,
-        advantage,
-        token_weight,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        ref_logprob=ref_logprob,
-        beta=beta,
+    """-sum_t token_weight_t [min(g_t A_t, clip(g_t, 1 - clip_low, 1 + clip_high) A_t) - beta KL_t].
+
+    g_t = exp(logprob_t - old_logprob_t); KL_t = exp(d) - d - 1, d = ref_logprob_t - logprob_t. All [T]; only logprob
+    is differentiated, and entropy only goes into stats. Rows with token_weight 0, or with advantage 0 when beta is 0,
+    are left out and may hold anything.
+
+    Returns PolicyLoss(loss, logprob, stats): logprob is detached, and NaN where a row was left out;
+    `dwrl_fast.ops.stats` says what stats holds. Raises UserError, naming the argument.
+    """
+    name = "policy_loss"
+    if logprob.dim() != 1 or logprob.dtype not in (torch.float32, torch.float64):
+        raise UserError(f"{name}: logprob is {logprob.dtype} {list(logprob.shape)}; expected float32 or float64 [T]")
+    check_tokens(
+        name, logprob, old_logprob=old_logprob, advantage=advantage, token_weight=token_weight,
+        ref_logprob=ref_logprob, entropy=entropy
     )
+    _check_reference(name, ref_logprob, beta)
+    chosen = choose_backend(backend, name, logprob)
+    if chosen == "reference":
+        return reference.policy_loss(
+            logprob, old_logprob, advantage, token_weight, clip_low=clip_low, clip_high=clip_high,
+            ref_logprob=ref_logprob, beta=beta, entropy=entropy,
+        )  # fmt: skip
+    constants = (_constant(x, logprob.dtype) for x in (logprob, old_logprob, advantage, token_weight, ref_logprob,
+    entropy)) loss, kept, gradient, stats = _policy_loss(*constants, float(clip_low), float(clip_high), float(beta),
+    chosen) needs = (torch.is_grad_enabled() and logprob.requires_grad,) return PolicyLoss(_with_gradients(loss,
+    (logprob,), [gradient], needs), kept, stats)
+
+
+def _check_reference(operator: str, ref_logprob: Tensor | None, beta: float) -> None:
+    if beta and ref_logprob is None:
+        raise UserError(f"{operator}: beta is {beta}, and the KL term needs ref_logprob [T]; give it, or beta=0")
+
+
+def _constant(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if x is None else x.detach().to(dtype).contiguous()
+
+
+class _Formed(torch.autograd.Function):
+    """A loss whose gradients exist already. Arguments: the loss, then the inputs, then as many gradients."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, loss: Tensor, *pairs: Tensor) -> Tensor:
+        ctx.save_for_backward(*pairs[len(pairs) // 2 :])
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = ctx.saved_tensors  # type: ignore[attr-defined]
+        # Read on the host only where that waits for no device; then a loss that is not scaled costs no pass over
+        # dWeight.
+        unscaled = not torch.compiler.is_compiling() and grad_loss.device.type == "cpu" and grad_loss.item() == 1
+        scaled = gradients if unscaled else [g * grad_loss.to(g.dtype) for g in gradients]
+        return None, *scaled, *(None for _ in gradients)
+
+
+def _with_gradients(
+    loss: Tensor, inputs: tuple[Tensor | None, ...], gradients: list[Tensor], needs: tuple[bool, ...]
+) -> Tensor:
+    used = [(x, g) for x, g, need in zip(inputs, gradients, needs, strict=True) if need]
+    if not used:
+        return loss
+    return _Formed.apply(loss, *(x for x, _ in used), *(g for _, g in used))
+
+
+@torch.library.custom_op("dwrl_fast::policy_loss", mutates_args=())
+def _policy_loss(
+    logprob: Tensor,
+    old_logprob: Tensor,
+    advantage: Tensor,
+    token_weight: Tensor,
+    ref_logprob: Tensor | None,
+    entropy: Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    beta: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss, logprob, dLoss/dlogprob and stats. Without a formula for autograd: differentiating it raises."""
+    return row_pass(backend).policy_loss_rows(
+        logprob, old_logprob, advantage, token_weight, ref_logprob, entropy, clip_low, clip_high, beta
+    )
+
+
+@_policy_loss.register_fake
+def _(logprob: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return logprob.new_empty(()), torch.empty_like(logprob), torch.empty_like(logprob), empty_stats(logprob)
+
+
+@torch.library.custom_op("dwrl_fast::linear_policy_loss", mutates_args=())
+def _linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    old_logprob: Tensor,
+    advantage: Tensor,
+    token_weight: Tensor,
+    ref_logprob: Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    beta: float,
+    temperature: float,
+    softcap: float | None,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss, logprob, stats, dHidden, dWeight, dBias (empty where not needed). Differentiating through it raises."""
+    rows = row_pass(backend)
+    rule = (clip_low, clip_high, beta)
+    tokens = (targets, old_logprob, advantage, token_weight, ref_logprob)
+    products = Products(hidden, weight, bias, (need_hidden, need_weight, need_bias))
+    logprob, entropy = old_logprob.new_full((2, hidden.shape[0]), torch.nan)
+    trained = trained_rows(advantage, token_weight, beta).nonzero().squeeze(-1)
+    check_targets("linear_policy_loss", targets[trained], weight.shape[0])
+    for index in trained.split(products.chunk):
+        some = hidden[index]
+        logits = products.logits(some)
+        gradient = products.gradient_buffer(logits) if any(products.needs) else None
+        taken = (None if x is None else x[index] for x in tokens)
+        logprob[index], entropy[index], coefficient = rows.policy_rows(
+            logits, gradient, *taken, *rule, temperature, softcap
+        )
+        if gradient is not None:
+            products.backward(gradient, some, index, coefficient != 0)
+    loss, logprob, _, stats = rows.policy_loss_rows(
+        logprob, old_logprob, advantage, token_weight, ref_logprob, entropy, *rule
+    )
+    return loss, logprob, stats, *products.gradients()
+
+
+@_linear_policy_loss.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, old: Tensor, *rest: Any) -> tuple:
+    gradients = empty_gradients(hidden, weight, bias, rest[-4:-1])
+    return old.new_empty(()), torch.empty_like(old), empty_stats(old), *gradients

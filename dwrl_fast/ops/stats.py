@@ -1,15 +1,16 @@
 """What `PolicyLoss.stats` holds, and how it combines over micro-batches and ranks.
 
-stats is one float64 tensor on the loss's device: the entries of `STAT_SUMS`, which add, then those of `STAT_MAXIMA`, which take the
-maximum. Over ranks: all-reduce `stats[SUMS]` with SUM and `stats[MAXIMA]` with MAX. All are over the trained rows, unweighted:
+One float64 tensor on the loss's device: the entries of `STAT_SUMS`, which add, then those of `STAT_MAXIMA`, of which
+the maximum is taken. Over ranks: all-reduce `stats[SUMS]` with SUM and `stats[MAXIMA]` with MAX. They are over the
+trained rows, unweighted:
 
     tokens              how many rows were trained
     token_weight        sum of token_weight
     ratio, log_ratio    sums of g = pi/pi_old and of log g; mean ratio - 1 - mean log_ratio estimates KL(old || new)
-    clipped             how many rows the clip left without a gradient
+    clipped             how many rows the clip left without a policy gradient
     kl                  sum of the KL estimate to the reference policy; NaN where none was given
-    entropy             sum of the policy's entropy in nats; NaN from `policy_loss`, which is given no logits
-    invalid             how many rows have a log-probability that is not finite: check it before the optimizer's step
+    entropy             sum of the policy's entropy in nats; NaN where `policy_loss` is given none
+    invalid             how many rows have a log-probability that is not finite: look at it before the optimizer's step
     ratio_max, log_ratio_abs_max
 """
 
@@ -22,16 +23,22 @@ from dwrl_fast.reference import STAT_MAXIMA, STAT_SUMS
 
 SUMS = slice(0, len(STAT_SUMS))
 MAXIMA = slice(len(STAT_SUMS), len(STAT_SUMS) + len(STAT_MAXIMA))
+_MEANS = ("ratio", "log_ratio", "clipped", "kl", "entropy")
 
 
 def combine_stats(stats: Iterable[Tensor]) -> Tensor:
-    """The stats of several micro-batches as those of one, on the device. Raises if there is none."""
+    """The stats of several micro-batches (at least one) as those of one, without leaving the device."""
     stacked = torch.stack(list(stats))
     return torch.cat([stacked[:, SUMS].sum(0), stacked[:, MAXIMA].amax(0)])
 
 
 def read_stats(stats: Tensor) -> dict[str, float]:
-    """Counts and maxima as they are (tokens, token_weight, invalid), and the rest as means over trained rows. Synchronises."""
+    """Counts and maxima as they are, everything else as a mean over the trained rows. Synchronises the device."""
     values = dict(zip(STAT_SUMS + STAT_MAXIMA, stats.tolist(), strict=True))
     rows = max(values["tokens"], 1.0)
-    return {k: v / rows if k in ("ratio", "log_ratio", "clipped", "kl", "entropy") else v for k, v in values.items()}
+    return {name: value / rows if name in _MEANS else value for name, value in values.items()}
+
+
+def empty_stats(like: Tensor) -> Tensor:
+    """The shape and dtype of stats, on like's device."""
+    return like.new_empty(MAXIMA.stop, dtype=torch.float64)

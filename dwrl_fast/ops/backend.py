@@ -1,0 +1,113 @@
+"""Which backend runs an operator, and the checks that every backend shares."""
+
+import importlib
+import importlib.util
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from dwrl_fast import extension
+from dwrl_fast.errors import UserError
+from dwrl_fast.log import info_once
+
+BACKENDS = ("auto", "reference", "cpu", "triton")
+
+
+def choose_backend(backend: str, operator: str, x: Tensor) -> str:
+    """The backend for `operator` on x. A named one that cannot run raises; what "auto" chose is logged once."""
+    if backend not in BACKENDS:
+        raise UserError(f"{operator}: backend is {backend!r}; it can be {', '.join(BACKENDS)}")
+    if backend != "auto":
+        problem = _problem(backend, x)
+        if problem:
+            raise UserError(f"{operator}: backend {backend!r} cannot run: {problem}")
+        return backend
+    natural = "cpu" if x.device.type == "cpu" else "triton"
+    problem = _problem(natural, x)
+    if problem and natural == "cpu":
+        extension.available()  # says what is missing and the command that builds it
+    chosen = "reference" if problem else natural
+    if not torch.compiler.is_compiling():
+        reason = f" ({natural} cannot run: {problem})" if problem else ""
+        info_once(f"{operator} on {x.device.type} in {x.dtype}: backend {chosen}{reason}")
+    return chosen
+
+
+def _problem(backend: str, x: Tensor) -> str | None:
+    if backend == "cpu":
+        if x.device.type != "cpu":
+            return f"the tensors are on {x.device.type}"
+        return extension.problem()
+    if backend == "triton":
+        if x.dtype == torch.float64:
+            return "its kernels compute in float32; float64 takes backend 'reference'"
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed (pip install triton)"
+        if x.device.type != "cuda" and not _interpreted():
+            return f"the tensors are on {x.device.type} (TRITON_INTERPRET=1 runs the kernels there, slowly, for tests)"
+    return None
+
+
+def _interpreted() -> bool:
+    return bool(importlib.import_module("triton").knobs.runtime.interpret)
+
+
+def row_pass(backend: str) -> ModuleType:
+    """Holds the row work of a backend: policy_rows, logprob_rows, logprob_rows_grad, policy_loss_rows."""
+    name = "dwrl_fast.ops.cpu" if backend == "cpu" else "dwrl_fast.kernels.rows"
+    return importlib.import_module(name)
+
+
+def check_head(operator: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """hidden [T, H] and weight [V, H] of a dtype and device that go together, and bias [V]."""
+    if hidden.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+        advice = ": float16 gradients under- and overflow; use bfloat16" if hidden.dtype == torch.float16 else ""
+        raise UserError(f"{operator}: hidden is {hidden.dtype}; it can be float32, bfloat16 or float64{advice}")
+    if hidden.dim() != 2:
+        raise UserError(f"{operator}: hidden is {list(hidden.shape)}; expected [T, H] (flatten the batch)")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1]:
+        raise UserError(f"{operator}: weight is {list(weight.shape)}; expected [V, H = {hidden.shape[1]}]")
+    if weight.dtype not in (hidden.dtype, torch.float32):
+        raise UserError(f"{operator}: weight is {weight.dtype}; expected hidden's {hidden.dtype}, or a float32 master")
+    if weight.device != hidden.device:
+        raise UserError(f"{operator}: weight is on {weight.device}, hidden on {hidden.device}; put both on one device")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise UserError(f"{operator}: bias is {list(bias.shape)}; expected [V = {weight.shape[0]}]")
+
+
+def check_tokens(operator: str, like: Tensor, **tensors: Tensor | None) -> None:
+    """Every tensor is [T], on the device of like [T, ...]; targets is int64."""
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if x.shape != like.shape[:1]:
+            raise UserError(f"{operator}: {name} is {list(x.shape)}; expected [T = {like.shape[0]}]")
+        if x.device != like.device:
+            raise UserError(f"{operator}: {name} is on {x.device}; the other tensors are on {like.device}")
+        if name == "targets" and x.dtype != torch.int64:
+            raise UserError(f"{operator}: targets is {x.dtype}; expected int64 token ids")
+
+
+def check_scaling(operator: str, temperature: float, softcap: float | None) -> None:
+    if not temperature > 0:
+        raise UserError(f"{operator}: temperature is {temperature}; it must be above 0")
+    if softcap is not None and not softcap > 0:
+        raise UserError(f"{operator}: softcap is {softcap}; it must be above 0, or None for no soft-cap")
+
+
+def check_targets(operator: str, targets: Tensor, vocabulary: int) -> None:
+    """On the CPU only: elsewhere looking would wait for the device, and the kernels make such rows NaN."""
+    if targets.device.type == "cpu" and targets.numel() and not 0 <= targets.min() <= targets.max() < vocabulary:
+        raise UserError(
+            f"{operator}: targets hold {int(targets.min())} to {int(targets.max())}; expected 0 to {vocabulary - 1}"
+            " (a padding row takes part unless its token_weight is 0)"
+        )
+
+
+def autocast(hidden: Tensor) -> Tensor:
+    """Under torch.autocast, hidden in its dtype; the weight keeps its own, so that its gradient does too."""
+    kind = hidden.device.type
+    if hidden.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return hidden.to(torch.get_autocast_dtype(kind))
+    return hidden

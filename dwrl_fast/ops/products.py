@@ -1,0 +1,126 @@
+"""The three products of a head over chunks of rows: logits, dHidden, dWeight. All rows' logits never exist at once.
+
+T rows, H hidden size, V vocabulary, C rows of a chunk. Products run in hidden's dtype; the gradient of the weight
+(and of the bias) is summed over chunks in float32 (float64 for float64) and leaves in the weight's own dtype, so that
+a float32 master of a bfloat16 computation gets it unrounded. On CUDA the logits of a bfloat16 head are float32.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# A chunk's logits take about this much, whatever memory is free: equal inputs give equal chunks, and equal bits.
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
+MIN_ROWS = 256  # fewer rows read and write the whole dWeight too often
+
+
+def chunk_rows(vocabulary: int, x: Tensor) -> int:
+    """C, of hidden states x."""
+    return max(MIN_ROWS, CHUNK_BYTES[x.device.type] // (vocabulary * max(x.element_size(), 1)))
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Products:
+    """One head during one pass. Gradients are formed for what `needs` (hidden, weight, bias) asks for, and no other."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]) -> None:
+        self.needs = needs
+        self.chunk = min(chunk_rows(weight.shape[0], hidden), max(hidden.shape[0], 1))
+        self.weight = weight.to(hidden.dtype)
+        self.dtypes = weight.dtype, bias.dtype if bias is not None else weight.dtype
+        self.direct = hidden.device.type == "cuda" and hidden.dtype == torch.bfloat16  # float32 out of bfloat16 factors
+        self.bias = None if bias is None else bias.to(torch.float32 if self.direct else hidden.dtype)
+        self.buffer = hidden.new_empty(
+            (self.chunk, weight.shape[0]), dtype=torch.float32 if self.direct else hidden.dtype
+        )
+        self.d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
+        self.d_weight: Tensor | None = None
+        self.d_bias = hidden.new_zeros(weight.shape[0], dtype=wide(hidden.dtype)) if needs[2] else None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[C, H] -> [C, V], in a buffer that the next call overwrites."""
+        out = self.buffer[: hidden.shape[0]]
+        columns = self.weight.t()
+        if self.direct and self.bias is not None:
+            return torch.addmm(self.bias, hidden, columns, out_dtype=torch.float32, out=out)
+        if self.direct:
+            return torch.mm(hidden, columns, out_dtype=torch.float32, out=out)
+        if self.bias is not None:
+            return torch.addmm(self.bias, hidden, columns, out=out)
+        return torch.mm(hidden, columns, out=out)
+
+    def gradient_buffer(self, logits: Tensor) -> Tensor:
+        """Where the row pass writes dLogits: over the logits themselves where the dtype allows."""
+        return torch.empty_like(logits, dtype=self.weight.dtype) if self.direct else logits
+
+    def backward(self, d_logits: Tensor, hidden: Tensor, index: Tensor, live: Tensor) -> None:
+        """Adds the chunk's gradients: of its `live` [C] rows, which are rows `index` [C] of all."""
+        d_logits, hidden, index = _compact(d_logits, hidden, index, live)
+        if index.numel() == 0:
+            return
+        if self.d_hidden is not None:
+            self.d_hidden.index_copy_(0, index, torch.mm(d_logits, self.weight))
+        if self.needs[1]:
+            self._add_weight(d_logits, hidden)
+        if self.d_bias is not None:
+            self.d_bias += d_logits.sum(0, dtype=self.d_bias.dtype)
+
+    def _add_weight(self, d_logits: Tensor, hidden: Tensor) -> None:
+        factors = d_logits.t(), hidden
+        if self.d_weight is None:
+            self.d_weight = torch.mm(*factors, out_dtype=torch.float32) if self.direct else torch.mm(*factors)
+            self.d_weight = self.d_weight.to(wide(hidden.dtype))
+        elif self.direct:
+            torch.addmm(self.d_weight, *factors, out_dtype=torch.float32, out=self.d_weight)
+        elif self.d_weight.dtype == hidden.dtype:
+            self.d_weight.addmm_(*factors)
+        else:
+            self.d_weight += torch.mm(*factors)
+
+    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
+        """dHidden, dWeight, dBias; empty where not needed."""
+        nothing = self.weight.new_empty(0)
+        d_hidden, d_weight, d_bias = nothing, nothing.clone(), nothing.clone()
+        if self.d_hidden is not None:
+            d_hidden = self.d_hidden
+        if self.needs[1]:
+            found = torch.zeros_like(self.weight) if self.d_weight is None else self.d_weight
+            d_weight = found.to(self.dtypes[0])
+        if self.d_bias is not None:
+            d_bias = self.d_bias.to(self.dtypes[1])
+        return d_hidden, d_weight, d_bias
+
+
+def _compact(d_logits: Tensor, hidden: Tensor, index: Tensor, live: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Only the live rows, first: rows from behind fill the gaps, in place, so that few of them are moved."""
+    keep = live.nonzero().squeeze(-1)
+    count = keep.numel()
+    if count == live.numel():
+        return d_logits, hidden, index
+    gaps = (~live[:count]).nonzero().squeeze(-1)
+    order = torch.arange(count, device=live.device)
+    order[gaps] = keep[keep >= count]
+    d_logits[gaps] = d_logits[order[gaps]]
+    return d_logits[:count], hidden[order], index[order]
+
+
+def needs_gradient(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[bool, bool, bool]:
+    """What autograd will ask for: a frozen head or no_grad saves its product."""
+    on = torch.is_grad_enabled()
+    return on and hidden.requires_grad, on and weight.requires_grad, on and bias is not None and bias.requires_grad
+
+
+def empty_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The shapes and dtypes of `Products.gradients`."""
+    nothing = hidden.new_empty(0)
+    return (
+        torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else nothing,
+        torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else torch.empty_like(nothing),
+        torch.empty_like(bias) if bias is not None and needs[2] else torch.empty_like(nothing),
+    )
