@@ -101,8 +101,13 @@ def policy_loss(
     if logprob.dim() != 1 or logprob.dtype not in (torch.float32, torch.float64):
         raise UserError(f"{name}: logprob is {logprob.dtype} {list(logprob.shape)}; expected float32 or float64 [T]")
     check_tokens(
-        name, logprob, old_logprob=old_logprob, advantage=advantage, token_weight=token_weight,
-        ref_logprob=ref_logprob, entropy=entropy
+        name,
+        logprob,
+        old_logprob=old_logprob,
+        advantage=advantage,
+        token_weight=token_weight,
+        ref_logprob=ref_logprob,
+        entropy=entropy,
     )
     _check_reference(name, ref_logprob, beta)
     chosen = choose_backend(backend, name, logprob)
@@ -111,10 +116,12 @@ def policy_loss(
             logprob, old_logprob, advantage, token_weight, clip_low=clip_low, clip_high=clip_high,
             ref_logprob=ref_logprob, beta=beta, entropy=entropy,
         )  # fmt: skip
-    constants = (_constant(x, logprob.dtype) for x in (logprob, old_logprob, advantage, token_weight, ref_logprob,
-    entropy)) loss, kept, gradient, stats = _policy_loss(*constants, float(clip_low), float(clip_high), float(beta),
-    chosen) needs = (torch.is_grad_enabled() and logprob.requires_grad,) return PolicyLoss(_with_gradients(loss,
-    (logprob,), [gradient], needs), kept, stats)
+    tokens = (logprob, old_logprob, advantage, token_weight, ref_logprob, entropy)
+    loss, kept, gradient, stats = _policy_loss(
+        *(_constant(x, logprob.dtype) for x in tokens), float(clip_low), float(clip_high), float(beta), chosen
+    )
+    needs = (torch.is_grad_enabled() and logprob.requires_grad,)
+    return PolicyLoss(_with_gradients(loss, (logprob,), [gradient], needs), kept, stats)
 
 
 def _check_reference(operator: str, ref_logprob: Tensor | None, beta: float) -> None:
