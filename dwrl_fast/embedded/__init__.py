@@ -11,14 +11,18 @@ from pathlib import Path
 
 import numpy as np
 
+from dwrl_fast.dialog import Dialog, Template
 from dwrl_fast.embedded.formats import EVALUATE, RATE
 from dwrl_fast.embedded.task import draw_claims, prompts, write_pairs
 from dwrl_fast.embedded.tokenizer import make_tokenizer
 from dwrl_fast.embedded.warmup import Progress, Warmup, draw_model, state_reached, warm_up
+from dwrl_fast.model import GenerativeModel
+from dwrl_fast.pretrained import save_pretrained
 
-__all__ = ["EVALUATE", "RATE", "RECIPE", "Embedded", "Sizes", "Warmup", "prepare"]
+__all__ = ["EVALUATE", "RATE", "RECORD", "Embedded", "Sizes", "Warmup", "prepare", "recipe"]
 
-RECIPE = Path(__file__).with_name("recipe.yaml")  # the options of the default run, under their command-line names
+RECORD = "embedded.json"  # written last: a folder that has it is whole
+THOUGHT_LIMIT = 16  # tokens; a well-formed thought has 12
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,17 @@ class Embedded:
     test: Path
     seconds: float
     state: dict[str, float]  # shares of correct thoughts: see warmup.state_reached
+
+    @classmethod
+    def read(cls, folder: Path) -> "Embedded":
+        """What `prepare` made in `folder` before."""
+        found = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        return cls(**found | {name: Path(found[name]) for name in ("model", "train", "dev", "test")})
+
+
+def recipe(method: str) -> Path:
+    """The options of the default run of a method, under their command-line names (YAML)."""
+    return Path(__file__).with_name(f"{method}.yaml")
 
 
 SIZES = Sizes()
@@ -71,8 +86,9 @@ def prepare(
     model = draw_model(plan, seed)
     warm_up(model, plan, prompts("train"), warmup_rng, progress)
     state = state_reached(model, prompts("dev"), 1024, seed)
-    model.save_pretrained(folder / "model")
-    make_tokenizer().save_pretrained(folder / "model")
+    dialog = Dialog(make_tokenizer(), Template(EVALUATE, RATE), "correctness")
+    card = {"method": "dwrl", "score_normalization": "yes_no", "temperature": 1.0, "max_completion_length": THOUGHT_LIMIT}
+    save_pretrained(folder / "model", GenerativeModel(model), dialog, card)
     made = Embedded(folder / "model", **paths, seconds=time.perf_counter() - started, state=state)
-    (folder / "embedded.json").write_text(json.dumps(asdict(made), default=str, indent=1) + "\n", encoding="utf-8")
+    (folder / RECORD).write_text(json.dumps(asdict(made), default=str, indent=1) + "\n", encoding="utf-8")
     return made

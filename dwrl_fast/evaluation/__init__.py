@@ -1,0 +1,1 @@
+"""Measuring preference models."""

@@ -1,0 +1,12 @@
+"""The methods behind `--method`. A method is one file that says what it samples, what it trains and how it gives a verdict.
+
+A new one is a new file and one line of `METHODS`; loop, batches, rollout, checkpoints and evaluation are shared.
+"""
+
+from dwrl_fast.methods.bt import BradleyTerry
+from dwrl_fast.methods.dwrl import DualWeightedRL
+from dwrl_fast.methods.method import Method, Tally
+
+METHODS: dict[str, type[Method]] = {"dwrl": DualWeightedRL, "bt": BradleyTerry}
+
+__all__ = ["METHODS", "Method", "Tally"]

@@ -1,0 +1,49 @@
+"""`bt`: a scalar head on the last token, -log sigmoid(r+ - r- - margin). Nothing is sampled."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dwrl_fast.batch import Group, PaddedBatch
+from dwrl_fast.compute import Compute
+from dwrl_fast.config import TrainConfig
+from dwrl_fast.data import Preference
+from dwrl_fast.dialog import Dialog
+from dwrl_fast.methods.method import Method, Progress, Tally
+from dwrl_fast.model import load_scalar
+from dwrl_fast.objectives.likelihood import bradley_terry
+from dwrl_fast.rollout import plain_groups
+from dwrl_fast.scorer import ScalarScorer
+
+
+class BradleyTerry(Method):
+    name = "bt"
+
+    def __init__(self, config: TrainConfig, dialog: Dialog, compute: Compute):
+        super().__init__(config, dialog, compute)
+        self.model = load_scalar(config.model_name_or_path, config.model_config, config.seed, dialog.pad_id).to(compute.device)
+        self.scorer = ScalarScorer(self.model, dialog, compute, config.token_budget)
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        return ("score",)
+
+    def rollout(self, rows: Sequence[Preference], seed: int, progress: Progress) -> tuple[list[Group], dict[str, float]]:
+        groups = plain_groups(rows, self.dialog)
+        progress(sum(len(group.sequences) for group in groups))
+        return groups, {}
+
+    def loss(self, phase: str, batch: PaddedBatch, groups: int, tally: Tally) -> Tensor:
+        rewards = batch.grid(self.model(batch))[..., 0]
+        margin = torch.tensor([group.preference.margin for group in batch.groups], device=rewards.device)
+        losses = bradley_terry(margin)(rewards)
+        tally.add("loss", losses)
+        tally.add("reward_chosen", rewards[:, 0])
+        tally.add("reward_rejected", rewards[:, 1:])
+        tally.add("train_accuracy", (rewards[:, 0] > rewards[:, 1]).double() + 0.5 * (rewards[:, 0] == rewards[:, 1]))
+        return losses.sum() / groups
+
+    def card(self) -> dict[str, Any]:
+        return {"method": self.name}

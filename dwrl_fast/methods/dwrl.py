@@ -1,0 +1,172 @@
+"""`dwrl`: Dual-Weighted RL (METHOD section 2). Thoughts are sampled, the score and the thoughts are trained in turn or jointly."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dwrl_fast import ops
+from dwrl_fast.batch import Group, PaddedBatch, pad_batch, split_by_budget
+from dwrl_fast.compute import Compute
+from dwrl_fast.config import TrainConfig
+from dwrl_fast.data import Preference
+from dwrl_fast.dialog import Dialog
+from dwrl_fast.methods.method import Method, Progress, Tally
+from dwrl_fast.model import HeadInputs, load_generative
+from dwrl_fast.objectives.dual_weighted import (
+    centred_reward,
+    effective_coefficients,
+    score_objective,
+    standardised_reward,
+    thought_signal,
+)
+from dwrl_fast.objectives.likelihood import bradley_terry
+from dwrl_fast.ops import PreferenceWeights
+from dwrl_fast.rollout import sample_groups
+from dwrl_fast.rollout.transformers import TransformersSampler
+from dwrl_fast.scorer import GenerativeScorer, fill_scores, read_scores
+
+
+class DualWeightedRL(Method):
+    name = "dwrl"
+
+    def __init__(self, config: TrainConfig, dialog: Dialog, compute: Compute):
+        super().__init__(config, dialog, compute)
+        self.model = load_generative(config.model_name_or_path, config.model_config, config.seed).to(compute.device)
+        self.sampler = TransformersSampler(
+            self.model.lm,
+            dialog.stop_ids,
+            dialog.pad_id,
+            batch_size=config.generation_batch_size,
+            autocast=compute.autocast,
+            float32=compute.float32,
+        )
+        self.scorer = GenerativeScorer(
+            self.model,
+            dialog,
+            self.sampler,
+            compute,
+            normalization=config.score_normalization,
+            temperature=config.temperature,
+            max_tokens=config.max_completion_length,
+            token_budget=config.token_budget,
+        )
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        return ("joint",) if self.config.alternate == "joint" else ("score", "thought")
+
+    def learning_rate(self, phase: str) -> float:
+        own = {"score": self.config.score_learning_rate, "thought": self.config.thought_learning_rate}.get(phase)
+        return self.config.learning_rate if own is None else own
+
+    def rollout(self, rows: Sequence[Preference], seed: int, progress: Progress) -> tuple[list[Group], dict[str, float]]:
+        config = self.config
+        groups = sample_groups(
+            rows,
+            self.dialog,
+            self.sampler,
+            config.num_generations,
+            max_tokens=config.max_completion_length,
+            temperature=config.temperature,
+            seed=seed,
+            progress=progress,
+        )
+        ended = [e for group in groups for response in group.ended for e in response]
+        sizes = [len(o) for group in groups for response in group.old_logprobs for o in response]
+        logs = {
+            "thought_length": sum(sizes) / len(sizes),
+            "thought_tokens": float(sum(sizes)),
+            "truncation_rate": 1 - sum(ended) / len(ended),
+        }
+        source = config.old_logprobs
+        if source == "recompute" or (source == "auto" and not self.sampler.float32):
+            logs |= self.recompute_old_logprobs(groups)
+        return groups, logs
+
+    @torch.no_grad()
+    def recompute_old_logprobs(self, groups: list[Group]) -> dict[str, float]:
+        """The trainer's own log-probs in place of the sampler's, before anything is updated; how far the two were apart, in nats."""
+        gaps = []
+        for micro in split_by_budget(groups, self.config.token_budget):
+            batch = pad_batch(micro, self.dialog.pad_id, self.compute.device)
+            with self.compute.autocast():
+                head = self.model(batch, tokens=True)
+                fresh = ops.linear_logprob(
+                    head.token, head.weight, batch.targets, bias=head.bias, temperature=self.config.temperature, softcap=head.softcap
+                )
+            assert batch.old_logprob is not None
+            gaps.append((fresh - batch.old_logprob).abs())
+            parts = iter(fresh.cpu().split(batch.lengths.tolist()))
+            for group in micro:
+                group.old_logprobs = [[next(parts) for _ in response] for response in group.old_logprobs]
+        gap = torch.cat(gaps)
+        return {"sampler_gap_mean": gap.mean().item(), "sampler_gap_max": gap.max().item()}
+
+    def loss(self, phase: str, batch: PaddedBatch, groups: int, tally: Tally) -> Tensor:
+        head = self.model(batch, tokens=phase != "score")
+        # Phase B reads the recomputed weights from its own forward, but does not train the score.
+        with torch.set_grad_enabled(phase != "thought"):
+            scores, mass = read_scores(head, self.dialog, self.config.score_normalization)
+            grid = batch.grid(scores)
+        margin = torch.tensor([group.preference.margin for group in batch.groups], device=grid.device)
+        weights = ops.preference_weights(bradley_terry(margin), grid, batch.valid)
+        c = effective_coefficients(weights.coefficients, self.config.misalignment_weight)
+        total = grid.new_zeros(())
+        if phase != "thought":
+            total = total + score_objective(grid, c, weights.weights, batch.valid) / groups
+            tally.add("score_loss", total * groups, count=len(batch.groups))
+            self._tally_scores(tally, weights, mass)
+            fill_scores(batch, scores)
+        if phase != "score":
+            thought = self._thought_loss(head, batch, c, weights.weights, groups, tally)
+            tally.add("thought_loss", thought * groups, count=len(batch.groups))
+            total = total + thought
+        return total
+
+    def _thought_loss(
+        self, head: HeadInputs, batch: PaddedBatch, c: Tensor, weights: Tensor, groups: int, tally: Tally
+    ) -> Tensor:
+        config = self.config
+        standardised = config.alternate == "joint" and config.joint_reward == "standardised"
+        reward = (standardised_reward if standardised else centred_reward)(weights, batch.valid)
+        signal = thought_signal(
+            c, reward, batch.grid(batch.lengths), batch.valid, batch.grid(batch.trained), config.thought_normalization
+        )
+        tally.add("advantage", signal.advantage[batch.valid].abs())
+        assert batch.old_logprob is not None
+        result = ops.linear_policy_loss(
+            head.token,
+            head.weight,
+            batch.targets,
+            batch.old_logprob,
+            signal.advantage[batch.valid][batch.owner],
+            signal.token_weight[batch.valid][batch.owner] / groups,
+            clip_low=config.epsilon,
+            clip_high=config.epsilon if config.epsilon_high is None else config.epsilon_high,
+            temperature=config.temperature,
+            softcap=head.softcap,
+            bias=head.bias,
+        )
+        tally.policy.append(result.stats)
+        return result.loss
+
+    def _tally_scores(self, tally: Tally, weights: PreferenceWeights, mass: Tensor) -> None:
+        m = weights.coefficients[:, 0]
+        tally.add("loss", weights.losses)
+        tally.add("p_chosen", weights.marginals[:, 0].exp())
+        tally.add("p_rejected", weights.marginals[:, 1:].exp())
+        tally.add("misalignment", m)
+        tally.add("misalignment_squared", m.square())
+        tally.add("label_mass", mass)
+        chosen, rejected = weights.marginals[:, 0], weights.marginals[:, 1]
+        tally.add("train_accuracy", (chosen > rejected).double() + 0.5 * (chosen == rejected))
+
+    def card(self) -> dict[str, Any]:
+        return {
+            "method": self.name,
+            "score_normalization": self.config.score_normalization,
+            "temperature": self.config.temperature,
+            "max_completion_length": self.config.max_completion_length,
+        }

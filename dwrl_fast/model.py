@@ -1,0 +1,131 @@
+"""The root modules: a Hugging Face backbone and its head, seen as hidden states at the rows that matter.
+
+One root owns backbone and head, so that sharding, checkpointing and saving see one module. Logits are never built here: the generative root
+returns the hidden states at the thought and score rows with the head's weight, and the operators do the rest.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dwrl_fast.batch import PaddedBatch
+from dwrl_fast.errors import ModelError
+
+LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier_scale")
+
+
+@dataclass(frozen=True, slots=True)
+class HeadInputs:
+    """What the head's operators take: score [S, H], token [T, H] or None, weight [V, H], bias [V] or None, softcap or None."""
+
+    score: Tensor
+    token: Tensor | None
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+
+
+class GenerativeModel(nn.Module):
+    """A causal language model as a generative preference model. `lm` stays a plain Hugging Face model: save and load it as such."""
+
+    def __init__(self, lm: nn.Module):
+        super().__init__()
+        self.lm: Any = lm
+        head = self.lm.get_output_embeddings()
+        if head is None or self.lm.base_model is lm:
+            raise ModelError(f"{type(lm).__name__} is not a causal language model with an output head; give a *ForCausalLM checkpoint")
+        config = self.lm.config.get_text_config()
+        for name in LOGIT_SCALES:
+            if getattr(config, name, None) not in (None, 1, 1.0):
+                raise ModelError(
+                    f"{type(lm).__name__} multiplies its logits ({name} = {getattr(config, name)}), which the fused head does not do; "
+                    "use a model without it (Llama, Qwen, Mistral, Gemma)"
+                )
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+
+    def forward(self, batch: PaddedBatch, *, tokens: bool) -> HeadInputs:
+        """Hidden states at the score rows, and with `tokens` at the thought rows."""
+        hidden = backbone_states(self.lm.base_model, batch)
+        head = self.lm.get_output_embeddings()
+        return HeadInputs(
+            score=hidden[batch.score_rows],
+            token=hidden[batch.token_rows] if tokens else None,
+            weight=head.weight.to(hidden.dtype),
+            bias=None if head.bias is None else head.bias.to(hidden.dtype),
+            softcap=self.softcap,
+        )
+
+
+class ScalarModel(nn.Module):
+    """A sequence classifier with one output as a scalar reward model (method `bt`)."""
+
+    def __init__(self, lm: nn.Module):
+        super().__init__()
+        self.lm: Any = lm
+        if getattr(lm, "score", None) is None:
+            raise ModelError(f"{type(lm).__name__} has no `score` head; bt needs a family with *ForSequenceClassification")
+
+    def forward(self, batch: PaddedBatch) -> Tensor:
+        """Rewards [S] in float32, read at the last token."""
+        hidden = backbone_states(self.lm.base_model, batch)[batch.score_rows]
+        return self.lm.score(hidden).float().squeeze(-1)
+
+
+def backbone_states(backbone: nn.Module, batch: PaddedBatch) -> Tensor:
+    """[S * L, H]. Padding is on the right, so positions are those of the sequence alone."""
+    states = backbone(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).last_hidden_state
+    return states.flatten(0, 1)
+
+
+def load_generative(name_or_path: str | None, config_path: str | None, seed: int) -> GenerativeModel:
+    """A causal LM from a folder or hub name, or drawn from `config_path` with `seed`; float32 master weights."""
+    from transformers import AutoModelForCausalLM
+
+    return GenerativeModel(_load(AutoModelForCausalLM, name_or_path, config_path, seed))
+
+
+def load_scalar(name_or_path: str | None, config_path: str | None, seed: int, pad_id: int) -> ScalarModel:
+    """The same backbone under a one-output head, drawn with `seed` where the checkpoint has none."""
+    from transformers import AutoModelForSequenceClassification
+
+    model = _load(AutoModelForSequenceClassification, name_or_path, config_path, seed, num_labels=1)
+    model.config.pad_token_id = pad_id
+    return ScalarModel(model)
+
+
+def _load(auto: Any, name_or_path: str | None, config_path: str | None, seed: int, **extra: Any) -> Any:
+    from transformers import AutoConfig
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    source = name_or_path or config_path
+    # The caller's stream of random numbers must not depend on whether a model was drawn.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            if name_or_path is not None:
+                return auto.from_pretrained(name_or_path, dtype=torch.float32, trust_remote_code=False, **extra)
+            config = AutoConfig.from_pretrained(config_path, trust_remote_code=False, **extra)
+            return auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            local = source is not None and Path(source).exists()
+            hint = (
+                "The folder exists but does not load: it needs config.json and model.safetensors."
+                if local
+                else "Give a local folder, or a hub name while the hub can be reached."
+            )
+            raise ModelError(f"cannot load a model from {source!r}. {hint}\n  {error}") from error
+
+
+def check_vocabulary(model: nn.Module, largest_id: int) -> None:
+    """Every id that the dialog can make must have an embedding."""
+    rows = model.lm.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr, operator]
+    if largest_id >= rows:
+        raise ModelError(
+            f"the tokenizer makes ids up to {largest_id} but the model embeds only {rows}: they do not belong together. "
+            "Set --tokenizer_name_or_path to the model's own tokenizer, or vocab_size in --model_config to at least "
+            f"{largest_id + 1}."
+        )

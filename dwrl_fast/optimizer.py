@@ -1,0 +1,76 @@
+"""AdamW by phase: a learning rate each, and one state for all phases or one a phase; the schedule over minibatches."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from dwrl_fast.config import TrainConfig
+from dwrl_fast.methods import Method
+
+
+class Optimizers:
+    """The phases' optimizers over one model.
+
+    total: minibatches of the whole run, over which the schedule runs; every phase of a minibatch has its factor.
+    """
+
+    def __init__(self, method: Method, config: TrainConfig, total: int):
+        self.config, self.total = config, total
+        self.rates = {phase: method.learning_rate(phase) for phase in method.phases}
+        self.named = {name: p for name, p in method.model.named_parameters() if p.requires_grad}
+        states = method.phases if config.optimizer_state == "per_phase" else ("shared",)
+        made = {state: self._adamw() for state in states}
+        self.of_phase = {phase: made.get(phase) or made["shared"] for phase in method.phases}
+        self.made = made
+        self.last_rates: dict[str, float] = {}
+
+    def _adamw(self) -> torch.optim.AdamW:
+        config = self.config
+        adamw = torch.optim.AdamW(
+            self.named.values(),
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        # The state exists from the start, so that a checkpoint has the same tensors whenever it is taken or loaded.
+        for p in self.named.values():
+            adamw.state[p] = {
+                "step": torch.zeros((), dtype=torch.float32, device=p.device),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+            }
+        return adamw
+
+    def step(self, phase: str, minibatch: int) -> None:
+        """One AdamW step of `phase` at the schedule's place `minibatch`; the gradients are freed."""
+        adamw = self.of_phase[phase]
+        self.last_rates[phase] = self.rates[phase] * self.factor(minibatch)
+        for group in adamw.param_groups:
+            group["lr"] = self.last_rates[phase]
+        adamw.step()
+        adamw.zero_grad(set_to_none=True)
+
+    def clip(self) -> Tensor:
+        """Scale the gradients down to --max_grad_norm; their norm before that, on the device."""
+        return nn.utils.clip_grad_norm_(self.named.values(), self.config.max_grad_norm)
+
+    def factor(self, minibatch: int) -> float:
+        """The learning rate at `minibatch` as a fraction of its highest."""
+        warmup, floor = self.config.warmup_steps, self.config.min_learning_rate_ratio
+        if minibatch < warmup:
+            return (minibatch + 1) / warmup
+        done = min(1.0, (minibatch - warmup) / max(1, self.total - warmup))
+        shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[self.config.lr_scheduler_type]
+        return floor + (1 - floor) * shape
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every state tensor under a name of its own, for the checkpoint."""
+        return {
+            f"optimizer.{state}.{name}.{key}": adamw.state[p][key]
+            for state, adamw in self.made.items()
+            for name, p in self.named.items()
+            for key in ("step", "exp_avg", "exp_avg_sq")
+        }

@@ -1,0 +1,100 @@
+"""Models on disk: a plain Hugging Face folder, with the dialog and the labels in one small JSON beside the weights."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dwrl_fast.compute import Compute
+from dwrl_fast.config import TrainConfig
+from dwrl_fast.dialog import Dialog
+from dwrl_fast.errors import ModelError
+from dwrl_fast.model import load_generative, load_scalar
+from dwrl_fast.rollout.transformers import TransformersSampler
+from dwrl_fast.scorer import GenerativeScorer, ScalarScorer, Scorer
+
+CARD = "preference_model.json"
+
+
+def load_tokenizer(name_or_path: str) -> Any:
+    """A tokenizer from a folder or hub name; code that comes with it is not run."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"cannot load a tokenizer from {name_or_path!r}: give --tokenizer_name_or_path, a folder with tokenizer.json and "
+            f"tokenizer_config.json, or a hub name while the hub can be reached.\n  {error}"
+        ) from error
+
+
+def load_dialog(config: TrainConfig) -> Dialog:
+    """The dialog of a training run. A model that was trained here before brings its own template; --aspect, when given, wins."""
+    source = config.tokenizer_name_or_path or config.model_name_or_path
+    if source is None:
+        source = str(Path(config.model_config or "").parent)
+    tokenizer = load_tokenizer(source)
+    if config.model_name_or_path is not None and (Path(config.model_name_or_path) / CARD).is_file():
+        saved = load_card(config.model_name_or_path)["dialog"]
+        return Dialog.from_dict(tokenizer, saved | ({"aspect": config.aspect} if "aspect" in config.explicit else {}))
+    return Dialog(tokenizer, aspect=config.aspect)
+
+
+def save_pretrained(folder: Path, model: nn.Module, dialog: Dialog, card: dict[str, Any]) -> None:
+    """Replace `folder` by the model as it stands: config, safetensors, tokenizer and card. A kill leaves the old one or the new one."""
+    partial, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    model.lm.save_pretrained(partial)  # type: ignore[union-attr, operator]
+    dialog.tokenizer.save_pretrained(partial)
+    (partial / CARD).write_text(json.dumps(card | {"dialog": dialog.to_dict()}, indent=2) + "\n", encoding="utf-8")
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(partial, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_card(folder: str | Path) -> dict[str, Any]:
+    """The JSON beside a trained model."""
+    path = Path(folder) / CARD
+    if not path.is_file():
+        raise ModelError(
+            f"{folder} has no {CARD}, so it was not written by dwrl_fast.train, which saves it beside the weights as OUTPUT_DIR/model. "
+            "Give that folder."
+        )
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def load_scorer(
+    folder: str | Path, compute: Compute, *, token_budget: int, sampling_batch: int, aspect: str | None = None, **changes: Any
+) -> Scorer:
+    """The scorer of a folder that `save_pretrained` wrote. `changes` override what the card says (max_completion_length, temperature)."""
+    card = load_card(folder) | {k: v for k, v in changes.items() if v is not None}
+    saved = card["dialog"] | ({} if aspect is None else {"aspect": aspect})
+    dialog = Dialog.from_dict(load_tokenizer(str(folder)), saved)
+    if card["method"] == "bt":
+        scalar = load_scalar(str(folder), None, 0, dialog.pad_id).to(compute.device)
+        return ScalarScorer(scalar, dialog, compute, token_budget)
+    model = load_generative(str(folder), None, 0).to(compute.device)
+    sampler = TransformersSampler(
+        model.lm,
+        dialog.stop_ids,
+        dialog.pad_id,
+        batch_size=sampling_batch,
+        autocast=compute.autocast,
+        float32=compute.float32,
+    )
+    return GenerativeScorer(
+        model,
+        dialog,
+        sampler,
+        compute,
+        normalization=card["score_normalization"],
+        temperature=card["temperature"],
+        max_tokens=card["max_completion_length"],
+        token_budget=token_budget,
+    )

@@ -1,0 +1,72 @@
+"""What a person watches: bars with time left on a terminal, a line now and then where there is none."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+LINE_EVERY = 10.0  # seconds between lines of one stage where there is no terminal
+
+
+class Stage:
+    """One bar. `advance` moves it; `info` is shown beside it."""
+
+    def __init__(self, display: "Display", name: str, total: int, quiet: bool):
+        self.display, self.name, self.total, self.quiet = display, name, total, quiet
+        self.done, self.info = 0, ""
+        self.started = self.said = time.monotonic()
+        self.task = display.bars.add_task(name, total=total, info="")
+
+    def advance(self, by: int = 1, **info: float | str) -> None:
+        self.done += by
+        if info:
+            self.info = "  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in info.items())
+        self.display.bars.update(self.task, advance=by, info=self.info)
+        if not self.display.live and not self.quiet and (self.done >= self.total or time.monotonic() - self.said > LINE_EVERY):
+            self.said = time.monotonic()
+            left = (self.said - self.started) / max(self.done, 1) * (self.total - self.done)
+            self.display.console.print(
+                f"{self.name:<22} {self.done}/{self.total}  {self.said - self.started:.0f} s, {left:.0f} s left  {self.info}",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+
+class Display:
+    """The bars of one command. Use as a context manager; stages nest, inner ones vanish when done."""
+
+    def __init__(self, console: Console | None = None):
+        self.console = console or Console()
+        self.live = self.console.is_terminal
+        self.bars = Progress(
+            TextColumn("{task.description:<22}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[info]}"),
+            console=self.console,
+            disable=not self.live,
+        )
+        self.depth = 0
+
+    def __enter__(self) -> Self:
+        self.bars.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bars.stop()
+
+    @contextmanager
+    def stage(self, name: str, total: int) -> Iterator[Stage]:
+        stage = Stage(self, name, total, quiet=self.depth > 0)
+        self.depth += 1
+        try:
+            yield stage
+        finally:
+            self.depth -= 1
+            if self.depth > 0:
+                self.bars.remove_task(stage.task)

@@ -1,0 +1,91 @@
+"""What a run writes as it goes: metrics.jsonl, a line a rollout batch, and the thoughts with their scores."""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from dwrl_fast.batch import Group
+from dwrl_fast.log import logger
+
+
+class Decoder(Protocol):
+    def decode(self, ids: list[int]) -> str: ...
+
+
+class RunLog:
+    """The log files of one run's folder. `resumed_at`: the step that the run goes on from; what was logged past it is dropped."""
+
+    def __init__(self, folder: Path, resumed_at: int = 0):
+        self.metrics_path, self.thoughts_folder = folder / "metrics.jsonl", folder / "thoughts"
+        self.thoughts_folder.mkdir(parents=True, exist_ok=True)
+        rows = [row for row in read_metrics(self.metrics_path) if row["step"] <= resumed_at] if self.metrics_path.exists() else []
+        partial = self.metrics_path.with_suffix(".part")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        os.replace(partial, self.metrics_path)
+
+    def metrics(self, step: int, values: Mapping[str, Any]) -> None:
+        with self.metrics_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def thoughts(self, step: int, groups: Sequence[Group], decoder: Decoder) -> None:
+        write_groups(self.thoughts_folder / f"step-{step:06d}.jsonl", groups, decoder)
+
+
+def write_groups(path: Path, groups: Sequence[Group], decoder: Decoder) -> None:
+    """One line a sequence: where its row came from, which response (0 is the best), the thought where there is one, its score in nats."""
+    with path.open("w", encoding="utf-8") as file:
+        for group in groups:
+            for k, sequences in enumerate(group.sequences):
+                for i, sequence in enumerate(sequences):
+                    row: dict[str, Any] = {"source": group.preference.source, "response": k, "score": group.scores[k][i]}
+                    if group.ended:
+                        row |= {"thought": decoder.decode(sequence.ids[sequence.thought]), "ended": group.ended[k][i]}
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line that a killed run left half written is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        try:
+            rows.append(json.loads(line)) if line else None
+        except json.JSONDecodeError:
+            logger.warning("%s: a half-written line was dropped", path)
+    return rows
+
+
+class StallWatch:
+    """Says once when the figures show that training has stopped, and why (each must hold for `PATIENCE` rollout batches)."""
+
+    PATIENCE = 5
+
+    def __init__(self) -> None:
+        self.streak = {"equal": 0, "few": 0}
+        self.told: set[str] = set()
+
+    def update(self, values: Mapping[str, float], minibatch_size: int) -> None:
+        if "advantage" not in values or values["loss"] < 0.05:
+            return  # nothing is sampled, or there is nothing left to learn
+        self._count("equal", values["advantage"] < 1e-3, (
+            f"the thoughts of a response all score alike (mean |A| {values['advantage']:.1e}, p+ {values['p_chosen']:.3g}, "
+            f"p- {values['p_rejected']:.3g}), so they give no gradient. Raise --temperature, lower --score_learning_rate, or try "
+            "--score_normalization yes_no"
+        ))  # fmt: skip
+        self._count("few", values["effective_groups"] < 0.08 * minibatch_size, (
+            f"of {minibatch_size} groups in a minibatch about {values['effective_groups']:.1f} carry the gradient; the others are solved. "
+            "Raise --minibatch_size, or add harder pairs"
+        ))  # fmt: skip
+
+    def _count(self, kind: str, bad: bool, message: str) -> None:
+        self.streak[kind] = self.streak[kind] + 1 if bad else 0
+        if self.streak[kind] == self.PATIENCE and kind not in self.told:
+            self.told.add(kind)
+            logger.warning("training has stalled: %s.", message)
+
+
+def finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no nan: figures that were not known become null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}

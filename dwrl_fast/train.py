@@ -1,0 +1,173 @@
+"""`python -m dwrl_fast.train`: train a preference model on your pairs or, without arguments, watch DWRL learn the embedded task."""
+
+import dataclasses
+import platform
+import time
+from contextlib import ExitStack
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from dwrl_fast import embedded
+from dwrl_fast.compute import Compute
+from dwrl_fast.config import TrainConfig, parse_train
+from dwrl_fast.console import command, set_up_logging
+from dwrl_fast.data import Preference, read_preferences
+from dwrl_fast.dialog import Dialog
+from dwrl_fast.errors import ConfigError
+from dwrl_fast.log import logger
+from dwrl_fast.methods import METHODS
+from dwrl_fast.model import check_vocabulary
+from dwrl_fast.plots import plot_curves
+from dwrl_fast.pretrained import load_dialog
+from dwrl_fast.progress import Display, Stage
+from dwrl_fast.rollout import drop_long
+from dwrl_fast.runlog import read_metrics
+from dwrl_fast.trainer import Trainer, write_json
+
+OWN_DATA = """\
+Your own data: a JSONL file of {"prompt": ..., "chosen": ..., "rejected": ...}, then
+  python -m dwrl_fast.train --model_name_or_path MODEL --dataset_name pairs.jsonl --eval_dataset_name held_out.jsonl"""
+
+
+def main(argv: list[str]) -> None:
+    config = parse_train(argv)
+    if config.dataset_name is None:
+        config = parse_train(argv, base=yaml.safe_load(embedded.recipe(config.method).read_text(encoding="utf-8")))
+    run(config, Console())
+
+
+def run(config: TrainConfig, console: Console) -> dict[str, Any]:
+    """One command's whole run: everything is written under its folder; returns what result.json holds."""
+    started = time.monotonic()
+    set_up_logging(console)
+    folder = Path(config.output_dir or f"runs/{config.method}-{time.strftime('%Y%m%d-%H%M%S')}")
+    claim_folder(folder, resuming=config.resume_from_checkpoint is not None)
+    config = dataclasses.replace(config, output_dir=str(folder))
+    config.save(folder / "config.yaml")
+    with Display(console) as display:
+        if config.dataset_name is not None:
+            result = train(config, folder, display)
+        else:
+            result = train_embedded(config, folder, display)
+    result |= {"seconds": time.monotonic() - started, "seed": config.seed, "versions": versions()}
+    write_json(folder / "result.json", result)
+    report(result, config, folder, console)
+    return result
+
+
+def claim_folder(folder: Path, *, resuming: bool) -> None:
+    """Nothing of an earlier run is overwritten."""
+    if (folder / "config.yaml").exists() and not resuming:
+        raise ConfigError(
+            f"--output_dir {folder} holds an earlier run. Give another folder, or go on with it by --resume_from_checkpoint latest."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def train(config: TrainConfig, folder: Path, display: Display) -> dict[str, Any]:
+    """Train one method on one file and draw its curves."""
+    compute = Compute.resolve(config.dtype)
+    dialog = load_dialog(config)
+    rows = read_rows(config.dataset_name, config, dialog, display)
+    held_out = read_rows(config.eval_dataset_name, config, dialog, display)
+    method = METHODS[config.method](config, dialog, compute)
+    check_vocabulary(method.model, max(len(dialog.tokenizer) - 1, dialog.pad_id))
+    if config.gradient_checkpointing:
+        method.model.lm.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[union-attr, operator]
+    parameters = sum(p.numel() for p in method.model.parameters())
+    logger.info("%s: %s parameters on %s in %s", config.method, f"{parameters:,}", compute.device, compute.dtype)
+    result = Trainer(config, method, rows, held_out, folder, display).train()
+    plot_curves(read_metrics(folder / "metrics.jsonl"), folder / "curves.png", f"{config.method}, seed {config.seed}")
+    return result
+
+
+def read_rows(path: str | None, config: TrainConfig, dialog: Dialog, display: Display) -> list[Preference]:
+    """The usable rows of a file; how many were not, and why, is said."""
+    if path is None:
+        return []
+    dataset = read_preferences(path, columns=config.columns)
+    with display.stage(f"encode {Path(path).name}", len(dataset.rows)) as stage:
+        dialog.counts.clear()
+        drop_long(dataset, dialog, config.max_length, stage.advance)
+    logger.info(dataset.summary)
+    if dialog.counts:
+        logger.info("kept, and counted: " + ", ".join(f"{count} conversations {what}" for what, count in dialog.counts.most_common()))
+    return dataset.rows
+
+
+def train_embedded(config: TrainConfig, folder: Path, display: Display) -> dict[str, Any]:
+    """The demonstration: make the task and a warmed-up model, train on it, and BT from the same model on the same pairs beside it."""
+    made = make_embedded(folder / "embedded", config, display)
+    own = {
+        "model_name_or_path": str(made.model),
+        "dataset_name": str(made.train),
+        "eval_dataset_name": str(made.test),
+        "explicit": frozenset[str](),
+    }
+    result = train(dataclasses.replace(config, **own), folder, display)
+    result["seconds_by_stage"]["warm up"] = made.seconds
+    result["warmup_state"] = made.state
+    if config.method == "bt":
+        return result
+    base = yaml.safe_load(embedded.recipe("bt").read_text(encoding="utf-8"))
+    compared = parse_train(["--method", "bt", "--seed", str(config.seed), "--output_dir", str(folder / "bt")], base=base)
+    compared = dataclasses.replace(compared, resume_from_checkpoint=config.resume_from_checkpoint and "latest", **own)
+    bt = train(compared, folder / "bt", display)
+    result |= {"accuracy_bt": bt["accuracy_after"], "report_bt": bt["report_after"]}
+    result["seconds_by_stage"]["bt"] = sum(bt["seconds_by_stage"].values())
+    return result
+
+
+def make_embedded(folder: Path, config: TrainConfig, display: Display) -> embedded.Embedded:
+    """The embedded task's pairs and warmed-up model; those of a run that is resumed are found again."""
+    if (folder / embedded.RECORD).exists():
+        return embedded.Embedded.read(folder)
+    with ExitStack() as stack:
+        stages: dict[str, Stage] = {}
+
+        def progress(name: str, done: int, total: int, info: dict[str, float]) -> None:
+            if name not in stages:
+                stages[name] = stack.enter_context(display.stage(f"warm up, {name}", total))
+            stages[name].advance(done - stages[name].done, **info)
+
+        return embedded.prepare(folder, config.seed, easy_fraction=config.easy_fraction, progress=progress)
+
+
+def versions() -> dict[str, str]:
+    names = ("dwrl_fast", "torch", "transformers", "numpy")
+    return {name: version(name) for name in names} | {"python": platform.python_version()}
+
+
+def report(result: dict[str, Any], config: TrainConfig, folder: Path, console: Console) -> None:
+    """The short table at the end, where things are, and what to type next."""
+    votes = f"{config.eval_votes}_thoughts"
+    table = Table(title=f"Held-out pair accuracy, {config.method}, seed {config.seed}")
+    for column in ("", "one greedy thought", "95 % interval", f"{config.eval_votes} thoughts"):
+        table.add_column(column, justify="left" if not column else "right")
+    for when, label in (("before", "before"), ("after", f"after {config.method}"), ("bt", "bt on the same pairs (no thoughts)")):
+        if (found := result.get(f"report_{when}")) is None:
+            continue
+        many = result.get(f"accuracy_{when}_{votes}")
+        table.add_row(
+            label, f"{found['accuracy']:.3f}", f"{found['low']:.3f} to {found['high']:.3f}", "" if many is None else f"{many:.3f}"
+        )
+    if table.row_count:
+        console.print(table)
+    stages = ", ".join(f"{k} {v:.0f}" for k, v in result["seconds_by_stage"].items())
+    console.print(f"Seconds: {result['seconds']:.0f} in all ({stages})", highlight=False, soft_wrap=True)
+    console.print(f"Model: {folder / 'model'}   figures: {folder / 'result.json'}   curves: {folder / 'curves.png'}", soft_wrap=True)
+    console.print(f"Metrics: {folder / 'metrics.jsonl'}   thoughts beside their scores: {folder / 'thoughts'}", soft_wrap=True)
+    if config.dataset_name is None:
+        console.print(OWN_DATA, markup=False, highlight=False, soft_wrap=True)
+    else:
+        console.print(f"Judge other pairs with it: python -m dwrl_fast.evaluate --model_name_or_path {folder / 'model'} --dataset_name FILE",
+                      markup=False, highlight=False, soft_wrap=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    command(main)
