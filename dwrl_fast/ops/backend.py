@@ -16,36 +16,38 @@ BACKENDS = ("auto", "reference", "cpu", "triton")
 
 def choose_backend(backend: str, operator: str, x: Tensor) -> str:
     """The backend for `operator` on x. A named one that cannot run raises; what "auto" chose is logged once."""
+    return _choose(backend, operator, x.device.type, x.dtype)
+
+
+@torch.compiler.assume_constant_result  # decided while tracing
+def _choose(backend: str, operator: str, device: str, dtype: torch.dtype) -> str:
     if backend not in BACKENDS:
         raise UserError(f"{operator}: backend is {backend!r}; it can be {', '.join(BACKENDS)}")
     if backend != "auto":
-        problem = _problem(backend, x)
+        problem = _problem(backend, device, dtype)
         if problem:
             raise UserError(f"{operator}: backend {backend!r} cannot run: {problem}")
         return backend
-    natural = "cpu" if x.device.type == "cpu" else "triton"
-    problem = _problem(natural, x)
+    natural = "cpu" if device == "cpu" else "triton"
+    problem = _problem(natural, device, dtype)
     if problem and natural == "cpu":
         extension.available()  # says what is missing and the command that builds it
     chosen = "reference" if problem else natural
-    if not torch.compiler.is_compiling():
-        reason = f" ({natural} cannot run: {problem})" if problem else ""
-        info_once(f"{operator} on {x.device.type} in {x.dtype}: backend {chosen}{reason}")
+    reason = f" ({natural} cannot run: {problem})" if problem else ""
+    info_once(f"{operator} on {device} in {dtype}: backend {chosen}{reason}")
     return chosen
 
 
-def _problem(backend: str, x: Tensor) -> str | None:
+def _problem(backend: str, device: str, dtype: torch.dtype) -> str | None:
     if backend == "cpu":
-        if x.device.type != "cpu":
-            return f"the tensors are on {x.device.type}"
-        return extension.problem()
+        return f"the tensors are on {device}" if device != "cpu" else extension.problem()
     if backend == "triton":
-        if x.dtype == torch.float64:
+        if dtype == torch.float64:
             return "its kernels compute in float32; float64 takes backend 'reference'"
         if importlib.util.find_spec("triton") is None:
             return "the package triton is not installed (pip install triton)"
-        if x.device.type != "cuda" and not _interpreted():
-            return f"the tensors are on {x.device.type} (TRITON_INTERPRET=1 runs the kernels there, slowly, for tests)"
+        if device != "cuda" and not _interpreted():
+            return f"the tensors are on {device} (TRITON_INTERPRET=1 runs the kernels there, slowly, for tests)"
     return None
 
 

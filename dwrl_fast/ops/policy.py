@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from dwrl_fast import reference
 from dwrl_fast.errors import UserError
@@ -133,6 +133,18 @@ def _constant(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if x is None else x.detach().to(dtype).contiguous()
 
 
+class _Once(torch.autograd.Function):
+    """A gradient that cannot be differentiated: doing so raises, where without this it would be zero in silence."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *_: Tensor) -> Tensor:
+        raise RuntimeError("the policy losses of dwrl_fast are differentiable once; with backend='reference', twice")
+
+
 class _Formed(torch.autograd.Function):
     """A loss whose gradients exist already. Arguments: the loss, then the inputs, then as many gradients."""
 
@@ -142,14 +154,16 @@ class _Formed(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = ctx.saved_tensors  # type: ignore[attr-defined]
-        # Read on the host only where that waits for no device; then a loss that is not scaled costs no pass over
-        # dWeight.
-        unscaled = not torch.compiler.is_compiling() and grad_loss.device.type == "cpu" and grad_loss.item() == 1
-        scaled = gradients if unscaled else [g * grad_loss.to(g.dtype) for g in gradients]
-        return None, *scaled, *(None for _ in gradients)
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = list(ctx.saved_tensors)
+        scale = outer[0].detach()
+        eager = not torch.compiler.is_compiling()
+        # Read on the host only where that waits for no device: an unscaled loss then costs no pass over dWeight.
+        if not (eager and scale.device.type == "cpu" and scale.item() == 1):
+            gradients = [g * scale.to(g.dtype) for g in gradients]
+        if eager and torch.is_grad_enabled():  # create_graph=True; compiled graphs refuse it themselves
+            gradients = [_Once.apply(g.detach().requires_grad_()) for g in gradients]
+        return None, *gradients, *(None for _ in gradients)
 
 
 def _with_gradients(
