@@ -11,8 +11,8 @@ from pathlib import Path
 from dwrl_fast.log import warn_once
 
 MISSING = """\
-dwrl_fast runs WITHOUT its C++ operators: {reason}.
-Everything works, but operators on the CPU take the slower PyTorch path. To build them, install a C++17 compiler and the
+*** dwrl_fast runs WITHOUT its C++ operators: {reason}.
+Everything works, but operators on the CPU take the slower PyTorch path. To build them, install a C++20 compiler and the
 headers of Python (Debian, Ubuntu: apt-get install g++ python3-dev; Fedora: dnf install gcc-c++ python3-devel), then:
     {command}"""
 
