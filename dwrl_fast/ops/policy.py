@@ -137,7 +137,7 @@ class _Once(torch.autograd.Function):
     """A gradient that cannot be differentiated: doing so raises, where without this it would be zero in silence."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, gradient: Tensor, *depends_on: Tensor) -> Tensor:
         return gradient.view_as(gradient)
 
     @staticmethod
@@ -150,19 +150,20 @@ class _Formed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, loss: Tensor, *pairs: Tensor) -> Tensor:
-        ctx.save_for_backward(*pairs[len(pairs) // 2 :])
+        ctx.save_for_backward(*pairs)
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = list(ctx.saved_tensors)
+        half = len(ctx.saved_tensors) // 2
+        inputs, gradients = ctx.saved_tensors[:half], list(ctx.saved_tensors[half:])
         scale = outer[0].detach()
         eager = not torch.compiler.is_compiling()
         # Read on the host only where that waits for no device: an unscaled loss then costs no pass over dWeight.
         if not (eager and scale.device.type == "cpu" and scale.item() == 1):
             gradients = [g * scale.to(g.dtype) for g in gradients]
         if eager and torch.is_grad_enabled():  # create_graph=True; compiled graphs refuse it themselves
-            gradients = [_Once.apply(g.detach().requires_grad_()) for g in gradients]
+            gradients = [_Once.apply(g, *inputs) for g in gradients]
         return None, *gradients, *(None for _ in gradients)
 
 
