@@ -15,7 +15,7 @@ HIDDEN = secrets.token_hex(16)  # stands before a control token's name where tex
 
 
 class ContentTokenizer:
-    """A fast tokenizer's backend, twice: `whole` as it is, and, called, with every control token taken out.
+    """A fast tokenizer's backend, twice: `whole` as it is, and, called, with every control token renamed.
 
     Every added token is a control token unless it is made of blanks or stands for the unknown word: Qwen's
     `<tool_call>` is not "special" and yet structure. Ids of ordinary text are the same in both. Both are copies:
@@ -33,9 +33,8 @@ class ContentTokenizer:
         self.control = frozenset(token["id"] for token in control)
         _hide(state["model"], {token["content"] for token in control})
         for token in control:
-            token |= {"content": HIDDEN + token["content"], "special": True}
+            token["content"] = HIDDEN + token["content"]
         self._split = Tokenizer.from_str(json.dumps(state))
-        self._split.encode_special_tokens = True
         self._encode = functools.lru_cache(maxsize=4096)(self._encode_content)
 
     def __call__(self, content: str) -> tuple[int, ...]:
@@ -70,7 +69,7 @@ def _unknown(model: dict[str, Any]) -> str | None:
 
 
 def _hide(model: dict[str, Any], control: set[str]) -> None:
-    """Control tokens can be words of the vocabulary too (word-level, SentencePiece): renamed there, the ids stay."""
+    """Control tokens can be words of the vocabulary too (word-level, SentencePiece): rename them there; ids stay."""
     vocab = model["vocab"]
     if isinstance(vocab, list):
         model["vocab"] = [[HIDDEN + piece if piece in control else piece, score] for piece, score in vocab]

@@ -1,4 +1,4 @@
-"""Reading pairs: every row is used, or counted under a reason with its line, or an error names file, line and remedy."""
+"""Reading pairs: a row is used, or counted under a reason with its line, or an error names file, line and remedy."""
 
 import gzip
 import json
@@ -81,7 +81,7 @@ DROPPED: dict[str, list[Any]] = {
     "a system turn inside the conversation": [GOOD | {"prompt": [ASK, SYSTEM]}],
     "the response is no assistant turn": [GOOD | {"chosen": [MORE]}],
     "margin is no finite number": [GOOD | {"margin": value} for value in (float("nan"), None, 10**400)],
-    "a lone surrogate, which is no text": [r'{"prompt": "Why?", "chosen": "\ud800", "rejected": "No."}'],
+    "a lone surrogate, which is no text": [GOOD | {"chosen": "\ud800"}, GOOD | {"aspect": "\udfff"}],
 }
 
 
@@ -173,21 +173,15 @@ def test_gzip_is_known_by_its_content(tmp_path: Path, name: str) -> None:
 def test_damaged_gzip(tmp_path: Path) -> None:
     rows = [GOOD | {"id": i, "chosen": f"{i * 7919 % 1013} because."} for i in range(2000)]
     whole = gzip.compress("\n".join(map(json.dumps, rows)).encode())
-    damaged = bytearray(whole)
-    damaged[len(whole) // 2] ^= 0xFF
-    for kind, content in {
-        "truncated": whole[: len(whole) // 2],
-        "damaged": bytes(damaged),
-        "tail": whole + b"junk",
-    }.items():
-        path = tmp_path / f"{kind}.jsonl.gz"
+    no_block = whole[:10] + b"\xff" + whole[11:]
+    wrong_sum = whole[:-8] + bytes(8)
+    for content in (whole[: len(whole) // 2], no_block, wrong_sum, whole + b"junk"):
+        path = tmp_path / "damaged.jsonl.gz"
         path.write_bytes(content)
-        with pytest.raises(DataError, match=rf"{kind}.jsonl.gz:\d+: "):
+        with pytest.raises(
+            DataError, match=r"damaged.jsonl.gz:\d+: the gzip file is cut off or damaged .* fetch it again"
+        ):
             read_preferences(path)
-    with pytest.raises(
-        DataError, match=r"truncated.jsonl.gz:\d+: the gzip file is cut off or damaged .* fetch it again"
-    ):
-        read_preferences(tmp_path / "truncated.jsonl.gz")
 
 
 def test_summary_shows_a_few_lines_a_reason() -> None:

@@ -204,6 +204,7 @@ def test_trimming_is_followed_and_counted() -> None:
     tokenizer = merging("  ", "\n\n")
     tokenizer.chat_template = TRIMMING
     dialog = Dialog(tokenizer, Template(" is it good ? ", "rate it {aspect}\n", LETTERS.labels), "x")
+    assert not dialog.counts
     prompt: list[Message] = [{"role": "user", "content": "\nwhat is five ? "}]
     for response in ("five", " five \n"):
         dialog.counts.clear()
@@ -279,6 +280,10 @@ WRONG_TEMPLATES = {
         "drops, moves or rewrites a 'assis",
     ),
     "repeats a turn": (CHATML + "{{ messages[0].content }}", "repeats, .* a 'user' turn"),
+    "other last words": (
+        CHATML.replace("message.content", "(message.content | replace('is', 'was') if loop.last else message.content)"),
+        "rewrites a plain turn",
+    ),
     "think block": (CHATML.replace("assistant\n{% endif", "assistant\nwhy {% endif"), "opens a think block"),
     "marks long dialogs": ("{% if messages | length > 3 %}why {% endif %}" + CHATML, "differently once others follow"),
     "no end of turn": (CHATML.replace("<|im_end|>", " . "), "control token, so its end cannot be told"),
@@ -301,6 +306,15 @@ def test_a_refused_role_is_named_where_it_occurs() -> None:
     refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
     dialog = Dialog(word_level(refusing), TEMPLATE)
     with pytest.raises(TemplateError, match=r"refuses the roles \(system, user.*no system role"):
+        dialog.context(LONG, "five")
+
+
+def test_a_tail_that_depends_on_the_prompt_is_refused() -> None:
+    tokenizer = word_level(
+        CHATML.replace("assistant\n", "assistant\n{% if messages[0].role == 'system' %}why {% endif %}")
+    )
+    dialog = Dialog(tokenizer, TEMPLATE)
+    with pytest.raises(TemplateError, match="roles system, user, assistant, user"):
         dialog.context(LONG, "five")
 
 
