@@ -262,6 +262,7 @@ def test_the_date_is_pinned_and_said(caplog: pytest.LogCaptureFixture) -> None:
     assert made[0] == made[1]
 
 
+CONTENT = "{{ message.content }}"
 ASSISTANT = "{% if message.role == 'assistant' %}"
 LAST = "{% if loop.last and message.role == 'assistant' %}"
 WRONG_TEMPLATES = {
@@ -281,7 +282,9 @@ WRONG_TEMPLATES = {
     ),
     "repeats a turn": (CHATML + "{{ messages[0].content }}", "repeats, .* a 'user' turn"),
     "other last words": (
-        CHATML.replace("message.content", "(message.content | replace('is', 'was') if loop.last else message.content)"),
+        CHATML.replace(
+            CONTENT, LAST + CONTENT.replace("}}", "| replace('is', 'was') }}{% else %}") + CONTENT + "{% endif %}"
+        ),
         "rewrites a plain turn",
     ),
     "think block": (CHATML.replace("assistant\n{% endif", "assistant\nwhy {% endif"), "opens a think block"),
@@ -310,9 +313,8 @@ def test_a_refused_role_is_named_where_it_occurs() -> None:
 
 
 def test_a_tail_that_depends_on_the_prompt_is_refused() -> None:
-    tokenizer = word_level(
-        CHATML.replace("assistant\n", "assistant\n{% if messages[0].role == 'system' %}why {% endif %}")
-    )
+    mark = "{{ 'why ' if messages[0].role == 'system' else '' }}"
+    tokenizer = word_level(CHATML.replace(CONTENT, mark + CONTENT).replace("assistant\n", "assistant\n" + mark))
     dialog = Dialog(tokenizer, TEMPLATE)
     with pytest.raises(TemplateError, match="roles system, user, assistant, user"):
         dialog.context(LONG, "five")
