@@ -35,10 +35,10 @@ class ContentTokenizer:
         for token in control:
             token["content"] = HIDDEN + token["content"]
         self._split = Tokenizer.from_str(json.dumps(state))
-        self._encode = functools.lru_cache(maxsize=4096)(self._encode_content)
+        self._encode = functools.lru_cache(maxsize=512)(self._encode_content)
 
     def __call__(self, content: str) -> tuple[int, ...]:
-        """The ids of a content. The last 4096 are remembered: responses share their prompt's turns."""
+        """The ids of a content. The last 512 are remembered: responses share their prompt's turns."""
         return self._encode(content)
 
     def whole(self, rendered: str) -> list[int]:
