@@ -14,6 +14,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install $(CONSTRAINTS:%=-c %)
 
+.DELETE_ON_ERROR:
 .PHONY: help install train test test-slow clean
 
 help:  ## this list
