@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TODAY = datetime(2024, 7, 26)  # for templates that print the date: a run must not depend on the day it is made
-# transformers hands templates plain data only, so the clock is replaced inside the template; `\n` is eaten by jinja.
-CLOCK = "".join(f" | replace('%{code}', '{TODAY.strftime('%' + code)}')" for code in "aAbBdeHIjmMpSyY")
-CLOCK = "{% macro strftime_now(format) %}{{ format | replace('%-', '%')" + CLOCK + " }}{% endmacro %}\n"
+# transformers gives templates plain data only, so the clock is replaced inside the template; jinja eats the newline.
+DIRECTIVES = "".join(f" | replace('%{code}', '{TODAY.strftime('%' + code)}')" for code in "aAbBdeHIjmMpSyY")
+CLOCK = "{% macro strftime_now(format) %}{{ format | replace('%-', '%')" + DIRECTIVES + " }}{% endmacro %}\n"
 PLACEHOLDER = "[[content-{}]]"
 CANONICAL: tuple[tuple[Message, ...], ...] = (
     ({"role": "user", "content": "What is two plus three?"},),
