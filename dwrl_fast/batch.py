@@ -1,9 +1,10 @@
 """Groups of sequences, and the tensors of one micro-batch.
 
-A `Group` is one preference group after encoding: K responses with N sequences each. It is atomic: the weights of METHOD need every
-thought of every response, so a micro-batch holds whole groups only. `PaddedBatch` lays the sequences out one a row, padded on the
-right, and names the rows of the hidden states that the head needs: the positions that predict thought tokens, and the last token
-of each sequence, where the score is read. Everything after the backbone sees only those rows, never the layout.
+A `Group` is one preference group after encoding: K responses with N sequences each. It is atomic: the weights of METHOD
+need every thought of every response, so a micro-batch holds whole groups only. `PaddedBatch` lays the sequences out one
+a row, padded on the right, and names the rows of the hidden states that the head needs: the positions that predict
+thought tokens, and the last token of each sequence, where the score is read. Everything after the backbone sees only
+those rows, never the layout.
 
 Shapes: P groups, K responses, N thoughts, S sequences, L longest sequence, T thought tokens of the micro-batch.
 """
@@ -54,8 +55,8 @@ class PaddedBatch:
     targets: [T], the thought tokens.  owner: [T], the sequence of each.  lengths: [S], |o| of each sequence.
     trained: [S] bool, whether the thought's tokens are trained.
     old_logprob: [T] float32, or None.
-    slots: [P, K, N], the sequence of each thought; valid: [P, K, N] bool, False where a response has fewer thoughts, or a group
-    fewer responses, than the largest of the batch.
+    slots: [P, K, N], the sequence of each thought; valid: [P, K, N] bool, False where a response has fewer thoughts, or
+    a group fewer responses, than the largest of the batch.
     """
 
     groups: tuple[Group, ...]
@@ -77,7 +78,7 @@ class PaddedBatch:
 
 
 def pad_batch(groups: Seq[Group], pad_id: int, device: torch.device, *, mask_truncated: bool = False) -> PaddedBatch:
-    """Lay `groups` out one sequence a row. With `mask_truncated`, thoughts cut at the limit keep their scores but train nothing."""
+    """Lay `groups` out one sequence a row. With `mask_truncated`, thoughts cut at the limit are scored, not trained."""
     sequences = [sequence for group in groups for sequence in group.flat]
     ended = [e for group in groups for response in group.ended for e in response] or [True] * len(sequences)
     longest = max(len(sequence.ids) for sequence in sequences)
@@ -131,7 +132,7 @@ def _slots(groups: Seq[Group]) -> tuple[Tensor, Tensor]:
 
 
 def split_by_budget(groups: Seq[Group], token_budget: int) -> list[list[Group]]:
-    """Whole groups into micro-batches of at most `token_budget` tokens, padding included; the longest groups share a batch.
+    """Whole groups into micro-batches of at most `token_budget` tokens, padding included, the longest first.
 
     A group larger than the budget is a batch of its own: cutting it would change its weights.
     """
@@ -141,9 +142,9 @@ def split_by_budget(groups: Seq[Group], token_budget: int) -> list[list[Group]]:
         size = len(group.flat)
         if size * group.longest > token_budget:
             warn_once(
-                f"a preference group of {size} sequences up to {group.longest} tokens long exceeds --token_budget {token_budget}; "
-                "groups are never split, so it becomes a micro-batch of its own. Raise the budget, or lower --max_length, "
-                "--max_completion_length or --num_generations if memory runs out."
+                f"a preference group of {size} sequences up to {group.longest} tokens long exceeds --token_budget "
+                f"{token_budget}; groups are never split, so it becomes a micro-batch of its own. Raise the budget, or "
+                "lower --max_length, --max_completion_length or --num_generations if memory runs out."
             )
         if not batches or (rows + size) * longest > token_budget:
             batches.append([])

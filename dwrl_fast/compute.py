@@ -1,4 +1,6 @@
-"""Where and in what precision a run computes: device, autocast dtype, and what must be set for runs to repeat themselves."""
+"""Where and in what precision a run computes: device, autocast dtype, and what must be set for runs to repeat
+themselves.
+"""
 
 import hashlib
 from contextlib import AbstractContextManager, nullcontext
@@ -20,7 +22,9 @@ class Compute:
 
     @classmethod
     def resolve(cls, dtype: str) -> "Compute":
-        """`auto` is fp32 on a CPU and bf16 on a GPU. float16 is refused: its loss scale comes too late for gradients formed in forward."""
+        """`auto` is fp32 on a CPU and bf16 on a GPU. float16 is refused: its loss scale comes too late for gradients
+        formed in forward.
+        """
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if dtype == "auto":
             dtype = "bf16" if device.type == "cuda" else "fp32"
@@ -37,6 +41,8 @@ class Compute:
 
 
 def step_seed(seed: int, stream: str, step: int) -> int:
-    """A seed for one use of randomness, from the run's seed alone: a resumed run draws what the whole run would have drawn."""
+    """A seed for one use of randomness, from the run's seed alone: a resumed run draws what the whole run would have
+    drawn.
+    """
     digest = hashlib.blake2b(f"{seed}/{stream}/{step}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

@@ -12,7 +12,7 @@ from dwrl_fast.log import logger
 
 
 def set_up_logging(console: Console) -> None:
-    """Our messages through `console`, so that they do not cut through the bars; other libraries' warnings as they are."""
+    """Our messages through `console`, so that they do not cut through the bars."""
     logger.setLevel(logging.INFO)
     logger.propagate = False
     logger.handlers = [RichHandler(console=console, show_path=False, show_time=False, markup=False, highlighter=None)]
@@ -26,5 +26,8 @@ def command(main: Callable[[list[str]], None]) -> None:
         print(f"\nerror: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\ninterrupted. Checkpoints written so far are whole: --resume_from_checkpoint latest goes on.", file=sys.stderr)
+        print(
+            "\ninterrupted. Checkpoints written so far are whole: --resume_from_checkpoint latest goes on.",
+            file=sys.stderr,
+        )
         sys.exit(130)

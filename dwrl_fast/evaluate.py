@@ -1,4 +1,4 @@
-"""`python -m dwrl_fast.evaluate`: how often a trained model scores the preferred response higher, on a file of pairs."""
+"""`python -m dwrl_fast.evaluate`: how often a trained model scores the preferred response higher."""
 
 from pathlib import Path
 

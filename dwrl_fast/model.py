@@ -1,7 +1,8 @@
 """The root modules: a Hugging Face backbone and its head, seen as hidden states at the rows that matter.
 
-One root owns backbone and head, so that sharding, checkpointing and saving see one module. Logits are never built here: the generative root
-returns the hidden states at the thought and score rows with the head's weight, and the operators do the rest.
+One root owns backbone and head, so that sharding, checkpointing and saving see one module. Logits are never built here:
+the generative root returns the hidden states at the thought and score rows with the head's weight, and the operators do
+the rest.
 """
 
 from dataclasses import dataclass
@@ -19,30 +20,38 @@ LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_m
 
 @dataclass(frozen=True, slots=True)
 class HeadInputs:
-    """What the head's operators take: score [S, H], token [T, H] or None, weight [V, H], bias [V] or None, softcap or None."""
+    """What the head's operators take.
+
+    score [S, H], token [T, H] (or [0, H] where they were not asked for), weight [V, H], bias [V], softcap.
+    """
 
     score: Tensor
-    token: Tensor | None
+    token: Tensor
     weight: Tensor
     bias: Tensor | None
     softcap: float | None
 
 
 class GenerativeModel(nn.Module):
-    """A causal language model as a generative preference model. `lm` stays a plain Hugging Face model: save and load it as such."""
+    """A causal language model as a generative preference model. `lm` stays a plain Hugging Face model: save and load it
+    as such.
+    """
 
-    def __init__(self, lm: nn.Module):
+    lm: Any
+
+    def __init__(self, lm: Any):
         super().__init__()
-        self.lm: Any = lm
-        head = self.lm.get_output_embeddings()
-        if head is None or self.lm.base_model is lm:
-            raise ModelError(f"{type(lm).__name__} is not a causal language model with an output head; give a *ForCausalLM checkpoint")
-        config = self.lm.config.get_text_config()
+        self.lm = lm
+        if lm.get_output_embeddings() is None or lm.base_model is lm:
+            raise ModelError(
+                f"{type(lm).__name__} is no causal language model with an output head; give a *ForCausalLM checkpoint"
+            )
+        config = lm.config.get_text_config()
         for name in LOGIT_SCALES:
             if getattr(config, name, None) not in (None, 1, 1.0):
                 raise ModelError(
-                    f"{type(lm).__name__} multiplies its logits ({name} = {getattr(config, name)}), which the fused head does not do; "
-                    "use a model without it (Llama, Qwen, Mistral, Gemma)"
+                    f"{type(lm).__name__} multiplies its logits ({name} = {getattr(config, name)}), which the fused "
+                    "head does not do; use a model without it (Llama, Qwen, Mistral, Gemma)"
                 )
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
 
@@ -52,7 +61,7 @@ class GenerativeModel(nn.Module):
         head = self.lm.get_output_embeddings()
         return HeadInputs(
             score=hidden[batch.score_rows],
-            token=hidden[batch.token_rows] if tokens else None,
+            token=hidden[batch.token_rows if tokens else batch.token_rows[:0]],
             weight=head.weight.to(hidden.dtype),
             bias=None if head.bias is None else head.bias.to(hidden.dtype),
             softcap=self.softcap,
@@ -62,11 +71,15 @@ class GenerativeModel(nn.Module):
 class ScalarModel(nn.Module):
     """A sequence classifier with one output as a scalar reward model (method `bt`)."""
 
-    def __init__(self, lm: nn.Module):
+    lm: Any
+
+    def __init__(self, lm: Any):
         super().__init__()
-        self.lm: Any = lm
+        self.lm = lm
         if getattr(lm, "score", None) is None:
-            raise ModelError(f"{type(lm).__name__} has no `score` head; bt needs a family with *ForSequenceClassification")
+            raise ModelError(
+                f"{type(lm).__name__} has no `score` head; bt needs a family with *ForSequenceClassification"
+            )
 
     def forward(self, batch: PaddedBatch) -> Tensor:
         """Rewards [S] in float32, read at the last token."""
@@ -120,12 +133,12 @@ def _load(auto: Any, name_or_path: str | None, config_path: str | None, seed: in
             raise ModelError(f"cannot load a model from {source!r}. {hint}\n  {error}") from error
 
 
-def check_vocabulary(model: nn.Module, largest_id: int) -> None:
+def check_vocabulary(model: "GenerativeModel | ScalarModel", largest_id: int) -> None:
     """Every id that the dialog can make must have an embedding."""
-    rows = model.lm.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr, operator]
+    rows = model.lm.get_input_embeddings().weight.shape[0]
     if largest_id >= rows:
         raise ModelError(
-            f"the tokenizer makes ids up to {largest_id} but the model embeds only {rows}: they do not belong together. "
-            "Set --tokenizer_name_or_path to the model's own tokenizer, or vocab_size in --model_config to at least "
-            f"{largest_id + 1}."
+            f"the tokenizer makes ids up to {largest_id} but the model embeds only {rows}: they do not belong "
+            "together. Set --tokenizer_name_or_path to the model's own tokenizer, or vocab_size in --model_config to "
+            f"at least {largest_id + 1}."
         )

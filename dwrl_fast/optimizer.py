@@ -63,7 +63,9 @@ class Optimizers:
         if minibatch < warmup:
             return (minibatch + 1) / warmup
         done = min(1.0, (minibatch - warmup) / max(1, self.total - warmup))
-        shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[self.config.lr_scheduler_type]
+        shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[
+            self.config.lr_scheduler_type
+        ]
         return floor + (1 - floor) * shape
 
     def tensors(self) -> dict[str, Tensor]:

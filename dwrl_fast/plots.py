@@ -29,12 +29,16 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> No
     from matplotlib import pyplot as plt
 
     panels = {
-        panel: kept for panel, names in PANELS.items() if (kept := [name for name in names if any(row.get(name) is not None for row in rows)])
+        panel: kept
+        for panel, names in PANELS.items()
+        if (kept := [name for name in names if any(row.get(name) is not None for row in rows)])
     }
     if not panels:
         return
     columns = 3
-    figure, axes = plt.subplots(-(-len(panels) // columns), columns, figsize=(12, 2.6 * -(-len(panels) // columns)), squeeze=False)
+    figure, axes = plt.subplots(
+        -(-len(panels) // columns), columns, figsize=(12, 2.6 * -(-len(panels) // columns)), squeeze=False
+    )
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for axis, (panel, names) in zip(axes.flat, panels.items(), strict=False):

@@ -27,13 +27,16 @@ def load_tokenizer(name_or_path: str) -> Any:
         return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
-            f"cannot load a tokenizer from {name_or_path!r}: give --tokenizer_name_or_path, a folder with tokenizer.json and "
-            f"tokenizer_config.json, or a hub name while the hub can be reached.\n  {error}"
+            f"cannot load a tokenizer from {name_or_path!r}: give --tokenizer_name_or_path, a folder with "
+            "tokenizer.json and tokenizer_config.json, or a hub name while the hub can be reached."
+            f"\n  {error}"
         ) from error
 
 
 def load_dialog(config: TrainConfig) -> Dialog:
-    """The dialog of a training run. A model that was trained here before brings its own template; --aspect, when given, wins."""
+    """The dialog of a training run. A model that was trained here before brings its own template; --aspect, when given,
+    wins.
+    """
     source = config.tokenizer_name_or_path or config.model_name_or_path
     if source is None:
         source = str(Path(config.model_config or "").parent)
@@ -45,7 +48,9 @@ def load_dialog(config: TrainConfig) -> Dialog:
 
 
 def save_pretrained(folder: Path, model: nn.Module, dialog: Dialog, card: dict[str, Any]) -> None:
-    """Replace `folder` by the model as it stands: config, safetensors, tokenizer and card. A kill leaves the old one or the new one."""
+    """Replace `folder` by the model as it stands: config, safetensors, tokenizer and card. A kill leaves the old one or
+    the new one.
+    """
     partial, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -63,16 +68,24 @@ def load_card(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / CARD
     if not path.is_file():
         raise ModelError(
-            f"{folder} has no {CARD}, so it was not written by dwrl_fast.train, which saves it beside the weights as OUTPUT_DIR/model. "
-            "Give that folder."
+            f"{folder} has no {CARD}, so it was not written by dwrl_fast.train, which saves it beside the weights in "
+            "OUTPUT_DIR/model. Give that folder."
         )
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def load_scorer(
-    folder: str | Path, compute: Compute, *, token_budget: int, sampling_batch: int, aspect: str | None = None, **changes: Any
+    folder: str | Path,
+    compute: Compute,
+    *,
+    token_budget: int,
+    sampling_batch: int,
+    aspect: str | None = None,
+    **changes: Any,
 ) -> Scorer:
-    """The scorer of a folder that `save_pretrained` wrote. `changes` override what the card says (max_completion_length, temperature)."""
+    """The scorer of a folder that `save_pretrained` wrote. `changes` override what the card says
+    (max_completion_length, temperature).
+    """
     card = load_card(folder) | {k: v for k, v in changes.items() if v is not None}
     saved = card["dialog"] | ({} if aspect is None else {"aspect": aspect})
     dialog = Dialog.from_dict(load_tokenizer(str(folder)), saved)

@@ -25,14 +25,16 @@ class Stage:
         if info:
             self.info = "  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in info.items())
         self.display.bars.update(self.task, advance=by, info=self.info)
-        if not self.display.live and not self.quiet and (self.done >= self.total or time.monotonic() - self.said > LINE_EVERY):
+        if (
+            not self.display.live
+            and not self.quiet
+            and (self.done >= self.total or time.monotonic() - self.said > LINE_EVERY)
+        ):
             self.said = time.monotonic()
-            left = (self.said - self.started) / max(self.done, 1) * (self.total - self.done)
-            self.display.console.print(
-                f"{self.name:<22} {self.done}/{self.total}  {self.said - self.started:.0f} s, {left:.0f} s left  {self.info}",
-                highlight=False,
-                soft_wrap=True,
-            )
+            spent = self.said - self.started
+            left = spent / max(self.done, 1) * (self.total - self.done)
+            line = f"{self.name:<22} {self.done}/{self.total}  {spent:.0f} s, {left:.0f} s left  {self.info}"
+            self.display.console.print(line, highlight=False, soft_wrap=True)
 
 
 class Display:

@@ -16,12 +16,18 @@ class Decoder(Protocol):
 
 
 class RunLog:
-    """The log files of one run's folder. `resumed_at`: the step that the run goes on from; what was logged past it is dropped."""
+    """The log files of one run's folder. `resumed_at`: the step that the run goes on from; what was logged past it is
+    dropped.
+    """
 
     def __init__(self, folder: Path, resumed_at: int = 0):
         self.metrics_path, self.thoughts_folder = folder / "metrics.jsonl", folder / "thoughts"
         self.thoughts_folder.mkdir(parents=True, exist_ok=True)
-        rows = [row for row in read_metrics(self.metrics_path) if row["step"] <= resumed_at] if self.metrics_path.exists() else []
+        rows = (
+            [row for row in read_metrics(self.metrics_path) if row["step"] <= resumed_at]
+            if self.metrics_path.exists()
+            else []
+        )
         partial = self.metrics_path.with_suffix(".part")
         partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         os.replace(partial, self.metrics_path)
@@ -35,12 +41,18 @@ class RunLog:
 
 
 def write_groups(path: Path, groups: Sequence[Group], decoder: Decoder) -> None:
-    """One line a sequence: where its row came from, which response (0 is the best), the thought where there is one, its score in nats."""
+    """One line a sequence: where its row came from, which response (0 is the best), the thought where there is one, its
+    score in nats.
+    """
     with path.open("w", encoding="utf-8") as file:
         for group in groups:
             for k, sequences in enumerate(group.sequences):
                 for i, sequence in enumerate(sequences):
-                    row: dict[str, Any] = {"source": group.preference.source, "response": k, "score": group.scores[k][i]}
+                    row: dict[str, Any] = {
+                        "source": group.preference.source,
+                        "response": k,
+                        "score": group.scores[k][i],
+                    }
                     if group.ended:
                         row |= {"thought": decoder.decode(sequence.ids[sequence.thought]), "ended": group.ended[k][i]}
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -58,7 +70,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class StallWatch:
-    """Says once when the figures show that training has stopped, and why (each must hold for `PATIENCE` rollout batches)."""
+    """Says once when the figures show that training has stopped, and why (each must hold for `PATIENCE` rollout
+    batches).
+    """
 
     PATIENCE = 5
 
@@ -70,13 +84,13 @@ class StallWatch:
         if "advantage" not in values or values["loss"] < 0.05:
             return  # nothing is sampled, or there is nothing left to learn
         self._count("equal", values["advantage"] < 1e-3, (
-            f"the thoughts of a response all score alike (mean |A| {values['advantage']:.1e}, p+ {values['p_chosen']:.3g}, "
-            f"p- {values['p_rejected']:.3g}), so they give no gradient. Raise --temperature, lower --score_learning_rate, or try "
-            "--score_normalization yes_no"
+            f"the thoughts of a response all score alike (mean |A| {values['advantage']:.1e}, p+ "
+            f"{values['p_chosen']:.3g}, p- {values['p_rejected']:.3g}), so they give no gradient. Raise --temperature, "
+            "lower --score_learning_rate, or try --score_normalization yes_no"
         ))  # fmt: skip
         self._count("few", values["effective_groups"] < 0.08 * minibatch_size, (
-            f"of {minibatch_size} groups in a minibatch about {values['effective_groups']:.1f} carry the gradient; the others are solved. "
-            "Raise --minibatch_size, or add harder pairs"
+            f"of {minibatch_size} groups in a minibatch about {values['effective_groups']:.1f} carry the gradient; the "
+            "others are solved. Raise --minibatch_size, or add harder pairs"
         ))  # fmt: skip
 
     def _count(self, kind: str, bad: bool, message: str) -> None:

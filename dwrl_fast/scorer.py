@@ -1,6 +1,8 @@
-"""Scores of responses under a trained model: the one place that reads a verdict, used by training, evaluation and foreign callers.
+"""Scores of responses under a trained model: the one place that reads a verdict, used by training, evaluation and
+foreign callers.
 
-A score is in nats: log p(Yes) of a generative model, averaged as a probability over `votes` thoughts; the reward itself of a scalar one.
+A score is in nats: log p(Yes) of a generative model, averaged as a probability over `votes` thoughts; the reward itself
+of a scalar one.
 """
 
 import math
@@ -122,7 +124,12 @@ def fill_scores(batch: PaddedBatch, scores: Tensor) -> None:
 
 
 def marginal_scores(groups: Sequence[Group]) -> Tensor:
-    """Log of the mean of exp(score) over each response's thoughts: float64 [P, K], nan where a group has fewer responses."""
-    rows = [[torch.tensor(each, dtype=torch.float64).logsumexp(0).item() - math.log(len(each)) for each in g.scores] for g in groups]
+    """Log of the mean of exp(score) over each response's thoughts: float64 [P, K], nan where a group has fewer
+    responses.
+    """
+    rows = [
+        [torch.tensor(each, dtype=torch.float64).logsumexp(0).item() - math.log(len(each)) for each in g.scores]
+        for g in groups
+    ]
     width = max(map(len, rows), default=0)
     return torch.tensor([row + [math.nan] * (width - len(row)) for row in rows], dtype=torch.float64)

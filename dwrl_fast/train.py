@@ -1,4 +1,6 @@
-"""`python -m dwrl_fast.train`: train a preference model on your pairs or, without arguments, watch DWRL learn the embedded task."""
+"""`python -m dwrl_fast.train`: train a preference model on your pairs or, without arguments, watch DWRL learn the
+embedded task.
+"""
 
 import dataclasses
 import platform
@@ -64,7 +66,8 @@ def claim_folder(folder: Path, *, resuming: bool) -> None:
     """Nothing of an earlier run is overwritten."""
     if (folder / "config.yaml").exists() and not resuming:
         raise ConfigError(
-            f"--output_dir {folder} holds an earlier run. Give another folder, or go on with it by --resume_from_checkpoint latest."
+            f"--output_dir {folder} holds an earlier run. Give another folder, or go on with it by "
+            "--resume_from_checkpoint latest."
         )
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -78,7 +81,7 @@ def train(config: TrainConfig, folder: Path, display: Display) -> dict[str, Any]
     method = METHODS[config.method](config, dialog, compute)
     check_vocabulary(method.model, max(len(dialog.tokenizer) - 1, dialog.pad_id))
     if config.gradient_checkpointing:
-        method.model.lm.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[union-attr, operator]
+        method.model.lm.gradient_checkpointing_enable({"use_reentrant": False})
     parameters = sum(p.numel() for p in method.model.parameters())
     logger.info("%s: %s parameters on %s in %s", config.method, f"{parameters:,}", compute.device, compute.dtype)
     result = Trainer(config, method, rows, held_out, folder, display).train()
@@ -96,31 +99,44 @@ def read_rows(path: str | None, config: TrainConfig, dialog: Dialog, display: Di
         drop_long(dataset, dialog, config.max_length, stage.advance)
     logger.info(dataset.summary)
     if dialog.counts:
-        logger.info("kept, and counted: " + ", ".join(f"{count} conversations {what}" for what, count in dialog.counts.most_common()))
+        logger.info(
+            "kept, and counted: "
+            + ", ".join(f"{count} conversations {what}" for what, count in dialog.counts.most_common())
+        )
     return dataset.rows
 
 
 def train_embedded(config: TrainConfig, folder: Path, display: Display) -> dict[str, Any]:
-    """The demonstration: make the task and a warmed-up model, train on it, and BT from the same model on the same pairs beside it."""
+    """The demonstration: make the task and a warmed-up model, train on it, and BT from the same model on the same pairs
+    beside it.
+    """
     made = make_embedded(folder / "embedded", config, display)
-    own = {
-        "model_name_or_path": str(made.model),
-        "dataset_name": str(made.train),
-        "eval_dataset_name": str(made.test),
-        "explicit": frozenset[str](),
-    }
-    result = train(dataclasses.replace(config, **own), folder, display)
+    result = train(on_embedded(config, made), folder, display)
     result["seconds_by_stage"]["warm up"] = made.seconds
     result["warmup_state"] = made.state
     if config.method == "bt":
         return result
     base = yaml.safe_load(embedded.recipe("bt").read_text(encoding="utf-8"))
-    compared = parse_train(["--method", "bt", "--seed", str(config.seed), "--output_dir", str(folder / "bt")], base=base)
-    compared = dataclasses.replace(compared, resume_from_checkpoint=config.resume_from_checkpoint and "latest", **own)
-    bt = train(compared, folder / "bt", display)
+    compared = parse_train(
+        ["--method", "bt", "--seed", str(config.seed), "--output_dir", str(folder / "bt")], base=base
+    )
+    compared = dataclasses.replace(compared, resume_from_checkpoint=config.resume_from_checkpoint and "latest")
+    (folder / "bt").mkdir(exist_ok=True)
+    bt = train(on_embedded(compared, made), folder / "bt", display)
     result |= {"accuracy_bt": bt["accuracy_after"], "report_bt": bt["report_after"]}
     result["seconds_by_stage"]["bt"] = sum(bt["seconds_by_stage"].values())
     return result
+
+
+def on_embedded(config: TrainConfig, made: embedded.Embedded) -> TrainConfig:
+    """The same options on the embedded task's files, which are files like any others."""
+    return dataclasses.replace(
+        config,
+        model_name_or_path=str(made.model),
+        dataset_name=str(made.train),
+        eval_dataset_name=str(made.test),
+        explicit=frozenset(),
+    )
 
 
 def make_embedded(folder: Path, config: TrainConfig, display: Display) -> embedded.Embedded:
@@ -149,24 +165,35 @@ def report(result: dict[str, Any], config: TrainConfig, folder: Path, console: C
     table = Table(title=f"Held-out pair accuracy, {config.method}, seed {config.seed}")
     for column in ("", "one greedy thought", "95 % interval", f"{config.eval_votes} thoughts"):
         table.add_column(column, justify="left" if not column else "right")
-    for when, label in (("before", "before"), ("after", f"after {config.method}"), ("bt", "bt on the same pairs (no thoughts)")):
+    for when, label in (
+        ("before", "before"),
+        ("after", f"after {config.method}"),
+        ("bt", "bt on the same pairs (no thoughts)"),
+    ):
         if (found := result.get(f"report_{when}")) is None:
             continue
         many = result.get(f"accuracy_{when}_{votes}")
         table.add_row(
-            label, f"{found['accuracy']:.3f}", f"{found['low']:.3f} to {found['high']:.3f}", "" if many is None else f"{many:.3f}"
+            label,
+            f"{found['accuracy']:.3f}",
+            f"{found['low']:.3f} to {found['high']:.3f}",
+            "" if many is None else f"{many:.3f}",
         )
     if table.row_count:
         console.print(table)
     stages = ", ".join(f"{k} {v:.0f}" for k, v in result["seconds_by_stage"].items())
-    console.print(f"Seconds: {result['seconds']:.0f} in all ({stages})", highlight=False, soft_wrap=True)
-    console.print(f"Model: {folder / 'model'}   figures: {folder / 'result.json'}   curves: {folder / 'curves.png'}", soft_wrap=True)
-    console.print(f"Metrics: {folder / 'metrics.jsonl'}   thoughts beside their scores: {folder / 'thoughts'}", soft_wrap=True)
+    lines = [
+        f"Seconds: {result['seconds']:.0f} in all ({stages})",
+        f"Model: {folder / 'model'}   figures: {folder / 'result.json'}   curves: {folder / 'curves.png'}",
+        f"Metrics: {folder / 'metrics.jsonl'}" + f"   thoughts: {folder / 'thoughts'}" * (folder / "thoughts").exists(),
+    ]
     if config.dataset_name is None:
-        console.print(OWN_DATA, markup=False, highlight=False, soft_wrap=True)
+        lines.append(OWN_DATA)
     else:
-        console.print(f"Judge other pairs with it: python -m dwrl_fast.evaluate --model_name_or_path {folder / 'model'} --dataset_name FILE",
-                      markup=False, highlight=False, soft_wrap=True)  # fmt: skip
+        lines.append("On other pairs:")
+        lines.append(f"  python -m dwrl_fast.evaluate --model_name_or_path {folder}/model --dataset_name FILE")
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The training loop: rollout batch by rollout batch, the same for every method.
 
-A step is one rollout batch: thoughts are sampled with the weights as they stand, then the batch's minibatches are trained, each phase in turn.
-All that is random depends on (seed, step) alone, so a run that resumes at a step boundary goes on to the bit.
+A step is one rollout batch: thoughts are sampled with the weights as they stand, then the batch's minibatches are
+trained, each phase in turn. All that is random depends on (seed, step) alone, so a run that resumes at a step boundary
+goes on to the bit.
 """
 
 import json
@@ -50,12 +51,12 @@ class Trainer:
         self.config, self.method, self.rows, self.held_out = config, method, rows, held_out
         self.folder, self.display = folder, display
         self.order = Order(len(rows), config.rollout_batch_size, config.num_train_epochs, config.max_steps, config.seed)
-        self.optimizers = Optimizers(method, config, total=self.order.steps * -(-config.rollout_batch_size // config.minibatch_size))
+        self.optimizers = Optimizers(
+            method, config, total=self.order.steps * -(-config.rollout_batch_size // config.minibatch_size)
+        )
         self.step = 0
         self.seconds: dict[str, float] = defaultdict(float)
         self.stall = StallWatch()
-
-    # The whole run ---------------------------------------------------------------------------------------------------------------
 
     def train(self) -> dict[str, Any]:
         """Every step from where the run stands. Returns what `result.json` holds of it."""
@@ -85,8 +86,13 @@ class Trainer:
         rows = [self.rows[i] for i in self.order[self.step]]
         # Dropout, where a model has it, is the one use of the global stream.
         torch.manual_seed(step_seed(self.config.seed, "dropout", self.step))
-        with self.timed("rollout"), self.display.stage("  sample thoughts", sum(len(row.responses) for row in rows)) as sampling:
-            groups, values = self.method.rollout(rows, step_seed(self.config.seed, "rollout", self.step), sampling.advance)
+        with (
+            self.timed("rollout"),
+            self.display.stage("  sample thoughts", sum(len(row.responses) for row in rows)) as sampling,
+        ):
+            groups, values = self.method.rollout(
+                rows, step_seed(self.config.seed, "rollout", self.step), sampling.advance
+            )
         tally, norms = Tally(), defaultdict(list)
         size = self.config.minibatch_size
         minibatches = [groups[i : i + size] for i in range(0, len(groups), size)]
@@ -111,12 +117,17 @@ class Trainer:
             yield from ((phase, m) for m in range(minibatches) for phase in phases)
 
     def update(self, phase: str, minibatch: Sequence[Group], index: int, tally: Tally) -> Tensor:
-        """One optimizer step of `phase` over a minibatch, micro-batch by micro-batch; the gradient's norm before clipping."""
+        """One optimizer step of `phase` over a minibatch, micro-batch by micro-batch; the gradient's norm before
+        clipping.
+        """
         losses = []
         with self.timed(phase):
             for micro in split_by_budget(minibatch, self.config.token_budget):
                 batch = pad_batch(
-                    micro, self.method.dialog.pad_id, self.method.compute.device, mask_truncated=self.config.truncated_thoughts == "mask"
+                    micro,
+                    self.method.dialog.pad_id,
+                    self.method.compute.device,
+                    mask_truncated=self.config.truncated_thoughts == "mask",
                 )
                 with self.method.compute.autocast():
                     loss = self.method.loss(phase, batch, len(minibatch), tally)
@@ -125,15 +136,14 @@ class Trainer:
             norm = self.optimizers.clip()
             if not torch.isfinite(torch.stack([*losses, norm])).all():
                 raise NotFiniteError(
-                    f"step {self.step + 1}, minibatch {index + 1}, phase {phase}: loss {[loss.item() for loss in losses]}, gradient norm "
-                    f"{norm.item()}. No step was taken with it. The last checkpoint is whole: resume from it with a lower learning rate, "
-                    f"or with --dtype fp32. Rows: {', '.join(group.preference.source for group in minibatch[:8])} ..."
+                    f"step {self.step + 1}, minibatch {index + 1}, phase {phase}: losses "
+                    f"{torch.stack(losses).tolist()}, gradient norm {norm.item()}. No step was taken with it, and the "
+                    "last checkpoint is whole: resume from it with a lower learning rate, or with --dtype fp32. Rows: "
+                    f"{', '.join(group.preference.source for group in minibatch[:8])} ..."
                 )
             per_step = -(-self.config.rollout_batch_size // self.config.minibatch_size)
             self.optimizers.step(phase, self.step * per_step + index)
         return norm
-
-    # Evaluation, figures, checkpoints ---------------------------------------------------------------------------------------------
 
     def evaluate(self, name: str) -> dict[str, PairReport]:
         """Reports of the held-out pairs with one greedy thought, and with --eval_votes sampled ones."""
@@ -145,7 +155,9 @@ class Trainer:
             found = {
                 f"{k}_thoughts" if k > 1 else "greedy": pair_report(
                     marginal_scores(
-                        self.method.scorer.score_groups(self.held_out, votes=k, seed=self.config.seed, progress=stage.advance)
+                        self.method.scorer.score_groups(
+                            self.held_out, votes=k, seed=self.config.seed, progress=stage.advance
+                        )
                     ),
                     self.config.seed,
                 )
@@ -164,9 +176,14 @@ class Trainer:
         self.seconds[stage] += time.monotonic() - started
 
     def _figures(
-        self, values: dict[str, float], norms: dict[str, list[Tensor]], groups: Sequence[Group], seconds: float, before: dict[str, float]
+        self,
+        values: dict[str, float],
+        norms: dict[str, list[Tensor]],
+        groups: Sequence[Group],
+        seconds: float,
+        before: dict[str, float],
     ) -> dict[str, Any]:
-        """What is derived from a step's means: norms, effective groups of a minibatch, speed, and where the time went."""
+        """What is derived from a step's means: norms, effective groups a minibatch, speed, and where the time went."""
         found: dict[str, Any] = {f"grad_norm_{phase}": torch.stack(each).mean().item() for phase, each in norms.items()}
         if "misalignment_squared" in values:
             size = min(self.config.minibatch_size, len(groups))
@@ -175,7 +192,9 @@ class Trainer:
         tokens = sum(len(sequence.ids) for group in groups for sequence in group.flat)
         found |= {f"learning_rate_{phase}": rate for phase, rate in self.optimizers.last_rates.items()}
         found |= {"seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds}
-        found |= {f"share_{k}": (v - before.get(k, 0.0)) / seconds for k, v in self.seconds.items() if v > before.get(k, 0.0)}
+        found |= {
+            f"share_{k}": (v - before.get(k, 0.0)) / seconds for k, v in self.seconds.items() if v > before.get(k, 0.0)
+        }
         return found
 
     def _result(self, before: dict[str, PairReport], after: dict[str, PairReport]) -> dict[str, Any]:
@@ -204,11 +223,22 @@ class Trainer:
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a resumed run to be the same run."""
-        names = ("method", "seed", "rollout_batch_size", "minibatch_size", "alternate", "optimizer_state", "num_generations")
-        return {name: getattr(self.config, name) for name in names} | {"rows": len(self.rows), "steps": self.order.steps}
+        names = (
+            "method",
+            "seed",
+            "rollout_batch_size",
+            "minibatch_size",
+            "alternate",
+            "optimizer_state",
+            "num_generations",
+        )
+        return {name: getattr(self.config, name) for name in names} | {
+            "rows": len(self.rows),
+            "steps": self.order.steps,
+        }
 
     def _resume(self) -> dict[str, PairReport] | None:
-        """Load what --resume_from_checkpoint names; the report from before training, so that it is not measured again."""
+        """Load what --resume_from_checkpoint names; the reports from before training, not to be measured again."""
         wanted = self.config.resume_from_checkpoint
         if wanted is None:
             return None
@@ -219,11 +249,13 @@ class Trainer:
         tensors = self._tensors()
         state = load_checkpoint(path, tensors)
         mine = self._identity()
-        differing = [f"{k} was {state['identity'].get(k)!r}, is {v!r}" for k, v in mine.items() if state["identity"].get(k) != v]
+        differing = [
+            f"{k} was {state['identity'].get(k)!r}, is {v!r}" for k, v in mine.items() if state["identity"].get(k) != v
+        ]
         if differing:
             raise CheckpointError(
-                f"{path} belongs to another run: {'; '.join(differing)}. Resume with the options of {self.folder / 'config.yaml'}, or start "
-                "anew in another --output_dir."
+                f"{path} belongs to another run: {'; '.join(differing)}. Resume with the options of "
+                f"{self.folder / 'config.yaml'}, or start anew in another --output_dir."
             )
         self.step = state["step"]
         self.seconds.update(state["seconds"])

@@ -87,7 +87,12 @@ def prepare(
     warm_up(model, plan, prompts("train"), warmup_rng, progress)
     state = state_reached(model, prompts("dev"), 1024, seed)
     dialog = Dialog(make_tokenizer(), Template(EVALUATE, RATE), "correctness")
-    card = {"method": "dwrl", "score_normalization": "yes_no", "temperature": 1.0, "max_completion_length": THOUGHT_LIMIT}
+    card = {
+        "method": "dwrl",
+        "score_normalization": "yes_no",
+        "temperature": 1.0,
+        "max_completion_length": THOUGHT_LIMIT,
+    }
     save_pretrained(folder / "model", GenerativeModel(model), dialog, card)
     made = Embedded(folder / "model", **paths, seconds=time.perf_counter() - started, state=state)
     (folder / RECORD).write_text(json.dumps(asdict(made), default=str, indent=1) + "\n", encoding="utf-8")

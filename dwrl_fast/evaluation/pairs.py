@@ -15,8 +15,9 @@ RESAMPLES = 100, 100  # drawn in blocks, so that memory stays at 100 times the r
 
 @dataclass(frozen=True, slots=True)
 class PairReport:
-    """Over `groups` preference groups. accuracy: a fraction of 1, a tie counts one half; low, high: its 95 % bootstrap interval over
-    groups. clipped: not under one half, as the papers print it. nll: mean -log sigmoid(s+ - s-), nats."""
+    """Over `groups` preference groups. accuracy: a fraction of 1, a tie counts one half; low, high: its 95 % bootstrap
+    interval over groups. clipped: not under one half, as the papers print it. nll: mean -log sigmoid(s+ - s-), nats.
+    """
 
     accuracy: float
     low: float
@@ -32,7 +33,8 @@ class PairReport:
     def __str__(self) -> str:
         clipped = f" (clipped {self.clipped:.3f})" if self.clipped != self.accuracy else ""
         ties = f", {self.ties} ties" if self.ties else ""
-        return f"{self.accuracy:.3f}{clipped} [{self.low:.3f}, {self.high:.3f}] on {self.groups} groups{ties}, nll {self.nll:.3f}"
+        interval = f"[{self.low:.3f}, {self.high:.3f}]"
+        return f"{self.accuracy:.3f}{clipped} {interval} on {self.groups} groups{ties}, nll {self.nll:.3f}"
 
 
 def pair_report(scores: Tensor, seed: int = 0) -> PairReport:

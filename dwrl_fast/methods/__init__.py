@@ -1,4 +1,5 @@
-"""The methods behind `--method`. A method is one file that says what it samples, what it trains and how it gives a verdict.
+"""The methods behind `--method`. A method is one file that says what it samples, what it trains and how it gives a
+verdict.
 
 A new one is a new file and one line of `METHODS`; loop, batches, rollout, checkpoints and evaluation are shared.
 """

@@ -23,14 +23,18 @@ class BradleyTerry(Method):
 
     def __init__(self, config: TrainConfig, dialog: Dialog, compute: Compute):
         super().__init__(config, dialog, compute)
-        self.model = load_scalar(config.model_name_or_path, config.model_config, config.seed, dialog.pad_id).to(compute.device)
+        self.model = load_scalar(config.model_name_or_path, config.model_config, config.seed, dialog.pad_id).to(
+            compute.device
+        )
         self.scorer = ScalarScorer(self.model, dialog, compute, config.token_budget)
 
     @property
     def phases(self) -> tuple[str, ...]:
         return ("score",)
 
-    def rollout(self, rows: Sequence[Preference], seed: int, progress: Progress) -> tuple[list[Group], dict[str, float]]:
+    def rollout(
+        self, rows: Sequence[Preference], seed: int, progress: Progress
+    ) -> tuple[list[Group], dict[str, float]]:
         groups = plain_groups(rows, self.dialog)
         progress(sum(len(group.sequences) for group in groups))
         return groups, {}

@@ -1,4 +1,6 @@
-"""`dwrl`: Dual-Weighted RL (METHOD section 2). Thoughts are sampled, the score and the thoughts are trained in turn or jointly."""
+"""`dwrl`: Dual-Weighted RL (METHOD section 2). Thoughts are sampled, the score and the thoughts are trained in turn or
+jointly.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -61,7 +63,9 @@ class DualWeightedRL(Method):
         own = {"score": self.config.score_learning_rate, "thought": self.config.thought_learning_rate}.get(phase)
         return self.config.learning_rate if own is None else own
 
-    def rollout(self, rows: Sequence[Preference], seed: int, progress: Progress) -> tuple[list[Group], dict[str, float]]:
+    def rollout(
+        self, rows: Sequence[Preference], seed: int, progress: Progress
+    ) -> tuple[list[Group], dict[str, float]]:
         config = self.config
         groups = sample_groups(
             rows,
@@ -87,14 +91,21 @@ class DualWeightedRL(Method):
 
     @torch.no_grad()
     def recompute_old_logprobs(self, groups: list[Group]) -> dict[str, float]:
-        """The trainer's own log-probs in place of the sampler's, before anything is updated; how far the two were apart, in nats."""
+        """The trainer's own log-probs in place of the sampler's, before anything is updated; how far the two were
+        apart, in nats.
+        """
         gaps = []
         for micro in split_by_budget(groups, self.config.token_budget):
             batch = pad_batch(micro, self.dialog.pad_id, self.compute.device)
             with self.compute.autocast():
                 head = self.model(batch, tokens=True)
                 fresh = ops.linear_logprob(
-                    head.token, head.weight, batch.targets, bias=head.bias, temperature=self.config.temperature, softcap=head.softcap
+                    head.token,
+                    head.weight,
+                    batch.targets,
+                    bias=head.bias,
+                    temperature=self.config.temperature,
+                    softcap=head.softcap,
                 )
             assert batch.old_logprob is not None
             gaps.append((fresh - batch.old_logprob).abs())

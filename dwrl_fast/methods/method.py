@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from dwrl_fast import ops
 from dwrl_fast.batch import Group, PaddedBatch
@@ -14,6 +14,7 @@ from dwrl_fast.compute import Compute
 from dwrl_fast.config import TrainConfig
 from dwrl_fast.data import Preference
 from dwrl_fast.dialog import Dialog
+from dwrl_fast.model import GenerativeModel, ScalarModel
 from dwrl_fast.scorer import Scorer
 
 Progress = Callable[[int], None]
@@ -21,7 +22,9 @@ Progress = Callable[[int], None]
 
 @dataclass(slots=True)
 class Tally:
-    """Sums with their counts, kept on the device; means are taken once a step, so that they do not depend on micro-batches."""
+    """Sums with their counts, kept on the device; means are taken once a step, so that they do not depend on
+    micro-batches.
+    """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
@@ -46,12 +49,13 @@ class Tally:
 class Method(ABC):
     """One way to train a preference model.
 
-    model: the root module that is trained. phases: the updates that one minibatch gets, in order; each has its own learning rate.
+    model: the root module that is trained. phases: the updates that one minibatch gets, in order; each has its own
+    learning rate.
     scorer: how the model, as it stands, scores responses.
     """
 
     name: str
-    model: nn.Module
+    model: GenerativeModel | ScalarModel
     scorer: Scorer
 
     def __init__(self, config: TrainConfig, dialog: Dialog, compute: Compute):
@@ -62,12 +66,18 @@ class Method(ABC):
     def phases(self) -> tuple[str, ...]: ...
 
     @abstractmethod
-    def rollout(self, rows: Sequence[Preference], seed: int, progress: Progress) -> tuple[list[Group], dict[str, float]]:
-        """Encode the rows, sampling what the method needs (`progress` counts responses); the groups and what is worth logging."""
+    def rollout(
+        self, rows: Sequence[Preference], seed: int, progress: Progress
+    ) -> tuple[list[Group], dict[str, float]]:
+        """Encode the rows, sampling what the method needs (`progress` counts responses); the groups and what is worth
+        logging.
+        """
 
     @abstractmethod
     def loss(self, phase: str, batch: PaddedBatch, groups: int, tally: Tally) -> Tensor:
-        """The phase's loss over one micro-batch, a scalar divided by `groups`, the number of groups of the global minibatch."""
+        """The phase's loss over one micro-batch, a scalar divided by `groups`, the number of groups of the global
+        minibatch.
+        """
 
     def learning_rate(self, phase: str) -> float:
         return self.config.learning_rate

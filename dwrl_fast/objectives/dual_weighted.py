@@ -1,9 +1,11 @@
 """Dual-weighted RL as pure functions of scores and weights.
 
-Phase A trains the score, phase B the thoughts; the joint form takes both from one forward. Coefficients c and weights w come detached from
-`ops.preference_weights`; for a pair c is (m, -m) up to the sign convention c_k = -df/dL_k, so one formula serves every likelihood.
+Phase A trains the score, phase B the thoughts; the joint form takes both from one forward. Coefficients c and weights w
+come detached from `ops.preference_weights`; for a pair c is (m, -m) up to the sign convention c_k = -df/dL_k, so one
+formula serves every likelihood.
 
-Shapes: P groups, K responses, N thoughts. `valid` [P, K, N] masks absent thoughts; a masked *training* of a thought never changes n.
+Shapes: P groups, K responses, N thoughts. `valid` [P, K, N] masks absent thoughts; a masked *training* of a thought
+never changes n.
 """
 
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class ThoughtSignal:
-    """What phase B gives every token of a thought: advantage [P, K, N], signed as METHOD's A_i, and token_weight [P, K, N] >= 0."""
+    """What phase B gives every token of a thought, both [P, K, N]: the signed advantage A_i, and token_weight >= 0."""
 
     advantage: Tensor
     token_weight: Tensor
@@ -25,7 +27,7 @@ def effective_coefficients(coefficients: Tensor, misalignment_weight: bool) -> T
 
 
 def score_objective(scores: Tensor, coefficients: Tensor, weights: Tensor, valid: Tensor) -> Tensor:
-    """Phase A (DWRL Eq. 13), summed over groups: -sum_k c_k sum_i w_ki s_ki. Its gradient is that of f itself when c = -df/dL."""
+    """Phase A (DWRL Eq. 13), summed over groups: -sum_k c_k sum_i w_ki s_ki, whose gradient is that of f itself."""
     return -(coefficients[..., None] * weights * scores).masked_fill(~valid, 0).sum()
 
 
@@ -36,7 +38,7 @@ def centred_reward(weights: Tensor, valid: Tensor) -> Tensor:
 
 
 def standardised_reward(weights: Tensor, valid: Tensor) -> Tensor:
-    """(w - mean) / (std + 1e-4) within a response, [P, K, N], as BTPO's authors train it; std is the sample's (n - 1)."""
+    """(w - mean) / (std + 1e-4) within a response, [P, K, N], as BTPO's authors train it; std divides by n - 1."""
     count = valid.sum(-1, keepdim=True).clamp_min(1)
     centred = centred_reward(weights, valid)
     variance = centred.square().sum(-1, keepdim=True) / (count - 1).clamp_min(1)

@@ -16,7 +16,9 @@ def bradley_terry(margin: Tensor) -> Likelihood:
 
     def loss(marginals: Tensor) -> Tensor:
         if marginals.shape[-1] != 2:
-            raise ValueError(f"a Bradley-Terry pair has 2 responses, marginals have {marginals.shape[-1]} (shape {tuple(marginals.shape)})")
+            raise ValueError(
+                f"a Bradley-Terry pair has 2 responses, but marginals [P, K] have shape {tuple(marginals.shape)}"
+            )
         return -F.logsigmoid(marginals[:, 0] - marginals[:, 1] - margin)
 
     return loss

@@ -22,12 +22,19 @@ def sample_groups(
     seed: int,
     progress: Callable[[int], None] | None = None,
 ) -> list[Group]:
-    """One group a preference, K responses with `n` thoughts each; old_logprobs are the sampler's. `progress` counts responses."""
+    """One group a preference, K responses with `n` thoughts each; old_logprobs are the sampler's. `progress` counts
+    responses.
+    """
     contexts = [[dialog.context(row.prompt, response, row.aspect) for response in row.responses] for row in rows]
     flat = [context for group in contexts for context in group]
     sampled = iter(
         sampler.sample(
-            [context.ids for context in flat], n, max_tokens=max_tokens, temperature=temperature, seed=seed, progress=progress
+            [context.ids for context in flat],
+            n,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+            progress=progress,
         )
     )
     groups = []
@@ -53,7 +60,9 @@ def plain_groups(rows: Sequence[Preference], dialog: Dialog) -> list[Group]:
 
 
 def drop_long(dataset: Dataset, dialog: Dialog, max_length: int, progress: Callable[[int], None]) -> None:
-    """Leave out rows whose prompt and longest response exceed `max_length` tokens, counted under their line; never cut one."""
+    """Leave out rows whose prompt and longest response exceed `max_length` tokens, counted under their line; never cut
+    one.
+    """
     kept = []
     for row in dataset.rows:
         longest = max(dialog.plain(row.prompt, response).response.stop for response in row.responses)

@@ -7,8 +7,9 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class Thought:
-    """ids: the sampled tokens, with the stop token when one was sampled. logprobs: nats, one a token, under the sampling
-    distribution. ended: whether a stop token was sampled before the limit."""
+    """ids: the sampled tokens, with the stop token when one was sampled. logprobs: nats, one a token, under the
+    sampling distribution. ended: whether a stop token was sampled before the limit.
+    """
 
     ids: list[int]
     logprobs: list[float]
@@ -16,9 +17,11 @@ class Thought:
 
 
 class Sampler(Protocol):
-    """Samples from the model's own distribution: softmax(logits / temperature) over the whole vocabulary and nothing else.
+    """Samples from the model's own distribution: softmax(logits / temperature) over the whole vocabulary and nothing
+    else.
 
-    An engine that would apply top-k, top-p, min-p, penalties or forced tokens, from whatever source, must switch them off or refuse.
+    An engine that would apply top-k, top-p, min-p, penalties or forced tokens, from whatever source, must switch them
+    off or refuse.
     """
 
     float32: bool  # whether log-probs are computed in float32, so that they can stand for the trainer's

@@ -1,8 +1,8 @@
 """Sampling with a Hugging Face model in this process.
 
-The decoding loop is our own so that nothing but softmax(logits / temperature) can shape a thought: `generate` merges the model's
-generation_config into whatever it is given, and Qwen2.5's turns on top-k, top-p and a repetition penalty. Each context is prefilled
-once and its cache repeated n times; finished sequences leave the batch.
+The decoding loop is our own so that nothing but softmax(logits / temperature) can shape a thought: `generate` merges
+the model's generation_config into whatever it is given, and Qwen2.5's turns on top-k, top-p and a repetition penalty.
+Each context is prefilled once and its cache repeated n times; finished sequences leave the batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -118,8 +118,12 @@ class TransformersSampler:
 
 
 def pick(logits: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """logits [R, V] -> chosen ids [R] and their log-probs [R] in float32, from softmax(logits / temperature); 0 is greedy."""
+    """logits [R, V] -> chosen ids [R] and their log-probs [R] in float32, from softmax(logits / temperature); 0 is
+    greedy.
+    """
     scaled = logits.float() / (temperature or 1.0)
     logprob = scaled.log_softmax(-1)
-    chosen = logprob.argmax(-1) if temperature == 0 else torch.multinomial(logprob.exp(), 1, generator=generator).squeeze(-1)
+    chosen = (
+        logprob.argmax(-1) if temperature == 0 else torch.multinomial(logprob.exp(), 1, generator=generator).squeeze(-1)
+    )
     return chosen, logprob.gather(-1, chosen[:, None]).squeeze(-1)
