@@ -72,9 +72,9 @@ absent = missing()
 if absent:
     print(f"\n*** dwrl_fast is built WITHOUT its C++ operators: missing is {absent}.\n", file=sys.stderr)
 
-kernel_packages = ["kernels", *(f"kernels.{name}" for name in find_namespace_packages("kernels"))]
+kernels = find_namespace_packages(include=["kernels", "kernels.*"], exclude=["*.__pycache__"])
 setup(
-    packages=[*find_packages(include=["dwrl_fast", "dwrl_fast.*"]), *(f"dwrl_fast.{name}" for name in kernel_packages)],
+    packages=[*find_packages(include=["dwrl_fast", "dwrl_fast.*"]), *(f"dwrl_fast.{name}" for name in kernels)],
     package_dir={"dwrl_fast": "dwrl_fast", "dwrl_fast.kernels": "kernels"},
     **({} if absent else extension()),
 )
