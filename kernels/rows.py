@@ -1,0 +1,250 @@
+"""The row pass in Triton: what `csrc/row_pass.cpp` and `csrc/policy_loss.cpp` do, on a GPU.
+
+One program takes one row of a live chunk of logits [C, V]. It walks the row twice: the first walk keeps a running
+maximum, sum of exponentials and dot product for the entropy, all in float32; the second writes dLoss/d(head output).
+A row's logits are z = cap tanh(x / cap) / temperature, x the head's output. Target and normaliser come from the same
+logits, so a log-probability is never above 0; a target outside the vocabulary gives NaN, which nothing has to wait for.
+
+Logits are float32 or bfloat16; the gradient may be written over them.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 4096
+WARPS = 8
+TOKENS = 1024
+
+
+@triton.jit
+def _capped(x, cap, HAS_CAP: tl.constexpr):
+    if HAS_CAP:
+        decay = tl.exp(-2 * tl.abs(x) / cap)
+        size = cap * (1 - decay) / (1 + decay)
+        x = tl.where(x < 0, -size, size)
+    return x
+
+
+@triton.jit
+def _expm1(x):
+    # The series where the difference would cancel: its first term left out is below 2^-24 of the sum there.
+    series = x * (1 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x / 720)))))
+    return tl.where(tl.abs(x) < 0.25, series, tl.exp(x) - 1)
+
+
+@triton.jit
+def _read_row(row, target, scale, cap, V: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr):
+    """-> maximum m of the capped logits, log of sum e^(z - m), logprob, entropy."""
+    known = (target >= 0) & (target < V)
+    # Before the walk, whose reductions are barriers: another thread may write the gradient over it afterwards.
+    chosen = _capped(tl.load(row + target, mask=known, other=float("nan")).to(tl.float32), cap, HAS_CAP)
+    m = -3.0e38
+    total = 0.0
+    dot = 0.0
+    for start in range(0, V, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        x = _capped(tl.load(row + column, mask=column < V, other=0.0).to(tl.float32), cap, HAS_CAP)
+        x = tl.where(column < V, x, -float("inf"))
+        top = tl.maximum(m, tl.max(x, 0))
+        step = tl.maximum((m - top) * scale, -1.0e4)
+        shrink = tl.exp(step)
+        z = (x - top) * scale
+        z = tl.where(z < -1.0e4, -1.0e4, z)  # keeps 0 * -inf out of the dot product, and a NaN in
+        e = tl.exp(z)
+        dot = shrink * (dot + step * total) + tl.sum(e * z, 0)
+        total = shrink * total + tl.sum(e, 0)
+        m = top
+    log_total = tl.log(total)
+    return m, log_total, (chosen - m) * scale - log_total, log_total - dot / total
+
+
+@triton.jit
+def _write_row(
+    row, out, target, scale, cap, m, log_total, logprob, entropy, k, h, V: tl.constexpr, HAS_CAP: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out = [k (onehot - p) - h p (log p + entropy)] dz/dx."""
+    for start in range(0, V, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        x = _capped(tl.load(row + column, mask=column < V, other=0.0).to(tl.float32), cap, HAS_CAP)
+        logp = (x - m) * scale - log_total
+        p = tl.exp(logp)
+        here = column == target
+        g = tl.where(here, -k * _expm1(logprob), -k * p)
+        if HAS_ENTROPY:
+            g -= tl.where(p > 0, h * p * (logp + entropy), 0.0)
+        if HAS_CAP:
+            u = x / cap
+            g *= 1 - u * u
+        tl.store(out + column, (g * scale).to(out.dtype.element_ty), mask=column < V)
+
+
+@triton.jit
+def _token(logprob, old, advantage, weight, ref, clip_low, clip_high, beta):
+    """One token of the policy loss: log-ratio, ratio, clipped, KL, loss and dLoss/dlogprob."""
+    log_ratio = logprob - old
+    ratio = tl.exp(log_ratio)
+    clipped = ((advantage > 0) & (ratio > 1 + clip_high)) | ((advantage < 0) & (ratio < 1 - clip_low))
+    bound = tl.where(advantage > 0, 1 + clip_high, 1 - clip_low)
+    loss = -weight * tl.where(clipped, bound, ratio) * advantage
+    coefficient = tl.where(clipped, 0.0, -weight * ratio * advantage)
+    growth = _expm1(ref - logprob)
+    kl = growth - (ref - logprob)
+    if beta != 0:
+        loss += weight * beta * kl
+        coefficient -= weight * beta * growth
+    return log_ratio, ratio, clipped, kl, loss, coefficient
+
+
+@triton.jit
+def policy_rows_kernel(
+    logits, gradient, targets, old_logprob, advantage, token_weight, ref_logprob, out, C, clip_low, clip_high, beta,
+    scale, cap, V: tl.constexpr, HAS_CAP: tl.constexpr, HAS_REF: tl.constexpr, GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0)
+    row = logits + i.to(tl.int64) * V
+    target = tl.load(targets + i)
+    m, log_total, logprob, entropy = _read_row(row, target, scale, cap, V, HAS_CAP, BLOCK)
+    ref = tl.load(ref_logprob + i) if HAS_REF else float("nan")
+    old, a, w = tl.load(old_logprob + i), tl.load(advantage + i), tl.load(token_weight + i)
+    _, _, _, _, _, k = _token(logprob, old, a, w, ref, clip_low, clip_high, beta)
+    tl.store(out + i, logprob)
+    tl.store(out + C + i, entropy)
+    tl.store(out + 2 * C + i, k)
+    if GRADIENT and k != 0:
+        _write_row(
+            row, gradient + i.to(tl.int64) * V, target, scale, cap, m, log_total, logprob, entropy, k, 0.0, V,
+            HAS_CAP, False, BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit
+def logprob_rows_kernel(
+    logits, targets, out, C, scale, cap, V: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr
+):
+    i = tl.program_id(0)
+    target = tl.load(targets + i)
+    _, _, logprob, entropy = _read_row(logits + i.to(tl.int64) * V, target, scale, cap, V, HAS_CAP, BLOCK)
+    tl.store(out + i, logprob)
+    tl.store(out + C + i, entropy)
+
+
+@triton.jit
+def logprob_rows_grad_kernel(
+    logits, gradient, targets, grad_logprob, grad_entropy, scale, cap, V: tl.constexpr, HAS_CAP: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0)
+    row = logits + i.to(tl.int64) * V
+    target = tl.load(targets + i)
+    m, log_total, logprob, entropy = _read_row(row, target, scale, cap, V, HAS_CAP, BLOCK)
+    k = tl.load(grad_logprob + i)
+    h = tl.load(grad_entropy + i) if HAS_ENTROPY else 0.0
+    _write_row(
+        row, gradient + i.to(tl.int64) * V, target, scale, cap, m, log_total, logprob, entropy, k, h, V, HAS_CAP,
+        HAS_ENTROPY, BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit
+def policy_loss_kernel(
+    logprob, old_logprob, advantage, token_weight, ref_logprob, entropy, kept, gradient, partial, T, clip_low,
+    clip_high, beta, HAS_REF: tl.constexpr, HAS_ENTROPY: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """One block of tokens. Its row of `partial` holds the eight sums and two maxima of ops/stats.py, and the loss."""
+    i = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    inside = i < T
+    a = tl.load(advantage + i, mask=inside, other=0.0)
+    w = tl.load(token_weight + i, mask=inside, other=0.0)
+    trained = (w != 0) & ((a != 0) | (beta != 0))
+    lp = tl.load(logprob + i, mask=trained, other=0.0)
+    old = tl.load(old_logprob + i, mask=trained, other=0.0)
+    unknown = tl.full([TOKENS], float("nan"), tl.float32)
+    ref = tl.load(ref_logprob + i, mask=trained, other=0.0) if HAS_REF else unknown
+    ent = tl.load(entropy + i, mask=trained, other=0.0) if HAS_ENTROPY else unknown
+    log_ratio, ratio, clipped, kl, loss, k = _token(lp, old, a, w, ref, clip_low, clip_high, beta)
+    tl.store(kept + i, tl.where(trained, lp, float("nan")), mask=inside)
+    tl.store(gradient + i, tl.where(trained, k, 0.0), mask=inside)
+    finite = tl.abs(lp) < float("inf")
+    row = partial + tl.program_id(0) * 11
+    tl.store(row, tl.sum(trained.to(tl.float32), 0))
+    tl.store(row + 1, tl.sum(tl.where(trained, w, 0.0), 0))
+    tl.store(row + 2, tl.sum(tl.where(trained, ratio, 0.0), 0))
+    tl.store(row + 3, tl.sum(tl.where(trained, log_ratio, 0.0), 0))
+    tl.store(row + 4, tl.sum((trained & clipped).to(tl.float32), 0))
+    tl.store(row + 5, tl.sum(tl.where(trained, kl, 0.0), 0))
+    tl.store(row + 6, tl.sum(tl.where(trained, ent, 0.0), 0))
+    tl.store(row + 7, tl.sum((trained & (finite == 0)).to(tl.float32), 0))
+    tl.store(row + 8, tl.max(tl.where(trained, ratio, 0.0), 0))
+    tl.store(row + 9, tl.max(tl.where(trained, tl.abs(log_ratio), 0.0), 0))
+    tl.store(row + 10, tl.sum(tl.where(trained, loss, 0.0), 0))
+
+
+def _check_chunk(logits: Tensor, targets: Tensor) -> tuple[int, int]:
+    assert logits.is_contiguous()
+    assert logits.dtype in (torch.float32, torch.bfloat16)
+    assert targets.shape == logits.shape[:1]
+    c, v = logits.shape
+    return c, v
+
+
+def policy_rows(
+    logits: Tensor, gradient: Tensor | None, targets: Tensor, old_logprob: Tensor, advantage: Tensor,
+    token_weight: Tensor, ref_logprob: Tensor | None, clip_low: float, clip_high: float, beta: float,
+    temperature: float, softcap: float | None,
+) -> Tensor:  # fmt: skip
+    """[3, C]: logprob, entropy, dLoss/dlogprob; `gradient` [C, V] gets dLoss/d(head output) where the last is not 0."""
+    c, v = _check_chunk(logits, targets)
+    out = torch.empty((3, c), dtype=torch.float32, device=logits.device)
+    policy_rows_kernel[(c,)](
+        logits, gradient, targets, old_logprob, advantage, token_weight, ref_logprob, out, c, clip_low, clip_high,
+        beta, 1 / temperature, softcap or 1.0, V=v, HAS_CAP=softcap is not None, HAS_REF=ref_logprob is not None,
+        GRADIENT=gradient is not None, BLOCK=min(BLOCK, triton.next_power_of_2(v)), num_warps=WARPS,
+    )  # fmt: skip
+    return out
+
+
+def logprob_rows(logits: Tensor, targets: Tensor, temperature: float, softcap: float | None) -> Tensor:
+    """[2, C]: logprob, entropy."""
+    c, v = _check_chunk(logits, targets)
+    out = torch.empty((2, c), dtype=torch.float32, device=logits.device)
+    logprob_rows_kernel[(c,)](
+        logits, targets, out, c, 1 / temperature, softcap or 1.0, V=v, HAS_CAP=softcap is not None,
+        BLOCK=min(BLOCK, triton.next_power_of_2(v)), num_warps=WARPS,
+    )  # fmt: skip
+    return out
+
+
+def logprob_rows_grad(
+    logits: Tensor, gradient: Tensor, targets: Tensor, grad_logprob: Tensor, grad_entropy: Tensor | None,
+    temperature: float, softcap: float | None,
+) -> None:  # fmt: skip
+    """`gradient` [C, V] becomes the gradient of sum grad_logprob logprob + grad_entropy entropy."""
+    c, v = _check_chunk(logits, targets)
+    logprob_rows_grad_kernel[(c,)](
+        logits, gradient, targets, grad_logprob, grad_entropy, 1 / temperature, softcap or 1.0,
+        V=v, HAS_CAP=softcap is not None, HAS_ENTROPY=grad_entropy is not None,
+        BLOCK=min(BLOCK, triton.next_power_of_2(v)), num_warps=WARPS,
+    )  # fmt: skip
+
+
+def policy_loss_rows(
+    logprob: Tensor, old_logprob: Tensor, advantage: Tensor, token_weight: Tensor, ref_logprob: Tensor | None,
+    entropy: Tensor | None, clip_low: float, clip_high: float, beta: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """loss [], logprob with NaN where untrained [T], dLoss/dlogprob [T], stats [10] float64."""
+    t = logprob.shape[0]
+    blocks = triton.cdiv(t, TOKENS)
+    kept, gradient = torch.empty_like(logprob), torch.empty_like(logprob)
+    partial = torch.zeros((blocks + 1, 11), dtype=torch.float32, device=logprob.device)  # one row more: none is empty
+    if blocks:
+        policy_loss_kernel[(blocks,)](
+            logprob, old_logprob, advantage, token_weight, ref_logprob, entropy, kept, gradient, partial, t, clip_low,
+            clip_high, beta, HAS_REF=ref_logprob is not None, HAS_ENTROPY=entropy is not None, TOKENS=TOKENS,
+        )  # fmt: skip
+    sums = partial.sum(0, dtype=torch.float64)
+    stats = torch.cat([sums[:8], partial[:, 8:10].amax(0).double()])
+    return sums[10].float(), kept, gradient, stats

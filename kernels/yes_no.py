@@ -1,0 +1,130 @@
+"""log p(Yes) of two labels in one launch: both rows of the head against the hidden state, logsigmoid, and its slopes.
+
+One program takes one hidden state; sums are in float32 whatever the dtype. The backward, two columns, is plain PyTorch.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 1024
+
+
+@triton.jit
+def yes_no_kernel(
+    hidden, weight, bias, score, slopes, stride, yes_id, no_id, cap, H: tl.constexpr, HAS_CAP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    dot_yes = tl.zeros([BLOCK], tl.float32)
+    dot_no = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, H, BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        inside = j < H
+        h = tl.load(hidden + b * H + j, mask=inside, other=0.0).to(tl.float32)
+        dot_yes += h * tl.load(weight + yes_id * stride + j, mask=inside, other=0.0).to(tl.float32)
+        dot_no += h * tl.load(weight + no_id * stride + j, mask=inside, other=0.0).to(tl.float32)
+    yes = tl.sum(dot_yes, 0)
+    no = tl.sum(dot_no, 0)
+    if HAS_BIAS:
+        yes += tl.load(bias + yes_id).to(tl.float32)
+        no += tl.load(bias + no_id).to(tl.float32)
+    slope_yes = 1.0
+    slope_no = 1.0
+    if HAS_CAP:
+        u = 2 * tl.sigmoid(2 * yes / cap) - 1
+        v = 2 * tl.sigmoid(2 * no / cap) - 1
+        slope_yes = 1 - u * u
+        slope_no = 1 - v * v
+        yes = cap * u
+        no = cap * v
+    d = yes - no
+    decay = tl.exp(-tl.abs(d))
+    tl.store(score + b, tl.minimum(d, 0.0) - _log1p(decay))
+    wrong = tl.where(d < 0, 1 / (1 + decay), decay / (1 + decay))  # sigmoid(-d), which never cancels
+    tl.store(slopes + 2 * b, wrong * slope_yes)
+    tl.store(slopes + 2 * b + 1, -wrong * slope_no)
+
+
+@triton.jit
+def _log1p(x):
+    # For x in [0, 1]: rounding 1 + x loses what the ratio x / ((1 + x) - 1) puts back (Kahan).
+    y = 1 + x
+    return tl.where(y == 1, x, tl.log(y) * (x / tl.where(y == 1, 1.0, y - 1)))
+
+
+@torch.library.custom_op("dwrl_fast::yes_no_scores", mutates_args=())
+def _scores(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, yes_id: int, no_id: int, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    hidden, weight = hidden.contiguous(), weight if weight.stride(1) == 1 else weight.contiguous()
+    b, h = hidden.shape
+    score = hidden.new_empty(b, dtype=torch.float32)
+    slopes = hidden.new_empty((b, 2), dtype=torch.float32)
+    if b:
+        yes_no_kernel[(b,)](
+            hidden, weight, bias, score, slopes, weight.stride(0), yes_id, no_id, softcap or 1.0, H=h,
+            HAS_CAP=softcap is not None, HAS_BIAS=bias is not None, BLOCK=min(BLOCK, triton.next_power_of_2(h)),
+        )  # fmt: skip
+    return score, slopes
+
+
+@_scores.register_fake
+def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    score = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+    return score, hidden.new_empty((hidden.shape[0], 2), dtype=torch.float32)
+
+
+@torch.library.custom_op("dwrl_fast::yes_no_scores_backward", mutates_args=())
+def _scores_backward(
+    grad: Tensor, slopes: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, yes_id: int, no_id: int,
+    need_hidden: bool, need_weight: bool, need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients, empty where not needed. It has no formula for autograd, so that a double backward raises."""
+    labels = torch.tensor([yes_id, no_id], device=hidden.device)
+    g = grad[:, None] * slopes
+    d_hidden, d_weight, d_bias = hidden.new_empty(0), hidden.new_empty(0), hidden.new_empty(0)
+    if need_hidden:
+        d_hidden = (g @ weight[labels].float()).to(hidden.dtype)
+    if need_weight:
+        d_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+        d_weight.index_add_(0, labels, (g.t() @ hidden.float()).to(weight.dtype))
+    if need_bias and bias is not None:
+        d_bias = torch.zeros_like(bias).index_add_(0, labels, g.sum(0).to(bias.dtype))
+    return d_hidden, d_weight, d_bias
+
+
+@_scores_backward.register_fake
+def _(grad: Tensor, slopes: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple:
+    return tuple(
+        torch.empty_like(x, memory_format=torch.contiguous_format)
+        if need and x is not None
+        else torch.empty(0, dtype=hidden.dtype, device=hidden.device)
+        for x, need in zip((hidden, weight, bias), rest[2:], strict=True)
+    )
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    hidden, weight, bias, *labels, _ = inputs
+    ctx.save_for_backward(output[1], hidden, weight, bias)
+    ctx.mark_non_differentiable(output[1])
+    ctx.labels = labels
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
+    needs = ctx.needs_input_grad[:3]
+    gradients = _scores_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.labels, *needs)
+    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None, None
+
+
+_scores.register_autograd(_backward, setup_context=_save)
+
+
+def yes_no_scores(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, yes_id: int, no_id: int, softcap: float | None
+) -> Tensor:
+    """[B, H], [V, H] -> logsigmoid(logit[yes] - logit[no]) [B] float32, differentiable once."""
+    return _scores(hidden, weight, bias, yes_id, no_id, softcap)[0]
