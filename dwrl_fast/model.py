@@ -90,7 +90,10 @@ class ScalarModel(nn.Module):
 def backbone_states(backbone: nn.Module, batch: PaddedBatch) -> Tensor:
     """[S * L, H]. Padding is on the right, so positions are those of the sequence alone."""
     states = backbone(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).last_hidden_state
-    return states.flatten(0, 1)
+    device = states.device.type
+    # A norm with float32 weights gives float32 back under autocast; the head is to compute in what the trunk does.
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
+    return states.flatten(0, 1).to(dtype)
 
 
 def load_generative(name_or_path: str | None, config_path: str | None, seed: int) -> GenerativeModel:

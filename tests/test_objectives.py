@@ -84,7 +84,7 @@ class Enumerable:
         self.words = prefixes + [prefix + letter for prefix in prefixes[15:] for letter in "ab"]
         place = {prefix: i for i, prefix in enumerate(prefixes)}
         steps = [[(place[w[:t]], "ab".index(w[t])) for t in range(len(w))] for w in self.words]
-        self.steps = [s + [(place[w], 2)] if w in place else s for s, w in zip(steps, self.words, strict=True)]
+        self.steps = [[*s, (place[w], 2)] if w in place else s for s, w in zip(steps, self.words, strict=True)]
         self.lengths = torch.tensor([len(w) + 1 for w in self.words])
 
     @property
@@ -141,7 +141,7 @@ class Enumerable:
 
 
 def relative_bias(estimates: Tensor, exact: Tensor) -> Tensor:
-    """|E[g] - exact| / |exact| from block means [B, D]: products of different blocks, so that noise does not add to it."""
+    """|E[g] - exact| / |exact| from block means [B, D]: products of different blocks, so that noise adds nothing."""
     gaps = estimates - exact
     blocks = len(gaps)
     square = (gaps.sum(0).square().sum() - gaps.square().sum()) / (blocks * (blocks - 1))

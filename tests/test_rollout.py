@@ -1,0 +1,148 @@
+"""Sampling is from the model's own distribution and nothing else, and what it records is what the trainer computes."""
+
+import pytest
+import torch
+from tiny import tiny_dialog, tiny_model
+from transformers import GenerationConfig
+
+from dwrl_fast.batch import Group, pad_batch
+from dwrl_fast.data import Preference
+from dwrl_fast.ops import linear_logprob
+from dwrl_fast.rollout import sample_groups
+from dwrl_fast.rollout.thought import Thought
+from dwrl_fast.rollout.transformers import TransformersSampler
+
+ROWS = [
+    Preference(({"role": "user", "content": "3 1 4"},), ("6", "2 2 2 2"), source="x:1"),
+    Preference(({"role": "user", "content": "1"},), ("1", "0"), source="x:2"),
+    Preference(({"role": "user", "content": "5 6 5 6 5 6 5 6"},), ("9 9", "0"), source="x:3"),
+]
+
+
+def sampler(batch_size: int = 64, seed: int = 0) -> TransformersSampler:
+    dialog = tiny_dialog()
+    return TransformersSampler(tiny_model(seed).lm, dialog.stop_ids, dialog.pad_id, batch_size=batch_size)
+
+
+def contexts() -> list[list[int]]:
+    dialog = tiny_dialog()
+    return [dialog.context(row.prompt, response).ids for row in ROWS for response in row.responses]
+
+
+def sample(engine: TransformersSampler, n: int = 12, temperature: float = 1.0, seed: int = 0) -> list[list[Thought]]:
+    return engine.sample(contexts(), n, max_tokens=7, temperature=temperature, seed=seed)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_logprobs_are_those_of_the_whole_sequence(temperature: float) -> None:
+    """Of a padded, cached, shrinking batch against one plain forward a thought."""
+    engine = sampler()
+    ended = set()
+    for context, thoughts in zip(contexts(), sample(engine, temperature=temperature), strict=True):
+        for thought in thoughts:
+            logits = engine.lm(torch.tensor([context + thought.ids])).logits[0, len(context) - 1 : -1]
+            logp = (logits / (temperature or 1.0)).log_softmax(-1)
+            expected = logp.gather(-1, torch.tensor(thought.ids)[:, None]).squeeze(-1)
+            torch.testing.assert_close(torch.tensor(thought.logprobs), expected, rtol=0, atol=2e-5)
+            if temperature == 0:
+                assert thought.ids == logits.argmax(-1).tolist()
+            assert thought.ended == (thought.ids[-1] in tiny_dialog().stop_ids)
+            assert not set(thought.ids[:-1]) & set(tiny_dialog().stop_ids)
+            ended.add(thought.ended)
+    assert temperature == 0 or ended == {True, False}, (
+        "the test must see both thoughts that end and thoughts that are cut"
+    )
+
+
+def test_what_is_recorded_is_what_the_trainer_computes() -> None:
+    engine, dialog, model = sampler(), tiny_dialog(), tiny_model()
+    groups = sample_groups(ROWS, dialog, engine, 4, max_tokens=7, temperature=0.7, seed=0)
+    batch = pad_batch(groups, dialog.pad_id, torch.device("cpu"))
+    with torch.no_grad():
+        head = model(batch, tokens=True)
+        fresh = linear_logprob(head.token, head.weight, batch.targets, temperature=0.7)
+    torch.testing.assert_close(fresh, batch.old_logprob, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("poison", [{"top_k": 1}, {"top_p": 0.1}, {"repetition_penalty": 3.0}, {"min_p": 0.5}])
+def test_generation_config_changes_nothing(poison: dict[str, float]) -> None:
+    engine, poisoned = sampler(), sampler()
+    poisoned.lm.generation_config = GenerationConfig(do_sample=True, temperature=0.1, forced_eos_token_id=3, **poison)
+    assert sample(engine) == sample(poisoned)
+
+
+def test_first_tokens_follow_the_softmax() -> None:
+    engine, n = sampler(batch_size=20_000), 20_000
+    context = contexts()[0]
+    first = torch.tensor([t.ids[0] for t in engine.sample([context], n, max_tokens=1, temperature=0.5, seed=1)[0]])
+    logits = engine.lm(torch.tensor([context])).logits[0, -1]
+    expected = (logits / 0.5).softmax(-1).detach() * n
+    seen = torch.bincount(first, minlength=len(expected)).float()
+    common = expected > 5
+    chi2 = ((seen - expected)[common].square() / expected[common]).sum()
+    degrees = int(common.sum()) - 1
+    assert degrees >= 2 and chi2 < degrees + 4 * (2 * degrees) ** 0.5
+    assert seen[~common].sum() <= expected[~common].sum() + 20
+
+
+def test_batches_change_no_greedy_thought() -> None:
+    whole, small = sample(sampler(), 1, 0.0), sample(sampler(batch_size=2), 1, 0.0)
+    assert [t.ids for [t] in whole] == [t.ids for [t] in small]
+
+
+def test_a_seed_repeats_itself_and_another_does_not() -> None:
+    assert sample(sampler(), seed=3) == sample(sampler(), seed=3) != sample(sampler(), seed=4)
+
+
+def test_thoughts_stand_in_the_sequence_as_sampled() -> None:
+    dialog = tiny_dialog()
+    groups = sample_groups(ROWS, dialog, sampler(), 3, max_tokens=5, temperature=1.0, seed=0)
+    drawn = iter(sampler().sample(contexts(), 3, max_tokens=5, temperature=1.0, seed=0))
+    for group in groups:
+        for sequences, old in zip(group.sequences, group.old_logprobs, strict=True):
+            for sequence, logprob, thought in zip(sequences, old, next(drawn), strict=True):
+                assert sequence.ids[sequence.thought] == thought.ids
+                assert logprob.tolist() == pytest.approx(thought.logprobs)
+
+
+def test_groups_of_any_shape_share_a_batch() -> None:
+    """K = 3 beside K = 2, and thoughts missing: the grid masks what is not there."""
+    dialog = tiny_dialog()
+    groups = sample_groups(ROWS, dialog, sampler(), 2, max_tokens=3, temperature=1.0, seed=0)
+    three = Preference(ROWS[0].prompt, ("1", "2", "3"))
+    wide = sample_groups([three], dialog, sampler(), 3, max_tokens=3, temperature=1.0, seed=0)
+    batch = pad_batch([*groups, *wide], dialog.pad_id, torch.device("cpu"))
+    assert batch.slots.shape == (4, 3, 3) and batch.valid.sum() == 3 * 4 + 9
+    assert not batch.valid[0, 2].any() and not batch.valid[0, 0, 2] and batch.valid[3].all()
+    order = batch.grid(torch.arange(21))[batch.valid]
+    assert order.tolist() == list(range(21)), "[valid] of a grid must give the sequences back in order"
+    assert len(batch.score_rows) == 21
+
+
+def test_rows_for_the_head_are_the_right_ones() -> None:
+    dialog = tiny_dialog()
+    groups = sample_groups(ROWS, dialog, sampler(), 2, max_tokens=4, temperature=1.0, seed=0)
+    batch = pad_batch(groups, dialog.pad_id, torch.device("cpu"))
+    sequences = [sequence for group in groups for sequence in group.flat]
+    width = batch.input_ids.shape[1]
+    flat = batch.input_ids.flatten()
+    assert flat[batch.token_rows + 1].tolist() == batch.targets.tolist()
+    assert flat[batch.score_rows].tolist() == [sequence.ids[-1] for sequence in sequences]
+    assert (batch.score_rows // width).tolist() == list(range(len(sequences)))
+    assert batch.targets.tolist() == [i for sequence in sequences for i in sequence.ids[sequence.thought]]
+    assert torch.bincount(batch.owner).tolist() == batch.lengths.tolist()
+
+
+def test_padding_changes_no_hidden_state() -> None:
+    dialog, model = tiny_dialog(), tiny_model()
+    groups = sample_groups(ROWS, dialog, sampler(), 2, max_tokens=4, temperature=1.0, seed=0)
+    with torch.no_grad():
+        together = model(pad_batch(groups, dialog.pad_id, torch.device("cpu")), tokens=True)
+        alone = [
+            model(pad_batch([Group(g.preference, [[s]], [[o]])], dialog.pad_id, torch.device("cpu")), tokens=True)
+            for g in groups
+            for row, old in zip(g.sequences, g.old_logprobs, strict=True)
+            for s, o in zip(row, old, strict=True)
+        ]
+    torch.testing.assert_close(together.score, torch.cat([h.score for h in alone]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(together.token, torch.cat([h.token for h in alone]), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,328 @@
+"""The loop: what it computes does not depend on how it is cut up, and a resumed run is the run."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_config, tiny_folder, tiny_pairs
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from dwrl_fast.batch import Group, pad_batch, split_by_budget
+from dwrl_fast.compute import Compute
+from dwrl_fast.config import TrainConfig
+from dwrl_fast.console import set_up_logging
+from dwrl_fast.data import read_preferences
+from dwrl_fast.errors import CheckpointError
+from dwrl_fast.log import logger
+from dwrl_fast.methods import METHODS, Method, Tally
+from dwrl_fast.optimizer import Optimizers
+from dwrl_fast.order import Order
+from dwrl_fast.plots import plot_curves
+from dwrl_fast.pretrained import load_dialog, load_scorer
+from dwrl_fast.progress import Display
+from dwrl_fast.rollout import plain_groups
+from dwrl_fast.runlog import RunLog, StallWatch, read_metrics
+from dwrl_fast.scorer import marginal_scores
+from dwrl_fast.trainer import NotFiniteError, Trainer
+
+TIMED = ("seconds", "tokens_per_second", "share_")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny_folder(tmp_path / "tiny")
+    tiny_pairs(tmp_path / "pairs.jsonl")
+    return tmp_path
+
+
+def make_method(config: TrainConfig) -> Method:
+    return METHODS[config.method](config, load_dialog(config), Compute.resolve("fp32"))
+
+
+def make_trainer(config: TrainConfig, run: Path, held_out: int = 0) -> Trainer:
+    rows = read_preferences(str(config.dataset_name)).rows
+    run.mkdir(exist_ok=True)
+    return Trainer(config, make_method(config), rows, rows[:held_out], run, Display())
+
+
+def roll(method: Method, count: int = 4) -> list[Group]:
+    rows = read_preferences(str(method.config.dataset_name)).rows[:count]
+    return method.rollout(rows, 0, lambda n: None)[0]
+
+
+def gradients(
+    method: Method, phase: str, groups: list[Group], budget: int
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    method.model.zero_grad()
+    tally = Tally()
+    for micro in split_by_budget(groups, budget):
+        batch = pad_batch(micro, method.dialog.pad_id, torch.device("cpu"))
+        with method.compute.autocast():
+            loss = method.loss(phase, batch, len(groups), tally)
+        loss.backward()
+    found = {name: p.grad.clone() for name, p in method.model.named_parameters() if p.grad is not None}
+    return found, tally.means()
+
+
+def weights(run: Path) -> dict[str, Tensor]:
+    return dict(AutoModelForCausalLM.from_pretrained(run / "model").state_dict())
+
+
+@pytest.mark.parametrize("phase", ["score", "thought", "joint"])
+def test_micro_batches_and_order_change_nothing(folder: Path, phase: str) -> None:
+    changes = {"alternate": "joint"} if phase == "joint" else {}
+    method = make_method(tiny_config(folder, **changes))
+    groups = roll(method)
+    whole, figures = gradients(method, phase, groups, 10**6)
+    assert whole and max(g.abs().max() for g in whole.values()) > 1e-6
+    for cut, budget in ((groups, 1), (groups[::-1], 500)):
+        parts, same = gradients(method, phase, cut, budget)
+        for name, expected in whole.items():
+            torch.testing.assert_close(parts[name], expected, rtol=1e-4, atol=1e-7)
+        assert same == pytest.approx(figures, rel=1e-4, abs=1e-6, nan_ok=True)
+
+
+def test_phase_a_is_bradley_terry_through_the_model(folder: Path) -> None:
+    """METHOD 2.2, 1, end to end: autograd through the marginals of the model's own scores."""
+    method = make_method(tiny_config(folder))
+    groups = roll(method)
+    ours, figures = gradients(method, "score", groups, 10**6)
+    batch = pad_batch(groups, method.dialog.pad_id, torch.device("cpu"))
+    logits = method.model.lm(batch.input_ids, attention_mask=batch.attention_mask).logits.flatten(0, 1)
+    s = logits[batch.score_rows].log_softmax(-1)[:, method.dialog.yes_id]
+    marginals = batch.grid(s).logsumexp(-1)
+    loss = -torch.nn.functional.logsigmoid(marginals[:, 0] - marginals[:, 1]).mean()
+    method.model.zero_grad()
+    loss.backward()
+    assert figures["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    for name, p in method.model.named_parameters():
+        torch.testing.assert_close(ours[name], p.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_phase_b_is_the_clipped_policy_gradient_through_the_model(folder: Path) -> None:
+    """Written anew from METHOD 2, off the policy so that ratios and the clip are at work."""
+    method = make_method(tiny_config(folder, epsilon=0.1, epsilon_high=0.3))
+    groups = roll(method)
+    with torch.no_grad():
+        for p in method.model.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    ours, figures = gradients(method, "thought", groups, 10**6)
+    total = torch.zeros(())
+    for group in groups:
+        logps = [[method.model.lm(torch.tensor([q.ids])).logits[0].log_softmax(-1) for q in r] for r in group.sequences]
+        p = torch.stack([torch.stack([logp[-1, method.dialog.yes_id] for logp in r]) for r in logps]).exp().detach()
+        m = p[1].mean() / p.mean(-1).sum()
+        for k, sign in ((0, 1), (1, -1)):
+            for i, sequence in enumerate(group.sequences[k]):
+                advantage = sign * (p[k, i] / p[k].sum() - 1 / 3)
+                span = sequence.thought
+                ids = torch.tensor(sequence.ids[span])
+                new = logps[k][i][span.start - 1 : span.stop - 1].gather(-1, ids[:, None]).squeeze(-1)
+                g = (new - group.old_logprobs[k][i]).exp()
+                gain = torch.minimum(g * advantage, g.clamp(0.9, 1.3) * advantage).mean()
+                total = total - m / 3 * gain / len(groups)
+    method.model.zero_grad()
+    total.backward()
+    assert 0.05 < figures["clip_fraction"] < 0.95
+    assert figures["thought_loss"] == pytest.approx(total.item(), rel=1e-4)
+    for name, parameter in method.model.named_parameters():
+        torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_joint_is_both_phases_in_one_when_centred(folder: Path) -> None:
+    groups = roll(make_method(tiny_config(folder)))
+    joint = gradients(
+        make_method(tiny_config(folder, alternate="joint", joint_reward="centred")), "joint", groups, 10**6
+    )[0]
+    apart = make_method(tiny_config(folder))
+    a, b = (gradients(apart, phase, groups, 10**6)[0] for phase in ("score", "thought"))
+    for name, both in joint.items():
+        torch.testing.assert_close(both, a[name] + b[name], rtol=1e-4, atol=1e-7)
+
+
+def test_recomputed_old_logprobs_are_the_samplers_in_float32(folder: Path) -> None:
+    rows = read_preferences(str(folder / "pairs.jsonl")).rows
+    sampled = make_method(tiny_config(folder, old_logprobs="sampler")).rollout(rows, 0, lambda n: None)[0]
+    again, logs = make_method(tiny_config(folder, old_logprobs="recompute")).rollout(rows, 0, lambda n: None)
+    flat = [torch.cat([o for g in groups for row in g.old_logprobs for o in row]) for groups in (sampled, again)]
+    torch.testing.assert_close(flat[0], flat[1], rtol=0, atol=2e-5)
+    assert 0 < logs["sampler_gap_max"] < 2e-5
+
+
+def test_truncated_thoughts_are_scored_and_masked(folder: Path) -> None:
+    method = make_method(tiny_config(folder, max_completion_length=2))
+    groups = roll(method)
+    kept, masked = (
+        pad_batch(groups, method.dialog.pad_id, torch.device("cpu"), mask_truncated=mask) for mask in (False, True)
+    )
+    ended = torch.tensor([e for g in groups for row in g.ended for e in row])
+    assert kept.trained.all() and torch.equal(masked.trained, ended) and not ended.all()
+    a, b = Tally(), Tally()
+    method.loss("thought", kept, 4, a)
+    method.loss("thought", masked, 4, b)
+    assert b.means()["trained_tokens"] < a.means()["trained_tokens"]
+    assert a.means()["advantage"] == b.means()["advantage"]
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"alternate": "rollout", "optimizer_state": "per_phase"}, {"alternate": "joint"}]
+)
+def test_resume_to_the_bit_at_three_points(folder: Path, changes: dict[str, Any]) -> None:
+    config = tiny_config(folder, save_steps=1, eval_votes=0, **changes)
+    make_trainer(config, folder / "whole", held_out=4).train()
+    expected, log = weights(folder / "whole"), read_metrics(folder / "whole" / "metrics.jsonl")
+    for step in (1, 2, 3):
+        run = folder / f"resumed-{step}"
+        path = folder / "whole" / f"checkpoint-{step:06d}"
+        result = make_trainer(dataclasses.replace(config, resume_from_checkpoint=str(path)), run, held_out=4).train()
+        assert all(torch.equal(expected[name], p) for name, p in weights(run).items())
+        again = read_metrics(run / "metrics.jsonl")
+        assert [row["step"] for row in again] == list(range(step + 1, 5))
+        for theirs, ours in zip(log[step:], again, strict=True):
+            assert {k: v for k, v in theirs.items() if not k.startswith(TIMED)} == {
+                k: v for k, v in ours.items() if not k.startswith(TIMED)
+            }
+        assert (
+            result["accuracy_before"] == json.loads((path / "state.json").read_text())["before"]["greedy"]["accuracy"]
+        )
+
+
+def test_resume_latest_goes_on_in_the_same_folder(folder: Path) -> None:
+    config = tiny_config(folder, save_steps=1)
+    trainer = make_trainer(config, folder / "run")
+    trainer.order.steps = 2  # a run that was stopped half way
+    trainer.train()
+    with (folder / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "loss": 1.0}\n{"step": 4, "lo')  # logged, but never saved
+    with pytest.raises(CheckpointError, match="steps was 2, is 4"):
+        make_trainer(
+            dataclasses.replace(config, resume_from_checkpoint="latest", output_dir="run"), folder / "run"
+        ).train()
+
+
+def test_nan_stops_before_the_step(folder: Path) -> None:
+    trainer = make_trainer(tiny_config(folder), folder / "run")
+    groups = roll(trainer.method)
+    with torch.no_grad():
+        trainer.method.model.lm.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+    before = {name: p.clone() for name, p in trainer.method.model.named_parameters()}
+    with pytest.raises(NotFiniteError, match=r"step 1, minibatch 1, phase score.*pairs\.jsonl:1"):
+        trainer.update("score", groups, 0, Tally())
+    for name, p in trainer.method.model.named_parameters():
+        assert torch.equal(p.nan_to_num(), before[name].nan_to_num())
+
+
+def test_bt_learns_and_loads_as_a_sequence_classifier(folder: Path) -> None:
+    config = tiny_config(folder, method="bt", max_steps=30, learning_rate=5e-3)
+    trainer = make_trainer(config, folder / "run", held_out=12)
+    result = trainer.train()
+    log = read_metrics(folder / "run" / "metrics.jsonl")
+    assert result["accuracy_after"] == 1 > result["accuracy_before"]
+    assert log[-1]["loss"] < 0.2 < log[0]["loss"]
+    groups = plain_groups(trainer.held_out, trainer.method.dialog)
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "run" / "model")
+    batch = pad_batch(groups, trainer.method.dialog.pad_id, torch.device("cpu"))
+    with torch.no_grad():
+        theirs = model(batch.input_ids, attention_mask=batch.attention_mask).logits.squeeze(-1)
+    scorer = load_scorer(folder / "run" / "model", Compute.resolve("fp32"), token_budget=500, sampling_batch=8)
+    ours = marginal_scores(scorer.score_groups(trainer.held_out))
+    torch.testing.assert_close(ours.flatten().float(), theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_dwrl_learns_scores(folder: Path) -> None:
+    config = tiny_config(folder, max_steps=40, rollout_batch_size=12, minibatch_size=12, learning_rate=5e-3)
+    result = make_trainer(config, folder / "run", held_out=12).train()
+    assert result["accuracy_after"] >= 0.9 > result["accuracy_before"]
+    row = read_metrics(folder / "run" / "metrics.jsonl")[-1]
+    wanted = "loss score_loss thought_loss p_chosen p_rejected misalignment effective_groups advantage ratio clip_fraction entropy "
+    wanted += (
+        "thought_length truncation_rate label_mass grad_norm_score grad_norm_thought tokens_per_second share_rollout"
+    )
+    assert set(wanted.split()) <= set(row) and all(np.isfinite(row[name]) for name in wanted.split())
+    thoughts = (folder / "run" / "thoughts" / "step-000040.jsonl").read_text().splitlines()
+    assert len(thoughts) == 12 * 2 * 3 and set(json.loads(thoughts[0])) >= {"source", "response", "thought", "score"}
+    plot_curves(read_metrics(folder / "run" / "metrics.jsonl"), folder / "curves.png", "test")
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bf16_computes_over_float32_masters(folder: Path) -> None:
+    config = tiny_config(folder, dtype="bf16")
+    method = METHODS["dwrl"](config, load_dialog(config), Compute.resolve("bf16"))
+    groups = roll(method)
+    exact = make_method(tiny_config(folder))
+    fine = gradients(exact, "score", groups, 10**6)[0]
+    coarse = gradients(method, "score", groups, 10**6)[0]
+    assert all(p.dtype == torch.float32 for p in method.model.parameters())
+    norm = sum(g.square().sum() for g in fine.values()).sqrt()
+    gap = sum((coarse[name] - g).square().sum() for name, g in fine.items()).sqrt()
+    assert 1e-5 < gap / norm < 0.1, "bf16 must be at work, and close"
+    _, logs = method.rollout(read_preferences(str(folder / "pairs.jsonl")).rows, 0, lambda n: None)
+    assert logs["sampler_gap_max"] > 0, "old log-probs are recomputed when the sampler is not float32"
+
+
+def test_per_phase_state_and_rates(folder: Path) -> None:
+    config = tiny_config(folder, optimizer_state="per_phase", score_learning_rate=1e-3, warmup_steps=2)
+    optimizers = Optimizers(make_method(config), config, total=10)
+    assert optimizers.of_phase["score"] is not optimizers.of_phase["thought"]
+    assert optimizers.rates == {"score": 1e-3, "thought": 1e-2}
+    shared = Optimizers(make_method(tiny_config(folder)), tiny_config(folder), total=10)
+    assert shared.of_phase["score"] is shared.of_phase["thought"]
+    assert len(optimizers.tensors()) == 2 * len(shared.tensors())
+    assert [optimizers.factor(m) for m in (0, 1, 2, 6, 10)] == [0.5, 1.0, 1.0, 0.5, 0.0]
+    cosine = dataclasses.replace(config, lr_scheduler_type="cosine", warmup_steps=0, min_learning_rate_ratio=0.1)
+    factors = [Optimizers(make_method(cosine), cosine, total=10).factor(m) for m in (0, 5, 10)]
+    assert factors == pytest.approx([1.0, 0.55, 0.1])
+
+
+def test_order_covers_every_epoch_and_is_known_at_any_step() -> None:
+    order = Order(rows=10, batch_size=4, epochs=2, max_steps=-1, seed=0)
+    batches = [order[step] for step in range(order.steps)]
+    flat = [row for batch in batches for row in batch]
+    assert [len(batch) for batch in batches] == [4] * 5
+    assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10)) and flat[:10] != flat[10:]
+    assert Order(10, 4, 2, -1, 0)[3] == batches[3] != Order(10, 4, 2, -1, 1)[3]
+    assert [len(Order(10, 4, 1, -1, 0)[step]) for step in range(3)] == [4, 4, 2]
+    assert Order(10, 4, 1, 7, 0).steps == 7
+
+
+def test_groups_are_never_split(folder: Path) -> None:
+    groups = roll(make_method(tiny_config(folder)), 12)
+    for budget in (1, 300, 10**6):
+        batches = split_by_budget(groups, budget)
+        assert sorted(id(g) for batch in batches for g in batch) == sorted(map(id, groups))
+        for batch in batches:
+            size = sum(len(g.flat) for g in batch) * max(g.longest for g in batch)
+            assert size <= budget or len(batch) == 1
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"advantage": 1e-5}, "all score alike"),
+        ({"effective_groups": 1.0}, "carry the gradient"),
+        ({}, None),
+        ({"advantage": 0.0, "loss": 0.01}, None),
+    ],
+)
+def test_stalls_are_said_once(caplog: pytest.LogCaptureFixture, change: dict[str, float], said: str | None) -> None:
+    healthy = {"advantage": 0.1, "loss": 0.6, "effective_groups": 30.0, "p_chosen": 0.9, "p_rejected": 0.9}
+    logger.propagate = True
+    watch = StallWatch()
+    for _ in range(12):
+        watch.update(healthy | change, minibatch_size=32)
+    assert caplog.text.count("stalled") == (said is not None) and (said or "") in caplog.text
+
+
+def test_log_drops_what_lies_past_the_checkpoint(tmp_path: Path) -> None:
+    log = RunLog(tmp_path)
+    for step in (1, 2, 3):
+        log.metrics(step, {"loss": 0.5})
+    with log.metrics_path.open("a") as file:
+        file.write('{"step": 4, "lo')
+    RunLog(tmp_path, resumed_at=2)
+    assert [row["step"] for row in read_metrics(log.metrics_path)] == [1, 2]

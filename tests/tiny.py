@@ -1,0 +1,62 @@
+"""A tiny model and pairs for it, made in a moment: what the tests of the trained path run on."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dwrl_fast.config import TrainConfig
+from dwrl_fast.data import Preference, read_preferences
+from dwrl_fast.dialog import Dialog, Template
+from dwrl_fast.embedded.formats import EVALUATE, RATE
+from dwrl_fast.embedded.task import draw_claims, prompts, write_pairs
+from dwrl_fast.embedded.tokenizer import make_tokenizer
+from dwrl_fast.embedded.warmup import Warmup, draw_model
+from dwrl_fast.model import GenerativeModel
+from dwrl_fast.pretrained import save_pretrained
+
+SIZE = Warmup(hidden_size=16, layers=2, heads=2, intermediate_size=32)
+
+
+def tiny_dialog() -> Dialog:
+    return Dialog(make_tokenizer(), Template(EVALUATE, RATE), "correctness")
+
+
+def tiny_model(seed: int = 0) -> GenerativeModel:
+    model = GenerativeModel(draw_model(SIZE, seed))
+    with torch.no_grad():  # drawn logits are nearly flat; these tell thoughts and labels apart
+        model.lm.get_input_embeddings().weight.mul_(12)
+    return model
+
+
+def tiny_folder(folder: Path, seed: int = 0) -> Path:
+    """A model folder as `train` writes and reads them."""
+    card = {"method": "dwrl", "score_normalization": "vocab", "temperature": 1.0, "max_completion_length": 6}
+    save_pretrained(folder, tiny_model(seed), tiny_dialog(), card)
+    return folder
+
+
+def tiny_pairs(path: Path, count: int = 12, seed: int = 0) -> Path:
+    write_pairs(path, *draw_claims(prompts("train"), count, 0.5, np.random.default_rng(seed)))
+    return path
+
+
+def tiny_rows(folder: Path, count: int = 12) -> list[Preference]:
+    return read_preferences(tiny_pairs(folder / "pairs.jsonl", count)).rows
+
+
+def tiny_config(folder: Path, **changes: Any) -> TrainConfig:
+    base = TrainConfig(
+        model_name_or_path=str(folder / "tiny"),
+        dataset_name=str(folder / "pairs.jsonl"),
+        max_completion_length=6,
+        num_generations=3,
+        rollout_batch_size=4,
+        minibatch_size=2,
+        max_steps=4,
+        learning_rate=1e-2,
+        token_budget=400,
+    )
+    return dataclasses.replace(base, **changes)
