@@ -59,10 +59,10 @@ struct Row {
   real_t inverse_temperature, cap;
   real_t maximum = std::numeric_limits<real_t>::lowest();
   double sum = 0, dot = 0;  // of e^(z - max), and of e^(z - max) (z - max)
-  real_t target = 0;        // its z - max: first its capped x
+  double target = 0;        // its z - max: first its capped x
 
   double log_sum() const { return std::log(sum); }
-  double logprob() const { return double(target) - log_sum(); }
+  double logprob() const { return target - log_sum(); }
   double entropy() const { return log_sum() - dot / sum; }
 
   void cap_block(real_t* b, int64_t count) const {
@@ -128,7 +128,7 @@ Row<real_t> read_row(scalar_t* logits, real_t* x, int64_t n, int64_t target, con
     row.template take<keep>(x + start, count);
     top[start / kBlock] = row.maximum;
   }
-  row.target = (row.target - row.maximum) * row.inverse_temperature;
+  row.target = (row.target - row.maximum) / head.temperature;
   if (std::isnan(row.dot)) row.sum = row.dot;  // the fast exponential loses a NaN, the dot product keeps it
   return row;
 }
@@ -157,20 +157,21 @@ void write_kept(scalar_t* logits, const Row<real_t>& row, int64_t target, double
 // dLoss/dx = [k (onehot - p) - h p (log p + entropy)] dz/dx, exponentials formed again.
 template <typename scalar_t, typename real_t>
 void write_again(scalar_t* logits, const Row<real_t>& row, int64_t target, double k, double h) {
-  const real_t log_sum = row.log_sum(), inverse_cap = row.cap != 0 ? 1 / row.cap : 0;
+  const real_t inverse_cap = row.cap != 0 ? 1 / row.cap : 0;
   const Vec<real_t> m(row.maximum), scale(row.inverse_temperature), floor(static_cast<real_t>(Row<real_t>::kFloor));
   const Vec<real_t> minus_k(static_cast<real_t>(-k)), entropy_factor(static_cast<real_t>(h));
-  const Vec<real_t> lsum(log_sum), entropy(static_cast<real_t>(row.entropy())), one(1), icap(inverse_cap);
+  const Vec<real_t> log_sum(static_cast<real_t>(row.log_sum())), inverse_sum(static_cast<real_t>(1 / row.sum));
+  const Vec<real_t> entropy(static_cast<real_t>(row.entropy())), one(1), icap(inverse_cap);
   for (int64_t start = 0; start < row.n; start += kBlock) {
     const int64_t count = std::min(kBlock, row.n - start);
     real_t* b = row.x + start;
     const bool here = start <= target && target < start + count;
     const real_t u = here ? row.x[target] * inverse_cap : 0;
     each(b, count, [&](Vec<real_t> v, int64_t i, int64_t c) {
-      const Vec<real_t> logp = at::vec::clamp_min((v - m) * scale, floor) - lsum;
+      const Vec<real_t> z = at::vec::clamp_min((v - m) * scale, floor);
       const Vec<real_t> u = v * icap;
       const Vec<real_t> slope = (one - u * u) * scale;
-      (logp.exp_u20() * (minus_k - entropy_factor * (logp + entropy)) * slope).store(b + i, c);
+      (z.exp() * inverse_sum * (minus_k - entropy_factor * (z - log_sum + entropy)) * slope).store(b + i, c);
     });
     if (here) {
       const double logp = row.logprob(), p = std::exp(logp);

@@ -48,8 +48,8 @@ def linear_logprob(
         return reference.linear_logprob(
             hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap, return_entropy=return_entropy
         )
-    logprob, entropy = _linear_logprob(
-        hidden, weight, bias, targets.contiguous(), float(temperature), softcap, return_entropy, chosen
+    logprob, entropy, _ = _linear_logprob(
+        hidden, weight, bias, targets.contiguous(), float(temperature), softcap, return_entropy, -1, chosen
     )
     return (logprob, entropy) if return_entropy else logprob
 
@@ -91,14 +91,12 @@ def yes_no_logprob(
             return score
     targets = torch.full(hidden.shape[:1], yes_id, device=hidden.device)
     with torch.set_grad_enabled(torch.is_grad_enabled() and normalization == "vocab"):
-        yes, _ = _linear_logprob(hidden, weight, bias, targets, 1.0, softcap, False, chosen)
+        yes, _, no = _linear_logprob(
+            hidden, weight, bias, targets, 1.0, softcap, False, no_id if return_mass else -1, chosen
+        )
     if normalization == "vocab":
         score = yes
-    if not return_mass:
-        return score
-    with torch.no_grad():
-        logit_yes, logit_no = _label_logits(hidden, weight, bias, yes_id, no_id, softcap)
-        return score, yes.exp() + (yes + logit_no - logit_yes).exp()
+    return (score, yes.detach().exp() + no.exp()) if return_mass else score
 
 
 def _check_labels(operator: str, yes_id: int, no_id: int, vocabulary: int, normalization: str) -> None:
@@ -118,24 +116,42 @@ def _linear_logprob(
     temperature: float,
     softcap: float | None,
     return_entropy: bool,
+    beside: int,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """The log-probability and the entropy, [T] each. `return_entropy`: whether the entropy's gradient will be used."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[T] each: log-probability, entropy, and, not differentiated, the log-probability of the token `beside` (-1: none).
+
+    `return_entropy` says whether the entropy's gradient will be used.
+    """
     rows = row_pass(backend)
     products = Products(hidden, weight, bias, (False, False, False))
     check_targets("linear_logprob", targets, weight.shape[0])
-    logprob, entropy = hidden.new_empty((2, hidden.shape[0]), dtype=wide(hidden.dtype)).unbind()
+    logprob = hidden.new_empty(hidden.shape[0], dtype=wide(hidden.dtype))
+    entropy, other = torch.empty_like(logprob), torch.empty_like(logprob)
     for start in range(0, hidden.shape[0], products.chunk):
         here = slice(start, start + products.chunk)
         logits = products.logits(hidden[here])
+        both = None if beside < 0 else _logits_of_labels(logits, targets[here], beside, temperature, softcap)
         logprob[here], entropy[here] = rows.logprob_rows(logits, targets[here], temperature, softcap)
-    return logprob.clone(), entropy.clone()
+        if both is not None:
+            other[here] = logprob[here] + (both[1] - both[0])
+    return logprob, entropy, other
+
+
+def _logits_of_labels(
+    logits: Tensor, targets: Tensor, beside: int, temperature: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """z of the targets and of one token, of logits that the row pass is about to consume."""
+    pair = torch.stack([logits.gather(1, targets[:, None]).squeeze(1), logits[:, beside]]).to(wide(logits.dtype))
+    if softcap is not None:
+        pair = softcap * torch.tanh(pair / softcap)
+    return pair[0] / temperature, pair[1] / temperature
 
 
 @_linear_logprob.register_fake
-def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     empty = hidden.new_empty(hidden.shape[0], dtype=wide(hidden.dtype))
-    return empty, torch.empty_like(empty)
+    return empty, torch.empty_like(empty), torch.empty_like(empty)
 
 
 @torch.library.custom_op("dwrl_fast::linear_logprob_backward", mutates_args=())
@@ -173,21 +189,22 @@ def _(grad_logprob: Tensor, grad_entropy: Tensor | None, *rest: Any) -> tuple[Te
     return empty_gradients(hidden, weight, bias, rest[-4:-1])
 
 
-def _save_logprob(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    hidden, weight, bias, targets, temperature, softcap, return_entropy, backend = inputs
+def _save_logprob(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    hidden, weight, bias, targets, temperature, softcap, return_entropy, _, backend = inputs
     ctx.save_for_backward(hidden, weight, bias, targets)
     ctx.options = temperature, softcap, backend
     ctx.return_entropy = return_entropy
+    ctx.mark_non_differentiable(output[2])
 
 
-def _backward_logprob(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor) -> tuple:
+def _backward_logprob(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor, _: Tensor) -> tuple:
     temperature, softcap, backend = ctx.options
     needs = ctx.needs_input_grad[:3]
     gradients = _linear_logprob_backward(
         grad_logprob.contiguous(), grad_entropy.contiguous() if ctx.return_entropy else None, *ctx.saved_tensors,
         temperature, softcap, *needs, backend,
     )  # fmt: skip
-    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *[None] * 5
+    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *[None] * 6
 
 
 _linear_logprob.register_autograd(_backward_logprob, setup_context=_save_logprob)

@@ -1,0 +1,119 @@
+"""Inputs for the operators' tests, every operator's outputs and gradients under one roof, and what accurate means."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dwrl_fast import ops, reference
+from dwrl_fast.ops import products
+
+# Odd on purpose: one row, fewer columns than a vector, no multiple of a vector or of a block, a real vocabulary's tail.
+SHAPES = [(1, 1, 2), (7, 5, 3), (23, 17, 101), (34, 16, 4099), (13, 8, 32003)]
+
+
+@contextmanager
+def small_chunks(rows: int = 8) -> Iterator[None]:
+    """Every pass in chunks of so few rows that there are many."""
+    before = products.MIN_ROWS, dict(products.CHUNK_BYTES)
+    products.MIN_ROWS = rows
+    products.CHUNK_BYTES.update(cpu=1, cuda=1)
+    try:
+        yield
+    finally:
+        products.MIN_ROWS = before[0]
+        products.CHUNK_BYTES.update(before[1])
+
+
+def inputs(
+    shape: tuple[int, int, int], dtype: torch.dtype, *, size: float = 1.0, strided: bool = False, bias: bool = True,
+    seed: int = 0, **head: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Arguments of the linear operators. `size` is the logits' magnitude; `head` holds temperature and softcap."""
+    t, h, v = shape
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda *n: torch.randn(*n, generator=g)  # noqa: E731
+    hidden = draw(t, 2 * h)[:, ::2] if strided else draw(t, h)
+    weight = draw(h, v).t() if strided else draw(v, h)
+    weight = weight * (size / h**0.5)
+    x = {"hidden": hidden, "weight": weight, "bias": draw(v) if bias else None}
+    x = {k: None if y is None else y.to(dtype).requires_grad_() for k, y in x.items()}
+    targets = torch.randint(v, (t,), generator=g)
+    exact = reference.linear_logprob(*(wide(x[k]) for k in ("hidden", "weight")), targets, bias=wide(x["bias"]), **head)
+    # Ratios far from the clip's edges, on both sides of both: no rounding decides which side a row is on.
+    log_ratio = torch.tensor([-0.6, -0.1, 0.05, 0.5])[torch.arange(t) % 4]
+    wide_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    old = (exact.detach() - log_ratio).to(wide_dtype)
+    advantage, token_weight = draw(t), torch.rand(t, generator=g)
+    if t > 5:
+        advantage[3], token_weight[5] = 0, 0
+    return x | {
+        "targets": targets,
+        "old_logprob": old,
+        "advantage": advantage.to(wide_dtype),
+        "token_weight": token_weight.to(wide_dtype),
+        "head": head,
+    }
+
+
+def wide(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach().double().requires_grad_(x.requires_grad)
+
+
+def in_float64(x: dict[str, Any]) -> dict[str, Any]:
+    return {k: wide(y) if isinstance(y, Tensor) and y.is_floating_point() else y for k, y in x.items()}
+
+
+def results(operator: str, x: dict[str, Any], backend: str, **options: Any) -> dict[str, Tensor]:
+    """What an operator returns and the gradients of a fixed combination of it."""
+    module: Any = reference if backend == "reference" else ops
+    how = {} if backend == "reference" else {"backend": backend}
+    head = x["head"]
+    a, w, old = x["advantage"], x["token_weight"], x["old_logprob"]
+    if operator == "linear_policy_loss":
+        ref = old + 0.1 if options.get("beta") else None
+        r = module.linear_policy_loss(
+            x["hidden"], x["weight"], x["targets"], old, a, w, bias=x["bias"], ref_logprob=ref, **head, **options, **how
+        )
+        out, total = {"loss": r.loss, "logprob": r.logprob, "stats": r.stats}, r.loss * 1.5
+    elif operator == "linear_logprob":
+        logprob, entropy = module.linear_logprob(
+            x["hidden"], x["weight"], x["targets"], bias=x["bias"], return_entropy=True, **head, **how
+        )
+        out, total = {"logprob": logprob, "entropy": entropy}, (logprob * a + entropy * w).sum()
+    else:
+        cap = {"softcap": head["softcap"]} if "softcap" in head else {}
+        labels = x["weight"].shape[0] - 1, 0
+        score, mass = module.yes_no_logprob(
+            x["hidden"], x["weight"], *labels, bias=x["bias"], return_mass=True, **cap, **options, **how
+        )
+        out, total = {"score": score, "mass": mass}, (score * a).sum()
+    names = [k for k in ("hidden", "weight", "bias") if x[k] is not None]
+    gradients = torch.autograd.grad(total, [x[k] for k in names])
+    return {k: y.detach() for k, y in out.items()} | {f"d_{k}": g for k, g in zip(names, gradients, strict=True)}
+
+
+Run = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]
+
+
+def assert_accurate(runs: list[Run]) -> None:
+    """Over runs of (got, plain, exact): the error at most twice that of plain PyTorch in the same dtype, or 4 ulp.
+
+    The error is the root mean square over runs and elements, so that luck with one number bounds nothing; the largest
+    single error may be twice as far off again. The mass is a probability: its ulp is that of 1.
+    """
+    for name, like in runs[0][0].items():
+        errors: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for got, plain, exact in runs:
+            assert (got[name].shape, got[name].dtype) == (plain[name].shape, plain[name].dtype), name
+            assert torch.equal(got[name].isnan(), exact[name].isnan()), name
+            for found, y in zip(errors, (got[name], plain[name]), strict=True):
+                found.append((y.double() - exact[name]).nan_to_num().flatten())
+        largest = torch.cat([exact[name].nan_to_num().abs().flatten() for *_, exact in runs]).amax().item()
+        ulp = torch.finfo(torch.float32 if name == "stats" else like.dtype).eps * (1.0 if name == "mass" else largest)
+        ours, theirs = (torch.cat(x) for x in errors)
+        for measure, factor in ((lambda e: e.square().mean().sqrt().item(), 2), (lambda e: e.abs().amax().item(), 4)):
+            bound = max(factor * measure(theirs), 4 * ulp)
+            assert measure(ours) <= bound, f"{name}: error {measure(ours):.2e}, allowed {bound:.2e} ({factor} x plain)"
