@@ -43,8 +43,8 @@ class Warmup:
     batch_size: int = 96
     stages: tuple[Stage, ...] = field(
         default=(
-            Stage("clean", 700, 4e-3, Noise()),
-            Stage("noisy", 350, 1.5e-3, Noise(step_error=0.2, sycophancy=0.4, flip=0.1, lazy=0.3)),
+            Stage("clean", 400, 4e-3, Noise()),
+            Stage("noisy", 250, 1.5e-3, Noise(step_error=0.2, sycophancy=0.55, flip=0.1, lazy=0.3)),
         )
     )
 
@@ -58,6 +58,7 @@ def draw_model(plan: Warmup, seed: int) -> LlamaForCausalLM:
         num_attention_heads=plan.heads,
         num_key_value_heads=plan.heads,
         max_position_embeddings=64,
+        initializer_range=0.1,  # so narrow a model starts too quietly at the usual .02: twice the steps, and plateaus
         tie_word_embeddings=True,
         pad_token_id=IDS["<|pad|>"],
         bos_token_id=None,
