@@ -1,6 +1,6 @@
 """Log-probabilities of a linear head: of given targets, and of the label "Yes"."""
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,16 @@ from dwrl_fast.ops.backend import (
 from dwrl_fast.ops.products import Products, empty_gradients, wide
 
 
+@overload
+def linear_logprob(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = ..., temperature: float = ...,
+    softcap: float | None = ..., return_entropy: Literal[False] = False, backend: str = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def linear_logprob(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = ..., temperature: float = ...,
+    softcap: float | None = ..., return_entropy: Literal[True], backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def linear_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -54,6 +64,16 @@ def linear_logprob(
     return (logprob, entropy) if return_entropy else logprob
 
 
+@overload
+def yes_no_logprob(
+    hidden: Tensor, weight: Tensor, yes_id: int, no_id: int, *, normalization: str = ..., bias: Tensor | None = ...,
+    softcap: float | None = ..., return_mass: Literal[False] = False, backend: str = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def yes_no_logprob(
+    hidden: Tensor, weight: Tensor, yes_id: int, no_id: int, *, normalization: str = ..., bias: Tensor | None = ...,
+    softcap: float | None = ..., return_mass: Literal[True], backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def yes_no_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -119,7 +139,7 @@ def _linear_logprob(
     beside: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """[T] each: log-probability, entropy, and, not differentiated, the log-probability of the token `beside` (-1: none).
+    """[T] each: log-probability, entropy, and, not differentiated, the log-probability of token `beside` (-1: none).
 
     `return_entropy` says whether the entropy's gradient will be used.
     """

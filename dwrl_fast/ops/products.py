@@ -70,16 +70,18 @@ class Products:
             self.d_bias += d_logits.sum(0, dtype=self.d_bias.dtype)
 
     def _add_weight(self, d_logits: Tensor, hidden: Tensor) -> None:
-        factors = d_logits.t(), hidden
         if self.d_weight is None:
-            self.d_weight = torch.mm(*factors, out_dtype=torch.float32) if self.direct else torch.mm(*factors)
-            self.d_weight = self.d_weight.to(wide(hidden.dtype))
-        elif self.direct:
-            torch.addmm(self.d_weight, *factors, out_dtype=torch.float32, out=self.d_weight)
-        elif self.d_weight.dtype == hidden.dtype:
-            self.d_weight.addmm_(*factors)
+            shape = self.weight.shape
+            self.d_weight = hidden.new_zeros(shape, dtype=wide(hidden.dtype))
+        total, factors = self.d_weight, (d_logits.t(), hidden)
+        if self.direct:
+            torch.addmm(total, *factors, out_dtype=torch.float32, out=total)
+        elif total.dtype == hidden.dtype:
+            total.addmm_(*factors)
+        elif self.dtypes[0] == total.dtype:
+            total.addmm_(*(x.float() for x in factors))  # the CPU has no product of bfloat16 into float32
         else:
-            self.d_weight += torch.mm(*factors)
+            total += torch.mm(*factors)  # rounded as the result will be
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         """dHidden, dWeight, dBias; empty where not needed."""

@@ -1,0 +1,223 @@
+"""Times variants of one operator side by side: interleaved, so that a busy machine is busy for all of them.
+
+A script gives cases; a case gives variants, each a function to time and, where it cannot run here, the reason. Every
+variant runs once unmeasured, once for its peak of memory, once under the profiler for its matrix products, then
+`--repeats` times in turn with the others. Prints a table; `--json` and `--plot` write files.
+"""
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute the case. `run` is None where it cannot run here, and `why` says the reason."""
+
+    name: str
+    run: Callable[[], object] | None
+    why: str = ""
+    quick: bool = True
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    variants: Callable[[], list[Variant]]  # made when it is the case's turn, so that one case is in memory at a time
+    quick: bool = True
+    unit: float = 1.0  # multiplications of one row's product, H V: counters count rows
+
+
+@dataclass
+class Row:
+    case: str
+    variant: str
+    seconds_median: float | None
+    seconds_iqr: float | None
+    peak_bytes: int | None
+    counters: dict[str, float] = field(default_factory=dict)
+    skipped: str = ""
+
+
+def matrix_products(run: Callable[[], object], unit: float = 1.0) -> dict[str, float]:
+    """How many matrix products `run` takes, their multiplications in `unit`s, and the values they read and write."""
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as trace:
+        run()
+    count, work, moved = 0, 0.0, 0.0
+    for event in trace.events():
+        first = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::addmm_": 1}.get(event.name)
+        if first is None or len(event.input_shapes) < first + 2:
+            continue
+        a, b = event.input_shapes[first], event.input_shapes[first + 1]
+        batch = a[0] if len(a) == 3 else 1
+        m, k, n = a[-2], a[-1], b[-1]
+        count += 1
+        work += batch * m * k * n
+        moved += batch * (m * k + k * n + m * n)
+    return {"products": count, "rows": work / unit, "values": moved}
+
+
+def peak_memory(run: Callable[[], object]) -> int | None:
+    """Bytes that `run` held at its peak beyond what was held before; None where the system does not say."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory starts again from here
+    except OSError:
+        return None
+    before = _status("VmRSS")
+    run()
+    return max(0, _status("VmHWM") - before)
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
+
+
+def measure(case: Case, repeats: int, seconds: float, quick: bool) -> Iterator[Row]:
+    """A row for each variant. Stops repeating when the case has taken `seconds`, after three rounds at least."""
+    rows: dict[str, Row] = {}
+    times: dict[str, list[float]] = {}
+    able: list[Variant] = []
+    for variant in case.variants():
+        row = rows[variant.name] = Row(
+            case.name, variant.name, None, None, None, skipped="" if variant.run else variant.why
+        )
+        if quick and not variant.quick:
+            row.skipped = "it takes longer than --quick may"
+        if variant.run is None or row.skipped:
+            continue
+        try:
+            variant.run()
+            row.peak_bytes = peak_memory(variant.run)
+            row.counters = matrix_products(variant.run, case.unit)
+        except Exception as error:  # a peer that breaks is a row of the table, not the end of it
+            row.skipped = f"{type(error).__name__}: {str(error).splitlines()[0][:90] if str(error) else ''}"
+            continue
+        able.append(variant)
+        times[variant.name] = []
+    start = time.perf_counter()
+    for done in range(repeats):
+        if done >= 3 and time.perf_counter() - start > seconds:
+            break
+        for variant in able:
+            times[variant.name].append(_timed(variant))
+    for name, taken in times.items():
+        rows[name].seconds_median = statistics.median(taken)
+        low, _, high = statistics.quantiles(taken, n=4) if len(taken) > 1 else (taken[0],) * 3
+        rows[name].seconds_iqr = high - low
+    yield from rows.values()
+
+
+def _timed(variant: Variant) -> float:
+    assert variant.run is not None
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    variant.run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def machine() -> dict[str, Any]:
+    models = [x.split(":")[1].strip() for x in _lines("/proc/cpuinfo") if x.startswith("model name")]
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return {
+        "cpu": models[0] if models else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": git.stdout.strip() or None,
+    }
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+def show(rows: Iterable[Row], console: Console) -> None:
+    for case in dict.fromkeys(row.case for row in rows):
+        table = Table(title=case, title_justify="left")
+        for heading in ("variant", "ms", "± iqr", "peak MiB", "products", "rows"):
+            table.add_column(heading, justify="left" if heading == "variant" else "right")
+        for row in (r for r in rows if r.case == case):
+            if row.seconds_median is None or row.seconds_iqr is None:
+                table.add_row(row.variant, f"[dim]skipped: {row.skipped}[/]")
+                continue
+            peak = "?" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f}"
+            counters = (f"{row.counters[k]:.6g}" for k in ("products", "rows"))
+            table.add_row(
+                row.variant, f"{row.seconds_median * 1e3:.2f}", f"{row.seconds_iqr * 1e3:.2f}", peak, *counters
+            )
+        console.print(table)
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """A PNG: one line of panels a case, time on the left, memory on the right."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    cases = list(dict.fromkeys(row.case for row in rows))
+    figure, axes = pyplot.subplots(len(cases), 2, figsize=(11, 1 + 2.4 * len(cases)), squeeze=False)
+    for line, case in zip(axes, cases, strict=True):
+        some = [r for r in rows if r.case == case and r.seconds_median is not None][::-1]
+        names = [r.variant for r in some]
+        line[0].barh(
+            names, [1e3 * (r.seconds_median or 0) for r in some], xerr=[500 * (r.seconds_iqr or 0) for r in some]
+        )
+        line[1].barh(names, [(r.peak_bytes or 0) / 2**20 for r in some], color="tab:orange")
+        line[0].set(title=case, xlabel="milliseconds (median, IQR)")
+        line[1].set(xlabel="peak MiB beyond the inputs", yticklabels=[])
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main(name: str, cases: list[Case]) -> None:
+    parser = argparse.ArgumentParser(prog=f"python -m bench.{name}")
+    parser.add_argument("--json", type=Path, help="write machine, versions, commit and rows to this file")
+    parser.add_argument("--plot", type=Path, help="write a PNG of time and memory to this file")
+    parser.add_argument("--quick", action="store_true", help="only what ends within a minute on two cores")
+    parser.add_argument("--case", default="", help="only cases whose name contains this")
+    parser.add_argument("--repeats", type=int, default=15, help="rounds over the variants (default 15)")
+    parser.add_argument("--seconds", type=float, default=240, help="no further round after this long in a case")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    repeats, seconds = (5, 4.0) if args.quick else (args.repeats, args.seconds)
+    console = Console(width=130)
+    rows: list[Row] = []
+    for case in (c for c in cases if args.case in c.name and (c.quick or not args.quick)):
+        found = list(measure(case, repeats, seconds, args.quick))
+        show(found, console)
+        rows += found
+    if args.json:
+        report = {"benchmark": name, "machine": machine(), "rows": [asdict(r) for r in rows]}
+        args.json.write_text(json.dumps(report, indent=1))
+    if args.plot:
+        plot(rows, args.plot)

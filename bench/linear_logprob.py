@@ -1,0 +1,50 @@
+"""`python -m bench.linear_logprob`: log-probabilities of all rows, and the gradients of a weighted sum of them."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bench.harness import Case, Variant, main
+from bench.peers import SLOW, logprob_peers
+from dwrl_fast import ops
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPES = [  # T, H, V, dtype, quick
+    (512, 64, 8192, torch.float32, True),
+    (2048, 64, 32768, torch.float32, True),
+    (2048, 128, 32768, torch.float32, False),
+    (2048, 512, 32003, torch.float32, False),
+    (2048, 896, 151936, torch.float32, False),
+    (2048, 896, 151936, torch.bfloat16, False),
+]
+
+
+def variants(t: int, h: int, v: int, dtype: torch.dtype) -> list[Variant]:
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(t, h, generator=g).to(DEVICE, dtype).requires_grad_()
+    weight = (torch.randn(v, h, generator=g) / h**0.5).to(DEVICE, dtype).requires_grad_()
+    targets = torch.randint(v, (t,), generator=g).to(DEVICE)
+    factor = torch.randn(t, generator=g).to(DEVICE)
+
+    def through(logprob: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[], object]:
+        return lambda: torch.autograd.grad((logprob(hidden, weight, targets) * factor).sum(), (hidden, weight))
+
+    def forward_only() -> object:
+        with torch.no_grad():
+            return ops.linear_logprob(hidden, weight, targets)
+
+    found = [Variant("dwrl_fast", through(ops.linear_logprob)), Variant("dwrl_fast, no gradient", forward_only)]
+    for name, logprob, why in logprob_peers(DEVICE):
+        found.append(Variant(name, through(logprob) if logprob else None, why, name not in SLOW))
+    return found
+
+
+def case(t: int, h: int, v: int, dtype: torch.dtype, quick: bool) -> Case:
+    return Case(f"T {t}, H {h}, V {v}, {str(dtype)[6:]}", lambda: variants(t, h, v, dtype), quick, unit=h * v)
+
+
+CASES = [case(*shape) for shape in SHAPES]
+
+if __name__ == "__main__":
+    main("linear_logprob", CASES)
