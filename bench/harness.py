@@ -209,7 +209,7 @@ def main(name: str, cases: list[Case]) -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    repeats, seconds = (5, 4.0) if args.quick else (args.repeats, args.seconds)
+    repeats, seconds = (3, 4.0) if args.quick else (args.repeats, args.seconds)
     console = Console(width=130)
     rows: list[Row] = []
     for case in (c for c in cases if args.case in c.name and (c.quick or not args.quick)):

@@ -41,7 +41,8 @@ def inputs(
     x = {"hidden": hidden, "weight": weight, "bias": draw(v) if bias else None}
     x = {k: None if y is None else y.to(dtype).requires_grad_() for k, y in x.items()}
     targets = torch.randint(v, (t,), generator=g)
-    exact = reference.linear_logprob(*(wide(x[k]) for k in ("hidden", "weight")), targets, bias=wide(x["bias"]), **head)
+    double: dict[str, Any] = {k: wide(y) for k, y in x.items()}
+    exact: Any = reference.linear_logprob(targets=targets, **double, **head)
     # Ratios far from the clip's edges, on both sides of both: no rounding decides which side a row is on.
     log_ratio = torch.tensor([-0.6, -0.1, 0.05, 0.5])[torch.arange(t) % 4]
     wide_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -102,7 +103,8 @@ def assert_accurate(runs: list[Run]) -> None:
     """Over runs of (got, plain, exact): the error at most twice that of plain PyTorch in the same dtype, or 4 ulp.
 
     The error is the root mean square over runs and elements, so that luck with one number bounds nothing; the largest
-    single error may be twice as far off again. The mass is a probability: its ulp is that of 1.
+    single error may be twice as far off again. The mass is a probability: its ulp is that of 1. The loss is a sum whose
+    terms cancel: its ulp is that of the sum of token weights.
     """
     for name, like in runs[0][0].items():
         errors: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -112,7 +114,11 @@ def assert_accurate(runs: list[Run]) -> None:
             for found, y in zip(errors, (got[name], plain[name]), strict=True):
                 found.append((y.double() - exact[name]).nan_to_num().flatten())
         largest = torch.cat([exact[name].nan_to_num().abs().flatten() for *_, exact in runs]).amax().item()
-        ulp = torch.finfo(torch.float32 if name == "stats" else like.dtype).eps * (1.0 if name == "mass" else largest)
+        if name == "mass":
+            largest = 1.0
+        elif name == "loss":
+            largest = max(float(exact["stats"][1]) for *_, exact in runs)
+        ulp = torch.finfo(torch.float32 if name == "stats" else like.dtype).eps * largest
         ours, theirs = (torch.cat(x) for x in errors)
         for measure, factor in ((lambda e: e.square().mean().sqrt().item(), 2), (lambda e: e.abs().amax().item(), 4)):
             bound = max(factor * measure(theirs), 4 * ulp)

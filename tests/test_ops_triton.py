@@ -1,0 +1,192 @@
+"""The Triton kernels without a GPU: run by Triton's interpreter against the definition, and compiled for three GPUs.
+
+The interpreter replaces the language while a process starts, so those tests run in a process of their own:
+`test_through_the_interpreter` starts it, and in it the others do not skip.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+from dwrl_fast.kernels import rows, yes_no  # noqa: E402
+from ops_cases import SHAPES, assert_accurate, in_float64, inputs, results, small_chunks  # noqa: E402
+
+from dwrl_fast import ops  # noqa: E402
+from dwrl_fast.errors import UserError  # noqa: E402
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(
+    not INTERPRETED, reason="needs TRITON_INTERPRET=1: test_through_the_interpreter runs it"
+)
+
+OPERATORS: list[tuple[str, dict[str, Any]]] = [
+    ("linear_policy_loss", {}),
+    ("linear_policy_loss", {"beta": 0.1, "clip_high": 0.3}),
+    ("linear_logprob", {}),
+    ("yes_no_logprob", {"normalization": "vocab"}),
+    ("yes_no_logprob", {"normalization": "yes_no"}),
+]
+ids = [name + "".join(f"-{v}" for v in options.values()) for name, options in OPERATORS]
+
+
+def test_through_the_interpreter() -> None:
+    if INTERPRETED:
+        pytest.skip("this is the process it starts")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "interpreter_", __file__],
+        env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    assert re.search(r"\d+ passed", run.stdout)
+
+
+def check(operator: str, options: dict, shape: tuple, dtype: torch.dtype = torch.float32, **how: Any) -> None:
+    runs = []
+    for seed in range(2):
+        x = inputs(shape, dtype, seed=seed, **how)
+        with small_chunks():
+            got = results(operator, x, "triton", **options)
+        exact = results(operator, in_float64(x), "reference", **options)
+        runs.append((got, results(operator, x, "reference", **options), exact))
+    assert_accurate(runs)
+
+
+@interpreted
+@pytest.mark.parametrize(("operator", "options"), OPERATORS, ids=ids)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
+def test_interpreter_shapes(operator: str, options: dict, dtype: torch.dtype, shape: tuple) -> None:
+    check(operator, options, shape, dtype)
+
+
+@interpreted
+@pytest.mark.parametrize(("operator", "options"), OPERATORS, ids=ids)
+@pytest.mark.parametrize("head", [{"softcap": 20.0, "temperature": 1.3}, {"temperature": 0.7}], ids=str)
+def test_interpreter_heads(operator: str, options: dict, head: dict) -> None:
+    check(operator, options, (21, 16, 1003), size=8, strided=True, **head)
+
+
+@interpreted
+@pytest.mark.parametrize(("operator", "options"), OPERATORS, ids=ids)
+def test_interpreter_huge_logits(operator: str, options: dict) -> None:
+    check(operator, options, (40, 16, 517), size=1e4)
+
+
+@interpreted
+def test_interpreter_policy_loss_over_several_blocks() -> None:
+    g = torch.Generator().manual_seed(0)
+    lp, old, a, w, ref = (torch.randn(2500, generator=g) for _ in range(5))
+    lp.requires_grad_()
+    for options in ({}, {"ref_logprob": ref, "beta": 0.2, "entropy": -old}):
+        got, want = (ops.policy_loss(lp, old, a, w, **options, backend=b) for b in ("triton", "reference"))  # type: ignore[arg-type]
+        torch.testing.assert_close(got, want, equal_nan=True, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(*(torch.autograd.grad(r.loss, lp)[0] for r in (got, want)), rtol=1e-5, atol=1e-6)
+    nothing = ops.policy_loss(lp[:0], old[:0], a[:0], w[:0], backend="triton")
+    assert nothing.loss == 0
+    assert (nothing.stats == 0).all()
+
+
+@interpreted
+def test_interpreter_flags_what_it_cannot_raise() -> None:
+    """A target outside the vocabulary is NaN, not a read elsewhere; infinities behave as in plain PyTorch."""
+    logits, ones = torch.randn(4, 37), torch.ones(4)
+    targets = torch.tensor([0, -1, 37, 36])
+    found = rows.policy_rows(logits, None, targets, -ones, ones, ones, None, 0.2, 0.2, 0.0, 1.0, None)
+    assert found[0].isnan().tolist() == [False, True, True, False]
+    stats = rows.policy_loss_rows(found[0], -ones, ones, ones, None, None, 0.2, 0.2, 0.0)[3]
+    assert ops.read_stats(stats)["invalid"] == 2
+    for value, alive in ((-torch.inf, True), (torch.nan, False), (torch.inf, False)):
+        logits[:, 5] = value
+        logprob = rows.logprob_rows(logits, torch.zeros(4, dtype=torch.int64), 1.0, None)
+        assert bool(logprob.isfinite().all()) == alive, value
+
+
+@interpreted
+def test_interpreter_logprob_is_never_above_zero() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        x = inputs((17, 64, 503), dtype, size=60)
+        top = (x["hidden"].float() @ x["weight"].float().t()).argmax(-1)
+        assert (ops.linear_logprob(x["hidden"], x["weight"], top, backend="triton") <= 0).all()
+
+
+@interpreted
+def test_interpreter_yes_no_registration() -> None:
+    x = inputs((5, 24, 67), torch.float32, softcap=9.0)
+    head = x["hidden"], x["weight"], x["bias"]
+    torch.library.opcheck(yes_no._scores, (*head, 3, 5, 9.0))
+    score = yes_no.yes_no_scores(*head, 3, 5, 9.0).sum()
+    (gradient,) = torch.autograd.grad(score, x["hidden"], create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        torch.autograd.grad(gradient.sum() + x["hidden"].sum(), x["hidden"])
+
+
+@interpreted
+def test_interpreter_refuses_float64() -> None:
+    x = inputs((5, 8, 11), torch.float64)
+    with pytest.raises(UserError, match="float64 takes backend 'reference'"):
+        results("linear_logprob", x, "triton")
+
+
+POINTERS = {"targets": "*i64"} | dict.fromkeys(("logits", "gradient", "hidden", "weight", "bias"), "*bf16")
+SCALARS = dict.fromkeys(("C", "T", "stride", "yes_id", "no_id"), "i32") | dict.fromkeys(
+    ("clip_low", "clip_high", "beta", "scale", "cap"), "fp32"
+)
+ROWS = {"BLOCK": rows.BLOCK}
+VARIANTS: list[tuple[Any, dict[str, Any], int]] = [  # kernel, constants, warps
+    (rows.policy_rows_kernel, ROWS | {"V": 151936, "HAS_CAP": True, "HAS_REF": True, "GRADIENT": True}, rows.WARPS),
+    (rows.policy_rows_kernel, ROWS | {"V": 128256, "HAS_CAP": False, "HAS_REF": False, "GRADIENT": True}, rows.WARPS),
+    (rows.policy_rows_kernel, ROWS | {"V": 32003, "HAS_CAP": False, "HAS_REF": False, "GRADIENT": False}, rows.WARPS),
+    (rows.logprob_rows_kernel, ROWS | {"V": 128256, "HAS_CAP": True}, rows.WARPS),
+    (rows.logprob_rows_grad_kernel, ROWS | {"V": 151936, "HAS_CAP": True, "HAS_ENTROPY": True}, rows.WARPS),
+    (rows.logprob_rows_grad_kernel, ROWS | {"V": 32003, "HAS_CAP": False, "HAS_ENTROPY": False}, rows.WARPS),
+    (rows.policy_loss_kernel, {"HAS_REF": True, "HAS_ENTROPY": True, "TOKENS": rows.TOKENS}, 4),
+    (yes_no.yes_no_kernel, {"H": 896, "HAS_CAP": True, "HAS_BIAS": True, "BLOCK": yes_no.BLOCK}, 4),
+]
+NULLABLE = {"HAS_REF": "ref_logprob", "HAS_ENTROPY": "grad_entropy", "HAS_BIAS": "bias", "GRADIENT": "gradient"}
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
+@pytest.mark.parametrize("logits", ["fp32", "bf16"])
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("variant", range(len(VARIANTS)))
+def test_compiles_without_spills(variant: int, capability: int, logits: str, monkeypatch: Any, tmp_path: Path) -> None:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    kernel, constants, warps = VARIANTS[variant]
+    constants = constants | {name: None for flag, name in NULLABLE.items() if constants.get(flag) is False}
+    signature = {
+        name: "constexpr" if name in constants else (POINTERS | SCALARS | {"logits": f"*{logits}"}).get(name, "*fp32")
+        for name in kernel.arg_names
+    }
+    constants = {name: value for name, value in constants.items() if name in signature}
+    source = ASTSource(kernel, signature, constants)
+    ptx = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps}).asm["ptx"]
+    assert spills(ptx, capability) == (0, 0)
+
+
+def spills(ptx: str, capability: int) -> tuple[int, int]:
+    """Bytes of spill stores and loads, as the assembler that Triton bundles reports them."""
+    from triton.backends import nvidia
+
+    name = "ptxas-blackwell" if capability >= 100 else "ptxas"
+    target = re.search(r"\.target (\w+)", ptx)
+    assert target
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        ptxas = Path(nvidia.__file__).parent / "bin" / name
+        command = [str(ptxas), "-v", "--gpu-name", target[1], file.name, "-o", os.devnull]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    found = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert found, report
+    return int(found[1]), int(found[2])
