@@ -56,9 +56,9 @@ def _read_row(row, target, scale, cap, V: tl.constexpr, HAS_CAP: tl.constexpr, B
         dot = shrink * (dot + step * total) + tl.sum(e * z, 0)
         total = shrink * total + tl.sum(e, 0)
         m = top
-    log_total = tl.log(total.to(tl.float64))  # a few numbers a row: rounded once, at the end
+    log_total = tl.log(tl.cast(total, tl.float64))  # a few numbers a row: rounded once, at the end
     logprob = (chosen - m).to(tl.float64) * scale - log_total
-    entropy = log_total - dot.to(tl.float64) / total
+    entropy = log_total - tl.cast(dot, tl.float64) / total
     return m, log_total.to(tl.float32), logprob.to(tl.float32), entropy.to(tl.float32)
 
 
