@@ -321,7 +321,7 @@ python -m dwrl_fast.evaluate --model_name_or_path runs/mine/model --dataset_name
     )
     limit: int | None = _data(None, "Use only so many of the first pairs. none: all of them.", bound=at_least(1))
     votes: int = _evaluation(
-        0, "Average p(Yes) over so many sampled thoughts. 0: one greedy thought.", bound=at_least(0)
+        1, "1: one greedy thought a response. More: the mean of p(Yes) over so many sampled ones.", bound=at_least(1)
     )
     token_budget: int = _evaluation(
         16384, "Tokens in one forward pass, padding included. Sets memory and speed.", bound=at_least(1)

@@ -19,12 +19,13 @@ from dwrl_fast.scorer import marginal_scores
 
 
 def main(argv: list[str]) -> None:
-    run(parse_evaluate(argv), Console())
+    console = Console()
+    set_up_logging(console)
+    run(parse_evaluate(argv), console)
 
 
 def run(config: EvaluateConfig, console: Console) -> PairReport:
     """Score the file's pairs and print the report; with --output_file, every row's scores and thoughts are written."""
-    set_up_logging(console)
     if config.output_file is not None and Path(config.output_file).exists():
         raise ConfigError(f"--output_file {config.output_file} exists already: name another, or remove it")
     compute = Compute.resolve(config.dtype)

@@ -114,9 +114,8 @@ def load_scalar(name_or_path: str | None, config_path: str | None, seed: int, pa
 
 def _load(auto: Any, name_or_path: str | None, config_path: str | None, seed: int, **extra: Any) -> Any:
     from transformers import AutoConfig
-    from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
+    quiet()
     source = name_or_path or config_path
     # The caller's stream of random numbers must not depend on whether a model was drawn.
     with torch.random.fork_rng(devices=[]):
@@ -126,7 +125,7 @@ def _load(auto: Any, name_or_path: str | None, config_path: str | None, seed: in
                 return auto.from_pretrained(name_or_path, dtype=torch.float32, trust_remote_code=False, **extra)
             config = AutoConfig.from_pretrained(config_path, trust_remote_code=False, **extra)
             return auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError, AssertionError, RuntimeError) as error:
             local = source is not None and Path(source).exists()
             hint = (
                 "The folder exists but does not load: it needs config.json and model.safetensors."
@@ -145,3 +144,10 @@ def check_vocabulary(model: "GenerativeModel | ScalarModel", largest_id: int) ->
             "together. Set --tokenizer_name_or_path to the model's own tokenizer, or vocab_size in --model_config to "
             f"at least {largest_id + 1}."
         )
+
+
+def quiet() -> None:
+    """Loading and saving are a moment's work beside ours: no bars of their own between our bars."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()

@@ -12,7 +12,7 @@ from dwrl_fast.compute import Compute
 from dwrl_fast.config import TrainConfig
 from dwrl_fast.dialog import Dialog
 from dwrl_fast.errors import ModelError
-from dwrl_fast.model import load_generative, load_scalar
+from dwrl_fast.model import load_generative, load_scalar, quiet
 from dwrl_fast.rollout.transformers import TransformersSampler
 from dwrl_fast.scorer import GenerativeScorer, ScalarScorer, Scorer
 
@@ -54,6 +54,7 @@ def save_pretrained(folder: Path, model: nn.Module, dialog: Dialog, card: dict[s
     partial, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
+    quiet()
     model.lm.save_pretrained(partial)  # type: ignore[union-attr, operator]
     dialog.tokenizer.save_pretrained(partial)
     (partial / CARD).write_text(json.dumps(card | {"dialog": dialog.to_dict()}, indent=2) + "\n", encoding="utf-8")

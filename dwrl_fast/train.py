@@ -5,6 +5,7 @@ embedded task.
 import dataclasses
 import platform
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -37,16 +38,29 @@ Your own data: a JSONL file of {"prompt": ..., "chosen": ..., "rejected": ...}, 
 
 
 def main(argv: list[str]) -> None:
-    config = parse_train(argv)
-    if config.dataset_name is None:
-        config = parse_train(argv, base=yaml.safe_load(embedded.recipe(config.method).read_text(encoding="utf-8")))
-    run(config, Console())
+    console = Console()
+    set_up_logging(console)
+    run(configure(argv), console)
+
+
+def configure(argv: list[str]) -> TrainConfig:
+    """The command line's options; without --dataset_name, over the embedded task's recipe."""
+    return parse_train(argv, base=embedded_recipe)
+
+
+def embedded_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
+    if given.get("dataset_name") is not None:
+        return {}
+    recipe = yaml.safe_load(embedded.recipe(given.get("method", "dwrl")).read_text(encoding="utf-8"))
+    if given.get("alternate") == "joint":  # one update has one learning rate and one state
+        recipe["learning_rate"] = recipe.pop("thought_learning_rate")
+        recipe = {k: v for k, v in recipe.items() if k not in ("score_learning_rate", "optimizer_state")}
+    return recipe
 
 
 def run(config: TrainConfig, console: Console) -> dict[str, Any]:
     """One command's whole run: everything is written under its folder; returns what result.json holds."""
     started = time.monotonic()
-    set_up_logging(console)
     folder = Path(config.output_dir or f"runs/{config.method}-{time.strftime('%Y%m%d-%H%M%S')}")
     claim_folder(folder, resuming=config.resume_from_checkpoint is not None)
     config = dataclasses.replace(config, output_dir=str(folder))

@@ -257,6 +257,12 @@ class Trainer:
                 f"{path} belongs to another run: {'; '.join(differing)}. Resume with the options of "
                 f"{self.folder / 'config.yaml'}, or start anew in another --output_dir."
             )
+        later = sorted(p.name for p in self.folder.glob("checkpoint-*") if p.name > f"checkpoint-{state['step']:06d}")
+        if later:
+            raise CheckpointError(
+                f"{self.folder} holds {later[0]}, which lies past {path} and would have to be overwritten. Give "
+                "another --output_dir, or move the later checkpoints away."
+            )
         self.step = state["step"]
         self.seconds.update(state["seconds"])
         logger.info("resumed %s at step %d of %d", path, self.step, self.order.steps)

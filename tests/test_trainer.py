@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from dwrl_fast.batch import Group, pad_batch, split_by_budget
 from dwrl_fast.compute import Compute
 from dwrl_fast.config import TrainConfig
-from dwrl_fast.console import set_up_logging
 from dwrl_fast.data import read_preferences
 from dwrl_fast.errors import CheckpointError
 from dwrl_fast.log import logger
@@ -192,17 +191,30 @@ def test_resume_to_the_bit_at_three_points(folder: Path, changes: dict[str, Any]
         )
 
 
-def test_resume_latest_goes_on_in_the_same_folder(folder: Path) -> None:
-    config = tiny_config(folder, save_steps=1)
-    trainer = make_trainer(config, folder / "run")
-    trainer.order.steps = 2  # a run that was stopped half way
-    trainer.train()
-    with (folder / "run" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 3, "loss": 1.0}\n{"step": 4, "lo')  # logged, but never saved
-    with pytest.raises(CheckpointError, match="steps was 2, is 4"):
-        make_trainer(
-            dataclasses.replace(config, resume_from_checkpoint="latest", output_dir="run"), folder / "run"
-        ).train()
+def test_a_killed_run_goes_on_in_its_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config(folder, save_steps=2)
+    make_trainer(config, folder / "whole").train()
+    killed = make_trainer(config, folder / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(killed, "save", lambda before: Trainer.save(killed, before) if killed.step < 3 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            killed.train()
+    assert [row["step"] for row in read_metrics(folder / "run" / "metrics.jsonl")] == [1, 2, 3, 4]
+    resumed = dataclasses.replace(config, resume_from_checkpoint="latest", output_dir="run")
+    make_trainer(resumed, folder / "run").train()
+    assert [row["step"] for row in read_metrics(folder / "run" / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert all(torch.equal(p, weights(folder / "whole")[name]) for name, p in weights(folder / "run").items())
+
+
+def test_another_runs_checkpoint_is_refused(folder: Path) -> None:
+    config = tiny_config(folder, save_steps=1, max_steps=2)
+    make_trainer(config, folder / "run").train()
+    other = dataclasses.replace(config, seed=1, resume_from_checkpoint=str(folder / "run" / "checkpoint-000001"))
+    with pytest.raises(CheckpointError, match="seed was 0, is 1"):
+        make_trainer(other, folder / "other").train()
+    earlier = dataclasses.replace(config, resume_from_checkpoint=str(folder / "run" / "checkpoint-000001"))
+    with pytest.raises(CheckpointError, match="checkpoint-000002"):
+        make_trainer(earlier, folder / "run").train()
 
 
 def test_nan_stops_before_the_step(folder: Path) -> None:
@@ -239,9 +251,10 @@ def test_dwrl_learns_scores(folder: Path) -> None:
     result = make_trainer(config, folder / "run", held_out=12).train()
     assert result["accuracy_after"] >= 0.9 > result["accuracy_before"]
     row = read_metrics(folder / "run" / "metrics.jsonl")[-1]
-    wanted = "loss score_loss thought_loss p_chosen p_rejected misalignment effective_groups advantage ratio clip_fraction entropy "
-    wanted += (
-        "thought_length truncation_rate label_mass grad_norm_score grad_norm_thought tokens_per_second share_rollout"
+    wanted = (
+        "loss score_loss thought_loss p_chosen p_rejected misalignment effective_groups advantage ratio clip_fraction "
+        "entropy thought_length truncation_rate label_mass grad_norm_score grad_norm_thought tokens_per_second "
+        "share_rollout"
     )
     assert set(wanted.split()) <= set(row) and all(np.isfinite(row[name]) for name in wanted.split())
     thoughts = (folder / "run" / "thoughts" / "step-000040.jsonl").read_text().splitlines()
@@ -309,13 +322,17 @@ def test_groups_are_never_split(folder: Path) -> None:
         ({"advantage": 0.0, "loss": 0.01}, None),
     ],
 )
-def test_stalls_are_said_once(caplog: pytest.LogCaptureFixture, change: dict[str, float], said: str | None) -> None:
+def test_stalls_are_said_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, change: dict[str, float], said: str | None
+) -> None:
     healthy = {"advantage": 0.1, "loss": 0.6, "effective_groups": 30.0, "p_chosen": 0.9, "p_rejected": 0.9}
-    logger.propagate = True
+    monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setattr(logger, "handlers", [])
     watch = StallWatch()
     for _ in range(12):
         watch.update(healthy | change, minibatch_size=32)
-    assert caplog.text.count("stalled") == (said is not None) and (said or "") in caplog.text
+    stalls = [record.getMessage() for record in caplog.records]
+    assert len(stalls) == (said is not None) and all(said in message for message in stalls if said)
 
 
 def test_log_drops_what_lies_past_the_checkpoint(tmp_path: Path) -> None:

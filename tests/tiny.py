@@ -6,18 +6,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from dwrl_fast.config import TrainConfig
 from dwrl_fast.data import Preference, read_preferences
 from dwrl_fast.dialog import Dialog, Template
 from dwrl_fast.embedded.formats import EVALUATE, RATE
 from dwrl_fast.embedded.task import draw_claims, prompts, write_pairs
-from dwrl_fast.embedded.tokenizer import make_tokenizer
-from dwrl_fast.embedded.warmup import Warmup, draw_model
+from dwrl_fast.embedded.tokenizer import IDS, make_tokenizer
 from dwrl_fast.model import GenerativeModel
 from dwrl_fast.pretrained import save_pretrained
-
-SIZE = Warmup(hidden_size=16, layers=2, heads=2, intermediate_size=32)
 
 
 def tiny_dialog() -> Dialog:
@@ -25,10 +23,22 @@ def tiny_dialog() -> Dialog:
 
 
 def tiny_model(seed: int = 0) -> GenerativeModel:
-    model = GenerativeModel(draw_model(SIZE, seed))
-    with torch.no_grad():  # drawn logits are nearly flat; these tell thoughts and labels apart
-        model.lm.get_input_embeddings().weight.mul_(12)
-    return model
+    """Drawn loudly enough that thoughts, labels and responses differ in probability."""
+    config = LlamaConfig(
+        vocab_size=len(IDS),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.25,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=IDS["<|end|>"],
+        pad_token_id=IDS["<|pad|>"],
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return GenerativeModel(LlamaForCausalLM(config))
 
 
 def tiny_folder(folder: Path, seed: int = 0) -> Path:

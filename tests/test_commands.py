@@ -1,0 +1,198 @@
+"""The two commands as a person runs them: the embedded task whole and small, real options, bad input."""
+
+import functools
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from test_embedded import SIZES, TINY
+from tiny import tiny_folder, tiny_pairs
+from transformers import AutoModelForCausalLM
+
+from dwrl_fast import embedded, evaluate, train
+from dwrl_fast.config import parse_evaluate, parse_train
+from dwrl_fast.errors import UserError
+from dwrl_fast.evaluation.pairs import pair_report
+
+SMALL = ["--rollout_batch_size", "8", "--minibatch_size", "4", "--max_steps", "2", "--max_completion_length", "6"]
+
+
+@pytest.fixture
+def small_embedded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default run in small: its own code and recipes, fewer steps."""
+    monkeypatch.setattr(embedded, "prepare", functools.partial(embedded.prepare, sizes=SIZES, plan=TINY))
+    shipped = embedded.recipe
+
+    def recipe(method: str) -> Path:
+        small = yaml.safe_load(shipped(method).read_text()) | {
+            "rollout_batch_size": 8,
+            "minibatch_size": 4,
+            "max_steps": 2,
+        }
+        (tmp_path / f"{method}.yaml").write_text(yaml.safe_dump(small))
+        return tmp_path / f"{method}.yaml"
+
+    monkeypatch.setattr(embedded, "recipe", recipe)
+
+
+@pytest.fixture
+def silent() -> Console:
+    return Console(quiet=True)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny_folder(tmp_path / "tiny")
+    tiny_pairs(tmp_path / "pairs.jsonl")
+    return tmp_path
+
+
+def own_data(folder: Path) -> list[str]:
+    return ["--model_name_or_path", f"{folder}/tiny", "--dataset_name", f"{folder}/pairs.jsonl", *SMALL]
+
+
+@pytest.mark.usefixtures("small_embedded")
+def test_without_arguments_the_embedded_task_runs_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    train.main(["--output_dir", str(run), "--seed", "3"])
+    result = json.loads((run / "result.json").read_text())
+    for name in ("accuracy_before", "accuracy_after", "accuracy_bt", "accuracy_before_4_thoughts"):
+        assert 0 <= result[name] <= 1
+    assert result["seed"] == 3 and {"torch", "transformers", "python"} <= set(result["versions"])
+    assert {"warm up", "rollout", "score", "thought", "evaluate", "bt"} <= set(result["seconds_by_stage"])
+    for name in ("config.yaml", "curves.png", "metrics.jsonl", "model/model.safetensors", "bt/model/model.safetensors"):
+        assert (run / name).stat().st_size > 0
+    printed = capsys.readouterr().out
+    assert "bt on the same pairs" in printed and "--model_name_or_path MODEL --dataset_name pairs.jsonl" in printed
+    AutoModelForCausalLM.from_pretrained(run / "model")
+
+
+@pytest.mark.usefixtures("small_embedded")
+def test_the_embedded_run_repeats_itself_and_resumes(tmp_path: Path, silent: Console) -> None:
+    def go(name: str, *more: str) -> dict:
+        base = ["--output_dir", str(tmp_path / name), "--save_steps", "1", *more]
+        return train.run(train.configure(base), silent)
+
+    first, second = go("a"), go("b")
+    same = [name for name in first if name.startswith(("accuracy", "report"))]
+    assert same and all(first[name] == second[name] for name in same)
+    resumed = go("b", "--resume_from_checkpoint", "latest")
+    assert all(first[name] == resumed[name] for name in same), "a finished run that is resumed has nothing to do"
+    with pytest.raises(UserError, match="holds an earlier run"):
+        go("a")
+
+
+def test_own_pairs_from_a_saved_configuration(folder: Path, silent: Console) -> None:
+    run = train.configure([*own_data(folder), "--output_dir", str(folder / "run")])
+    result = train.run(run, silent)
+    assert "accuracy_after" not in result, "without held-out pairs nothing is evaluated"
+    again = train.configure(["--config", str(folder / "run" / "config.yaml"), "--output_dir", str(folder / "again")])
+    train.run(again, silent)
+    models = [AutoModelForCausalLM.from_pretrained(folder / name / "model").state_dict() for name in ("run", "again")]
+    assert all(torch.equal(p, models[1][name]) for name, p in models[0].items())
+
+
+def test_drawn_weights_from_a_config_file(folder: Path, silent: Console) -> None:
+    options = own_data(folder)
+    options[:2] = ["--model_config", f"{folder}/tiny/config.json", "--tokenizer_name_or_path", f"{folder}/tiny"]
+    more = ["--output_dir", str(folder / "run"), "--score_normalization", "yes_no", "--alternate", "joint"]
+    assert train.run(train.configure([*options, *more]), silent)["steps"] == 2
+
+
+def test_evaluate_reads_what_train_wrote(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pairs, scores = folder / "pairs.jsonl", folder / "scores.jsonl"
+    options = ["--model_name_or_path", f"{folder}/tiny", "--dataset_name", str(pairs)]
+    greedy = evaluate.run(parse_evaluate([*options, "--output_file", str(scores)]), Console())
+    assert greedy.groups == 12 and f"accuracy {greedy.accuracy:.3f}" in capsys.readouterr().out
+    rows = [json.loads(line) for line in scores.read_text().splitlines()]
+    assert len(rows) == 24 and {"source", "response", "score", "thought"} <= set(rows[0])
+    right = [a["score"] > b["score"] for a, b in zip(rows[::2], rows[1::2], strict=True)]
+    assert greedy.accuracy == pytest.approx(sum(right) / 12)
+    voted = evaluate.run(parse_evaluate([*options, "--votes", "5", "--limit", "6"]), Console(quiet=True))
+    assert voted.groups == 6 and voted.nll != greedy.nll
+    with pytest.raises(UserError, match="exists already"):
+        evaluate.run(parse_evaluate([*options, "--output_file", str(scores)]), Console(quiet=True))
+
+
+def bad_tokenizer(folder: Path) -> list[str]:
+    (folder / "bare").mkdir()
+    (folder / "bare" / "config.json").write_text((folder / "tiny" / "config.json").read_text())
+    return ["--model_config", f"{folder}/bare/config.json", "--dataset_name", f"{folder}/pairs.jsonl"]
+
+
+def small_vocabulary(folder: Path) -> list[str]:
+    config = json.loads((folder / "tiny" / "config.json").read_text()) | {
+        "vocab_size": 9,
+        "pad_token_id": None,
+        "eos_token_id": None,
+    }
+    (folder / "small.json").write_text(json.dumps(config))
+    return [
+        *("--model_config", f"{folder}/small.json", "--tokenizer_name_or_path", f"{folder}/tiny"),
+        *("--dataset_name", f"{folder}/pairs.jsonl"),
+    ]
+
+
+BAD: list[tuple[Callable[[Path], list[str]], str]] = [
+    (lambda f: ["--model_name_or_path", f"{f}/none", "--dataset_name", f"{f}/pairs.jsonl"], "none.*hub name"),
+    (lambda f: ["--model_name_or_path", f"{f}/tiny", "--dataset_name", f"{f}/none.jsonl"], r"none\.jsonl"),
+    (lambda f: [*own_data(f), "--max_length", "3"], "longer than --max_length 3.*Nothing is left"),
+    (lambda f: [*own_data(f), "--learning_rte", "1"], "learning_rate"),
+    (bad_tokenizer, "--tokenizer_name_or_path"),
+    (small_vocabulary, "embeds only 9.*vocab_size"),
+]
+
+
+@pytest.mark.parametrize("options, said", BAD)
+def test_bad_input_says_what_to_do(
+    folder: Path, silent: Console, options: Callable[[Path], list[str]], said: str
+) -> None:
+    with pytest.raises(UserError, match=f"(?s){said}"):
+        train.run(train.configure([*options(folder), "--output_dir", str(folder / "run")]), silent)
+
+
+def test_a_folder_that_was_not_trained_here_is_refused(folder: Path) -> None:
+    (folder / "tiny" / "preference_model.json").unlink()
+    options = ["--model_name_or_path", f"{folder}/tiny", "--dataset_name", f"{folder}/pairs.jsonl"]
+    with pytest.raises(UserError, match=r"preference_model\.json"):
+        evaluate.run(parse_evaluate(options), Console(quiet=True))
+
+
+@pytest.mark.parametrize("module", ["train", "evaluate"])
+def test_errors_come_without_a_traceback(module: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", f"dwrl_fast.{module}", "--dataset_nam", "x"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "dataset_name" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_pair_report_by_hand() -> None:
+    scores = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 2.0], [3.0, 1.0]])
+    found = pair_report(scores)
+    assert (found.accuracy, found.ties, found.groups) == (2.5 / 4, 1, 4)
+    assert 0 <= found.low < found.accuracy < found.high <= 1
+    gaps = torch.tensor([1.0, -1.0, 0.0, 2.0])
+    assert found.nll == pytest.approx(torch.nn.functional.softplus(-gaps).mean().item())
+    three = torch.tensor([[3.0, 1.0, 2.0], [1.0, 0.0, torch.nan]])
+    assert pair_report(three).accuracy == pytest.approx((2 / 3 + 1) / 2)
+    assert pair_report(-scores).clipped == 0.5 > pair_report(-scores).accuracy
+
+
+def test_bootstrap_interval_covers_as_it_says() -> None:
+    """Against the binomial it estimates: 95 % intervals of 200 coin samples hold the truth in about 95 of 100 cases."""
+    generator = torch.Generator().manual_seed(0)
+    held = 0
+    for _ in range(200):
+        right = (torch.rand(150, generator=generator) < 0.7).double()
+        found = pair_report(torch.stack([right, torch.full_like(right, 0.5)], -1))
+        held += found.low <= 0.7 <= found.high
+    assert 180 <= held <= 199
+
+
+def test_help_is_the_same_parser() -> None:
+    assert parse_train(["--model_name_or_path", "m", "--dataset_name", "d"]).num_generations == 4
