@@ -1,23 +1,22 @@
-"""Does it learn on real text? A drawn model of each family overfits real pairs under the family's own tokenizer and template.
+"""Does it learn on real text? Drawn models overfit real pairs under the tokenizer and template of their family.
 
     python -m bench.overfit --tokenizers DIR --data hh.jsonl.gz gsm8k.jsonl.gz
 
-For every tokenizer folder below DIR, data file and method: the first pairs that fit the length limit are trained on until the training pairs
-are ranked right, and their accuracy is measured with the command's own evaluation (one greedy thought). A drawn model
-knows nothing, so what it reaches here it has learnt from the pairs; it says nothing about unseen pairs.
+For every tokenizer folder below DIR, data file and method, a small model is drawn and trained on the first pairs that
+fit the length limit; then the same pairs are ranked by the command's own evaluation (one greedy thought). A drawn model
+knows nothing, so what it reaches here it has learnt from the pairs. It says nothing about unseen pairs.
 """
 
 import argparse
-import gzip
 import json
 import shutil
 import tempfile
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-
 
 from dwrl_fast.config import TrainConfig
 from dwrl_fast.data import read_preferences
@@ -54,18 +53,15 @@ def shape(family: str, vocabulary: int) -> dict[str, Any]:
 
 def write_first(source: Path, target: Path, dialog: Dialog, pairs: int, longest: int) -> None:
     """The first `pairs` rows of `source` whose prompt and longest response have at most `longest` tokens."""
-    kept = []
-    lines = (
-        gzip.open(source, "rt", encoding="utf-8", newline="\n") if source.suffix == ".gz" else source.open(newline="\n")
+    fitting = (
+        row
+        for row in read_preferences(str(source)).rows
+        if max(dialog.plain(row.prompt, response).response.stop for response in row.responses) <= longest
     )
-    with lines as rows:
-        numbered = {n: line for n, line in enumerate(rows, start=1)}
-    for row in read_preferences(str(source)).rows:
-        if max(dialog.plain(row.prompt, response).response.stop for response in row.responses) <= longest:
-            kept.append(numbered[int(row.source.rpartition(":")[2])])
-        if len(kept) == pairs:
-            break
-    target.write_text("".join(kept), encoding="utf-8")
+    with target.open("w", encoding="utf-8") as file:
+        for row in islice(fitting, pairs):
+            chosen, rejected = ([{"role": "assistant", "content": response}] for response in row.responses)
+            file.write(json.dumps({"prompt": row.prompt, "chosen": chosen, "rejected": rejected}) + "\n")
 
 
 def main() -> None:

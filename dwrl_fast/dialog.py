@@ -123,7 +123,7 @@ class Dialog:
         self.end_id: int = closing[0]
         eos = tokenizer.eos_token_id
         self.stop_ids: tuple[int, ...] = (self.end_id,) if eos in (None, self.end_id) else (self.end_id, int(eos))
-        self.pad_id: int = self.end_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.pad_id: int = self._padding()
         for prompt in CANONICAL:
             self._check_canonical(prompt)
         self.yes_id, self.no_id = map(self._label_id, self.template.labels)
@@ -186,6 +186,14 @@ class Dialog:
 
     def _ids(self) -> dict[str, int]:
         return {"yes_id": self.yes_id, "no_id": self.no_id, "end_id": self.end_id}
+
+    def _padding(self) -> int:
+        """The tokenizer's, unless it ends turns: a classifier's score is read at the last id that is not padding."""
+        given = self.tokenizer.pad_token_id
+        if given is not None and given not in self.stop_ids:
+            return int(given)
+        unused = self._contents.control.difference(self.stop_ids, {self.tokenizer.bos_token_id})
+        return max(unused, default=self.end_id)
 
     def _error(self, what: str) -> TemplateError:
         return TemplateError(f"the chat template of {self.name} {what}")

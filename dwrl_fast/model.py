@@ -62,8 +62,8 @@ class GenerativeModel(nn.Module):
         return HeadInputs(
             score=hidden[batch.score_rows],
             token=hidden[batch.token_rows if tokens else batch.token_rows[:0]],
-            weight=head.weight.to(hidden.dtype),
-            bias=None if head.bias is None else head.bias.to(hidden.dtype),
+            weight=head.weight,
+            bias=head.bias,
             softcap=self.softcap,
         )
 
@@ -90,10 +90,7 @@ class ScalarModel(nn.Module):
 def backbone_states(backbone: nn.Module, batch: PaddedBatch) -> Tensor:
     """[S * L, H]. Padding is on the right, so positions are those of the sequence alone."""
     states = backbone(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).last_hidden_state
-    device = states.device.type
-    # A norm with float32 weights gives float32 back under autocast; the head is to compute in what the trunk does.
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
-    return states.flatten(0, 1).to(dtype)
+    return states.flatten(0, 1)
 
 
 def load_generative(name_or_path: str | None, config_path: str | None, seed: int) -> GenerativeModel:

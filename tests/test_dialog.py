@@ -237,7 +237,7 @@ def test_contents_that_only_the_template_changes_are_kept_and_counted() -> None:
 def test_no_pad_token_is_added() -> None:
     without, with_pad = word_level(), word_level(pad=True)
     size = len(without)
-    assert Dialog(without, TEMPLATE).pad_id == without.convert_tokens_to_ids("<|im_end|>")
+    assert Dialog(without, TEMPLATE).pad_id == without.convert_tokens_to_ids("<|eos|>"), "any id but one that ends turns"
     assert Dialog(with_pad, TEMPLATE).pad_id == with_pad.pad_token_id
     assert len(without) == size
     assert Dialog(without, TEMPLATE).stop_ids == (without.eos_token_id,)
@@ -449,7 +449,7 @@ def test_real_tokenizers_as_known(real: tuple[Any, Dialog]) -> None:
         assert counted == {"merged": 1}
         assert tokenizer.decode(context.ids[context.response]) == "\n Six. \n"
     else:
-        assert (dialog.yes_id, dialog.no_id, dialog.end_id, dialog.pad_id) == (9642, 2822, 128009, 128009)
+        assert (dialog.yes_id, dialog.no_id, dialog.end_id, dialog.pad_id) == (9642, 2822, 128009, 128255)
         assert counted == {"trimmed": 1}
         assert tokenizer.decode(context.ids[context.response]) == "Six."
         assert [i for i, token in enumerate(context.ids) if token == tokenizer.bos_token_id] == [0]
