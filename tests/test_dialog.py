@@ -237,7 +237,9 @@ def test_contents_that_only_the_template_changes_are_kept_and_counted() -> None:
 def test_no_pad_token_is_added() -> None:
     without, with_pad = word_level(), word_level(pad=True)
     size = len(without)
-    assert Dialog(without, TEMPLATE).pad_id == without.convert_tokens_to_ids("<|eos|>"), "any id but one that ends turns"
+    assert Dialog(without, TEMPLATE).pad_id == without.convert_tokens_to_ids("<|eos|>"), (
+        "any id but one that ends turns"
+    )
     assert Dialog(with_pad, TEMPLATE).pad_id == with_pad.pad_token_id
     assert len(without) == size
     assert Dialog(without, TEMPLATE).stop_ids == (without.eos_token_id,)
