@@ -1,4 +1,4 @@
-"""The objective against what it claims to be the gradient of (METHOD 2.2, points 1 to 4 and 6)."""
+"""The objective against what it claims to be the gradient of (docs/method.md, 2.2: points 1 to 4 and 6)."""
 
 from collections.abc import Iterator
 

@@ -87,7 +87,7 @@ def test_micro_batches_and_order_change_nothing(folder: Path, phase: str) -> Non
 
 
 def test_phase_a_is_bradley_terry_through_the_model(folder: Path) -> None:
-    """METHOD 2.2, 1, end to end: autograd through the marginals of the model's own scores."""
+    """docs/method.md 2.2, 1, end to end: autograd through the marginals of the model's own scores."""
     method = make_method(tiny_config(folder))
     groups = roll(method)
     ours, figures = gradients(method, "score", groups, 10**6)
@@ -104,7 +104,7 @@ def test_phase_a_is_bradley_terry_through_the_model(folder: Path) -> None:
 
 
 def test_phase_b_is_the_clipped_policy_gradient_through_the_model(folder: Path) -> None:
-    """Written anew from METHOD 2, off the policy so that ratios and the clip are at work."""
+    """Written anew from docs/method.md, 2, off the policy so that ratios and the clip are at work."""
     method = make_method(tiny_config(folder, epsilon=0.1, epsilon_high=0.3))
     groups = roll(method)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""`dwrl`: Dual-Weighted RL (METHOD section 2). Thoughts are sampled, the score and the thoughts are trained in turn or
+"""`dwrl`: Dual-Weighted RL (docs/method.md, 2). Thoughts are sampled, the score and the thoughts are trained in turn or
 jointly.
 """
 

@@ -22,7 +22,7 @@ class ThoughtSignal:
 
 
 def effective_coefficients(coefficients: Tensor, misalignment_weight: bool) -> Tensor:
-    """c [P, K], or its sign where the misalignment weight is switched off (METHOD 2.1); 0 stays 0."""
+    """c [P, K], or its sign where the misalignment weight is switched off (docs/method.md, 2.1); 0 stays 0."""
     return coefficients if misalignment_weight else coefficients.sign()
 
 
