@@ -1,8 +1,8 @@
 """Groups of sequences, and the tensors of one micro-batch.
 
-A `Group` is one preference group after encoding: K responses with N sequences each. It is atomic: its weights need every
-thought of every response, so a micro-batch holds whole groups only. `PaddedBatch` lays the sequences out one
-a row, padded on the right, and names the rows of the hidden states that the head needs: the positions that predict
+A `Group` is one preference group after encoding: K responses with N sequences each. It is atomic: its weights need
+every thought of every response, so a micro-batch holds whole groups only. `PaddedBatch` lays the sequences out one a
+row, padded on the right, and names the rows of the hidden states that the head needs: the positions that predict
 thought tokens, and the last token of each sequence, where the score is read. Everything after the backbone sees only
 those rows, never the layout.
 

@@ -1,6 +1,6 @@
 """Preference likelihoods: functions f of the log-marginal scores L [P, K] of K responses, giving a loss [P] in nats.
 
-docs/method.md, 2.1: every data format is one such function, and the operators take it as it is. Responses stand best first.
+Every data format is one such function, which the operators take as it is (docs/method.md, 2.1). The best stands first.
 """
 
 from collections.abc import Callable
