@@ -23,6 +23,29 @@ real_t sum_of(Vec<real_t> v) {
   return sum;
 }
 
+// e^v for v <= 0, exactly 1 at 0. Half of at::vec's instructions: nothing to clamp, and the scaling underflows by itself.
+template <typename real_t>
+inline Vec<real_t> exp_of_negative(const Vec<real_t>& v) {
+  return v.exp_u20();
+}
+
+#ifdef CPU_CAPABILITY_AVX512
+template <>
+inline Vec<float> exp_of_negative(const Vec<float>& v) {
+  const __m512 x = v, n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);  // x - n log 2, in two parts
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);
+  // Minimax on +-log(2)/2, relative error 2e-9; the rounding of float32 is 6e-8.
+  __m512 p = _mm512_fmadd_ps(r, _mm512_set1_ps(0.0013843558f), _mm512_set1_ps(0.0083742365f));
+  p = _mm512_fmadd_ps(r, p, _mm512_set1_ps(0.04166801f));
+  p = _mm512_fmadd_ps(r, p, _mm512_set1_ps(0.1666643f));
+  p = _mm512_fmadd_ps(r, p, _mm512_set1_ps(0.49999994f));
+  p = _mm512_fmadd_ps(r, p, _mm512_set1_ps(1.0f));
+  p = _mm512_fmadd_ps(r, p, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(p, n);
+}
+#endif
+
 // Calls f(vector, offset, count) over n values at x.
 template <typename real_t, typename F>
 inline void each(const real_t* x, int64_t n, F f) {
@@ -82,9 +105,10 @@ struct Row {
     const Vec<real_t> m(top), scale(inverse_temperature), floor(static_cast<real_t>(kFloor));
     Vec<real_t> s(0), d(0);
     each(b, count, [&](Vec<real_t> v, int64_t i, int64_t k) {
+      __builtin_prefetch(b + i + kBlock);
       v = at::vec::clamp_min((v - m) * scale, floor);
       if (k < Vec<real_t>::size()) v = Vec<real_t>::set(floor, v, k);
-      const Vec<real_t> e = v.exp_u20();
+      const Vec<real_t> e = exp_of_negative(v);
       s = s + e;
       d = at::vec::fmadd(e, v, d);
       if constexpr (keep) e.store(b + i, k);

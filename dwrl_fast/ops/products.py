@@ -10,14 +10,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# A chunk's logits take about this much, whatever memory is free: equal inputs give equal chunks, and equal bits.
-CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
-MIN_ROWS = 256  # fewer rows read and write the whole dWeight too often
+# A chunk's logits take about this much, whatever memory is free: equal inputs give equal chunks, and equal bits. On the CPU
+# that keeps them near the caches, on CUDA it fills the device.
+CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
+MIN_ROWS = 128  # twice as many where dWeight does not fit a cache: every chunk reads and writes all of it
+LARGE_WEIGHT = 32 << 20
 
 
-def chunk_rows(vocabulary: int, x: Tensor) -> int:
-    """C, of hidden states x."""
-    return max(MIN_ROWS, CHUNK_BYTES[x.device.type] // (vocabulary * max(x.element_size(), 1)))
+def chunk_rows(hidden: Tensor, weight: Tensor) -> int:
+    """C, in whole tiles of 128 rows where it is as much."""
+    bytes_each = 6 if _direct(hidden) else hidden.element_size()
+    rows = CHUNK_BYTES[hidden.device.type] // (weight.shape[0] * bytes_each)
+    least = MIN_ROWS * (2 if weight.numel() * 4 > LARGE_WEIGHT else 1)
+    return max(least, rows - rows % 128 if rows >= 128 else rows)
+
+
+def _direct(hidden: Tensor) -> bool:
+    """Whether products of bfloat16 factors come out in float32."""
+    return hidden.device.type == "cuda" and hidden.dtype == torch.bfloat16
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -29,10 +39,10 @@ class Products:
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]) -> None:
         self.needs = needs
-        self.chunk = min(chunk_rows(weight.shape[0], hidden), max(hidden.shape[0], 1))
+        self.chunk = min(chunk_rows(hidden, weight), max(hidden.shape[0], 1))
         self.weight = weight.to(hidden.dtype)
         self.dtypes = weight.dtype, bias.dtype if bias is not None else weight.dtype
-        self.direct = hidden.device.type == "cuda" and hidden.dtype == torch.bfloat16  # float32 out of bfloat16 factors
+        self.direct = _direct(hidden)
         self.bias = None if bias is None else bias.to(torch.float32 if self.direct else hidden.dtype)
         self.buffer = hidden.new_empty(
             (self.chunk, weight.shape[0]), dtype=torch.float32 if self.direct else hidden.dtype
@@ -70,16 +80,19 @@ class Products:
             self.d_bias += d_logits.sum(0, dtype=self.d_bias.dtype)
 
     def _add_weight(self, d_logits: Tensor, hidden: Tensor) -> None:
+        factors, kind = (d_logits.t(), hidden), wide(hidden.dtype)
+        if self.d_weight is None and kind == hidden.dtype:
+            self.d_weight = torch.mm(*factors)
+            return
         if self.d_weight is None:
-            shape = self.weight.shape
-            self.d_weight = hidden.new_zeros(shape, dtype=wide(hidden.dtype))
-        total, factors = self.d_weight, (d_logits.t(), hidden)
+            self.d_weight = hidden.new_zeros(self.weight.shape, dtype=kind)
+        total = self.d_weight
         if self.direct:
-            torch.addmm(total, *factors, out_dtype=torch.float32, out=total)
-        elif total.dtype == hidden.dtype:
+            torch.addmm(total, *factors, out_dtype=kind, out=total)
+        elif kind == hidden.dtype:
             total.addmm_(*factors)
-        elif self.dtypes[0] == total.dtype:
-            total.addmm_(*(x.float() for x in factors))  # the CPU has no product of bfloat16 into float32
+        elif self.dtypes[0] == kind:
+            total.addmm_(*(x.to(kind) for x in factors))  # the CPU has no product of bfloat16 into float32
         else:
             total += torch.mm(*factors)  # rounded as the result will be
 
