@@ -1,9 +1,10 @@
-"""The default run, whole, from several seeds: how far does DWRL lift held-out accuracy on hard pairs over the warmed-up start?
+"""How far does DWRL lift held-out accuracy on hard pairs over the warmed-up start? The default run, seed by seed.
 
     python -m bench.embedded_seeds --seeds 0 1 2 3
 
-Prints every seed whatever its figures, the mean, and for how many seeds one greedy thought gained at least 15 points; writes the same as
-JSON. What follows `--` goes to dwrl_fast.train as it stands: `-- --misalignment_weight off` measures an ablation.
+Prints every seed whatever its figures, the mean, and for how many seeds one greedy thought gained at least 15 points;
+writes the same as JSON. What follows `--` goes to dwrl_fast.train as it stands: `-- --misalignment_weight off` measures
+an ablation.
 """
 
 import argparse
