@@ -209,11 +209,11 @@ def test_infinities_and_nan_pass_through() -> None:
 
 def test_chunks_are_fixed_and_a_hundred_repeats_are_equal() -> None:
     x = inputs((301, 48, 4099), torch.float32, softcap=20.0)
-    first = results("linear_policy_loss", x, "cpu")
-    for _ in range(100):
-        again = results("linear_policy_loss", x, "cpu")
-        assert all(torch.equal(again[k], first[k]) or (again[k].isnan() == first[k].isnan()).all() for k in first)
-        assert all(torch.equal(again[k], first[k]) for k in ("loss", "d_hidden", "d_weight", "d_bias"))
+    with small_chunks(64):
+        first = results("linear_policy_loss", x, "cpu")
+        for _ in range(100):
+            again = results("linear_policy_loss", x, "cpu")
+            assert all(torch.equal(again[k].nan_to_num(), first[k].nan_to_num()) for k in first)
 
 
 def test_threads_do_not_change_the_row_work() -> None:

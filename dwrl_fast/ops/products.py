@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# A chunk's logits take about this much, whatever memory is free: equal inputs give equal chunks, and equal bits. On the CPU
-# that keeps them near the caches, on CUDA it fills the device.
+# A chunk's logits take about this much, whatever memory is free: equal inputs give equal chunks, and equal bits. On the
+# CPU that keeps them near the caches, on CUDA it fills the device.
 CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
 MIN_ROWS = 128  # twice as many where dWeight does not fit a cache: every chunk reads and writes all of it
 LARGE_WEIGHT = 32 << 20
@@ -55,10 +55,9 @@ class Products:
         """[C, H] -> [C, V], in a buffer that the next call overwrites."""
         out = self.buffer[: hidden.shape[0]]
         columns = self.weight.t()
-        if self.direct and self.bias is not None:
-            return torch.addmm(self.bias, hidden, columns, out_dtype=torch.float32, out=out)
         if self.direct:
-            return torch.mm(hidden, columns, out_dtype=torch.float32, out=out)
+            torch.mm(hidden, columns, out_dtype=torch.float32, out=out)
+            return out if self.bias is None else out.add_(self.bias)
         if self.bias is not None:
             return torch.addmm(self.bias, hidden, columns, out=out)
         return torch.mm(hidden, columns, out=out)
