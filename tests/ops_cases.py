@@ -59,6 +59,12 @@ def inputs(
     }
 
 
+def on_device(x: dict[str, Any], device: str) -> dict[str, Any]:
+    return {
+        k: y.detach().to(device).requires_grad_(y.requires_grad) if isinstance(y, Tensor) else y for k, y in x.items()
+    }
+
+
 def wide(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.detach().double().requires_grad_(x.requires_grad)
 

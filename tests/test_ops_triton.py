@@ -17,7 +17,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 from dwrl_fast.kernels import rows, yes_no  # noqa: E402
-from ops_cases import SHAPES, assert_accurate, in_float64, inputs, results, small_chunks  # noqa: E402
+from ops_cases import SHAPES, assert_accurate, in_float64, inputs, on_device, results, small_chunks  # noqa: E402
 
 from dwrl_fast import ops  # noqa: E402
 from dwrl_fast.errors import UserError  # noqa: E402
@@ -133,6 +133,24 @@ def test_interpreter_refuses_float64() -> None:
     x = inputs((5, 8, 11), torch.float64)
     with pytest.raises(UserError, match="float64 takes backend 'reference'"):
         results("linear_logprob", x, "triton")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device: only interpreted and compiled")
+@pytest.mark.parametrize(("operator", "options"), OPERATORS, ids=ids)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("head", [{}, {"softcap": 20.0, "temperature": 1.3}], ids=str)
+def test_on_a_gpu(operator: str, options: dict, dtype: torch.dtype, head: dict) -> None:
+    for chunk in (16, 4096):
+        runs = []
+        for seed in range(3):
+            x = inputs((301, 64, 32003), dtype, size=4, seed=seed, **head)
+            exact = results(operator, in_float64(x), "reference", **options)
+            x = on_device(x, "cuda")
+            with small_chunks(chunk):
+                got = results(operator, x, "triton", **options)
+            plain = results(operator, x, "reference", **options)
+            runs.append(tuple({k: y.cpu() for k, y in r.items()} for r in (got, plain, exact)))
+        assert_accurate(runs)  # type: ignore[arg-type]
 
 
 POINTERS = {"targets": "*i64"} | dict.fromkeys(("logits", "gradient", "hidden", "weight", "bias"), "*bf16")

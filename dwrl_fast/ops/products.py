@@ -13,7 +13,7 @@ from torch import Tensor
 # A chunk's logits take about this much, whatever memory is free: equal inputs give equal chunks, and equal bits. On the
 # CPU that keeps them near the caches, on CUDA it fills the device.
 CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
-MIN_ROWS = 128  # twice as many where dWeight does not fit a cache: every chunk reads and writes all of it
+MIN_ROWS = 128  # more where dWeight does not fit a cache, because every chunk reads and writes all of it
 LARGE_WEIGHT = 32 << 20
 
 
@@ -21,7 +21,9 @@ def chunk_rows(hidden: Tensor, weight: Tensor) -> int:
     """C, in whole tiles of 128 rows where it is as much."""
     bytes_each = 6 if _direct(hidden) else hidden.element_size()
     rows = CHUNK_BYTES[hidden.device.type] // (weight.shape[0] * bytes_each)
-    least = MIN_ROWS * (2 if weight.numel() * 4 > LARGE_WEIGHT else 1)
+    least = MIN_ROWS
+    if weight.numel() * 4 > LARGE_WEIGHT:
+        least *= 2 if hidden.element_size() > 2 else 4  # in as many bytes
     return max(least, rows - rows % 128 if rows >= 128 else rows)
 
 
@@ -79,21 +81,21 @@ class Products:
             self.d_bias += d_logits.sum(0, dtype=self.d_bias.dtype)
 
     def _add_weight(self, d_logits: Tensor, hidden: Tensor) -> None:
-        factors, kind = (d_logits.t(), hidden), wide(hidden.dtype)
-        if self.d_weight is None and kind == hidden.dtype:
-            self.d_weight = torch.mm(*factors)
-            return
-        if self.d_weight is None:
-            self.d_weight = hidden.new_zeros(self.weight.shape, dtype=kind)
-        total = self.d_weight
+        a, b, kind = d_logits.t(), hidden, wide(hidden.dtype)
         if self.direct:
-            torch.addmm(total, *factors, out_dtype=kind, out=total)
-        elif kind == hidden.dtype:
-            total.addmm_(*factors)
-        elif self.dtypes[0] == kind:
-            total.addmm_(*(x.to(kind) for x in factors))  # the CPU has no product of bfloat16 into float32
+            if self.d_weight is None:
+                self.d_weight = torch.mm(a, b, out_dtype=kind)
+            else:
+                torch.addmm(self.d_weight, a, b, out_dtype=kind, out=self.d_weight)
+            return
+        if self.dtypes[0] == kind:
+            a, b = a.to(kind), b.to(kind)  # the CPU has no product of bfloat16 into float32
+        if self.d_weight is None:
+            self.d_weight = torch.mm(a, b)
+        elif a.dtype == kind:
+            self.d_weight.addmm_(a, b)
         else:
-            total += torch.mm(*factors)  # rounded as the result will be
+            self.d_weight = self.d_weight.to(kind).add_(torch.mm(a, b))  # terms are rounded as their sum will be
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         """dHidden, dWeight, dBias; empty where not needed."""
