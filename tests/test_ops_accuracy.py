@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(extension.problem() is not None, reason="the C++
 HEADS: list[dict[str, float]] = [{}, {"temperature": 0.7}, {"softcap": 20.0}, {"softcap": 20.0, "temperature": 1.3}]
 OPERATORS: list[tuple[str, dict[str, Any]]] = [
     ("linear_policy_loss", {}),
-    ("linear_policy_loss", {"beta": 0.1, "clip_high": 0.3}),
+    ("linear_policy_loss", {"beta": 0.1, "clip_high": 0.5}),
     ("linear_logprob", {}),
     ("yes_no_logprob", {"normalization": "vocab"}),
     ("yes_no_logprob", {"normalization": "yes_no"}),

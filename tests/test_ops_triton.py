@@ -29,7 +29,7 @@ interpreted = pytest.mark.skipif(
 
 OPERATORS: list[tuple[str, dict[str, Any]]] = [
     ("linear_policy_loss", {}),
-    ("linear_policy_loss", {"beta": 0.1, "clip_high": 0.3}),
+    ("linear_policy_loss", {"beta": 0.1, "clip_high": 0.5}),
     ("linear_logprob", {}),
     ("yes_no_logprob", {"normalization": "vocab"}),
     ("yes_no_logprob", {"normalization": "yes_no"}),

@@ -56,6 +56,7 @@ def test_dual_weights_are_the_pair_form(shape: tuple[int, int], seed: int, size:
     p, d = ops.preference_weights(bradley_terry, s), ops.dual_weights(s[:, 0], s[:, 1])
     torch.testing.assert_close(p.coefficients, torch.stack([d.misalignment, -d.misalignment], 1))
     torch.testing.assert_close(p.weights, torch.stack([d.chosen, d.rejected], 1))
+    torch.testing.assert_close(p.marginals, marginal(s))
     torch.testing.assert_close(p.losses, bradley_terry(marginal(s)))
     assert not any(x.requires_grad for x in (*p, *d))
 
@@ -127,6 +128,11 @@ def test_valid_leaves_thoughts_out() -> None:
     torch.testing.assert_close(got.coefficients, want.coefficients)
     torch.testing.assert_close(got.weights[..., :3], want.weights)
     assert (got.weights[..., 3:] == 0).all()
+    valid[0, 0, 2] = False  # unequal numbers on the two sides: the mean is over those that are there
+    ragged = ops.preference_weights(bradley_terry, hidden, valid)
+    torch.testing.assert_close(ragged.marginals[0], torch.stack([marginal(s[0, 0, :2]), marginal(s[0, 1, :3])]))
+    pair = ops.dual_weights(s[:1, 0, :2], s[:1, 1, :3])
+    torch.testing.assert_close(ragged.coefficients[0, 0], pair.misalignment[0])
     valid[0, 1] = False
     none = ops.preference_weights(bradley_terry, hidden, valid)
     assert (none.weights[0, 1] == 0).all()
