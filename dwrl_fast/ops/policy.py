@@ -48,8 +48,8 @@ def linear_policy_loss(
     over the gradients.
 
     Returns PolicyLoss(loss, logprob, stats), see `policy_loss`. Raises UserError, naming the argument. On CUDA a target
-    outside the vocabulary is not raised but makes its row NaN and counts in stats as `invalid`; the device is waited for
-    once to count the trained rows, and once a chunk to count those that the clip silenced.
+    outside the vocabulary is not raised but makes its row NaN and counts in stats as `invalid`; the device is waited
+    for once to count the trained rows, and once a chunk to count those that the clip silenced.
     """
     name = "linear_policy_loss"
     check_head(name, hidden, weight, bias)
