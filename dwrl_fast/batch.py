@@ -101,7 +101,7 @@ def pad_batch(groups: Seq[Group], pad_id: int, device: torch.device, *, mask_tru
     trained = torch.tensor(ended) if mask_truncated else torch.ones(len(sequences), dtype=torch.bool)
 
     def put(x: Tensor) -> Tensor:
-        return x.to(device, non_blocking=True)
+        return x.to(device)
 
     return PaddedBatch(
         groups=tuple(groups),

@@ -81,7 +81,7 @@ def latest_checkpoint(parent: Path) -> Path | None:
     """The newest checkpoint under `parent` that is whole, or None. Those passed over are said, with what is wrong."""
     for folder in sorted(parent.glob(f"*{UNFINISHED}")):
         logger.warning("Passed over %s, left by an interrupted save or removal.", folder)
-    for folder in reversed(_checkpoints(parent)):
+    for folder in reversed(checkpoints(parent)):
         try:
             _verify(folder)
         except CheckpointError as error:
@@ -89,6 +89,12 @@ def latest_checkpoint(parent: Path) -> Path | None:
             continue
         return folder
     return None
+
+
+def checkpoints(parent: Path) -> list[Path]:
+    """The folders that have a checkpoint's name, oldest step first."""
+    found = [(int(m[1]), f) for f in parent.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", f.name))]
+    return [folder for _, folder in sorted(found)]
 
 
 def load_checkpoint(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -167,7 +173,7 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 
 def _prune(newest: Path, keep: int) -> None:
     """Remove the oldest beside `newest`, once `newest` is known to be whole on the disk."""
-    old = [folder for folder in _checkpoints(newest.parent) if folder != newest]
+    old = [folder for folder in checkpoints(newest.parent) if folder != newest]
     surplus = old[: max(0, len(old) - (keep - 1))]
     if surplus:
         _verify(newest)
@@ -183,12 +189,6 @@ def _clear(parent: Path) -> None:
 
 
 # Reading
-
-
-def _checkpoints(parent: Path) -> list[Path]:
-    """The folders that have a checkpoint's name, oldest step first."""
-    found = [(int(m[1]), f) for f in parent.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", f.name))]
-    return [folder for _, folder in sorted(found)]
 
 
 def _verify(path: Path) -> dict[str, Any]:

@@ -61,17 +61,6 @@ class CommonOptions(Options):
         "The most tokens that prompt and response may have together. Longer rows are dropped and counted, never cut.",
         bound=at_least(1),
     )
-    max_completion_length: int = _thoughts(
-        1000,
-        "The most tokens of a thought. One cut here is still followed by the rating turn and scored.",
-        bound=at_least(1),
-    )
-    temperature: float = _thoughts(
-        1.0,
-        "Of sampled thoughts. Top-k, top-p and penalties are always off, whatever the model's generation_config says:"
-        " the thoughts must come from the distribution that is trained.",
-        bound=POSITIVE,
-    )
     generation_batch_size: int = _thoughts(
         256, "Thoughts generated at once. Lower it when generation runs out of memory.", bound=at_least(1)
     )
@@ -122,7 +111,11 @@ python -m dwrl_fast.train --config runs/mine/config.yaml --resume_from_checkpoin
         "it; each a string or a list of messages.",
     )
     eval_dataset_name: str | None = _data(None, "Held-out pairs in the same form; without it nothing is evaluated.")
-    aspect: str = _data("helpfulness", "What the model is asked to judge. A column named aspect sets it row by row.")
+    aspect: str | None = _data(
+        None,
+        "What the model is asked to judge. none: what it was trained on before, else helpfulness. A column named "
+        "aspect sets it row by row.",
+    )
 
     method: Literal["dwrl", "bt"] = _method(
         "dwrl",
@@ -164,6 +157,18 @@ python -m dwrl_fast.train --config runs/mine/config.yaml --resume_from_checkpoin
         "auto",
         "Where the sampling policy's log-probabilities come from: recompute takes one more pass before the first "
         "update, sampler keeps the generator's own. auto: sampler where it computes in float32, otherwise recompute.",
+    )
+
+    max_completion_length: int = _thoughts(
+        1000,
+        "The most tokens of a thought. One cut here is still followed by the rating turn and scored.",
+        bound=at_least(1),
+    )
+    temperature: float = _thoughts(
+        1.0,
+        "Of sampled thoughts. Top-k, top-p and penalties are always off, whatever the model's generation_config says:"
+        " the thoughts must come from the distribution that is trained.",
+        bound=at_least(0.01),
     )
 
     rollout_batch_size: int = _updates(
@@ -221,9 +226,9 @@ python -m dwrl_fast.train --config runs/mine/config.yaml --resume_from_checkpoin
     )
 
     output_dir: str | None = _run(None, "Where everything is written. none: runs/METHOD-TIME.")
-    save_steps: int = _run(0, "Rollout batches between checkpoints. 0: only at the end.", bound=at_least(0))
+    save_steps: int = _run(20, "Rollout batches between checkpoints. 0: only at the end.", bound=at_least(0))
     save_total_limit: int | None = _run(
-        None, "Keep so many of the newest checkpoints. none: all of them.", bound=at_least(1)
+        2, "Keep so many of the newest checkpoints, each 12 bytes a parameter. none: all of them.", bound=at_least(1)
     )
     resume_from_checkpoint: str | None = _run(
         None, "A checkpoint's folder, or latest: the newest whole one in --output_dir. The run goes on to the bit."
@@ -320,6 +325,12 @@ python -m dwrl_fast.evaluate --model_name_or_path runs/mine/model --dataset_name
         None, "What the model is asked to judge. none: what it was trained on. A column named aspect goes first."
     )
     limit: int | None = _data(None, "Use only so many of the first pairs. none: all of them.", bound=at_least(1))
+    max_completion_length: int | None = _thoughts(
+        None, "The most tokens of a thought. none: as the model was trained.", bound=at_least(1)
+    )
+    temperature: float | None = _thoughts(
+        None, "Of sampled thoughts. none: as the model was trained.", bound=at_least(0.01)
+    )
     votes: int = _evaluation(
         1, "1: one greedy thought a response. More: the mean of p(Yes) over so many sampled ones.", bound=at_least(1)
     )

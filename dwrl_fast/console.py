@@ -26,8 +26,5 @@ def command(main: Callable[[list[str]], None]) -> None:
         print(f"\nerror: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(
-            "\ninterrupted. Checkpoints written so far are whole: --resume_from_checkpoint latest goes on.",
-            file=sys.stderr,
-        )
+        print("\ninterrupted", file=sys.stderr)
         sys.exit(130)

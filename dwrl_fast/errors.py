@@ -21,5 +21,9 @@ class ModelError(UserError):
     """The model cannot be loaded, or cannot do what is asked of it."""
 
 
+class NotFiniteError(UserError):
+    """A logit, loss or gradient was not a number; nothing was trained with it."""
+
+
 class CheckpointError(UserError):
     """A checkpoint is missing, incomplete, altered, or belongs to another run."""

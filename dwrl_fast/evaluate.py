@@ -28,6 +28,8 @@ def run(config: EvaluateConfig, console: Console) -> PairReport:
     """Score the file's pairs and print the report; with --output_file, every row's scores and thoughts are written."""
     if config.output_file is not None and Path(config.output_file).exists():
         raise ConfigError(f"--output_file {config.output_file} exists already: name another, or remove it")
+    if config.output_file is not None and not Path(config.output_file).parent.is_dir():
+        raise ConfigError(f"--output_file {config.output_file}: its folder does not exist; make it first")
     compute = Compute.resolve(config.dtype)
     scorer = load_scorer(
         config.model_name_or_path,
@@ -35,7 +37,8 @@ def run(config: EvaluateConfig, console: Console) -> PairReport:
         token_budget=config.token_budget,
         sampling_batch=config.generation_batch_size,
         aspect=config.aspect,
-        **{name: getattr(config, name) for name in ("max_completion_length", "temperature") if name in config.explicit},
+        max_completion_length=config.max_completion_length,
+        temperature=config.temperature,
     )
     dataset = read_preferences(config.dataset_name, columns=config.columns, limit=config.limit)
     with Display(console) as display:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dwrl_fast.batch import PaddedBatch
 from dwrl_fast.errors import ModelError
+from dwrl_fast.log import logger
 
 LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier_scale")
 
@@ -84,7 +85,9 @@ class ScalarModel(nn.Module):
     def forward(self, batch: PaddedBatch) -> Tensor:
         """Rewards [S] in float32, read at the last token."""
         hidden = backbone_states(self.lm.base_model, batch)[batch.score_rows]
-        return self.lm.score(hidden).float().squeeze(-1)
+        # One product in float32 whatever the trunk computes in: bfloat16 rewards tie where the responses do not.
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.lm.score(hidden.float()).squeeze(-1)
 
 
 def backbone_states(backbone: nn.Module, batch: PaddedBatch) -> Tensor:
@@ -119,9 +122,10 @@ def _load(auto: Any, name_or_path: str | None, config_path: str | None, seed: in
         torch.manual_seed(seed)
         try:
             if name_or_path is not None:
-                return auto.from_pretrained(name_or_path, dtype=torch.float32, trust_remote_code=False, **extra)
-            config = AutoConfig.from_pretrained(config_path, trust_remote_code=False, **extra)
-            return auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
+                model = auto.from_pretrained(name_or_path, dtype=torch.float32, trust_remote_code=False, **extra)
+            else:
+                config = AutoConfig.from_pretrained(config_path, trust_remote_code=False, **extra)
+                model = auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
         except (OSError, ValueError, KeyError, AssertionError, RuntimeError) as error:
             local = source is not None and Path(source).exists()
             hint = (
@@ -130,6 +134,17 @@ def _load(auto: Any, name_or_path: str | None, config_path: str | None, seed: in
                 else "Give a local folder, or a hub name while the hub can be reached."
             )
             raise ModelError(f"cannot load a model from {source!r}. {hint}\n  {error}") from error
+    switch_dropout_off(model)
+    return model
+
+
+def switch_dropout_off(model: nn.Module) -> None:
+    """Under dropout the log-probs of a thought would not be those it was sampled with, and no ratio would be right."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010 - an attribute of Hugging Face's, not of nn.Module
 
 
 def check_vocabulary(model: "GenerativeModel | ScalarModel", largest_id: int) -> None:
@@ -140,6 +155,18 @@ def check_vocabulary(model: "GenerativeModel | ScalarModel", largest_id: int) ->
             f"the tokenizer makes ids up to {largest_id} but the model embeds only {rows}: they do not belong "
             "together. Set --tokenizer_name_or_path to the model's own tokenizer, or vocab_size in --model_config to "
             f"at least {largest_id + 1}."
+        )
+
+
+def check_positions(model: "GenerativeModel | ScalarModel", longest: int) -> None:
+    """Say so where a sequence may be longer than what the model has positions for."""
+    positions = getattr(model.lm.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and longest > positions:
+        logger.warning(
+            "Sequences may reach %d tokens, and the model was made for %d: lower --max_length or "
+            "--max_completion_length.",
+            longest,
+            positions,
         )
 
 

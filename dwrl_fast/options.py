@@ -39,7 +39,7 @@ OPEN_FRACTION = Bound("in (0, 1)", lambda v: 0 < v < 1)
 FRACTION = Bound("in [0, 1]", lambda v: 0 <= v <= 1)
 
 
-def at_least(low: int) -> Bound:
+def at_least(low: float) -> Bound:
     return Bound(f">= {low}", lambda v: v >= low)
 
 

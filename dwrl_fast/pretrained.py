@@ -17,6 +17,7 @@ from dwrl_fast.rollout.transformers import TransformersSampler
 from dwrl_fast.scorer import GenerativeScorer, ScalarScorer, Scorer
 
 CARD = "preference_model.json"
+DEFAULT_ASPECT = "helpfulness"
 
 
 def load_tokenizer(name_or_path: str) -> Any:
@@ -34,31 +35,36 @@ def load_tokenizer(name_or_path: str) -> Any:
 
 
 def load_dialog(config: TrainConfig) -> Dialog:
-    """The dialog of a training run. A model that was trained here before brings its own template; --aspect, when given,
-    wins.
-    """
+    """The dialog of a run: a model trained here before brings its own template, and its aspect unless one is given."""
     source = config.tokenizer_name_or_path or config.model_name_or_path
     if source is None:
         source = str(Path(config.model_config or "").parent)
     tokenizer = load_tokenizer(source)
-    if config.model_name_or_path is not None and (Path(config.model_name_or_path) / CARD).is_file():
-        saved = load_card(config.model_name_or_path)["dialog"]
-        return Dialog.from_dict(tokenizer, saved | ({"aspect": config.aspect} if "aspect" in config.explicit else {}))
-    return Dialog(tokenizer, aspect=config.aspect)
+    if config.model_name_or_path is None or not (Path(config.model_name_or_path) / CARD).is_file():
+        return Dialog(tokenizer, aspect=config.aspect or DEFAULT_ASPECT)
+    card = load_card(config.model_name_or_path)
+    if card["method"] == "bt" != config.method:
+        raise ModelError(
+            f"{config.model_name_or_path} was trained by bt and has a scalar head in place of a language model's, "
+            f"which {config.method} needs: start from the model that bt started from"
+        )
+    return Dialog.from_dict(tokenizer, card["dialog"] | ({} if config.aspect is None else {"aspect": config.aspect}))
 
 
 def save_pretrained(folder: Path, model: nn.Module, dialog: Dialog, card: dict[str, Any]) -> None:
-    """Replace `folder` by the model as it stands: config, safetensors, tokenizer and card. A kill leaves the old one or
-    the new one.
+    """Replace `folder` by the model as it stands: config, safetensors, tokenizer and card.
+
+    It is written whole beside its place and renamed into it; killed between two renames, the new one stands in
+    FOLDER.part and the one before in FOLDER.old.
     """
     partial, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)
     quiet()
     model.lm.save_pretrained(partial)  # type: ignore[union-attr, operator]
     dialog.tokenizer.save_pretrained(partial)
     (partial / CARD).write_text(json.dumps(card | {"dialog": dialog.to_dict()}, indent=2) + "\n", encoding="utf-8")
     if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
         os.rename(folder, old)
     os.rename(partial, folder)
     shutil.rmtree(old, ignore_errors=True)

@@ -14,11 +14,11 @@ LINE_EVERY = 10.0  # seconds between lines of one stage where there is no termin
 class Stage:
     """One bar. `advance` moves it; `info` is shown beside it."""
 
-    def __init__(self, display: "Display", name: str, total: int, quiet: bool):
+    def __init__(self, display: "Display", name: str, total: int, done: int, quiet: bool):
         self.display, self.name, self.total, self.quiet = display, name, total, quiet
-        self.done, self.info = 0, ""
+        self.before, self.done, self.info = done, done, ""
         self.started = self.said = time.monotonic()
-        self.task = display.bars.add_task(name, total=total, info="")
+        self.task = display.bars.add_task(name, total=total, completed=done, info="")
 
     def advance(self, by: int = 1, **info: float | str) -> None:
         self.done += by
@@ -32,7 +32,7 @@ class Stage:
         ):
             self.said = time.monotonic()
             spent = self.said - self.started
-            left = spent / max(self.done, 1) * (self.total - self.done)
+            left = spent / max(self.done - self.before, 1) * (self.total - self.done)
             line = f"{self.name:<22} {self.done}/{self.total}  {spent:.0f} s, {left:.0f} s left  {self.info}"
             self.display.console.print(line, highlight=False, soft_wrap=True)
 
@@ -52,6 +52,7 @@ class Display:
             TextColumn("{task.fields[info]}"),
             console=self.console,
             disable=not self.live,
+            speed_estimate_period=3600,
         )
         self.depth = 0
 
@@ -63,8 +64,9 @@ class Display:
         self.bars.stop()
 
     @contextmanager
-    def stage(self, name: str, total: int) -> Iterator[Stage]:
-        stage = Stage(self, name, total, quiet=self.depth > 0)
+    def stage(self, name: str, total: int, done: int = 0) -> Iterator[Stage]:
+        """A bar of `total`, of which a run that is resumed has `done` behind it."""
+        stage = Stage(self, name, total, done, quiet=self.depth > 0)
         self.depth += 1
         try:
             yield stage

@@ -22,7 +22,7 @@ class RunLog:
 
     def __init__(self, folder: Path, resumed_at: int = 0):
         self.metrics_path, self.thoughts_folder = folder / "metrics.jsonl", folder / "thoughts"
-        self.thoughts_folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         rows = (
             [row for row in read_metrics(self.metrics_path) if row["step"] <= resumed_at]
             if self.metrics_path.exists()
@@ -37,6 +37,7 @@ class RunLog:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
     def thoughts(self, step: int, groups: Sequence[Group], decoder: Decoder) -> None:
+        self.thoughts_folder.mkdir(exist_ok=True)
         write_groups(self.thoughts_folder / f"step-{step:06d}.jsonl", groups, decoder)
 
 

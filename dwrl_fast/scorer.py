@@ -102,18 +102,16 @@ class ScalarScorer:
         return groups
 
 
-def read_scores(head: HeadInputs, dialog: Dialog, normalization: str) -> tuple[Tensor, Tensor]:
-    """Scores s [S] in nats and label mass p(Yes) + p(No) [S], differentiable in the head's inputs."""
-    return ops.yes_no_logprob(
-        head.score,
-        head.weight,
-        dialog.yes_id,
-        dialog.no_id,
-        normalization=normalization,
-        bias=head.bias,
-        softcap=head.softcap,
-        return_mass=True,
-    )
+def read_scores(
+    head: HeadInputs, dialog: Dialog, normalization: str, *, mass: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Scores s [S] in nats, differentiable in the head's inputs, and if asked for the label mass p(Yes) + p(No) [S]."""
+    labels = (head.score, head.weight, dialog.yes_id, dialog.no_id)
+    if mass:
+        return ops.yes_no_logprob(
+            *labels, normalization=normalization, bias=head.bias, softcap=head.softcap, return_mass=True
+        )
+    return ops.yes_no_logprob(*labels, normalization=normalization, bias=head.bias, softcap=head.softcap), None
 
 
 def fill_scores(batch: PaddedBatch, scores: Tensor) -> None:

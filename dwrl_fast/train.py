@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dwrl_fast import embedded
+from dwrl_fast.checkpoint import checkpoints, latest_checkpoint
 from dwrl_fast.compute import Compute
 from dwrl_fast.config import TrainConfig, parse_train
 from dwrl_fast.console import command, set_up_logging
@@ -24,7 +25,7 @@ from dwrl_fast.dialog import Dialog
 from dwrl_fast.errors import ConfigError
 from dwrl_fast.log import logger
 from dwrl_fast.methods import METHODS
-from dwrl_fast.model import check_vocabulary
+from dwrl_fast.model import check_positions, check_vocabulary
 from dwrl_fast.plots import plot_curves
 from dwrl_fast.pretrained import load_dialog
 from dwrl_fast.progress import Display, Stage
@@ -32,6 +33,7 @@ from dwrl_fast.rollout import drop_long
 from dwrl_fast.runlog import read_metrics
 from dwrl_fast.trainer import Trainer, write_json
 
+WRITTEN = ("config.yaml", "model", "metrics.jsonl", "thoughts", "result.json")
 OWN_DATA = """\
 Your own data: a JSONL file of {"prompt": ..., "chosen": ..., "rejected": ...}, then
   python -m dwrl_fast.train --model_name_or_path MODEL --dataset_name pairs.jsonl --eval_dataset_name held_out.jsonl"""
@@ -40,7 +42,14 @@ Your own data: a JSONL file of {"prompt": ..., "chosen": ..., "rejected": ...}, 
 def main(argv: list[str]) -> None:
     console = Console()
     set_up_logging(console)
-    run(configure(argv), console)
+    config = configure(argv)
+    try:
+        run(config, console)
+    except KeyboardInterrupt:
+        folder = None if config.output_dir is None else Path(config.output_dir)
+        if folder is not None and latest_checkpoint(folder) is not None:
+            console.print(f"\n{folder} can go on: add --resume_from_checkpoint latest", highlight=False)
+        raise
 
 
 def configure(argv: list[str]) -> TrainConfig:
@@ -62,12 +71,12 @@ def run(config: TrainConfig, console: Console) -> dict[str, Any]:
     """One command's whole run: everything is written under its folder; returns what result.json holds."""
     started = time.monotonic()
     folder = Path(config.output_dir or f"runs/{config.method}-{time.strftime('%Y%m%d-%H%M%S')}")
-    claim_folder(folder, resuming=config.resume_from_checkpoint is not None)
+    if config.resume_from_checkpoint is None:
+        refuse_used(folder)
     config = dataclasses.replace(config, output_dir=str(folder))
-    config.save(folder / "config.yaml")
     with Display(console) as display:
         if config.dataset_name is not None:
-            result = train(config, folder, display)
+            result = train(config, folder, display, saved=config)
         else:
             result = train_embedded(config, folder, display)
     result |= {"seconds": time.monotonic() - started, "seed": config.seed, "versions": versions()}
@@ -76,48 +85,56 @@ def run(config: TrainConfig, console: Console) -> dict[str, Any]:
     return result
 
 
-def claim_folder(folder: Path, *, resuming: bool) -> None:
-    """Nothing of an earlier run is overwritten."""
-    if (folder / "config.yaml").exists() and not resuming:
+def refuse_used(folder: Path) -> None:
+    """Nothing of an earlier run, or of anybody's, is overwritten."""
+    used = [name for name in WRITTEN if (folder / name).exists()] + [p.name for p in checkpoints(folder)]
+    if used:
         raise ConfigError(
-            f"--output_dir {folder} holds an earlier run. Give another folder, or go on with it by "
-            "--resume_from_checkpoint latest."
+            f"--output_dir {folder} holds {', '.join(used)} already. Give another folder, or go on with the run in it "
+            "by --resume_from_checkpoint latest."
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--output_dir {folder} cannot be made: {error}. Give a folder that can be written to."
+        ) from error
 
 
-def train(config: TrainConfig, folder: Path, display: Display) -> dict[str, Any]:
-    """Train one method on one file and draw its curves."""
+def train(config: TrainConfig, folder: Path, display: Display, saved: TrainConfig) -> dict[str, Any]:
+    """Train one method on one file and draw its curves. `saved` is the configuration that would do it again."""
     compute = Compute.resolve(config.dtype)
     dialog = load_dialog(config)
-    rows = read_rows(config.dataset_name, config, dialog, display)
-    held_out = read_rows(config.eval_dataset_name, config, dialog, display)
+    rows, longest = read_rows(config.dataset_name, config, dialog, display)
+    held_out, _ = read_rows(config.eval_dataset_name, config, dialog, display)
     method = METHODS[config.method](config, dialog, compute)
     check_vocabulary(method.model, max(len(dialog.tokenizer) - 1, dialog.pad_id))
+    check_positions(method.model, longest + config.max_completion_length * method.scorer.thinks)
     if config.gradient_checkpointing:
         method.model.lm.gradient_checkpointing_enable({"use_reentrant": False})
     parameters = sum(p.numel() for p in method.model.parameters())
     logger.info("%s: %s parameters on %s in %s", config.method, f"{parameters:,}", compute.device, compute.dtype)
-    result = Trainer(config, method, rows, held_out, folder, display).train()
+    trainer = Trainer(config, method, rows, held_out, folder, display)
+    trainer.resume()
+    dataclasses.replace(saved, resume_from_checkpoint=None).save(folder / "config.yaml")
+    result = trainer.train()
     plot_curves(read_metrics(folder / "metrics.jsonl"), folder / "curves.png", f"{config.method}, seed {config.seed}")
     return result
 
 
-def read_rows(path: str | None, config: TrainConfig, dialog: Dialog, display: Display) -> list[Preference]:
-    """The usable rows of a file; how many were not, and why, is said."""
+def read_rows(path: str | None, config: TrainConfig, dialog: Dialog, display: Display) -> tuple[list[Preference], int]:
+    """The usable rows of a file and the tokens of their longest sequence; what was not usable, and why, is said."""
     if path is None:
-        return []
+        return [], 0
     dataset = read_preferences(path, columns=config.columns)
     with display.stage(f"encode {Path(path).name}", len(dataset.rows)) as stage:
         dialog.counts.clear()
-        drop_long(dataset, dialog, config.max_length, stage.advance)
+        longest = drop_long(dataset, dialog, config.max_length, stage.advance)
     logger.info(dataset.summary)
     if dialog.counts:
-        logger.info(
-            "kept, and counted: "
-            + ", ".join(f"{count} conversations {what}" for what, count in dialog.counts.most_common())
-        )
-    return dataset.rows
+        counts = ", ".join(f"{count} {what}" for what, count in dialog.counts.most_common())
+        logger.info("of their conversations, kept but counted: %s", counts)
+    return dataset.rows, longest
 
 
 def train_embedded(config: TrainConfig, folder: Path, display: Display) -> dict[str, Any]:
@@ -125,18 +142,17 @@ def train_embedded(config: TrainConfig, folder: Path, display: Display) -> dict[
     beside it.
     """
     made = make_embedded(folder / "embedded", config, display)
-    result = train(on_embedded(config, made), folder, display)
+    result = train(on_embedded(config, made), folder, display, saved=config)
     result["seconds_by_stage"]["warm up"] = made.seconds
     result["warmup_state"] = made.state
     if config.method == "bt":
         return result
-    base = yaml.safe_load(embedded.recipe("bt").read_text(encoding="utf-8"))
-    compared = parse_train(
-        ["--method", "bt", "--seed", str(config.seed), "--output_dir", str(folder / "bt")], base=base
-    )
-    compared = dataclasses.replace(compared, resume_from_checkpoint=config.resume_from_checkpoint and "latest")
+    compared = configure(["--method", "bt", "--seed", str(config.seed), "--output_dir", str(folder / "bt")])
+    shared = {name: getattr(config, name) for name in ("dtype", "token_budget", "save_steps", "save_total_limit")}
+    resume = config.resume_from_checkpoint and "latest"
+    compared = on_embedded(dataclasses.replace(compared, resume_from_checkpoint=resume, **shared), made)
     (folder / "bt").mkdir(exist_ok=True)
-    bt = train(on_embedded(compared, made), folder / "bt", display)
+    bt = train(compared, folder / "bt", display, saved=compared)
     result |= {"accuracy_bt": bt["accuracy_after"], "report_bt": bt["report_after"]}
     result["seconds_by_stage"]["bt"] = sum(bt["seconds_by_stage"].values())
     return result
@@ -175,38 +191,32 @@ def versions() -> dict[str, str]:
 
 def report(result: dict[str, Any], config: TrainConfig, folder: Path, console: Console) -> None:
     """The short table at the end, where things are, and what to type next."""
-    votes = f"{config.eval_votes}_thoughts"
+    votes = config.eval_votes if config.eval_votes > 1 and config.method != "bt" else 0
     table = Table(title=f"Held-out pair accuracy, {config.method}, seed {config.seed}")
-    for column in ("", "one greedy thought", "95 % interval", f"{config.eval_votes} thoughts"):
+    kind = "accuracy" if config.method == "bt" else "one greedy thought"
+    for column in ("", kind, "95 % interval", *([f"{votes} thoughts"] if votes else [])):
         table.add_column(column, justify="left" if not column else "right")
-    for when, label in (
-        ("before", "before"),
-        ("after", f"after {config.method}"),
-        ("bt", "bt on the same pairs (no thoughts)"),
-    ):
+    lines = {"before": "before", "after": f"after {config.method}", "bt": "bt on the same pairs (no thoughts)"}
+    for when, label in lines.items():
         if (found := result.get(f"report_{when}")) is None:
             continue
-        many = result.get(f"accuracy_{when}_{votes}")
-        table.add_row(
-            label,
-            f"{found['accuracy']:.3f}",
-            f"{found['low']:.3f} to {found['high']:.3f}",
-            "" if many is None else f"{many:.3f}",
-        )
+        many = result.get(f"accuracy_{when}_{votes}_thoughts")
+        cells = [f"{found['accuracy']:.3f}", f"{found['low']:.3f} to {found['high']:.3f}"]
+        table.add_row(label, *cells, *(["" if many is None else f"{many:.3f}"] if votes else []))
     if table.row_count:
         console.print(table)
     stages = ", ".join(f"{k} {v:.0f}" for k, v in result["seconds_by_stage"].items())
-    lines = [
+    rest = [
         f"Seconds: {result['seconds']:.0f} in all ({stages})",
         f"Model: {folder / 'model'}   figures: {folder / 'result.json'}   curves: {folder / 'curves.png'}",
         f"Metrics: {folder / 'metrics.jsonl'}" + f"   thoughts: {folder / 'thoughts'}" * (folder / "thoughts").exists(),
     ]
     if config.dataset_name is None:
-        lines.append(OWN_DATA)
+        rest.append(OWN_DATA)
     else:
-        lines.append("On other pairs:")
-        lines.append(f"  python -m dwrl_fast.evaluate --model_name_or_path {folder}/model --dataset_name FILE")
-    for line in lines:
+        rest.append("On other pairs:")
+        rest.append(f"  python -m dwrl_fast.evaluate --model_name_or_path {folder}/model --dataset_name FILE")
+    for line in rest:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -5,6 +5,7 @@ trained, each phase in turn. All that is random depends on (seed, step) alone, s
 goes on to the bit.
 """
 
+import hashlib
 import json
 import time
 from collections import defaultdict
@@ -17,23 +18,32 @@ import torch
 from torch import Tensor
 
 from dwrl_fast.batch import Group, pad_batch, split_by_budget
-from dwrl_fast.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from dwrl_fast.checkpoint import checkpoints, latest_checkpoint, load_checkpoint, save_checkpoint
 from dwrl_fast.compute import step_seed
 from dwrl_fast.config import TrainConfig
 from dwrl_fast.data import Preference
-from dwrl_fast.errors import CheckpointError, UserError
+from dwrl_fast.errors import CheckpointError, NotFiniteError
 from dwrl_fast.evaluation.pairs import PairReport, pair_report
 from dwrl_fast.log import logger
 from dwrl_fast.methods import Method, Tally
 from dwrl_fast.optimizer import Optimizers
+from dwrl_fast.options import option_fields
 from dwrl_fast.order import Order
 from dwrl_fast.progress import Display, Stage
 from dwrl_fast.runlog import RunLog, StallWatch, finite
 from dwrl_fast.scorer import marginal_scores
 
-
-class NotFiniteError(UserError):
-    """A loss or gradient was not a number; the step was not taken."""
+# Options that say where a run reads and writes; its rows and its dialog are compared by content.
+APART = {
+    *("explicit", "output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "eval_steps", "eval_votes"),
+    *("eval_dataset_name", "dataset_name", "columns", "max_length", "aspect", "model_name_or_path", "model_config"),
+    *("tokenizer_name_or_path", "num_train_epochs", "max_steps", "gradient_checkpointing"),
+}
+# Options that may be mended on the way: the run goes on, to other figures.
+TUNABLE = {
+    *("learning_rate", "score_learning_rate", "thought_learning_rate", "max_grad_norm", "dtype", "token_budget"),
+    *("generation_batch_size", "old_logprobs"),
+}
 
 
 class Trainer:
@@ -51,44 +61,39 @@ class Trainer:
         self.config, self.method, self.rows, self.held_out = config, method, rows, held_out
         self.folder, self.display = folder, display
         self.order = Order(len(rows), config.rollout_batch_size, config.num_train_epochs, config.max_steps, config.seed)
-        self.optimizers = Optimizers(
-            method, config, total=self.order.steps * -(-config.rollout_batch_size // config.minibatch_size)
-        )
+        self.optimizers = Optimizers(method, config, total=self.order.minibatches(config.minibatch_size))
         self.step = 0
         self.seconds: dict[str, float] = defaultdict(float)
         self.stall = StallWatch()
+        self.before: dict[str, PairReport] = {}
 
     def train(self) -> dict[str, Any]:
         """Every step from where the run stands. Returns what `result.json` holds of it."""
         self.method.model.train()
-        before = self._resume()
         log = RunLog(self.folder, self.step)
-        reports = {"before": before or self.evaluate("before")}
-        with self.display.stage(f"train {self.method.name}", self.order.steps) as stage:
-            stage.advance(self.step)
+        self.before = self.before or self.evaluate("before")
+        with self.display.stage(f"train {self.method.name}", self.order.steps, done=self.step) as stage:
             while self.step < self.order.steps:
                 values = self.train_step(log, stage)
                 last = self.step == self.order.steps
                 if self.config.eval_steps and self.step % self.config.eval_steps == 0 and not last:
-                    reports["now"] = self.evaluate(f"step {self.step}")
-                    values |= {f"eval_{k}": report.accuracy for k, report in reports["now"].items()}
+                    now = self.evaluate(f"step {self.step}")
+                    values |= {f"eval_{k}": report.accuracy for k, report in now.items()}
                 log.metrics(self.step, finite(values))
                 if last or (self.config.save_steps and self.step % self.config.save_steps == 0):
-                    self.save(reports["before"])
-        reports["after"] = self.evaluate("after")
+                    self.save()
+        after = self.evaluate("after")
         with self.timed("save"):
             self.method.save_model(self.folder / "model")
-        return self._result(reports["before"], reports["after"])
+        return self._result(self.before, after)
 
     def train_step(self, log: RunLog, stage: Stage) -> dict[str, Any]:
         """One rollout batch: sample, update, and the figures of both."""
         started, spent = time.monotonic(), dict(self.seconds)
         rows = [self.rows[i] for i in self.order[self.step]]
-        # Dropout, where a model has it, is the one use of the global stream.
-        torch.manual_seed(step_seed(self.config.seed, "dropout", self.step))
         with (
             self.timed("rollout"),
-            self.display.stage("  sample thoughts", sum(len(row.responses) for row in rows)) as sampling,
+            self.display.stage("  " + self.method.preparation, sum(len(row.responses) for row in rows)) as sampling,
         ):
             groups, values = self.method.rollout(
                 rows, step_seed(self.config.seed, "rollout", self.step), sampling.advance
@@ -137,11 +142,11 @@ class Trainer:
             if not torch.isfinite(torch.stack([*losses, norm])).all():
                 raise NotFiniteError(
                     f"step {self.step + 1}, minibatch {index + 1}, phase {phase}: losses "
-                    f"{torch.stack(losses).tolist()}, gradient norm {norm.item()}. No step was taken with it, and the "
-                    "last checkpoint is whole: resume from it with a lower learning rate, or with --dtype fp32. Rows: "
+                    f"{torch.stack(losses).tolist()}, gradient norm {norm.item()}. No step was taken with it. If a "
+                    "checkpoint was saved, resume from it with a lower learning rate, or with --dtype fp32. Rows: "
                     f"{', '.join(group.preference.source for group in minibatch[:8])} ..."
                 )
-            per_step = -(-self.config.rollout_batch_size // self.config.minibatch_size)
+            per_step = self.config.rollout_batch_size // self.config.minibatch_size
             self.optimizers.step(phase, self.step * per_step + index)
         return norm
 
@@ -185,10 +190,10 @@ class Trainer:
     ) -> dict[str, Any]:
         """What is derived from a step's means: norms, effective groups a minibatch, speed, and where the time went."""
         found: dict[str, Any] = {f"grad_norm_{phase}": torch.stack(each).mean().item() for phase, each in norms.items()}
-        if "misalignment_squared" in values:
+        if "pair_weight" in values:
             size = min(self.config.minibatch_size, len(groups))
-            squared = values.pop("misalignment_squared")
-            found["effective_groups"] = size * values["misalignment"] ** 2 / squared if squared else 0.0
+            weight, squared = values.pop("pair_weight"), values.pop("pair_weight_squared")
+            found["effective_groups"] = size * weight**2 / squared if squared else 0.0
         tokens = sum(len(sequence.ids) for group in groups for sequence in group.flat)
         found |= {f"learning_rate_{phase}": rate for phase, rate in self.optimizers.last_rates.items()}
         found |= {"seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds}
@@ -207,66 +212,62 @@ class Trainer:
         return result
 
     def _tensors(self) -> dict[str, Tensor]:
-        model = {f"model.{name}": p for name, p in self.method.model.state_dict(keep_vars=True).items()}
-        return {name: p.detach() for name, p in model.items()} | self.optimizers.tensors()
+        """Everything that a step changes, by name; tied weights once."""
+        model = {id(p): (name, p) for name, p in self.method.model.state_dict(keep_vars=True).items()}
+        return {f"model.{name}": p.detach() for name, p in model.values()} | self.optimizers.tensors()
 
-    def save(self, before: dict[str, PairReport]) -> Path:
+    def save(self) -> Path:
         """A checkpoint of this step in a folder of its own."""
         state = {
             "step": self.step,
             "identity": self._identity(),
-            "before": {k: report.to_dict() for k, report in before.items()},
+            "before": {k: report.to_dict() for k, report in self.before.items()},
             "seconds": dict(self.seconds),
         }
         with self.timed("save"):
             return save_checkpoint(self.folder, self.step, self._tensors(), state, self.config.save_total_limit)
 
     def _identity(self) -> dict[str, Any]:
-        """What must be the same for a resumed run to be the same run."""
-        names = (
-            "method",
-            "seed",
-            "rollout_batch_size",
-            "minibatch_size",
-            "alternate",
-            "optimizer_state",
-            "num_generations",
-        )
-        return {name: getattr(self.config, name) for name in names} | {
-            "rows": len(self.rows),
-            "steps": self.order.steps,
-        }
+        """What makes a run this run: its options (but for where and how often it writes), its rows and its dialog."""
+        options = {f.name: getattr(self.config, f.name) for f in option_fields(TrainConfig) if f.name not in APART}
+        content = [(row.prompt, row.responses, row.margin, row.aspect) for row in self.rows]
+        rows = hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+        return options | {"rows": rows, "dialog": self.method.dialog.to_dict(), "steps": self.order.steps}
 
-    def _resume(self) -> dict[str, PairReport] | None:
-        """Load what --resume_from_checkpoint names; the reports from before training, not to be measured again."""
+    def resume(self) -> None:
+        """Go on from what --resume_from_checkpoint names, if anything: weights, optimizer, step, first figures."""
         wanted = self.config.resume_from_checkpoint
         if wanted is None:
-            return None
+            return
         path = latest_checkpoint(self.folder) if wanted == "latest" else Path(wanted)
         if path is None:
             logger.warning("%s holds no checkpoint to resume from: the run starts at its beginning.", self.folder)
-            return None
-        tensors = self._tensors()
-        state = load_checkpoint(path, tensors)
-        mine = self._identity()
-        differing = [
-            f"{k} was {state['identity'].get(k)!r}, is {v!r}" for k, v in mine.items() if state["identity"].get(k) != v
-        ]
-        if differing:
-            raise CheckpointError(
-                f"{path} belongs to another run: {'; '.join(differing)}. Resume with the options of "
-                f"{self.folder / 'config.yaml'}, or start anew in another --output_dir."
-            )
-        later = sorted(p.name for p in self.folder.glob("checkpoint-*") if p.name > f"checkpoint-{state['step']:06d}")
+            return
+        later = [p for p in checkpoints(self.folder) if p.name > path.name and p.resolve() != path.resolve()]
         if later:
             raise CheckpointError(
-                f"{self.folder} holds {later[0]}, which lies past {path} and would have to be overwritten. Give "
+                f"{self.folder} holds {later[0].name}, which lies past {path} and would have to be overwritten. Give "
                 "another --output_dir, or move the later checkpoints away."
             )
+        state = load_checkpoint(path, self._tensors())
+        self._compare(path, state["identity"])
         self.step = state["step"]
         self.seconds.update(state["seconds"])
+        self.before = {k: PairReport(**report) for k, report in state["before"].items()}
         logger.info("resumed %s at step %d of %d", path, self.step, self.order.steps)
-        return {k: PairReport(**report) for k, report in state["before"].items()}
+
+    def _compare(self, path: Path, theirs: dict[str, Any]) -> None:
+        mine = self._identity()
+        differing = {k: f"{k} was {theirs.get(k)!r}, is {v!r}" for k, v in mine.items() if theirs.get(k) != v}
+        tuned = [text for name, text in differing.items() if name in TUNABLE]
+        if tuned:
+            logger.warning("The run goes on, but no longer as it began: %s.", "; ".join(tuned))
+        if len(differing) > len(tuned):
+            strange = "; ".join(text for name, text in differing.items() if name not in TUNABLE)
+            raise CheckpointError(
+                f"{path} belongs to another run: {strange}. Resume with the options of {path.parent / 'config.yaml'}, "
+                "or start anew in another --output_dir."
+            )
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -84,8 +84,13 @@ def test_the_embedded_run_repeats_itself_and_resumes(tmp_path: Path, silent: Con
     assert same and all(first[name] == second[name] for name in same)
     resumed = go("b", "--resume_from_checkpoint", "latest")
     assert all(first[name] == resumed[name] for name in same), "a finished run that is resumed has nothing to do"
-    with pytest.raises(UserError, match="holds an earlier run"):
+    kept = (tmp_path / "a" / "config.yaml").read_text()
+    with pytest.raises(UserError, match=r"holds config\.yaml, model"):
         go("a")
+    with pytest.raises(UserError, match="seed was 0, is 9"):
+        go("a", "--resume_from_checkpoint", "latest", "--seed", "9")
+    assert (tmp_path / "a" / "config.yaml").read_text() == kept
+    assert train.configure(["--config", str(tmp_path / "a" / "bt" / "config.yaml")]).method == "bt"
 
 
 def test_own_pairs_from_a_saved_configuration(folder: Path, silent: Console) -> None:
@@ -116,8 +121,34 @@ def test_evaluate_reads_what_train_wrote(folder: Path, capsys: pytest.CaptureFix
     assert greedy.accuracy == pytest.approx(sum(right) / 12)
     voted = evaluate.run(parse_evaluate([*options, "--votes", "5", "--limit", "6"]), Console(quiet=True))
     assert voted.groups == 6 and voted.nll != greedy.nll
+    nowhere = [*options, "--output_file", str(folder / "none" / "scores.jsonl")]
+    with pytest.raises(UserError, match="folder does not exist"):
+        evaluate.run(parse_evaluate(nowhere), Console(quiet=True))
     with pytest.raises(UserError, match="exists already"):
         evaluate.run(parse_evaluate([*options, "--output_file", str(scores)]), Console(quiet=True))
+
+
+def test_margins_and_aspects_reach_the_model(folder: Path, silent: Console) -> None:
+    template = {"evaluate": "check {aspect}", "rate": "rate {aspect}", "labels": ["Yes", "No"]}
+    card = json.loads((folder / "tiny" / "preference_model.json").read_text())
+    card["dialog"] |= {"template": template, "aspect": "0"}
+    (folder / "tiny" / "preference_model.json").write_text(json.dumps(card))
+    rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+
+    def loss(name: str, change: dict, *more: str) -> float:
+        (folder / "pairs.jsonl").write_text("".join(json.dumps(row | change) + "\n" for row in rows))
+        options = [*own_data(folder), "--output_dir", str(folder / name), "--eval_steps", "1", *more]
+        train.run(train.configure([*options, "--eval_dataset_name", f"{folder}/pairs.jsonl"]), silent)
+        log = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+        assert "eval_greedy" in log[0]
+        return log[0]["loss"]
+
+    plain = loss("plain", {})
+    assert loss("same", {"aspect": "0", "margin": 0.0}) == plain
+    assert loss("margin", {"margin": 3.0}) > plain + 1
+    assert loss("aspect", {"aspect": "1"}) != plain != loss("option", {}, "--aspect", "1")
+    saved = json.loads((folder / "option" / "model" / "preference_model.json").read_text())
+    assert saved["dialog"]["aspect"] == "1", "what a model was trained with goes with it"
 
 
 def bad_tokenizer(folder: Path) -> list[str]:
@@ -139,11 +170,30 @@ def small_vocabulary(folder: Path) -> list[str]:
     ]
 
 
+def bt_model(folder: Path) -> list[str]:
+    card = json.loads((folder / "tiny" / "preference_model.json").read_text()) | {"method": "bt"}
+    (folder / "tiny" / "preference_model.json").write_text(json.dumps(card))
+    return own_data(folder)
+
+
+def a_system_prompt(folder: Path) -> list[str]:
+    row = {
+        "prompt": [{"role": "system", "content": "1"}, {"role": "user", "content": "2"}],
+        "chosen": "3",
+        "rejected": "4",
+    }
+    (folder / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    return own_data(folder)
+
+
 BAD: list[tuple[Callable[[Path], list[str]], str]] = [
     (lambda f: ["--model_name_or_path", f"{f}/none", "--dataset_name", f"{f}/pairs.jsonl"], "none.*hub name"),
     (lambda f: ["--model_name_or_path", f"{f}/tiny", "--dataset_name", f"{f}/none.jsonl"], r"none\.jsonl"),
     (lambda f: [*own_data(f), "--max_length", "3"], "longer than --max_length 3.*Nothing is left"),
     (lambda f: [*own_data(f), "--learning_rte", "1"], "learning_rate"),
+    (bt_model, "trained by bt.*start from"),
+    (a_system_prompt, r"1 x .*refuses the roles.*\(line 1\)"),
+    (lambda f: [*own_data(f), "--max_completion_length", "0"], "max_completion_length"),
     (bad_tokenizer, "--tokenizer_name_or_path"),
     (small_vocabulary, "embeds only 9.*vocab_size"),
 ]

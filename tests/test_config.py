@@ -181,7 +181,7 @@ def test_a_wrong_recipe_is_not_blamed_on_the_user() -> None:
         ({"minibatch_size": 0}, "minibatch_size = 0: must be >= 1"),
         ({"epsilon": 1.0}, r"epsilon = 1.0: must be in \(0, 1\)"),
         ({"epsilon": 0.0}, r"epsilon = 0.0: must be in \(0, 1\)"),
-        ({"temperature": 0.0}, "temperature = 0.0: must be > 0"),
+        ({"temperature": 0.0}, "temperature = 0.0: must be >= 0.01"),
         ({"easy_fraction": 1.5}, r"easy_fraction = 1.5: must be in \[0, 1\]"),
         ({"max_steps": -5}, "max_steps = -5: must be >= -1"),
         ({"max_steps": 0}, "max_steps = 0 would train nothing"),

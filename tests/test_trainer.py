@@ -8,15 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import tiny_config, tiny_folder, tiny_pairs
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
 from dwrl_fast.batch import Group, pad_batch, split_by_budget
 from dwrl_fast.compute import Compute
 from dwrl_fast.config import TrainConfig
 from dwrl_fast.data import read_preferences
-from dwrl_fast.errors import CheckpointError
+from dwrl_fast.errors import CheckpointError, ConfigError, NotFiniteError
 from dwrl_fast.log import logger
 from dwrl_fast.methods import METHODS, Method, Tally
 from dwrl_fast.optimizer import Optimizers
@@ -27,7 +28,7 @@ from dwrl_fast.progress import Display
 from dwrl_fast.rollout import plain_groups
 from dwrl_fast.runlog import RunLog, StallWatch, read_metrics
 from dwrl_fast.scorer import marginal_scores
-from dwrl_fast.trainer import NotFiniteError, Trainer
+from dwrl_fast.trainer import Trainer
 
 TIMED = ("seconds", "tokens_per_second", "share_")
 
@@ -40,13 +41,15 @@ def folder(tmp_path: Path) -> Path:
 
 
 def make_method(config: TrainConfig) -> Method:
-    return METHODS[config.method](config, load_dialog(config), Compute.resolve("fp32"))
+    return METHODS[config.method](config, load_dialog(config), Compute.resolve(config.dtype))
 
 
 def make_trainer(config: TrainConfig, run: Path, held_out: int = 0) -> Trainer:
     rows = read_preferences(str(config.dataset_name)).rows
     run.mkdir(exist_ok=True)
-    return Trainer(config, make_method(config), rows, rows[:held_out], run, Display())
+    trainer = Trainer(config, make_method(config), rows, rows[:held_out], run, Display())
+    trainer.resume()
+    return trainer
 
 
 def roll(method: Method, count: int = 4) -> list[Group]:
@@ -69,7 +72,7 @@ def gradients(
 
 
 def weights(run: Path) -> dict[str, Tensor]:
-    return dict(AutoModelForCausalLM.from_pretrained(run / "model").state_dict())
+    return load_file(run / "model" / "model.safetensors")
 
 
 @pytest.mark.parametrize("phase", ["score", "thought", "joint"])
@@ -99,8 +102,8 @@ def test_phase_a_is_bradley_terry_through_the_model(folder: Path) -> None:
     method.model.zero_grad()
     loss.backward()
     assert figures["loss"] == pytest.approx(loss.item(), rel=1e-5)
-    for name, p in method.model.named_parameters():
-        torch.testing.assert_close(ours[name], p.grad, rtol=1e-4, atol=1e-7)
+    for name, parameter in method.model.named_parameters():
+        torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-4, atol=1e-7)
 
 
 def test_phase_b_is_the_clipped_policy_gradient_through_the_model(folder: Path) -> None:
@@ -108,8 +111,8 @@ def test_phase_b_is_the_clipped_policy_gradient_through_the_model(folder: Path) 
     method = make_method(tiny_config(folder, epsilon=0.1, epsilon_high=0.3))
     groups = roll(method)
     with torch.no_grad():
-        for p in method.model.parameters():
-            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+        for drawn in method.model.parameters():
+            drawn.add_(0.05 * torch.randn(drawn.shape, generator=torch.Generator().manual_seed(0)))
     ours, figures = gradients(method, "thought", groups, 10**6)
     total = torch.zeros(())
     for group in groups:
@@ -169,7 +172,13 @@ def test_truncated_thoughts_are_scored_and_masked(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"alternate": "rollout", "optimizer_state": "per_phase"}, {"alternate": "joint"}]
+    "changes",
+    [
+        {},
+        {"alternate": "rollout", "optimizer_state": "per_phase"},
+        {"alternate": "joint", "dtype": "bf16"},
+        {"method": "bt"},
+    ],
 )
 def test_resume_to_the_bit_at_three_points(folder: Path, changes: dict[str, Any]) -> None:
     config = tiny_config(folder, save_steps=1, eval_votes=0, **changes)
@@ -196,10 +205,11 @@ def test_a_killed_run_goes_on_in_its_folder(folder: Path, monkeypatch: pytest.Mo
     make_trainer(config, folder / "whole").train()
     killed = make_trainer(config, folder / "run")
     with monkeypatch.context() as patch:
-        patch.setattr(killed, "save", lambda before: Trainer.save(killed, before) if killed.step < 3 else 1 / 0)
+        patch.setattr(killed, "save", lambda: Trainer.save(killed) if killed.step < 3 else 1 / 0)
         with pytest.raises(ZeroDivisionError):
             killed.train()
     assert [row["step"] for row in read_metrics(folder / "run" / "metrics.jsonl")] == [1, 2, 3, 4]
+    (folder / "run" / "checkpoint-000004.unfinished").mkdir()  # what a SIGKILL inside that save leaves behind
     resumed = dataclasses.replace(config, resume_from_checkpoint="latest", output_dir="run")
     make_trainer(resumed, folder / "run").train()
     assert [row["step"] for row in read_metrics(folder / "run" / "metrics.jsonl")] == [1, 2, 3, 4]
@@ -212,6 +222,13 @@ def test_another_runs_checkpoint_is_refused(folder: Path) -> None:
     other = dataclasses.replace(config, seed=1, resume_from_checkpoint=str(folder / "run" / "checkpoint-000001"))
     with pytest.raises(CheckpointError, match="seed was 0, is 1"):
         make_trainer(other, folder / "other").train()
+    other = dataclasses.replace(other, seed=0, score_normalization="yes_no")
+    with pytest.raises(CheckpointError, match="score_normalization was 'vocab', is 'yes_no'"):
+        make_trainer(other, folder / "other").train()
+    (folder / "pairs.jsonl").write_text((folder / "pairs.jsonl").read_text().replace("user", "assistant", 1))
+    with pytest.raises(CheckpointError, match="rows was"):
+        make_trainer(dataclasses.replace(other, score_normalization="vocab"), folder / "other").train()
+    tiny_pairs(folder / "pairs.jsonl")
     earlier = dataclasses.replace(config, resume_from_checkpoint=str(folder / "run" / "checkpoint-000001"))
     with pytest.raises(CheckpointError, match="checkpoint-000002"):
         make_trainer(earlier, folder / "run").train()
@@ -271,11 +288,37 @@ def test_bf16_computes_over_float32_masters(folder: Path) -> None:
     fine = gradients(exact, "score", groups, 10**6)[0]
     coarse = gradients(method, "score", groups, 10**6)[0]
     assert all(p.dtype == torch.float32 for p in method.model.parameters())
-    norm = sum(g.square().sum() for g in fine.values()).sqrt()
-    gap = sum((coarse[name] - g).square().sum() for name, g in fine.items()).sqrt()
+    norm, gap = (
+        torch.cat([g.flatten() for g in each]).norm()
+        for each in (fine.values(), [coarse[n] - g for n, g in fine.items()])
+    )
     assert 1e-5 < gap / norm < 0.1, "bf16 must be at work, and close"
     _, logs = method.rollout(read_preferences(str(folder / "pairs.jsonl")).rows, 0, lambda n: None)
+    with pytest.raises(ConfigError, match="--old_logprobs sampler"):
+        make_method(tiny_config(folder, dtype="bf16", old_logprobs="sampler"))
     assert logs["sampler_gap_max"] > 0, "old log-probs are recomputed when the sampler is not float32"
+
+
+def test_rewards_are_float32_under_bf16(folder: Path) -> None:
+    """Rounded to bfloat16, different responses would tie."""
+    config = tiny_config(folder, method="bt", dtype="bf16")
+    method = make_method(config)
+    method.rollout(read_preferences(str(folder / "pairs.jsonl")).rows, 0, lambda n: None)
+    batch = pad_batch(
+        plain_groups(read_preferences(str(folder / "pairs.jsonl")).rows, method.dialog), 0, torch.device("cpu")
+    )
+    with method.compute.autocast(), torch.no_grad():
+        rewards = method.model(batch)
+    assert rewards.dtype == torch.float32 and not torch.equal(rewards, rewards.bfloat16().float())
+
+
+def test_dropout_is_off(folder: Path) -> None:
+    path = folder / "tiny" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"attention_dropout": 0.5}))
+    method = make_method(tiny_config(folder, old_logprobs="recompute"))
+    method.model.train()
+    logs = method.rollout(read_preferences(str(folder / "pairs.jsonl")).rows, 0, lambda n: None)[1]
+    assert logs["sampler_gap_max"] < 2e-5
 
 
 def test_per_phase_state_and_rates(folder: Path) -> None:
@@ -286,6 +329,7 @@ def test_per_phase_state_and_rates(folder: Path) -> None:
     shared = Optimizers(make_method(tiny_config(folder)), tiny_config(folder), total=10)
     assert shared.of_phase["score"] is shared.of_phase["thought"]
     assert len(optimizers.tensors()) == 2 * len(shared.tensors())
+    assert Order(300, 256, 1, -1, 0).minibatches(32) == 8 + 2, "a last, partial rollout batch ends the schedule"
     assert [optimizers.factor(m) for m in (0, 1, 2, 6, 10)] == [0.5, 1.0, 1.0, 0.5, 0.0]
     cosine = dataclasses.replace(config, lr_scheduler_type="cosine", warmup_steps=0, min_learning_rate_ratio=0.1)
     factors = [Optimizers(make_method(cosine), cosine, total=10).factor(m) for m in (0, 5, 10)]

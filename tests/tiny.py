@@ -68,5 +68,6 @@ def tiny_config(folder: Path, **changes: Any) -> TrainConfig:
         max_steps=4,
         learning_rate=1e-2,
         token_budget=400,
+        save_total_limit=None,
     )
     return dataclasses.replace(base, **changes)

@@ -49,7 +49,7 @@ class Embedded:
     def read(cls, folder: Path) -> "Embedded":
         """What `prepare` made in `folder` before."""
         found = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        return cls(**found | {name: Path(found[name]) for name in ("model", "train", "dev", "test")})
+        return cls(**found | {name: folder / Path(found[name]).name for name in ("model", "train", "dev", "test")})
 
 
 def recipe(method: str) -> Path:

@@ -45,7 +45,7 @@ def pair_report(scores: Tensor, seed: int = 0) -> PairReport:
     gap = scores[:, first].double() - scores[:, second].double()
     present = ~gap.isnan()
     if not present.any(-1).all():
-        raise DataError("a group has fewer than two scored responses")
+        raise DataError("a row has fewer than two scores that are numbers: it has one response, or the model gives NaN")
     count = present.sum(-1)
     credit = (((gap > 0).double() + 0.5 * (gap == 0).double()) * present).sum(-1) / count
     nll = (-F.logsigmoid(gap.nan_to_num()) * present).sum(-1) / count

@@ -20,6 +20,7 @@ from dwrl_fast.scorer import ScalarScorer
 
 class BradleyTerry(Method):
     name = "bt"
+    preparation = "encode"
 
     def __init__(self, config: TrainConfig, dialog: Dialog, compute: Compute):
         super().__init__(config, dialog, compute)

@@ -14,6 +14,7 @@ from dwrl_fast.compute import Compute
 from dwrl_fast.config import TrainConfig
 from dwrl_fast.data import Preference
 from dwrl_fast.dialog import Dialog
+from dwrl_fast.errors import ConfigError
 from dwrl_fast.methods.method import Method, Progress, Tally
 from dwrl_fast.model import HeadInputs, load_generative
 from dwrl_fast.objectives.dual_weighted import (
@@ -32,9 +33,15 @@ from dwrl_fast.scorer import GenerativeScorer, fill_scores, read_scores
 
 class DualWeightedRL(Method):
     name = "dwrl"
+    preparation = "sample thoughts"
 
     def __init__(self, config: TrainConfig, dialog: Dialog, compute: Compute):
         super().__init__(config, dialog, compute)
+        if config.old_logprobs == "sampler" and not compute.float32:
+            raise ConfigError(
+                "--old_logprobs sampler needs a sampler that computes in float32, and this one computes in "
+                f"{compute.dtype}: its rounding would pass for a change of the policy. Use recompute, or --dtype fp32."
+            )
         self.model = load_generative(config.model_name_or_path, config.model_config, config.seed).to(compute.device)
         self.sampler = TransformersSampler(
             self.model.lm,
@@ -119,7 +126,7 @@ class DualWeightedRL(Method):
         head = self.model(batch, tokens=phase != "score")
         # Phase B reads the recomputed weights from its own forward, but does not train the score.
         with torch.set_grad_enabled(phase != "thought"):
-            scores, mass = read_scores(head, self.dialog, self.config.score_normalization)
+            scores, mass = read_scores(head, self.dialog, self.config.score_normalization, mass=phase != "thought")
             grid = batch.grid(scores)
         margin = torch.tensor([group.preference.margin for group in batch.groups], device=grid.device)
         weights = ops.preference_weights(bradley_terry(margin), grid, batch.valid)
@@ -128,7 +135,9 @@ class DualWeightedRL(Method):
         if phase != "thought":
             total = total + score_objective(grid, c, weights.weights, batch.valid) / groups
             tally.add("score_loss", total * groups, count=len(batch.groups))
-            self._tally_scores(tally, weights, mass)
+            self._tally_scores(tally, weights, c)
+            assert mass is not None
+            tally.add("label_mass", mass)
             fill_scores(batch, scores)
         if phase != "score":
             thought = self._thought_loss(head, batch, c, weights.weights, groups, tally)
@@ -163,14 +172,13 @@ class DualWeightedRL(Method):
         tally.policy.append(result.stats)
         return result.loss
 
-    def _tally_scores(self, tally: Tally, weights: PreferenceWeights, mass: Tensor) -> None:
-        m = weights.coefficients[:, 0]
+    def _tally_scores(self, tally: Tally, weights: PreferenceWeights, c: Tensor) -> None:
         tally.add("loss", weights.losses)
         tally.add("p_chosen", weights.marginals[:, 0].exp())
         tally.add("p_rejected", weights.marginals[:, 1:].exp())
-        tally.add("misalignment", m)
-        tally.add("misalignment_squared", m.square())
-        tally.add("label_mass", mass)
+        tally.add("misalignment", weights.coefficients[:, 0])
+        tally.add("pair_weight", c[:, 0].abs())
+        tally.add("pair_weight_squared", c[:, 0].square())
         chosen, rejected = weights.marginals[:, 0], weights.marginals[:, 1]
         tally.add("train_accuracy", (chosen > rejected).double() + 0.5 * (chosen == rejected))
 

@@ -55,6 +55,7 @@ class Method(ABC):
     """
 
     name: str
+    preparation: str  # what a rollout does, for the bar
     model: GenerativeModel | ScalarModel
     scorer: Scorer
 

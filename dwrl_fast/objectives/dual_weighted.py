@@ -1,8 +1,8 @@
 """Dual-weighted RL as pure functions of scores and weights.
 
 Phase A trains the score, phase B the thoughts; the joint form takes both from one forward. Coefficients c and weights w
-come detached from `ops.preference_weights`; for a pair c is (m, -m) up to the sign convention c_k = -df/dL_k, so one
-formula serves every likelihood.
+come detached from `ops.preference_weights`; with c_k = -df/dL_k, which is (m, -m) for a pair, one formula serves
+every likelihood.
 
 Shapes: P groups, K responses, N thoughts. `valid` [P, K, N] masks absent thoughts; a masked *training* of a thought
 never changes n.

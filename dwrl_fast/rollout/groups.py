@@ -7,7 +7,7 @@ import torch
 from dwrl_fast.batch import Group
 from dwrl_fast.data import Dataset, Preference
 from dwrl_fast.dialog import Dialog
-from dwrl_fast.errors import DataError
+from dwrl_fast.errors import DataError, TemplateError
 from dwrl_fast.rollout.thought import Sampler
 
 
@@ -59,18 +59,27 @@ def plain_groups(rows: Sequence[Preference], dialog: Dialog) -> list[Group]:
     return [Group(row, [[dialog.plain(row.prompt, response)] for response in row.responses]) for row in rows]
 
 
-def drop_long(dataset: Dataset, dialog: Dialog, max_length: int, progress: Callable[[int], None]) -> None:
-    """Leave out rows whose prompt and longest response exceed `max_length` tokens, counted under their line; never cut
-    one.
+def drop_long(dataset: Dataset, dialog: Dialog, max_length: int, progress: Callable[[int], None]) -> int:
+    """Leave out rows that are too long, or that the chat template cannot carry, counted under their lines; cut none.
+
+    A row's length is that of prompt and longest response, at most `max_length` tokens. Returns the tokens of the
+    longest sequence that is left, with an empty thought.
     """
-    kept = []
+    kept, longest = [], 0
     for row in dataset.rows:
-        longest = max(dialog.plain(row.prompt, response).response.stop for response in row.responses)
-        if longest <= max_length:
-            kept.append(row)
+        line = int(row.source.rpartition(":")[2])
+        try:
+            contexts = [dialog.context(row.prompt, response, row.aspect) for response in row.responses]
+        except TemplateError as error:
+            dataset.dropped.add(str(error), line)
+            continue
+        if max(context.response.stop for context in contexts) > max_length:
+            dataset.dropped.add(f"longer than --max_length {max_length} tokens", line)
         else:
-            dataset.dropped.add(f"longer than --max_length {max_length} tokens", int(row.source.rpartition(":")[2]))
+            kept.append(row)
+            longest = max(longest, *(len(dialog.sequence(context, []).ids) for context in contexts))
         progress(1)
     dataset.rows = kept
     if not kept:
-        raise DataError(f"{dataset.summary}. Nothing is left: raise --max_length")
+        raise DataError(f"{dataset.summary}. Nothing is left: raise --max_length, or see the reasons above")
+    return longest

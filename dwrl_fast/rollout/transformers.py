@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dwrl_fast.errors import NotFiniteError
 from dwrl_fast.rollout.thought import Thought
 
 
@@ -110,6 +111,11 @@ class TransformersSampler:
                 use_cache=True,
             )
             logits = output.logits[:, -1]
+        if not torch.isfinite(logprobs).all():
+            raise NotFiniteError(
+                "the model's logits are not finite, so no thought can be sampled. If a checkpoint from before was "
+                "saved, resume from it with a lower learning rate or with --dtype fp32"
+            )
         flat = [
             Thought(tokens[r, :size].tolist(), logprobs[r, :size].tolist(), bool(end))
             for r, (size, end) in enumerate(zip(lengths.tolist(), ended.tolist(), strict=True))
@@ -123,7 +129,9 @@ def pick(logits: Tensor, temperature: float, generator: torch.Generator) -> tupl
     """
     scaled = logits.float() / (temperature or 1.0)
     logprob = scaled.log_softmax(-1)
-    chosen = (
-        logprob.argmax(-1) if temperature == 0 else torch.multinomial(logprob.exp(), 1, generator=generator).squeeze(-1)
-    )
+    if temperature:
+        # The largest of p / Exp(1) falls on each id with probability p; torch.multinomial would wait for the device.
+        chosen = (logprob.exp() / torch.empty_like(logprob).exponential_(generator=generator)).argmax(-1)
+    else:
+        chosen = logprob.argmax(-1)
     return chosen, logprob.gather(-1, chosen[:, None]).squeeze(-1)
