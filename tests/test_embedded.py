@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dwrl_fast.dialog import Dialog, Template
 from dwrl_fast.embedded import EVALUATE, RATE, Sizes, Warmup, prepare
 from dwrl_fast.embedded.formats import FORMATS, IGNORED, dialog, warmup_arrays
 from dwrl_fast.embedded.task import DIGITS, MODULUS, Claims, Noise, draw_claims, draw_thoughts, prompts
@@ -97,6 +98,17 @@ def test_warm_up_rows_are_the_chat_templates_own() -> None:
         rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) + verdict
         assert tokenizer(rendered, add_special_tokens=False).input_ids == row.tolist()
         assert (target != IGNORED).nonzero()[0].tolist() == [*range(14, 26), len(row) - 1]
+
+
+def test_warm_up_rows_are_what_is_sampled_and_scored() -> None:
+    judge = Dialog(make_tokenizer(), Template(EVALUATE, RATE))
+    right, _ = draw_claims(prompts("train"), 5, 0.0, rng())
+    ids, _ = dialog(right, draw_thoughts(right, NOISY, rng(1)))
+    for row, digits, claim in zip(ids, right.digits, right.claim, strict=True):
+        context = judge.context([{"role": "user", "content": " ".join(map(str, digits))}], str(claim))
+        assert context.ids == row[:14].tolist()
+        assert judge.sequence(context, row[14:26].tolist()).ids == row[:-1].tolist()
+    assert not judge.counts
 
 
 def test_formats_come_in_equal_shares_without_unknown_words() -> None:
