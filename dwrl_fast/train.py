@@ -17,7 +17,7 @@ from rich.table import Table
 
 from dwrl_fast import embedded
 from dwrl_fast.checkpoint import checkpoints, latest_checkpoint
-from dwrl_fast.compute import Compute
+from dwrl_fast.compute import Compute, one_thread
 from dwrl_fast.config import TrainConfig, parse_train
 from dwrl_fast.console import command, set_up_logging
 from dwrl_fast.data import Preference, read_preferences
@@ -78,7 +78,8 @@ def run(config: TrainConfig, console: Console) -> dict[str, Any]:
         if config.dataset_name is not None:
             result = train(config, folder, display, saved=config)
         else:
-            result = train_embedded(config, folder, display)
+            with one_thread():
+                result = train_embedded(config, folder, display)
     result |= {"seconds": time.monotonic() - started, "seed": config.seed, "versions": versions()}
     write_json(folder / "result.json", result)
     report(result, config, folder, console)
