@@ -4,20 +4,27 @@ A `Group` is one preference group after encoding: K responses with N sequences e
 every thought of every response, so a micro-batch holds whole groups only. `PaddedBatch` lays the sequences out one a
 row, padded on the right, and names the rows of the hidden states that the head needs: the positions that predict
 thought tokens, and the last token of each sequence, where the score is read. Everything after the backbone sees only
-those rows, never the layout.
+those rows (`Batch`), never the layout; the other layout is tree.py's.
 
-Shapes: P groups, K responses, N thoughts, S sequences, L longest sequence, T thought tokens of the micro-batch.
+Shapes: P groups, K responses, N thoughts, S sequences, F tokens of all sequences, L longest sequence, T thought tokens
+of the micro-batch.
 """
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dwrl_fast.data import Preference
 from dwrl_fast.dialog import Sequence
 from dwrl_fast.log import warn_once
+
+Ints = NDArray[np.int64]
 
 
 @dataclass(slots=True)
@@ -46,22 +53,22 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class PaddedBatch:
-    """The tensors of one micro-batch.
+class Batch:
+    """What every layout gives to all that follows the backbone.
 
-    input_ids, attention_mask: [S, L].
-    score_rows: [S], indices into the flattened [S * L] positions: the last token of each sequence.
-    token_rows: [T], likewise: the positions whose hidden state predicts a thought token.
+    input_ids: the tokens as laid out; rows below are indices into its flattened positions.
+    score_rows: [S], the last token of each sequence.
+    token_rows: [T], the positions whose hidden state predicts a thought token.
     targets: [T], the thought tokens.  owner: [T], the sequence of each.  lengths: [S], |o| of each sequence.
     trained: [S] bool, whether the thought's tokens are trained.
     old_logprob: [T] float32, or None.
     slots: [P, K, N], the sequence of each thought; valid: [P, K, N] bool, False where a response has fewer thoughts, or
     a group fewer responses, than the largest of the batch.
+    naive_tokens: F, what the trunk would compute one sequence at a time.
     """
 
     groups: tuple[Group, ...]
     input_ids: Tensor
-    attention_mask: Tensor
     score_rows: Tensor
     token_rows: Tensor
     targets: Tensor
@@ -71,52 +78,103 @@ class PaddedBatch:
     old_logprob: Tensor | None
     slots: Tensor
     valid: Tensor
+    naive_tokens: int
 
     def grid(self, values: Tensor) -> Tensor:
         """[S] -> [P, K, N]; absent slots repeat the first sequence and must be masked with `valid`."""
         return values[self.slots]
 
+    @property
+    def trunk_tokens(self) -> int:
+        """Positions that the backbone computes, padding included."""
+        return self.input_ids.numel()
+
+    @property
+    def head_rows(self) -> int:
+        """Hidden states that the head reads, thoughts and scores."""
+        return len(self.token_rows) + len(self.score_rows)
+
+    @property
+    def padding(self) -> int:
+        """Positions that are computed for nothing."""
+        return 0
+
+
+@dataclass(frozen=True, slots=True)
+class PaddedBatch(Batch):
+    """One sequence a row: input_ids and attention_mask are [S, L]."""
+
+    attention_mask: Tensor
+
+    @property
+    def padding(self) -> int:
+        return self.trunk_tokens - self.naive_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Flat:
+    """All sequences end to end, from which layouts are made: ids [F]; where each starts in them and its size, [S]."""
+
+    sequences: list[Sequence]
+    ids: Ints
+    starts: Ints
+    sizes: Ints
+
+    @classmethod
+    def of(cls, groups: Seq[Group]) -> "Flat":
+        sequences = [sequence for group in groups for sequence in group.flat]
+        sizes = np.array([len(sequence.ids) for sequence in sequences], dtype=np.int64)
+        ids = np.fromiter(chain.from_iterable(s.ids for s in sequences), np.int64, count=int(sizes.sum()))
+        return cls(sequences, ids, np.cumsum(sizes) - sizes, sizes)
+
+
+def ranges(starts: Ints, sizes: Ints) -> Ints:
+    """The ranges [start, start + size), one after another."""
+    before = np.cumsum(sizes) - sizes
+    return np.repeat(starts - before, sizes) + np.arange(sizes.sum())
+
 
 def pad_batch(groups: Seq[Group], pad_id: int, device: torch.device, *, mask_truncated: bool = False) -> PaddedBatch:
     """Lay `groups` out one sequence a row. With `mask_truncated`, thoughts cut at the limit are scored, not trained."""
-    sequences = [sequence for group in groups for sequence in group.flat]
-    ended = [e for group in groups for response in group.ended for e in response] or [True] * len(sequences)
-    longest = max(len(sequence.ids) for sequence in sequences)
-    input_ids = torch.full((len(sequences), longest), pad_id)
-    attention_mask = torch.zeros((len(sequences), longest), dtype=torch.int64)
-    token_rows, targets, lengths = [], [], []
-    for s, sequence in enumerate(sequences):
-        size = len(sequence.ids)
-        ids = torch.tensor(sequence.ids)
-        input_ids[s, :size] = ids
-        attention_mask[s, :size] = 1
-        start, stop = sequence.thought.start, sequence.thought.stop
-        token_rows.append(torch.arange(start - 1, stop - 1) + s * longest)
-        targets.append(ids[start:stop])
-        lengths.append(stop - start)
-    sizes = torch.tensor([len(sequence.ids) for sequence in sequences])
+    flat = Flat.of(groups)
+    shape = len(flat.sizes), int(flat.sizes.max())
+    rows = ranges(np.arange(shape[0]) * shape[1], flat.sizes)
+    input_ids, attention_mask = np.full(shape, pad_id), np.zeros(shape, dtype=np.int64)
+    input_ids.flat[rows], attention_mask.flat[rows] = flat.ids, 1
+    return PaddedBatch(
+        input_ids=torch.from_numpy(input_ids).to(device),
+        attention_mask=torch.from_numpy(attention_mask).to(device),
+        **head_fields(groups, flat, rows, device, mask_truncated=mask_truncated),
+    )
+
+
+def head_fields(
+    groups: Seq[Group], flat: Flat, rows: Ints, device: torch.device, *, mask_truncated: bool
+) -> dict[str, Any]:
+    """All of `Batch` but the tokens, for a layout that puts the tokens of `flat` at `rows` [F]."""
+    count = len(flat.sequences)
+    lengths = np.array([s.thought.stop - s.thought.start for s in flat.sequences], dtype=np.int64)
+    targets = ranges(flat.starts + np.array([s.thought.start for s in flat.sequences], dtype=np.int64), lengths)
+    ended = [e for group in groups for response in group.ended for e in response] or [True] * count
     old = [logprob for group in groups for response in group.old_logprobs for logprob in response]
     slots, valid = _slots(groups)
-    n_tokens = torch.tensor(lengths)
-    trained = torch.tensor(ended) if mask_truncated else torch.ones(len(sequences), dtype=torch.bool)
 
-    def put(x: Tensor) -> Tensor:
-        return x.to(device)
+    def put(x: Ints) -> Tensor:
+        return torch.from_numpy(x).to(device)
 
-    return PaddedBatch(
-        groups=tuple(groups),
-        input_ids=put(input_ids),
-        attention_mask=put(attention_mask),
-        score_rows=put(torch.arange(len(sequences)) * longest + sizes - 1),
-        token_rows=put(torch.cat(token_rows)),
-        targets=put(torch.cat(targets)),
-        owner=put(torch.repeat_interleave(torch.arange(len(sequences)), n_tokens)),
-        lengths=put(n_tokens),
-        trained=put(trained),
-        old_logprob=put(torch.cat(old)) if old else None,
-        slots=put(slots),
-        valid=put(valid),
-    )
+    return {
+        "groups": tuple(groups),
+        "score_rows": put(rows[flat.starts + flat.sizes - 1]),
+        "token_rows": put(rows[targets - 1]),
+        "targets": put(flat.ids[targets]),
+        "owner": put(np.repeat(np.arange(count), lengths)),
+        "lengths": put(lengths),
+        "trained": torch.tensor(ended if mask_truncated else [True] * count).to(device),
+        "old_logprob": torch.cat(old).to(device) if old else None,
+        "slots": slots.to(device),
+        "valid": valid.to(device),
+        "naive_tokens": len(flat.ids),
+    }
 
 
 def _slots(groups: Seq[Group]) -> tuple[Tensor, Tensor]:
@@ -141,14 +199,19 @@ def split_by_budget(groups: Seq[Group], token_budget: int) -> list[list[Group]]:
     for group in sorted(groups, key=lambda g: g.longest, reverse=True):
         size = len(group.flat)
         if size * group.longest > token_budget:
-            warn_once(
-                f"a preference group of {size} sequences up to {group.longest} tokens long exceeds --token_budget "
-                f"{token_budget}; groups are never split, so it becomes a micro-batch of its own. Raise the budget, or "
-                "lower --max_length, --max_completion_length or --num_generations if memory runs out."
-            )
+            warn_oversized(f"{size} sequences up to {group.longest} tokens long", token_budget)
         if not batches or (rows + size) * longest > token_budget:
             batches.append([])
             rows, longest = 0, group.longest
         batches[-1].append(group)
         rows += size
     return batches
+
+
+def warn_oversized(size: str, token_budget: int) -> None:
+    """Say that a group of `size`, in words, is larger than a micro-batch should be."""
+    warn_once(
+        f"a preference group of {size} exceeds --token_budget {token_budget}; groups are never split, so it becomes a "
+        "micro-batch of its own. Raise the budget, or lower --max_length, --max_completion_length or --num_generations "
+        "if memory runs out."
+    )

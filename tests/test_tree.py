@@ -1,0 +1,287 @@
+"""The tree layout against a trie that holds every prefix as a tuple, and against the padded layout."""
+
+import dataclasses
+from collections.abc import Iterator
+from itertools import pairwise
+from random import Random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import tiny_dialog, tiny_model
+from torch import Tensor
+
+from dwrl_fast import log
+from dwrl_fast.batch import Group, pad_batch
+from dwrl_fast.data import Preference
+from dwrl_fast.dialog import Sequence
+from dwrl_fast.rollout import sample_groups
+from dwrl_fast.rollout.transformers import TransformersSampler
+from dwrl_fast.tree import TreeBatch, split_tree, tree_batch
+
+CPU = torch.device("cpu")
+quick = settings(max_examples=100, deadline=None, derandomize=True)
+Prefix = tuple[int, ...]
+
+
+def make_sequence(ids: list[int], start: int, stop: int) -> Sequence:
+    """`ids` with the thought at [start, stop); the other spans are of no interest here."""
+    return Sequence(ids, slice(0, 1), slice(1, start), slice(start, stop), slice(stop, len(ids)))
+
+
+def make_group(responses: list[list[Sequence]]) -> Group:
+    """Old log-probs and flags that differ from thought to thought, so that no two can be exchanged unseen."""
+    count = iter(range(1000))
+    old = [[torch.full((s.thought.stop - s.thought.start,), -float(next(count))) for s in row] for row in responses]
+    ended = [[s.ids[-1] % 2 == 0 for s in row] for row in responses]
+    return Group(Preference((), tuple("abcdefgh"[: len(responses)])), responses, old, ended)
+
+
+def whole(*ids: list[int]) -> Group:
+    """One response whose thoughts are all but the first token."""
+    return make_group([[make_sequence(i, 1, len(i)) for i in ids]])
+
+
+@st.composite
+def drawn_groups(draw: st.DrawFn) -> list[Group]:
+    """Ids of one to three letters: prefixes are shared at odd places, within groups, between them, or all the way."""
+    letter = st.integers(0, draw(st.integers(0, 2)))
+
+    def run(least: int, most: int) -> list[int]:
+        return draw(st.lists(letter, min_size=least, max_size=most))
+
+    groups = []
+    for _ in range(draw(st.integers(1, 4))):
+        prompt, responses = run(1, 4), []
+        for _ in range(draw(st.integers(1, 5))):
+            context = prompt + run(0, 3)
+            tail = run(0, 2)
+            thoughts = [run(0, 4) for _ in range(draw(st.integers(1, 3)))]
+            responses.append([make_sequence(context + t + tail, len(context), len(context + t)) for t in thoughts])
+        groups.append(make_group(responses))
+    return groups
+
+
+def flat(groups: list[Group]) -> list[Sequence]:
+    return [sequence for group in groups for sequence in group.flat]
+
+
+def prefixes(ids: list[int]) -> Iterator[Prefix]:
+    return (tuple(ids[:size]) for size in range(1, len(ids) + 1))
+
+
+def expected_order(groups: list[Group]) -> list[Prefix]:
+    """Every prefix once, depth first, each after those that an earlier sequence brought."""
+    first: dict[Prefix, int] = {}
+    for number, sequence in enumerate(flat(groups)):
+        for prefix in prefixes(sequence.ids):
+            first.setdefault(prefix, number)
+    return sorted(first, key=lambda prefix: [first[part] for part in prefixes(list(prefix))])
+
+
+def stored_order(batch: TreeBatch) -> list[Prefix]:
+    """The prefix that ends at each row, by the parents."""
+    found: list[Prefix] = []
+    for start, stop, parent in zip(
+        *map(Tensor.tolist, (batch.plan.start, batch.plan.stop, batch.plan.parent)), strict=True
+    ):
+        above: Prefix = found[batch.plan.stop[parent] - 1] if parent >= 0 else ()
+        own = batch.input_ids[start:stop].tolist()
+        found += [above + prefix for prefix in prefixes(own)]
+    return found
+
+
+@quick
+@given(drawn_groups())
+def test_every_prefix_is_stored_once_in_depth_first_order(groups: list[Group]) -> None:
+    batch = tree_batch(groups, CPU)
+    assert stored_order(batch) == expected_order(groups)
+    assert batch.position_ids.tolist() == [len(prefix) - 1 for prefix in stored_order(batch)]
+    assert batch.trunk_tokens == len(batch.input_ids) == len(expected_order(groups))
+
+
+@quick
+@given(drawn_groups())
+def test_head_rows_are_those_of_the_sequences(groups: list[Group]) -> None:
+    batch = tree_batch(groups, CPU)
+    stored = stored_order(batch)
+    assert [stored[row] for row in batch.score_rows] == [tuple(s.ids) for s in flat(groups)]
+    trained = [(n, s.ids, t) for n, s in enumerate(flat(groups)) for t in range(s.thought.start, s.thought.stop)]
+    assert [stored[row] for row in batch.token_rows] == [tuple(ids[:t]) for _, ids, t in trained]
+    assert batch.targets.tolist() == [ids[t] for _, ids, t in trained]
+    assert batch.owner.tolist() == [number for number, _, _ in trained]
+    assert batch.head_rows == len(trained) + len(flat(groups))
+    assert batch.naive_tokens == sum(len(s.ids) for s in flat(groups)) and batch.padding == 0
+
+
+@quick
+@given(drawn_groups())
+def test_nodes(groups: list[Group]) -> None:
+    batch = tree_batch(groups, CPU)
+    plan = batch.plan
+    assert all(getattr(plan, field.name).dtype == torch.int64 for field in dataclasses.fields(plan))
+    start, stop, subtree_stop, parent = map(Tensor.tolist, (plan.start, plan.stop, plan.subtree_stop, plan.parent))
+    nodes = range(len(start))
+    assert (
+        start == [0, *stop[:-1]]
+        and stop[-1] == batch.trunk_tokens
+        and all(a < b for a, b in zip(start, stop, strict=True))
+    )
+    chains: list[list[int]] = []
+    for node in nodes:
+        assert -1 <= parent[node] < node
+        chains.append([*(chains[parent[node]] if parent[node] >= 0 else []), node])
+        children = [n for n in nodes if parent[n] == node]
+        assert len(children) != 1, "a node with one child is one node"
+    for node in nodes:
+        below = [n for n in nodes if node in chains[n] and n != node]
+        assert [n for n in nodes if stop[node] <= start[n] < subtree_stop[node]] == below
+        assert subtree_stop[node] == max(stop[n] for n in [node, *below])
+    assert plan.depth.tolist() == [len(chain) - 1 for chain in chains]
+    ends = plan.chain_offsets.tolist()
+    assert len(ends) == len(chains) + 1
+    assert [plan.chain_nodes[a:b].tolist() for a, b in pairwise(ends)] == chains
+
+
+@quick
+@given(drawn_groups(), st.booleans())
+def test_all_else_is_as_in_the_padded_layout(groups: list[Group], mask_truncated: bool) -> None:
+    batch = tree_batch(groups, CPU, mask_truncated=mask_truncated)
+    padded = pad_batch(groups, 9, CPU, mask_truncated=mask_truncated)
+    for name in ("targets", "owner", "lengths", "trained", "old_logprob", "slots", "valid"):
+        torch.testing.assert_close(getattr(batch, name), getattr(padded, name), rtol=0, atol=0, msg=name)
+    for name in ("groups", "naive_tokens", "head_rows"):
+        assert getattr(batch, name) == getattr(padded, name), name
+    for name in ("score_rows", "token_rows"):
+        ids = padded.input_ids.flatten()[getattr(padded, name)]
+        assert batch.input_ids[getattr(batch, name)].tolist() == ids.tolist(), name
+    assert padded.padding == (padded.input_ids == 9).sum() == (padded.attention_mask == 0).sum()
+    assert padded.trunk_tokens - padded.padding == batch.naive_tokens >= batch.trunk_tokens
+    numbers = torch.arange(len(batch.score_rows))
+    assert batch.grid(numbers)[batch.valid].tolist() == numbers.tolist()
+
+
+@quick
+@given(drawn_groups(), st.randoms(use_true_random=False))
+def test_the_order_of_groups_changes_no_content(groups: list[Group], random: Random) -> None:
+    batch, again = tree_batch(groups, CPU), tree_batch(groups, CPU)
+    for name in ("input_ids", "position_ids", "score_rows", "token_rows"):
+        assert torch.equal(getattr(batch, name), getattr(again, name)), name
+    shuffled = random.sample(groups, len(groups))
+    other = tree_batch(shuffled, CPU)
+    assert sorted(stored_order(other)) == sorted(stored_order(batch))
+    assert len(other.plan.start) == len(batch.plan.start)
+
+
+def nodes(groups: list[Group]) -> list[tuple[int, list[int]]]:
+    """(parent, own tokens) of each node."""
+    batch = tree_batch(groups, CPU)
+    spans = zip(batch.plan.parent.tolist(), batch.plan.start.tolist(), batch.plan.stop.tolist(), strict=True)
+    return [(parent, batch.input_ids[start:stop].tolist()) for parent, start, stop in spans]
+
+
+@pytest.mark.parametrize(
+    ("groups", "expected"),
+    [
+        ([whole([1, 2, 3])], [(-1, [1, 2, 3])]),
+        ([whole([1, 2, 3], [1, 2, 3])], [(-1, [1, 2, 3])]),
+        ([whole([1, 2, 3], [1, 2])], [(-1, [1, 2, 3])]),
+        ([whole([1, 2], [1, 2, 3])], [(-1, [1, 2, 3])]),
+        ([whole([1, 2], [1, 2, 3], [1, 2, 4])], [(-1, [1, 2]), (0, [3]), (0, [4])]),
+        ([whole([5, 2, 3], [4, 2, 3])], [(-1, [5, 2, 3]), (-1, [4, 2, 3])]),
+        ([whole([1, 3], [1, 2], [1, 4])], [(-1, [1]), (0, [3]), (0, [2]), (0, [4])]),
+        ([whole([1, 2, 3, 4], [1, 5], [1, 2, 3, 6])], [(-1, [1]), (0, [2, 3]), (1, [4]), (1, [6]), (0, [5])]),
+        ([whole([1, 2, 3]), whole([7]), whole([1, 2, 4])], [(-1, [1, 2]), (0, [3]), (0, [4]), (-1, [7])]),
+        (
+            [make_group([[make_sequence([1, k, 0], 2, 3), make_sequence([1, k, 9], 2, 3)] for k in range(5)])],
+            [(-1, [1]), *((p, own) for k in range(5) for p, own in ((0, [k]), (3 * k + 1, [0]), (3 * k + 1, [9])))],
+        ),
+    ],
+    ids=[
+        *(
+            "one",
+            "identical",
+            "prefix after",
+            "prefix before",
+            "prefix of two",
+            "nothing shared",
+            "one-token thoughts",
+            "nested",
+        ),
+        *("a prompt met again", "ranking of five"),
+    ],
+)
+def test_shapes_of_trees(groups: list[Group], expected: list[tuple[int, list[int]]]) -> None:
+    assert nodes(groups) == expected
+
+
+def test_a_changed_thought_moves_no_other() -> None:
+    before, after = (tree_batch([whole([1, 5, 6], [1, x, x], [1, 4, 4])], CPU) for x in (8, 2))
+    assert torch.equal(before.token_rows, after.token_rows) and torch.equal(before.score_rows, after.score_rows)
+    assert (before.input_ids != after.input_ids).nonzero().flatten().tolist() == [3, 4]
+
+
+def test_the_plan_says_who_sees_whom() -> None:
+    """A plain model under the mask that the chains spell computes what it computes one sequence a row."""
+    model, dialog = tiny_model(), tiny_dialog()
+    prompts = [("3 1 4", "6", "2 2 2 2"), ("1", "1", "0"), ("3 1 4", "6", "7")]
+    rows = [Preference(({"role": "user", "content": x},), (a, b)) for x, a, b in prompts]
+    sampler = TransformersSampler(model.lm, dialog.stop_ids, dialog.pad_id, batch_size=64)
+    groups = sample_groups(rows, dialog, sampler, 4, max_tokens=6, temperature=1.0, seed=0)
+    batch, padded = tree_batch(groups, CPU), pad_batch(groups, dialog.pad_id, CPU)
+    assert batch.plan.depth.max() >= 3 and batch.trunk_tokens < 0.6 * batch.naive_tokens
+    plan, seen = batch.plan, torch.zeros(batch.trunk_tokens, batch.trunk_tokens, dtype=torch.bool)
+    for node, (a, b) in enumerate(pairwise(plan.chain_offsets.tolist())):
+        for above in plan.chain_nodes[a:b].tolist():
+            seen[plan.start[node] : plan.stop[node], plan.start[above] : plan.stop[above]] = True
+    mask = torch.where(seen.tril(), 0.0, torch.finfo(torch.float32).min)[None, None]
+    with torch.no_grad():
+        found = model.lm.base_model(
+            input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], attention_mask=mask
+        ).last_hidden_state[0]
+        expected = model(padded, tokens=True)
+    torch.testing.assert_close(found[batch.score_rows], expected.score, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[batch.token_rows], expected.token, rtol=1e-5, atol=1e-5)
+
+
+def unique(group: Group) -> int:
+    return len({prefix for sequence in group.flat for prefix in prefixes(sequence.ids)})
+
+
+@quick
+@given(st.lists(drawn_groups(), min_size=1, max_size=3), st.integers(1, 40))
+def test_batches_hold_whole_groups_within_the_budget(drawn: list[list[Group]], budget: int) -> None:
+    groups = [group for each in drawn for group in each]
+    batches = split_tree(groups, budget)
+    assert sorted(id(group) for batch in batches for group in batch) == sorted(map(id, groups))
+    for number, batch in enumerate(batches):
+        assert len(batch) == 1 or sum(map(unique, batch)) <= budget
+        assert len(batch) == 1 or tree_batch(batch, CPU).trunk_tokens <= budget
+        for earlier in batches[:number]:
+            filled = [sum(map(unique, [g for g in earlier if unique(g) >= unique(group)])) for group in batch]
+            assert all(size + unique(group) > budget for size, group in zip(filled, batch, strict=True)), (
+                "it fitted before"
+            )
+    assert [unique(batch[0]) for batch in batches] == sorted((unique(b[0]) for b in batches), reverse=True)
+
+
+def test_the_largest_groups_are_placed_first() -> None:
+    groups = [whole(list(range(size))) for size in (3, 6, 4, 7)]
+    assert [list(map(unique, batch)) for batch in split_tree(groups, 10)] == [[7, 3], [6, 4]]
+
+
+def test_the_budget_counts_unique_tokens() -> None:
+    shared = [whole([n, *range(6), 6], [n, *range(6), 7]) for n in range(2)]
+    assert [len(batch) for batch in split_tree(shared, 18)] == [2]
+    assert [len(batch) for batch in split_tree(shared, 17)] == [1, 1]
+
+
+def test_a_group_beyond_the_budget_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    log.warn_once.cache_clear()
+    groups = [whole([1, 2, 3, 4, 5]), whole([2])]
+    for _ in range(2):
+        assert [list(map(unique, batch)) for batch in split_tree(groups, 3)] == [[5], [1]]
+    assert [record.getMessage().partition("; ")[0] for record in caplog.records] == [
+        "a preference group of 5 unique tokens exceeds --token_budget 3"
+    ]
