@@ -106,8 +106,12 @@ def load_generative(name_or_path: str | None, config_path: str | None, seed: int
 def load_scalar(name_or_path: str | None, config_path: str | None, seed: int, pad_id: int) -> ScalarModel:
     """The same backbone under a one-output head, drawn with `seed` where the checkpoint has none."""
     from transformers import AutoModelForSequenceClassification
+    from transformers.utils import logging
 
+    said = logging.get_verbosity()
+    logging.set_verbosity_error()  # a language model has no such head, and to be warned of that helps nobody
     model = _load(AutoModelForSequenceClassification, name_or_path, config_path, seed, num_labels=1)
+    logging.set_verbosity(said)
     model.config.pad_token_id = pad_id
     return ScalarModel(model)
 

@@ -169,7 +169,8 @@ class Trainer:
                 for k in votes
             }
         for kind, report in found.items():
-            logger.info("%s, %s: accuracy %s", name, kind.replace("_", " "), report)
+            thinking = f", {kind.replace('_', ' ')}" if self.method.scorer.thinks else ""
+            logger.info("%s%s: accuracy %s", name, thinking, report)
         return found
 
     @contextmanager
