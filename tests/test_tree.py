@@ -158,6 +158,10 @@ def test_all_else_is_as_in_the_padded_layout(groups: list[Group], mask_truncated
         assert batch.input_ids[getattr(batch, name)].tolist() == ids.tolist(), name
     assert padded.padding == (padded.input_ids == 9).sum() == (padded.attention_mask == 0).sum()
     assert padded.trunk_tokens - padded.padding == batch.naive_tokens >= batch.trunk_tokens
+    old = [value for g in groups for row in g.old_logprobs for each in row for value in each.tolist()]
+    assert batch.old_logprob is not None and batch.old_logprob.tolist() == old
+    ended = [each for g in groups for row in g.ended for each in row]
+    assert batch.trained.tolist() == (ended if mask_truncated else [True] * len(ended))
     numbers = torch.arange(len(batch.score_rows))
     assert batch.grid(numbers)[batch.valid].tolist() == numbers.tolist()
 
@@ -279,9 +283,9 @@ def test_the_budget_counts_unique_tokens() -> None:
 
 def test_a_group_beyond_the_budget_is_said(caplog: pytest.LogCaptureFixture) -> None:
     log.warn_once.cache_clear()
-    groups = [whole([1, 2, 3, 4, 5]), whole([2])]
+    groups = [whole([1, 2, 3, 4, 5]), whole([2, 3, 4])]
     for _ in range(2):
-        assert [list(map(unique, batch)) for batch in split_tree(groups, 3)] == [[5], [1]]
+        assert [list(map(unique, batch)) for batch in split_tree(groups, 3)] == [[5], [3]]
     assert [record.getMessage().partition("; ")[0] for record in caplog.records] == [
         "a preference group of 5 unique tokens exceeds --token_budget 3"
     ]
