@@ -7,7 +7,7 @@ Shapes: T tokens, H hidden size, V vocabulary, B pairs or rows, P preference gro
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -201,3 +201,61 @@ def dual_weights(
     gap = (rejected.logsumexp(-1) - log_n[1]) - (chosen.logsumexp(-1) - log_n[0])
     m = torch.sigmoid(gap if margin is None else gap + margin)
     return DualWeights(m, chosen.softmax(-1), rejected.softmax(-1))
+
+
+class Plan(Protocol):
+    """A tree of tokens. Nodes in depth-first order, [M] int64 each: node m holds the tokens [start[m], stop[m]), and
+    stop[m] is start[m + 1]; parent is -1 for a root.
+    """
+
+    @property
+    def start(self) -> Tensor: ...
+    @property
+    def stop(self) -> Tensor: ...
+    @property
+    def parent(self) -> Tensor: ...
+
+
+def tree_mask(plan: Plan, window: int | None = None) -> Tensor:
+    """[U, U] bool: whom the query of a row attends to: its node's ancestors, and its own node up to itself.
+
+    With a window, only keys less than that many tokens back along the path.
+    """
+    sizes = plan.stop - plan.start
+    above = torch.zeros(len(sizes), len(sizes), dtype=torch.bool, device=sizes.device)  # [node, ancestor]
+    for node, up in enumerate(plan.parent.tolist()):
+        if up >= 0:
+            above[node] = above[up]
+            above[node, up] = True
+    nodes = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
+    token = torch.arange(len(nodes), device=sizes.device)
+    own = (nodes[:, None] == nodes) & (token[:, None] >= token)
+    mask = above[nodes][:, nodes] | own
+    if window is not None:
+        position = token - plan.start[nodes] + (above * sizes).sum(-1)[nodes]
+        mask &= position[:, None] - position < window
+    return mask
+
+
+def tree_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """[U, Hq, D] and twice [U, Hkv, D] -> [U, Hq, D]: softmax(cap(scale q k)) v over the keys of `tree_mask`.
+
+    cap(x) = softcap tanh(x / softcap); scale is D ** -0.5 by default.
+    """
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, dim=1).transpose(0, 1) for x in (k, v))
+    logits = _wide(q.transpose(0, 1) @ k.mT) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    mask = tree_mask(plan, window).to(q.device)
+    weights = logits.masked_fill(~mask, -torch.inf).softmax(-1)
+    return (weights.to(v.dtype) @ v).transpose(0, 1)

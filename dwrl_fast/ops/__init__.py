@@ -8,9 +8,11 @@ A backend that is named and cannot run raises. Gradients are once differentiable
     policy_loss           the same from given log-probabilities
     yes_no_logprob        the score s = log p(Yes)
     preference_weights    coefficients and weights of any preference likelihood; dual_weights is its pair form
+    tree_attention        attention over a tree of tokens, every shared prefix read where it lies
     combine_stats, read_stats, STAT_SUMS, STAT_MAXIMA    what `PolicyLoss.stats` holds
 """
 
+from dwrl_fast.ops.attention import tree_attention
 from dwrl_fast.ops.logprob import linear_logprob, yes_no_logprob
 from dwrl_fast.ops.policy import PolicyLoss, linear_policy_loss, policy_loss
 from dwrl_fast.ops.stats import STAT_MAXIMA, STAT_SUMS, combine_stats, read_stats
@@ -29,5 +31,6 @@ __all__ = [
     "policy_loss",
     "preference_weights",
     "read_stats",
+    "tree_attention",
     "yes_no_logprob",
 ]

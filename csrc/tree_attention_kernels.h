@@ -1,0 +1,359 @@
+// Tree attention in at::vec: flash attention's online softmax over tiles of queries and keys. Included once for each instruction set.
+//
+// One key head of one segment at a time. Its keys lie in panels of kKeys tokens, transposed within a panel; queries come in blocks of
+// consecutive tokens, the G heads of a token in adjacent rows. A block may span nodes: tiles that no query attends to are skipped,
+// those that only some do are masked, and what is masked takes part as an exact zero.
+
+#pragma once
+
+#include "tree_attention.h"
+#include "tree_attention_product.h"
+
+#include <ATen/cpu/vec/functional.h>
+
+namespace dwrl_fast::ROW_PASS_NAMESPACE {
+
+constexpr int64_t kKeys = 64, kQueryRows = 64;
+constexpr double kMasked = -1e30, kExpFloor = -1e4;  // e to the floor is 0 in every dtype
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Aligned to the cache's lines: vectors that cross them take twice as long.
+template <typename real_t>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count) : data_(static_cast<real_t*>(std::aligned_alloc(64, round_up(count * sizeof(real_t) + 1, 64)))) {
+    if (!data_) throw std::bad_alloc();
+  }
+  operator real_t*() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(real_t* p) const { std::free(p); }
+  };
+  std::unique_ptr<real_t[], Free> data_;
+};
+
+template <typename real_t>
+Dense<const real_t> read(const real_t* data, int64_t stride) {
+  return {data, stride};
+}
+
+enum class Tile { skipped, masked, full };
+
+// What both passes share: one segment's mask, and how rows and panels are laid out.
+template <typename scalar_t, typename real_t>
+class Walk {
+ public:
+  static constexpr int64_t kWidth = Vec<real_t>::size();
+
+  explicit Walk(const Attention<scalar_t, real_t>& attention)
+      : a(attention), longest(round_up(longest_of(a.tree), kKeys)), row(round_up(a.dim, kWidth)),
+        tokens(std::max<int64_t>(1, kQueryRows / a.group)), rows(tokens * a.group), stop(longest), index(longest), place(longest),
+        panel(kKeys * row) {}
+
+ protected:
+  const Attention<scalar_t, real_t> a;
+  const int64_t longest, row;  // of a segment, in whole panels; of a row, in whole vectors
+  const int64_t tokens, rows;  // of a block of queries
+  Segment segment{};
+
+  void open(int64_t number) {
+    segment = a.tree.segments[number];
+    const int64_t n = segment.size(), panels = round_up(n, kKeys) / kKeys;
+    bounds.assign(panels, {n, 0, std::numeric_limits<int64_t>::max(), 0});
+    for (int64_t i = 0; i < panels * kKeys; ++i) {
+      const bool there = i < n;
+      const int64_t s = there ? a.tree.end[segment.begin + i] - segment.begin : 0;  // nobody attends to what fills up a panel
+      const int64_t p = there ? a.tree.position[segment.begin + i] : 0;
+      stop[i] = static_cast<real_t>(s);
+      index[i] = static_cast<real_t>(i);
+      place[i] = static_cast<real_t>(p);
+      Bounds& b = bounds[i / kKeys];
+      b.least_stop = std::min(b.least_stop, s);
+      b.most_stop = std::max(b.most_stop, s);
+      if (there) b.least_place = std::min(b.least_place, p);
+      b.most_place = std::max(b.most_place, p);
+    }
+  }
+
+  // Of the queries [from, to) and the keys of a panel.
+  Tile tile(int64_t number, int64_t from, int64_t to) const {
+    const Bounds& b = bounds[number];
+    if (b.most_stop <= from) return Tile::skipped;
+    bool full = (number + 1) * kKeys <= from + 1 && b.least_stop >= to;
+    if (a.window > 0) {
+      const auto [least, most] = std::minmax_element(place + from, place + to);
+      if (*least - b.most_place >= a.window) return Tile::skipped;
+      full = full && *most - b.least_place < a.window;
+    }
+    return full ? Tile::full : Tile::masked;
+  }
+
+  // How many keys of a panel the queries before `to` may see, in whole vectors.
+  int64_t keys(int64_t number, int64_t to) const { return round_up(std::min(kKeys, to - number * kKeys), kWidth); }
+
+  // Which of a vector of keys from j on the query at t sees.
+  Vec<real_t> seen(int64_t t, int64_t j) const {
+    const Vec<real_t> here(index[t]);
+    Vec<real_t> s = (Vec<real_t>::loadu(stop + j) > here) & (Vec<real_t>::loadu(index + j) <= here);
+    if (a.window > 0) s = s & (Vec<real_t>::loadu(place + j) > Vec<real_t>(place[t] - a.window));
+    return s;
+  }
+
+  Vec<real_t> capped(const Vec<real_t>& x) const { return (x * Vec<real_t>(1 / a.cap)).tanh() * Vec<real_t>(a.cap); }
+
+  // Rows [count heads, row] of the tokens from `from` (in the segment), times `factor`; zeros past a row's and the segment's end.
+  void load(real_t* to, const Heads<const scalar_t>& x, int64_t from, int64_t count, int64_t head, int64_t heads, real_t factor) const {
+    const Vec<real_t> f(factor);
+    for (int64_t t = from; t < from + count; ++t) {
+      for (int64_t h = head; h < head + heads; ++h, to += row) {
+        if (t >= segment.size()) {
+          std::fill_n(to, row, real_t(0));
+          continue;
+        }
+        const scalar_t* source = x.at(segment.begin + t, h);
+        if constexpr (kInPlace<scalar_t, real_t>) {
+          each(source, a.dim, [&](Vec<real_t> v, int64_t i, int64_t n) { (v * f).store(to + i, n); });
+        } else {
+          widen(source, to, a.dim);
+          each(to, a.dim, [&](Vec<real_t> v, int64_t i, int64_t n) { (v * f).store(to + i, n); });
+        }
+        std::fill(to + a.dim, to + row, real_t(0));
+      }
+    }
+  }
+
+  void store(const Heads<scalar_t>& x, const real_t* from, int64_t first, int64_t count, int64_t head, int64_t heads) const {
+    for (int64_t t = first; t < first + count; ++t) {
+      for (int64_t h = head; h < head + heads; ++h, from += row) {
+        scalar_t* to = x.at(segment.begin + t, h);
+        if constexpr (kInPlace<scalar_t, real_t>) {
+          std::copy_n(from, a.dim, to);
+        } else {
+          narrow(from, to, a.dim);
+        }
+      }
+    }
+  }
+
+  // A panel's rows [kKeys, row] -> [D, kKeys].
+  void transpose(const real_t* from, real_t* to) const {
+    at::vec::transpose_mxn<real_t>(from, row, to, kKeys, static_cast<int>(kKeys), static_cast<int>(a.dim));
+  }
+
+  int64_t panels() const { return static_cast<int64_t>(bounds.size()); }
+
+ private:
+  struct Bounds {
+    int64_t least_stop, most_stop, least_place, most_place;
+  };
+  std::vector<Bounds> bounds;  // of each panel
+
+  static int64_t longest_of(const Tree& tree) {
+    int64_t n = 0;
+    for (const Segment& s : tree.segments) n = std::max(n, s.size());
+    return n;
+  }
+
+ protected:
+  Buffer<real_t> stop, index, place, panel;
+};
+
+template <typename scalar_t, typename real_t>
+class Forward : Walk<scalar_t, real_t> {
+  using Base = Walk<scalar_t, real_t>;
+  using Base::a, Base::row, Base::rows, Base::tokens, Base::segment, Base::panel, Base::kWidth;
+
+ public:
+  explicit Forward(const Attention<scalar_t, real_t>& attention)
+      : Base(attention), keys_t(Base::longest * a.dim), values(Base::longest * row), queries(rows * row), out(rows * row),
+        scores(rows * kKeys), maximum(rows), sums(rows * kWidth) {}
+
+  void run(int64_t head, int64_t number) {
+    Base::open(number);
+    for (int64_t p = 0; p < Base::panels(); ++p) {
+      Base::load(panel, a.k, p * kKeys, kKeys, head, 1, 1);
+      Base::transpose(panel, keys_t + p * kKeys * a.dim);
+      Base::load(values + p * kKeys * row, a.v, p * kKeys, kKeys, head, 1, 1);
+    }
+    for (int64_t from = 0; from < segment.size(); from += tokens) block(head, from, std::min(from + tokens, segment.size()));
+  }
+
+ private:
+  Buffer<real_t> keys_t, values, queries, out, scores, maximum, sums;
+
+  void block(int64_t head, int64_t from, int64_t to) {
+    const int64_t m = (to - from) * a.group;
+    Base::load(queries, a.q, from, to - from, head * a.group, a.group, a.scale);
+    std::fill_n(+maximum, m, static_cast<real_t>(kMasked));
+    std::fill_n(+sums, m * kWidth, real_t(0));
+    bool first = true;
+    for (int64_t p = 0; p * kKeys < to; ++p) {
+      const Tile tile = Base::tile(p, from, to);
+      if (tile == Tile::skipped) continue;
+      const int64_t keys = Base::keys(p, to);
+      product<real_t>(m, keys, a.dim, {scores, kKeys}, {queries, row, 1}, read<real_t>(keys_t + p * kKeys * a.dim, kKeys), false);
+      for (int64_t r = 0; r < m; ++r) {
+        real_t* s = scores + r * kKeys;
+        if (a.cap != 0)
+          for (int64_t j = 0; j < keys; j += kWidth) Base::capped(Vec<real_t>::loadu(s + j)).store(s + j);
+        if (tile == Tile::masked) mask(s, from + r / a.group, p * kKeys, keys);
+        softmax(r, keys, first);
+      }
+      product<real_t>(m, row, keys, {out, row}, {scores, kKeys, 1}, read<real_t>(values + p * kKeys * row, row), !first);
+      first = false;
+    }
+    finish(head, from, to);
+  }
+
+  void mask(real_t* s, int64_t t, int64_t key, int64_t keys) const {
+    const Vec<real_t> masked(static_cast<real_t>(kMasked));
+    for (int64_t j = 0; j < keys; j += kWidth)
+      Vec<real_t>::blendv(masked, Vec<real_t>::loadu(s + j), Base::seen(t, key + j)).store(s + j);
+  }
+
+  // One row of a tile: exponentials relative to the maximum so far, to which what was summed before is brought.
+  void softmax(int64_t r, int64_t keys, bool first) {
+    real_t* s = scores + r * kKeys;
+    Vec<real_t> top(static_cast<real_t>(kMasked));
+    for (int64_t j = 0; j < keys; j += kWidth) top = at::vec::maximum(top, Vec<real_t>::loadu(s + j));
+    const real_t most =
+        at::vec::vec_reduce_all<real_t>([](const Vec<real_t>& x, const Vec<real_t>& y) { return at::vec::maximum(x, y); }, top);
+    Vec<real_t> sum = Vec<real_t>::loadu(sums + r * kWidth);
+    if (!(most <= maximum[r])) {  // not a number is passed on
+      const Vec<real_t> shrink(std::exp(maximum[r] - most));
+      maximum[r] = most;
+      sum = sum * shrink;
+      if (!first) scale(out + r * row, shrink);
+    }
+    const Vec<real_t> m(maximum[r]), floor(static_cast<real_t>(kExpFloor));
+    for (int64_t j = 0; j < keys; j += kWidth) {
+      const Vec<real_t> e = exp_of_negative(at::vec::clamp_min(Vec<real_t>::loadu(s + j) - m, floor));
+      e.store(s + j);
+      sum = sum + e;
+    }
+    sum.store(sums + r * kWidth);
+  }
+
+  void scale(real_t* x, const Vec<real_t>& factor) const {
+    for (int64_t i = 0; i < row; i += kWidth) (Vec<real_t>::loadu(x + i) * factor).store(x + i);
+  }
+
+  void finish(int64_t head, int64_t from, int64_t to) {
+    for (int64_t r = 0; r < (to - from) * a.group; ++r) {
+      const real_t sum = sum_of(Vec<real_t>::loadu(sums + r * kWidth));
+      scale(out + r * row, Vec<real_t>(1 / sum));
+      *a.lse.at(segment.begin + from + r / a.group, head * a.group + r % a.group) = maximum[r] + std::log(sum);
+    }
+    Base::store(a.out, out, from, to - from, head * a.group, a.group);
+  }
+};
+
+template <typename scalar_t, typename real_t>
+class Backward : Walk<scalar_t, real_t> {
+  using Base = Walk<scalar_t, real_t>;
+  using Base::a, Base::row, Base::rows, Base::tokens, Base::segment, Base::panel, Base::kWidth;
+
+ public:
+  explicit Backward(const Attention<scalar_t, real_t>& attention)
+      : Base(attention), keys(Base::longest * row), keys_t(Base::longest * a.dim), values_t(Base::longest * a.dim),
+        d_keys(Base::longest * row), d_values(Base::longest * row), queries(rows * row), d_out(rows * row), d_queries(rows * row),
+        p(rows * kKeys), ds(rows * kKeys), lse(rows), delta(rows) {}
+
+  void run(int64_t head, int64_t number) {
+    Base::open(number);
+    for (int64_t i = 0; i < Base::panels(); ++i) {
+      Base::load(keys + i * kKeys * row, a.k, i * kKeys, kKeys, head, 1, 1);
+      Base::transpose(keys + i * kKeys * row, keys_t + i * kKeys * a.dim);
+      Base::load(panel, a.v, i * kKeys, kKeys, head, 1, 1);
+      Base::transpose(panel, values_t + i * kKeys * a.dim);
+    }
+    std::fill_n(+d_keys, Base::panels() * kKeys * row, real_t(0));
+    std::fill_n(+d_values, Base::panels() * kKeys * row, real_t(0));
+    for (int64_t from = 0; from < segment.size(); from += tokens) block(head, from, std::min(from + tokens, segment.size()));
+    Base::store(a.d_k, d_keys, 0, segment.size(), head, 1);
+    Base::store(a.d_v, d_values, 0, segment.size(), head, 1);
+  }
+
+ private:
+  Buffer<real_t> keys, keys_t, values_t, d_keys, d_values, queries, d_out, d_queries, p, ds, lse, delta;
+
+  void block(int64_t head, int64_t from, int64_t to) {
+    const int64_t m = (to - from) * a.group;
+    open_block(head, from, to);
+    bool first = true;
+    for (int64_t i = 0; i * kKeys < to; ++i) {
+      const Tile tile = Base::tile(i, from, to);
+      if (tile == Tile::skipped) continue;
+      const int64_t n = Base::keys(i, to), at = i * kKeys;
+      product<real_t>(m, n, a.dim, {p, kKeys}, {queries, row, 1}, read<real_t>(keys_t + at * a.dim, kKeys), false);
+      product<real_t>(m, n, a.dim, {ds, kKeys}, {d_out, row, 1}, read<real_t>(values_t + at * a.dim, kKeys), false);
+      for (int64_t r = 0; r < m; ++r) {
+        if (tile == Tile::masked) {
+          differentiate<true>(r, from + r / a.group, at, n);
+        } else {
+          differentiate<false>(r, from + r / a.group, at, n);
+        }
+      }
+      product<real_t>(n, row, m, {d_values + at * row, row}, {p, 1, kKeys}, read<real_t>(d_out, row), true);
+      product<real_t>(n, row, m, {d_keys + at * row, row}, {ds, 1, kKeys}, read<real_t>(queries, row), true);
+      product<real_t>(m, row, n, {d_queries, row}, {ds, kKeys, 1}, read<real_t>(keys + at * row, row), !first);
+      first = false;
+    }
+    const Vec<real_t> scale(a.scale);
+    for (int64_t i = 0; i < m * row; i += kWidth) (Vec<real_t>::loadu(d_queries + i) * scale).store(d_queries + i);
+    Base::store(a.d_q, d_queries, from, to - from, head * a.group, a.group);
+  }
+
+  // delta = sum(dOut out) of each row, which the softmax's derivative subtracts.
+  void open_block(int64_t head, int64_t from, int64_t to) {
+    const Heads<const scalar_t> out{a.out.data, a.out.token_stride, a.out.head_stride};
+    Base::load(d_queries, out, from, to - from, head * a.group, a.group, 1);
+    Base::load(d_out, a.d_out, from, to - from, head * a.group, a.group, 1);
+    Base::load(queries, a.q, from, to - from, head * a.group, a.group, a.scale);
+    for (int64_t r = 0; r < (to - from) * a.group; ++r) {
+      Vec<real_t> sum(0);
+      for (int64_t i = r * row; i < (r + 1) * row; i += kWidth)
+        sum = at::vec::fmadd(Vec<real_t>::loadu(d_queries + i), Vec<real_t>::loadu(d_out + i), sum);
+      delta[r] = sum_of(sum);
+      lse[r] = *a.lse.at(segment.begin + from + r / a.group, head * a.group + r % a.group);
+    }
+  }
+
+  // Logits and dP become P and dS.
+  template <bool masked>
+  void differentiate(int64_t r, int64_t t, int64_t key, int64_t n) {
+    real_t *x = p + r * kKeys, *d = ds + r * kKeys;
+    const Vec<real_t> normalizer(lse[r]), minus(delta[r]), floor(static_cast<real_t>(kExpFloor)), zero(0), one(1);
+    const Vec<real_t> inverse_cap(a.cap != 0 ? 1 / a.cap : 0);
+    for (int64_t j = 0; j < n; j += kWidth) {
+      Vec<real_t> z = Vec<real_t>::loadu(x + j), slope = one;
+      if (a.cap != 0) {
+        z = Base::capped(z);
+        const Vec<real_t> u = z * inverse_cap;
+        slope = one - u * u;
+      }
+      Vec<real_t> e = exp_of_negative(at::vec::clamp_min(z - normalizer, floor));
+      if constexpr (masked) e = Vec<real_t>::blendv(zero, e, Base::seen(t, key + j));
+      e.store(x + j);
+      (e * (Vec<real_t>::loadu(d + j) - minus) * slope).store(d + j);
+    }
+  }
+};
+
+template <typename Pass, typename scalar_t, typename real_t>
+Work work(const Attention<scalar_t, real_t>& attention) {
+  return [pass = std::make_shared<Pass>(attention)](int64_t head, int64_t segment) { pass->run(head, segment); };
+}
+
+template <typename scalar_t, typename real_t>
+AttentionPass<scalar_t, real_t> attention_pass() {
+  return {work<Forward<scalar_t, real_t>, scalar_t, real_t>, work<Backward<scalar_t, real_t>, scalar_t, real_t>};
+}
+
+inline AttentionPasses attention_passes() {
+  return {attention_pass<float, float>(), attention_pass<double, double>(), attention_pass<c10::BFloat16, float>()};
+}
+
+}  // namespace dwrl_fast::ROW_PASS_NAMESPACE

@@ -1,0 +1,117 @@
+"""Attention over a tree of tokens, every shared prefix stored once: each token attends to its path and itself."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dwrl_fast import extension, reference
+from dwrl_fast.errors import UserError
+from dwrl_fast.log import info_once
+from dwrl_fast.ops.backend import autocast, choose_backend
+from dwrl_fast.ops.products import wide
+from dwrl_fast.reference import Plan
+
+BACKENDS = ("auto", "reference", "cpu")
+
+
+def tree_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """[U, Hq, D]: softmax attention of every token to the tokens of its node's ancestors, and of its node up to itself.
+
+    q [U, Hq, D] and k, v [U, Hkv, D] (float32, bfloat16 or float64), Hq a multiple of Hkv: query head h reads key head
+    h // (Hq / Hkv). scale is D ** -0.5 by default; softcap makes the logits softcap * tanh(logits / softcap); window
+    leaves only keys less than that many tokens back along the path. On the CPU no matrix of [U, U] ever exists, sums
+    are in float32 (float64 for float64) and in an order that follows from the plan alone, whatever the number of
+    threads: FlashAttention's online softmax (arXiv 2205.14135), its backward from the saved out and log-sum-exp.
+
+    Raises UserError, naming the argument; sinks are refused. A plan that is no depth-first cover of the U tokens raises
+    ValueError.
+    """
+    _check(q, k, v, softcap, window, sinks)
+    chosen = choose_backend(_able(backend, q.device.type), "tree_attention", q)
+    q, k, v = autocast(q), autocast(k), autocast(v)
+    if chosen == "reference":
+        return reference.tree_attention(q, k, v, plan, scale=scale, softcap=softcap, window=window)
+    nodes = plan.start.contiguous(), plan.stop.contiguous(), plan.parent.contiguous()
+    options = (
+        q.shape[-1] ** -0.5 if scale is None else float(scale),
+        None if softcap is None else float(softcap),
+        window,
+    )
+    return torch.ops.dwrl_fast.tree_attention(q, k, v, *nodes, *options)[0]
+
+
+@torch.compiler.assume_constant_result  # decided while tracing
+def _able(backend: str, device: str) -> str:
+    """What "auto" can be here: on a GPU, so far, the definition."""
+    if backend not in BACKENDS:
+        raise UserError(f"tree_attention: backend is {backend!r}; it can be {', '.join(BACKENDS)}")
+    if backend == "auto" and device != "cpu":
+        info_once(f"tree_attention on {device}: backend reference (cpu is the only fast one)")
+        return "reference"
+    return backend
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, softcap: float | None, window: int | None, sinks: Tensor | None) -> None:
+    name = "tree_attention"
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+        advice = ": float16 gradients under- and overflow; use bfloat16" if q.dtype == torch.float16 else ""
+        raise UserError(f"{name}: q is {q.dtype}; it can be float32, bfloat16 or float64{advice}")
+    if q.dim() != 3 or 0 in q.shape[1:]:
+        raise UserError(f"{name}: q is {list(q.shape)}; expected [U, Hq, D] (flatten the batch)")
+    for label, x in (("k", k), ("v", v)):
+        if x.dim() != 3 or x.shape != (q.shape[0], k.shape[1], q.shape[2]):
+            raise UserError(f"{name}: {label} is {list(x.shape)}; expected [U = {q.shape[0]}, Hkv, D = {q.shape[2]}]")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise UserError(f"{name}: {label} is {x.dtype} on {x.device}; q is {q.dtype} on {q.device}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise UserError(f"{name}: q has {q.shape[1]} heads; expected a multiple of the {k.shape[1]} of k and v")
+    if softcap is not None and not softcap > 0:
+        raise UserError(f"{name}: softcap is {softcap}; it must be above 0, or None for no soft-cap")
+    if window is not None and not window > 0:
+        raise UserError(f"{name}: window is {window}; it must be above 0, or None for no window")
+    if sinks is not None:
+        raise UserError(f"{name}: sinks (attention sinks) are not implemented; use the padded forward for this model")
+
+
+def _forward_fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    out = q.new_empty(q.shape)
+    return out, q.new_empty(q.shape[:2], dtype=wide(q.dtype))
+
+
+def _backward_fake(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    *tensors, scale, softcap, window = inputs
+    ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
+    ctx.options = scale, softcap, window
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = torch.ops.dwrl_fast.tree_attention_backward(grad, *ctx.saved_tensors, *ctx.options)
+    return *gradients, *[None] * 6
+
+
+def _twice(ctx: Any, *_: Tensor) -> None:
+    raise RuntimeError("tree_attention is differentiable once; with backend='reference', twice")
+
+
+if extension.problem() is None:
+    torch.library.register_fake("dwrl_fast::tree_attention", _forward_fake)
+    torch.library.register_fake("dwrl_fast::tree_attention_backward", _backward_fake)
+    torch.library.register_autograd("dwrl_fast::tree_attention", _backward, setup_context=_save)
+    torch.library.register_autograd("dwrl_fast::tree_attention_backward", _twice)

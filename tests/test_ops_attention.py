@@ -1,0 +1,353 @@
+"""tree_attention: against the definition in float64, against unpacked attention, and what else it promises."""
+
+import os
+import subprocess
+import sys
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ops_cases import assert_accurate
+from torch import Tensor
+
+from dwrl_fast import extension, ops, reference
+from dwrl_fast.errors import UserError
+
+built = pytest.mark.skipif(extension.problem() is not None, reason="the C++ operators are not built")
+
+
+class Plan(NamedTuple):
+    start: Tensor
+    stop: Tensor
+    parent: Tensor
+
+
+def plan_of(nodes: list[tuple[int, int]]) -> Plan:
+    """From (tokens, parent) of each node, in depth-first order."""
+    sizes, parent = torch.tensor(nodes, dtype=torch.int64).reshape(-1, 2).unbind(1)
+    stop = sizes.cumsum(0)
+    return Plan(stop - sizes, stop, parent.contiguous())
+
+
+def drawn(nodes: int, longest: int, rise: float, seed: int = 0) -> Plan:
+    """A random forest: after each node the path is left upwards with probability `rise`, again and again."""
+    g = torch.Generator().manual_seed(seed)
+    path: list[int] = []
+    found = []
+    for m in range(nodes):
+        while path and torch.rand((), generator=g) < rise:
+            path.pop()
+        found.append((int(torch.randint(1, longest + 1, (), generator=g)), path[-1] if path else -1))
+        path.append(m)
+    return plan_of(found)
+
+
+GROUP = [(70, -1), (33, 0), (20, 1), (9, 1), (41, 1), (65, 0), (1, 5), (30, 5)]  # x, y+ and thoughts, y- and thoughts
+TREES = {
+    "one token": plan_of([(1, -1)]),
+    "one sequence": plan_of([(150, -1)]),
+    "a group": plan_of(GROUP),
+    "one-token nodes": drawn(90, 1, 0.4),
+    "deep chain": plan_of([(3, m - 1) for m in range(40)]),
+    "many roots": drawn(40, 12, 0.9),
+    "long roots": plan_of([(70, -1), (65, -1), (5, 1), (130, -1), (64, 3), (64, 3), (1, -1)]),
+    "forest": drawn(30, 25, 0.45),
+    "empty nodes": plan_of([(0, -1), (7, 0), (0, 0), (5, 2), (3, -1), (0, -1)]),
+}
+OPTIONS: list[dict[str, Any]] = [{}, {"softcap": 2.0}, {"window": 13}, {"window": 70, "softcap": 5.0, "scale": 0.3}]
+
+
+def inputs(plan: Plan, heads: tuple[int, int], d: int, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    u = int(plan.stop[-1]) if len(plan.stop) else 0
+    x = {
+        n: torch.randn(u, h, d, generator=g).to(dtype)
+        for n, h in zip("qkv", (heads[0], heads[1], heads[1]), strict=True)
+    }
+    return {n: y.requires_grad_() for n, y in x.items()} | {"grad": torch.randn(u, heads[0], d, generator=g).to(dtype)}
+
+
+def results(x: dict[str, Tensor], plan: Plan, backend: str = "cpu", **options: Any) -> dict[str, Tensor]:
+    out = ops.tree_attention(x["q"], x["k"], x["v"], plan, backend=backend, **options)
+    gradients = torch.autograd.grad(out, (x["q"], x["k"], x["v"]), x["grad"])
+    return {"out": out.detach()} | dict(zip(("d_q", "d_k", "d_v"), gradients, strict=True))
+
+
+def double(x: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n: y.detach().double().requires_grad_(y.requires_grad) for n, y in x.items()}
+
+
+def assert_equal_in_float64(tree: str, heads: tuple[int, int], d: int, options: dict[str, Any]) -> None:
+    x = inputs(TREES[tree], heads, d, torch.float64)
+    got, want = results(x, TREES[tree], **options), results(x, TREES[tree], "reference", **options)
+    for name, y in want.items():
+        torch.testing.assert_close(got[name], y, rtol=1e-10, atol=1e-10, msg=name)
+
+
+def assert_accurate_in(
+    dtype: torch.dtype, trees: list[str], seeds: int, heads: tuple[int, int], d: int, options: dict[str, Any]
+) -> None:
+    runs = []
+    for tree in trees:
+        for seed in range(seeds):
+            plan, x = TREES[tree], inputs(TREES[tree], heads, d, dtype, seed)
+            plain, exact = (results(y, plan, "reference", **options) for y in (x, double(x)))
+            runs.append((results(x, plan, **options), plain, exact))
+    assert_accurate(runs)
+
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+ALL_TREES = pytest.mark.parametrize("tree", TREES)
+ALL_OPTIONS = pytest.mark.parametrize("options", OPTIONS, ids=str)
+SHAPES = pytest.mark.parametrize(
+    ("heads", "d"), [(h, d) for h in [(2, 2), (4, 2), (4, 1)] for d in (1, 8, 64, 80, 128)] + [((66, 1), 16)], ids=str
+)
+
+
+@built
+@ALL_OPTIONS
+@ALL_TREES
+def test_trees_in_float64(tree: str, options: dict[str, Any]) -> None:
+    assert_equal_in_float64(tree, (4, 2), 20, options)
+
+
+@built
+@DTYPES
+@ALL_OPTIONS
+@pytest.mark.parametrize(
+    "tree", [t for t in TREES if t != "one token"]
+)  # there plain PyTorch is exact: see the next test
+def test_trees(tree: str, options: dict[str, Any], dtype: torch.dtype) -> None:
+    assert_accurate_in(dtype, [tree], 3, (4, 2), 16, options)
+
+
+@built
+def test_a_token_alone_gets_its_value() -> None:
+    x = inputs(TREES["one token"], (4, 2), 16, torch.float32)
+    got = results(x, TREES["one token"])
+    assert torch.equal(got["out"], x["v"].repeat_interleave(2, 1))
+    torch.testing.assert_close(got["d_v"], x["grad"].unflatten(1, (2, 2)).sum(2))
+    torch.testing.assert_close(torch.cat([got["d_q"], got["d_k"]], 1), torch.zeros(1, 6, 16), rtol=0, atol=1e-5)
+
+
+@built
+@SHAPES
+def test_shapes_in_float64(heads: tuple[int, int], d: int) -> None:
+    assert_equal_in_float64("many roots", heads, d, {"softcap": 2.0})
+
+
+@built
+@DTYPES
+@SHAPES
+def test_shapes(heads: tuple[int, int], d: int, dtype: torch.dtype) -> None:
+    assert_accurate_in(dtype, ["many roots"], 3, heads, d, {})
+
+
+def paths(plan: Plan) -> list[Tensor]:
+    """The tokens from the root to the end of each node."""
+    found: list[Tensor] = []
+    for start, stop, parent in zip(*(x.tolist() for x in plan), strict=True):
+        own = torch.arange(start, stop)
+        found.append(own if parent < 0 else torch.cat([found[parent], own]))
+    return found
+
+
+@pytest.mark.parametrize("window", [None, 13])
+@ALL_TREES
+def test_the_definition_is_unpacked_attention(tree: str, window: int | None) -> None:
+    plan = TREES[tree]
+    x = {n: y.detach() for n, y in inputs(plan, (4, 2), 8, torch.float64).items()}
+    got = reference.tree_attention(x["q"], x["k"], x["v"], plan, window=window)
+    for path in paths(plan):
+        q, k, v = (x[n][path].transpose(0, 1) for n in "qkv")
+        n = len(path)
+        mask = torch.ones(n, n, dtype=torch.bool).tril()
+        if window is not None:
+            mask &= ~torch.ones(n, n, dtype=torch.bool).tril(-window)
+        want = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+        torch.testing.assert_close(got[path], want.transpose(0, 1), rtol=1e-12, atol=1e-12)
+
+
+@built
+@DTYPES
+@ALL_OPTIONS
+def test_no_cross_talk(options: dict[str, Any], dtype: torch.dtype) -> None:
+    """Another thought's tokens change no bit of what a token gets, nor of its gradients while the other's stay out."""
+    plan = TREES["a group"]
+    changed = slice(int(plan.start[3]), int(plan.stop[3]))
+    x = inputs(plan, (4, 2), 16, dtype)
+    x["grad"][changed] = 0
+    before = results(x, plan, **options)
+    with torch.no_grad():
+        for n in "qkv":
+            x[n][changed] = 30 * torch.randn_like(x[n][changed])
+    after = results(x, plan, **options)
+    others = torch.ones(len(x["q"]), dtype=torch.bool)
+    others[changed] = False
+    for name in before:
+        assert torch.equal(before[name][others], after[name][others]), name
+    assert not torch.equal(before["out"][changed], after["out"][changed])
+
+
+@built
+def test_equal_bits_every_time_and_on_any_number_of_threads() -> None:
+    plan = TREES["long roots"]
+    x = inputs(plan, (6, 3), 24, torch.float32)
+    first = results(x, plan)
+    threads = torch.get_num_threads()
+    try:
+        for repeat in range(20):
+            torch.set_num_threads(1 + repeat % 3)
+            for name, y in results(x, plan).items():
+                assert torch.equal(y, first[name]), name
+    finally:
+        torch.set_num_threads(threads)
+
+
+@built
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_every_instruction_set(capability: str) -> None:
+    """The environment lowers what ATen finds, never raises it."""
+    tests = [f"{__file__}::{name}" for name in ("test_trees", "test_trees_in_float64")]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "forest and not cap", *tests],
+        env=os.environ | {"ATEN_CPU_CAPABILITY": capability}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout
+
+
+@built
+@ALL_OPTIONS
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_gradcheck(options: dict[str, Any], backend: str) -> None:
+    plan = plan_of([(3, -1), (2, 0), (1, 0), (2, -1)])
+    x = inputs(plan, (2, 1), 3, torch.float64)
+    run = lambda q, k, v: ops.tree_attention(q, k, v, plan, backend=backend, **options | {"window": 3})  # noqa: E731
+    assert torch.autograd.gradcheck(run, (x["q"], x["k"], x["v"]))
+
+
+@built
+def test_a_double_backward_raises() -> None:
+    x = inputs(TREES["a group"], (2, 2), 8, torch.float32)
+    out = ops.tree_attention(x["q"], x["k"], x["v"], TREES["a group"])
+    (d_q,) = torch.autograd.grad(out.square().sum(), x["q"], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        d_q.sum().backward()
+
+
+@built
+def test_opcheck() -> None:
+    plan = TREES["a group"]
+    x = inputs(plan, (4, 2), 8, torch.float32)
+    raw: Any = torch.ops.dwrl_fast
+    given = x["q"], x["k"], x["v"]
+    for options in ((0.3, None, None), (0.3, 5.0, 20)):
+        torch.library.opcheck(raw.tree_attention.default, (*given, *plan, *options))
+        with torch.no_grad():
+            made = raw.tree_attention(*given, *plan, *options)
+        plain = (y.detach() for y in given)
+        torch.library.opcheck(raw.tree_attention_backward.default, (x["grad"], *plain, *made, *plan, *options))
+
+
+@built
+def test_eager_equals_compiled() -> None:
+    plan = TREES["a group"]
+    x = inputs(plan, (4, 2), 8, torch.float32)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ops.tree_attention(q * 2, k, v, plan, softcap=5.0, window=40).square()
+
+    given = x["q"], x["k"], x["v"]
+    outs = run(*given), torch.compile(run, fullgraph=True)(*given)
+    torch.testing.assert_close(outs[1], outs[0])
+    gradients = [torch.autograd.grad(y.sum(), given) for y in outs]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(other, one)
+
+
+@built
+def test_strided_inputs_and_gradients() -> None:
+    plan = TREES["forest"]
+    x = inputs(plan, (4, 2), 16, torch.float32)
+    want = results(x, plan)
+    layouts = (
+        lambda y: y.transpose(0, 1).contiguous().transpose(0, 1),  # as Hugging Face has them
+        lambda y: y.transpose(1, 2).contiguous().transpose(1, 2),  # rows not dense
+        lambda y: y.repeat(1, 1, 2)[..., :16],
+    )
+    for layout in layouts:
+        strided = {n: layout(y.detach()).requires_grad_(y.requires_grad) for n, y in x.items()}
+        assert not strided["q"].is_contiguous()
+        for name, y in results(strided, plan).items():
+            assert torch.equal(y, want[name]), name
+
+
+@pytest.mark.parametrize("backend", [pytest.param("cpu", marks=built), "reference"])
+def test_empty(backend: str) -> None:
+    plan = plan_of([])
+    x = inputs(plan, (4, 2), 8, torch.float32)
+    assert all(y.shape[0] == 0 for y in results(x, plan, backend).values())
+
+
+@built
+def test_not_a_number_stays_on_its_row() -> None:
+    plan = plan_of([(5, -1), (3, 0), (4, 0)])
+    x = inputs(plan, (2, 1), 8, torch.float32)
+    with torch.no_grad():
+        x["q"][6] = torch.nan
+    found = ops.tree_attention(x["q"], x["k"], x["v"], plan).isnan().flatten(1)
+    assert found[6].all()
+    assert not found[torch.arange(12) != 6].any()
+
+
+@built
+def test_autocast() -> None:
+    plan = TREES["a group"]
+    x = inputs(plan, (2, 2), 16, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ops.tree_attention(x["q"], x["k"], x["v"], plan)
+    q, k, v = (x[n].bfloat16() for n in "qkv")
+    assert torch.equal(out, ops.tree_attention(q, k, v, plan))
+    assert torch.autograd.grad(out.sum(), x["q"])[0].dtype == torch.float32
+
+
+def bad(**changed: Any) -> dict[str, Any]:
+    x = inputs(TREES["a group"], (4, 2), 8, torch.float32)
+    return {"q": x["q"], "k": x["k"], "v": x["v"], "plan": TREES["a group"]} | changed
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"backend": "triton"}, "backend is 'triton'"),
+        ({"sinks": torch.zeros(4)}, "sinks"),
+        ({"softcap": 0.0}, "softcap is 0.0"),
+        ({"window": 0}, "window is 0"),
+        ({"k": torch.zeros(269, 3, 8), "v": torch.zeros(269, 3, 8)}, "q has 4 heads; expected a multiple of the 3"),
+        ({"k": torch.zeros(269, 2, 9)}, r"k is \[269, 2, 9\]"),
+        ({"v": torch.zeros(269, 1, 8)}, r"v is \[269, 1, 8\]"),
+        ({"v": torch.zeros(269, 2, 8, dtype=torch.float64)}, "v is torch.float64"),
+        ({"q": torch.zeros(1, 269, 4, 8)}, "flatten the batch"),
+        ({"q": torch.zeros(269, 4, 8, dtype=torch.float16)}, "use bfloat16"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_errors(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"tree_attention: .*{message}"):
+        ops.tree_attention(**bad(**changed))
+
+
+@built
+@pytest.mark.parametrize(
+    ("nodes", "message"),
+    [
+        ([(269, -1), (5, 0)], "nodes must follow one another"),
+        ([(200, -1)], "the tree has 200 tokens; q has U = 269"),
+        ([(100, -1), (100, 0), (69, 5)], "not on the path to node 1"),
+        ([(100, -1), (100, -1), (69, 0)], "depth-first order"),
+    ],
+)
+def test_a_plan_that_is_no_tree(nodes: list[tuple[int, int]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ops.tree_attention(**bad(plan=plan_of(nodes)))
