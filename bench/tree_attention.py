@@ -1,0 +1,123 @@
+"""`python -m bench.tree_attention`: attention, forward and backward, of one sequence and of ragged preference trees.
+
+A tree is a prompt, two responses and the thoughts of either. Padded is what trainers do without a tree: every sequence
+by itself, right-padded to the longest, causal. Each variant's name says how many pairs of a query and a key it attends
+to in a head, padding and all; the time is of one layer.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.harness import Case, Variant, main
+from dwrl_fast import ops
+from dwrl_fast.reference import tree_mask
+
+HEADS, DIM = 4, 64
+REFERENCE_TOKENS = 2048  # the definition holds [heads, U, U] several times over
+
+
+class Plan(NamedTuple):
+    start: Tensor
+    stop: Tensor
+    parent: Tensor
+
+
+def one_sequence(tokens: int) -> Plan:
+    return Plan(torch.tensor([0]), torch.tensor([tokens]), torch.tensor([-1]))
+
+
+def ragged_trees(count: int, thoughts: int = 4) -> Plan:
+    """Thoughts are 40 tokens on average and follow 50 of fixed turns, which go with the response."""
+    g = torch.Generator().manual_seed(0)
+    draw = lambda low, high: int(torch.randint(low, high, (), generator=g))  # noqa: E731
+    sizes: list[int] = []
+    parent: list[int] = []
+    for _ in range(count):
+        root = len(sizes)
+        sizes.append(draw(32, 256))
+        parent.append(-1)
+        for _ in range(2):
+            response = len(sizes)
+            sizes += [draw(66, 210), *(draw(5, 76) for _ in range(thoughts))]
+            parent += [root, *[response] * thoughts]
+    stop = torch.tensor(sizes).cumsum(0)
+    return Plan(stop - torch.tensor(sizes), stop, torch.tensor(parent))
+
+
+def sequences(plan: Plan) -> list[Tensor]:
+    """The tokens from the root to the end of each leaf."""
+    paths: list[Tensor] = []
+    for start, stop, up in zip(*(x.tolist() for x in plan), strict=True):
+        own = torch.arange(start, stop)
+        paths.append(own if up < 0 else torch.cat([paths[up], own]))
+    inner = set(plan.parent.tolist())
+    return [path for node, path in enumerate(paths) if node not in inner]
+
+
+def attended(plan: Plan) -> int:
+    """Pairs in all, tree by tree."""
+    roots = (plan.parent < 0).nonzero().squeeze(-1).tolist()
+    pairs = 0
+    for first, last in zip(roots, [*roots[1:], len(plan.parent)], strict=True):
+        start, stop = (x[first:last] - plan.start[first] for x in (plan.start, plan.stop))
+        pairs += int(tree_mask(Plan(start, stop, (plan.parent[first:last] - first).clamp_min(-1))).sum())
+    return pairs
+
+
+def variants(plan: Plan, dtype: torch.dtype) -> list[Variant]:
+    g = torch.Generator().manual_seed(0)
+    tokens, leaves = int(plan.stop[-1]), sequences(plan)
+    longest, needed = max(map(len, leaves)), attended(plan)
+
+    def drawn(*shape: int) -> list[Tensor]:
+        return [torch.randn(*shape, generator=g).to(dtype).requires_grad_() for _ in "qkv"]
+
+    def through(run: Callable[[], Tensor], inputs: list[Tensor]) -> Callable[[], object]:
+        gradient = torch.ones_like(run())
+        return lambda: torch.autograd.grad(run(), inputs, gradient)
+
+    def attention(backend: str) -> Tensor:
+        q, k, v = flat
+        return ops.tree_attention(q, k, v, plan, backend=backend)
+
+    flat, apart = drawn(tokens, HEADS, DIM), drawn(len(leaves), HEADS, longest, DIM)
+    ours = through(lambda: attention("auto"), flat)
+    padded = through(lambda: F.scaled_dot_product_attention(apart[0], apart[1], apart[2], is_causal=True), apart)
+    kind = f"padded SDPA, [{len(leaves)}, {longest}]" if len(leaves) > 1 else "SDPA"
+    found = [
+        Variant(_named("dwrl_fast", needed), ours),
+        Variant(_named(kind, len(leaves) * longest * (longest + 1) // 2), padded),
+    ]
+    if tokens > REFERENCE_TOKENS:
+        why = f"it would hold [{HEADS}, {tokens}, {tokens}]"
+        return [*found, Variant(_named("definition", tokens**2), None, why)]
+    definition = through(lambda: attention("reference"), flat)
+    return [*found, Variant(_named("definition", tokens**2), definition)]
+
+
+def _named(name: str, pairs: int) -> str:
+    return f"{name} ({pairs / 1e6:.2f} M pairs)"
+
+
+def case(name: str, plan: Plan, dtype: torch.dtype = torch.float32, quick: bool = True) -> Case:
+    return Case(
+        f"{name}, U {int(plan.stop[-1])}, {HEADS} heads of {DIM}, {str(dtype)[6:]}",
+        lambda: variants(plan, dtype),
+        quick,
+    )
+
+
+CASES = [
+    case("one sequence", one_sequence(2048)),
+    case("one sequence", one_sequence(2048), torch.bfloat16),
+    case("2 trees", ragged_trees(2)),
+    case("32 trees", ragged_trees(32)),
+    case("32 trees", ragged_trees(32), torch.bfloat16, quick=False),
+]
+
+if __name__ == "__main__":
+    main("tree_attention", CASES)
