@@ -31,8 +31,9 @@ METHODS: dict[str, dict[str, Any]] = {
         "thought_learning_rate": 1e-4,
         "optimizer_state": "per_phase",
         "num_generations": 4,
+        "max_steps": 12,
     },
-    "bt": {"learning_rate": 2e-3},
+    "bt": {"learning_rate": 2e-3, "max_steps": 40},
 }
 
 
@@ -70,7 +71,6 @@ def main() -> None:
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="pair files")
     parser.add_argument("--pairs", type=int, default=32, help="training pairs of each file (default 32)")
     parser.add_argument("--longest", type=int, default=160, help="tokens of prompt and response at most (default 160)")
-    parser.add_argument("--steps", type=int, default=12, help="passes over the pairs (default 12)")
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seed", type=int, default=0)
@@ -99,7 +99,6 @@ def main() -> None:
                     dataset_name=str(pairs),
                     eval_dataset_name=str(pairs),
                     method=method,  # type: ignore[arg-type]
-                    max_steps=options.steps,
                     rollout_batch_size=options.pairs,
                     minibatch_size=options.pairs // 4,
                     max_completion_length=12,
