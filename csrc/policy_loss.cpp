@@ -28,7 +28,10 @@ struct Totals {
 
   void add(const Totals& other) {
     for (size_t i = 0; i < sums.size(); ++i) sums[i] += other.sums[i];
-    for (size_t i = 0; i < maxima.size(); ++i) maxima[i] = std::max(maxima[i], other.maxima[i]);
+    for (size_t i = 0; i < maxima.size(); ++i) {
+      const double x = other.maxima[i];
+      maxima[i] = std::isnan(x) ? x : std::max(maxima[i], x);  // std::max keeps a NaN on its left only
+    }
     loss += other.loss;
   }
 };

@@ -30,8 +30,9 @@ struct PolicyRule {
     t.clipped = (advantage > 0 && t.ratio > 1 + clip_high) || (advantage < 0 && t.ratio < 1 - clip_low);
     t.kl = std::expm1(ref - logprob) - (ref - logprob);
     const double bound = advantage > 0 ? 1 + clip_high : 1 - clip_low;
-    t.loss = -token_weight * (t.clipped ? bound : t.ratio) * advantage;
-    t.coefficient = t.clipped ? 0 : -token_weight * t.ratio * advantage;
+    const bool still = t.clipped || advantage == 0;  // whatever the ratio: an infinite one must not meet the zero
+    t.loss = -token_weight * (still ? bound : t.ratio) * advantage;
+    t.coefficient = still ? 0 : -token_weight * t.ratio * advantage;
     if (beta != 0) {
       t.loss += token_weight * beta * t.kl;
       t.coefficient -= token_weight * beta * std::expm1(ref - logprob);

@@ -98,16 +98,21 @@ def policy_loss(
     Only trained rows count; the others may hold anything.
     """
     trained = trained_rows(advantage, token_weight, beta)
-    lp, old, adv, scale = (torch.where(trained, _wide(x), 0.0) for x in (logprob, old_logprob, advantage, token_weight))
-    ref = None if ref_logprob is None else torch.where(trained, _wide(ref_logprob), 0.0)
+    lp, old, adv, scale = (
+        torch.where(trained, _wide(x), 0.0)
+        for x in (logprob, old_logprob.detach(), advantage.detach(), token_weight.detach())
+    )
+    ref = None if ref_logprob is None else torch.where(trained, _wide(ref_logprob.detach()), 0.0)
     log_ratio = lp - old
-    ratio = log_ratio.exp()
-    gain = torch.minimum(ratio * adv, ratio.clamp(1 - clip_low, 1 + clip_high) * adv)
+    ratio = log_ratio.detach().exp()
+    clipped = ((adv > 0) & (ratio > 1 + clip_high)) | ((adv < 0) & (ratio < 1 - clip_low))
+    still = clipped | (adv == 0)  # whatever the ratio: an infinite one must not meet the zero
+    bound = torch.where(adv > 0, torch.full_like(adv, 1 + clip_high), 1 - clip_low)
+    gain = torch.where(still, bound, torch.where(still, 0.0, log_ratio).exp()) * adv
     kl = None if ref is None else (ref - lp).expm1() - (ref - lp)
     if beta:
         assert kl is not None
         gain = gain - beta * kl
-    clipped = ((adv > 0) & (ratio > 1 + clip_high)) | ((adv < 0) & (ratio < 1 - clip_low))
     unknown = torch.full_like(lp, torch.nan)
     terms = (
         torch.ones_like(lp), scale, ratio, log_ratio, clipped, unknown if kl is None else kl,
@@ -199,7 +204,7 @@ def dual_weights(
     chosen, rejected = _wide(scores_chosen.detach()), _wide(scores_rejected.detach())
     log_n = torch.tensor([chosen.shape[-1], rejected.shape[-1]], dtype=chosen.dtype, device=chosen.device).log()
     gap = (rejected.logsumexp(-1) - log_n[1]) - (chosen.logsumexp(-1) - log_n[0])
-    m = torch.sigmoid(gap if margin is None else gap + margin)
+    m = torch.sigmoid(gap if margin is None else gap + margin).detach()
     return DualWeights(m, chosen.softmax(-1), rejected.softmax(-1))
 
 

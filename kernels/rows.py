@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 2048  # eight bfloat16 a thread, one load; more of them and registers spill on sm_80
+BLOCK = 2048  # eight values a thread: two loads of float32, which is what a head gives on a GPU
 WARPS = 8
 TOKENS = 1024
 
@@ -21,8 +21,8 @@ TOKENS = 1024
 @triton.jit
 def _capped(x, cap, HAS_CAP: tl.constexpr):
     if HAS_CAP:
-        decay = tl.exp(-2 * tl.abs(x) / cap)
-        size = cap * (1 - decay) / (1 + decay)
+        shortfall = _expm1(-2 * tl.abs(x) / cap)  # 1 - e^(-2x/cap) would cancel near 0
+        size = -cap * shortfall / (2 + shortfall)
         x = tl.where(x < 0, -size, size)
     return x
 
@@ -90,8 +90,9 @@ def _token(logprob, old, advantage, weight, ref, clip_low, clip_high, beta):
     ratio = tl.exp(log_ratio)
     clipped = ((advantage > 0) & (ratio > 1 + clip_high)) | ((advantage < 0) & (ratio < 1 - clip_low))
     bound = tl.where(advantage > 0, 1 + clip_high, 1 - clip_low)
-    loss = -weight * tl.where(clipped, bound, ratio) * advantage
-    coefficient = tl.where(clipped, 0.0, -weight * ratio * advantage)
+    still = clipped | (advantage == 0)  # whatever the ratio: an infinite one must not meet the zero
+    loss = -weight * tl.where(still, bound, ratio) * advantage
+    coefficient = tl.where(still, 0.0, -weight * ratio * advantage)
     growth = _expm1(ref - logprob)
     kl = growth - (ref - logprob)
     if beta != 0:
@@ -152,6 +153,11 @@ def logprob_rows_grad_kernel(
 
 
 @triton.jit
+def _max_or_nan(x):
+    return tl.where(tl.sum((x != x).to(tl.int32), 0) > 0, float("nan"), tl.max(x, 0))
+
+
+@triton.jit
 def policy_loss_kernel(
     logprob, old_logprob, advantage, token_weight, ref_logprob, entropy, kept, gradient, partial, T, clip_low,
     clip_high, beta, HAS_REF: tl.constexpr, HAS_ENTROPY: tl.constexpr, TOKENS: tl.constexpr,
@@ -180,8 +186,8 @@ def policy_loss_kernel(
     tl.store(row + 5, tl.sum(tl.where(trained, kl, 0.0), 0))
     tl.store(row + 6, tl.sum(tl.where(trained, ent, 0.0), 0))
     tl.store(row + 7, tl.sum((trained & (finite == 0)).to(tl.float32), 0))
-    tl.store(row + 8, tl.max(tl.where(trained, ratio, 0.0), 0))
-    tl.store(row + 9, tl.max(tl.where(trained, tl.abs(log_ratio), 0.0), 0))
+    tl.store(row + 8, _max_or_nan(tl.where(trained, ratio, 0.0)))
+    tl.store(row + 9, _max_or_nan(tl.where(trained, tl.abs(log_ratio), 0.0)))
     tl.store(row + 10, tl.sum(tl.where(trained, loss, 0.0), 0))
 
 
@@ -201,11 +207,12 @@ def policy_rows(
     """[3, C]: logprob, entropy, dLoss/dlogprob; `gradient` [C, V] gets dLoss/d(head output) where the last is not 0."""
     c, v = _check_chunk(logits, targets)
     out = torch.empty((3, c), dtype=torch.float32, device=logits.device)
-    policy_rows_kernel[(c,)](
-        logits, gradient, targets, old_logprob, advantage, token_weight, ref_logprob, out, c, clip_low, clip_high,
-        beta, 1 / temperature, softcap or 1.0, V=v, HAS_CAP=softcap is not None, HAS_REF=ref_logprob is not None,
-        GRADIENT=gradient is not None, BLOCK=min(BLOCK, triton.next_power_of_2(v)), num_warps=WARPS,
-    )  # fmt: skip
+    with torch.cuda.device_of(logits):
+        policy_rows_kernel[(c,)](
+            logits, gradient, targets, old_logprob, advantage, token_weight, ref_logprob, out, c, clip_low, clip_high,
+            beta, 1 / temperature, softcap or 1.0, V=v, HAS_CAP=softcap is not None, HAS_REF=ref_logprob is not None,
+            GRADIENT=gradient is not None, BLOCK=min(BLOCK, triton.next_power_of_2(v)), num_warps=WARPS,
+        )  # fmt: skip
     return out
 
 
@@ -213,10 +220,11 @@ def logprob_rows(logits: Tensor, targets: Tensor, temperature: float, softcap: f
     """[2, C]: logprob, entropy."""
     c, v = _check_chunk(logits, targets)
     out = torch.empty((2, c), dtype=torch.float32, device=logits.device)
-    logprob_rows_kernel[(c,)](
-        logits, targets, out, c, 1 / temperature, softcap or 1.0, V=v, HAS_CAP=softcap is not None,
-        BLOCK=min(BLOCK, triton.next_power_of_2(v)), num_warps=WARPS,
-    )  # fmt: skip
+    with torch.cuda.device_of(logits):
+        logprob_rows_kernel[(c,)](
+            logits, targets, out, c, 1 / temperature, softcap or 1.0, V=v, HAS_CAP=softcap is not None,
+            BLOCK=min(BLOCK, triton.next_power_of_2(v)), num_warps=WARPS,
+        )  # fmt: skip
     return out
 
 
@@ -226,11 +234,12 @@ def logprob_rows_grad(
 ) -> None:  # fmt: skip
     """`gradient` [C, V] becomes the gradient of sum grad_logprob logprob + grad_entropy entropy."""
     c, v = _check_chunk(logits, targets)
-    logprob_rows_grad_kernel[(c,)](
-        logits, gradient, targets, grad_logprob, grad_entropy, 1 / temperature, softcap or 1.0,
-        V=v, HAS_CAP=softcap is not None, HAS_ENTROPY=grad_entropy is not None,
-        BLOCK=min(BLOCK, triton.next_power_of_2(v)), num_warps=WARPS,
-    )  # fmt: skip
+    with torch.cuda.device_of(logits):
+        logprob_rows_grad_kernel[(c,)](
+            logits, gradient, targets, grad_logprob, grad_entropy, 1 / temperature, softcap or 1.0,
+            V=v, HAS_CAP=softcap is not None, HAS_ENTROPY=grad_entropy is not None,
+            BLOCK=min(BLOCK, triton.next_power_of_2(v)), num_warps=WARPS,
+        )  # fmt: skip
 
 
 def policy_loss_rows(
@@ -243,10 +252,12 @@ def policy_loss_rows(
     kept, gradient = torch.empty_like(logprob), torch.empty_like(logprob)
     partial = torch.zeros((blocks + 1, 11), dtype=torch.float32, device=logprob.device)  # one row more: none is empty
     if blocks:
-        policy_loss_kernel[(blocks,)](
-            logprob, old_logprob, advantage, token_weight, ref_logprob, entropy, kept, gradient, partial, t, clip_low,
-            clip_high, beta, HAS_REF=ref_logprob is not None, HAS_ENTROPY=entropy is not None, TOKENS=TOKENS,
-        )  # fmt: skip
+        with torch.cuda.device_of(logprob):
+            policy_loss_kernel[(blocks,)](
+                logprob, old_logprob, advantage, token_weight, ref_logprob, entropy, kept, gradient, partial, t,
+                clip_low, clip_high, beta, HAS_REF=ref_logprob is not None, HAS_ENTROPY=entropy is not None,
+                TOKENS=TOKENS,
+            )  # fmt: skip
     sums = partial.sum(0, dtype=torch.float64)
     stats = torch.cat([sums[:8], partial[:, 8:10].amax(0).double()])
     return sums[10].float(), kept, gradient, stats

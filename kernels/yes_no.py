@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from dwrl_fast.kernels.rows import _capped
 from torch import Tensor
 
 BLOCK = 1024
@@ -15,7 +16,7 @@ BLOCK = 1024
 
 @triton.jit
 def yes_no_kernel(
-    hidden, weight, bias, score, slopes, stride, yes_id, no_id, cap, H: tl.constexpr, HAS_CAP: tl.constexpr,
+    hidden, weight_yes, weight_no, bias_yes, bias_no, score, slopes, cap, H: tl.constexpr, HAS_CAP: tl.constexpr,
     HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
@@ -25,22 +26,20 @@ def yes_no_kernel(
         j = start + tl.arange(0, BLOCK)
         inside = j < H
         h = tl.load(hidden + b * H + j, mask=inside, other=0.0).to(tl.float32)
-        dot_yes += h * tl.load(weight + yes_id * stride + j, mask=inside, other=0.0).to(tl.float32)
-        dot_no += h * tl.load(weight + no_id * stride + j, mask=inside, other=0.0).to(tl.float32)
+        dot_yes += h * tl.load(weight_yes + j, mask=inside, other=0.0).to(tl.float32)
+        dot_no += h * tl.load(weight_no + j, mask=inside, other=0.0).to(tl.float32)
     yes = tl.sum(dot_yes, 0)
     no = tl.sum(dot_no, 0)
     if HAS_BIAS:
-        yes += tl.load(bias + yes_id).to(tl.float32)
-        no += tl.load(bias + no_id).to(tl.float32)
+        yes += tl.load(bias_yes).to(tl.float32)
+        no += tl.load(bias_no).to(tl.float32)
     slope_yes = 1.0
     slope_no = 1.0
     if HAS_CAP:
-        u = 2 * tl.sigmoid(2 * yes / cap) - 1
-        v = 2 * tl.sigmoid(2 * no / cap) - 1
-        slope_yes = 1 - u * u
-        slope_no = 1 - v * v
-        yes = cap * u
-        no = cap * v
+        yes = _capped(yes, cap, HAS_CAP)
+        no = _capped(no, cap, HAS_CAP)
+        slope_yes = 1 - (yes / cap) * (yes / cap)
+        slope_no = 1 - (no / cap) * (no / cap)
     d = yes - no
     decay = tl.exp(-tl.abs(d))
     tl.store(score + b, tl.minimum(d, 0.0) - _log1p(decay))
@@ -60,15 +59,18 @@ def _log1p(x):
 def _scores(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, yes_id: int, no_id: int, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    hidden, weight = hidden.contiguous(), weight if weight.stride(1) == 1 else weight.contiguous()
+    hidden = hidden.contiguous()
+    rows = weight[yes_id].contiguous(), weight[no_id].contiguous()
+    biases = (None, None) if bias is None else (bias[yes_id], bias[no_id])
     b, h = hidden.shape
     score = hidden.new_empty(b, dtype=torch.float32)
     slopes = hidden.new_empty((b, 2), dtype=torch.float32)
     if b:
-        yes_no_kernel[(b,)](
-            hidden, weight, bias, score, slopes, weight.stride(0), yes_id, no_id, softcap or 1.0, H=h,
-            HAS_CAP=softcap is not None, HAS_BIAS=bias is not None, BLOCK=min(BLOCK, triton.next_power_of_2(h)),
-        )  # fmt: skip
+        with torch.cuda.device_of(hidden):
+            yes_no_kernel[(b,)](
+                hidden, *rows, *biases, score, slopes, softcap or 1.0, H=h, HAS_CAP=softcap is not None,
+                HAS_BIAS=bias is not None, BLOCK=min(BLOCK, triton.next_power_of_2(h)),
+            )  # fmt: skip
     return score, slopes
 
 
@@ -84,16 +86,19 @@ def _scores_backward(
     need_hidden: bool, need_weight: bool, need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients, empty where not needed. It has no formula for autograd, so that a double backward raises."""
-    labels = torch.tensor([yes_id, no_id], device=hidden.device)
     g = grad[:, None] * slopes
     d_hidden, d_weight, d_bias = hidden.new_empty(0), hidden.new_empty(0), hidden.new_empty(0)
-    if need_hidden:
-        d_hidden = (g @ weight[labels].float()).to(hidden.dtype)
-    if need_weight:
+    with torch.autocast(hidden.device.type, enabled=False):  # both products in float32
+        found_hidden = g @ torch.stack([weight[yes_id], weight[no_id]]).float() if need_hidden else None
+        found_weight = g.t() @ hidden.float() if need_weight else None
+    if found_hidden is not None:
+        d_hidden = found_hidden.to(hidden.dtype)
+    if found_weight is not None:
         d_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
-        d_weight.index_add_(0, labels, (g.t() @ hidden.float()).to(weight.dtype))
+        d_weight[yes_id], d_weight[no_id] = found_weight
     if need_bias and bias is not None:
-        d_bias = torch.zeros_like(bias).index_add_(0, labels, g.sum(0).to(bias.dtype))
+        d_bias = torch.zeros_like(bias)
+        d_bias[yes_id], d_bias[no_id] = g.sum(0)
     return d_hidden, d_weight, d_bias
 
 

@@ -1,6 +1,7 @@
 """What the operators promise besides numbers: skipped rows, frozen inputs, one derivative, errors, determinism."""
 
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from ops_cases import in_float64, inputs, results, small_chunks
+from ops_cases import every_operator, in_float64, inputs, results, small_chunks
 
 from bench.harness import matrix_products
 from dwrl_fast import extension, ops, reference
@@ -178,15 +179,6 @@ def test_a_float32_master_gets_an_unrounded_gradient() -> None:
     torch.testing.assert_close(in_chunks, gradient, rtol=1e-4, atol=1e-5)
 
 
-def test_autocast_computes_in_its_dtype() -> None:
-    x = case(bias=False)
-    with torch.autocast("cpu", torch.bfloat16):
-        got = policy(x)
-    narrow = x | {"hidden": x["hidden"].detach().bfloat16().requires_grad_()}
-    assert torch.equal(got.loss, policy(narrow).loss)
-    assert torch.autograd.grad(got.loss, x["hidden"])[0].dtype == torch.float32
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logprob_is_never_above_zero(dtype: Any) -> None:
     """Where one logit dominates, the target's own rounding must be the normaliser's too."""
@@ -209,17 +201,18 @@ def test_infinities_and_nan_pass_through() -> None:
     assert ops.read_stats(r.stats)["invalid"] == 1
 
 
-def test_chunks_are_fixed_and_a_hundred_repeats_are_equal() -> None:
-    x = inputs((301, 48, 4099), torch.float32, softcap=20.0)
+@every_operator
+def test_chunks_are_fixed_and_a_hundred_repeats_are_equal(operator: str, options: dict) -> None:
+    x = inputs((301, 48, 1003), torch.float32, softcap=20.0)
     with small_chunks(64):
-        first = results("linear_policy_loss", x, "cpu")
+        first = results(operator, x, "cpu", **options)
         for _ in range(100):
-            again = results("linear_policy_loss", x, "cpu")
+            again = results(operator, x, "cpu", **options)
             assert all(torch.equal(again[k].nan_to_num(), first[k].nan_to_num()) for k in first)
 
 
 def test_threads_do_not_change_the_row_work() -> None:
-    x, n = case(), torch.get_num_threads()
+    n = torch.get_num_threads()
     logits = torch.randn(5000, 33)
     try:
         found = []
@@ -231,7 +224,6 @@ def test_threads_do_not_change_the_row_work() -> None:
     finally:
         torch.set_num_threads(n)
     assert torch.equal(*found)
-    assert x
 
 
 def test_gradients_accumulate_over_calls_and_chunks() -> None:
@@ -291,24 +283,25 @@ def test_stats_combine_like_one_batch() -> None:
     assert read["ratio_max"] == pytest.approx(torch.tensor(0.5).exp().item(), rel=1e-3)
 
 
-BAD = {
+BAD: dict[str, dict[str, Any]] = {
     "hidden is .*float16.*use bfloat16": {"hidden": torch.zeros(T, H, dtype=torch.float16)},
     r"hidden is \[1, 29, 16\]; expected \[T, H\]": {"hidden": torch.zeros(1, T, H)},
     r"weight is \[301, 15\]; expected \[V, H = 16\]": {"weight": torch.zeros(V, 15)},
     "weight is torch.float64": {"weight": torch.zeros(V, H, dtype=torch.float64)},
+    "bias is torch.float64; expected hidden's torch.float32": {"bias": torch.zeros(V, dtype=torch.float64)},
+    "bias is on meta": {"bias": torch.zeros(V, device="meta")},
+    r"weight is \[0, 16\].*above 0": {"weight": torch.zeros(0, H), "bias": None},
     r"bias is \[300\]; expected \[V = 301\]": {"bias": torch.zeros(V - 1)},
     r"targets is \[28\]; expected \[T = 29\]": {"targets": torch.zeros(T - 1, dtype=torch.int64)},
     "targets is torch.int32": {"targets": torch.zeros(T, dtype=torch.int32)},
-    "targets hold 0 to 301; expected 0 to 300": {"targets": torch.arange(T) * (V // (T - 1) + 1) % (V + 1) * 0 + V},
+    "targets hold 0 to 301; expected 0 to 300": {"targets": torch.arange(T).clamp(0, 1) * V},
     r"advantage is \[29, 1\]; expected \[T = 29\]": {"advantage": torch.zeros(T, 1)},
 }
 
 
-@pytest.mark.parametrize("message", BAD, ids=lambda m: m[:24])
+@pytest.mark.parametrize("message", BAD, ids=lambda m: m[:32])
 def test_errors_name_the_argument(message: Any) -> None:
     x = case() | BAD[message]
-    if "targets hold" in message:
-        x["targets"][0] = 0
     with pytest.raises(UserError, match=f"linear_policy_loss: {message}"):
         policy(x)
 
@@ -318,6 +311,10 @@ def test_errors_name_the_option() -> None:
     for options, message in (
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"softcap": -1.0}, "softcap is -1.0"),
+        ({"softcap": math.inf}, "softcap is inf; it must be finite"),
+        ({"clip_low": -0.1}, "clip_low is -0.1"),
+        ({"clip_high": math.nan}, "clip_high is nan"),
+        ({"beta": -1.0}, "beta is -1.0"),
         ({"beta": 0.1}, "needs ref_logprob"),
         ({"backend": "gpu"}, "backend is 'gpu'; it can be auto, reference, cpu, triton"),
         ({"backend": "triton"}, "cannot run: the tensors are on cpu"),
@@ -325,11 +322,14 @@ def test_errors_name_the_option() -> None:
         with pytest.raises(UserError, match=message):
             policy(x, **options)
     bad: list[tuple[dict[str, Any], str]] = [({"yes_id": V}, "yes_id is 301"), ({"normalization": "no"}, "'no'")]
+    bad.append(({"yes_id": 1}, "yes_id and no_id are both 1"))
     for options, message in bad:
         with pytest.raises(UserError, match=message):
             ops.yes_no_logprob(x["hidden"], x["weight"], **({"yes_id": 0, "no_id": 1} | options))
     with pytest.raises(UserError, match=r"scores is \[3\]; expected \[P, K, N\]"):
         ops.preference_weights(lambda m: m.sum(-1), torch.zeros(3))
+    with pytest.raises(UserError, match=r"scores is \[2, 2, 0\]; expected \[P, K, N\], K and N above 0"):
+        ops.preference_weights(lambda m: m.sum(-1), torch.zeros(2, 2, 0))
     with pytest.raises(UserError, match=r"scores_rejected is \[3, 4\]; expected \[B, N\]"):
         ops.dual_weights(torch.zeros(2, 4), torch.zeros(3, 4))
 
@@ -350,9 +350,10 @@ def test_a_missing_extension_is_said_with_the_command(caplog: Any, monkeypatch: 
     with caplog.at_level(logging.INFO, "dwrl_fast"):
         for _ in range(3):
             policy(x)
-    levels = [r.levelname for r in caplog.records]
-    assert levels.count("WARNING") == 1
-    assert "backend reference (cpu cannot run" in caplog.text
+    missing, fallback = caplog.records
+    assert missing.levelname == fallback.levelname == "WARNING"
+    assert "pip install" in missing.getMessage()
+    assert "linear_policy_loss on cpu in torch.float32: backend reference (cpu cannot run" in fallback.getMessage()
     with pytest.raises(UserError, match=r"backend 'cpu' cannot run: .*pip install"):
         policy(x, backend="cpu")
 
@@ -362,14 +363,19 @@ def test_other_instruction_sets(capability: Any) -> None:
     """The portable and the AVX2 row pass against the definition, in a process where ATen does not see more."""
     code = (
         "import sys, torch; sys.path.insert(0, sys.argv[1]); from ops_cases import *\n"
-        "for dtype in (torch.float32, torch.bfloat16, torch.float64):\n"
+        "for dtype in (torch.float32, torch.bfloat16):\n"
         "    for name in ('linear_policy_loss', 'linear_logprob'):\n"
         "        for head in ({}, {'softcap': 9.0}):\n"
-        "            x = inputs((13, 16, 2500), dtype, **head)\n"
-        "            got, want = results(name, x, 'cpu'), results(name, in_float64(x), 'reference')\n"
-        "            for k in want:\n"
-        "                tight = 1e-9 if dtype == torch.float64 else 1e-4 if dtype == torch.float32 else 0.05\n"
-        "                torch.testing.assert_close(got[k].double(), want[k], rtol=tight, atol=tight, equal_nan=True)\n"
+        "            runs = []\n"
+        "            for seed in range(3):\n"
+        "                x = inputs((13, 16, 2500), dtype, seed=seed, **head)\n"
+        "                how = (x, 'cpu'), (x, 'reference'), (in_float64(x), 'reference')\n"
+        "                runs.append(tuple(results(name, *h) for h in how))\n"
+        "            assert_accurate(runs)\n"
+        "            x = inputs((13, 16, 2500), torch.float64, **head)\n"
+        "            got, want = (results(name, x, b) for b in ('cpu', 'reference'))\n"
+        "            for k in want:\n"  # plain PyTorch is the exact result here: 12 of its 16 digits
+        "                torch.testing.assert_close(got[k], want[k], rtol=1e-12, atol=1e-12, equal_nan=True)\n"
         "print(torch.backends.cpu.get_cpu_capability())"
     )
     run = subprocess.run(

@@ -17,7 +17,16 @@ import torch
 
 triton = pytest.importorskip("triton")
 from dwrl_fast.kernels import rows, yes_no  # noqa: E402
-from ops_cases import SHAPES, assert_accurate, in_float64, inputs, on_device, results, small_chunks  # noqa: E402
+from ops_cases import (  # noqa: E402
+    SHAPES,
+    assert_accurate,
+    every_operator,
+    in_float64,
+    inputs,
+    on_device,
+    results,
+    small_chunks,
+)
 
 from dwrl_fast import ops  # noqa: E402
 from dwrl_fast.errors import UserError  # noqa: E402
@@ -26,15 +35,6 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(
     not INTERPRETED, reason="needs TRITON_INTERPRET=1: test_through_the_interpreter runs it"
 )
-
-OPERATORS: list[tuple[str, dict[str, Any]]] = [
-    ("linear_policy_loss", {}),
-    ("linear_policy_loss", {"beta": 0.1, "clip_high": 0.5}),
-    ("linear_logprob", {}),
-    ("yes_no_logprob", {"normalization": "vocab"}),
-    ("yes_no_logprob", {"normalization": "yes_no"}),
-]
-ids = [name + "".join(f"-{v}" for v in options.values()) for name, options in OPERATORS]
 
 
 def test_through_the_interpreter() -> None:
@@ -50,17 +50,20 @@ def test_through_the_interpreter() -> None:
 
 def check(operator: str, options: dict, shape: tuple, dtype: torch.dtype = torch.float32, **how: Any) -> None:
     runs = []
-    for seed in range(2 if shape[0] > 20 else 8):
+    for seed in range(
+        {1: 60, 7: 16}.get(shape[0], 3)
+    ):  # the fewer numbers, the more the error of plain PyTorch is luck
         x = inputs(shape, dtype, seed=seed, **how)
         with small_chunks():
             got = results(operator, x, "triton", **options)
         exact = results(operator, in_float64(x), "reference", **options)
         runs.append((got, results(operator, x, "reference", **options), exact))
-    assert_accurate(runs)
+    # The interpreter cuts bfloat16 off where a GPU rounds: twice the error, which is not the kernels'.
+    assert_accurate(runs, 4 if dtype == torch.bfloat16 else 2)
 
 
 @interpreted
-@pytest.mark.parametrize(("operator", "options"), OPERATORS, ids=ids)
+@every_operator
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
 def test_interpreter_shapes(operator: str, options: dict, dtype: torch.dtype, shape: tuple) -> None:
@@ -68,14 +71,14 @@ def test_interpreter_shapes(operator: str, options: dict, dtype: torch.dtype, sh
 
 
 @interpreted
-@pytest.mark.parametrize(("operator", "options"), OPERATORS, ids=ids)
+@every_operator
 @pytest.mark.parametrize("head", [{"softcap": 20.0, "temperature": 1.3}, {"temperature": 0.7}], ids=str)
 def test_interpreter_heads(operator: str, options: dict, head: dict) -> None:
     check(operator, options, (21, 16, 1003), size=8, strided=True, **head)
 
 
 @interpreted
-@pytest.mark.parametrize(("operator", "options"), OPERATORS, ids=ids)
+@every_operator
 def test_interpreter_huge_logits(operator: str, options: dict) -> None:
     check(operator, options, (40, 16, 517), size=1e4)
 
@@ -129,6 +132,63 @@ def test_interpreter_yes_no_registration() -> None:
 
 
 @interpreted
+def test_interpreter_yes_no_reads_strides() -> None:
+    x = inputs((5, 24, 67), torch.float32)
+    bias = torch.randn(67, 3)[:, 1].requires_grad_()
+    weight = x["weight"].detach().t().contiguous().t().requires_grad_()
+    for cap in (None, 9.0):
+        found = []
+        for backend in ("triton", "reference"):
+            score = ops.yes_no_logprob(
+                x["hidden"], weight, 3, 5, bias=bias, softcap=cap, normalization="yes_no", backend=backend
+            )
+            found.append((score, *torch.autograd.grad(score.sum(), (x["hidden"], weight, bias))))
+        torch.testing.assert_close(*found)
+
+
+@interpreted
+def test_interpreter_softcap_does_not_cancel_near_zero() -> None:
+    """A cap far above the logits changes next to nothing: of tanh taken as a difference little would be left."""
+    logits = 1e-3 * torch.randn(4, 37, generator=torch.Generator().manual_seed(0))
+    want = (1e3 * torch.tanh(logits.double() / 1e3)).log_softmax(-1)[:, 0]
+    found = rows.logprob_rows(logits, torch.zeros(4, dtype=torch.int64), 1.0, 1e3)[0]
+    torch.testing.assert_close(found.double(), want, rtol=0, atol=5e-7)
+    x = inputs((5, 24, 67), torch.float32, size=1e-3, bias=False)
+    head = x["hidden"], x["weight"]
+    score = ops.yes_no_logprob(*head, 3, 5, softcap=1e3, normalization="yes_no", backend="triton")
+    exact = ops.yes_no_logprob(
+        head[0].double(), head[1].double(), 3, 5, softcap=1e3, normalization="yes_no", backend="reference"
+    )
+    torch.testing.assert_close(score.double(), exact, rtol=0, atol=2e-7)
+
+
+@interpreted
+def test_interpreter_still_rows_and_invalid_rows() -> None:
+    lp, old, ones = torch.tensor([0.0, 0.0]), torch.tensor([-1.0, -100.0]), torch.ones(2)
+    ref, advantage = torch.full((2,), 0.1), torch.tensor([1.0, 0.0])
+    loss, _, gradient, stats = rows.policy_loss_rows(lp, old, advantage, ones, ref, None, 0.2, 0.2, 0.5)
+    assert loss.isfinite()
+    assert gradient.isfinite().all()
+    assert stats[8] == torch.inf
+    lp[0] = torch.nan
+    stats = rows.policy_loss_rows(lp, -ones, ones, ones, None, None, 0.2, 0.2, 0.0)[3]
+    assert stats[7] == 1
+    assert stats[8:].isnan().all()
+
+
+@interpreted
+def test_interpreter_mass_of_masked_labels() -> None:
+    x = inputs((5, 24, 67), torch.float32)
+    for masked in ([3], [5], [3, 5]):
+        bias = x["bias"].detach().index_fill(0, torch.tensor(masked), -torch.inf)
+        got, want = (
+            ops.yes_no_logprob(x["hidden"], x["weight"], 3, 5, bias=bias, return_mass=True, backend=b)
+            for b in ("triton", "reference")
+        )
+        torch.testing.assert_close(got, want)
+
+
+@interpreted
 def test_interpreter_refuses_float64() -> None:
     x = inputs((5, 8, 11), torch.float64)
     with pytest.raises(UserError, match="float64 takes backend 'reference'"):
@@ -136,7 +196,7 @@ def test_interpreter_refuses_float64() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device: only interpreted and compiled")
-@pytest.mark.parametrize(("operator", "options"), OPERATORS, ids=ids)
+@every_operator
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("head", [{}, {"softcap": 20.0, "temperature": 1.3}], ids=str)
 def test_on_a_gpu(operator: str, options: dict, dtype: torch.dtype, head: dict) -> None:
@@ -153,10 +213,9 @@ def test_on_a_gpu(operator: str, options: dict, dtype: torch.dtype, head: dict) 
         assert_accurate(runs)  # type: ignore[arg-type]
 
 
-POINTERS = {"targets": "*i64"} | dict.fromkeys(("logits", "gradient", "hidden", "weight", "bias"), "*bf16")
-SCALARS = dict.fromkeys(("C", "T", "stride", "yes_id", "no_id"), "i32") | dict.fromkeys(
-    ("clip_low", "clip_high", "beta", "scale", "cap"), "fp32"
-)
+HEAD = ("hidden", "weight_yes", "weight_no", "bias_yes", "bias_no")
+POINTERS = {"targets": "*i64"} | dict.fromkeys(HEAD, "*bf16")
+SCALARS = dict.fromkeys(("C", "T"), "i32") | dict.fromkeys(("clip_low", "clip_high", "beta", "scale", "cap"), "fp32")
 ROWS = {"BLOCK": rows.BLOCK}
 VARIANTS: list[tuple[Any, dict[str, Any], int]] = [  # kernel, constants, warps
     (rows.policy_rows_kernel, ROWS | {"V": 151936, "HAS_CAP": True, "HAS_REF": True, "GRADIENT": True}, rows.WARPS),
@@ -168,26 +227,30 @@ VARIANTS: list[tuple[Any, dict[str, Any], int]] = [  # kernel, constants, warps
     (rows.policy_loss_kernel, {"HAS_REF": True, "HAS_ENTROPY": True, "TOKENS": rows.TOKENS}, 4),
     (yes_no.yes_no_kernel, {"H": 896, "HAS_CAP": True, "HAS_BIAS": True, "BLOCK": yes_no.BLOCK}, 4),
 ]
-NULLABLE = {"HAS_REF": "ref_logprob", "HAS_ENTROPY": "grad_entropy", "HAS_BIAS": "bias", "GRADIENT": "gradient"}
+NULLABLE = {"HAS_REF": "ref_logprob", "HAS_ENTROPY": "grad_entropy", "GRADIENT": "gradient"}
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
-@pytest.mark.parametrize("logits", ["fp32", "bf16"])
+@pytest.mark.parametrize(("logits", "gradient"), [("fp32", "fp32"), ("fp32", "bf16"), ("bf16", "bf16")])
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("variant", range(len(VARIANTS)))
-def test_compiles_without_spills(variant: int, capability: int, logits: str, monkeypatch: Any, tmp_path: Path) -> None:
+def test_compiles_without_spills(
+    variant: int, capability: int, logits: str, gradient: str, monkeypatch: Any, tmp_path: Path
+) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     kernel, constants, warps = VARIANTS[variant]
     constants = constants | {name: None for flag, name in NULLABLE.items() if constants.get(flag) is False}
-    signature = {
-        name: "constexpr" if name in constants else (POINTERS | SCALARS | {"logits": f"*{logits}"}).get(name, "*fp32")
-        for name in kernel.arg_names
-    }
+    kinds = POINTERS | SCALARS | {"logits": f"*{logits}"}
+    if kernel is not rows.policy_loss_kernel:  # there the gradient is per token, and float32
+        kinds |= {"gradient": f"*{gradient}"}
+    signature = {name: "constexpr" if name in constants else kinds.get(name, "*fp32") for name in kernel.arg_names}
+    # PyTorch's memory is aligned to 16 bytes, and Triton then compiles wide loads, which take more registers.
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
     constants = {name: value for name, value in constants.items() if name in signature}
-    source = ASTSource(kernel, signature, constants)
+    source = ASTSource(kernel, signature, constants, aligned)
     ptx = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps}).asm["ptx"]
     assert spills(ptx, capability) == (0, 0)
 

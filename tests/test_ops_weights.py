@@ -58,7 +58,8 @@ def test_dual_weights_are_the_pair_form(shape: tuple[int, int], seed: int, size:
     torch.testing.assert_close(p.weights, torch.stack([d.chosen, d.rejected], 1))
     torch.testing.assert_close(p.marginals, marginal(s))
     torch.testing.assert_close(p.losses, bradley_terry(marginal(s)))
-    assert not any(x.requires_grad for x in (*p, *d))
+    with_margin = ops.dual_weights(s[:, 0], s[:, 1], margin=torch.zeros(shape[0], requires_grad=True))
+    assert not any(x.requires_grad for x in (*p, *d, *with_margin))
 
 
 @quick

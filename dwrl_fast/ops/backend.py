@@ -1,16 +1,21 @@
 """Which backend runs an operator, and the checks that every backend shares."""
 
+import functools
 import importlib
 import importlib.util
+import math
+from collections.abc import Callable
 from types import ModuleType
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from dwrl_fast import extension
 from dwrl_fast.errors import UserError
-from dwrl_fast.log import info_once
+from dwrl_fast.log import info_once, warn_once
 
+Result = TypeVar("Result")
 BACKENDS = ("auto", "reference", "cpu", "triton")
 
 
@@ -31,10 +36,12 @@ def _choose(backend: str, operator: str, device: str, dtype: torch.dtype) -> str
     natural = "cpu" if device == "cpu" else "triton"
     problem = _problem(natural, device, dtype)
     if problem and natural == "cpu":
-        extension.available()  # says what is missing and the command that builds it
+        extension.available()  # says once for all operators what is missing, with the command that builds it
+        problem = "its C++ operators are not there"
     chosen = "reference" if problem else natural
     reason = f" ({natural} cannot run: {problem})" if problem else ""
-    info_once(f"{operator} on {device} in {dtype}: backend {chosen}{reason}")
+    say = warn_once if problem else info_once
+    say(f"{operator} on {device} in {dtype}: backend {chosen}{reason}")
     return chosen
 
 
@@ -64,18 +71,28 @@ def row_pass(backend: str) -> ModuleType:
 def check_head(operator: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """hidden [T, H] and weight [V, H] of a dtype and device that go together, and bias [V]."""
     if hidden.dtype not in (torch.float32, torch.bfloat16, torch.float64):
-        advice = ": float16 gradients under- and overflow; use bfloat16" if hidden.dtype == torch.float16 else ""
+        advice = (
+            ": float16 gradients under- and overflow; use bfloat16, in torch.autocast too"
+            if hidden.dtype == torch.float16
+            else ""
+        )
         raise UserError(f"{operator}: hidden is {hidden.dtype}; it can be float32, bfloat16 or float64{advice}")
     if hidden.dim() != 2:
         raise UserError(f"{operator}: hidden is {list(hidden.shape)}; expected [T, H] (flatten the batch)")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[1]:
         raise UserError(f"{operator}: weight is {list(weight.shape)}; expected [V, H = {hidden.shape[1]}]")
+    if weight.shape[0] == 0:
+        raise UserError(f"{operator}: weight is {list(weight.shape)}; expected [V, H] with a vocabulary V above 0")
     if weight.dtype not in (hidden.dtype, torch.float32):
         raise UserError(f"{operator}: weight is {weight.dtype}; expected hidden's {hidden.dtype}, or a float32 master")
     if weight.device != hidden.device:
         raise UserError(f"{operator}: weight is on {weight.device}, hidden on {hidden.device}; put both on one device")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise UserError(f"{operator}: bias is {list(bias.shape)}; expected [V = {weight.shape[0]}]")
+    if bias is not None and bias.dtype not in (hidden.dtype, weight.dtype, torch.float32):
+        raise UserError(f"{operator}: bias is {bias.dtype}; expected hidden's {hidden.dtype}, or float32")
+    if bias is not None and bias.device != hidden.device:
+        raise UserError(f"{operator}: bias is on {bias.device}, hidden on {hidden.device}; put both on one device")
 
 
 def check_tokens(operator: str, like: Tensor, **tensors: Tensor | None) -> None:
@@ -92,10 +109,10 @@ def check_tokens(operator: str, like: Tensor, **tensors: Tensor | None) -> None:
 
 
 def check_scaling(operator: str, temperature: float, softcap: float | None) -> None:
-    if not temperature > 0:
-        raise UserError(f"{operator}: temperature is {temperature}; it must be above 0")
-    if softcap is not None and not softcap > 0:
-        raise UserError(f"{operator}: softcap is {softcap}; it must be above 0, or None for no soft-cap")
+    if not 0 < temperature < math.inf:
+        raise UserError(f"{operator}: temperature is {temperature}; it must be finite and above 0")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise UserError(f"{operator}: softcap is {softcap}; it must be finite and above 0, or None for no soft-cap")
 
 
 def check_targets(operator: str, targets: Tensor, vocabulary: int) -> None:
@@ -110,6 +127,17 @@ def check_targets(operator: str, targets: Tensor, vocabulary: int) -> None:
 def autocast(hidden: Tensor) -> Tensor:
     """Under torch.autocast, hidden in its dtype; the weight keeps its own, so that its gradient does too."""
     kind = hidden.device.type
-    if hidden.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+    if hidden.is_floating_point() and hidden.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         return hidden.to(torch.get_autocast_dtype(kind))
     return hidden
+
+
+def without_autocast(body: Callable[..., Result]) -> Callable[..., Result]:
+    """`body(tensor, ...)` in the dtypes it is given: `autocast` has decided; also for a backward under autocast."""
+
+    @functools.wraps(body)
+    def run(first: Tensor, *rest: object, **options: object) -> Result:
+        with torch.autocast(first.device.type, enabled=False):
+            return body(first, *rest, **options)
+
+    return run

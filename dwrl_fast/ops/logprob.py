@@ -16,6 +16,7 @@ from dwrl_fast.ops.backend import (
     check_tokens,
     choose_backend,
     row_pass,
+    without_autocast,
 )
 from dwrl_fast.ops.products import Products, empty_gradients, wide
 
@@ -49,13 +50,13 @@ def linear_logprob(
     vocabulary is NaN.
     """
     name = "linear_logprob"
+    hidden = autocast(hidden)
     check_head(name, hidden, weight, bias)
     check_scaling(name, temperature, softcap)
     check_tokens(name, hidden, targets=targets)
-    hidden = autocast(hidden)
     chosen = choose_backend(backend, name, hidden)
     if chosen == "reference":
-        return reference.linear_logprob(
+        return without_autocast(reference.linear_logprob)(
             hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap, return_entropy=return_entropy
         )
     logprob, entropy, _ = _linear_logprob(
@@ -93,22 +94,22 @@ def yes_no_logprob(
     asking for the mass there costs the whole head, without gradient. In float32 even where hidden is bfloat16.
     """
     name = "yes_no_logprob"
+    hidden = autocast(hidden)
     check_head(name, hidden, weight, bias)
     check_scaling(name, 1.0, softcap)
     _check_labels(name, yes_id, no_id, weight.shape[0], normalization)
-    hidden = autocast(hidden)
     chosen = choose_backend(backend, name, hidden)
     if chosen == "reference":
-        return reference.yes_no_logprob(
+        return without_autocast(reference.yes_no_logprob)(
             hidden, weight, yes_id, no_id, normalization=normalization, bias=bias, softcap=softcap,
             return_mass=return_mass,
         )  # fmt: skip
-    if hidden.device.type == "cpu" and hidden.dtype == torch.bfloat16:
-        hidden, weight = hidden.float(), weight.float()  # on CUDA the products give float32 themselves
     if normalization == "yes_no":
         score = _label_scores(hidden, weight, bias, yes_id, no_id, softcap, chosen)
         if not return_mass:
             return score
+    if hidden.device.type == "cpu" and hidden.dtype == torch.bfloat16:
+        hidden, weight = hidden.float(), weight.float()  # on CUDA the products give float32 themselves
     targets = torch.full(hidden.shape[:1], yes_id, device=hidden.device)
     with torch.set_grad_enabled(torch.is_grad_enabled() and normalization == "vocab"):
         yes, _, no = _linear_logprob(
@@ -125,9 +126,12 @@ def _check_labels(operator: str, yes_id: int, no_id: int, vocabulary: int, norma
     for argument, token in (("yes_id", yes_id), ("no_id", no_id)):
         if not 0 <= token < vocabulary:
             raise UserError(f"{operator}: {argument} is {token}; expected a row of weight, 0 to {vocabulary - 1}")
+    if yes_id == no_id:
+        raise UserError(f"{operator}: yes_id and no_id are both {yes_id}; expected two labels")
 
 
 @torch.library.custom_op("dwrl_fast::linear_logprob", mutates_args=())
+@without_autocast
 def _linear_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -151,10 +155,15 @@ def _linear_logprob(
     for start in range(0, hidden.shape[0], products.chunk):
         here = slice(start, start + products.chunk)
         logits = products.logits(hidden[here])
-        both = None if beside < 0 else _logits_of_labels(logits, targets[here], beside, temperature, softcap)
-        logprob[here], entropy[here] = rows.logprob_rows(logits, targets[here], temperature, softcap)
-        if both is not None:
-            other[here] = logprob[here] + (both[1] - both[0])
+        if beside < 0:
+            logprob[here], entropy[here] = rows.logprob_rows(logits, targets[here], temperature, softcap)
+            continue
+        z, z_beside = _logits_of_labels(logits, targets[here], beside, temperature, softcap)
+        masked = z == -torch.inf  # says nothing of the normaliser, so the row is read at the other label
+        known = torch.where(masked, beside, targets[here])
+        found, entropy[here] = rows.logprob_rows(logits, known, temperature, softcap)
+        logprob[here] = torch.where(masked, found - torch.inf, found)
+        other[here] = torch.where(masked, found, found + (z_beside - z))
     return logprob, entropy, other
 
 
@@ -175,6 +184,7 @@ def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.library.custom_op("dwrl_fast::linear_logprob_backward", mutates_args=())
+@without_autocast
 def _linear_logprob_backward(
     grad_logprob: Tensor,
     grad_entropy: Tensor | None,
@@ -230,6 +240,7 @@ def _backward_logprob(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor, _: T
 _linear_logprob.register_autograd(_backward_logprob, setup_context=_save_logprob)
 
 
+@without_autocast
 def _label_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, yes_id: int, no_id: int, softcap: float | None
 ) -> tuple[Tensor, Tensor]:

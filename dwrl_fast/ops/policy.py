@@ -1,5 +1,6 @@
 """The clipped policy loss (DWRL Eq. 14), from hidden states or log-probabilities; gradients come with the forward."""
 
+import math
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from dwrl_fast.ops.backend import (
     check_tokens,
     choose_backend,
     row_pass,
+    without_autocast,
 )
 from dwrl_fast.ops.products import Products, empty_gradients, needs_gradient, wide
 from dwrl_fast.ops.stats import empty_stats
@@ -44,25 +46,25 @@ def linear_policy_loss(
     hidden [T, H] (float32, bfloat16 or float64), weight [V, H] (hidden's dtype, or a float32 master), bias [V],
     targets [T] int64; the rest [T], constants. Rows with token_weight 0, or with advantage 0 when beta is 0, take
     part in no product and may hold anything; rows that the clip silences (beta 0) take part in one. Their gradients
-    are zero. Put every constant factor of the loss into token_weight: a loss scaled afterwards costs one more pass
-    over the gradients.
+    are zero. Put every constant factor of the loss into token_weight: a loss scaled afterwards costs the CPU one more
+    pass over the gradients. CUDA makes that pass, and a copy of them, always: to see that the scale is 1 would wait.
 
     Returns PolicyLoss(loss, logprob, stats), see `policy_loss`. Raises UserError, naming the argument. On CUDA a target
     outside the vocabulary is not raised but makes its row NaN and counts in stats as `invalid`; the device is waited
     for once to count the trained rows, and once a chunk to count those that the clip silenced.
     """
     name = "linear_policy_loss"
+    hidden = autocast(hidden)
     check_head(name, hidden, weight, bias)
     check_scaling(name, temperature, softcap)
     check_tokens(
         name, hidden, targets=targets, old_logprob=old_logprob, advantage=advantage, token_weight=token_weight,
         ref_logprob=ref_logprob,
     )  # fmt: skip
-    _check_reference(name, ref_logprob, beta)
-    hidden = autocast(hidden)
+    _check_rule(name, clip_low, clip_high, ref_logprob, beta)
     chosen = choose_backend(backend, name, hidden)
     if chosen == "reference":
-        return reference.linear_policy_loss(
+        return without_autocast(reference.linear_policy_loss)(
             hidden, weight, targets, old_logprob, advantage, token_weight, clip_low=clip_low, clip_high=clip_high,
             temperature=temperature, softcap=softcap, bias=bias, ref_logprob=ref_logprob, beta=beta,
         )  # fmt: skip
@@ -110,7 +112,7 @@ def policy_loss(
         ref_logprob=ref_logprob,
         entropy=entropy,
     )
-    _check_reference(name, ref_logprob, beta)
+    _check_rule(name, clip_low, clip_high, ref_logprob, beta)
     chosen = choose_backend(backend, name, logprob)
     if chosen == "reference":
         return reference.policy_loss(
@@ -125,7 +127,13 @@ def policy_loss(
     return PolicyLoss(_with_gradients(loss, (logprob,), [gradient], needs), kept, stats)
 
 
-def _check_reference(operator: str, ref_logprob: Tensor | None, beta: float) -> None:
+def _check_rule(operator: str, clip_low: float, clip_high: float, ref_logprob: Tensor | None, beta: float) -> None:
+    if not 0 <= clip_low < math.inf:
+        raise UserError(f"{operator}: clip_low is {clip_low}; it must be finite, and 0 or above")
+    if not clip_high >= 0:
+        raise UserError(f"{operator}: clip_high is {clip_high}; it must be 0 or above")
+    if not 0 <= beta < math.inf:
+        raise UserError(f"{operator}: beta is {beta}; it must be finite, and 0 or above")
     if beta and ref_logprob is None:
         raise UserError(f"{operator}: beta is {beta}, and the KL term needs ref_logprob [T]; give it, or beta=0")
 
@@ -162,7 +170,7 @@ class _Formed(torch.autograd.Function):
         eager = not torch.compiler.is_compiling()
         # Read on the host only where that waits for no device: an unscaled loss then costs no pass over dWeight.
         if not (eager and scale.device.type == "cpu" and scale.item() == 1):
-            gradients = [g * scale.to(g.dtype) for g in gradients]
+            gradients = [g * scale for g in gradients]  # in g's dtype, by an unrounded scale
         if eager and torch.is_grad_enabled():  # create_graph=True; compiled graphs refuse it themselves
             gradients = [_Once.apply(g, *inputs) for g in gradients]
         return None, *gradients, *(None for _ in gradients)
@@ -202,6 +210,7 @@ def _(logprob: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 
 @torch.library.custom_op("dwrl_fast::linear_policy_loss", mutates_args=())
+@without_autocast
 def _linear_policy_loss(
     hidden: Tensor,
     weight: Tensor,

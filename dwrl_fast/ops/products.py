@@ -24,7 +24,7 @@ def chunk_rows(hidden: Tensor, weight: Tensor) -> int:
     least = MIN_ROWS
     if weight.numel() * 4 > LARGE_WEIGHT:
         least *= 2 if hidden.element_size() > 2 else 4  # in as many bytes
-    return max(least, rows - rows % 128 if rows >= 128 else rows)
+    return max(least, rows - rows % 128)
 
 
 def _direct(hidden: Tensor) -> bool:

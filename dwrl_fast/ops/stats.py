@@ -11,7 +11,7 @@ trained rows, unweighted:
     kl                  sum of the KL estimate to the reference policy; NaN where none was given
     entropy             sum of the policy's entropy in nats; NaN where `policy_loss` is given none
     invalid             how many rows have a log-probability that is not finite: look at it before the optimizer's step
-    ratio_max, log_ratio_abs_max
+    ratio_max, log_ratio_abs_max    NaN where any row's is
 """
 
 from collections.abc import Iterable

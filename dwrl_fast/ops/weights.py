@@ -20,8 +20,8 @@ def preference_weights(
     detached.
     """
     _check("preference_weights", backend)
-    if scores.dim() != 3:
-        raise UserError(f"preference_weights: scores is {list(scores.shape)}; expected [P, K, N]")
+    if scores.dim() != 3 or 0 in scores.shape[1:]:
+        raise UserError(f"preference_weights: scores is {list(scores.shape)}; expected [P, K, N], K and N above 0")
     if valid is not None and (valid.shape != scores.shape or valid.dtype != torch.bool):
         shape = list(valid.shape)
         raise UserError(f"preference_weights: valid is {valid.dtype} {shape}; expected bool {list(scores.shape)}")
