@@ -2,13 +2,15 @@
 
 A script gives cases; a case gives variants, each a function to time and, where it cannot run here, the reason. Every
 variant runs once unmeasured, once for its peak of memory, once under the profiler for its matrix products, then
-`--repeats` times in turn with the others. Prints a table; `--json` and `--plot` write files.
+`--repeats` times in turn with the others. What it returns is compared with what the first variant returns: a peer that
+computes something else is shown as such. Prints a table; `--json` and `--plot` write files.
 """
 
 import argparse
 import ctypes
 import gc
 import json
+import math
 import os
 import platform
 import statistics
@@ -33,6 +35,7 @@ class Variant:
     run: Callable[[], object] | None
     why: str = ""
     quick: bool = True
+    comparable: bool = True  # whether it returns what the first variant does
 
 
 @dataclass(frozen=True)
@@ -50,26 +53,35 @@ class Row:
     seconds_median: float | None
     seconds_iqr: float | None
     peak_bytes: int | None
+    beyond_bytes: int | None = None  # the peak without what `run` returns: gradients are not overhead
+    difference: float | None = None  # from the first variant, relative, of the tensor that is furthest off
     counters: dict[str, float] = field(default_factory=dict)
     skipped: str = ""
+    disagrees: bool = False
+
+
+ELEMENT_BYTES = {"double": 8, "float": 4, "c10::BFloat16": 2, "c10::Half": 2}
+LOOSE = {torch.bfloat16: 0.1}  # relative differences that rounding explains; of other dtypes 0.01
 
 
 def matrix_products(run: Callable[[], object], unit: float = 1.0) -> dict[str, float]:
-    """How many matrix products `run` takes, their multiplications in `unit`s, and the values they read and write."""
+    """How many matrix products `run` takes, their multiplications in `unit`s, and the bytes they read and write."""
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as trace:
         run()
     count, work, moved = 0, 0.0, 0.0
-    for event in trace.events():
-        first = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::addmm_": 1}.get(event.name)
-        if first is None or len(event.input_shapes) < first + 2:
+    assert trace.profiler is not None
+    for event in trace.profiler.kineto_results.events():
+        first = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::addmm_": 1}.get(event.name())
+        if first is None or len(event.shapes()) < first + 2:
             continue
-        a, b = event.input_shapes[first], event.input_shapes[first + 1]
+        a, b = event.shapes()[first], event.shapes()[first + 1]
+        size = ELEMENT_BYTES[event.dtypes()[first]]  # the result's too, but for bfloat16 into float32 on CUDA
         batch = a[0] if len(a) == 3 else 1
         m, k, n = a[-2], a[-1], b[-1]
         count += 1
         work += batch * m * k * n
-        moved += batch * (m * k + k * n + m * n)
-    return {"products": count, "rows": work / unit, "values": moved}
+        moved += size * batch * (m * k + k * n + m * n)
+    return {"products": count, "rows": work / unit, "bytes": moved}
 
 
 def peak_memory(run: Callable[[], object]) -> int | None:
@@ -101,6 +113,7 @@ def measure(case: Case, repeats: int, seconds: float, quick: bool) -> Iterator[R
     rows: dict[str, Row] = {}
     times: dict[str, list[float]] = {}
     able: list[Variant] = []
+    ours: list[torch.Tensor] = []
     for variant in case.variants():
         row = rows[variant.name] = Row(
             case.name, variant.name, None, None, None, skipped="" if variant.run else variant.why
@@ -110,8 +123,15 @@ def measure(case: Case, repeats: int, seconds: float, quick: bool) -> Iterator[R
         if variant.run is None or row.skipped:
             continue
         try:
-            variant.run()
+            returned = tensors(variant.run())
+            ours = ours or returned
+            size = sum(x.nbytes for x in returned)
+            if variant.comparable:
+                row.difference, agrees = furthest(returned, ours)
+                row.disagrees = not agrees
+            del returned
             row.peak_bytes = peak_memory(variant.run)
+            row.beyond_bytes = None if row.peak_bytes is None else max(0, row.peak_bytes - size)
             row.counters = matrix_products(variant.run, case.unit)
         except Exception as error:  # a peer that breaks is a row of the table, not the end of it
             row.skipped = f"{type(error).__name__}: {str(error).splitlines()[0][:90] if str(error) else ''}"
@@ -129,6 +149,20 @@ def measure(case: Case, repeats: int, seconds: float, quick: bool) -> Iterator[R
         low, _, high = statistics.quantiles(taken, n=4) if len(taken) > 1 else (taken[0],) * 3
         rows[name].seconds_iqr = high - low
     yield from rows.values()
+
+
+def tensors(returned: object) -> list[torch.Tensor]:
+    some = returned if isinstance(returned, tuple | list) else (returned,)
+    return [x for x in some if isinstance(x, torch.Tensor)]
+
+
+def furthest(found: list[torch.Tensor], like: list[torch.Tensor]) -> tuple[float, bool]:
+    """The largest relative difference, in the 2-norm, and whether every one is within what rounding explains."""
+    if [x.shape for x in found] != [x.shape for x in like]:
+        return math.inf, False
+    each = [((x.double() - y.double()).norm() / y.double().norm()).item() for x, y in zip(found, like, strict=True)]
+    agrees = all(d <= LOOSE.get(y.dtype, 0.01) for d, y in zip(each, like, strict=True))  # and no NaN is
+    return max(each), agrees
 
 
 def _timed(variant: Variant) -> float:
@@ -164,16 +198,35 @@ def _lines(path: str) -> list[str]:
 def show(rows: Iterable[Row], console: Console) -> None:
     for case in dict.fromkeys(row.case for row in rows):
         table = Table(title=case, title_justify="left")
-        for heading in ("variant", "ms", "± iqr", "peak MiB", "products", "rows"):
+        for heading in (
+            "variant",
+            "ms",
+            "± iqr",
+            "peak MiB",
+            "beyond gradients",
+            "products",
+            "rows",
+            "MiB moved",
+            "differs by",
+        ):
             table.add_column(heading, justify="left" if heading == "variant" else "right")
         for row in (r for r in rows if r.case == case):
             if row.seconds_median is None or row.seconds_iqr is None:
                 table.add_row(row.variant, f"[dim]skipped: {row.skipped}[/]")
                 continue
-            peak = "?" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f}"
-            counters = (f"{row.counters[k]:.6g}" for k in ("products", "rows"))
+            memory = ("?" if x is None else f"{x / 2**20:.0f}" for x in (row.peak_bytes, row.beyond_bytes))
+            counters = [f"{row.counters[k]:.6g}" for k in ("products", "rows")]
+            counters.append(f"{row.counters['bytes'] / 2**20:.0f}")
+            difference = "" if row.difference is None else f"{row.difference:.0e}"
+            if row.disagrees:
+                difference = f"[bold red]DISAGREES {difference}[/]"
             table.add_row(
-                row.variant, f"{row.seconds_median * 1e3:.2f}", f"{row.seconds_iqr * 1e3:.2f}", peak, *counters
+                row.variant,
+                f"{row.seconds_median * 1e3:.2f}",
+                f"{row.seconds_iqr * 1e3:.2f}",
+                *memory,
+                *counters,
+                difference,
             )
         console.print(table)
 
@@ -212,7 +265,7 @@ def main(name: str, cases: list[Case]) -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     repeats, seconds = (3, 4.0) if args.quick else (args.repeats, args.seconds)
-    console = Console(width=130)
+    console = Console(width=150)
     rows: list[Row] = []
     for case in (c for c in cases if args.case in c.name and (c.quick or not args.quick)):
         found = list(measure(case, repeats, seconds, args.quick))

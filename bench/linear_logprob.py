@@ -34,7 +34,10 @@ def variants(t: int, h: int, v: int, dtype: torch.dtype) -> list[Variant]:
         with torch.no_grad():
             return ops.linear_logprob(hidden, weight, targets)
 
-    found = [Variant("dwrl_fast", through(ops.linear_logprob)), Variant("dwrl_fast, no gradient", forward_only)]
+    found = [
+        Variant("dwrl_fast", through(ops.linear_logprob)),
+        Variant("dwrl_fast, no gradient", forward_only, comparable=False),
+    ]
     for name, logprob, why in logprob_peers(DEVICE):
         found.append(Variant(name, through(logprob) if logprob else None, why, name not in SLOW))
     return found

@@ -77,7 +77,7 @@ def variants(t: int, h: int, v: int, dtype: torch.dtype, untrained: float, clipp
 
     found = [
         Variant("dwrl_fast", lambda: gradients(ops.linear_policy_loss(*x).loss, hidden, weight)),
-        Variant("bare products", bare_products(hidden, weight, token_weight)),
+        Variant("bare products", bare_products(hidden, weight, token_weight), comparable=False),
         Variant("plain PyTorch, trained rows", through(plain_logprob, trained_only=True)),
     ]
     for name, logprob, why in logprob_peers(DEVICE):
