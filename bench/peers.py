@@ -53,7 +53,7 @@ def _liger(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 def _liger_scaled(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     from liger_kernel.ops import fused_linear_scaled_cross_entropy as module
 
-    return -module.LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, targets)[0]
+    return -module.LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, targets)
 
 
 def _quack(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
