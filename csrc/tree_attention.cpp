@@ -55,7 +55,8 @@ Tree make_tree(const Tensor& start, const Tensor& stop, const Tensor& parent, in
   const int64_t *begin = nodes(start, start, "start"), *end = nodes(stop, start, "stop"), *above = nodes(parent, start, "parent");
   TORCH_CHECK_VALUE(tokens < kTokens, "a tree of ", tokens, " tokens: at most ", kTokens - 1, " can be attended to at once");
   Tree tree{std::vector<int64_t>(tokens), std::vector<int64_t>(tokens), {}};
-  std::vector<int64_t> path;  // the nodes from the root to the last one
+  std::vector<int64_t> path;                     // the nodes from the root to the last one
+  std::vector<int64_t> position(start.numel());  // of each node's first token
   int64_t at = 0;
   const auto leave = [&] {
     std::fill(tree.end.begin() + begin[path.back()], tree.end.begin() + end[path.back()], at);
@@ -70,9 +71,8 @@ Tree make_tree(const Tensor& start, const Tensor& stop, const Tensor& parent, in
         above[m] == (path.empty() ? -1 : path.back()), "node ", m, " has parent ", above[m],
         ", which is not on the path to node ", m - 1, ": nodes must be in depth-first order");
     if (path.empty() && (tree.segments.empty() || tree.segments.back().size() >= kSegment)) tree.segments.push_back({at, at});
-    int64_t position = 0;
-    for (const int64_t n : path) position += end[n] - begin[n];
-    for (; at < end[m]; ++at) tree.position[at] = position++;
+    if (!path.empty()) position[m] = position[above[m]] + end[above[m]] - begin[above[m]];
+    for (; at < end[m]; ++at) tree.position[at] = position[m] + at - begin[m];
     tree.segments.back().end = at;
     path.push_back(m);
   }

@@ -1,8 +1,8 @@
 // Tree attention in at::vec: flash attention's online softmax over tiles of queries and keys. Included once for each instruction set.
 //
 // One key head of one segment at a time. Its keys lie in panels of kKeys tokens, transposed within a panel; queries come in blocks of
-// consecutive tokens, the G heads of a token in adjacent rows. A block may span nodes: tiles that no query attends to are skipped,
-// those that only some do are masked, and what is masked takes part as an exact zero.
+// consecutive tokens, the G heads of a token in adjacent rows. A block may span nodes: of a panel it takes the tile of those keys that
+// any of its queries attends to, in whole groups; where not all of them do the tile is masked, and what is masked is an exact zero.
 
 #pragma once
 
@@ -13,7 +13,7 @@
 
 namespace dwrl_fast::ROW_PASS_NAMESPACE {
 
-constexpr int64_t kKeys = 64, kQueryRows = 64;
+constexpr int64_t kKeys = 64, kGroup = 16, kQueryRows = 64;
 constexpr double kMasked = -1e30, kExpFloor = -1e4;  // e to the floor is 0 in every dtype
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -34,18 +34,18 @@ class Buffer {
   std::unique_ptr<real_t[], Free> data_;
 };
 
-template <typename real_t>
-Dense<const real_t> read(const real_t* data, int64_t stride) {
-  return {data, stride};
-}
-
-enum class Tile { skipped, masked, full };
+// Keys [key, key + count) of a panel; count 0: none of them is seen.
+struct Tile {
+  int64_t key, count;
+  bool masked;
+};
 
 // What both passes share: one segment's mask, and how rows and panels are laid out.
 template <typename scalar_t, typename real_t>
 class Walk {
  public:
   static constexpr int64_t kWidth = Vec<real_t>::size();
+  static_assert(kGroup % kWidth == 0 && kKeys % kGroup == 0);
 
   explicit Walk(const Attention<scalar_t, real_t>& attention)
       : a(attention), longest(round_up(longest_of(a.tree), kKeys)), row(round_up(a.dim, kWidth)),
@@ -61,7 +61,7 @@ class Walk {
   void open(int64_t number) {
     segment = a.tree.segments[number];
     const int64_t n = segment.size(), panels = round_up(n, kKeys) / kKeys;
-    bounds.assign(panels, {n, 0, std::numeric_limits<int64_t>::max(), 0});
+    bounds.assign(panels * kKeys / kGroup, {n, 0, std::numeric_limits<int64_t>::max(), 0});
     for (int64_t i = 0; i < panels * kKeys; ++i) {
       const bool there = i < n;
       const int64_t s = there ? a.tree.end[segment.begin + i] - segment.begin : 0;  // nobody attends to what fills up a panel
@@ -69,7 +69,7 @@ class Walk {
       stop[i] = static_cast<real_t>(s);
       index[i] = static_cast<real_t>(i);
       place[i] = static_cast<real_t>(p);
-      Bounds& b = bounds[i / kKeys];
+      Bounds& b = bounds[i / kGroup];
       b.least_stop = std::min(b.least_stop, s);
       b.most_stop = std::max(b.most_stop, s);
       if (there) b.least_place = std::min(b.least_place, p);
@@ -77,21 +77,28 @@ class Walk {
     }
   }
 
-  // Of the queries [from, to) and the keys of a panel.
-  Tile tile(int64_t number, int64_t from, int64_t to) const {
-    const Bounds& b = bounds[number];
-    if (b.most_stop <= from) return Tile::skipped;
-    bool full = (number + 1) * kKeys <= from + 1 && b.least_stop >= to;
+  // What the queries [from, to) see of a panel.
+  Tile tile(int64_t panel_number, int64_t from, int64_t to) const {
+    int64_t least = 0, most = 0;  // the queries' positions
     if (a.window > 0) {
-      const auto [least, most] = std::minmax_element(place + from, place + to);
-      if (*least - b.most_place >= a.window) return Tile::skipped;
-      full = full && *most - b.least_place < a.window;
+      const auto [l, m] = std::minmax_element(place + from, place + to);
+      least = static_cast<int64_t>(*l);
+      most = static_cast<int64_t>(*m);
     }
-    return full ? Tile::full : Tile::masked;
+    Tile tile{0, 0, false};
+    const int64_t start = panel_number * kKeys, end = std::min(to, start + kKeys);
+    for (int64_t j = start; j < end; j += kGroup) {
+      const Bounds& b = bounds[j / kGroup];
+      if (b.most_stop <= from || (a.window > 0 && least - b.most_place >= a.window)) continue;
+      if (tile.count == 0) tile.key = j;
+      tile.count = j + kGroup - tile.key;
+    }
+    for (int64_t j = tile.key; j < tile.key + tile.count; j += kGroup) {
+      const Bounds& b = bounds[j / kGroup];
+      tile.masked |= j + kGroup > from + 1 || b.least_stop < to || (a.window > 0 && most - b.least_place >= a.window);
+    }
+    return tile;
   }
-
-  // How many keys of a panel the queries before `to` may see, in whole vectors.
-  int64_t keys(int64_t number, int64_t to) const { return round_up(std::min(kKeys, to - number * kKeys), kWidth); }
 
   // Which of a vector of keys from j on the query at t sees.
   Vec<real_t> seen(int64_t t, int64_t j) const {
@@ -142,13 +149,13 @@ class Walk {
     at::vec::transpose_mxn<real_t>(from, row, to, kKeys, static_cast<int>(kKeys), static_cast<int>(a.dim));
   }
 
-  int64_t panels() const { return static_cast<int64_t>(bounds.size()); }
+  int64_t panels() const { return round_up(segment.size(), kKeys) / kKeys; }
 
  private:
   struct Bounds {
     int64_t least_stop, most_stop, least_place, most_place;
   };
-  std::vector<Bounds> bounds;  // of each panel
+  std::vector<Bounds> bounds;  // of each group of keys
 
   static int64_t longest_of(const Tree& tree) {
     int64_t n = 0;
@@ -191,26 +198,26 @@ class Forward : Walk<scalar_t, real_t> {
     bool first = true;
     for (int64_t p = 0; p * kKeys < to; ++p) {
       const Tile tile = Base::tile(p, from, to);
-      if (tile == Tile::skipped) continue;
-      const int64_t keys = Base::keys(p, to);
-      product<real_t>(m, keys, a.dim, {scores, kKeys}, {queries, row, 1}, read<real_t>(keys_t + p * kKeys * a.dim, kKeys), false);
+      if (tile.count == 0) continue;
+      const real_t* columns = keys_t + p * kKeys * a.dim + (tile.key - p * kKeys);
+      product<real_t>(m, tile.count, a.dim, {scores, kKeys}, {queries, row, 1}, {columns, kKeys}, false);
       for (int64_t r = 0; r < m; ++r) {
         real_t* s = scores + r * kKeys;
         if (a.cap != 0)
-          for (int64_t j = 0; j < keys; j += kWidth) Base::capped(Vec<real_t>::loadu(s + j)).store(s + j);
-        if (tile == Tile::masked) mask(s, from + r / a.group, p * kKeys, keys);
-        softmax(r, keys, first);
+          for (int64_t j = 0; j < tile.count; j += kWidth) Base::capped(Vec<real_t>::loadu(s + j)).store(s + j);
+        if (tile.masked) mask(s, from + r / a.group, tile);
+        softmax(r, tile.count, first);
       }
-      product<real_t>(m, row, keys, {out, row}, {scores, kKeys, 1}, read<real_t>(values + p * kKeys * row, row), !first);
+      product<real_t>(m, row, tile.count, {out, row}, {scores, kKeys, 1}, {values + tile.key * row, row}, !first);
       first = false;
     }
     finish(head, from, to);
   }
 
-  void mask(real_t* s, int64_t t, int64_t key, int64_t keys) const {
+  void mask(real_t* s, int64_t t, const Tile& tile) const {
     const Vec<real_t> masked(static_cast<real_t>(kMasked));
-    for (int64_t j = 0; j < keys; j += kWidth)
-      Vec<real_t>::blendv(masked, Vec<real_t>::loadu(s + j), Base::seen(t, key + j)).store(s + j);
+    for (int64_t j = 0; j < tile.count; j += kWidth)
+      Vec<real_t>::blendv(masked, Vec<real_t>::loadu(s + j), Base::seen(t, tile.key + j)).store(s + j);
   }
 
   // One row of a tile: exponentials relative to the maximum so far, to which what was summed before is brought.
@@ -285,20 +292,20 @@ class Backward : Walk<scalar_t, real_t> {
     bool first = true;
     for (int64_t i = 0; i * kKeys < to; ++i) {
       const Tile tile = Base::tile(i, from, to);
-      if (tile == Tile::skipped) continue;
-      const int64_t n = Base::keys(i, to), at = i * kKeys;
-      product<real_t>(m, n, a.dim, {p, kKeys}, {queries, row, 1}, read<real_t>(keys_t + at * a.dim, kKeys), false);
-      product<real_t>(m, n, a.dim, {ds, kKeys}, {d_out, row, 1}, read<real_t>(values_t + at * a.dim, kKeys), false);
+      if (tile.count == 0) continue;
+      const int64_t n = tile.count, column = i * kKeys * a.dim + (tile.key - i * kKeys), at = tile.key * row;
+      product<real_t>(m, n, a.dim, {p, kKeys}, {queries, row, 1}, {keys_t + column, kKeys}, false);
+      product<real_t>(m, n, a.dim, {ds, kKeys}, {d_out, row, 1}, {values_t + column, kKeys}, false);
       for (int64_t r = 0; r < m; ++r) {
-        if (tile == Tile::masked) {
-          differentiate<true>(r, from + r / a.group, at, n);
+        if (tile.masked) {
+          differentiate<true>(r, from + r / a.group, tile);
         } else {
-          differentiate<false>(r, from + r / a.group, at, n);
+          differentiate<false>(r, from + r / a.group, tile);
         }
       }
-      product<real_t>(n, row, m, {d_values + at * row, row}, {p, 1, kKeys}, read<real_t>(d_out, row), true);
-      product<real_t>(n, row, m, {d_keys + at * row, row}, {ds, 1, kKeys}, read<real_t>(queries, row), true);
-      product<real_t>(m, row, n, {d_queries, row}, {ds, kKeys, 1}, read<real_t>(keys + at * row, row), !first);
+      product<real_t>(n, row, m, {d_values + at, row}, {p, 1, kKeys}, {d_out, row}, true);
+      product<real_t>(n, row, m, {d_keys + at, row}, {ds, 1, kKeys}, {queries, row}, true);
+      product<real_t>(m, row, n, {d_queries, row}, {ds, kKeys, 1}, {keys + at, row}, !first);
       first = false;
     }
     const Vec<real_t> scale(a.scale);
@@ -323,11 +330,11 @@ class Backward : Walk<scalar_t, real_t> {
 
   // Logits and dP become P and dS.
   template <bool masked>
-  void differentiate(int64_t r, int64_t t, int64_t key, int64_t n) {
+  void differentiate(int64_t r, int64_t t, const Tile& tile) {
     real_t *x = p + r * kKeys, *d = ds + r * kKeys;
     const Vec<real_t> normalizer(lse[r]), minus(delta[r]), floor(static_cast<real_t>(kExpFloor)), zero(0), one(1);
     const Vec<real_t> inverse_cap(a.cap != 0 ? 1 / a.cap : 0);
-    for (int64_t j = 0; j < n; j += kWidth) {
+    for (int64_t j = 0; j < tile.count; j += kWidth) {
       Vec<real_t> z = Vec<real_t>::loadu(x + j), slope = one;
       if (a.cap != 0) {
         z = Base::capped(z);
@@ -335,7 +342,7 @@ class Backward : Walk<scalar_t, real_t> {
         slope = one - u * u;
       }
       Vec<real_t> e = exp_of_negative(at::vec::clamp_min(z - normalizer, floor));
-      if constexpr (masked) e = Vec<real_t>::blendv(zero, e, Base::seen(t, key + j));
+      if constexpr (masked) e = Vec<real_t>::blendv(zero, e, Base::seen(t, tile.key + j));
       e.store(x + j);
       (e * (Vec<real_t>::loadu(d + j) - minus) * slope).store(d + j);
     }
