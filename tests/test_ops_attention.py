@@ -113,6 +113,17 @@ def test_trees_in_float64(tree: str, options: dict[str, Any]) -> None:
 
 
 @built
+def test_every_width_of_a_window() -> None:
+    """Tiles are skipped, masked or taken whole by the window, and one token decides."""
+    plan = TREES["one sequence"]
+    x = {n: y.detach() for n, y in inputs(plan, (1, 1), 4, torch.float64).items()}
+    q, k, v = x["q"], x["k"], x["v"]
+    for window in range(1, 152):
+        want = ops.tree_attention(q, k, v, plan, window=window, backend="reference")
+        torch.testing.assert_close(ops.tree_attention(q, k, v, plan, window=window), want, rtol=1e-10, atol=1e-10)
+
+
+@built
 @DTYPES
 @ALL_OPTIONS
 @pytest.mark.parametrize(
