@@ -73,24 +73,28 @@ def variants(plan: Plan, dtype: torch.dtype) -> list[Variant]:
     tokens, leaves = int(plan.stop[-1]), sequences(plan)
     longest, needed = max(map(len, leaves)), attended(plan)
 
-    def drawn(*shape: int) -> list[Tensor]:
-        return [torch.randn(*shape, generator=g).to(dtype).requires_grad_() for _ in "qkv"]
-
-    def through(run: Callable[[], Tensor], inputs: list[Tensor]) -> Callable[[], object]:
-        gradient = torch.ones_like(run())
-        return lambda: torch.autograd.grad(run(), inputs, gradient)
+    flat = [torch.randn(tokens, HEADS, DIM, generator=g).to(dtype).requires_grad_() for _ in "qkv"]
+    copied = torch.stack([F.pad(path, (0, longest - len(path))) for path in leaves])  # padding repeats token 0
+    apart = [x.detach()[copied].transpose(1, 2).contiguous().requires_grad_() for x in flat]
 
     def attention(backend: str) -> Tensor:
         q, k, v = flat
         return ops.tree_attention(q, k, v, plan, backend=backend)
 
-    flat, apart = drawn(tokens, HEADS, DIM), drawn(len(leaves), HEADS, longest, DIM)
-    ours = through(lambda: attention("auto"), flat)
+    def through(run: Callable[[], Tensor], inputs: list[Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+        gradient = torch.ones_like(run())
+        return lambda: torch.autograd.grad(run(), inputs, gradient)
+
     padded = through(lambda: F.scaled_dot_product_attention(apart[0], apart[1], apart[2], is_causal=True), apart)
-    kind = f"padded SDPA, [{len(leaves)}, {longest}]" if len(leaves) > 1 else "SDPA"
+    whole = len(leaves) == 1
+    kind = "SDPA" if whole else f"padded SDPA, [{len(leaves)}, {longest}]"
     found = [
-        Variant(_named("dwrl_fast", needed), ours),
-        Variant(_named(kind, len(leaves) * longest * (longest + 1) // 2), padded),
+        Variant(_named("dwrl_fast", needed), through(lambda: attention("auto"), flat)),
+        Variant(
+            _named(kind, len(leaves) * longest * (longest + 1) // 2),
+            lambda: tuple(x.transpose(1, 2).flatten(0, 1) for x in padded()) if whole else padded(),
+            comparable=whole,  # else its gradients are those of the copies
+        ),
     ]
     if tokens > REFERENCE_TOKENS:
         why = f"it would hold [{HEADS}, {tokens}, {tokens}]"
