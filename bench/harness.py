@@ -16,7 +16,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,13 +108,18 @@ def _status(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
 
 
-def measure(case: Case, repeats: int, seconds: float, quick: bool) -> Iterator[Row]:
-    """A row for each variant. Stops repeating when the case has taken `seconds`, after three rounds at least."""
+def measure(
+    case: Case, repeats: int, seconds: float, quick: bool, only: Collection[str] | None = None
+) -> Iterator[Row]:
+    """A row for each variant, or for those named in `only`.
+
+    Stops repeating when the case has taken `seconds`, after three rounds at least.
+    """
     rows: dict[str, Row] = {}
     times: dict[str, list[float]] = {}
     able: list[Variant] = []
     ours: list[torch.Tensor] = []
-    for variant in case.variants():
+    for variant in (v for v in case.variants() if only is None or v.name in only):
         row = rows[variant.name] = Row(
             case.name, variant.name, None, None, None, skipped="" if variant.run else variant.why
         )
@@ -259,6 +264,7 @@ def main(name: str, cases: list[Case]) -> None:
     parser.add_argument("--plot", type=Path, help="write a PNG of time and memory to this file")
     parser.add_argument("--quick", action="store_true", help="only what ends within a minute on two cores")
     parser.add_argument("--case", default="", help="only cases whose name contains this")
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="only these variants, by their whole names")
     parser.add_argument("--repeats", type=int, default=15, help="rounds over the variants (default 15)")
     parser.add_argument("--seconds", type=float, default=240, help="no further round after this long in a case")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -268,7 +274,7 @@ def main(name: str, cases: list[Case]) -> None:
     console = Console(width=150)
     rows: list[Row] = []
     for case in (c for c in cases if args.case in c.name and (c.quick or not args.quick)):
-        found = list(measure(case, repeats, seconds, args.quick))
+        found = list(measure(case, repeats, seconds, args.quick, args.only))
         show(found, console)
         rows += found
     if args.json:
