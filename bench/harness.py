@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import random
 import statistics
 import subprocess
 import time
@@ -143,11 +144,13 @@ def measure(
             continue
         able.append(variant)
         times[variant.name] = []
+    # What ran before leaves its caches and its free memory behind: no variant may always follow the same one.
+    order = random.Random(0)
     start = time.perf_counter()
     for done in range(repeats):
         if done >= 3 and time.perf_counter() - start > seconds:
             break
-        for variant in able:
+        for variant in order.sample(able, len(able)):
             times[variant.name].append(_timed(variant))
     for name, taken in times.items():
         rows[name].seconds_median = statistics.median(taken)
