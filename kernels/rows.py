@@ -1,11 +1,13 @@
 """The row pass in Triton: what `csrc/row_pass.cpp` and `csrc/policy_loss.cpp` do, on a GPU.
 
 One program takes one row of a live chunk of logits [C, V]. It walks the row twice: the first walk keeps a running
-maximum, sum of exponentials and dot product for the entropy, all in float32; the second writes dLoss/d(head output).
+maximum, sum of exponentials and dot product for the entropy, all in float32, and of every place in a block by itself,
+so that threads wait for one another once a row and not once a block; the second writes dLoss/d(head output).
 A row's logits are z = cap tanh(x / cap) / temperature, x the head's output. Target and normaliser come from the same
 logits, so a log-probability is never above 0; a target outside the vocabulary gives NaN, which nothing has to wait for.
 
-Logits are float32 or bfloat16; the gradient may be written over them.
+Logits are float32 or bfloat16; the gradient may be written over them, row over row: a narrower one fills the first half
+of each row.
 """
 
 import torch
@@ -35,27 +37,36 @@ def _expm1(x):
 
 
 @triton.jit
+def _bounded(z):
+    return tl.where(z < -1.0e4, -1.0e4, z)  # keeps 0 * -inf out of the dot product, and a NaN in
+
+
+@triton.jit
 def _read_row(row, target, scale, cap, V: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr):
     """-> maximum m of the capped logits, log of sum e^(z - m), logprob, entropy."""
     known = (target >= 0) & (target < V)
     # Before the walk, whose reductions are barriers: another thread may write the gradient over it afterwards.
     chosen = _capped(tl.load(row + target, mask=known, other=float("nan")).to(tl.float32), cap, HAS_CAP)
-    m = -3.0e38
-    total = 0.0
-    dot = 0.0
+    m = tl.full([BLOCK], -3.0e38, tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    dot = tl.zeros([BLOCK], tl.float32)
     for start in range(0, V, BLOCK):
         column = start + tl.arange(0, BLOCK)
         x = _capped(tl.load(row + column, mask=column < V, other=0.0).to(tl.float32), cap, HAS_CAP)
         x = tl.where(column < V, x, -float("inf"))
-        top = tl.maximum(m, tl.max(x, 0))
-        step = tl.maximum((m - top) * scale, -1.0e4)
-        shrink = tl.exp(step)
-        z = (x - top) * scale
-        z = tl.where(z < -1.0e4, -1.0e4, z)  # keeps 0 * -inf out of the dot product, and a NaN in
+        # One exponential either way: of the new value below the maximum so far, or of that below the new value.
+        rise = x - m
+        z = _bounded(tl.abs(rise) * -scale)
         e = tl.exp(z)
-        dot = shrink * (dot + step * total) + tl.sum(e * z, 0)
-        total = shrink * total + tl.sum(e, 0)
-        m = top
+        dot = tl.where(rise > 0, e * (dot + z * total), dot + e * z)
+        total = tl.where(rise > 0, e * total + 1, total + e)
+        m = tl.maximum(m, x)
+    top = tl.max(m, 0)
+    z = _bounded((m - top) * scale)
+    e = tl.exp(z)
+    dot = tl.sum(e * (dot + z * total), 0)
+    total = tl.sum(e * total, 0)
+    m = top
     log_total = tl.log(tl.cast(total, tl.float64))  # a few numbers a row: rounded once, at the end
     logprob = (chosen - m).to(tl.float64) * scale - log_total
     entropy = log_total - tl.cast(dot, tl.float64) / total
@@ -80,6 +91,8 @@ def _write_row(
         if HAS_CAP:
             u = x / cap
             g *= 1 - u * u
+        if row.dtype != out.dtype:  # then a thread may write where another reads, in this block or one before
+            tl.debug_barrier()
         tl.store(out + column, (g * scale).to(out.dtype.element_ty), mask=column < V)
 
 
@@ -104,8 +117,8 @@ def _token(logprob, old, advantage, weight, ref, clip_low, clip_high, beta):
 @triton.jit
 def policy_rows_kernel(
     logits, gradient, targets, old_logprob, advantage, token_weight, ref_logprob, out, C, clip_low, clip_high, beta,
-    scale, cap, V: tl.constexpr, HAS_CAP: tl.constexpr, HAS_REF: tl.constexpr, GRADIENT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    scale, cap, V: tl.constexpr, STRIDE: tl.constexpr, HAS_CAP: tl.constexpr, HAS_REF: tl.constexpr,
+    GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0)
     row = logits + i.to(tl.int64) * V
@@ -119,7 +132,7 @@ def policy_rows_kernel(
     tl.store(out + 2 * C + i, k)
     if GRADIENT and k != 0:
         _write_row(
-            row, gradient + i.to(tl.int64) * V, target, scale, cap, m, log_total, logprob, entropy, k, 0.0, V,
+            row, gradient + i.to(tl.int64) * STRIDE, target, scale, cap, m, log_total, logprob, entropy, k, 0.0, V,
             HAS_CAP, False, BLOCK,
         )  # fmt: skip
 
@@ -137,8 +150,8 @@ def logprob_rows_kernel(
 
 @triton.jit
 def logprob_rows_grad_kernel(
-    logits, gradient, targets, grad_logprob, grad_entropy, scale, cap, V: tl.constexpr, HAS_CAP: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+    logits, gradient, targets, grad_logprob, grad_entropy, scale, cap, V: tl.constexpr, STRIDE: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0)
     row = logits + i.to(tl.int64) * V
@@ -147,7 +160,7 @@ def logprob_rows_grad_kernel(
     k = tl.load(grad_logprob + i)
     h = tl.load(grad_entropy + i) if HAS_ENTROPY else 0.0
     _write_row(
-        row, gradient + i.to(tl.int64) * V, target, scale, cap, m, log_total, logprob, entropy, k, h, V, HAS_CAP,
+        row, gradient + i.to(tl.int64) * STRIDE, target, scale, cap, m, log_total, logprob, entropy, k, h, V, HAS_CAP,
         HAS_ENTROPY, BLOCK,
     )  # fmt: skip
 
@@ -199,6 +212,14 @@ def _check_chunk(logits: Tensor, targets: Tensor) -> tuple[int, int]:
     return c, v
 
 
+def _stride(gradient: Tensor | None) -> int:
+    """From a row to the next."""
+    if gradient is None:
+        return 0
+    assert gradient.stride(1) == 1 or gradient.shape[1] == 1
+    return gradient.stride(0)
+
+
 def policy_rows(
     logits: Tensor, gradient: Tensor | None, targets: Tensor, old_logprob: Tensor, advantage: Tensor,
     token_weight: Tensor, ref_logprob: Tensor | None, clip_low: float, clip_high: float, beta: float,
@@ -210,8 +231,9 @@ def policy_rows(
     with torch.cuda.device_of(logits):
         policy_rows_kernel[(c,)](
             logits, gradient, targets, old_logprob, advantage, token_weight, ref_logprob, out, c, clip_low, clip_high,
-            beta, 1 / temperature, softcap or 1.0, V=v, HAS_CAP=softcap is not None, HAS_REF=ref_logprob is not None,
-            GRADIENT=gradient is not None, BLOCK=min(BLOCK, triton.next_power_of_2(v)), num_warps=WARPS,
+            beta, 1 / temperature, softcap or 1.0, V=v, STRIDE=_stride(gradient), HAS_CAP=softcap is not None,
+            HAS_REF=ref_logprob is not None, GRADIENT=gradient is not None,
+            BLOCK=min(BLOCK, triton.next_power_of_2(v)), num_warps=WARPS,
         )  # fmt: skip
     return out
 
@@ -237,7 +259,7 @@ def logprob_rows_grad(
     with torch.cuda.device_of(logits):
         logprob_rows_grad_kernel[(c,)](
             logits, gradient, targets, grad_logprob, grad_entropy, 1 / temperature, softcap or 1.0,
-            V=v, HAS_CAP=softcap is not None, HAS_ENTROPY=grad_entropy is not None,
+            V=v, STRIDE=_stride(gradient), HAS_CAP=softcap is not None, HAS_ENTROPY=grad_entropy is not None,
             BLOCK=min(BLOCK, triton.next_power_of_2(v)), num_warps=WARPS,
         )  # fmt: skip
 

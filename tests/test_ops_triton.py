@@ -30,6 +30,7 @@ from ops_cases import (  # noqa: E402
 
 from dwrl_fast import ops  # noqa: E402
 from dwrl_fast.errors import UserError  # noqa: E402
+from dwrl_fast.ops import products  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(
@@ -68,6 +69,49 @@ def check(operator: str, options: dict, shape: tuple, dtype: torch.dtype = torch
 @pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
 def test_interpreter_shapes(operator: str, options: dict, dtype: torch.dtype, shape: tuple) -> None:
     check(operator, options, shape, dtype)
+
+
+@pytest.fixture
+def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 factors give float32 logits, and the gradient goes over them in bfloat16."""
+
+    def into_float32(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool = False) -> torch.Tensor:
+        found = a.float() @ b.float()
+        return out.add_(found) if add else out.copy_(found)
+
+    monkeypatch.setattr(products, "_direct", lambda hidden: hidden.dtype == torch.bfloat16)
+    monkeypatch.setattr(products, "_into_float32", into_float32)
+
+
+@interpreted
+@every_operator
+@pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
+def test_interpreter_gradients_over_wider_logits(as_on_cuda: None, operator: str, options: dict, shape: tuple) -> None:
+    check(operator, options, shape, torch.bfloat16)
+
+
+@interpreted
+def test_interpreter_a_narrow_gradient_is_the_wide_one_rounded() -> None:
+    """Over several blocks of a row, in the first half of the row that held the logits."""
+    g = torch.Generator().manual_seed(0)
+    c, v = 3, 2 * rows.BLOCK + 77
+    logits, targets = 3 * torch.randn(c, v, generator=g), torch.randint(v, (c,), generator=g)
+    tokens = [torch.randn(c, generator=g) for _ in range(3)]
+    found = []
+    for kind in (torch.float32, torch.bfloat16):
+        z = logits.clone()
+        gradient = z.view(kind)[:, :v]
+        out = rows.policy_rows(z, gradient, targets, *tokens, None, 9.0, 9.0, 0.0, 1.0, None)
+        found.append((out, gradient))
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[1][1].float(), found[0][1], rtol=2**-7, atol=0)  # the interpreter cuts off
+
+
+def test_even_chunks() -> None:
+    assert [products.even_rows(n, 2048) for n in (0, 1, 2048, 2049, 2212, 8192)] == [1, 128, 2048, 1152, 1152, 2048]
+    assert products.even_rows(301, 16) == 16
+    for rows_, chunk in ((2212, 2048), (8192, 1152), (5000, 640)):
+        assert -(-rows_ // products.even_rows(rows_, chunk)) == -(-rows_ // chunk)
 
 
 @interpreted
@@ -243,6 +287,7 @@ def test_compiles_without_spills(
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     kernel, constants, warps = VARIANTS[variant]
     constants = constants | {name: None for flag, name in NULLABLE.items() if constants.get(flag) is False}
+    constants["STRIDE"] = constants.get("V", 0) * (2 if (logits, gradient) == ("fp32", "bf16") else 1)
     kinds = POINTERS | SCALARS | {"logits": f"*{logits}"}
     if kernel is not rows.policy_loss_kernel:  # there the gradient is per token, and float32
         kinds |= {"gradient": f"*{gradient}"}
@@ -253,6 +298,10 @@ def test_compiles_without_spills(
     source = ASTSource(kernel, signature, constants, aligned)
     ptx = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps}).asm["ptx"]
     assert spills(ptx, capability) == (0, 0)
+    if logits != gradient and "gradient" in kernel.arg_names and constants.get("GRADIENT", True) and "V" in constants:
+        # A narrow gradient goes where other threads read wide logits: not before all of them have.
+        walks = "".join(x[0] for x in re.findall(r"ld\.global|bar\.sync|st\.global", ptx))
+        assert re.search("l+bs+$", walks), walks
 
 
 def spills(ptx: str, capability: int) -> tuple[int, int]:

@@ -203,7 +203,7 @@ def _linear_logprob_backward(
     rows = row_pass(backend)
     products = Products(hidden, weight, bias, (need_hidden, need_weight, need_bias))
     moved = grad_logprob != 0 if grad_entropy is None else (grad_logprob != 0) | (grad_entropy != 0)
-    for index in moved.nonzero().squeeze(-1).split(products.chunk):
+    for index in products.split(moved.nonzero().squeeze(-1)):
         some = hidden[index]
         logits = products.logits(some)
         gradient = products.gradient_buffer(logits)

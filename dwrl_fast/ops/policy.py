@@ -47,7 +47,7 @@ def linear_policy_loss(
     targets [T] int64; the rest [T], constants. Rows with token_weight 0, or with advantage 0 when beta is 0, take
     part in no product and may hold anything; rows that the clip silences (beta 0) take part in one. Their gradients
     are zero. Put every constant factor of the loss into token_weight: a loss scaled afterwards costs the CPU one more
-    pass over the gradients. CUDA makes that pass, and a copy of them, always: to see that the scale is 1 would wait.
+    pass over the gradients. CUDA makes that pass always, as it rounds dWeight: to see that the scale is 1 would wait.
 
     Returns PolicyLoss(loss, logprob, stats), see `policy_loss`. Raises UserError, naming the argument. On CUDA a target
     outside the vocabulary is not raised but makes its row NaN and counts in stats as `invalid`; the device is waited
@@ -154,6 +154,15 @@ class _Once(torch.autograd.Function):
         raise RuntimeError("the policy losses of dwrl_fast are differentiable once; with backend='reference', twice")
 
 
+def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """By an unrounded scale, rounded once: in one pass where the sum over chunks is still wide."""
+    if gradient.dtype == dtype:
+        return gradient * scale
+    if torch.compiler.is_compiling():
+        return (gradient * scale).to(dtype)
+    return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
+
+
 class _Formed(torch.autograd.Function):
     """A loss whose gradients exist already. Arguments: the loss, then the inputs, then as many gradients."""
 
@@ -170,7 +179,7 @@ class _Formed(torch.autograd.Function):
         eager = not torch.compiler.is_compiling()
         # Read on the host only where that waits for no device: an unscaled loss then costs no pass over dWeight.
         if not (eager and scale.device.type == "cpu" and scale.item() == 1):
-            gradients = [g * scale for g in gradients]  # in g's dtype, by an unrounded scale
+            gradients = [_scaled(g, scale, x.dtype) for g, x in zip(gradients, inputs, strict=True)]
         if eager and torch.is_grad_enabled():  # create_graph=True; compiled graphs refuse it themselves
             gradients = [_Once.apply(g, *inputs) for g in gradients]
         return None, *gradients, *(None for _ in gradients)
@@ -238,7 +247,7 @@ def _linear_policy_loss(
     logprob, entropy = old_logprob.new_full((2, hidden.shape[0]), torch.nan)
     trained = trained_rows(advantage, token_weight, beta).nonzero().squeeze(-1)
     check_targets("linear_policy_loss", targets[trained], weight.shape[0])
-    for index in trained.split(products.chunk):
+    for index in products.split(trained):
         some = hidden[index]
         logits = products.logits(some)
         gradient = products.gradient_buffer(logits) if any(products.needs) else None
@@ -251,10 +260,10 @@ def _linear_policy_loss(
     loss, logprob, _, stats = rows.policy_loss_rows(
         logprob, old_logprob, advantage, token_weight, ref_logprob, entropy, *rule
     )
-    return loss, logprob, stats, *products.gradients()
+    return loss, logprob, stats, *products.gradients(wide_weight=True)
 
 
 @_linear_policy_loss.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, old: Tensor, *rest: Any) -> tuple:
-    gradients = empty_gradients(hidden, weight, bias, rest[-4:-1])
+    gradients = empty_gradients(hidden, weight, bias, rest[-4:-1], wide_weight=True)
     return old.new_empty(()), torch.empty_like(old), empty_stats(old), *gradients

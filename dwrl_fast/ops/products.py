@@ -2,7 +2,8 @@
 
 T rows, H hidden size, V vocabulary, C rows of a chunk. Products run in hidden's dtype; the gradient of the weight
 (and of the bias) is summed over chunks in float32 (float64 for float64) and leaves in the weight's own dtype, so that
-a float32 master of a bfloat16 computation gets it unrounded. On CUDA the logits of a bfloat16 head are float32.
+a float32 master of a bfloat16 computation gets it unrounded. On CUDA the logits of a bfloat16 head are float32, and
+their gradient is written over them in bfloat16: a chunk takes 4 V bytes a row.
 """
 
 from collections.abc import Sequence
@@ -11,15 +12,16 @@ import torch
 from torch import Tensor
 
 # A chunk's logits take about this much, whatever memory is free: equal inputs give equal chunks, and equal bits. On the
-# CPU that keeps them near the caches, on CUDA it fills the device.
-CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
+# CPU that keeps them near the caches. On CUDA every chunk reads and writes all of a float32 dWeight, which the product
+# hides only where it has some thousand rows, and dHidden has too few tiles for the device where C H is small.
+CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 1200 << 20}
 MIN_ROWS = 128  # more where dWeight does not fit a cache, because every chunk reads and writes all of it
 LARGE_WEIGHT = 32 << 20
 
 
 def chunk_rows(hidden: Tensor, weight: Tensor) -> int:
     """C, in whole tiles of 128 rows where it is as much."""
-    bytes_each = 6 if _direct(hidden) else hidden.element_size()
+    bytes_each = 4 if _direct(hidden) else hidden.element_size()
     rows = CHUNK_BYTES[hidden.device.type] // (weight.shape[0] * bytes_each)
     least = MIN_ROWS
     if weight.numel() * 4 > LARGE_WEIGHT:
@@ -27,9 +29,22 @@ def chunk_rows(hidden: Tensor, weight: Tensor) -> int:
     return max(least, rows - rows % 128)
 
 
+def even_rows(rows: int, chunk: int) -> int:
+    """The size of as few chunks as `chunk` allows, all about as large, in whole tiles of 128 rows."""
+    each = -(-rows // max(-(-rows // chunk), 1))
+    return max(1, min(chunk, each + -each % 128))
+
+
 def _direct(hidden: Tensor) -> bool:
     """Whether products of bfloat16 factors come out in float32."""
     return hidden.device.type == "cuda" and hidden.dtype == torch.bfloat16
+
+
+def _into_float32(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
+    """out = a b, or out + a b, of bfloat16 factors without rounding to bfloat16."""
+    if add:
+        return torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+    return torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -58,15 +73,19 @@ class Products:
         out = self.buffer[: hidden.shape[0]]
         columns = self.weight.t()
         if self.direct:
-            torch.mm(hidden, columns, out_dtype=torch.float32, out=out)
+            _into_float32(hidden, columns, out)
             return out if self.bias is None else out.add_(self.bias)
         if self.bias is not None:
             return torch.addmm(self.bias, hidden, columns, out=out)
         return torch.mm(hidden, columns, out=out)
 
     def gradient_buffer(self, logits: Tensor) -> Tensor:
-        """Where the row pass writes dLogits: over the logits themselves where the dtype allows."""
-        return torch.empty_like(logits, dtype=self.weight.dtype) if self.direct else logits
+        """Where the row pass writes dLogits: over the logits, row over row: a narrower one fills half of each."""
+        return logits.view(self.weight.dtype)[:, : logits.shape[1]] if self.direct else logits
+
+    def split(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Row numbers [N] in chunks. On CUDA of about equal size: a small last one would read all of dWeight too."""
+        return rows.split(self.chunk if rows.device.type == "cpu" else even_rows(len(rows), self.chunk))
 
     def backward(self, d_logits: Tensor, hidden: Tensor, index: Tensor, live: Tensor) -> None:
         """Adds the chunk's gradients: of its `live` [C] rows, which are rows `index` [C] of all."""
@@ -84,9 +103,9 @@ class Products:
         a, b, kind = d_logits.t(), hidden, wide(hidden.dtype)
         if self.direct:
             if self.d_weight is None:
-                self.d_weight = torch.mm(a, b, out_dtype=kind)
+                self.d_weight = _into_float32(a, b, b.new_empty(self.weight.shape, dtype=kind))
             else:
-                torch.addmm(self.d_weight, a, b, out_dtype=kind, out=self.d_weight)
+                _into_float32(a, b, self.d_weight, add=True)
             return
         if self.dtypes[0] == kind:
             a, b = a.to(kind), b.to(kind)  # the CPU has no product of bfloat16 into float32
@@ -97,15 +116,15 @@ class Products:
         else:
             self.d_weight = self.d_weight.to(kind).add_(torch.mm(a, b))  # terms are rounded as their sum will be
 
-    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
-        """dHidden, dWeight, dBias; empty where not needed."""
+    def gradients(self, wide_weight: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """dHidden, dWeight, dBias; empty where not needed. With `wide_weight`, dWeight as it was summed on CUDA."""
         nothing = self.weight.new_empty(0)
         d_hidden, d_weight, d_bias = nothing, nothing.clone(), nothing.clone()
         if self.d_hidden is not None:
             d_hidden = self.d_hidden
         if self.needs[1]:
             found = torch.zeros_like(self.weight) if self.d_weight is None else self.d_weight
-            d_weight = found.to(self.dtypes[0])
+            d_weight = found.to(_weight_dtype(found, self.dtypes[0], wide_weight))
         if self.d_bias is not None:
             d_bias = self.d_bias.to(self.dtypes[1])
         return d_hidden, d_weight, d_bias
@@ -130,13 +149,20 @@ def needs_gradient(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple
     return on and hidden.requires_grad, on and weight.requires_grad, on and bias is not None and bias.requires_grad
 
 
+def _weight_dtype(like: Tensor, own: torch.dtype, wide_weight: bool) -> torch.dtype:
+    return wide(own) if wide_weight and like.device.type == "cuda" else own
+
+
 def empty_gradients(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool], wide_weight: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The shapes and dtypes of `Products.gradients`."""
     nothing = hidden.new_empty(0)
+    kind = _weight_dtype(weight, weight.dtype, wide_weight)
     return (
         torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else nothing,
-        torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else torch.empty_like(nothing),
+        torch.empty_like(weight, dtype=kind, memory_format=torch.contiguous_format)
+        if needs[1]
+        else torch.empty_like(nothing),
         torch.empty_like(bias) if bias is not None and needs[2] else torch.empty_like(nothing),
     )
