@@ -2,8 +2,9 @@
 
 A script gives cases; a case gives variants, each a function to time and, where it cannot run here, the reason. Every
 variant runs once unmeasured, once for its peak of memory, once under the profiler for its matrix products, then
-`--repeats` times in turn with the others. What it returns is compared with what the first variant returns: a peer that
-computes something else is shown as such. Prints a table; `--json` and `--plot` write files.
+`--repeats` times in turn with the others, each time from an idle device to an idle device. What it returns is compared
+with what the first variant returns, or one that is there as the reference: a peer that computes something else is shown
+as such. Prints a table; `--json` and `--plot` write files.
 """
 
 import argparse
@@ -11,21 +12,19 @@ import ctypes
 import gc
 import json
 import math
-import os
-import platform
 import random
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
+
+from bench.machine import ceilings, machine
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,8 @@ class Variant:
     why: str = ""
     quick: bool = True
     comparable: bool = True  # whether it returns what the first variant does
+    reference: bool = False  # the others are compared with what it returns; it is not timed
+    flops: float = 0.0  # of one run, where it is known what has to be done
     times: float = 1.0  # how many of the case's `per` one run does
     note: str = ""  # how it runs, where that was chosen here
     counters: Mapping[str, float] = field(default_factory=dict)  # of its own, shown beside those that are measured
@@ -49,6 +50,7 @@ class Case:
     quick: bool = True
     unit: float = 1.0  # multiplications of one row's product, H V: counters count rows
     per: str = ""  # what seconds are divided by; a whole run where it is empty
+    floor: str = ""  # the variant in whose times the others' are given
 
 
 @dataclass
@@ -65,6 +67,8 @@ class Row:
     disagrees: bool = False
     unit: str = "seconds"  # of seconds_median and seconds_iqr
     note: str = ""
+    flop_rate: float | None = None  # FLOP per second
+    floors: float | None = None  # the time, in times of the case's floor
 
 
 MEASURED = ("products", "rows", "bytes")  # the counters of every row; a variant's own come beside them
@@ -132,6 +136,10 @@ def measure(
             case.name, variant.name, None, None, None, skipped="" if variant.run else variant.why, note=variant.note
         )
         row.unit = f"seconds per {case.per}" if case.per else "seconds"
+        if variant.reference and variant.run is not None:
+            ours = tensors(variant.run())
+            del rows[variant.name]
+            continue
         if quick and not variant.quick:
             row.skipped = "it takes longer than --quick may"
         if variant.run is None or row.skipped:
@@ -165,6 +173,11 @@ def measure(
         rows[variant.name].seconds_median = statistics.median(taken)
         low, _, high = statistics.quantiles(taken, n=4) if len(taken) > 1 else (taken[0],) * 3
         rows[variant.name].seconds_iqr = high - low
+        if variant.flops:
+            rows[variant.name].flop_rate = variant.flops / statistics.median(times[variant.name])
+    least = rows[case.floor].seconds_median if case.floor in rows else None
+    for row in rows.values():
+        row.floors = row.seconds_median / least if least and row.seconds_median else None
     yield from rows.values()
 
 
@@ -178,7 +191,7 @@ def furthest(found: list[torch.Tensor], like: list[torch.Tensor]) -> tuple[float
     if [x.shape for x in found] != [x.shape for x in like]:
         return math.inf, False
     each = [((x.double() - y.double()).norm() / y.double().norm()).item() for x, y in zip(found, like, strict=True)]
-    agrees = all(d <= LOOSE.get(y.dtype, 0.01) for d, y in zip(each, like, strict=True))  # and no NaN is
+    agrees = all(d <= LOOSE.get(x.dtype, 0.01) for d, x in zip(each, found, strict=True))  # and no NaN is
     return max(each), agrees
 
 
@@ -193,29 +206,11 @@ def _timed(variant: Variant) -> float:
     return time.perf_counter() - start
 
 
-def machine() -> dict[str, Any]:
-    models = [x.split(":")[1].strip() for x in _lines("/proc/cpuinfo") if x.startswith("model name")]
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commit": git.stdout.strip() or None,
-    }
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
-
-
 def show(rows: Collection[Row], console: Console) -> None:
     for case in dict.fromkeys(row.case for row in rows):
         some = [row for row in rows if row.case == case]
         own = list(dict.fromkeys(key for row in some for key in row.counters if key not in MEASURED))
+        rates, floors = any(row.flop_rate for row in some), any(row.floors for row in some)
         table = Table(title=f"{case}: milli{some[0].unit}", title_justify="left")
         for heading in (
             "variant",
@@ -227,6 +222,8 @@ def show(rows: Collection[Row], console: Console) -> None:
             "rows",
             "MiB moved",
             *own,
+            *(["TFLOP/s"] if rates else []),
+            *(["floors"] if floors else []),
             "differs by",
         ):
             table.add_column(heading, justify="left" if heading == "variant" else "right")
@@ -237,7 +234,9 @@ def show(rows: Collection[Row], console: Console) -> None:
             memory = ("?" if x is None else f"{x / 2**20:.0f}" for x in (row.peak_bytes, row.beyond_bytes))
             counters = [f"{row.counters[k]:.6g}" for k in ("products", "rows")]
             counters.append(f"{row.counters['bytes'] / 2**20:.0f}")
-            counters += [f"{row.counters[k]:,.0f}" if k in row.counters else "" for k in own]
+            own_cells = [f"{row.counters[k]:,.0f}" if k in row.counters else "" for k in own]
+            own_cells += ([f"{row.flop_rate / 1e12:.2f}" if row.flop_rate else ""]) if rates else []
+            own_cells += ([f"{row.floors:.3f}" if row.floors else ""]) if floors else []
             difference = "" if row.difference is None else f"{row.difference:.0e}"
             if row.disagrees:
                 difference = f"[bold red]DISAGREES {difference}[/]"
@@ -247,6 +246,7 @@ def show(rows: Collection[Row], console: Console) -> None:
                 f"{row.seconds_iqr * 1e3:.2f}",
                 *memory,
                 *counters,
+                *own_cells,
                 difference,
             )
         console.print(table)
@@ -298,6 +298,8 @@ def main(name: str, cases: list[Case], summary: Callable[[list[Row], Console], N
         summary(rows, console)
     if args.json:
         report = {"benchmark": name, "machine": machine(), "rows": [asdict(r) for r in rows]}
+        if torch.cuda.is_available():
+            report["ceilings"] = ceilings()
         args.json.write_text(json.dumps(report, indent=1))
     if args.plot:
         plot(rows, args.plot)

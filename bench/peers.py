@@ -79,13 +79,14 @@ def logprob_peers(device: str) -> list[tuple[str, Logprob | None, str]]:
 
 
 def liger_grpo(
-    hidden: Tensor, weight: Tensor, targets: Tensor, old: Tensor, advantage: Tensor, token_weight: Tensor
-) -> Tensor:
+    hidden: Tensor, weight: Tensor, targets: Tensor, old: Tensor, advantage: Tensor, token_weight: Tensor,
+    *, compiled: bool = False,
+) -> Tensor:  # fmt: skip
     """Liger's chunked GRPO loss, as sequences of one token each so that the advantage is per token."""
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     loss = LigerFusedLinearGRPOLoss(
-        beta=0.0, compiled=False, use_ref_model=False, chunk_size=256, loss_type="dr_grpo", max_completion_length=1
+        beta=0.0, compiled=compiled, use_ref_model=False, chunk_size=256, loss_type="dr_grpo", max_completion_length=1
     )
     found = loss(
         hidden[:, None], weight, targets[:, None], (token_weight != 0).float()[:, None], advantage,

@@ -1,0 +1,107 @@
+"""What a figure was measured on: machine, versions, commit, settings; and on a GPU what it can do at most."""
+
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "flash-attn",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "trl",
+    "quack-kernels",
+)
+QUERY = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
+
+
+def machine() -> dict[str, Any]:
+    models = [x.split(":")[1].strip() for x in _lines("/proc/cpuinfo") if x.startswith("model name")]
+    found: dict[str, Any] = {
+        "cpu": models[0] if models else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "versions": {name: installed for name in PACKAGES if (installed := _version(name))},
+        "commit": commit(),
+    }
+    return found | (gpu() if torch.cuda.is_available() else {})
+
+
+def commit() -> str | None:
+    """Of the checkout, or where it has no .git what the environment says in DWRL_FAST_COMMIT."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return git.stdout.strip() or os.environ.get("DWRL_FAST_COMMIT") or None
+
+
+def gpu() -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "gpu_memory_bytes": properties.total_memory,
+        "multiprocessors": properties.multi_processor_count,
+        "cuda": torch.version.cuda,
+        "state": state(),
+        "float32_products_in_tf32": torch.backends.cuda.matmul.allow_tf32,
+        "bf16_reduced_precision_reduction": torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+    }
+
+
+def state() -> dict[str, str]:
+    """Driver, clocks, power limit and temperature as nvidia-smi reads them; nothing is set."""
+    try:
+        run = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"], capture_output=True, text=True
+        )
+    except FileNotFoundError:
+        return {"nvidia-smi": "not found"}
+    lines = run.stdout.splitlines()
+    return dict(zip(QUERY.split(","), map(str.strip, lines[0].split(",")), strict=True)) if lines else {}
+
+
+def ceilings(side: int = 8192, copied: int = 4 << 30) -> dict[str, float]:
+    """What this GPU reaches here and now: bytes a second of a copy, read and written, and FLOP a second of a product
+    [side, side] x [side, side] in bfloat16, of random numbers. Medians of ten.
+    """
+    a, b = (torch.randn(side, side, device="cuda", dtype=torch.bfloat16) for _ in "ab")
+    flops = 2 * side**3 / seconds(lambda: a @ b)
+    source = torch.randint(256, (copied,), device="cuda", dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return {"bytes_per_second": 2 * copied / seconds(lambda: target.copy_(source)), "bf16_flop_per_second": flops}
+
+
+def seconds(run: Callable[[], object], repeats: int = 10) -> float:
+    """The median, by the device's events, after three runs that are not counted."""
+    for _ in range(3):
+        run()
+    found = []
+    for _ in range(repeats):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        stop.record()
+        stop.synchronize()
+        found.append(start.elapsed_time(stop) / 1e3)
+    return statistics.median(found)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
