@@ -11,11 +11,10 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from dwrl_fast import embedded, train
-from dwrl_fast.compute import Compute, one_thread
+from dwrl_fast import Scorer, embedded, train
+from dwrl_fast.compute import one_thread
 from dwrl_fast.config import TrainConfig, parse_train
 from dwrl_fast.data import read_preferences
-from dwrl_fast.loading import load_scorer
 from dwrl_fast.methods import METHODS
 from dwrl_fast.mixture import Part
 from dwrl_fast.objectives.agreement import order_accuracy, rank_grid
@@ -138,8 +137,8 @@ def execute(run: Run, root: Path, *more: str) -> dict[str, Any]:
 
 def judged(model: Path, pairs: Path, seed: int) -> list[float]:
     """What the saved model gets for each pair: 1 right, 0 wrong, one half for a tie."""
-    scorer = load_scorer(model, Compute.resolve("auto"), packing="tree", token_budget=16384, sampling_batch=1024)
-    groups = scorer.score_groups(read_preferences(str(pairs)).rows, votes=1, seed=seed)
+    scorer = Scorer.from_pretrained(model, generation_batch_size=1024)
+    groups = scorer.score_groups(read_preferences(str(pairs)).rows, seed=seed)
     return order_accuracy(marginal_scores(groups), rank_grid([group.ranks for group in groups])).tolist()
 
 

@@ -1,8 +1,9 @@
-"""`dwrl_fast.Scorer`: a trained model as a judge in code that is not ours, such as another trainer's loop."""
+"""`dwrl_fast.Scorer`: a model as a judge, for evaluation and for code that is not ours, as another trainer's loop."""
 
 import asyncio
 import math
 import threading
+from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -15,24 +16,25 @@ from torch import Tensor
 
 from dwrl_fast.batch import Group
 from dwrl_fast.compute import Compute
-from dwrl_fast.data import Message, Preference
-from dwrl_fast.data.columns import Columns, Unusable, check_prompt, check_text
-from dwrl_fast.dialog import Dialog
-from dwrl_fast.errors import DataError, ModelError
-from dwrl_fast.layout import Packing
-from dwrl_fast.loading import load_scorer
+from dwrl_fast.config import EvaluateConfig
+from dwrl_fast.data import Preference
+from dwrl_fast.data.given import Prompt, Turns, as_list, as_texts, as_turns
+from dwrl_fast.dialog import Dialog, Thinking
+from dwrl_fast.errors import DataError, ModelError, NotFiniteError
+from dwrl_fast.layout import Layout, Packing
+from dwrl_fast.loading import load_judge, load_trained
 from dwrl_fast.log import warn_once
-from dwrl_fast.pretrained import load_card
-from dwrl_fast.scorer import GenerativeScorer, marginal_scores
+from dwrl_fast.methods import METHODS
+from dwrl_fast.options import given_by
+from dwrl_fast.scorer import GenerativeScorer, Progress, marginal_scores
 from dwrl_fast.scorer import Scorer as GroupScorer
 
-Prompt = str | Sequence[Message]
 Thoughts = list[list[str]]
-Turns = tuple[Message, ...]
 
 
 class Scorer:
-    """Scores responses as `dwrl_fast.evaluate` does. Prompts are strings or lists of messages, responses strings.
+    """Scores responses; `dwrl_fast.evaluate` goes through it too. Prompts are strings or lists of messages, responses
+    strings.
 
     Scores are float32 on the CPU, in the order given: log p(Yes) in nats, r of scalar heads, the number that a thought
     ends with, the log-prob or implicit reward of policies. With `votes` = 1 a thought is greedy; of more, which are
@@ -43,12 +45,19 @@ class Scorer:
     The responses of one prompt share it in the forward pass, so many of them go best into one call. What a text with
     its thought scores does not depend on what is scored beside it. Calls from several threads wait for one another.
 
+    thinks: whether a thought precedes the verdict, so that votes mean something. kind: what one verdict is; compares:
+    whether it is about two responses. dialog: how the model is asked. tokens: `computed` so far, and `naive`, what one
+    sequence at a time with nothing shared would have taken; padding of the sampler is not counted.
+
     DataError: prompts or responses are no such lists, or a prompt is no conversation. TemplateError: the chat template
     cannot carry one.
     """
 
     def __init__(self, scorer: GroupScorer, card: dict[str, Any]):
         self.method: str = card["method"]
+        self.thinks, self.kind, self.dialog = scorer.thinks, scorer.kind, scorer.dialog
+        self.compares = scorer.kind == "comparison"
+        self.tokens: Counter[str] = scorer.runtime.layout.tokens
         self._scorer, self._lock = scorer, threading.Lock()
         self._writes = scorer.thinks or "prefilled_by" in card
         self._thought_tokens: int = card.get("max_completion_length", 0) if self._writes else 0
@@ -59,6 +68,9 @@ class Scorer:
         cls,
         path: str | Path,
         *,
+        method: Literal["judge"] | None = None,
+        template: str | None = None,
+        enable_thinking: Thinking = "auto",
         aspect: str | None = None,
         dtype: Literal["auto", "fp32", "bf16"] = "auto",
         packing: Packing = "tree",
@@ -67,20 +79,58 @@ class Scorer:
         max_completion_length: int | None = None,
         temperature: float | None = None,
     ) -> Self:
-        """From a folder that `dwrl_fast.train` wrote (OUTPUT_DIR/model), on the GPU if there is one. The options are
-        those of `dwrl_fast.evaluate`; None is what the model was trained with. ModelError where it is no such folder.
+        """From a folder that `dwrl_fast.train` wrote (OUTPUT_DIR/model); or, as a "judge" that is asked for a verdict
+        in text, from any causal language model, by folder or hub name. On the GPU if there is one.
+
+        The options are those of `dwrl_fast.evaluate`; None is what the model was trained with. ModelError where it
+        cannot be loaded or was not trained here, ConfigError where an option is wrong.
         """
-        changes = {"max_completion_length": max_completion_length, "temperature": temperature}
-        scorer = load_scorer(
-            path,
-            Compute.resolve(dtype),
-            packing=packing,
-            token_budget=token_budget,
-            sampling_batch=generation_batch_size,
-            aspect=aspect,
-            **changes,
-        )
-        return cls(scorer, load_card(path) | {name: value for name, value in changes.items() if value is not None})
+        options: dict[str, Any] = {
+            "method": method,
+            "template": template,
+            "enable_thinking": enable_thinking,
+            "aspect": aspect,
+            "dtype": dtype,
+            "packing": packing,
+            "token_budget": token_budget,
+            "generation_batch_size": generation_batch_size,
+            "max_completion_length": max_completion_length,
+            "temperature": temperature,
+        }
+        given_by(EvaluateConfig, "Scorer.from_pretrained", model_name_or_path=str(path), dataset_name=(), **options)
+        if method == "judge":
+            dialog, card = load_judge(str(path), template=template, aspect=aspect, enable_thinking=enable_thinking)
+        else:
+            dialog, card = load_trained(path, aspect)
+        limits = {"max_completion_length": max_completion_length, "temperature": temperature}
+        card |= {name: value for name, value in limits.items() if value is not None}
+        compute, made = Compute.resolve(dtype), METHODS[card["method"]]
+        layout = Layout(packing, token_budget, dialog.pad_id, compute.device)
+        runtime = made.load(str(path), None, 0, dialog, compute, layout, generation_batch_size)
+        return cls(made.make_scorer(runtime, card), card)
+
+    def score_groups(
+        self, rows: Sequence[Preference], *, votes: int = 1, seed: int = 0, progress: Progress | None = None
+    ) -> list[Group]:
+        """Every response of every row, with all that there is to know of it: scores, verdicts, thoughts as token ids.
+
+        The groups are in the order of `rows`. A verdict that cannot be read is wrong: it counts for the response of the
+        worse rank. `progress` counts responses. This is what everything else here, and evaluation, is made of.
+        NotFiniteError where the model gives NaN.
+        """
+        if votes < 1:
+            raise DataError(f"votes = {votes}: must be at least 1")
+        device = self._scorer.runtime.model.lm.device  # a thread that was just started would take the first GPU
+        with self._lock, torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            groups = self._scorer.score_groups(rows, votes=votes, seed=seed, progress=progress)
+            self.tokens.update(_sampled_tokens(groups))
+        for group in groups:
+            if any(math.isnan(score) for scores in group.scores for score in scores):
+                raise NotFiniteError(
+                    f"{group.preference.source}: the model's score is not a number (NaN): its weights hold NaN, or its "
+                    'activations overflow. Try dtype "fp32", or a checkpoint from before'
+                )
+        return groups
 
     @overload
     def score(
@@ -123,16 +173,14 @@ class Scorer:
         or needs a `reference`.
         """
         turns, texts = self._conversations(prompts, responses)
-        others = None if reference is None else _texts("reference", reference, len(texts))
-        if votes < 1:
-            raise DataError(f"votes = {votes}: must be at least 1")
+        others = None if reference is None else as_texts("reference", reference, len(texts))
         if return_thoughts and not self._writes:
-            raise ModelError(f"a model trained by {self.method} writes no thoughts: leave return_thoughts out")
-        if self._scorer.compares:
+            raise ModelError(f"the method {self.method} writes no thoughts: leave return_thoughts out")
+        if self.compares:
             if others is None:
                 raise ModelError(
-                    f"a model trained by {self.method} only compares responses: give reference=, for each response one "
-                    "to compare it with, and the scores are log-odds"
+                    f"the method {self.method} only compares responses: give reference=, for each response one to "
+                    "compare it with, and the scores are log-odds"
                 )
             scores, thoughts = self._contests(turns, texts, others, votes, seed)
         elif others is None:
@@ -164,8 +212,8 @@ class Scorer:
             return (scores / self._calibration["temperature"]).sigmoid()
         if not isinstance(self._scorer, GenerativeScorer):
             raise ModelError(
-                f"a model trained by {self.method} has no p(Yes): give reference=, for each response one to compare it "
-                "with, for the probability that it is better"
+                f"the method {self.method} has no p(Yes): give reference=, for each response one to compare it with, "
+                "for the probability that it is better"
             )
         return self.score(prompts, responses, votes, seed=seed).exp()
 
@@ -177,14 +225,14 @@ class Scorer:
         """The places of `responses`, best first; equal ones as they were given, those without a score last. Methods
         that compare two let each meet every other.
         """
-        texts = _texts("responses", responses)
-        turns = _turns("prompt", prompt)
-        if not self._scorer.compares:
+        texts = as_texts("responses", responses)
+        turns = as_turns("prompt", prompt)
+        if not self.compares:
             scores, _ = self._each([turns] * len(texts), texts, votes, seed)
         elif len(texts) == 1:
             return [0]
         else:
-            (group,) = self._groups([_equals(turns, texts)], votes, seed)
+            (group,) = self.score_groups([_equals(turns, texts, "prompt")], votes=votes, seed=seed)
             scores = marginal_scores([group])[0]
         found = scores.tolist()
         return sorted(range(len(texts)), key=lambda i: math.inf if math.isnan(found[i]) else -found[i])
@@ -203,32 +251,27 @@ class Scorer:
         async def preference_reward(
             prompts: Sequence[Prompt], completions: Sequence[Any], completion_ids: Any = None, **columns: Any
         ) -> list[float | None]:
-            others = columns.get(reference) if self._scorer.compares else None
-            if self._scorer.compares and others is None:
+            others = columns.get(reference) if self.compares else None
+            if self.compares and others is None:
                 raise DataError(
-                    f"the training data have no column {reference!r}, with which a model trained by {self.method} "
-                    "compares each completion; name it in as_reward_function(reference=...)"
+                    f"the training data have no column {reference!r}, with which the method {self.method} compares "
+                    "each completion; name it in as_reward_function(reference=...)"
                 )
             return await asyncio.to_thread(_rewards, scored, prompts, completions, others)
 
         return preference_reward
 
     def _conversations(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> tuple[list[Turns], list[str]]:
-        prompts, texts = _listed("prompts", prompts), _texts("responses", responses)
+        prompts, texts = as_list("prompts", prompts), as_texts("responses", responses)
         if len(prompts) != len(texts):
             raise DataError(f"{len(prompts)} prompts and {len(texts)} responses: give each response its prompt")
-        return [_turns(f"prompts[{i}]", prompt) for i, prompt in enumerate(prompts)], texts
-
-    def _groups(self, rows: Sequence[Preference], votes: int, seed: int) -> list[Group]:
-        device = self._scorer.runtime.model.lm.device  # a thread that was just started would take the first GPU
-        with self._lock, torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            return self._scorer.score_groups(rows, votes=votes, seed=seed)
+        return [as_turns(f"prompts[{i}]", prompt) for i, prompt in enumerate(prompts)], texts
 
     def _each(self, turns: Sequence[Turns], texts: Sequence[str], votes: int, seed: int) -> tuple[Tensor, Thoughts]:
         """Scores [N] under a method that judges each response by itself."""
         places = self._together(turns, texts, votes)
-        rows = [_equals(turns[some[0]], [texts[i] for i in some]) for some in places]
-        groups = self._groups(rows, votes, seed)
+        rows = [_equals(turns[some[0]], [texts[i] for i in some], f"prompts[{some[0]}]") for some in places]
+        groups = self.score_groups(rows, votes=votes, seed=seed)
         scores = torch.zeros(len(texts), dtype=torch.float64)
         thoughts: Thoughts = [[] for _ in texts]
         for some, group in zip(places, groups, strict=True):
@@ -244,13 +287,13 @@ class Scorer:
         """Log-odds [N] under a method that compares, and the thoughts of both orders, the response being first in the
         first.
         """
-        rows = [_equals(turn, pair) for turn, *pair in zip(turns, texts, others, strict=True)]
-        groups = self._groups(rows, votes, seed)
+        rows = [_equals(turns[i], pair, f"prompts[{i}]") for i, pair in enumerate(zip(texts, others, strict=True))]
+        groups = self.score_groups(rows, votes=votes, seed=seed)
         scores = marginal_scores(groups)
         return scores[:, 0] - scores[:, 1], [list(chain(*self._thoughts(group))) for group in groups]
 
     def _thoughts(self, group: Group) -> Thoughts:
-        decode = self._scorer.dialog.tokenizer.decode
+        decode = self.dialog.tokenizer.decode
         if not self._writes:
             return []
         return [
@@ -260,7 +303,7 @@ class Scorer:
 
     def _together(self, turns: Sequence[Turns], texts: Sequence[str], votes: int) -> list[list[int]]:
         """The places of the responses to one prompt, as many together as a forward pass holds whatever is thought."""
-        dialog = self._scorer.dialog
+        dialog = self.dialog
         budget = self._scorer.runtime.layout.token_budget
         found: dict[Any, list[list[int]]] = {}
         left: dict[Any, int] = {}
@@ -270,7 +313,7 @@ class Scorer:
             if isinstance(dialog, Dialog):
                 sequence = dialog.sequence(dialog.context(prompt, text), [])
                 before = sequence.prompt.stop
-                size = (len(sequence.ids) - before) + (votes if self._scorer.thinks else 1) * self._thought_tokens
+                size = (len(sequence.ids) - before) + (votes if self.thinks else 1) * self._thought_tokens
             if key not in found or size > left[key]:
                 found.setdefault(key, []).append([])
                 left[key] = budget - before
@@ -279,40 +322,20 @@ class Scorer:
         return [some for parts in found.values() for some in parts]
 
 
-def _equals(prompt: Turns, texts: Sequence[str]) -> Preference:
+def _equals(prompt: Turns, texts: Sequence[str], source: str) -> Preference:
     """Responses of which none is said to be better: a verdict that cannot be read is then nobody's."""
-    return Preference(prompt, tuple(texts), ranks=(1,) * len(texts))
+    return Preference(prompt, tuple(texts), ranks=(1,) * len(texts), source=source)
 
 
-def _listed(name: str, values: Any) -> list[Any]:
-    if isinstance(values, str | bytes | dict) or not hasattr(values, "__len__"):
-        raise DataError(f"{name} should be a list, with one for each response, not a {type(values).__name__}")
-    if not len(values):
-        raise DataError(f"{name} is empty: there is nothing to score")
-    return list(values)
-
-
-def _texts(name: str, values: Any, count: int | None = None) -> list[str]:
-    texts = _listed(name, values)
-    if count is not None and len(texts) != count:
-        raise DataError(f"{name} has {len(texts)} texts for {count} responses: give one for each")
-    for i, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise DataError(f"{name}[{i}] should be a string, not the {type(text).__name__} {text!r:.60}")
-        try:
-            check_text(text)
-        except Unusable as error:
-            raise DataError(f"{name}[{i}]: {error}") from None
-    return texts
-
-
-def _turns(name: str, prompt: Any) -> Turns:
-    try:
-        turns = Columns({}, name, {}).as_turns("prompt", prompt, "user")
-        check_prompt(turns)
-    except Unusable as error:
-        raise DataError(f"{name}: {error}") from None
-    return tuple(turns)
+def _sampled_tokens(groups: Sequence[Group]) -> Counter[str]:
+    """Of writing thoughts: a context is read once for all of its thoughts; naively once for each."""
+    found: Counter[str] = Counter()
+    for sequences in (sequences for group in groups if group.ended for sequences in group.sequences):
+        context = sequences[0].thought.start
+        written = sum(one.thought.stop - one.thought.start for one in sequences)
+        found["computed"] += context + written
+        found["naive"] += len(sequences) * context + written
+    return found
 
 
 def _rewards(

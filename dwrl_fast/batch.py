@@ -33,6 +33,9 @@ class Group:
     old_logprobs: K lists of N float32 tensors [|o|], the sampling policy's; empty where nothing is sampled.
     ended: K lists of N flags: whether the thought closed itself within the limit.
     scores: K lists of N scores in nats, as last computed (for the log of thoughts).
+    verdicts: where they are no scores in nats, what each thought says, or what is read without one: K lists of N
+    numbers; of methods that compare a list for each comparison, 1 where the response shown first wins, 0 where the
+    other does, a probability between; None where it cannot be read.
     rewards: K lists of N rewards, for methods that reward what is sampled.
     unparsable: verdicts that could not be read. first_shares: for each comparison, the share of its verdicts for A.
     right: for each sequence at whose end a label is trained, the right one, the template's first (0) or second (1).
@@ -46,6 +49,7 @@ class Group:
     old_logprobs: list[list[Tensor]] = field(default_factory=list)
     ended: list[list[bool]] = field(default_factory=list)
     scores: list[list[float]] = field(default_factory=list)
+    verdicts: list[list[float | None]] = field(default_factory=list)
     rewards: list[list[float]] = field(default_factory=list)
     unparsable: int = 0
     right: list[int] = field(default_factory=list)

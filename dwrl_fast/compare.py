@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from rich.console import Console
 
-from dwrl_fast.compute import Compute
+from dwrl_fast.api import Scorer
 from dwrl_fast.config import CommonOptions
 from dwrl_fast.console import command, set_up_logging
 from dwrl_fast.data import Preference
@@ -18,9 +18,9 @@ from dwrl_fast.dialog.single_turn import transcript
 from dwrl_fast.errors import ConfigError, DataError
 from dwrl_fast.evaluation.judged import Judged, judged_report, score_table
 from dwrl_fast.evaluation.paired import PairedReport, disagreements, paired_report
-from dwrl_fast.evaluation.scoring import score_rows
+from dwrl_fast.evaluation.pairs import check_ordered
+from dwrl_fast.evaluation.scoring import Steps, score_rows
 from dwrl_fast.feed import read_rows
-from dwrl_fast.loading import load_scorer
 from dwrl_fast.log import logger
 from dwrl_fast.mixture import Part, check_evaluated
 from dwrl_fast.options import at_least, option, parse
@@ -139,19 +139,20 @@ def _say(console: Console, text: str) -> None:
 
 def _judge(config: CompareConfig, folder: str, display: Display) -> dict[str, tuple[Preference, Judged]]:
     """What one model made of the rows that it can read, by their source; it is let go of at the end."""
-    scorer = load_scorer(
+    scorer = Scorer.from_pretrained(
         folder,
-        Compute.resolve(config.dtype),
+        aspect=config.aspect,
+        dtype=config.dtype,
         packing=config.packing,
         token_budget=config.token_budget,
-        sampling_batch=config.generation_batch_size,
-        aspect=config.aspect,
+        generation_batch_size=config.generation_batch_size,
     )
     rows, _ = read_rows(config.dataset_name, config, scorer.dialog, display, limit=config.limit)
+    check_ordered(rows)
     votes = config.votes if scorer.thinks else 1
+    steps = Steps(scorer, votes, config.seed, max(1, config.generation_batch_size // votes))  # as dwrl_fast.evaluate
     with display.stage(f"score {Path(folder).parent.name}", sum(len(row.responses) for row in rows)) as stage:
-        step = max(1, config.generation_batch_size // votes)  # as dwrl_fast.evaluate does
-        found, _ = score_rows(scorer, rows, votes=votes, seed=config.seed, step=step, progress=stage.advance)
+        found, _ = score_rows(steps, rows, stage.advance)
     return {row.source: (row, judgement) for row, judgement in zip(rows, found, strict=True)}
 
 

@@ -6,37 +6,37 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from dwrl_fast.compute import Compute
+from dwrl_fast.api import Scorer
 from dwrl_fast.config import VOTE_CURVE, EvaluateConfig, parse_evaluate
 from dwrl_fast.console import command, set_up_logging
 from dwrl_fast.data import Preference
 from dwrl_fast.errors import ConfigError
 from dwrl_fast.evaluation.calibration import calibration, fit_temperature
 from dwrl_fast.evaluation.figures import figures
-from dwrl_fast.evaluation.judged import Judged, kind_of
+from dwrl_fast.evaluation.judged import Judged
 from dwrl_fast.evaluation.page import page
-from dwrl_fast.evaluation.pairs import PairReport
-from dwrl_fast.evaluation.probe import ProbeReport, probe, probe_size
+from dwrl_fast.evaluation.pairs import PairReport, check_ordered
+from dwrl_fast.evaluation.probe import ProbeReport, pairs_of, probe, responses_each
 from dwrl_fast.evaluation.report import Report, make_report, markdown, plain, sections
 from dwrl_fast.evaluation.rewardbench import check_rows, read_best_of, rewardbench, rewardbench2
-from dwrl_fast.evaluation.scoring import PartFile, Scored, score_rows
+from dwrl_fast.evaluation.scoring import PartFile, Scored, Steps, score_rows
 from dwrl_fast.evaluation.table import PairTable
 from dwrl_fast.evaluation.votes import vote_curve
 from dwrl_fast.feed import read_rows
 from dwrl_fast.feed.source import content_hash
-from dwrl_fast.loading import load_judge, load_scorer
 from dwrl_fast.log import logger
 from dwrl_fast.pretrained import CARD, has_card, load_card
 from dwrl_fast.progress import Display
-from dwrl_fast.scorer import Scorer
 
 PART = "scores.part.jsonl"
+REPORT = "report.json"
 
 
 def main(argv: list[str]) -> None:
@@ -47,9 +47,7 @@ def main(argv: list[str]) -> None:
 
 def run(config: EvaluateConfig, console: Console) -> PairReport:
     """Score the files' pairs and say what comes out; with --output_dir, all of it is written there."""
-    folder = None if config.output_dir is None else Path(config.output_dir)
-    if folder is not None and (folder / "report.json").exists() and not (folder / PART).exists():
-        raise ConfigError(f"--output_dir {folder} holds a finished evaluation: name another folder, or remove it")
+    folder = None if config.output_dir is None else open_folder(Path(config.output_dir))
     started = time.monotonic()
     scorer = load(config)
     if config.vote_curve and not scorer.thinks:
@@ -65,14 +63,12 @@ def run(config: EvaluateConfig, console: Console) -> PairReport:
         )
         if config.benchmark is not None:
             check_rows(config.benchmark, rows)
-        part = None
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            part = PartFile(folder / PART, identity(config, rows))
-        scored = score(config, scorer, rows, display, part)
-        probed = attack(config, scorer, rows, display) if config.probe else None
-    kind = kind_of(scorer)
-    report, table = make_report(scored.rows, rows, kind, about(config, scorer, rows), config.seed)
+        check_ordered(rows)
+        with nullcontext() if folder is None else PartFile(folder / PART, identity(config, rows)) as part:
+            steps = steps_of(config, scorer, part)
+            scored = score(steps, rows, display)
+            probed = attack(steps, rows, display) if config.probe else None
+    report, table = make_report(scored.rows, rows, scorer.kind, about(config, scorer, rows), config.seed)
     report = dataclasses.replace(
         report, tokens=dict(scored.tokens), probe=probed, **extras(config, report, table, scored.rows)
     )
@@ -85,54 +81,57 @@ def run(config: EvaluateConfig, console: Console) -> PairReport:
     return report.pairs
 
 
+def open_folder(folder: Path) -> Path:
+    """Where the report goes; one that holds a finished evaluation is refused."""
+    if (folder / REPORT).exists() and not (folder / PART).exists():
+        raise ConfigError(f"--output_dir {folder} holds a finished evaluation: name another folder, or remove it")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output_dir {folder} cannot be made ({error.strerror}): name another folder") from None
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"--output_dir {folder} cannot be written to: name another folder")
+    return folder
+
+
 def load(config: EvaluateConfig) -> Scorer:
     """The model as the options want it; a folder without a card needs --method judge."""
-    compute = Compute.resolve(config.dtype)
-    limits: dict[str, Any] = {
-        "packing": config.packing,
-        "token_budget": config.token_budget,
-        "sampling_batch": config.generation_batch_size,
-        "aspect": config.aspect,
-        "max_completion_length": config.max_completion_length,
-        "temperature": config.temperature,
-    }
-    if config.method is None:
-        return load_scorer(config.model_name_or_path, compute, **limits)
-    limits |= {"template": config.template, "enable_thinking": config.enable_thinking}
-    return load_judge(config.model_name_or_path, compute, **limits)
+    return Scorer.from_pretrained(
+        config.model_name_or_path,
+        method=config.method,
+        template=config.template,
+        enable_thinking=config.enable_thinking,
+        aspect=config.aspect,
+        dtype=config.dtype,
+        packing=config.packing,
+        token_budget=config.token_budget,
+        generation_batch_size=config.generation_batch_size,
+        max_completion_length=config.max_completion_length,
+        temperature=config.temperature,
+    )
 
 
-def score(
-    config: EvaluateConfig, scorer: Scorer, rows: Sequence[Preference], display: Display, part: PartFile | None
-) -> Scored:
-    """In steps that fill the sampler twice, so that not much is lost where one is interrupted."""
-    done = 0 if part is None else len(part.done)
+def steps_of(config: EvaluateConfig, scorer: Scorer, part: PartFile | None) -> Steps:
+    """They fill the sampler twice, so that not much is lost where one is interrupted."""
+    votes = config.sampled if scorer.thinks else 1
+    return Steps(scorer, votes, config.seed, max(1, config.generation_batch_size // votes), part)
+
+
+def score(steps: Steps, rows: Sequence[Preference], display: Display) -> Scored:
+    done = steps.behind("rows")
     behind = sum(len(row.responses) for row in rows[:done])
     if done:
         logger.info("%d of %d rows were scored before: going on behind them", done, len(rows))
     with display.stage("score", sum(len(row.responses) for row in rows), behind) as stage:
-        return score_rows(
-            scorer,
-            rows,
-            votes=config.sampled if scorer.thinks else 1,
-            seed=config.seed,
-            step=max(1, config.generation_batch_size // config.sampled),
-            progress=stage.advance,
-            part=part,
-        )
+        return score_rows(steps, rows, stage.advance)
 
 
-def attack(config: EvaluateConfig, scorer: Scorer, rows: Sequence[Preference], display: Display) -> ProbeReport:
-    """Begun anew where the evaluation was interrupted."""
-    with display.stage("probe", probe_size(scorer, rows)) as stage:
-        return probe(
-            scorer,
-            rows,
-            votes=config.sampled if scorer.thinks else 1,
-            seed=config.seed,
-            step=max(1, config.generation_batch_size // config.sampled),
-            progress=stage.advance,
-        )
+def attack(steps: Steps, rows: Sequence[Preference], display: Display) -> ProbeReport:
+    done, total, each = steps.behind("probe"), len(pairs_of(rows)), responses_each(steps.scorer)
+    if done:
+        logger.info("%d of %d pairs were probed before: going on behind them", done, total)
+    with display.stage("probe", each * total, each * done) as stage:
+        return probe(steps, rows, stage.advance)
 
 
 def extras(config: EvaluateConfig, report: Report, table: PairTable, judged: Sequence[Judged]) -> dict[str, Any]:
@@ -197,11 +196,10 @@ def identity(config: EvaluateConfig, rows: Sequence[Preference]) -> dict[str, An
 
 def about(config: EvaluateConfig, scorer: Scorer, rows: Sequence[Preference]) -> dict[str, Any]:
     """What was evaluated, as the head of a report."""
-    method = config.method or load_card(config.model_name_or_path)["method"]
     thoughts = f"{config.sampled} sampled" if config.sampled > 1 else "one, greedy"
     return {
         "model": config.model_name_or_path,
-        "method": method,
+        "method": scorer.method,
         "data": ", ".join(part.dataset_name for part in config.dataset_name),
         "rows": len(rows),
         "thoughts": thoughts if scorer.thinks else "none",
@@ -234,8 +232,8 @@ def write(
     _replace(folder / "scores.jsonl", "".join(lines))
     _replace(folder / "report.md", markdown(report))
     _replace(folder / "report.html", page(report, table, judged, rows, figures(report, table.gap), seed))
-    _replace(folder / "report.json", json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n")
-    (folder / PART).unlink()
+    _replace(folder / REPORT, json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n")
+    (folder / PART).unlink(missing_ok=True)
 
 
 def _replace(path: Path, text: str) -> None:

@@ -1,17 +1,14 @@
-"""What a method reads and how its model scores: the dialog of a run, and a trained model's folder as a scorer."""
+"""How a model is asked: the dialog of a run, of a model that was trained here, and of any other as a judge."""
 
 from pathlib import Path
 from typing import Any
 
-from dwrl_fast.compute import Compute
 from dwrl_fast.config import TrainConfig
 from dwrl_fast.dialog import Dialog, SingleTurn, Thinking
 from dwrl_fast.errors import ConfigError, ModelError
-from dwrl_fast.layout import Layout, Packing
 from dwrl_fast.methods import METHODS
 from dwrl_fast.mixture import Part
 from dwrl_fast.pretrained import has_card, load_card, load_chat, load_tokenizer
-from dwrl_fast.scorer import Scorer
 from dwrl_fast.templates import DEFAULT
 
 
@@ -46,20 +43,27 @@ def load_dialog(config: TrainConfig) -> Dialog | SingleTurn:
     return chat
 
 
+def load_trained(folder: str | Path, aspect: str | None = None) -> tuple[Dialog | SingleTurn, dict[str, Any]]:
+    """How a model that `save_pretrained` wrote is asked, and its card."""
+    card = load_card(folder)
+    if card.get("method") not in METHODS:
+        raise ModelError(
+            f"{folder} was trained by {card.get('method')}, which is none of {', '.join(METHODS)}: it is of another "
+            "version of dwrl_fast, or its card was changed"
+        )
+    if "dialog" not in card:
+        raise ModelError(
+            f"the card of {folder} has no 'dialog', which says how the model is asked: save the model again"
+        )
+    saved = card["dialog"] | ({} if aspect is None else {"aspect": aspect})
+    make = Dialog if saved["template"].get("kind", DEFAULT) == "dialog" else SingleTurn
+    return make.from_dict(load_tokenizer(str(folder)), saved), card
+
+
 def load_judge(
-    name_or_path: str,
-    compute: Compute,
-    *,
-    packing: Packing,
-    token_budget: int,
-    sampling_batch: int,
-    template: str | None = None,
-    aspect: str | None = None,
-    enable_thinking: Thinking = "auto",
-    max_completion_length: int | None = None,
-    temperature: float | None = None,
-) -> Scorer:
-    """The scorer of any causal language model as `judge`; None stands for what `dwrl_fast.train` takes."""
+    name_or_path: str, *, template: str | None, aspect: str | None, enable_thinking: Thinking
+) -> tuple[Dialog | SingleTurn, dict[str, Any]]:
+    """How any causal language model is asked as `judge`, and a card for it."""
     config = TrainConfig(
         method="judge",
         model_name_or_path=name_or_path,
@@ -68,34 +72,5 @@ def load_judge(
         aspect=aspect,
         enable_thinking=enable_thinking,
     )
-    dialog, method = load_dialog(config), METHODS["judge"]
-    layout = Layout(packing, token_budget, dialog.pad_id, compute.device)
-    runtime = method.load(name_or_path, None, 0, dialog, compute, layout, sampling_batch)
-    limits = {
-        "temperature": temperature or config.temperature,
-        "max_completion_length": max_completion_length or config.max_completion_length,
-    }
-    return method.make_scorer(runtime, limits)
-
-
-def load_scorer(
-    folder: str | Path,
-    compute: Compute,
-    *,
-    packing: Packing,
-    token_budget: int,
-    sampling_batch: int,
-    aspect: str | None = None,
-    **changes: Any,
-) -> Scorer:
-    """The scorer of a folder that `save_pretrained` wrote. `changes` override what the card says
-    (max_completion_length, temperature).
-    """
-    card = load_card(folder) | {k: v for k, v in changes.items() if v is not None}
-    method = METHODS[card["method"]]
-    saved = card["dialog"] | ({} if aspect is None else {"aspect": aspect})
-    make = Dialog if saved["template"].get("kind", DEFAULT) == "dialog" else SingleTurn
-    dialog = make.from_dict(load_tokenizer(str(folder)), saved)
-    layout = Layout(packing, token_budget, dialog.pad_id, compute.device)
-    runtime = method.load(str(folder), None, 0, dialog, compute, layout, sampling_batch)
-    return method.make_scorer(runtime, card)
+    limits = {"max_completion_length": config.max_completion_length, "temperature": config.temperature}
+    return load_dialog(config), {"method": config.method} | limits

@@ -296,6 +296,11 @@ def parse(cls: type[Configuration], argv: Sequence[str], base: Base | None = Non
     return cls(**values, explicit=frozenset(given))
 
 
+def given_by(cls: type[Configuration], caller: str, **values: Any) -> Configuration:
+    """The configuration that a caller in Python gives, checked as a command's are: ConfigErrors name `caller`."""
+    return cls(**_checked(cls, values, caller), explicit=frozenset(values))
+
+
 # Help
 
 

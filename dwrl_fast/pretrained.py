@@ -102,6 +102,12 @@ def load_card(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise ModelError(
             f"{folder} has no {CARD}, so it was not written by dwrl_fast.train, which saves it beside the weights in "
-            "OUTPUT_DIR/model. Give that folder."
+            "OUTPUT_DIR/model. Give that folder; any other causal language model can be evaluated with --method judge "
+            '(in Python method="judge").'
         )
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, OSError) as error:
+        raise ModelError(
+            f"{path} cannot be read as a model's card: copy it again from where the model was trained.\n  {error}"
+        ) from None

@@ -15,12 +15,15 @@ from dwrl_fast.compute import Compute
 from dwrl_fast.dialog import Sequence as Ids
 from dwrl_fast.dialog import SingleTurn
 from dwrl_fast.embedded.tokenizer import make_tokenizer
+from dwrl_fast.loading import load_dialog
 from dwrl_fast.methods import METHODS, Method, Tally
 from dwrl_fast.rollout import Thought
 from dwrl_fast.templates import Template
 
 PAIRWISE = Template("compare {prompt} A {response_a} B {response_b}", labels=None, kind="pairwise")
 DIRECT = Template("compare {prompt} A {response_a} B {response_b}", labels=("A", "B"), kind="direct")
+POINTWISE = Template("score {prompt} {response}", labels=None, kind="pointwise")
+TEMPLATES = {"gram": DIRECT, "pairrm": DIRECT, "judge": PAIRWISE, "grpo-point": POINTWISE}
 A, B = "<answer>[[A]]</answer>", "<answer>[[B]]</answer>"
 CUT = " cut"  # at the end of what is said: the limit came before the end of the turn
 
@@ -43,6 +46,20 @@ class Says:
         ids = self.dialog.tokenizer.encode(text.removesuffix(CUT))
         ids += [] if text.endswith(CUT) else [self.dialog.end_id]
         return Thought(ids, [0.0] * len(ids), not text.endswith(CUT))
+
+
+def saved_model(folder: Path, name: str) -> Path:
+    """A model as `train --method name` would save it after a few steps; `folder` holds the tiny one before them."""
+    if name == "dwrl":
+        return folder / "tiny"
+    if not (folder / name).exists():
+        config = tiny_config(folder, method=name)
+        template = TEMPLATES.get(name)
+        dialog = SingleTurn(make_tokenizer(), template, "correctness") if template else load_dialog(config)
+        method = METHODS[name](config, dialog, Compute.resolve("fp32"))
+        shake(method)
+        method.save_model(folder / name)
+    return folder / name
 
 
 def make_method(folder: Path, name: str, template: Template = PAIRWISE, **changes: Any) -> Any:

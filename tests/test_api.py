@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from judging import A, B, Says
-from tiny import tiny_config, tiny_folder, tiny_pairs, tiny_rows
+from judging import A, B, Says, saved_model
+from tiny import tiny_folder, tiny_pairs, tiny_rows
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -19,23 +19,11 @@ import dwrl_fast
 from dwrl_fast import evaluate
 from dwrl_fast.api import Scorer
 from dwrl_fast.batch import Batch, Group
-from dwrl_fast.compute import Compute
-from dwrl_fast.dialog import SingleTurn
 from dwrl_fast.embedded.tokenizer import IDS, make_tokenizer
 from dwrl_fast.errors import DataError, ModelError, UserError
 from dwrl_fast.layout import Layout
-from dwrl_fast.loading import load_dialog
-from dwrl_fast.methods import METHODS
 from dwrl_fast.pretrained import CARD
-from dwrl_fast.templates import Template
 
-COMPARE = "compare {prompt} A {response_a} B {response_b}"
-TEMPLATES = {
-    "gram": Template(COMPARE, labels=("A", "B"), kind="direct"),
-    "pairrm": Template(COMPARE, labels=("A", "B"), kind="direct"),
-    "judge": Template(COMPARE, labels=None, kind="pairwise"),
-    "grpo-point": Template("score {prompt} {response}", labels=None, kind="pointwise"),
-}
 PROMPTS = ["3 5 0", "3 5 0", "5 6 2 1", "3 5 0", "1", "5 6 2 1"]
 RESPONSES = ["5", "2 7 1", "5", "8 8", "", "1 1 1 0 4"]
 
@@ -48,20 +36,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def saved(folder: Path, name: str) -> Path:
-    """A model as `train --method name` would save it before its first step."""
-    if name == "dwrl":
-        return folder / "tiny"
-    if not (folder / name).exists():
-        config = tiny_config(folder, method=name)
-        template = TEMPLATES.get(name)
-        dialog = SingleTurn(make_tokenizer(), template, "correctness") if template else load_dialog(config)
-        METHODS[name](config, dialog, Compute.resolve("fp32")).save_model(folder / name)
-    return folder / name
-
-
 def scorer_of(folder: Path, name: str, **options: Any) -> Scorer:
-    return Scorer.from_pretrained(saved(folder, name), dtype="fp32", **options)
+    return Scorer.from_pretrained(saved_model(folder, name), dtype="fp32", **options)
 
 
 def says(scorer: Scorer, said: Callable[[str, int], str]) -> None:
@@ -219,7 +195,7 @@ def test_ranks_and_comparisons_follow_the_scores(folder: Path, name: str) -> Non
     scorer = scorer_of(folder, name)
     responses = ["5", "2 7 1", "8 8", "0"]
     order = scorer.rank("3 5 0", responses)
-    if not scorer._scorer.compares:
+    if not scorer.compares:
         scores = scorer.score(["3 5 0"] * 4, responses)
         assert scores[order].tolist() == sorted(scores.tolist(), reverse=True)
         gap = (scores[0] - scores[1]).item()

@@ -9,8 +9,7 @@ import pytest
 from rich.console import Console
 from test_embedded import SIZES, TINY
 
-from dwrl_fast import embedded, train
-from dwrl_fast.compute import Compute
+from dwrl_fast import Scorer, embedded, train
 from dwrl_fast.data import Message
 from dwrl_fast.dialog import SingleTurn
 from dwrl_fast.embedded.formats import pairwise, pointwise
@@ -18,7 +17,6 @@ from dwrl_fast.embedded.task import Claims, Noise, draw_claims, draw_thoughts, p
 from dwrl_fast.embedded.templates import RATIONALIZER, TEMPLATES
 from dwrl_fast.embedded.tokenizer import IDS, make_tokenizer
 from dwrl_fast.errors import ConfigError
-from dwrl_fast.loading import load_scorer
 from dwrl_fast.methods import METHODS
 from dwrl_fast.pretrained import load_card
 from dwrl_fast.progress import Display
@@ -92,8 +90,7 @@ def test_every_method_takes_two_steps(case: str, made: embedded.Embedded, tmp_pa
     config = replace(train.on_embedded(config, made), rollout_batch_size=16, minibatch_size=8)
     result = train.train(config, tmp_path, Display(Console(quiet=True)), saved=config)
     assert result["steps"] == 2 and 0 <= result["accuracy_after"] <= 1
-    compute = Compute.resolve("fp32")
-    scorer = load_scorer(tmp_path / "model", compute, packing="tree", token_budget=4096, sampling_batch=64)
+    scorer = Scorer.from_pretrained(tmp_path / "model", dtype="fp32")
     kind = METHODS[config.method].template
     assert scorer.dialog.template == TEMPLATES[kind]  # it came through training and the card
 

@@ -12,6 +12,7 @@ from dwrl_fast import evaluate
 from dwrl_fast.config import parse_evaluate
 from dwrl_fast.errors import ConfigError, UserError
 from dwrl_fast.evaluation.pairs import PairReport
+from dwrl_fast.evaluation.scoring import PartFile
 from dwrl_fast.scorer import GenerativeScorer
 
 RUBRIC = """\
@@ -127,6 +128,76 @@ def test_an_interrupted_evaluation_gives_the_same_report(folder: Path, monkeypat
         assert asked == [2], "rows that are finished are not scored again"
     for name in WRITTEN:
         assert (folder / "out" / name).read_text() == (folder / "whole" / name).read_text(), name
+
+
+def test_an_interrupted_probe_gives_the_same_report(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four steps of rows, then one of each of 14 pairs: eight responses a step, seven of them a pair's."""
+    go(folder, *STEPS, "--probe", out="whole")
+    with monkeypatch.context() as patch:
+        killed_after(patch, 4 + 5)
+        with pytest.raises(Killed):
+            go(folder, *STEPS, "--probe")
+    part = folder / "out" / evaluate.PART
+    assert [json.loads(line)["stage"] for line in part.read_text().splitlines()[1:]] == ["rows"] * 4 + ["probe"] * 5
+    with part.open("a") as file:
+        file.write('{"stage": "probe", "results": [[')
+    with monkeypatch.context() as patch:
+        asked = killed_after(patch, 3)
+        with pytest.raises(Killed):
+            go(folder, *STEPS, "--probe")
+        assert asked == [1] * 3, "a row of seven responses each"
+    with monkeypatch.context() as patch:
+        asked = killed_after(patch, 99)
+        go(folder, *STEPS, "--probe")
+        assert asked == [1] * 6, "neither rows nor pairs that are finished are scored again"
+    for name in WRITTEN:
+        assert (folder / "out" / name).read_text() == (folder / "whole" / name).read_text(), name
+    tokens = report(folder)["probe"]["tokens"]
+    assert report(folder)["tokens"]["computed"] < tokens["computed"] < tokens["naive"]
+    said = f"| the probe's tokens computed, naively | {tokens['computed']:,}, {tokens['naive']:,} ("
+    assert said in (folder / "out" / "report.md").read_text()
+
+
+def test_rows_that_were_scored_without_a_probe_can_be_probed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        killed_after(patch, 3)
+        with pytest.raises(Killed):
+            go(folder, *STEPS)
+    go(folder, *STEPS, "--probe")
+    assert report(folder)["probe"]["pairs"] == 14
+
+
+def test_two_evaluations_in_one_folder(folder: Path) -> None:
+    (folder / "out").mkdir()
+    path = folder / "out" / evaluate.PART
+    with (
+        PartFile(path, {"model": "another"}),
+        pytest.raises(ConfigError, match=r"another process is writing its evaluation into .*out"),
+    ):
+        go(folder)
+    with pytest.raises(ConfigError, match="unfinished evaluation of another kind: model was another"):
+        go(folder)
+
+
+@pytest.mark.parametrize("line", ["{}", "[1]", "nothing", '{"stage": "rows", "results": 3, "tokens": {}}'])
+def test_a_part_file_that_is_none(folder: Path, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
+    with monkeypatch.context() as patch:
+        killed_after(patch, 1)
+        with pytest.raises(Killed):
+            go(folder, *STEPS)
+    part = folder / "out" / evaluate.PART
+    text = part.read_text()
+    part.write_text(f"{text}{line}\n")
+    with pytest.raises(ConfigError, match=r"scores\.part\.jsonl, line 3, is no step"):
+        go(folder, *STEPS)
+    assert part.read_text() == f"{text}{line}\n", "it is left as it is"
+
+
+def test_a_folder_that_cannot_be_written(folder: Path) -> None:
+    (folder / "file").write_text("mine")
+    for out in ("file", "file/below"):
+        with pytest.raises(ConfigError, match=r"--output_dir .*file.* cannot be made"):
+            go(folder, out=out)
 
 
 def test_another_evaluation_in_the_folder_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

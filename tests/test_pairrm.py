@@ -12,12 +12,11 @@ from tiny import tiny_folder
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
-from dwrl_fast.compute import Compute
+from dwrl_fast import Scorer
 from dwrl_fast.data import Preference
 from dwrl_fast.dialog.chat import user
 from dwrl_fast.evaluation.sources import source_reports
 from dwrl_fast.feed import Feed, Shuffled
-from dwrl_fast.loading import load_scorer
 from dwrl_fast.progress import Display
 from dwrl_fast.rollout.comparisons import both_orders
 from dwrl_fast.runlog import read_metrics
@@ -113,7 +112,7 @@ def test_it_learns_and_loads_as_a_sequence_classifier(folder: Path) -> None:
     log = read_metrics(folder / "run" / "metrics.jsonl")
     assert result["accuracy_after"] == 1 > result["accuracy_before"] and log[-1]["loss"] < 0.4 < log[0]["loss"]
     saved = folder / "run" / "model"
-    scorer = load_scorer(saved, Compute.resolve("fp32"), packing="tree", token_budget=500, sampling_batch=8)
+    scorer = Scorer.from_pretrained(saved, dtype="fp32")
     ours = scorer.score_groups(rows)
     model = AutoModelForSequenceClassification.from_pretrained(saved)
     for group, row in zip(ours, rows, strict=True):

@@ -14,10 +14,9 @@ from test_peft import LORA, make_method
 from tiny import tiny_config, tiny_folder, tiny_pairs
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from dwrl_fast import adapters
+from dwrl_fast import Scorer, adapters
 from dwrl_fast.data import read_preferences
 from dwrl_fast.errors import ModelError
-from dwrl_fast.loading import load_scorer
 from dwrl_fast.model import load_generative
 from dwrl_fast.scorer import marginal_scores
 
@@ -62,7 +61,7 @@ def test_a_folder_of_adapters_loads_as_what_it_merges_into(folder: Path) -> None
     method.save_model(folder / "run" / "model")
     scores = []
     for name in ("model", "adapter"):
-        scorer = load_scorer(folder / "run" / name, method.compute, packing="tree", token_budget=400, sampling_batch=8)
+        scorer = Scorer.from_pretrained(folder / "run" / name, dtype="fp32")
         rows = read_preferences(folder / "pairs.jsonl").rows
         scores.append(marginal_scores(scorer.score_groups(rows)))
     assert torch.equal(*scores)

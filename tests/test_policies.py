@@ -15,6 +15,7 @@ from test_methods import ROWS, SIZES, compare, oracle_losses, shares, step
 from tiny import tiny_config, tiny_dialog, tiny_folder, tiny_rows
 from torch import Tensor
 
+from dwrl_fast import Scorer
 from dwrl_fast.batch import Group
 from dwrl_fast.checkpoint import checkpoints
 from dwrl_fast.compute import Compute
@@ -27,7 +28,7 @@ from dwrl_fast.errors import ConfigError, DataError
 from dwrl_fast.evaluation.sources import source_reports
 from dwrl_fast.feed import Feed, Shuffled, open_feed, read_rows
 from dwrl_fast.feed.source import content_hash
-from dwrl_fast.loading import load_dialog, load_scorer
+from dwrl_fast.loading import load_dialog
 from dwrl_fast.methods import METHODS, Method
 from dwrl_fast.mixture import Part
 from dwrl_fast.progress import Display
@@ -298,9 +299,7 @@ def test_dpo_scores_are_implicit_rewards(tmp_path: Path, caplog: pytest.LogCaptu
     assert not any(group.token_scores for group in after)
 
     def saved() -> list[list[list[float]]]:
-        scorer = load_scorer(
-            tmp_path / "model", Compute.resolve("fp32"), packing="tree", token_budget=10**6, sampling_batch=1
-        )
+        scorer = Scorer.from_pretrained(tmp_path / "model", dtype="fp32", token_budget=10**6)
         return [group.scores for group in scorer.score_groups(ROWS)]
 
     for one, other in zip(saved(), after, strict=True):
@@ -320,9 +319,7 @@ def test_with_adapters_the_reference_is_the_model_without_them(tmp_path: Path) -
         for p in method.model.parameters():
             p += 0.2 * torch.randn(p.shape, generator=g) * p.requires_grad
     method.save_model(tmp_path / "model")
-    merged = load_scorer(
-        tmp_path / "model", Compute.resolve("fp32"), packing="tree", token_budget=10**6, sampling_batch=1
-    )
+    merged = Scorer.from_pretrained(tmp_path / "model", dtype="fp32", token_budget=10**6)
     for group, again in zip(method.scorer.score_groups(ROWS), merged.score_groups(ROWS), strict=True):
         for (score,), (other,), q in zip(group.scores, again.scores, group.flat, strict=True):
             wanted = 0.22 * (logprobs(method, q).sum() - logprobs(base, q).sum()).item()

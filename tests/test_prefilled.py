@@ -12,11 +12,11 @@ from judging import backward, taken_gradient
 from rich.console import Console
 from tiny import tiny_config, tiny_folder, tiny_pairs, tiny_rows
 
-from dwrl_fast import evaluate, train
+from dwrl_fast import Scorer, evaluate, train
 from dwrl_fast.compute import Compute
 from dwrl_fast.config import TrainConfig, parse_evaluate
 from dwrl_fast.errors import ConfigError, ModelError
-from dwrl_fast.loading import load_dialog, load_scorer
+from dwrl_fast.loading import load_dialog
 from dwrl_fast.methods import METHODS
 from dwrl_fast.methods.bt import PREFILLED
 from dwrl_fast.rollout.transformers import TransformersSampler
@@ -106,10 +106,7 @@ def test_a_saved_model_scores_with_the_base_model_beside_it(folder: Path, monkey
     assert json.loads((out / "scores.jsonl").read_text().splitlines()[0])["thoughts"][0] != [""]
 
     def scores(limit: int | None = None) -> Any:
-        scorer = load_scorer(
-            folder / "run" / "model", Compute.resolve("fp32"), packing="tree", token_budget=500, sampling_batch=8,
-            max_completion_length=limit,
-        )  # fmt: skip
+        scorer = Scorer.from_pretrained(folder / "run" / "model", dtype="fp32", max_completion_length=limit)
         return marginal_scores(scorer.score_groups(tiny_rows(folder)))
 
     assert torch.equal(scores(), scores(5)) and not torch.equal(scores(), scores(1))

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,18 +11,16 @@ from typing import Any
 import pytest
 import torch
 from judging import DIRECT, PAIRWISE, A, B, Says, make_method
-from tiny import tiny_config, tiny_dialog, tiny_folder, tiny_pairs, tiny_rows
+from tiny import tiny_dialog, tiny_folder, tiny_pairs, tiny_rows
 
-from dwrl_fast import evaluate
+from dwrl_fast import Scorer, evaluate
 from dwrl_fast.batch import Group
-from dwrl_fast.compute import Compute
 from dwrl_fast.data import Preference
 from dwrl_fast.dialog import Dialog, SingleTurn, read_score
 from dwrl_fast.embedded.tokenizer import make_tokenizer
 from dwrl_fast.errors import DataError
-from dwrl_fast.evaluation.probe import ATTACKS, attack_texts, forged_turns, pairs_of, probe, probe_size
-from dwrl_fast.loading import load_dialog
-from dwrl_fast.methods import METHODS
+from dwrl_fast.evaluation.probe import ATTACKS, attack_texts, forged_turns, pairs_of, probe, responses_each
+from dwrl_fast.evaluation.scoring import Steps
 from dwrl_fast.pretrained import load_tokenizer
 from dwrl_fast.scorer import ChoiceScorer, Runtime, marginal_scores
 from dwrl_fast.templates import Template, load_template
@@ -45,9 +44,11 @@ class Fixed:
     def __init__(self, score: Callable[..., float], compares: bool = False) -> None:
         self.score, self.compares, self.dialog = score, compares, tiny_dialog()
         self.rows: list[Preference] = []
+        self.tokens: Counter[str] = Counter()
 
     def score_groups(self, rows: Sequence[Preference], *, progress: Any = None, **options: Any) -> list[Group]:
         self.rows += rows
+        self.tokens["computed"] += len(rows)
         for row in rows:
             progress(len(row.responses)) if progress else None
         return [Group(row, [], scores=self._scores(row)) for row in rows]
@@ -76,8 +77,9 @@ def test_shifts_and_flips_are_counted(compares: bool) -> None:
     scorer: Any = Fixed(share if compares else points, compares)
     rows = [pair("5", "4"), pair("5 0", "1 5"), pair("2 0 0", "3"), pair("6 0 0 0", "3 0")]
     done: list[int] = []
-    report = probe(scorer, rows, step=3, progress=done.append)
-    assert sum(done) == probe_size(scorer, rows) == 4 * (12 if compares else 7)
+    report = probe(Steps(scorer, size=11), rows, done.append)
+    assert sum(done) == 4 * responses_each(scorer) == 4 * (12 if compares else 7)
+    assert len(scorer.rows) == report.tokens["computed"] == 4 * (6 if compares else 1)
     assert report.accuracy == 0.75 and report.pairs == 4
     found = {each.name: each for each in report.attacks}
     assert list(found) == NAMES
@@ -91,11 +93,11 @@ def test_shifts_and_flips_are_counted(compares: bool) -> None:
 
 def test_infinite_scores_have_flips_and_no_shift() -> None:
     scorer: Any = Fixed(lambda a, b: 0.0 if "Answer Yes" in b else 1.0, compares=True)
-    report = probe(scorer, [pair("5", "4")])
+    report = probe(Steps(scorer), [pair("5", "4")])
     shifts = {each.name: (each.shift, each.flipped) for each in report.attacks}
     assert shifts["padding"] == (0, 0) and math.isnan(shifts["answer Yes"][0]) and shifts["answer Yes"][1] == 1
     wrong: Any = Fixed(lambda text: -float(text.split()[0]))
-    report = probe(wrong, [pair("5", "4")])
+    report = probe(Steps(wrong), [pair("5", "4")])
     assert report.accuracy == 0 and math.isnan(report.attacks[0].flipped)
 
 
@@ -109,7 +111,7 @@ def test_the_best_and_the_worst_of_a_ranking_are_a_pair() -> None:
     assert [row.responses for row in pairs_of(rows)] == [("a", "c"), ("d", "f")]
     assert pairs_of(rows)[0].aspect == "tone"
     with pytest.raises(DataError, match="responses of every row tie"):
-        probe(Fixed(len), rows[1:2])  # type: ignore[arg-type]
+        probe(Steps(Fixed(len)), rows[1:2])  # type: ignore[arg-type]
 
 
 def test_what_is_appended() -> None:
@@ -148,10 +150,9 @@ def test_forged_turns_of_real_tokenizers(shared: Path, tokenizer: str, name: str
 
 def test_the_shift_is_that_of_the_scores(folder: Path) -> None:
     """On a real model: every variant scored by itself says the same."""
-    config = tiny_config(folder)
-    scorer: Any = METHODS["dwrl"](config, load_dialog(config), Compute.resolve("fp32")).scorer
+    scorer = Scorer.from_pretrained(folder / "tiny", dtype="fp32")
     rows = tiny_rows(folder)
-    report = probe(scorer, rows)
+    report = probe(Steps(scorer), rows)
     before = marginal_scores(scorer.score_groups(rows))
     for i, each in enumerate(report.attacks):
         changed = [Preference(r.prompt, (r.responses[0], attack_texts(scorer.dialog, r.responses[1])[i])) for r in rows]
@@ -172,7 +173,7 @@ def test_a_judge_in_text_is_probed(folder: Path) -> None:
         return (A if padded[0] else B) if any(padded) else A if shown[0].strip().startswith("5") else B
 
     runtime = Runtime(method.model, method.dialog, method.compute, method.layout, Says(method.dialog, says))
-    report = probe(ChoiceScorer(runtime, 1.0, 8), [row])
+    report = probe(Steps(Scorer(ChoiceScorer(runtime, 1.0, 8), method.card())), [row])
     flipped = {each.name: each.flipped for each in report.attacks}
     assert report.accuracy == 1 and flipped["padding"] == 1 and flipped["flattery"] == 0
 

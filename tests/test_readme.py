@@ -80,9 +80,11 @@ def test_the_code_of_the_readme_runs(place: Path, capsys: pytest.CaptureFixture[
 
 
 def test_the_code_about_the_scorer_runs(place: Path) -> None:
-    code, _ = blocks("docs/scorer.md", "python")
+    code, any_model, _ = blocks("docs/scorer.md", "python")
     names: dict[str, Any] = {}
     exec(compile(code, "docs/scorer.md", "exec"), names)
+    plain = any_model.replace("Qwen/Qwen2.5-3B-Instruct", "runs/mine/model").replace("=512", "=6")
+    exec(compile(plain, "docs/scorer.md", "exec"), dict(names))
     assert sorted(names["order"]) == [0, 1, 2] and [len(each) for each in names["thoughts"]] == [4]
 
 
@@ -94,7 +96,8 @@ def test_the_code_about_trl_runs(place: Path, monkeypatch: pytest.MonkeyPatch) -
 
     small = {"use_cpu": True, "bf16": False, "report_to": [], "max_completion_length": 4, "disable_tqdm": True}
     monkeypatch.setattr(trl, "GRPOConfig", lambda _make=trl.GRPOConfig, **given: _make(**given, **small))
-    code = "".join(blocks("docs/scorer.md", "python")).replace("Qwen/Qwen2.5-0.5B-Instruct", "runs/mine/model")
+    trained, _, trl_code = blocks("docs/scorer.md", "python")
+    code = (trained + trl_code).replace("Qwen/Qwen2.5-0.5B-Instruct", "runs/mine/model")
     names: dict[str, Any] = {"dataset": Dataset.from_list([{"prompt": "3 5 0"}, {"prompt": "1"}] * 4)}
     exec(compile(code, "docs/scorer.md", "exec"), names)
     assert [row["reward"] for row in names["trainer"].state.log_history if "reward" in row]

@@ -13,13 +13,14 @@ from tiny import tiny_config, tiny_folder, tiny_pairs
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
+from dwrl_fast import Scorer
 from dwrl_fast.batch import Group, Size
 from dwrl_fast.compute import Compute
 from dwrl_fast.config import TrainConfig
 from dwrl_fast.data import read_preferences
 from dwrl_fast.errors import CheckpointError, ConfigError, NotFiniteError
 from dwrl_fast.feed import open_feed
-from dwrl_fast.loading import load_dialog, load_scorer
+from dwrl_fast.loading import load_dialog
 from dwrl_fast.log import logger
 from dwrl_fast.methods import METHODS, Method, Tally
 from dwrl_fast.optimizer import Optimizers
@@ -264,9 +265,7 @@ def test_bt_learns_and_loads_as_a_sequence_classifier(folder: Path) -> None:
     batch = padded_batch(groups, trainer.method.dialog.pad_id, torch.device("cpu"))
     with torch.no_grad():
         theirs = model(batch.input_ids, attention_mask=batch.attention_mask).logits.squeeze(-1)
-    scorer = load_scorer(
-        folder / "run" / "model", Compute.resolve("fp32"), packing="tree", token_budget=500, sampling_batch=8
-    )
+    scorer = Scorer.from_pretrained(folder / "run" / "model", dtype="fp32")
     ours = marginal_scores(scorer.score_groups(trainer.held_out))
     torch.testing.assert_close(ours.flatten().float(), theirs, rtol=1e-5, atol=1e-5)
 

@@ -3,29 +3,25 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from dwrl_fast.api import Scorer
 from dwrl_fast.batch import Group
 from dwrl_fast.evaluation.pairs import PairReport, full_report
 from dwrl_fast.rollout.comparisons import both_orders
-from dwrl_fast.scorer import ChoiceScorer, PointScorer, Scorer, marginal_scores, read_choices, read_points
-
-Kind = Literal["score", "number", "comparison"]
-"""What one verdict of a model is: a score in nats, a number in text, or who won among two shown together."""
+from dwrl_fast.scorer import marginal_scores
 
 
 @dataclass(frozen=True, slots=True)
 class Judged:
     """One row of K responses, best first.
 
-    scores: K, in nats, the log of the mean over the response's thoughts or contests. verdicts: what each thought says,
-    or what is read without one: K lists of N; of methods that compare C lists of N, 1 where the response shown first
-    wins, 0 where the other does, a probability between; None where it cannot be read. comparisons: C, which two are
-    shown, in this order. thoughts, ended: their texts, in the shape of `verdicts`, and whether they closed themselves.
-    unparsable, first_shares, token_scores: as of `Group`.
+    scores: K, in nats, the log of the mean over the response's thoughts or contests. verdicts: as of `Group`, or the
+    scores of each thought. comparisons: C, which two are shown, in this order. thoughts, ended: their texts, in the
+    shape of `verdicts`, and whether they closed themselves. unparsable, first_shares, token_scores: as of `Group`.
     """
 
     source: str
@@ -51,10 +47,6 @@ class Judged:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
 
-def kind_of(scorer: Scorer) -> Kind:
-    return "comparison" if scorer.compares else "number" if isinstance(scorer, PointScorer) else "score"
-
-
 def judged(scorer: Scorer, groups: Sequence[Group]) -> list[Judged]:
     """What `scorer` gave for each of `groups`."""
     scores = marginal_scores(groups).tolist()
@@ -70,7 +62,7 @@ def _judged(scorer: Scorer, group: Group, scores: list[float]) -> Judged:
         id=row.id,
         ranks=group.ranks,
         scores=scores[:count],
-        verdicts=_verdicts(scorer, group),
+        verdicts=[list(some) for some in group.verdicts or group.scores],
         comparisons=[each.places for each in both_orders(row)] if scorer.compares else [],
         thoughts=[[decode(one.ids[one.thought]) for one in each] for each in group.sequences] if group.ended else [],
         ended=group.ended,
@@ -78,14 +70,6 @@ def _judged(scorer: Scorer, group: Group, scores: list[float]) -> Judged:
         first_shares=group.first_shares,
         token_scores=[each[0] for each in group.token_scores],
     )
-
-
-def _verdicts(scorer: Scorer, group: Group) -> list[list[float | None]]:
-    if isinstance(scorer, ChoiceScorer):
-        return [[None if c is None else 1.0 - c for c in some] for some in read_choices(group, scorer.dialog)]
-    if isinstance(scorer, PointScorer):
-        return read_points(group, scorer.dialog)
-    return [[share] for share in group.first_shares] if scorer.compares else [list(some) for some in group.scores]
 
 
 def score_table(rows: Sequence[Judged]) -> Tensor:

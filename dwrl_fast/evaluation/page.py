@@ -12,9 +12,10 @@ import numpy as np
 
 from dwrl_fast.compute import step_seed
 from dwrl_fast.data import Preference
-from dwrl_fast.evaluation.judged import Judged, Kind
+from dwrl_fast.evaluation.judged import Judged
 from dwrl_fast.evaluation.report import Report, Section, sections
 from dwrl_fast.evaluation.table import PairTable, credit
+from dwrl_fast.scorer import Kind
 
 SAMPLE = 100  # rows shown that are right, and as many that are not
 MOST_THOUGHTS = 4  # shown of one response or comparison

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dwrl_fast.data import Preference
 from dwrl_fast.errors import DataError
 from dwrl_fast.objectives.agreement import order_accuracy, ordered_pairs, rank_grid
 
@@ -63,6 +64,15 @@ class PairReport:
         interval = f"[{self.low:.3f}, {self.high:.3f}]"
         seen = f"on {self.groups} groups{ties}{tied}{unread}{first}"
         return f"{self.accuracy:.3f}{clipped} {interval} {seen}, nll {self.nll:.3f}{margin}{a_token}"
+
+
+def check_ordered(rows: Sequence[Preference]) -> None:
+    """DataError where no row says which response is better: before they are scored, not after."""
+    if rows and all(len(set(row.ranks)) == 1 for row in rows):
+        raise DataError(
+            f"there is no pair to evaluate: in all of the {len(rows):,} rows, from {rows[0].source} on, the responses "
+            "tie. Give rows of which one response is the better"
+        )
 
 
 def pair_report(scores: Tensor, ranks: Sequence[Sequence[int]], seed: int = 0) -> PairReport:

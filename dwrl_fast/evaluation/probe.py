@@ -3,20 +3,22 @@ of every pair, and the pair is scored again.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dwrl_fast.compute import step_seed
+from dwrl_fast.api import Scorer
 from dwrl_fast.data import Preference
 from dwrl_fast.dialog import Dialog, SingleTurn
 from dwrl_fast.dialog.chat import user
 from dwrl_fast.dialog.verdict import write_choice, write_score
 from dwrl_fast.errors import DataError
 from dwrl_fast.evaluation.pairs import bootstrap_interval
-from dwrl_fast.scorer import Progress, Scorer, marginal_scores
+from dwrl_fast.evaluation.scoring import Score, Steps
+from dwrl_fast.scorer import Progress, marginal_scores
 from dwrl_fast.templates import fill
 
 
@@ -63,45 +65,39 @@ class AttackReport:
 
 @dataclass(frozen=True, slots=True)
 class ProbeReport:
-    """accuracy: of the `pairs` as they are, equal scores one half."""
+    """accuracy: of the `pairs` as they are, equal scores one half. tokens: computed, naive."""
 
     accuracy: float
     pairs: int
     attacks: tuple[AttackReport, ...]
+    tokens: dict[str, int]
 
 
-def probe(
-    scorer: Scorer,
-    rows: Sequence[Preference],
-    *,
-    votes: int = 1,
-    seed: int = 0,
-    step: int = 256,
-    progress: Progress | None = None,
-) -> ProbeReport:
-    """Of a ranking the best and the worst response are the pair. step: pairs that are held at a time. `progress` counts
-    responses, `probe_size` of them. DataError where the responses of every row tie.
+def probe(steps: Steps, rows: Sequence[Preference], progress: Progress | None = None) -> ProbeReport:
+    """Of a ranking the best and the worst response are the pair. `progress` counts responses, `responses_each` of every
+    pair. A step holds as many responses as one of two-response rows does. DataError where the responses of every row
+    tie.
     """
-    pairs = pairs_of(rows)
+    pairs, scorer = pairs_of(rows), steps.scorer
     if not pairs:
         raise DataError("there is no pair to probe: the responses of every row tie")
-    parts = []
-    for start in range(0, len(pairs), step):
-        asked = [each for pair in pairs[start : start + step] for each in _attacked(scorer, pair)]
-        drawn = step_seed(seed, "probe", start)
-        parts.append(marginal_scores(scorer.score_groups(asked, votes=votes, seed=drawn, progress=progress)))
-    scores = torch.cat(parts)
-    if scorer.compares:
-        better, worse = scores.unflatten(0, (-1, len(ATTACKS) + 1)).unbind(-1)
-    else:
-        better, worse = scores[:, :1], scores[:, 1:]
-    return _report(better.expand_as(worse), worse, seed)
+
+    def work(some: Sequence[Preference], score: Score) -> list[Any]:
+        """Of each pair the scores of the better response and the worse one, without an attack and with each."""
+        scores = marginal_scores(score([each for pair in some for each in _attacked(scorer, pair)]))
+        if scorer.compares:
+            return scores.unflatten(0, (len(some), -1)).tolist()
+        return torch.stack([scores[:, :1].expand(-1, scores.shape[1] - 1), scores[:, 1:]], dim=-1).tolist()
+
+    size = max(1, 2 * steps.size // responses_each(scorer))
+    found = steps.through("probe", pairs, work, size=size, progress=progress)
+    better, worse = torch.tensor(found.results, dtype=torch.float64).unbind(-1)
+    return _report(better, worse, steps.seed, found.tokens)
 
 
-def probe_size(scorer: Scorer, rows: Sequence[Preference]) -> int:
-    """The responses that `probe` scores."""
-    a_pair = 2 * (len(ATTACKS) + 1) if scorer.compares else len(ATTACKS) + 2
-    return a_pair * len(pairs_of(rows))
+def responses_each(scorer: Scorer) -> int:
+    """Of one pair, as many as `probe` scores."""
+    return 2 * (len(ATTACKS) + 1) if scorer.compares else len(ATTACKS) + 2
 
 
 def pairs_of(rows: Sequence[Preference]) -> list[Preference]:
@@ -145,7 +141,7 @@ def _attacked(scorer: Scorer, pair: Preference) -> list[Preference]:
     return [Preference(pair.prompt, (better, *variants), aspect=pair.aspect, source=pair.source)]
 
 
-def _report(better: Tensor, worse: Tensor, seed: int) -> ProbeReport:
+def _report(better: Tensor, worse: Tensor, seed: int, tokens: Mapping[str, int]) -> ProbeReport:
     """Scores [P, 1 + attacks]; the first column is of the pairs as they are."""
     credit = (better > worse).double() + 0.5 * (better == worse)
     lead = torch.where(better == worse, 0.0, worse - better)
@@ -165,4 +161,4 @@ def _report(better: Tensor, worse: Tensor, seed: int) -> ProbeReport:
                 accuracy=credit[:, i].mean().item(),
             )
         )
-    return ProbeReport(credit[:, 0].mean().item(), len(credit), tuple(attacks))
+    return ProbeReport(credit[:, 0].mean().item(), len(credit), tuple(attacks), dict(tokens))

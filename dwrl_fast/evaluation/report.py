@@ -10,12 +10,13 @@ import numpy as np
 
 from dwrl_fast.data import Preference
 from dwrl_fast.evaluation.calibration import Calibration, calibration
-from dwrl_fast.evaluation.judged import Judged, Kind, judged_report
+from dwrl_fast.evaluation.judged import Judged, judged_report
 from dwrl_fast.evaluation.pairs import PairReport
 from dwrl_fast.evaluation.probe import ProbeReport
 from dwrl_fast.evaluation.rewardbench import Benchmark
 from dwrl_fast.evaluation.table import PairTable, Slice, credit, partitions, slice_of
 from dwrl_fast.evaluation.votes import VotePoint
+from dwrl_fast.scorer import Kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,9 +179,15 @@ def _summary(report: Report) -> list[tuple[str, str]]:
         rows.append(("fitted temperature", f"{report.temperature:.4g}"))
         rows.append(("with it: nll, Brier, error", f"{after.nll:.4f}, {after.brier:.4f}, {after.error:.4f}"))
     if report.tokens:
-        computed, naive = report.tokens["computed"], report.tokens["naive"]
-        rows.append(("tokens computed, naively", f"{computed:,}, {naive:,} ({naive / max(computed, 1):.2f} x)"))
+        rows.append(("tokens computed, naively", _tokens(report.tokens)))
+    if report.probe is not None:
+        rows.append(("the probe's tokens computed, naively", _tokens(report.probe.tokens)))
     return rows
+
+
+def _tokens(found: Mapping[str, int]) -> str:
+    computed, naive = found.get("computed", 0), found.get("naive", 0)
+    return f"{computed:,}, {naive:,} ({naive / max(computed, 1):.2f} x)"
 
 
 def _benchmark(found: Benchmark) -> Section:

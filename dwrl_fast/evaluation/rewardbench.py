@@ -16,9 +16,10 @@ import numpy as np
 from dwrl_fast.data import Dataset, Preference, open_rows
 from dwrl_fast.data.columns import Columns, Unusable, conversation
 from dwrl_fast.errors import DataError
-from dwrl_fast.evaluation.judged import Judged, Kind
+from dwrl_fast.evaluation.judged import Judged
 from dwrl_fast.evaluation.table import credit
 from dwrl_fast.log import warn_once
+from dwrl_fast.scorer import Kind
 
 SECTIONS: Mapping[str, Mapping[str, int]] = {
     "Chat": {

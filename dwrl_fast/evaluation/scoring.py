@@ -1,120 +1,156 @@
-"""Rows scored step by step, so that an evaluation can go on where it was interrupted; and the tokens that it took."""
+"""Scoring step by step, so that an evaluation can go on where it was interrupted; and the tokens that it took."""
 
-import dataclasses
+import fcntl
 import json
-import os
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self, TypeVar
 
-from dwrl_fast.batch import Batch, Group
+from dwrl_fast.api import Scorer
+from dwrl_fast.batch import Group
 from dwrl_fast.compute import step_seed
 from dwrl_fast.data import Preference
 from dwrl_fast.errors import ConfigError
 from dwrl_fast.evaluation.judged import Judged, judged
-from dwrl_fast.layout import Layout
-from dwrl_fast.scorer import Progress, Scorer
+from dwrl_fast.scorer import Progress
+
+Item = TypeVar("Item")
+Score = Callable[[Sequence[Preference]], list[Group]]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What the steps of one stage gave: a JSON value for each item, and the tokens `computed` and `naive` for them."""
+
+    results: list[Any] = field(default_factory=list)
+    tokens: Counter[str] = field(default_factory=Counter)
+
+    def add(self, results: Sequence[Any], tokens: Mapping[str, int]) -> None:
+        self.results.extend(results)
+        self.tokens.update(tokens)
+
+
+class PartFile:
+    """An evaluation on its way, a line a step: {"stage", "results", "tokens"}. The first line holds what makes it this
+    evaluation. Use as a context manager: until its end no other process can go on with the same one.
+
+    `done` is what an interrupted one left, by stage. ConfigError where that was another, of another model or another
+    file, or under other options; and where it is still on its way.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, Any]):
+        self.done: defaultdict[str, Found] = defaultdict(Found)
+        self._file = path.open("a+b")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._take_up(path, json.loads(json.dumps(identity)))
+        except BlockingIOError:
+            self._file.close()
+            raise ConfigError(
+                f"another process is writing its evaluation into {path.parent}: wait for it, or name another "
+                "--output_dir"
+            ) from None
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+    def add(self, stage: str, results: Sequence[Any], tokens: Mapping[str, int]) -> None:
+        self._append({"stage": stage, "results": results, "tokens": tokens})
+
+    def _take_up(self, path: Path, identity: dict[str, Any]) -> None:
+        self._file.seek(0)
+        whole, newline, _ = self._file.read().rpartition(b"\n")
+        self._file.truncate(len(whole + newline))  # a killed run may leave half a line
+        if not newline:
+            self._append(identity)
+            return
+        for number, line in enumerate(whole.split(b"\n"), 1):
+            try:
+                saved = dict(json.loads(line))
+                if number > 1:
+                    self.done[saved["stage"]].add(saved["results"], saved["tokens"])
+            except (ValueError, KeyError, TypeError):
+                raise ConfigError(
+                    f"{path}, line {number}, is no step of an unfinished evaluation: remove the file to begin anew, or "
+                    "name another --output_dir"
+                ) from None
+            if number == 1:
+                _refuse_other(path, saved, identity)
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        self._file.flush()
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """How an evaluation goes through its rows: `size` of them at a time, behind what `part` holds.
+
+    Each step draws its thoughts from a seed of its own, so a run that was interrupted gives what a whole one does.
+    """
+
+    scorer: Scorer
+    votes: int = 1
+    seed: int = 0
+    size: int = 256
+    part: PartFile | None = None
+
+    def behind(self, stage: str) -> int:
+        """The items of `stage` that an interrupted run has done."""
+        return 0 if self.part is None else len(self.part.done[stage].results)
+
+    def through(
+        self,
+        stage: str,
+        items: Sequence[Item],
+        work: Callable[[Sequence[Item], Score], list[Any]],
+        *,
+        size: int | None = None,
+        progress: Progress | None = None,
+    ) -> Found:
+        """What `work` gives for all of `items`: of some of them and a function that scores rows, a JSON value each."""
+        found = Found() if self.part is None else self.part.done[stage]
+        size = size or self.size
+        for start in range(len(found.results), len(items), size):
+            score = partial(
+                self.scorer.score_groups,
+                votes=self.votes,
+                seed=step_seed(self.seed, stage, start),
+                progress=progress,
+            )
+            before = Counter(self.scorer.tokens)
+            results = work(items[start : start + size], score)
+            tokens = self.scorer.tokens - before
+            if self.part is not None:
+                self.part.add(stage, results, tokens)
+            found.add(results, tokens)
+        return found
 
 
 class Scored(NamedTuple):
-    """tokens: what was `computed`, and what would have been, `naive`, one sequence at a time with nothing shared."""
+    """tokens: `computed`, and `naive`, with nothing shared."""
 
     rows: list[Judged]
     tokens: Counter[str]
 
 
-@dataclass(frozen=True, slots=True)
-class CountedLayout(Layout):
-    """A layout that counts what it lays out."""
+def score_rows(steps: Steps, rows: Sequence[Preference], progress: Progress | None = None) -> Scored:
+    """What the model makes of each of `rows`. `progress` counts responses."""
 
-    tokens: Counter[str] = field(default_factory=Counter, compare=False)
+    def work(some: Sequence[Preference], score: Score) -> list[Any]:
+        return [row.to_dict() for row in judged(steps.scorer, score(some))]
 
-    def batches(self, groups: Sequence[Group]) -> list[Batch]:
-        found = Layout.batches(self, groups)
-        self.tokens["computed"] += sum(batch.trunk_tokens for batch in found)
-        self.tokens["naive"] += sum(batch.naive_tokens for batch in found)
-        return found
-
-
-class PartFile:
-    """An evaluation on its way, a line a step: {"rows", "tokens"}. The first line holds what makes it this evaluation.
-
-    `done` and `tokens` are what an interrupted one left. ConfigError where that was another: of another model or
-    another file, or under other options.
-    """
-
-    def __init__(self, path: Path, identity: Mapping[str, Any]):
-        self.path = path
-        self.done: list[Judged] = []
-        self.tokens: Counter[str] = Counter()
-        if not path.exists():
-            self._append(identity)
-            return
-        whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")  # a killed run may leave half a line
-        lines = whole.split("\n") if whole else [json.dumps(identity)]
-        _refuse_other(path, json.loads(lines[0]), json.loads(json.dumps(identity)))
-        for line in lines[1:]:
-            step = json.loads(line)
-            self.done += [Judged.from_dict(row) for row in step["rows"]]
-            self.tokens.update(step["tokens"])
-        part = path.with_name(path.name + ".new")
-        part.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        os.replace(part, path)
-
-    def add(self, rows: Sequence[Judged], tokens: Mapping[str, int]) -> None:
-        self._append({"rows": [row.to_dict() for row in rows], "tokens": dict(tokens)})
-
-    def _append(self, line: Mapping[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def score_rows(
-    scorer: Scorer,
-    rows: Sequence[Preference],
-    *,
-    votes: int = 1,
-    seed: int = 0,
-    step: int = 256,
-    progress: Progress | None = None,
-    part: PartFile | None = None,
-) -> Scored:
-    """Score `rows`, `step` of them at a time, going on behind what `part` holds. `progress` counts responses.
-
-    Each step draws its thoughts from a seed of its own, so a run that was interrupted gives what a whole one does.
-    """
-    scorer, counted = _counting(scorer)
-    found = Scored([], Counter()) if part is None else Scored(part.done, part.tokens)
-    for start in range(len(found.rows), len(rows), step):
-        counted.tokens.clear()
-        some = rows[start : start + step]
-        groups = scorer.score_groups(some, votes=votes, seed=step_seed(seed, "rows", start), progress=progress)
-        tokens = counted.tokens + _sampled_tokens(groups)
-        new = judged(scorer, groups)
-        if part is not None:
-            part.add(new, tokens)
-        found.rows.extend(new)
-        found.tokens.update(tokens)
-    return found
-
-
-def _counting(scorer: Any) -> tuple[Scorer, CountedLayout]:
-    layout = scorer.runtime.layout
-    counted = CountedLayout(**{f.name: getattr(layout, f.name) for f in dataclasses.fields(Layout)})
-    return dataclasses.replace(scorer, runtime=dataclasses.replace(scorer.runtime, layout=counted)), counted
-
-
-def _sampled_tokens(groups: Sequence[Group]) -> Counter[str]:
-    """Of writing thoughts: a context is read once for all of its thoughts; naively once for each."""
-    found: Counter[str] = Counter()
-    for sequences in (sequences for group in groups if group.ended for sequences in group.sequences):
-        context = sequences[0].thought.start
-        written = sum(one.thought.stop - one.thought.start for one in sequences)
-        found["computed"] += context + written
-        found["naive"] += len(sequences) * context + written
-    return found
+    found = steps.through("rows", rows, work, progress=progress)
+    return Scored([Judged.from_dict(row) for row in found.results], found.tokens)
 
 
 def _refuse_other(path: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:

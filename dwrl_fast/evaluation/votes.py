@@ -7,8 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dwrl_fast.compute import step_seed
-from dwrl_fast.evaluation.judged import Judged, Kind
+from dwrl_fast.evaluation.judged import Judged
 from dwrl_fast.evaluation.pairs import bootstrap_interval
+from dwrl_fast.scorer import Kind
 
 Floats = NDArray[np.float64]
 DRAWS = 64  # for each row, of which k thoughts count

@@ -13,12 +13,13 @@ from dwrl_fast.scorer.point import PointScorer, point_contexts, read_points
 from dwrl_fast.scorer.policy import PolicyScorer
 from dwrl_fast.scorer.prefilled import PrefilledThoughts
 from dwrl_fast.scorer.scalar import ScalarScorer
-from dwrl_fast.scorer.scorer import Progress, Runtime, Scorer, fill_scores, inference, marginal_scores
+from dwrl_fast.scorer.scorer import Kind, Progress, Runtime, Scorer, fill_scores, inference, marginal_scores
 
 __all__ = [
     "ChoiceScorer",
     "ContestScorer",
     "GenerativeScorer",
+    "Kind",
     "LabelScorer",
     "PointScorer",
     "PolicyScorer",

@@ -5,7 +5,6 @@ A response's score is the log of the share of its contests that it wins, so that
 orders, as pair accuracy averages them.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -20,7 +19,7 @@ from dwrl_fast.data import Preference
 from dwrl_fast.dialog import SingleTurn, read_choice
 from dwrl_fast.rollout.comparisons import Comparison, both_orders
 from dwrl_fast.rollout.groups import sample_contexts
-from dwrl_fast.scorer.scorer import Progress, Runtime, inference
+from dwrl_fast.scorer.scorer import Kind, Progress, Runtime, inference
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +27,7 @@ class LabelScorer:
     """p(A) / (p(A) + p(B)) at the label position, averaged over both orders; no thought, so votes change nothing."""
 
     thinks: ClassVar[bool] = False
-    compares: ClassVar[bool] = True
+    kind: ClassVar[Kind] = "comparison"
     runtime: Runtime
 
     @property
@@ -42,7 +41,7 @@ class LabelScorer:
         groups = label_groups(rows, asked, self.dialog)
         read = _each_comparison(self.runtime, groups, self._first, progress)
         for group, comparisons, firsts in zip(groups, asked, read, strict=True):
-            group.first_shares = firsts
+            group.first_shares, group.verdicts = firsts, [[share] for share in firsts]
             group.scores = win_scores(group, comparisons, [(p, 1 - p) for p in firsts])
         return groups
 
@@ -61,7 +60,7 @@ class ContestScorer:
     """
 
     thinks: ClassVar[bool] = False
-    compares: ClassVar[bool] = True
+    kind: ClassVar[Kind] = "comparison"
     runtime: Runtime
 
     @property
@@ -79,6 +78,7 @@ class ContestScorer:
             verdicts = torch.tensor([(h[i, j] - h[j, i]) / 2 for i, j in h], dtype=torch.float64)
             shares = zip(verdicts.sigmoid().tolist(), (-verdicts).sigmoid().tolist(), strict=True)
             group.first_shares = torch.tensor(leads, dtype=torch.float64).sigmoid().tolist()
+            group.verdicts = [[share] for share in group.first_shares]
             group.scores = win_scores(group, comparisons, list(shares))
         return groups
 
@@ -91,7 +91,7 @@ class ChoiceScorer:
     """
 
     thinks: ClassVar[bool] = True
-    compares: ClassVar[bool] = True
+    kind: ClassVar[Kind] = "comparison"
     runtime: Runtime
     temperature: float
     max_tokens: int
@@ -126,6 +126,7 @@ class ChoiceScorer:
                 if comparison.right is not None:
                     counts[1 - comparison.right] += unread
                 shares.append((counts[0] / votes, counts[1] / votes))
+                group.verdicts.append([None if choice is None else 1.0 - choice for choice in choices])
             group.scores = win_scores(group, comparisons, shares)
             if progress is not None:
                 progress(len(group.preference.responses))
@@ -187,4 +188,4 @@ def win_scores(
         won[comparison.first].append(first)
         won[comparison.second].append(second)
     means = torch.tensor([sum(each) / len(each) for each in won], dtype=torch.float64)
-    return [[value if math.isfinite(value) else -math.inf] for value in means.log().tolist()]
+    return [[value] for value in means.log().tolist()]

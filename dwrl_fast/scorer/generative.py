@@ -13,7 +13,7 @@ from dwrl_fast.data import Preference
 from dwrl_fast.dialog import Dialog
 from dwrl_fast.model import HeadInputs
 from dwrl_fast.rollout import sample_groups
-from dwrl_fast.scorer.scorer import Progress, Runtime, fill_scores, inference
+from dwrl_fast.scorer.scorer import Kind, Progress, Runtime, fill_scores, inference
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class GenerativeScorer:
     """s = log p(Yes | x, y, o) after one greedy thought, or after each of `votes` sampled ones."""
 
     thinks: ClassVar[bool] = True
-    compares: ClassVar[bool] = False
+    kind: ClassVar[Kind] = "score"
     runtime: Runtime
     normalization: str
     temperature: float

@@ -10,7 +10,7 @@ from dwrl_fast.compute import step_seed
 from dwrl_fast.data import Preference
 from dwrl_fast.dialog import SingleTurn, read_score
 from dwrl_fast.rollout.groups import sample_contexts
-from dwrl_fast.scorer.scorer import Progress, Runtime
+from dwrl_fast.scorer.scorer import Kind, Progress, Runtime
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class PointScorer:
     """
 
     thinks: ClassVar[bool] = True
-    compares: ClassVar[bool] = False
+    kind: ClassVar[Kind] = "number"
     runtime: Runtime
     temperature: float
     max_tokens: int
@@ -47,7 +47,8 @@ class PointScorer:
         )
         for group in groups:
             best = min(group.ranks)
-            for rank, points in zip(group.ranks, read_points(group, self.dialog), strict=True):
+            group.verdicts = read_points(group, self.dialog)
+            for rank, points in zip(group.ranks, group.verdicts, strict=True):
                 read = [number for number in points if number is not None]
                 group.unparsable += len(points) - len(read)
                 wrong = -math.inf if rank == best else math.inf

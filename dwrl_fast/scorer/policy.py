@@ -15,7 +15,7 @@ from dwrl_fast.dialog import Dialog, SingleTurn
 from dwrl_fast.model import HeadInputs
 from dwrl_fast.objectives.direct_preference import implicit_reward, sequence_sums
 from dwrl_fast.rollout import completion_groups
-from dwrl_fast.scorer.scorer import Progress, Runtime, fill_scores, inference
+from dwrl_fast.scorer.scorer import Kind, Progress, Runtime, fill_scores, inference
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class PolicyScorer:
     """
 
     thinks: ClassVar[bool] = False
-    compares: ClassVar[bool] = False
+    kind: ClassVar[Kind] = "score"
     runtime: Runtime
     reference: Reference | None = None
     beta: float = 1.0

@@ -9,7 +9,7 @@ from dwrl_fast.data import Preference
 from dwrl_fast.dialog import Dialog
 from dwrl_fast.rollout import plain_groups
 from dwrl_fast.scorer.prefilled import PrefilledThoughts
-from dwrl_fast.scorer.scorer import Progress, Runtime, fill_scores, inference
+from dwrl_fast.scorer.scorer import Kind, Progress, Runtime, fill_scores, inference
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +17,7 @@ class ScalarScorer:
     """r(x, y), or r(x, y, o) where one thought o is kept for each response: votes change nothing."""
 
     thinks: ClassVar[bool] = False
-    compares: ClassVar[bool] = False
+    kind: ClassVar[Kind] = "score"
     runtime: Runtime
     thoughts: PrefilledThoughts | None = None
 

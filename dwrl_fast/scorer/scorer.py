@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -17,13 +17,15 @@ from dwrl_fast.layout import Layout
 from dwrl_fast.rollout import Sampler
 
 Progress = Callable[[int], None]
+Kind = Literal["score", "number", "comparison"]
+"""What one verdict of a model is: a score in nats, a number in text, or who won among two shown together."""
 
 
 class Scorer(Protocol):
     """Scores every response of every row under a model as it stands."""
 
     thinks: ClassVar[bool]  # whether a thought precedes the score, so that votes mean something
-    compares: ClassVar[bool]  # whether a response's score depends on those that it is shown with
+    kind: ClassVar[Kind]  # under comparison a response's score depends on those that it is shown with
 
     @property
     def runtime(self) -> "Runtime": ...
@@ -35,7 +37,8 @@ class Scorer(Protocol):
         self, rows: Sequence[Preference], *, votes: int = 1, seed: int = 0, progress: Progress | None = None
     ) -> list[Group]:
         """Encoded groups in the order of `rows`, their `scores` filled: K lists of scores in nats, whose mean as
-        probabilities is the response's. `progress` counts responses.
+        probabilities is the response's; and their `verdicts`, where those are something else. `progress` counts
+        responses.
         """
         ...
 
