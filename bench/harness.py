@@ -51,6 +51,7 @@ class Case:
     unit: float = 1.0  # multiplications of one row's product, H V: counters count rows
     per: str = ""  # what seconds are divided by; a whole run where it is empty
     floor: str = ""  # the variant in whose times the others' are given
+    loose: float | None = None  # relative differences that rounding explains, where the results' dtype does not say
 
 
 @dataclass
@@ -131,6 +132,7 @@ def measure(
     times: dict[str, list[float]] = {}
     able: list[Variant] = []
     ours: list[torch.Tensor] = []
+    gc.collect()  # the case before
     for variant in (v for v in case.variants() if only is None or v.name in only):
         row = rows[variant.name] = Row(
             case.name, variant.name, None, None, None, skipped="" if variant.run else variant.why, note=variant.note
@@ -149,7 +151,7 @@ def measure(
             ours = ours or returned
             size = sum(x.nbytes for x in returned)
             if variant.comparable:
-                row.difference, agrees = furthest(returned, ours)
+                row.difference, agrees = furthest(returned, ours, case.loose)
                 row.disagrees = not agrees
             del returned
             row.peak_bytes = peak_memory(variant.run)
@@ -167,7 +169,8 @@ def measure(
         if done >= 3 and time.perf_counter() - start > seconds:
             break
         for variant in order.sample(able, len(able)):
-            times[variant.name].append(_timed(variant))
+            assert variant.run is not None
+            times[variant.name].append(timed(variant.run))
     for variant in able:
         taken = [seconds / variant.times for seconds in times[variant.name]]
         rows[variant.name].seconds_median = statistics.median(taken)
@@ -186,21 +189,22 @@ def tensors(returned: object) -> list[torch.Tensor]:
     return [x for x in some if isinstance(x, torch.Tensor)]
 
 
-def furthest(found: list[torch.Tensor], like: list[torch.Tensor]) -> tuple[float, bool]:
+def furthest(found: list[torch.Tensor], like: list[torch.Tensor], loose: float | None = None) -> tuple[float, bool]:
     """The largest relative difference, in the 2-norm, and whether every one is within what rounding explains."""
     if [x.shape for x in found] != [x.shape for x in like]:
         return math.inf, False
     each = [((x.double() - y.double()).norm() / y.double().norm()).item() for x, y in zip(found, like, strict=True)]
-    agrees = all(d <= LOOSE.get(x.dtype, 0.01) for d, x in zip(each, found, strict=True))  # and no NaN is
+    limits = [LOOSE.get(x.dtype, 0.01) if loose is None else loose for x in found]
+    agrees = all(d <= limit for d, limit in zip(each, limits, strict=True))  # and no NaN is
     return max(each), agrees
 
 
-def _timed(variant: Variant) -> float:
-    assert variant.run is not None
+def timed(run: Callable[[], object]) -> float:
+    """Seconds that `run` takes, the device's work included."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     start = time.perf_counter()
-    variant.run()
+    run()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - start
@@ -274,9 +278,17 @@ def plot(rows: list[Row], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main(name: str, cases: list[Case], summary: Callable[[list[Row], Console], None] | None = None) -> None:
-    """Measure what the command line asks of `cases`; `summary` prints what holds over all of them."""
+def main(
+    name: str,
+    cases: list[Case] | Callable[[argparse.Namespace], list[Case]],
+    summary: Callable[[list[Row], Console], None] | None = None,
+    options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+) -> None:
+    """Measure what the command line asks of `cases`; `summary` prints what holds over all of them. options: adds those
+    of its own that `cases` are made from.
+    """
     parser = argparse.ArgumentParser(prog=f"python -m bench.{name}")
+    options(parser)
     parser.add_argument("--json", type=Path, help="write machine, versions, commit and rows to this file")
     parser.add_argument("--plot", type=Path, help="write a PNG of time and memory to this file")
     parser.add_argument("--quick", action="store_true", help="only what ends within a minute on two cores")
@@ -290,7 +302,8 @@ def main(name: str, cases: list[Case], summary: Callable[[list[Row], Console], N
     repeats, seconds = (3, 4.0) if args.quick else (args.repeats, args.seconds)
     console = Console(width=180)
     rows: list[Row] = []
-    for case in (c for c in cases if args.case in c.name and (c.quick or not args.quick)):
+    found_cases = cases if isinstance(cases, list) else cases(args)
+    for case in (c for c in found_cases if args.case in c.name and (c.quick or not args.quick)):
         found = list(measure(case, repeats, seconds, args.quick, args.only))
         show(found, console)
         rows += found

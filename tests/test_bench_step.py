@@ -154,7 +154,7 @@ def test_saved_bytes_counts_storages_once_and_no_parameters() -> None:
 
 
 def test_seconds_come_in_the_unit_of_the_case(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "_timed", lambda variant: 6.0)
+    monkeypatch.setattr(harness, "timed", lambda run: 6.0)
     pass_of_3 = Variant("a", lambda: torch.ones(1), times=3, note="so", counters={"tokens": 5})
     (row,) = measure(Case("case", lambda: [pass_of_3], per="token"), repeats=3, seconds=1.0, quick=False)
     assert (row.seconds_median, row.seconds_iqr, row.unit) == (2.0, 0.0, "seconds per token")
