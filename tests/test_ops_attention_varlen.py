@@ -6,6 +6,7 @@ rest of the way is the real one. The tests at the end run the kernels themselves
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -173,11 +174,22 @@ def by_calls(x: dict[str, Tensor], plan: Plan, name: str = "flash_attn", **optio
     )
 
 
+@contextmanager
+def going(by_path: bool) -> Iterator[None]:
+    """Without a window, this way."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paths._Layout, "shorter_by_path", lambda self, group: by_path)
+        yield
+
+
 def assert_as_defined(plan: Plan, heads: tuple[int, int], d: int, name: str, options: dict[str, Any]) -> None:
     x = inputs(plan, heads, d, torch.float64)
-    got, want = by_calls(x, plan, name, **options), results(x, plan, "reference", **options)
-    for key, y in want.items():
-        torch.testing.assert_close(got[key], y, rtol=1e-10, atol=1e-10, msg=f"{key} {options}")
+    want = results(x, plan, "reference", **options)
+    for by_path in (False, True)[: 1 + (options.get("window") is None)]:
+        with going(by_path):
+            got = by_calls(x, plan, name, **options)
+        for key, y in want.items():
+            torch.testing.assert_close(got[key], y, rtol=1e-10, atol=1e-10, msg=f"{key} {options} {by_path}")
 
 
 @pytest.mark.parametrize("name", VARLEN)
@@ -219,17 +231,19 @@ def test_drawn_trees(plan: Plan, window: int | None, softcap: float | None) -> N
     assert_as_defined(plan, (2, 1), 2, "flash_attn", {"window": window, "softcap": softcap})
 
 
+@pytest.mark.parametrize("by_path", [False, True], ids=["depth", "path"])
 @pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"window": 13}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("tree", ["a group", "forest", "deep chain"])
-def test_merging_is_accurate(tree: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
+def test_merging_is_accurate(tree: str, dtype: torch.dtype, options: dict[str, Any], by_path: bool) -> None:
     """Around kernels that round only what they return."""
     plan = TREES[tree]
     runs = []
     for seed in range(3):
         x = inputs(plan, (4, 2), 16, dtype, seed)
         plain, exact = (results(y, plan, "reference", **options) for y in (x, double(x)))
-        runs.append((by_calls(x, plan, **options), plain, exact))
+        with going(by_path):
+            runs.append((by_calls(x, plan, **options), plain, exact))
     assert_accurate(runs)
 
 
@@ -265,8 +279,11 @@ def test_as_many_calls_as_depths(
 ) -> None:
     seen = counted(monkeypatch)
     plan = plan_of(nodes)
-    by_calls(inputs(plan, (2, 1), 8, torch.float64), plan, "varlen", window=window)
-    assert len(seen) == calls
+    for by_path, expected in ((False, calls), (True, 1)):
+        seen.clear()
+        with going(by_path):
+            by_calls(inputs(plan, (2, 1), 8, torch.float64), plan, "varlen", window=window)
+        assert len(seen) == expected
 
 
 def test_a_window_gathers_what_it_sees(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,13 +293,24 @@ def test_a_window_gathers_what_it_sees(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen[0].bounds_k.diff().tolist() == [50, 27, 10, 8]
 
 
+def test_the_way_that_moves_fewer_bytes() -> None:
+    """Thoughts longer than their prompt go by path, many short ones on a long prompt by depth; sooner so, the more of
+    the bytes are keys.
+    """
+    long = plan_of([(100, -1), *[(200, 0)] * 4])
+    short = plan_of([(2000, -1), *[(10, 0)] * 64])
+    between = plan_of([(200, -1), *[(100, 0)] * 4, *[(70, 0)] * 4])
+    ways = [[paths._read(plan).shorter_by_path(group) for group in (1, 7)] for plan in (long, short, between)]
+    assert ways == [[True, True], [False, False], [False, True]], ways
+
+
 def test_a_plan_is_laid_out_once() -> None:
     plan = drawn(20, 5, 0.4)
     layout = paths._layout(plan, int(plan.stop[-1]))
-    calls = layout.calls(None, torch.device("cpu"))
-    assert paths._layout(plan, int(plan.stop[-1])) is layout and layout.calls(None, torch.device("cpu")) is calls
+    calls = layout.calls(None, torch.device("cpu"), 2)
+    assert paths._layout(plan, int(plan.stop[-1])) is layout and layout.calls(None, torch.device("cpu"), 2) is calls
     flat = plan._replace(parent=torch.full_like(plan.parent, -1))
-    assert len(paths._layout(flat, int(plan.stop[-1])).calls(None, torch.device("cpu"))) == 1
+    assert len(paths._layout(flat, int(plan.stop[-1])).calls(None, torch.device("cpu"), 2)) == 1
     before = len(paths._LAYOUTS)
     del plan, flat, layout, calls
     assert len(paths._LAYOUTS) == before - 1

@@ -1,11 +1,13 @@
 """tree_attention as varlen attention: which queries meet which keys is laid out once a plan, and used by every layer.
 
-Full attention goes **by depth**. One causal call takes every node's own tokens, where they lie. Then, for each depth,
-one call takes the nodes there that have descendants: all tokens below such a node attend to all of its own, not
+**By path**: one causal call, in which a node's keys are the end of its path, as far back as its first token sees,
+gathered; they are gathered again in the backward, and the gradients of a key's copies summed. So does a sliding window,
+which cuts across nodes. **By depth**: one causal call takes every node's own tokens, where they lie. Then, for each
+depth, one call takes the nodes there that have descendants: all tokens below such a node attend to all of its own, not
 causally. Outputs merge by their log-sum-exp. The backward repeats the calls with the merged output and log-sum-exp:
-with them each call gives its part of the gradients. A sliding window cuts across nodes, so it goes **by path**: one
-causal call, in which a node's keys are the end of its path, as far back as its first token sees, gathered; they are
-gathered again in the backward. Every sum has an order that follows from the plan.
+with them each call gives its part of the gradients. Without a window that way is taken which moves fewer bytes: paths
+where keys are few and short beside queries, depths where many short nodes hang on a long path. Every sum has an order
+that follows from the plan.
 
 Shapes: U tokens, M nodes, Tq queries and Tk keys of one call.
 """
@@ -29,6 +31,11 @@ from dwrl_fast.reference import Plan
 
 Ints = npt.NDArray[np.int64]
 
+# Bytes read and written beside the kernels' own, counted over the operations below in rows of q and of k with v. For a
+# copied key: gathering it twice, its gradients and their sum, and the kernels' gradient of it by query head. For a
+# query that meets one more depth: gathering it, and q, out and their gradients merged in float32.
+PER_COPY_KV, PER_COPY_Q, PER_QUERY = 11, 4, 45
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
@@ -51,7 +58,8 @@ def varlen_tree_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, varlen: V
     if options.window is not None and options.window >= layout.longest_path:
         options = options._replace(window=None)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    out: Tensor = _TreeAttention.apply(q, k, v, layout.calls(options.window, q.device), varlen, options)
+    calls = layout.calls(options.window, q.device, q.shape[1] // k.shape[1])
+    out: Tensor = _TreeAttention.apply(q, k, v, calls, varlen, options)
     return out
 
 
@@ -128,20 +136,29 @@ class _Layout:
     stop: Ints
     below: Ints
     paths: list[list[int]]
-    made: dict[tuple[int | None, torch.device], list[Call]] = field(default_factory=dict)
+    made: dict[tuple[int | None, torch.device, bool], list[Call]] = field(default_factory=dict)
 
     @functools.cached_property
     def longest_path(self) -> int:
         sizes = self.stop - self.start
         return max(int(sizes[path].sum()) for path in self.paths)
 
-    def calls(self, window: int | None, device: torch.device) -> list[Call]:
-        found = self.made.get((window, device))
+    def calls(self, window: int | None, device: torch.device, group: int) -> list[Call]:
+        """group: query heads that share a key head."""
+        alone = all(len(path) == 1 for path in self.paths)  # nothing to gather: a window is the kernel's to keep
+        by_path = not alone and (window is not None or self.shorter_by_path(group))
+        found = self.made.get((window, device, by_path))
         if found is None:
-            alone = all(len(path) == 1 for path in self.paths)  # nothing to gather: a window is the kernel's to keep
-            found = self._by_depth(device) if window is None or alone else [self._by_path(window, device)]
-            self.made[window, device] = found
+            found = [self._by_path(window or self.longest_path, device)] if by_path else self._by_depth(device)
+            self.made[window, device, by_path] = found
         return found
+
+    def shorter_by_path(self, group: int) -> bool:
+        """Whether copying keys along whole paths moves fewer bytes than a call for each depth, in rows of q."""
+        sizes = self.stop - self.start
+        copies = sum(int(sizes[path].sum()) for path in self.paths)
+        queries = sum(int(own) * (len(path) - 1) for own, path in zip(sizes, self.paths, strict=True))
+        return copies * (PER_COPY_KV * 2 / group + PER_COPY_Q * (group > 1)) < queries * PER_QUERY
 
     def _by_depth(self, device: torch.device) -> list[Call]:
         sizes, below = self.stop - self.start, self.below - self.stop
