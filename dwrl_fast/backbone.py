@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dwrl_fast import ops
 from dwrl_fast.batch import Batch
 from dwrl_fast.errors import ModelError
+from dwrl_fast.log import info_once
 from dwrl_fast.padded import PaddedBatch
 from dwrl_fast.reference import Plan
 from dwrl_fast.tree import TreeBatch
@@ -54,6 +55,16 @@ def _padded_states(backbone: nn.Module, input_ids: Tensor, attention_mask: Tenso
     """Padding is on the right, so positions are those of the sequence alone."""
     states = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
     return states.flatten(0, 1)
+
+
+def keep_softcap(lm: Any) -> None:
+    """SDPA has no soft-cap. Until transformers raised there, it left Gemma 2's out in silence, and took SDPA by default
+    (5.17 does): a model with one attends eagerly.
+    """
+    config = lm.config.get_text_config()
+    if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":
+        lm.set_attn_implementation("eager")
+        info_once(f"{type(lm).__name__}: eager attention, for SDPA would leave its soft-cap out")
 
 
 def attend_over_trees(lm: Any, autocast: Callable[[], AbstractContextManager] = nullcontext) -> None:

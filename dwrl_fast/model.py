@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dwrl_fast.adapters import Lora, adapted, adapter_base, add_adapters, is_adapter, merged_adapter, switched_off
-from dwrl_fast.backbone import attend_over_trees, backbone_states
+from dwrl_fast.backbone import attend_over_trees, backbone_states, keep_softcap
 from dwrl_fast.batch import Batch
 from dwrl_fast.compute import Compute
 from dwrl_fast.errors import ModelError
@@ -44,6 +44,11 @@ class PreferenceModel(nn.Module):
 
     lm: Any
 
+    def __init__(self, lm: Any):
+        super().__init__()
+        keep_softcap(lm)
+        self.lm = lm
+
     def reference(self) -> AbstractContextManager[None]:
         """Within it the model is what it was before training, its adapters switched off; no gradient is to be taken.
 
@@ -58,8 +63,7 @@ class GenerativeModel(PreferenceModel):
     """
 
     def __init__(self, lm: Any):
-        super().__init__()
-        self.lm = lm
+        super().__init__(lm)
         if lm.get_output_embeddings() is None or lm.base_model is lm:
             raise ModelError(
                 f"{type(lm).__name__} is no causal language model with an output head; give a *ForCausalLM checkpoint"
@@ -90,8 +94,7 @@ class ScalarModel(PreferenceModel):
     """A sequence classifier with one output as a scalar reward model (method `bt`)."""
 
     def __init__(self, lm: Any):
-        super().__init__()
-        self.lm = lm
+        super().__init__(lm)
         if getattr(lm, "score", None) is None:
             raise ModelError(
                 f"{type(lm).__name__} has no `score` head; bt needs a family with *ForSequenceClassification"

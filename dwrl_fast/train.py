@@ -15,7 +15,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from dwrl_fast import embedded
+from dwrl_fast import __version__, embedded
 from dwrl_fast.checkpoint import checkpoints, latest_checkpoint
 from dwrl_fast.compute import Compute, one_thread
 from dwrl_fast.config import WRITING, TrainConfig, parse_train
@@ -202,8 +202,9 @@ def make_embedded(folder: Path, config: TrainConfig, display: Display) -> embedd
 
 
 def versions() -> dict[str, str]:
-    names = ("dwrl_fast", "torch", "transformers", "numpy")
-    return {name: version(name) for name in names} | {"python": platform.python_version()}
+    """dwrl_fast's own is read from the code: a checkout runs without being installed."""
+    others = {name: version(name) for name in ("torch", "transformers", "numpy")}
+    return {"dwrl_fast": __version__, **others, "python": platform.python_version()}
 
 
 def report(result: dict[str, Any], config: TrainConfig, folder: Path, console: Console) -> None:

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import ROOT
 from rich.console import Console
 from test_embedded import SIZES, TINY
 from tiny import tiny_folder, tiny_pairs
 from transformers import AutoModelForCausalLM
 
+import dwrl_fast
 from dwrl_fast import embedded, evaluate, train
 from dwrl_fast.config import parse_evaluate, parse_train
 from dwrl_fast.errors import UserError
@@ -208,10 +210,15 @@ def test_a_folder_that_was_not_trained_here_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("module", ["train", "evaluate"])
-def test_errors_come_without_a_traceback(module: str, tmp_path: Path) -> None:
+def test_errors_come_without_a_traceback(module: str) -> None:
     command = [sys.executable, "-m", f"dwrl_fast.{module}", "--dataset_nam", "x"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 2 and "dataset_name" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_versions_of_a_checkout_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "version", {"torch": "1", "transformers": "2", "numpy": "3"}.__getitem__)
+    assert {"torch": "1", "dwrl_fast": dwrl_fast.__version__}.items() <= train.versions().items()
 
 
 def test_help_is_the_same_parser() -> None:

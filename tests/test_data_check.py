@@ -2,6 +2,7 @@
 
 import base64
 import gzip
+import importlib.util
 import itertools
 import json
 import math
@@ -23,6 +24,10 @@ from dwrl_fast.data.tally import prompt_digest
 from dwrl_fast.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parent.parent
+relabelled = pytest.mark.skipif(
+    importlib.util.find_spec("krippendorff") is None,
+    reason="krippendorff, for comparisons labelled twice, is not installed (pip install krippendorff)",
+)
 
 
 def pair(prompt: str = "p", chosen: str = "good", rejected: str = "bad", **more: Any) -> dict[str, Any]:
@@ -66,6 +71,7 @@ REASONS = {
 }
 
 
+@relabelled
 def test_every_row_is_accounted_for(tmp_path: Path) -> None:
     found = check(write(tmp_path / "mixed.jsonl", MIXED))
     assert (found.format, found.rows, found.used, found.groups) == ("BINARY", 13, 5, 5)
@@ -101,6 +107,7 @@ def big(path: Path, seed: int = 0) -> Path:
     return write(path, [b"\xef\xbb\xbf" + json.dumps(pair("first")).encode(), *rows, "", "  "])
 
 
+@relabelled
 @pytest.mark.parametrize("stretch", [100, 777, 5000])
 def test_many_processes_find_what_one_does(tmp_path: Path, stretch: int) -> None:
     path = big(tmp_path / "big.jsonl", stretch)
@@ -119,12 +126,14 @@ def _not_blank(path: Path) -> int:
     return sum(bool(line.strip()) for line in path.read_bytes().split(b"\n"))
 
 
+@relabelled
 def test_processes_tell_how_far_they_are(tmp_path: Path) -> None:
     path, told = big(tmp_path / "big.jsonl"), list[int]()
     check(path, processes=2, stretch=1000, progress=told.append)
     assert len(told) > 5 and sum(told) == path.stat().st_size
 
 
+@relabelled
 def test_what_cannot_be_divided_is_read_in_one_go(tmp_path: Path) -> None:
     """Completions of one prompt may stand anywhere; a gzipped file has one beginning; a wrong mapping is said."""
     rows = [{"prompt": f"{i % 7}", "completion": f"{i}", "score": i % 3} for i in range(200)]
@@ -142,6 +151,7 @@ def test_what_cannot_be_divided_is_read_in_one_go(tmp_path: Path) -> None:
     assert "--columns margin=NAME" in wrong.advice["no column 'gap'"]
 
 
+@relabelled
 @pytest.mark.parametrize("rankings", ["pairs", "plackett_luce"])
 def test_rankings_are_compared_two_by_two(tmp_path: Path, rankings: Any) -> None:
     rows = [
@@ -175,6 +185,7 @@ def test_equal_prompts_alone_have_equal_digests() -> None:
     assert len({prompt_digest(prompt) for prompt in turns}) == len(turns)  # type: ignore[arg-type]
 
 
+@relabelled
 def test_what_two_files_share(tmp_path: Path) -> None:
     one = check(write(tmp_path / "one.jsonl", [pair("a"), pair("b"), pair("b", "x", "y"), pair("c")]))
     two = check(
@@ -194,6 +205,7 @@ FLEISS = [[0, 0, 0, 0, 14], [0, 2, 6, 4, 2], [0, 0, 3, 5, 6], [0, 3, 9, 2, 0], [
           [7, 7, 0, 0, 0], [3, 2, 6, 3, 0], [2, 5, 3, 2, 2], [6, 5, 2, 1, 0], [0, 2, 2, 3, 7]]  # fmt: skip
 
 
+@relabelled
 def test_agreement_against_values_worked_by_hand() -> None:
     assert fleiss_kappa(np.array(FLEISS)) == pytest.approx(0.2099, abs=5e-5)
     # Two raters of four items, labels 0 and 1: 00, 01, 11, 11. Krippendorff: Do = 2/8, De = 2*3*5/(8*7), alpha = 8/15.
@@ -205,6 +217,7 @@ def test_agreement_against_values_worked_by_hand() -> None:
     assert math.isnan(fleiss_kappa(np.array([[2, 0], [2, 0]]))) and math.isnan(pearson_r(np.ones(3), np.arange(3.0)))
 
 
+@relabelled
 def test_agreement_of_labels() -> None:
     """Comparison 7 has labels +, +, -; comparison 8 has -, -; comparison 9 one, which counts nowhere."""
     comparisons, strengths = np.array([7, 8, 7, 9, 8, 7]), np.array([1.0, -2, 2, 5, -1, -1])
@@ -221,6 +234,7 @@ def test_agreement_of_labels() -> None:
     assert agreement(np.array([1, 2]), np.array([1.0, 1.0])) is None
 
 
+@relabelled
 def test_fixed_files_hold_every_line(tmp_path: Path) -> None:
     path = big(tmp_path / "big.jsonl")
     found = check(path)
@@ -276,6 +290,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
+@relabelled
 def test_the_command(tmp_path: Path) -> None:
     train = write(tmp_path / "train.jsonl", MIXED)
     test = write(tmp_path / "[red]test.jsonl", [pair("a"), pair("z")])

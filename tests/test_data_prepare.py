@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow
 import pytest
 from pyarrow import parquet
@@ -20,6 +19,7 @@ from dwrl_fast.data.prepare import Split, prepare
 from dwrl_fast.data.published import DATA_SETS, gsm8k, helpsteer, hh
 from dwrl_fast.errors import ConfigError, DataError
 
+datasets = pytest.importorskip("datasets", reason="datasets is not installed (pip install datasets)")
 ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, Any]
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow
 import pytest
 from pyarrow import parquet
@@ -45,14 +44,19 @@ def parquet_file(folder: Path) -> str:
     return str(path)
 
 
+def hugging_face() -> Any:
+    return pytest.importorskip("datasets", reason="datasets is not installed (pip install datasets)")
+
+
 def saved(folder: Path) -> str:
-    data = datasets.Dataset.from_list(ROWS)
+    data = hugging_face().Dataset.from_list(ROWS)
     data.set_format("numpy")
     data.save_to_disk(folder / "saved")
     return str(folder / "saved")
 
 
 def saved_split(folder: Path) -> str:
+    datasets = hugging_face()
     data = datasets.Dataset.from_list(ROWS)
     datasets.DatasetDict(train=data.select(range(3)), test=data).save_to_disk(folder / "splits")
     return f"{folder / 'splits'}:test"
@@ -102,6 +106,7 @@ def test_every_source_is_read_as_the_same_preferences(tmp_path: Path, kind: str)
 def test_the_hub_is_streamed_and_runs_no_code(
     monkeypatch: pytest.MonkeyPatch, name: str, expected: tuple[str, str | None, str]
 ) -> None:
+    datasets = hugging_face()
     calls: list[Any] = []
 
     def load_dataset(repository: str, config: str | None, **options: Any) -> Any:
@@ -120,6 +125,7 @@ def test_the_hub_is_streamed_and_runs_no_code(
 @pytest.mark.parametrize("name", ["owner/absent", "absent", "absent:test"])
 def test_what_is_neither_here_nor_on_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
     monkeypatch.chdir(tmp_path)
+    datasets = hugging_face()
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("no route")))
     with pytest.raises(DataError, match=rf"^{name}: cannot be read \(ConnectionError: no route\); it is no file here"):
         read_preferences(name)

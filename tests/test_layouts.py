@@ -296,7 +296,14 @@ def test_a_saved_model_is_a_plain_one(tmp_path: Path) -> None:
     save_pretrained(tmp_path / "model", model, tiny_dialog(), {})
     assert "tree" not in (tmp_path / "model" / "config.json").read_text()
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    assert loaded.config._attn_implementation == "eager"
+    assert loaded.config._attn_implementation == drawn("Gemma2").config._attn_implementation
+
+
+def test_a_softcap_is_kept() -> None:
+    """SDPA leaves it out, or raises, as transformers' versions have it."""
+    ids = torch.tensor([[8, 9, 10, 11, 12, 13]])
+    by_sdpa, eager = _attending("sdpa", drawn("Gemma2")), _attending("eager", drawn("Gemma2"))
+    assert torch.equal(GenerativeModel(by_sdpa).lm(ids).logits, eager(ids).logits)
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
@@ -321,8 +328,8 @@ def _family(name: str, **changes: Any) -> Any:
     return getattr(transformers, f"{name}ForCausalLM")(config)
 
 
-def _attending(name: str) -> Any:
-    lm = _llama()
+def _attending(name: str, lm: Any = None) -> Any:
+    lm = lm or _llama()
     lm.config._attn_implementation_internal = name
     return lm
 

@@ -7,6 +7,7 @@ rest of the way is the real one. The tests at the end run the kernels themselves
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops_cases import assert_accurate
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dwrl_fast import log, ops, reference
 from dwrl_fast.errors import UserError
@@ -449,6 +451,25 @@ def test_shapes_that_pytorch_says_of_its_kernels(window: int | None) -> None:
     assert (out.shape, out.dtype) == (q.shape, BF16)
     for x, found in zip((q, k, v), torch.autograd.grad(out.sum(), (q, k, v)), strict=True):
         assert (found.shape, found.dtype) == (x.shape, BF16)
+
+
+merging = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this PyTorch merges no fake CUDA tensors")
+
+
+@pytest.mark.parametrize("window", [pytest.param(None, marks=merging), 9])
+def test_all_that_meets_the_kernels_lies_on_their_device(window: int | None) -> None:
+    """On fake CUDA tensors, which know where they lie; autograd, which asks a driver, is left out."""
+    plan = drawn(20, 9, 0.45)
+    layout = paths._layout(plan, int(plan.stop[-1]))
+    kept: Any = SimpleNamespace()
+    kept.save_for_backward = lambda *given: setattr(kept, "saved_tensors", given)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        q, k, v = (torch.empty(int(layout.stop[-1]), h, 16, device=CUDA, dtype=BF16) for h in (4, 2, 2))
+        calls = layout._by_depth(q.device) if window is None else [layout._by_path(window, q.device)]
+        out = paths._TreeAttention.forward(kept, q, k, v, calls, VARLEN["varlen"], Options(0.3, None, window))
+        gradients = paths._TreeAttention.backward(kept, torch.empty_like(out))
+    for x, found in zip((q, q, k, v), (out, *gradients), strict=False):
+        assert found is not None and (found.shape, found.dtype, found.device) == (x.shape, BF16, x.device)
 
 
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

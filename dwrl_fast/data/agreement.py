@@ -88,5 +88,5 @@ def _library(module: str) -> Any:
     except ImportError as error:
         raise ConfigError(
             "several labels of one comparison are there, and measuring their agreement needs scipy, statsmodels and "
-            "krippendorff; run `pip install dwrl_fast[agreement]`"
+            "krippendorff; run `pip install scipy statsmodels krippendorff`"
         ) from error
