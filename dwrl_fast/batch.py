@@ -82,6 +82,7 @@ class Batch:
     old_logprob: [T] float32, or None.
     slots: [P, K, N], the sequence of each thought; valid: [P, K, N] bool, False where a response has fewer thoughts, or
     a group fewer responses, than the largest of the batch.
+    places: [S], where each sequence stands in these, flattened.
     naive_tokens: F, what the trunk would compute one sequence at a time.
     """
 
@@ -96,11 +97,16 @@ class Batch:
     old_logprob: Tensor | None
     slots: Tensor
     valid: Tensor
+    places: Tensor
     naive_tokens: int
 
     def grid(self, values: Tensor) -> Tensor:
         """[S] -> [P, K, N]; absent slots repeat the first sequence and must be masked with `valid`."""
         return values[self.slots]
+
+    def flat(self, grid: Tensor) -> Tensor:
+        """[P, K, N] -> [S], what `grid` has of each sequence."""
+        return grid.flatten()[self.places]
 
     @property
     def trunk_tokens(self) -> int:
@@ -186,6 +192,7 @@ def head_fields(
         "old_logprob": torch.cat(old).to(device) if old else None,
         "slots": slots.to(device),
         "valid": valid.to(device),
+        "places": put(np.flatnonzero(valid.numpy())),
         "naive_tokens": len(flat.ids),
     }
 

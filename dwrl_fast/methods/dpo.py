@@ -20,7 +20,7 @@ from dwrl_fast.errors import ModelError
 from dwrl_fast.liger import use_liger
 from dwrl_fast.log import warn_once
 from dwrl_fast.methods.method import Method, Tally
-from dwrl_fast.objectives.agreement import order_accuracy, rank_grid
+from dwrl_fast.objectives.agreement import order_credit, rank_grid
 from dwrl_fast.objectives.direct_preference import implicit_reward
 from dwrl_fast.objectives.likelihood import preference_likelihood
 from dwrl_fast.rollout import completion_groups
@@ -84,11 +84,12 @@ class DirectPreference(Method):
         rewards = batch.grid(flat)[..., 0]
         ranks = [group.ranks for group in batch.groups]
         losses = preference_likelihood(ranks, [group.preference.margin for group in batch.groups])(rewards)
-        grid = rank_grid(ranks).to(rewards.device)
+        grid = rank_grid(ranks).to(rewards.device, non_blocking=True)
         tally.add("loss", losses)
-        tally.add("reward_chosen", rewards[grid == 1])
-        tally.add("reward_rejected", rewards[grid > 1])
-        tally.add("train_accuracy", order_accuracy(rewards, grid))
+        accuracy, ordered = order_credit(rewards, grid)
+        tally.add("reward_chosen", rewards, where=grid == 1)
+        tally.add("reward_rejected", rewards, where=grid > 1)
+        tally.add("train_accuracy", accuracy, where=ordered)
         return losses.sum() / minibatch.groups
 
     def card(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from dwrl_fast.data import Preference
 from dwrl_fast.methods.generative import GenerativeMethod
 from dwrl_fast.methods.method import Tally
 from dwrl_fast.model import HeadInputs
-from dwrl_fast.objectives.agreement import order_accuracy, rank_grid
+from dwrl_fast.objectives.agreement import order_credit, rank_grid
 from dwrl_fast.objectives.dual_weighted import (
     centred_reward,
     effective_coefficients,
@@ -76,7 +76,7 @@ class DualWeightedRL(GenerativeMethod):
         if phase != "thought":
             total = total + score_objective(grid, c, weights.weights, batch.valid) / groups
             tally.add("score_loss", total * groups, count=len(batch.groups))
-            self._tally_scores(tally, weights, c, rank_grid(ranks).to(c.device))
+            self._tally_scores(tally, weights, c, rank_grid(ranks).to(c.device, non_blocking=True))
             assert mass is not None
             tally.add("label_mass", mass)
             fill_scores(batch, scores)
@@ -95,20 +95,21 @@ class DualWeightedRL(GenerativeMethod):
         signal = thought_signal(
             c, reward, batch.grid(batch.lengths), batch.valid, batch.grid(batch.trained), config.thought_normalization
         )
-        tally.add("advantage", signal.advantage[batch.valid].abs())
-        weight = signal.token_weight[batch.valid] / groups
-        return self.clipped_loss(head, batch, signal.advantage[batch.valid], weight, tally)
+        advantage, weight = batch.flat(signal.advantage), batch.flat(signal.token_weight) / groups
+        tally.add("advantage", advantage.abs())
+        return self.clipped_loss(head, batch, advantage, weight, tally)
 
     def _tally_scores(self, tally: Tally, weights: PreferenceWeights, c: Tensor, ranks: Tensor) -> None:
         best = ranks == 1
         tally.add("loss", weights.losses)
-        tally.add("p_chosen", weights.marginals[best].exp())
-        tally.add("p_rejected", weights.marginals[ranks > 1].exp())
+        tally.add("p_chosen", weights.marginals.exp(), where=best)
+        tally.add("p_rejected", weights.marginals.exp(), where=ranks > 1)
         tally.add("misalignment", (weights.coefficients * best).sum(-1))
         pull = c.abs().sum(-1) / 2  # |c| of either side of a pair
         tally.add("pair_weight", pull)
         tally.add("pair_weight_squared", pull.square())
-        tally.add("train_accuracy", order_accuracy(weights.marginals, ranks))
+        accuracy, ordered = order_credit(weights.marginals, ranks)
+        tally.add("train_accuracy", accuracy, where=ordered)
 
     def card(self) -> dict[str, Any]:
         return super().card() | {"score_normalization": self.config.score_normalization}

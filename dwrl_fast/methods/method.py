@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from dwrl_fast import ops
@@ -30,18 +31,20 @@ class Tally:
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, int | Tensor] = field(default_factory=dict)
     policy: list[Tensor] = field(default_factory=list)
 
-    def add(self, name: str, values: Tensor, count: int | None = None) -> None:
-        """Every element of `values` counts once, unless they are a sum over `count` already."""
-        total = values.detach().double().sum()
+    def add(self, name: str, values: Tensor, count: int | None = None, where: Tensor | None = None) -> None:
+        """Each of `values` counts once, or each where `where` is true, unless they are a sum over `count` already."""
+        taken = values.detach().double()
+        total = taken.sum() if where is None else torch.where(where, taken, 0).sum()
+        more = where.sum() if where is not None else values.numel() if count is None else count
         self.sums[name] = self.sums[name] + total if name in self.sums else total
-        self.counts[name] = self.counts.get(name, 0) + (values.numel() if count is None else count)
+        self.counts[name] = self.counts.get(name, 0) + more
 
     def means(self) -> dict[str, float]:
         """Means by name, nan where nothing was counted, and what the policy loss counted. Synchronises."""
-        counts = self.counts
+        counts = {name: int(count) for name, count in self.counts.items()}
         found = {name: total.item() / counts[name] if counts[name] else math.nan for name, total in self.sums.items()}
         if self.policy:
             stats = ops.read_stats(ops.combine_stats(self.policy))

@@ -22,8 +22,14 @@ def order_accuracy(scores: Tensor, ranks: Tensor) -> Tensor:
 
     Q: the groups that have an ordered pair, that is all but those in which every response ties.
     """
+    credit, some = order_credit(scores, ranks)
+    return credit[some]
+
+
+def order_credit(scores: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
+    """`order_accuracy` of all P groups, and where it says something, [P] bool: the device is not waited for."""
     ordered = ordered_pairs(ranks)
-    some = ordered.any((1, 2))
+    count = ordered.sum((1, 2))
     one, other = scores[:, :, None], scores[:, None, :]  # not their difference: two infinite ones are equal
     credit = torch.where(ordered, (one > other).double() + 0.5 * (one == other), 0.0).sum((1, 2))
-    return credit[some] / ordered.sum((1, 2))[some]
+    return credit / count.clamp_min(1), count > 0

@@ -58,12 +58,16 @@ def preference_likelihood(ranks: Sequence[Ranks], margins: Sequence[float]) -> L
     def loss(marginals: Tensor) -> Tensor:
         if marginals.shape != shape:
             raise ValueError(f"marginals [P, K] are {list(marginals.shape)}, but the ranks are of {list(shape)}")
-        winner, others = table.winner[rows].to(marginals.device), table.others[rows].to(marginals.device)
+        # Without waiting for what the device has still to compute before it.
+        winner, others, weight, margin = (
+            x.to(marginals.device, non_blocking=True)
+            for x in (table.winner[rows], table.others[rows], table.weight[rows], required)
+        )
         # Differences first: beside a logarithm of sums as large as the scores themselves they would be rounded away.
         rivals = marginals[:, None].masked_fill(~others, -torch.inf)
         top = rivals.detach().amax(-1)
-        lead = marginals.gather(1, winner) - top - (rivals - top[..., None]).logsumexp(-1) - required.to(marginals)
-        return -(table.weight[rows].to(marginals) * F.logsigmoid(lead)).sum(-1)
+        lead = marginals.gather(1, winner) - top - (rivals - top[..., None]).logsumexp(-1) - margin.to(marginals)
+        return -(weight.to(marginals) * F.logsigmoid(lead)).sum(-1)
 
     return loss
 
