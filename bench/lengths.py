@@ -1,14 +1,15 @@
 """Minibatches of the lengths that preference data has: real rows where they are at hand, else drawn ids as long.
 
-A minibatch holds `PAIRS` pairs at evenly spaced quantiles of length, so that few of them stand for the file: the ratio
-of naive to unique tokens comes within 5 % of the whole file's, for thoughts of 40 tokens (hh, gsm8k_real, rmb; 9 % for
-ultrafeedback). Thoughts are drawn: what they say has no bearing on the time.
+A minibatch holds `PAIRS` pairs, or more, at evenly spaced quantiles of length, so that few stand for the file: with two
+the ratio of naive to unique tokens comes within 5 % of the whole file's, for thoughts of 40 tokens (hh, gsm8k_real,
+rmb; 9 % for ultrafeedback). Thoughts are drawn: what they say has no bearing on the time.
 """
 
 import functools
 import os
 from collections.abc import Sequence as Several
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
@@ -48,13 +49,13 @@ class Pairs:
     source: str
 
 
-def pairs(name: str) -> Pairs:
-    """`PAIRS` pairs of the data set `name`: real rows if its file and the tokenizer are there, else drawn ids."""
-    return real(name) if (SHARED / FILES[name]).is_file() else drawn(name)
+def pairs(name: str, count: int = PAIRS) -> Pairs:
+    """`count` pairs of the data set `name`: real rows if its file and the tokenizer are there, else drawn ids."""
+    return real(name, count) if (SHARED / FILES[name]).is_file() else drawn(name, count)
 
 
 @functools.cache  # one model after another
-def real(name: str) -> Pairs:
+def real(name: str, count: int = PAIRS) -> Pairs:
     from dwrl_fast.pretrained import load_tokenizer
 
     dialog = Dialog(load_tokenizer(str(SHARED / "tokenizers" / "qwen2.5")))
@@ -65,16 +66,18 @@ def real(name: str) -> Pairs:
         chosen, rejected = (dialog.context(row.prompt, response) for response in row.responses)
         encoded.append((chosen, rejected))
     encoded.sort(key=lambda both: sum(len(context.ids) for context in both))
-    picked = [encoded[int((i + 0.5) / PAIRS * len(encoded))] for i in range(PAIRS)]
+    picked = [encoded[int((i + 0.5) / count * len(encoded))] for i in range(count)]
     tail = dialog.sequence(picked[0][0], [0]).ids[len(picked[0][0].ids) + 1 :]
-    return Pairs(picked, tail, f"{PAIRS} pairs of {Path(FILES[name]).name}")
+    return Pairs(picked, tail, f"{count} pairs of {Path(FILES[name]).name}")
 
 
-def drawn(name: str) -> Pairs:
+def drawn(name: str, count: int = PAIRS) -> Pairs:
+    """The lengths of `LENGTHS` in turn."""
     header, evaluate, tail = (_ids(size) for size in (HEADER, EVALUATE, TAIL))
     rng = np.random.default_rng(0)
-    contexts = [draw(rng, *lengths, header, evaluate) for lengths in LENGTHS[name]]
-    return Pairs(contexts, tail, f"{PAIRS} pairs as long as those of {Path(FILES[name]).name}, which is not here")
+    lengths = islice(cycle(LENGTHS[name]), count)
+    contexts = [draw(rng, *each, header, evaluate) for each in lengths]
+    return Pairs(contexts, tail, f"{count} pairs as long as those of {Path(FILES[name]).name}, which is not here")
 
 
 def synthetic(count: int, prompt: int, response: int) -> Pairs:

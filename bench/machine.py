@@ -1,5 +1,6 @@
 """What a figure was measured on: machine, versions, commit, settings; and on a GPU what it can do at most."""
 
+import functools
 import os
 import platform
 import statistics
@@ -70,6 +71,7 @@ def state() -> dict[str, str]:
     return dict(zip(QUERY.split(","), map(str.strip, lines[0].split(",")), strict=True)) if lines else {}
 
 
+@functools.cache  # once a run, however many ask
 def ceilings(side: int = 8192, copied: int = 4 << 30) -> dict[str, float]:
     """What this GPU reaches here and now: bytes a second of a copy, read and written, and FLOP a second of a product
     [side, side] x [side, side] in bfloat16, of random numbers. Medians of ten.

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.update import Setting, Way, counters, powers, update
+from bench.update import Setting, Way, counters, flops, powers, update
 from dwrl_fast.padded import PaddedBatch, padded_batch
 from dwrl_fast.reference import dual_weights, policy_loss
 
@@ -31,10 +31,11 @@ def plain(it: Setting) -> Iterator[Way]:
         if max(logit_bytes(batch, it.lm.config.vocab_size) for batch in batches) > free_memory():
             return
         positions = sum(batch.trunk_tokens for batch in batches)
+        rows = {"head rows": positions} | flops(it.lm, batches, sum(batch.naive_tokens for batch in batches))
         yield Way(
             f"micro-batches of {size} pair{'s' if size > 1 else ''}",
             partial(update, it.lm, batches, phases),
-            counters(batches) | {"head rows": positions},
+            counters(batches) | rows,
         )
 
 
@@ -74,7 +75,7 @@ def _scores(logits: Tensor, batch: PaddedBatch, yes_id: int) -> tuple[Tensor, Te
 
 
 def free_memory() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0]
+    if torch.cuda.is_available():  # what PyTorch keeps for itself is free to it
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))

@@ -1,31 +1,48 @@
 """TRL's own policy update: `GRPOTrainer`'s loss and backward, on inputs that it would have prepared itself."""
 
-import copy
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench import lengths
+from bench.flops import attended_keys, head_flops, trunk_flops
 from bench.peers import NEEDS_CUDA
-from bench.update import Setting, Way, powers
+from bench.update import Setting, Way, powers, sharing_weights, without_gradients
 from dwrl_fast.dialog import Sequence as Encoded
 
 PAD = 0
+
+
+def trl_missing() -> str:
+    """Why TRL's update cannot run here, if it cannot."""
+    return "" if find_spec("trl") else "trl is not installed"
 
 
 def trl(it: Setting, liger: bool) -> Iterator[Way]:
     """TRL's update in micro-batches of 4, 8 ... thoughts; with Liger's layers where a GPU can run them."""
     sequences = [sequence for group in it.groups for sequence in group.flat]
     advantages = torch.randn(len(sequences), generator=torch.Generator().manual_seed(0))
-    trainer = grpo_trainer(copy.deepcopy(it.lm), liger)
-    why = "" if torch.cuda.is_available() else f": {NEEDS_CUDA}"
+    trainer = grpo_trainer(sharing_weights(it.lm), liger)
+    why = ": " + (NEEDS_CUDA if not torch.cuda.is_available() else "it is not installed" * (not liger_installed()))
+
+    def run(micro_batches: TrlUpdate) -> Tensor:
+        with without_gradients(trainer.model):
+            return micro_batches()
+
     for size in powers(lengths.THOUGHTS, len(sequences)):
         found = TrlUpdate(trainer, sequences, it.old, advantages, size)
-        yield Way(f"micro-batches of {size} thoughts, Liger {'on' if liger else 'off' + why}", found, found.counters)
+        note = f"micro-batches of {size} thoughts, Liger {'on' if liger else 'off' + why.removesuffix(': ')}"
+        yield Way(note, partial(run, found), found.counters)
+
+
+def liger_installed() -> bool:
+    return find_spec("liger_kernel") is not None
 
 
 class TrlUpdate:
@@ -60,7 +77,10 @@ class TrlUpdate:
         rows = [(len(x["prompt_ids"]), x["prompt_ids"].shape[1] + x["completion_ids"].shape[1]) for x in self.inputs]
         computed, naive = sum(count * width for count, width in rows), sum(s.thought.stop for s in self.sequences)
         scored = sum(len(o) for o in self.old) if torch.cuda.is_available() else computed - len(self.sequences)
-        return {"trunk tokens": computed, "naive tokens": naive, "head rows": scored, "padding": computed - naive}
+        made = {"trunk tokens": computed, "naive tokens": naive, "head rows": scored, "padding": computed - naive}
+        lm, stops = self.trainer.model, [s.thought.stop for s in self.sequences]
+        gflop = (trunk_flops(lm, naive, attended_keys(stops)) + head_flops(lm, scored)) / 1e9
+        return made | {"model GFLOP": gflop, "naive GFLOP": gflop}
 
     def _prepare(self, start: int) -> dict[str, Tensor]:
         from trl.trainer.utils import pad
@@ -95,7 +115,7 @@ def grpo_trainer(lm: Any, liger: bool = False) -> Any:
             beta=0.0,
             loss_type="grpo",
             use_liger_kernel=liger,
-            gradient_checkpointing=False,
+            gradient_checkpointing=lm.is_gradient_checkpointing,
             bf16=torch.cuda.is_available(),
             use_cpu=not torch.cuda.is_available(),
             report_to="none",

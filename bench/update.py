@@ -1,10 +1,11 @@
 """One minibatch's update on a drawn model: our own losses on a layout, and what peers' updates are made from."""
 
+import copy
 import json
 import math
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from bench import lengths
+from bench.flops import attended_keys, head_flops, trunk_flops
+from bench.harness import timed
 from dwrl_fast.batch import Batch, Group, Size
 from dwrl_fast.compute import Compute
 from dwrl_fast.config import TrainConfig
@@ -22,14 +25,14 @@ from dwrl_fast.embedded.tokenizer import make_tokenizer
 from dwrl_fast.layout import Layout, Packing
 from dwrl_fast.methods import Tally
 from dwrl_fast.methods.dwrl import DualWeightedRL
-from dwrl_fast.model import load_generative
+from dwrl_fast.tree import TreeBatch
 
 OFF_POLICY = 0.1  # nats between old log-probs and the model's: some tokens are clipped, as after a few updates
 COUNTERS = ("trunk tokens", "naive tokens", "head rows", "padding")
 
 
 class Setting(NamedTuple):
-    """A model, ours and as Hugging Face loads it with the same weights, and a minibatch for it."""
+    """A model, ours and as Hugging Face loads it with the very same weights, and a minibatch for it."""
 
     method: DualWeightedRL
     lm: Any
@@ -48,17 +51,31 @@ class Way(NamedTuple):
     counters: dict[str, float]
 
 
-def setting(shape: Mapping[str, Any], pairs: lengths.Pairs, thoughts: Sequence[int]) -> Setting:
-    """`pairs` with thoughts of these lengths, their old log-probs a little off the model's own."""
+def setting(
+    shape: Mapping[str, Any],
+    pairs: lengths.Pairs,
+    thoughts: Sequence[int],
+    *,
+    checkpointing: bool = False,
+    **options: Any,
+) -> Setting:
+    """`pairs` with thoughts of these lengths, their old log-probs a little off the model's own. options: of the
+    trainer. The weights are drawn where they are used, so that a large model is not drawn on the CPU first.
+    """
     dialog = Dialog(make_tokenizer(), Template(EVALUATE, RATE))  # its labels stand for any two ids
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.json"
         path.write_text(json.dumps(shape))
-        config = TrainConfig(model_config=str(path), tokenizer_name_or_path="", dataset_name="")  # neither is read
-        method = DualWeightedRL(config, dialog, Compute.resolve("auto"))
-        lm = load_generative(None, str(path), config.seed).lm.to(method.compute.device)
+        # Neither tokenizer nor data are read.
+        config = TrainConfig(model_config=str(path), tokenizer_name_or_path="", dataset_name="", **options)
+        compute = Compute.resolve("auto")
+        with compute.device:
+            method = DualWeightedRL(config, dialog, compute)
     method.model.train()
-    lm.train()
+    if checkpointing:
+        method.model.lm.gradient_checkpointing_enable({"use_reentrant": False})
+    lm = sharing_weights(method.model.lm)
+    lm.set_attn_implementation("sdpa")
     groups = lengths.groups(pairs, thoughts, shape["vocab_size"])
     method.recompute_old_logprobs(groups)
     noise = torch.Generator().manual_seed(0)
@@ -70,20 +87,34 @@ def setting(shape: Mapping[str, Any], pairs: lengths.Pairs, thoughts: Sequence[i
     return Setting(method, lm, groups)
 
 
+def sharing_weights(lm: Any) -> Any:
+    """Another model of the very parameters of `lm`, whose modules can be changed without changing those of `lm`."""
+    return copy.deepcopy(lm, {id(parameter): parameter for parameter in lm.parameters()})
+
+
 def update(lm: Any, batches: Sequence[Batch], phases: Sequence[Callable[[Any], Tensor]]) -> tuple[Tensor, ...]:
     """Forward and backward of each phase over `batches`; the losses, and the gradients of some weights of `lm`."""
     layers, found = lm.base_model.layers, []
     watched = (lm.get_input_embeddings().weight, layers[0].self_attn.q_proj.weight, layers[-1].mlp.down_proj.weight)
-    for phase in phases:
-        lm.zero_grad(set_to_none=True)
-        losses = []
-        for batch in batches:
-            loss = phase(batch)
-            loss.backward()
-            losses.append(loss.detach())
-        found += [torch.stack(losses).sum(), *(weight.grad for weight in watched)]
-    lm.zero_grad(set_to_none=True)
+    with without_gradients(lm):
+        for phase in phases:
+            losses = []
+            for batch in batches:
+                loss = phase(batch)
+                loss.backward()
+                losses.append(loss.detach())
+            found += [torch.stack(losses).sum(), *(weight.grad for weight in watched)]
+            lm.zero_grad(set_to_none=True)
     return tuple(found)
+
+
+@contextmanager
+def without_gradients(lm: Any) -> Iterator[None]:
+    """None is left behind, even where memory runs out: they are part of what is measured."""
+    try:
+        yield
+    finally:
+        lm.zero_grad(set_to_none=True)
 
 
 def ours(it: Setting, packing: Packing) -> Way:
@@ -101,7 +132,9 @@ def ours(it: Setting, packing: Packing) -> Way:
 
     batches = layout.batches(it.groups)
     note = f"{len(batches)} micro-batch{'es' if len(batches) > 1 else ''}"
-    return Way(note, run, counters(batches))
+    scores, thoughts = sum(len(b.score_rows) for b in batches), sum(len(b.token_rows) for b in batches)
+    # The score is read in both phases and trained in the first, the thoughts are trained in the second.
+    return Way(note, run, counters(batches) | flops(method.model.lm, batches, (scores + scores / 3 + thoughts) / 2))
 
 
 def counters(batches: Iterable[Batch]) -> dict[str, float]:
@@ -109,15 +142,31 @@ def counters(batches: Iterable[Batch]) -> dict[str, float]:
     return dict(zip(COUNTERS, map(sum, zip(*rows, strict=True)), strict=True))
 
 
+def flops(lm: Any, batches: Sequence[Batch], rows: float) -> dict[str, float]:
+    """Model GFLOP of a pass over `batches` whose head reads `rows`; of the trunk one sequence at a time, as well."""
+    naive = attended_keys(len(s.ids) for batch in batches for group in batch.groups for s in group.flat)
+    attended = sum(int((b.position_ids + 1).sum()) for b in batches if isinstance(b, TreeBatch)) or naive
+    head = head_flops(lm, rows)
+    found = {
+        "model GFLOP": trunk_flops(lm, sum(b.trunk_tokens - b.padding for b in batches), attended) + head,
+        "naive GFLOP": trunk_flops(lm, sum(b.naive_tokens for b in batches), naive) + head,
+    }
+    return {name: each / 1e9 for name, each in found.items()}
+
+
 def fastest(*ladders: Iterable[Way]) -> Way | None:
-    """The way that takes least, each run once; a ladder of growing micro-batches ends where they no longer gain."""
+    """The way that takes least, each run once; a ladder of growing micro-batches ends where they no longer gain, or no
+    longer fit into a GPU.
+    """
     best: tuple[float, Way] | None = None
     for ladder in ladders:
         least = math.inf
         for way in ladder:
-            start = time.perf_counter()
-            way.run()
-            taken = time.perf_counter() - start
+            try:
+                taken = timed(way.run)
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                break
             if taken >= least:
                 break
             least = taken

@@ -1,20 +1,25 @@
 """The benchmark of whole updates: its minibatches have the lengths they claim, and its variants compute one thing."""
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
 
-from bench import harness, lengths
+from bench import harness, lengths, step
+from bench.flops import head_flops, trunk_flops
 from bench.harness import Case, Variant, furthest, measure
 from bench.plain_update import plain
 from bench.step import CASES, saved_bytes, trunk_variants
 from bench.trl_update import TrlUpdate, grpo_trainer
-from bench.update import Setting, ours, setting
-from dwrl_fast import ops
+from bench.update import Setting, Way, fastest, ours, setting
+from dwrl_fast import ops, reference
 from dwrl_fast.layout import Layout
+from dwrl_fast.tree import TreeBatch
 
 CPU = torch.device("cpu")
 SHAPE: dict[str, Any] = {
@@ -108,8 +113,6 @@ def test_counters_of_the_plain_recipe(tiny: Setting) -> None:
 def test_trl_computes_the_clipped_objective_of_ours(tiny: Setting, size: int) -> None:
     """Loss and gradient of GRPOTrainer's own code are those of our operator with the weights that it uses."""
     pytest.importorskip("trl")
-    import copy
-
     sequences = [sequence for group in tiny.groups for sequence in group.flat]
     advantages = torch.randn(len(sequences), generator=torch.Generator().manual_seed(1))
     theirs = copy.deepcopy(tiny.lm)
@@ -145,6 +148,71 @@ def test_trunk_variants_agree_and_hold_memory_as_they_hold_tokens() -> None:
     tokens, memory = (packed.counters[k] / tree.counters[k] for k in ("trunk tokens", "saved MiB"))
     assert tokens == 8 * (64 + 32 + 40) / (64 + 2 * 32 + 8 * 40)
     assert 0.8 * tokens < memory < 1.2 * tokens
+
+
+def test_model_flops_are_those_of_the_products_that_are_computed(tiny: Setting) -> None:
+    """Held against PyTorch's own count, whose attention takes all keys."""
+    lm, tokens = copy.deepcopy(tiny.lm), 12
+    lm.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter:
+        lm(input_ids=torch.arange(tokens)[None], use_cache=False).logits.sum().backward()
+    assert counter.get_total_flops() == trunk_flops(lm, tokens, tokens**2) + head_flops(lm, tokens)
+
+
+def test_a_tree_attends_to_what_its_mask_shows(tiny: Setting) -> None:
+    (batch,) = tiny.method.layout.batches(tiny.groups)
+    assert isinstance(batch, TreeBatch)
+    rows = len(batch.score_rows) * 4 / 3 + len(batch.token_rows)
+    computed = trunk_flops(tiny.lm, batch.trunk_tokens, int(reference.tree_mask(batch.plan).sum()))
+    found = {packing: ours(tiny, packing).counters for packing in ("tree", "packed", "padded")}
+    assert found["tree"]["model GFLOP"] == pytest.approx((computed + head_flops(tiny.lm, rows / 2)) / 1e9)
+    for other in ("packed", "padded"):
+        assert found[other]["model GFLOP"] == found[other]["naive GFLOP"] == found["tree"]["naive GFLOP"]
+    assert found["tree"]["model GFLOP"] < found["packed"]["model GFLOP"]
+
+
+def test_models_that_share_weights_change_apart(tiny: Setting) -> None:
+    assert all(a is b for a, b in zip(tiny.lm.parameters(), tiny.method.model.lm.parameters(), strict=True))
+    assert tiny.lm.config._attn_implementation == "sdpa"
+    assert tiny.method.model.lm.config._attn_implementation == "sdpa+tree"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_cases_of_a_gpu_on_a_small_model(
+    checkpointing: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    untied = SHAPE | {"model_type": "qwen2", "tie_word_embeddings": False}
+    monkeypatch.setattr(step, "QWEN_7B", {k: v for k, v in untied.items() if k != "num_hidden_layers"})
+    monkeypatch.setattr(step, "SYNTHETIC", (24, 20, 16))
+    monkeypatch.setattr(step, "TOKEN_BUDGET", 400)
+    monkeypatch.setattr(step, "GPU_PAIRS", {"512-512-416": 3, "hh": 1})
+    monkeypatch.setattr(step, "trl_missing", lambda: "it is left out here")
+    rows = [
+        row for case in step.gpu_cases(2, checkpointing) for row in measure(case, repeats=3, seconds=0.1, quick=False)
+    ]
+    assert [row.variant for row in rows] == 2 * ["tree", "packed", "padded", "trl"]
+    assert not any(row.disagrees for row in rows)
+    console = Console(width=160)
+    step.summary(rows, console)
+    console.print(step.utilisation(rows, 1e12))
+    shown = capsys.readouterr().out
+    assert "packed takes" in shown and "asked are 2.0" in shown
+    tree, packed, padded, trl = rows[:4]
+    assert trl.skipped == "it is left out here"
+    assert packed.counters["trunk tokens"] == 3 * 8 * (24 + 20 + 16)
+    assert tree.counters["trunk tokens"] == 3 * (24 + 2 * 20 + 8 * 16)
+    assert padded.counters["head rows"] == padded.counters["trunk tokens"]
+    assert tree.flop_rate and packed.flop_rate and tree.seconds_median
+    assert tree.flop_rate == pytest.approx(1e9 * tree.counters["model GFLOP"] / tree.seconds_median)
+
+
+def test_a_ladder_ends_where_memory_does() -> None:
+    def fails() -> None:
+        raise torch.OutOfMemoryError
+
+    fits, too_large = Way("fits", lambda: None, {}), Way("does not", fails, {})
+    assert fastest([fits, too_large, fits]) is fits
+    assert fastest([too_large]) is None
 
 
 def test_saved_bytes_counts_storages_once_and_no_parameters() -> None:
