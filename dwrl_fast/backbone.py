@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dwrl_fast import ops
 from dwrl_fast.batch import Batch
-from dwrl_fast.errors import ModelError
+from dwrl_fast.errors import ModelError, NotFiniteError
 from dwrl_fast.log import info_once
 from dwrl_fast.padded import PaddedBatch
 from dwrl_fast.reference import Plan
@@ -180,6 +180,11 @@ def _probe(lm: Any, name: str, autocast: Callable[[], AbstractContextManager]) -
         for row, at in zip(rows, where, strict=True):
             one = torch.tensor([row], device=device)
             alone = _padded_states(lm.base_model, one, torch.ones_like(one)).float()
+            if not alone.isfinite().all():
+                raise NotFiniteError(
+                    f"{name} gives states that are not finite even for one short sequence: its weights hold NaN or "
+                    "infinities. Take a checkpoint from before, or copy the model again"
+                )
             apart = ((found[at] - alone).norm() / alone.norm()).item()
             dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else lm.dtype
             if not apart <= ROUNDING.get(dtype, 0.1):

@@ -24,6 +24,7 @@ from dwrl_fast.feed import read_rows
 from dwrl_fast.log import logger
 from dwrl_fast.mixture import Part, check_evaluated
 from dwrl_fast.options import at_least, option, parse
+from dwrl_fast.pretrained import load_card
 from dwrl_fast.progress import Display
 
 _model = partial(option, group="Model")
@@ -114,6 +115,8 @@ def run(config: CompareConfig, console: Console) -> PairedReport:
     """Score the files' rows under one model after the other and print both reports and what becomes of the two; with
     --output_file, the rows on which one is better are written.
     """
+    for path in (config.model_a, config.model_b):
+        load_card(path)  # whether it is there is said before the first one is scored
     with Display(console) as display:
         both = [_judge(config, path, display) for path in (config.model_a, config.model_b)]
     rows = _shared(*both)

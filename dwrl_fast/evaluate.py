@@ -72,6 +72,7 @@ def run(config: EvaluateConfig, console: Console) -> PairReport:
     report = dataclasses.replace(
         report, tokens=dict(scored.tokens), probe=probed, **extras(config, report, table, scored.rows)
     )
+    say_unread(report, sum(len(each) for row in scored.rows for each in row.verdicts))
     show(console, report, time.monotonic() - started)
     if config.calibrate:
         calibrate(config, report)
@@ -132,6 +133,18 @@ def attack(steps: Steps, rows: Sequence[Preference], display: Display) -> ProbeR
         logger.info("%d of %d pairs were probed before: going on behind them", done, total)
     with display.stage("probe", each * total, each * done) as stage:
         return probe(steps, rows, stage.advance)
+
+
+def say_unread(report: Report, verdicts: int) -> None:
+    """A low accuracy of verdicts that were not read says nothing of the judge."""
+    if 2 * report.pairs.unparsable > verdicts:
+        logger.warning(
+            "%d of %d verdicts could not be read, and count as wrong: see the thoughts in scores.jsonl (--output_dir). "
+            "They may be cut (raise --max_completion_length), or the model does not answer as its template asks (give "
+            "a judge another by --template).",
+            report.pairs.unparsable,
+            verdicts,
+        )
 
 
 def extras(config: EvaluateConfig, report: Report, table: PairTable, judged: Sequence[Judged]) -> dict[str, Any]:

@@ -28,8 +28,9 @@ def load_tokenizer(name_or_path: str) -> Any:
         return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
-            f"cannot load a tokenizer from {name_or_path!r}: give --tokenizer_name_or_path, a folder with "
-            "tokenizer.json and tokenizer_config.json, or a hub name while the hub can be reached."
+            f"cannot load a tokenizer from {name_or_path!r}: it needs a folder with tokenizer.json and "
+            "tokenizer_config.json, or a hub name while the hub can be reached (in training another may be given by "
+            "--tokenizer_name_or_path)."
             f"\n  {error}"
         ) from error
 
@@ -102,8 +103,8 @@ def load_card(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise ModelError(
             f"{folder} has no {CARD}, so it was not written by dwrl_fast.train, which saves it beside the weights in "
-            "OUTPUT_DIR/model. Give that folder; any other causal language model can be evaluated with --method judge "
-            '(in Python method="judge").'
+            "OUTPUT_DIR/model. Give that folder; dwrl_fast.evaluate can ask any other causal language model, by "
+            '--method judge (in Python method="judge").'
         )
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))

@@ -12,7 +12,7 @@ from tiny import tiny_folder, tiny_pairs
 
 from dwrl_fast import compare
 from dwrl_fast.compare import CompareConfig, parse_compare
-from dwrl_fast.errors import ConfigError, DataError
+from dwrl_fast.errors import ConfigError, DataError, ModelError
 from dwrl_fast.evaluation.paired import disagreements, mcnemar, paired_report
 from dwrl_fast.options import help_page
 
@@ -130,6 +130,14 @@ def test_rows_that_only_one_model_can_read_are_left_out(
     monkeypatch.setattr(compare, "read_rows", lambda *a, **k: ([], 0))
     with pytest.raises(DataError, match="no row can be read by both models"):
         compare.run(parse_compare(argv(folder)), Console(quiet=True))
+
+
+def test_a_model_that_is_missing_is_said_before_the_other_is_scored(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(compare, "read_rows")
+    with pytest.raises(ModelError, match=r"nowhere has no preference_model\.json"):
+        compare.main([f"{folder}/a/model", f"{folder}/nowhere", "--dataset_name", f"{folder}/pairs.jsonl"])
 
 
 def test_nothing_is_overwritten(folder: Path, tmp_path: Path) -> None:

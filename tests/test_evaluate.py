@@ -71,6 +71,7 @@ def test_what_is_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     argv = ["--model_name_or_path", f"{folder}/tiny", "--dataset_name", f"{folder}/pairs.jsonl"]
     found = evaluate.run(parse_evaluate(argv), Console(width=150))
     said = capsys.readouterr().out
+    assert "drawn from 14 rows: too few" in said
     assert f"accuracy {found.accuracy:.3f}" in said and "thoughts: one, greedy" in said
     assert "By subset" in said and "longer response wins" in said and "tokens computed, naively" in said
 
@@ -249,7 +250,7 @@ def test_a_temperature_is_kept_in_the_card(folder: Path) -> None:
     assert again.nll == pytest.approx(found["calibration"]["nll"], abs=1e-12), "scores stay as they are"
 
 
-def test_any_model_as_a_judge(folder: Path) -> None:
+def test_any_model_as_a_judge(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     (folder / "tiny" / "preference_model.json").unlink()
     with pytest.raises(UserError, match=r"no preference_model\.json"):
         go(folder)
@@ -258,6 +259,7 @@ def test_any_model_as_a_judge(folder: Path) -> None:
     found = report(folder)
     assert found["kind"] == "comparison" and found["about"]["method"] == "judge"
     assert 0 < pairs.unparsable <= 14 * 2 * 4 and found["calibration"]["nll"] is None
+    assert (f"{pairs.unparsable} of 112 verdicts could not be read" in caplog.text) == (pairs.unparsable > 56)
     assert [point["by"] for point in found["votes"]] == ["majority"] * 2
     assert found["votes"][-1]["accuracy"] == pairs.accuracy
     row = json.loads((folder / "out" / "scores.jsonl").read_text().splitlines()[0])

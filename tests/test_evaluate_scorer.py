@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,20 @@ def test_a_model_of_nans_is_said_at_once(folder: Path, tmp_path: Path, name: str
         next(scorer._scorer.runtime.model.parameters()).fill_(math.nan)
     with pytest.raises(NotFiniteError, match=r"prompts\[0\]: the model's score is not a number"):
         scorer.score(["3 5 0"], ["5"], reference=["7"])
+
+
+def test_a_folder_of_nans_is_said_when_it_is_loaded(folder: Path, tmp_path: Path) -> None:
+    """Not for a model that cannot run on a tree."""
+    shutil.copytree(folder / "tiny", tmp_path / "tiny")
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "tiny")
+    with torch.no_grad():
+        lm.model.norm.weight.fill_(math.nan)
+    lm.save_pretrained(tmp_path / "tiny")
+    with pytest.raises(NotFiniteError, match="its weights hold NaN"):
+        Scorer.from_pretrained(tmp_path / "tiny")
+    padded = Scorer.from_pretrained(tmp_path / "tiny", packing="padded")
+    with pytest.raises(NotFiniteError, match="not finite"):
+        padded.score(["3 5 0"], ["5"])
 
 
 def test_rows_that_all_tie_are_said_before_they_are_scored(

@@ -147,8 +147,8 @@ class Chat:
             raise TemplateError(f"{self.name} is a slow tokenizer; load its fast form, the one with a tokenizer.json")
         if not self.tokenizer.chat_template:
             raise TemplateError(
-                f"{self.name} has no chat template; give the tokenizer of the instruction-tuned model "
-                "(--tokenizer_name_or_path), or set `tokenizer.chat_template`"
+                f"{self.name} has no chat template; give the tokenizer of the instruction-tuned model (in training "
+                "--tokenizer_name_or_path), or put its chat_template into tokenizer_config.json"
             )
         self._chat_template = self.tokenizer.get_chat_template()
         if "strftime_now" in self._chat_template:

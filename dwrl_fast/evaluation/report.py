@@ -117,11 +117,13 @@ SLICED = {
     "turns": ("By number of turns", "Turns of the user in the prompt."),
     "length": ("By difference of length", "Characters that the better response has more than the worse one."),
 }
+FEW = 20  # rows, of which a bootstrap says little
 WAYS = {"mean": "mean of p(Yes)", "majority": "majority"}
 
 
 def sections(report: Report) -> list[Section]:
-    found = [Section("Summary", "", ("figure", "value"), _summary(report))]
+    few = f"The interval is drawn from {report.pairs.groups} rows: too few to believe it."
+    found = [Section("Summary", few if report.pairs.groups < FEW else "", ("figure", "value"), _summary(report))]
     if report.orders is not None:
         values = dataclasses.asdict(report.orders)
         names = ("better one shown first", "better one shown second", "both orders name the same")
