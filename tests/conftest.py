@@ -1,9 +1,12 @@
-"""Shared fixtures: where the real preference data and tokenizers lie, when they are there at all."""
+"""Shared fixtures: where the real preference data and tokenizers lie, when they are there at all; and the tests that
+need a GPU.
+"""
 
 import os
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -15,3 +18,10 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real data not found at {folder}; name its parent folder in DWRL_FAST_SHARED")
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))

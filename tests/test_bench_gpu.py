@@ -1,10 +1,17 @@
 """What the benchmarks run on a GPU alone, on tiny shapes without one."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
 import torch
 from attention_cases import TREES, plan_of
 from rich.console import Console
 
-from bench import linear_policy_loss, tree_attention
+from bench import calls, gpu, linear_policy_loss, tree_attention
 from bench.harness import Case, Row, Variant, measure
 from bench.tree_attention import SMALL, Heads, attended, equal_work, minibatch
 from dwrl_fast.reference import tree_mask
@@ -63,3 +70,89 @@ def test_a_reference_is_not_a_row() -> None:
     assert [row.disagrees for row in rows] == [False, True]
     assert rows[0].difference is not None and abs(rows[0].difference - 1e-3) < 1e-5
     assert rows[0].flop_rate and rows[0].floors == 1 and rows[1].flop_rate is None
+
+
+def test_bits() -> None:
+    """A NaN is equal to itself, and the other zero is another."""
+    values = iter([torch.tensor([0.0, torch.nan]), torch.tensor([0.0, torch.nan]), torch.tensor([-0.0, torch.nan])])
+    assert calls.differing(lambda: (next(values),), 2) == 1
+
+
+def test_every_call_of_the_head_runs() -> None:
+    """Through Triton's interpreter, which has to be chosen before Triton is imported."""
+    script = (
+        "import torch\nfrom bench import calls\n"
+        "for dtype in (torch.float32, torch.bfloat16):\n"
+        "    for name, call in calls.head_calls(7, 8, 77, dtype, 'cpu'):\n"
+        "        print(name, calls.differing(call, 1))\n"
+        "((name, call),) = calls.loss_calls(1500, 'cpu')\nprint(name, calls.differing(call, 1))\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True,
+        cwd=gpu.ROOT,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    lines = run.stdout.splitlines()
+    assert len(lines) == 13 and all(line.endswith(" 0") for line in lines), lines
+
+
+def test_no_gpu_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr("sys.argv", ["gpu", "head"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert "there is no CUDA device" in capsys.readouterr().err
+
+
+def test_skips_are_read() -> None:
+    case = '<testcase classname="t" name="{}">{}</testcase>'.format
+    skip = '<skipped message="{}">somewhere</skipped>'.format
+    cases = [
+        case("ran", ""),
+        case("failed", "<failure>why</failure>"),
+        case("none", skip("there is no CUDA device")),
+        case("package", skip("the package flash_attn is not installed (No module)")),
+    ]
+    found = gpu.read_tests(f"<testsuites><testsuite>{''.join(cases)}</testsuite></testsuites>")
+    assert found["ran"] == 1 and found["failed"] == ["t::failed"]
+    assert set(found["skipped"]) == {"t::package"} and set(found["refused"]) == {"t::none"}
+
+
+@pytest.mark.parametrize(
+    ("output", "status", "errors", "is_clean"),
+    [
+        ("a: ran\n========= ERROR SUMMARY: 0 errors\n", 0, 0, True),
+        ("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\nb: ran\n", 0, 0, True),
+        ("========= ERROR SUMMARY: 0 errors\n", 0, 0, False),
+        ("a: ran\n========= ERROR SUMMARY: 0 errors\n", 1, 0, False),
+        ("a: ran\n=========     at policy_rows_kernel+0x1f0\n========= ERROR SUMMARY: 3 errors\n", 0, 3, False),
+        ("========= Error: Device not supported\n", 0, None, False),
+        ("a: ran\n", 0, None, False),
+    ],
+)
+def test_a_sanitizer_is_read(output: str, status: int, errors: int | None, is_clean: bool) -> None:
+    found = gpu.read_sanitizer(output) | {"status": status}
+    assert found["errors"] == errors and gpu.clean(found) == is_clean
+    assert found["kernels"] == (["policy_rows_kernel"] if errors else [])
+
+
+def job(tmp_path: Path, seconds: float = 60) -> gpu.Job:
+    return gpu.Job(tmp_path / "any_part", seconds)
+
+
+def test_a_part_is_stopped(tmp_path: Path) -> None:
+    slow = "import time; time.sleep(60)"
+    script = f"import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', {slow!r}])"
+    status, output = job(tmp_path, 5).command(sys.executable, "-c", script)
+    assert status == 124 and "begun" in output
+    assert (tmp_path / "any_part.txt").read_text() == output
+
+
+def test_a_table_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"case": "c", "variant": "dwrl_fast", "skipped": "", "disagrees": True}
+    for skipped, ok in (("", True), ("it broke", False)):
+        report = json.dumps({"rows": [row | {"skipped": skipped}]})
+        write = lambda self, *args, report=report: (Path(args[4]).write_text(report) and 0, "")  # noqa: E731
+        monkeypatch.setattr(gpu.Job, "command", write)
+        found = gpu.table("bench.any")(job(tmp_path))
+        assert found.ok == ok and found.report["disagree"] == ["c: dwrl_fast"]

@@ -103,7 +103,7 @@ def test_through_the_interpreter() -> None:
     assert run.returncode == 0 and f"{len(FAMILIES)} passed" in run.stdout, run.stdout
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 1e-3), (torch.bfloat16, 0.1)], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_on_a_gpu(family: str, dtype: torch.dtype, within: float) -> None:

@@ -472,7 +472,7 @@ def test_all_that_meets_the_kernels_lies_on_their_device(window: int | None) -> 
         assert found is not None and (found.shape, found.dtype, found.device) == (x.shape, BF16, x.device)
 
 
-on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+on_cuda = pytest.mark.gpu
 
 
 def moved(x: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -485,9 +485,10 @@ def skip_unable(name: str, options: dict[str, Any]) -> None:
 
 
 @on_cuda
+@pytest.mark.parametrize("by_path", [False, True], ids=["depth", "path"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("name", VARLEN)
-def test_kernels(name: str, options: dict[str, Any]) -> None:
+def test_kernels(name: str, options: dict[str, Any], by_path: bool) -> None:
     skip_unable(name, options)
     for tree in [t for t in TREES if t != "one token"]:  # there plain PyTorch is exact
         for d in (16, 64, 128):
@@ -495,21 +496,24 @@ def test_kernels(name: str, options: dict[str, Any]) -> None:
             for seed in range(3):
                 x = moved(inputs(TREES[tree], (4, 2), d, BF16, seed))
                 plain, exact = (results(y, TREES[tree], "reference", **options) for y in (x, double(x)))
-                runs.append((results(x, TREES[tree], name, **options), plain, exact))
+                with going(by_path):
+                    runs.append((results(x, TREES[tree], name, **options), plain, exact))
             assert_accurate(runs)
 
 
 @on_cuda
+@pytest.mark.parametrize("by_path", [False, True], ids=["depth", "path"])
 @pytest.mark.parametrize("options", [{}, {"window": 13}], ids=str)
 @pytest.mark.parametrize("name", VARLEN)
-def test_kernels_give_equal_bits_every_time(name: str, options: dict[str, Any]) -> None:
+def test_kernels_give_equal_bits_every_time(name: str, options: dict[str, Any], by_path: bool) -> None:
     skip_unable(name, options)
     plan = drawn(200, 90, 0.45)
-    x = moved(inputs(plan, (8, 2), 64, BF16))
-    first = results(x, plan, name, **options)
-    for _ in range(20):
-        for key, y in results(x, plan, name, **options).items():
-            assert torch.equal(y, first[key]), key
+    x = moved(inputs(plan, (28, 4), 128, BF16))
+    with going(by_path):
+        first = results(x, plan, name, **options)
+        for _ in range(20):
+            for key, y in results(x, plan, name, **options).items():
+                assert torch.equal(y, first[key]), key
 
 
 @on_cuda

@@ -41,8 +41,9 @@ interpreted = pytest.mark.skipif(
 def test_through_the_interpreter() -> None:
     if INTERPRETED:
         pytest.skip("this is the process it starts")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "interpreter_", __file__],
+        [*command, "-k", "interpreter_ or test_ops_gpu", __file__, str(Path(__file__).with_name("test_ops_gpu.py"))],
         env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
@@ -239,7 +240,7 @@ def test_interpreter_refuses_float64() -> None:
         results("linear_logprob", x, "triton")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device: only interpreted and compiled")
+@pytest.mark.gpu
 @every_operator
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("head", [{}, {"softcap": 20.0, "temperature": 1.3}], ids=str)
