@@ -196,6 +196,7 @@ PARTS = {
         "linear_policy_loss on real heads, its three products and its peers", 9,
         table("bench.linear_policy_loss", "--seconds", "60"),
     ),
+    "logprob": Part("linear_logprob on real heads, and its peers", 5, table("bench.linear_logprob", "--seconds", "40")),
     "attention": Part(
         "tree_attention on Qwen2.5-7B's heads, and equal work in ordinary sequences", 8,
         table("bench.tree_attention", "--seconds", "40"),

@@ -8,16 +8,19 @@ from dwrl_fast import ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(64, 64, 8192, True), (64, 896, 151936, True), (256, 896, 151936, False)]  # B, H, V, quick
+if DEVICE == "cuda":
+    SHAPES = [(256, 4096, 151936, True)]
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 YES, NO = 7, 11
 
 
 def variants(b: int, h: int, v: int, normalization: str) -> list[Variant]:
-    g = torch.Generator().manual_seed(0)
-    hidden = torch.randn(b, h, generator=g).to(DEVICE).requires_grad_()
-    weight = (torch.randn(v, h, generator=g) / h**0.5).to(DEVICE).requires_grad_()
+    g = torch.Generator(DEVICE).manual_seed(0)
+    hidden = torch.randn(b, h, generator=g, device=DEVICE).to(DTYPE).requires_grad_()
+    weight = (torch.randn(v, h, generator=g, device=DEVICE) / h**0.5).to(DTYPE).requires_grad_()
 
     def plain() -> object:
-        logits = F.linear(hidden, weight)
+        logits = F.linear(hidden, weight).float()
         over = logits if normalization == "vocab" else logits[:, [YES, NO]]
         score = over.log_softmax(-1)[:, YES if normalization == "vocab" else 0]
         return torch.autograd.grad(score.sum(), (hidden, weight))

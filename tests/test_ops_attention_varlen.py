@@ -301,7 +301,7 @@ def test_the_way_that_moves_fewer_bytes() -> None:
     """
     long = plan_of([(100, -1), *[(200, 0)] * 4])
     short = plan_of([(2000, -1), *[(10, 0)] * 64])
-    between = plan_of([(200, -1), *[(100, 0)] * 4, *[(70, 0)] * 4])
+    between = plan_of([(350, -1), *[(70, 0)] * 8])
     ways = [[paths._read(plan).shorter_by_path(group) for group in (1, 7)] for plan in (long, short, between)]
     assert ways == [[True, True], [False, False], [False, True]], ways
 

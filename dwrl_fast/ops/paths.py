@@ -32,17 +32,17 @@ from dwrl_fast.reference import Plan
 Ints = npt.NDArray[np.int64]
 
 # Bytes read and written beside the kernels' own, counted over the operations below in rows of q and of k with v. For a
-# copied key: gathering it twice, its gradients and their sum, and the kernels' gradient of it by query head. For a
-# query that meets one more depth: gathering it, and q, out and their gradients merged in float32.
-PER_COPY_KV, PER_COPY_Q, PER_QUERY = 11, 4, 45
+# key on a path: gathering it twice, and the sum of its gradients; for a copy of one the kernels' gradient of it by
+# query head. For a query that meets one more depth: gathering it, and q, out and their gradients merged in float32.
+PER_KEY_KV, PER_COPY_Q, PER_QUERY = 5, 4, 45
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
     """One varlen call. queries, keys: the rows of the U tokens that it reads, [Tq] and [Tk] int64; None is all of them.
 
-    copies: where a key is read more than once, the order [Tk] that brings its copies together, and how many there are
-    of each of the U tokens.
+    copies: where a key is read more than once, the order [Tk] that brings its copies together, and where those of each
+    of the U tokens begin and end, [U + 1].
     """
 
     segments: Segments
@@ -120,10 +120,14 @@ def _part(call: Call, grad: Tensor, saved: Saved, varlen: Varlen, options: Optio
     return varlen.backward(_rows(grad, call.queries), read, call.segments, options)
 
 
-def _sum_copies(x: Tensor, order: Tensor, counts: Tensor) -> Tensor:
-    """[Tk, ...] -> [U, ...]; one thread sums the copies of a number, in order."""
+def _sum_copies(x: Tensor, order: Tensor, bounds: Tensor) -> Tensor:
+    """[Tk, ...] -> [U, ...]; the copies of a number are summed in order."""
+    if x.device.type == "cuda":
+        from dwrl_fast.kernels.copies import sum_copies
+
+        return sum_copies(x, order, bounds)
     together = x.index_select(0, order).to(wide(x.dtype))
-    return torch.segment_reduce(together, "sum", lengths=counts, axis=0, unsafe=True).to(x.dtype)
+    return torch.segment_reduce(together, "sum", lengths=bounds.diff(), axis=0, unsafe=True).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -154,11 +158,23 @@ class _Layout:
         return found
 
     def shorter_by_path(self, group: int) -> bool:
-        """Whether copying keys along whole paths moves fewer bytes than a call for each depth, in rows of q."""
+        """Whether copying keys along whole paths moves fewer bytes than a call for each depth."""
+        keys, queries = self.rows()
+        return self.by_path_cost(keys, group) < self.by_depth_cost(queries)
+
+    def rows(self) -> tuple[int, int]:
+        """How many keys are read along all paths, and how many queries by all depths but their own."""
         sizes = self.stop - self.start
-        copies = sum(int(sizes[path].sum()) for path in self.paths)
-        queries = sum(int(own) * (len(path) - 1) for own, path in zip(sizes, self.paths, strict=True))
-        return copies * (PER_COPY_KV * 2 / group + PER_COPY_Q * (group > 1)) < queries * PER_QUERY
+        keys = sum(int(sizes[path].sum()) for path in self.paths)
+        return keys, sum(int(own) * (len(path) - 1) for own, path in zip(sizes, self.paths, strict=True))
+
+    def by_path_cost(self, keys: int, group: int) -> float:
+        """In rows of q, as `by_depth_cost`: beside what the kernels read and write of any sequences."""
+        copies = keys - int((self.stop - self.start).sum())
+        return keys * PER_KEY_KV * 2 / group + copies * PER_COPY_Q * (group > 1)
+
+    def by_depth_cost(self, queries: int) -> float:
+        return float(queries * PER_QUERY)
 
     def _by_depth(self, device: torch.device) -> list[Call]:
         sizes, below = self.stop - self.start, self.below - self.stop
@@ -188,7 +204,7 @@ class _Layout:
             seen.append(sum(size for _, size in pieces))
         keys = _ranges(np.array(starts), np.array(sizes))
         order, counts = keys.argsort(kind="stable"), np.bincount(keys, minlength=int(self.stop[-1]))
-        copies = _put(order, device), _put(counts, device)
+        copies = _put(order, device), _put(np.append(0, counts.cumsum()), device)
         return Call(_segments(own, np.array(seen), True, device), keys=_put(keys, device), copies=copies)
 
 

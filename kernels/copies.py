@@ -1,0 +1,41 @@
+"""The gradient of a gather: rows that were read several times get the sum of their copies' gradients.
+
+One program takes one row of the result: it reads its copies a few at a time, in the order given, and sums in float32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+COPIES = 8  # read at once, so that a row with hundreds of copies does not wait for each
+
+
+@triton.jit
+def sum_copies_kernel(copies, order, bounds, sums, CHANNELS: tl.constexpr, COPIES: tl.constexpr, BLOCK: tl.constexpr):
+    u = tl.program_id(0).to(tl.int64)
+    start = tl.load(bounds + u)
+    stop = tl.load(bounds + u + 1)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for first in range(start, stop, COPIES):
+        place = first + tl.arange(0, COPIES)
+        row = tl.load(order + place, mask=place < stop, other=0)
+        inside = (place < stop)[:, None] & (column < CHANNELS)[None, :]
+        total += tl.sum(
+            tl.load(copies + row[:, None] * CHANNELS + column[None, :], mask=inside, other=0.0).to(tl.float32), 0
+        )
+    tl.store(sums + u * CHANNELS + column, total.to(sums.dtype.element_ty), mask=column < CHANNELS)
+
+
+def sum_copies(copies: Tensor, order: Tensor, bounds: Tensor) -> Tensor:
+    """[Tk, ...] -> [U, ...]: row u is the sum of the rows order[bounds[u]:bounds[u + 1]], in copies' dtype."""
+    copies = copies.contiguous()
+    sums = copies.new_empty((len(bounds) - 1, *copies.shape[1:]))
+    channels = sums[0].numel()
+    block = min(512, triton.next_power_of_2(channels))
+    with torch.cuda.device_of(copies):
+        sum_copies_kernel[(len(sums), triton.cdiv(channels, block))](
+            copies, order, bounds, sums, CHANNELS=channels, COPIES=COPIES, BLOCK=block
+        )
+    return sums
