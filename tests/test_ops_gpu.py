@@ -241,6 +241,7 @@ def test_sums_of_copies(shape: tuple[int, int], dtype: torch.dtype) -> None:
     x = torch.randn(int(counts.sum()), *shape, generator=g, device=DEVICE).to(dtype)
     order = torch.randperm(len(x), generator=g, device=DEVICE)
     bounds = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    torch.library.opcheck(copies.sum_copies, (x, order, bounds))
     found = copies.sum_copies(x, order, bounds)
     exact = torch.stack([x[rows_].double().sum(0) for rows_ in order.split(counts.tolist())])
     assert (found.shape, found.dtype) == (exact.shape, dtype)
