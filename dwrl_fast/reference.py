@@ -221,23 +221,26 @@ class Plan(Protocol):
     def parent(self) -> Tensor: ...
 
 
-def tree_mask(plan: Plan, window: int | None = None) -> Tensor:
+def tree_mask(plan: Plan, window: int | None = None, device: torch.device | None = None) -> Tensor:
     """[U, U] bool: whom the query of a row attends to: its node's ancestors, and its own node up to itself.
 
-    With a window, only keys less than that many tokens back along the path.
+    With a window, only keys less than that many tokens back along the path. It is made on `device`, by default the
+    plan's.
     """
-    sizes = plan.stop - plan.start
-    above = torch.zeros(len(sizes), len(sizes), dtype=torch.bool, device=sizes.device)  # [node, ancestor]
+    device = plan.start.device if device is None else device
+    start, sizes = plan.start.to(device), (plan.stop - plan.start).to(device)
+    above = torch.zeros(len(sizes), len(sizes), dtype=torch.bool)  # [node, ancestor]
     for node, up in enumerate(plan.parent.tolist()):
         if up >= 0:
             above[node] = above[up]
             above[node, up] = True
-    nodes = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
-    token = torch.arange(len(nodes), device=sizes.device)
+    above = above.to(device)
+    nodes = torch.arange(len(sizes), device=device).repeat_interleave(sizes)
+    token = torch.arange(len(nodes), device=device)
     own = (nodes[:, None] == nodes) & (token[:, None] >= token)
     mask = above[nodes][:, nodes] | own
     if window is not None:
-        position = token - plan.start[nodes] + (above * sizes).sum(-1)[nodes]
+        position = token - start[nodes] + (above * sizes).sum(-1)[nodes]
         mask &= position[:, None] - position < window
     return mask
 
@@ -261,6 +264,6 @@ def tree_attention(
     logits = _wide(q.transpose(0, 1) @ k.mT) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    mask = tree_mask(plan, window).to(q.device)
+    mask = tree_mask(plan, window, q.device)
     weights = logits.masked_fill(~mask, -torch.inf).softmax(-1)
     return (weights.to(v.dtype) @ v).transpose(0, 1)
