@@ -3,8 +3,9 @@
     python -m bench.embedded_seeds --seeds 0 1 2 3
 
 Prints every seed whatever its figures, the mean, and for how many seeds one greedy thought gained at least 15 points;
-writes the same as JSON. What follows `--` goes to dwrl_fast.train as it stands: `-- --misalignment_weight off` measures
-an ablation.
+writes the same as JSON. `--against bench/results/cpu_embedded_seeds.json` says of each mean whether it lies where the
+stored seeds let it be expected, as a GPU's should. What follows `--` goes to dwrl_fast.train as it stands:
+`-- --misalignment_weight off` measures an ablation.
 """
 
 import argparse
@@ -17,6 +18,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from bench.intervals import comparison, next_mean
+from bench.machine import machine
 from dwrl_fast.console import set_up_logging
 from dwrl_fast.train import configure, run
 
@@ -49,6 +52,16 @@ def table(rows: list[dict[str, float]]) -> Table:
     return shown
 
 
+def compared(rows: list[dict[str, float]], stored: list[dict[str, float]]) -> Table:
+    """Each mean over `rows` beside that of the stored seeds."""
+    found = []
+    for name, title in (COLUMNS | {"rise": "rise"}).items():
+        here, there = ([row[name] for row in some if name in row] for some in (rows, stored))
+        if name != "seconds" and here and len(there) > 1:
+            found.append((title, mean(there), mean(here), next_mean(there, len(here))))
+    return comparison("means over seeds", found)
+
+
 def _cell(name: str, value: float | None) -> str:
     if value is None:
         return ""
@@ -61,6 +74,8 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, default=Path("runs/embedded_seeds"), help="where the runs and the JSON go"
     )
+    parser.add_argument("--json", type=Path, help="where the JSON goes (default FOLDER/embedded_seeds.json)")
+    parser.add_argument("--against", type=Path, help="such a JSON, of another machine")
     parser.add_argument("options", nargs="*", help="after --: options of dwrl_fast.train")
     given = parser.parse_args()
     console = Console()
@@ -73,8 +88,11 @@ def main() -> None:
     risen = sum(row["rise"] >= WANTED for row in rows)
     console.print(table(rows))
     console.print(f"{risen} of {len(rows)} seeds rose by at least {WANTED:.2f}")
-    path = given.folder / "embedded_seeds.json"
-    path.write_text(json.dumps({"options": shlex.join(given.options), "risen": risen, "seeds": rows}, indent=1) + "\n")
+    if given.against:
+        console.print(compared(rows, json.loads(given.against.read_text())["seeds"]))
+    path = given.json or given.folder / "embedded_seeds.json"
+    report = {"machine": machine(), "options": shlex.join(given.options), "risen": risen, "seeds": rows}
+    path.write_text(json.dumps(report, indent=1) + "\n")
     console.print(f"written: {path}")
 
 

@@ -4,7 +4,8 @@
 
 For every tokenizer folder below DIR, data file and method, a small model is drawn and trained on the first pairs that
 fit the length limit; then the same pairs are ranked by the command's own evaluation (one greedy thought). A drawn model
-knows nothing, so what it reaches here it has learnt from the pairs. It says nothing about unseen pairs.
+knows nothing, so what it reaches here it has learnt from the pairs. It says nothing about unseen pairs. `--against
+bench/results/cpu_overfit.json` says of each accuracy whether it lies where the stored one lets it be expected.
 """
 
 import argparse
@@ -18,6 +19,8 @@ from typing import Any
 
 from rich.console import Console
 
+from bench.intervals import comparison, next_share
+from bench.machine import machine
 from dwrl_fast.config import TrainConfig
 from dwrl_fast.data import read_preferences
 from dwrl_fast.dialog import Dialog
@@ -76,6 +79,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--against", type=Path, help="such a JSON, of another machine")
     options = parser.parse_args()
 
     rows = []
@@ -123,8 +127,16 @@ def main() -> None:
         print(
             f"{row['case']:<36} {row['pairs']} pairs  {row['before']:.3f} -> {row['after']:.3f}  {row['seconds']:.0f} s"
         )
+    if options.against:
+        stored = {row["case"]: row["after"] for row in json.loads(options.against.read_text())["rows"]}
+        found = [
+            (row["case"], stored[row["case"]], row["after"], next_share(stored[row["case"]], row["pairs"]))
+            for row in rows
+            if row["case"] in stored
+        ]
+        console.print(comparison("after training", found))
     if options.json:
-        options.json.write_text(json.dumps({"rows": rows}, indent=2) + "\n")
+        options.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,36 @@
+"""What another run may give, from runs that were stored: 95 % prediction intervals, which allow for its own chance."""
+
+from collections.abc import Sequence
+from math import sqrt
+from statistics import mean, stdev
+
+from rich.table import Table
+from scipy import stats
+
+LEVEL = 0.95
+Interval = tuple[float, float]
+
+
+def next_mean(values: Sequence[float], count: int) -> Interval:
+    """Of the mean of `count` further values like `values`, at least two: Student's t."""
+    spread = stdev(values) * sqrt(1 / len(values) + 1 / count)
+    reach = float(stats.t.ppf(0.5 + LEVEL / 2, len(values) - 1)) * spread
+    return mean(values) - reach, mean(values) + reach
+
+
+def next_share(share: float, pairs: int) -> Interval:
+    """Of the share of `pairs` that a further run gets right, after one got `share`: beta-binomial, Jeffreys' prior."""
+    right = share * pairs
+    counts = stats.betabinom(pairs, right + 0.5, pairs - right + 0.5).ppf([(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(counts[0]) / pairs, float(counts[1]) / pairs
+
+
+def comparison(title: str, rows: Sequence[tuple[str, float, float, Interval]]) -> Table:
+    """rows: a figure's name, its value stored and found, and the interval."""
+    table = Table(title=title, title_justify="left")
+    for heading in ("", "stored", "here", "95 % interval of a run here", ""):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for name, stored, found, (low, high) in rows:
+        inside = "within" if low <= found <= high else "[bold red]OUTSIDE[/]"
+        table.add_row(name, f"{stored:.3f}", f"{found:.3f}", f"{low:.3f} to {high:.3f}", inside)
+    return table
