@@ -18,13 +18,14 @@ def sum_copies_kernel(copies, order, bounds, sums, CHANNELS: tl.constexpr, COPIE
     stop = tl.load(bounds + u + 1)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
-    for first in range(start, stop, COPIES):
-        place = first + tl.arange(0, COPIES)
+    while start < stop:  # a range of loaded numbers is more than the interpreter of Triton 3.6 can
+        place = start + tl.arange(0, COPIES)
         row = tl.load(order + place, mask=place < stop, other=0)
         inside = (place < stop)[:, None] & (column < CHANNELS)[None, :]
         total += tl.sum(
             tl.load(copies + row[:, None] * CHANNELS + column[None, :], mask=inside, other=0.0).to(tl.float32), 0
         )
+        start += COPIES
     tl.store(sums + u * CHANNELS + column, total.to(sums.dtype.element_ty), mask=column < CHANNELS)
 
 
