@@ -15,6 +15,8 @@ import argparse
 import gc
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from rich.table import Table
 from torch import Tensor
 
 from bench import lengths
-from bench.harness import Case, Row, Variant, main
+from bench.harness import Case, Row, Variant, main, tensors
 from bench.machine import ceilings
 from bench.plain_update import plain
 from bench.trl_update import liger_installed, trl, trl_missing
@@ -105,7 +107,13 @@ def gpu_variants(shape: Mapping[str, Any], data: str, count: int, checkpointing:
         pairs = lengths.synthetic(count, prompt, response)
         thoughts = [thought] * (2 * lengths.THOUGHTS * count)
     it = setting(shape, pairs, thoughts, checkpointing=checkpointing, token_budget=TOKEN_BUDGET)
-    return [each for each in variants(it, pairs.source, 1) if each.name != "padded-fused"]
+    found = [each for each in variants(it, pairs.source, 1) if each.name != "padded-fused"]
+    return [replace(each, run=each.run and partial(gradients, each.run)) for each in found]
+
+
+def gradients(run: Callable[[], object]) -> list[Tensor]:
+    """Without the losses: that of the thoughts is the rest of a sum that cancels, and in bfloat16 mostly rounding."""
+    return [x for x in tensors(run()) if x.dim()]
 
 
 def trunk_variants(shape: Mapping[str, Any], prompt: int, response: int, rest: int) -> list[Variant]:
