@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from bench import lengths
 from bench.machine import ceilings, machine
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -190,14 +191,31 @@ def repeats(job: Job) -> Outcome:
     return Outcome(bool(found) and not any(found.values()), {"repeats": REPEATS, "differing": found, "status": status})
 
 
-def train(job: Job) -> Outcome:
-    """What `make train` runs: the embedded task, from nothing to its accuracies."""
-    with tempfile.TemporaryDirectory() as folder:
-        status, _ = job.command(sys.executable, "-m", "dwrl_fast.train", "--output_dir", folder)
-        path = Path(folder) / "result.json"
-        return Outcome(
-            status == 0 and path.exists(), {"result": json.loads(path.read_text()) if path.exists() else None}
-        )
+def against_cpu(module: str, stored: str, *options: str) -> Callable[[Job], Outcome]:
+    """A run that learns, held against what the CPU's stored runs let one expect of it."""
+
+    def run(job: Job) -> Outcome:
+        path = job.name.with_suffix(".json")
+        path.unlink(missing_ok=True)
+        like = ("--against", str(RESULTS / stored))
+        status, output = job.command(sys.executable, "-m", module, "--json", str(path), *like, *options)
+        report = json.loads(path.read_text()) if path.exists() else {}
+        outside = re.findall(r"^.*\bOUTSIDE\b.*$", output, re.MULTILINE)
+        return Outcome(status == 0 and bool(report) and not outside, report | {"status": status, "outside": outside})
+
+    return run
+
+
+def pairs(job: Job) -> Outcome:
+    """bench.overfit on the tokenizers and files of DWRL_FAST_SHARED."""
+    tokenizers = lengths.SHARED / "tokenizers"
+    files = [str(lengths.SHARED / lengths.FILES[name]) for name in ("hh", "gsm8k_real")]
+    missing = [path for path in (str(tokenizers), *files) if not Path(path).exists()]
+    if missing:
+        print(f"NOT RUN: there is no {', '.join(missing)}; name the folder above data/ in DWRL_FAST_SHARED")
+        return Outcome(False, {"missing": missing})
+    run = against_cpu("bench.overfit", "cpu_overfit.json", "--tokenizers", str(tokenizers), "--data", *files)
+    return run(job)
 
 
 PARTS = {
@@ -214,9 +232,13 @@ PARTS = {
         table("bench.tree_attention", "--seconds", "40"),
     ),
     "step": Part(
-        "bench.step: a minibatch on the shape of Qwen2.5-7B", 9, table("bench.step", "--seconds", "60", ours="tree")
+        "bench.step: a minibatch on the shape of Qwen2.5-7B", 9, table("bench.step", "--seconds", "30", ours="tree")
     ),
-    "train": Part("what make train runs, the embedded task", 9, train),
+    "train": Part(
+        "what make train runs, and a second seed, against the CPU's seeds", 9,
+        against_cpu("bench.embedded_seeds", "cpu_embedded_seeds.json", "--seeds", "0", "1"),
+    ),
+    "pairs": Part("bench.overfit: real pairs and tokenizers, against the CPU's accuracies", 9, pairs),
 }  # fmt: skip
 
 

@@ -99,7 +99,7 @@ def tree(plan: Plan, heads: Heads, at: Ceilings) -> Tree:
     layout, group = paths._read(plan), heads.query // heads.key
     row = 2 * heads.query * heads.channels  # bytes of q
     flat = all(len(path) == 1 for path in layout.paths)
-    keys, queries = layout.rows()
+    keys, queries = layout.rows
     return Tree(
         tokens,
         pairs / tokens,

@@ -11,7 +11,7 @@ import torch
 from attention_cases import TREES, plan_of
 from rich.console import Console
 
-from bench import calls, gpu, linear_policy_loss, tree_attention
+from bench import calls, gpu, intervals, linear_policy_loss, tree_attention
 from bench.harness import Case, Row, Variant, measure
 from bench.tree_attention import SMALL, Heads, attended, equal_work, minibatch
 from dwrl_fast.reference import tree_mask
@@ -156,3 +156,26 @@ def test_a_table_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(gpu.Job, "command", write)
         found = gpu.table("bench.any")(job(tmp_path))
         assert found.ok == ok and found.report["disagree"] == ["c: dwrl_fast"]
+
+
+@pytest.mark.parametrize(("value", "ok"), [(0.98, True), (0.2, False)])
+def test_a_run_outside_the_cpus_interval_is_told(
+    value: float, ok: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def command(self: gpu.Job, *args: str) -> tuple[int, str]:
+        Path(args[args.index("--json") + 1]).write_text('{"seeds": []}')
+        console = Console(record=True, width=80, quiet=False)
+        console.print(intervals.comparison("means", [("after", 0.979, value, (0.9, 1.0))]))
+        return 0, console.export_text()
+
+    monkeypatch.setattr(gpu.Job, "command", command)
+    found = gpu.against_cpu("bench.any", "cpu_any.json")(job(tmp_path))
+    assert found.ok == ok and bool(found.report["outside"]) != ok
+
+
+def test_real_pairs_that_are_missing_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(gpu.lengths, "SHARED", tmp_path)
+    assert not gpu.pairs(job(tmp_path)).ok
+    assert "DWRL_FAST_SHARED" in capsys.readouterr().out

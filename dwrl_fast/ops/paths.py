@@ -159,9 +159,10 @@ class _Layout:
 
     def shorter_by_path(self, group: int) -> bool:
         """Whether copying keys along whole paths moves fewer bytes than a call for each depth."""
-        keys, queries = self.rows()
+        keys, queries = self.rows
         return self.by_path_cost(keys, group) < self.by_depth_cost(queries)
 
+    @functools.cached_property
     def rows(self) -> tuple[int, int]:
         """How many keys are read along all paths, and how many queries by all depths but their own."""
         sizes = self.stop - self.start
