@@ -27,7 +27,7 @@ from dwrl_fast.train import versions
 EASY_FRACTIONS = (0.0, 0.4, 0.7)
 SEEDS = (0, 1, 2)
 SWEEP_SEEDS = (100,)
-FACTORS = (1 / 3, 1.0, 3.0)
+FACTORS = (1 / 9, 1 / 3, 1.0, 3.0, 9.0)
 
 
 def cells(seeds: Sequence[int], full: bool) -> list[Cell]:
