@@ -9,9 +9,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
@@ -57,39 +59,34 @@ class Job:
 
     def command(self, *args: str, **environment: str) -> tuple[int, str]:
         """Exit status and output, which is shown and kept; 124 where the time was over."""
-        deadline = time.monotonic() + self.seconds
         with self.name.with_suffix(".txt").open("a") as log:
             process = subprocess.Popen(
                 args, cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                 text=True, start_new_session=True,
             )  # fmt: skip
+            stopped = threading.Event()
+
+            def stop() -> None:
+                stopped.set()
+                os.killpg(process.pid, signal.SIGKILL)  # and all that it started
+
+            timer = threading.Timer(self.seconds, stop)
+            timer.start()
             assert process.stdout is not None
             lines = []
             try:
-                with _stopping(process, deadline):
+                with process.stdout:
                     for line in process.stdout:
                         print(line, end="", flush=True)
                         log.write(line)
                         lines.append(line)
+                status = process.wait()
+            except BaseException:
+                os.killpg(process.pid, signal.SIGKILL)  # an interrupt does not reach a session of its own
+                raise
             finally:
-                process.stdout.close()
-        status = process.wait()
-        return (124 if time.monotonic() >= deadline else status), "".join(lines)
-
-
-class _stopping:
-    """Ends the process, and all that it started, at the deadline."""
-
-    def __init__(self, process: subprocess.Popen, deadline: float) -> None:
-        import threading
-
-        self.timer = threading.Timer(max(0.0, deadline - time.monotonic()), os.killpg, (process.pid, 9))
-
-    def __enter__(self) -> None:
-        self.timer.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.timer.cancel()
+                timer.cancel()
+        return (124 if stopped.is_set() else status), "".join(lines)
 
 
 def table(module: str, *options: str, ours: str = "dwrl_fast") -> Callable[[Job], Outcome]:
