@@ -61,15 +61,16 @@ class Products:
         self.dtypes = weight.dtype, bias.dtype if bias is not None else weight.dtype
         self.direct = _direct(hidden)
         self.bias = None if bias is None else bias.to(torch.float32 if self.direct else hidden.dtype)
-        self.buffer = hidden.new_empty(
-            (self.chunk, weight.shape[0]), dtype=torch.float32 if self.direct else hidden.dtype
-        )
+        self.buffer: Tensor | None = None
         self.d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
         self.d_weight: Tensor | None = None
         self.d_bias = hidden.new_zeros(weight.shape[0], dtype=wide(hidden.dtype)) if needs[2] else None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[C, H] -> [C, V], in a buffer that the next call overwrites."""
+        """[C, H] -> [C, V], in a buffer that the next call overwrites. No later chunk has more rows than the first."""
+        if self.buffer is None:
+            kind = torch.float32 if self.direct else hidden.dtype
+            self.buffer = hidden.new_empty((hidden.shape[0], self.weight.shape[0]), dtype=kind)
         out = self.buffer[: hidden.shape[0]]
         columns = self.weight.t()
         if self.direct:
