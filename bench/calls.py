@@ -13,9 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bench.tree_attention import Heads, Plan, drawn, minibatch
+from bench.tree_attention import Heads, Plan, drawn, going, minibatch
 from dwrl_fast import ops
-from dwrl_fast.ops import paths
 from dwrl_fast.ops.varlen import VARLEN
 
 Call = Callable[[], tuple[Tensor, ...]]
@@ -89,12 +88,8 @@ def attention_calls(plan: Plan) -> Iterator[tuple[str, Call]]:
     device = flat[0].device
 
     def attention(backend: str, by_path: bool, window: int | None) -> tuple[Tensor, ...]:
-        ways = paths._Layout.shorter_by_path
-        paths._Layout.shorter_by_path = lambda self, group: by_path  # type: ignore[method-assign]
-        try:
+        with going(by_path):
             out = ops.tree_attention(flat[0], flat[1], flat[2], plan, window=window, backend=backend)
-        finally:
-            paths._Layout.shorter_by_path = ways  # type: ignore[method-assign]
         return out, *torch.autograd.grad(out, flat, gradient)
 
     for backend, varlen in VARLEN.items():

@@ -131,7 +131,7 @@ def measure(
     rows: dict[str, Row] = {}
     times: dict[str, list[float]] = {}
     able: list[Variant] = []
-    ours: list[torch.Tensor] = []
+    expected: list[torch.Tensor] = []
     gc.collect()  # the case before
     for variant in (v for v in case.variants() if only is None or v.name in only):
         row = rows[variant.name] = Row(
@@ -144,13 +144,13 @@ def measure(
             continue
         try:
             returned = tensors(variant.run())
-            ours = ours or returned
+            expected = expected or returned
             if variant.reference:
                 del rows[variant.name]
                 continue
             size = sum(x.nbytes for x in returned)
             if variant.comparable:
-                row.difference, agrees = furthest(returned, ours, case.loose)
+                row.difference, agrees = furthest(returned, expected, case.loose)
                 row.disagrees = not agrees
             del returned
             row.peak_bytes = peak_memory(variant.run)

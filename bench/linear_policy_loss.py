@@ -64,12 +64,12 @@ def bare_products(hidden: Tensor, weight: Tensor, token_weight: Tensor) -> Calla
     def run() -> object:
         with torch.no_grad():
             products = Products(hidden, weight, None, (True, True, False))
-            for index in trained.split(products.chunk):
+            for index in products.split(trained):
                 some = hidden[index]
                 logits = products.logits(some)
                 gradient = products.gradient_buffer(logits)
                 products.backward(gradient, some, index, torch.ones_like(index, dtype=torch.bool))
-            return products.gradients()
+            return products.gradients(wide_weight=True)
 
     return run
 

@@ -99,13 +99,12 @@ def tree(plan: Plan, heads: Heads, at: Ceilings) -> Tree:
     layout, group = paths._read(plan), heads.query // heads.key
     row = 2 * heads.query * heads.channels  # bytes of q
     flat = all(len(path) == 1 for path in layout.paths)
-    keys, queries = layout.rows
     return Tree(
         tokens,
         pairs / tokens,
         heads.flops(pairs) / at.flash,
-        0.0 if flat else row * layout.by_path_cost(keys, group) / at.bytes,
-        row * layout.by_depth_cost(queries) / at.bytes,
+        0.0 if flat else row * layout.by_path_cost(group) / at.bytes,
+        row * layout.by_depth_cost() / at.bytes,
         not flat and layout.shorter_by_path(group),
     )
 

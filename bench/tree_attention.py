@@ -12,11 +12,10 @@ from attention in float64, sequence by sequence.
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.console import Console
@@ -63,12 +62,8 @@ def minibatch(data: str, mean: int, pairs: int = PAIRS) -> Plan:
     """Pairs as long as those of a data set, each response with its thoughts of `mean` tokens on average, as one tree:
     what begins every prompt is its root.
     """
-    rng = np.random.default_rng(0)
-    header, evaluate, tail = (list(range(1, n + 1)) for n in (lengths.HEADER, lengths.EVALUATE, lengths.TAIL))
-    sizes = [lengths.LENGTHS[data][i % len(lengths.LENGTHS[data])] for i in range(pairs)]
-    contexts = [lengths.draw(rng, *size, header, evaluate) for size in sizes]
     thoughts = lengths.thought_lengths(mean, 2 * lengths.THOUGHTS * pairs)
-    groups = lengths.groups(lengths.Pairs(contexts, tail, data), thoughts, 151936)
+    groups = lengths.groups(lengths.drawn(data, pairs), thoughts, 151936)
     plan = tree_batch(groups, torch.device("cpu")).plan
     return Plan(plan.start, plan.stop, plan.parent)
 
@@ -130,6 +125,11 @@ def through(run: Callable[[], Tensor], inputs: list[Tensor], gradient: Tensor) -
     return lambda: torch.autograd.grad(run(), inputs, gradient)
 
 
+def going(by_path: bool) -> AbstractContextManager[Any]:
+    """Within it trees are gone through by path, or by depth, whichever moves fewer bytes."""
+    return patch.object(paths._Layout, "shorter_by_path", lambda self, group: by_path)
+
+
 def variants(plan: Plan, heads: Heads, dtype: torch.dtype) -> list[Variant]:
     tokens, leaves = int(plan.stop[-1]), sequences(plan)
     longest, needed = max(map(len, leaves)), attended(plan)
@@ -179,7 +179,7 @@ def gpu_variants(
     """Both ways through a tree, and equal work: as it is called here, and with its backward as fast as it may be."""
 
     def way(by_path: bool) -> Tensor:
-        with patch.object(paths._Layout, "shorter_by_path", lambda self, group: by_path):
+        with going(by_path):
             return ops.tree_attention(flat[0], flat[1], flat[2], plan, backend=backend)
 
     even = equal_work(plan)

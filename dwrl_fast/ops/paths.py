@@ -159,8 +159,7 @@ class _Layout:
 
     def shorter_by_path(self, group: int) -> bool:
         """Whether copying keys along whole paths moves fewer bytes than a call for each depth."""
-        keys, queries = self.rows
-        return self.by_path_cost(keys, group) < self.by_depth_cost(queries)
+        return self.by_path_cost(group) < self.by_depth_cost()
 
     @functools.cached_property
     def rows(self) -> tuple[int, int]:
@@ -169,12 +168,14 @@ class _Layout:
         keys = sum(int(sizes[path].sum()) for path in self.paths)
         return keys, sum(int(own) * (len(path) - 1) for own, path in zip(sizes, self.paths, strict=True))
 
-    def by_path_cost(self, keys: int, group: int) -> float:
+    def by_path_cost(self, group: int) -> float:
         """In rows of q, as `by_depth_cost`: beside what the kernels read and write of any sequences."""
+        keys, _ = self.rows
         copies = keys - int((self.stop - self.start).sum())
         return keys * PER_KEY_KV * 2 / group + copies * PER_COPY_Q * (group > 1)
 
-    def by_depth_cost(self, queries: int) -> float:
+    def by_depth_cost(self) -> float:
+        _, queries = self.rows
         return float(queries * PER_QUERY)
 
     def _by_depth(self, device: torch.device) -> list[Call]:
