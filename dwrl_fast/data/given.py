@@ -12,6 +12,7 @@ Turns = tuple[Message, ...]
 
 
 def as_list(name: str, values: Any) -> list[Any]:
+    """DataError where `values`, which the caller knows as `name`, are no list or an empty one."""
     if isinstance(values, str | bytes | dict) or not hasattr(values, "__len__"):
         raise DataError(f"{name} should be a list, with one for each response, not a {type(values).__name__}")
     if not len(values):
@@ -20,6 +21,7 @@ def as_list(name: str, values: Any) -> list[Any]:
 
 
 def as_texts(name: str, values: Any, count: int | None = None) -> list[str]:
+    """DataError where they are no list of strings, `count` of them if it is given, or one is empty."""
     found = as_list(name, values)
     if count is not None and len(found) != count:
         raise DataError(f"{name} has {len(found)} texts for {count} responses: give one for each")
@@ -34,6 +36,7 @@ def as_texts(name: str, values: Any, count: int | None = None) -> list[str]:
 
 
 def as_turns(name: str, prompt: Any) -> Turns:
+    """A string is one turn of the user. DataError where the prompt is no conversation."""
     try:
         found = Columns({}, name, {}).as_turns("prompt", list(prompt) if isinstance(prompt, tuple) else prompt, "user")
         check_prompt(found)
