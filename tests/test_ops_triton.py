@@ -115,6 +115,16 @@ def test_even_chunks() -> None:
         assert -(-rows_ // products.even_rows(rows_, chunk)) == -(-rows_ // chunk)
 
 
+def test_logits_take_no_more_rows_than_a_chunk_of_the_trained_ones() -> None:
+    hidden, weight = torch.randn(300, 8), torch.randn(11, 8)
+    with small_chunks(128):
+        for trained, most in ((40, 40), (300, 128)):
+            head = products.Products(hidden, weight, None, (False, False, False))
+            for index in head.split(torch.arange(trained)):
+                torch.testing.assert_close(head.logits(hidden[index]), hidden[index] @ weight.t())
+            assert head.buffer is not None and head.buffer.shape == (most, 11)
+
+
 @interpreted
 @every_operator
 @pytest.mark.parametrize("head", [{"softcap": 20.0, "temperature": 1.3}, {"temperature": 0.7}], ids=str)
