@@ -11,7 +11,7 @@ import torch
 from attention_cases import TREES, plan_of
 from rich.console import Console
 
-from bench import calls, gpu, intervals, linear_policy_loss, tree_attention
+from bench import calls, gpu, linear_policy_loss, tree_attention
 from bench.harness import Case, Row, Variant, measure
 from bench.tree_attention import SMALL, Heads, attended, equal_work, minibatch
 from dwrl_fast.reference import tree_mask
@@ -162,6 +162,9 @@ def test_a_table_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_run_outside_the_cpus_interval_is_told(
     value: float, ok: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("scipy", reason="scipy is not installed")
+    from bench import intervals
+
     def command(self: gpu.Job, *args: str) -> tuple[int, str]:
         Path(args[args.index("--json") + 1]).write_text('{"seeds": []}')
         console = Console(record=True, width=80, quiet=False)

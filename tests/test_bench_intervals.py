@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+pytest.importorskip("scipy", reason="scipy is not installed")
 from bench.embedded_seeds import compared
 from bench.intervals import comparison, next_mean, next_share
 
