@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("--against", type=Path, help="such a JSON, of another machine")
     parser.add_argument("options", nargs="*", help="after --: options of dwrl_fast.train")
     given = parser.parse_args()
+    against = json.loads(given.against.read_text())["seeds"] if given.against else []
     console = Console()
     set_up_logging(console)
 
@@ -89,7 +90,7 @@ def main() -> None:
     console.print(table(rows))
     console.print(f"{risen} of {len(rows)} seeds rose by at least {WANTED:.2f}")
     if given.against:
-        console.print(compared(rows, json.loads(given.against.read_text())["seeds"]))
+        console.print(compared(rows, against))
     path = given.json or given.folder / "embedded_seeds.json"
     report = {"machine": machine(), "options": shlex.join(given.options), "risen": risen, "seeds": rows}
     path.write_text(json.dumps(report, indent=1) + "\n")

@@ -82,6 +82,7 @@ def main() -> None:
     parser.add_argument("--against", type=Path, help="such a JSON, of another machine")
     options = parser.parse_args()
 
+    against = json.loads(options.against.read_text())["rows"] if options.against else []
     rows = []
     console = Console()
     work = Path(tempfile.mkdtemp(prefix="overfit-"))
@@ -128,7 +129,7 @@ def main() -> None:
             f"{row['case']:<36} {row['pairs']} pairs  {row['before']:.3f} -> {row['after']:.3f}  {row['seconds']:.0f} s"
         )
     if options.against:
-        stored = {row["case"]: row["after"] for row in json.loads(options.against.read_text())["rows"]}
+        stored = {row["case"]: row["after"] for row in against}
         found = [
             (row["case"], stored[row["case"]], row["after"], next_share(stored[row["case"]], row["pairs"]))
             for row in rows

@@ -172,7 +172,11 @@ def test_a_run_outside_the_cpus_interval_is_told(
         return 0, console.export_text()
 
     monkeypatch.setattr(gpu.Job, "command", command)
-    found = gpu.against_cpu("bench.any", "cpu_any.json")(job(tmp_path))
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path)
+    run = gpu.against_cpu("bench.any", "cpu_any.json")
+    assert run(job(tmp_path)).report == {"missing": ["cpu_any.json"]}
+    (tmp_path / "cpu_any.json").touch()
+    found = run(job(tmp_path))
     assert found.ok == ok and bool(found.report["outside"]) != ok
 
 
