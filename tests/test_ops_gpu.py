@@ -21,8 +21,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 on_cuda = pytest.mark.skipif(INTERPRETED, reason="the interpreter has neither streams nor a compiler")
+on_large_shapes = pytest.mark.skipif(INTERPRETED, reason="test_interpreter_shapes is the same on smaller shapes")
 VOCABULARIES = [1, 77, 4099] if INTERPRETED else [1, 1000, 32003, 128256, 151936]
-LARGE = 503 if INTERPRETED else 151936
 HEADS: list[dict[str, Any]] = [{}, {"softcap": 20.0, "temperature": 1.3}]
 
 
@@ -140,23 +140,24 @@ def test_policy_loss(t: int) -> None:
         want = ops.policy_loss(exact, *(x.double() for x in (old, a, w)), backend="reference", **wide)  # type: ignore[arg-type]
         torch.testing.assert_close(got.loss.double(), want.loss, rtol=1e-5, atol=1e-5 * max(t, 1) ** 0.5)
         torch.testing.assert_close(got.stats, want.stats, rtol=1e-4, atol=1e-3, equal_nan=True)
-        assert torch.equal(got.logprob.isnan(), want.logprob.isnan())
+        torch.testing.assert_close(got.logprob.double(), want.logprob, rtol=0, atol=0, equal_nan=True)
         found, right = torch.autograd.grad(got.loss, lp)[0], torch.autograd.grad(want.loss, exact)[0]
         torch.testing.assert_close(found.double(), right, rtol=1e-5, atol=1e-6)
 
 
+@on_large_shapes
 @every_operator
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("t", [1, 37])
 def test_operators_at_a_large_vocabulary(t: int, dtype: torch.dtype, operator: str, options: dict[str, Any]) -> None:
     runs = []
     for seed in range(40 if t == 1 else 2):  # of one row the error of plain PyTorch is luck
-        x = inputs((t, 32, LARGE if t > 1 else 1003), dtype, size=4, seed=seed)
+        x = inputs((t, 32, 151936 if t > 1 else 1003), dtype, size=4, seed=seed)
         exact = results(operator, in_float64(x), "reference", **options)
         x = on_device(x, DEVICE)
         got, plain = (results(operator, x, backend, **options) for backend in ("triton", "reference"))
         runs.append(tuple({k: y.cpu() for k, y in r.items()} for r in (got, plain, exact)))
-    assert_accurate(runs, 4 if INTERPRETED and dtype == torch.bfloat16 else 2)  # type: ignore[arg-type]
+    assert_accurate(runs)  # type: ignore[arg-type]
 
 
 def policy_of(x: dict[str, Any], **changed: Any) -> ops.PolicyLoss:
