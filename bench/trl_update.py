@@ -29,7 +29,6 @@ def trl(it: Setting, liger: bool) -> Iterator[Way]:
     sequences = [sequence for group in it.groups for sequence in group.flat]
     advantages = torch.randn(len(sequences), generator=torch.Generator().manual_seed(0))
     trainer = grpo_trainer(sharing_weights(it.lm), liger)
-    why = ": " + (NEEDS_CUDA if not torch.cuda.is_available() else "it is not installed" * (not liger_installed()))
 
     def run(micro_batches: TrlUpdate) -> Tensor:
         with without_gradients(trainer.model):
@@ -37,12 +36,19 @@ def trl(it: Setting, liger: bool) -> Iterator[Way]:
 
     for size in powers(lengths.THOUGHTS, len(sequences)):
         found = TrlUpdate(trainer, sequences, it.old, advantages, size)
-        note = f"micro-batches of {size} thoughts, Liger {'on' if liger else 'off' + why.removesuffix(': ')}"
-        yield Way(note, partial(run, found), found.counters)
+        yield Way(f"micro-batches of {size} thoughts, {liger_note(liger)}", partial(run, found), found.counters)
 
 
 def liger_installed() -> bool:
     return find_spec("liger_kernel") is not None
+
+
+def liger_note(liger: bool) -> str:
+    if liger:
+        return "Liger on"
+    if not torch.cuda.is_available():
+        return f"Liger off: {NEEDS_CUDA}"
+    return "Liger off" if liger_installed() else "Liger off: it is not installed"
 
 
 class TrlUpdate:
