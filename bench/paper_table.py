@@ -19,7 +19,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bench.harness import machine
+from bench.machine import machine
 from bench.paper_table_figures import Record, Swept, lines, markdown, sweep
 from bench.paper_table_runs import VARIANTS, Cell, Run, backbone, execute
 from dwrl_fast.train import versions

@@ -116,9 +116,27 @@ def sweep(records: Sequence[Record]) -> list[Swept]:
     ]
 
 
+def overview(found: Sequence[Line]) -> str:
+    """Variants by tasks, in a table: the mean over seeds, and the least and the most of them."""
+    tasks = list(dict.fromkeys(line.task for line in found))
+    cells = {(line.variant, line.task): line for line in found}
+    rows = [
+        _cells([variant, *(_spread(cells.get((variant, task))) for task in tasks)])
+        for variant in VARIANTS
+        if any(variant == line.variant for line in found)
+    ]
+    return "\n".join([*_head(["method", *tasks]), *rows])
+
+
+def _spread(line: Line | None) -> str:
+    if line is None:
+        return ""
+    return f"{line.accuracy:.3f} ({min(line.seeds.values()):.3f} to {max(line.seeds.values()):.3f})"
+
+
 def markdown(found: Sequence[Line], swept: Sequence[Swept] = ()) -> str:
-    """A table a task, and the sweep where there was one."""
-    parts = []
+    """All tasks at a glance, a table a task, and the sweep where there was one."""
+    parts = [overview(found)]
     for task in dict.fromkeys(line.task for line in found):
         rows = [_row(line) for line in found if line.task == task]
         parts.append(f"**{task}**\n\n" + "\n".join([*_head(COLUMNS), *rows]))

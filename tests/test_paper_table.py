@@ -1,15 +1,17 @@
 """bench.paper_table: its arithmetic on results made by hand, what it runs, and one small run of each kind."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT
 from rich.console import Console
 from test_embedded import SIZES, TINY
 
 from bench.paper_table import FACTORS, Results, carry_out, cells, final_runs, swept_runs
-from bench.paper_table_figures import lines, markdown, sweep
+from bench.paper_table_figures import Line, Swept, lines, markdown, overview, sweep
 from bench.paper_table_runs import VARIANTS, Cell, Run, backbone, configure, execute
 from dwrl_fast import embedded
 
@@ -90,9 +92,33 @@ def test_the_sweep_takes_the_best_and_of_equals_the_stored() -> None:
 def test_the_table_as_text() -> None:
     found = lines([record("dwrl", [1, 1]), record("bt", [1, 0])])
     text = markdown(found, sweep([record("bt", [1, 0], split="dev"), record("bt", [0, 0], factor=3.0, split="dev")]))
-    rows = [line for line in text.splitlines() if line.startswith("| ")]
-    assert len({line.count("|") for line in rows[:3]}) == 1
+    tables = [part.splitlines() for part in text.split("\n\n") if part.startswith("|")]
+    assert len(tables) == 3 and all(len({line.count("|") for line in rows}) == 1 for rows in tables)
     assert "| bt | 0.500 | 0.500 |" in text and "-0.500" in text and "**0.500**" in text
+
+
+def test_all_tasks_at_a_glance() -> None:
+    other = {"cell": {"task": "attributes", "easy_fraction": 0.0, "seed": 0}}
+    found = lines([record("dwrl", [1, 1]), record("dwrl", [1, 0], seed=1), record("bt", [1, 0.5]) | other])
+    assert overview(found).splitlines() == [
+        "| method | attributes | sums, easy 0.7 |",
+        "|---|---|---|",
+        "| dwrl |  | 0.750 (0.500 to 1.000) |",
+        "| bt | 0.750 (0.750 to 0.750) |  |",
+    ]
+
+
+def test_the_documents_hold_what_was_measured() -> None:
+    results = ROOT / "bench" / "results" / "cpu_paper_table_full"
+    stored = json.loads(results.with_suffix(".json").read_text())
+    found = [Line(**line | {"seeds": {int(k): v for k, v in line["seeds"].items()}}) for line in stored["lines"]]
+    swept = [
+        Swept(each["task"], each["variant"], {float(k): v for k, v in each["accuracy"].items()})
+        for each in stored["sweep"]
+    ]
+    assert len(found) == len(VARIANTS) * len(cells([0], full=True))
+    assert markdown(found, swept) == results.with_suffix(".md").read_text()
+    assert overview(found) in (ROOT / "README.md").read_text()
 
 
 def test_what_is_run() -> None:
