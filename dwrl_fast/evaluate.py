@@ -73,11 +73,12 @@ def run(config: EvaluateConfig, console: Console) -> PairReport:
         report, tokens=dict(scored.tokens), probe=probed, **extras(config, report, table, scored.rows)
     )
     say_unread(report, sum(len(each) for row in scored.rows for each in row.verdicts))
-    show(console, report, time.monotonic() - started)
     if config.calibrate:
         calibrate(config, report)
-    if folder is not None:
+    if folder is not None:  # before anything is printed, for a closed pipe ends it there
         write(folder, report, table, scored.rows, rows, config.seed)
+    show(console, report, time.monotonic() - started)
+    if folder is not None:
         console.print(f"the report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
     return report.pairs
 

@@ -100,6 +100,8 @@ def has_card(folder: str | Path | None) -> TypeGuard[str | Path]:
 def load_card(folder: str | Path) -> dict[str, Any]:
     """The JSON beside a trained model."""
     path = Path(folder) / CARD
+    if has_card(Path(folder) / "model"):
+        raise ModelError(f"{folder} is a run's folder: give {Path(folder) / 'model'}, which holds its model")
     if not path.is_file():
         raise ModelError(
             f"{folder} has no {CARD}, so it was not written by dwrl_fast.train, which saves it beside the weights in "

@@ -10,7 +10,7 @@ from tiny import tiny_folder, tiny_pairs
 
 from dwrl_fast import evaluate
 from dwrl_fast.config import parse_evaluate
-from dwrl_fast.errors import ConfigError, UserError
+from dwrl_fast.errors import ConfigError, ModelError, UserError
 from dwrl_fast.evaluation.pairs import PairReport
 from dwrl_fast.evaluation.scoring import PartFile
 from dwrl_fast.scorer import GenerativeScorer
@@ -248,6 +248,26 @@ def test_a_temperature_is_kept_in_the_card(folder: Path) -> None:
     assert found["calibrated"]["nll"] < found["calibration"]["nll"]
     again = go(folder, out="again")
     assert again.nll == pytest.approx(found["calibration"]["nll"], abs=1e-12), "scores stay as they are"
+
+
+def test_a_closed_pipe_loses_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(*_: Any) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(evaluate, "show", closed)
+    with pytest.raises(BrokenPipeError):
+        go(folder, "--calibrate")
+    found = report(folder)
+    card = json.loads((folder / "tiny" / "preference_model.json").read_text())
+    assert card.get("calibration", {}).get("temperature") == found["temperature"]
+
+
+def test_the_folder_of_a_run_is_told_from_its_model(folder: Path) -> None:
+    (folder / "tiny").rename(folder / "model")
+    folder.joinpath("tiny").mkdir()
+    (folder / "model").rename(folder / "tiny" / "model")
+    with pytest.raises(ModelError, match=r"tiny is a run's folder: give .*tiny/model"):
+        go(folder)
 
 
 def test_any_model_as_a_judge(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
