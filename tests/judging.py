@@ -23,6 +23,14 @@ from dwrl_fast.templates import Template
 PAIRWISE = Template("compare {prompt} A {response_a} B {response_b}", labels=None, kind="pairwise")
 DIRECT = Template("compare {prompt} A {response_a} B {response_b}", labels=("A", "B"), kind="direct")
 POINTWISE = Template("score {prompt} {response}", labels=None, kind="pointwise")
+# The text of a template file, with an aspect.
+RUBRIC = """\
+kind: pairwise
+evaluate: |-
+  score {aspect}
+  {prompt} A {response_a} B {response_b}
+  ok <answer>[[A]]</answer> ok <answer>[[B]]</answer>
+"""
 TEMPLATES = {"gram": DIRECT, "pairrm": DIRECT, "judge": PAIRWISE, "grpo-point": POINTWISE}
 A, B = "<answer>[[A]]</answer>", "<answer>[[B]]</answer>"
 CUT = " cut"  # at the end of what is said: the limit came before the end of the turn

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from judging import RUBRIC
 from rich.console import Console
 from tiny import tiny_folder, tiny_pairs
 
@@ -15,13 +16,6 @@ from dwrl_fast.evaluation.pairs import PairReport
 from dwrl_fast.evaluation.scoring import PartFile
 from dwrl_fast.scorer import GenerativeScorer
 
-RUBRIC = """\
-kind: pairwise
-evaluate: |-
-  score {aspect}
-  {prompt} A {response_a} B {response_b}
-  ok <answer>[[A]]</answer> ok <answer>[[B]]</answer>
-"""
 WRITTEN = ["report.html", "report.json", "report.md", "scores.jsonl"]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from judging import A, B, Says, saved_model
+from judging import RUBRIC, A, B, Says, saved_model
 from rich.console import Console
 from tiny import tiny_folder, tiny_pairs, tiny_rows
 from transformers import AutoModelForCausalLM
@@ -21,14 +21,6 @@ from dwrl_fast.embedded.tokenizer import make_tokenizer
 from dwrl_fast.errors import ConfigError, DataError, ModelError, NotFiniteError
 from dwrl_fast.rollout.transformers import TransformersSampler
 from dwrl_fast.scorer import GenerativeScorer, marginal_scores
-
-RUBRIC = """\
-kind: pairwise
-evaluate: |-
-  score {aspect}
-  {prompt} A {response_a} B {response_b}
-  ok <answer>[[A]]</answer> ok <answer>[[B]]</answer>
-"""
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from judging import CUT, PAIRWISE, A, B, Says, make_method
+from judging import CUT, PAIRWISE, RUBRIC, A, B, Says, make_method
 from rich.console import Console
 from tiny import tiny_config, tiny_folder, tiny_pairs, tiny_rows
 
@@ -22,14 +22,6 @@ from dwrl_fast.evaluation.sources import source_reports
 from dwrl_fast.loading import load_dialog
 from dwrl_fast.methods import METHODS, Tally
 from dwrl_fast.scorer import ChoiceScorer, Runtime
-
-RUBRIC = """\
-kind: pairwise
-evaluate: |-
-  score {aspect}
-  {prompt} A {response_a} B {response_b}
-  ok <answer>[[A]]</answer> ok <answer>[[B]]</answer>
-"""
 
 
 @pytest.fixture
