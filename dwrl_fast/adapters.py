@@ -24,6 +24,8 @@ from dwrl_fast.log import logger
 NAME = "default"  # of the one adapter that a model has; peft's own default
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # before every name in peft's files
+# In a model with experts in one tensor, peft takes these names for parts of that tensor, which nothing here can merge.
+FEED_FORWARD = {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,34 +73,66 @@ def add_adapters(lm: Any, lora: Lora, base: str) -> None:
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    targets = [] if lora.targets == ("all-linear",) else list(lora.targets)
     scalar = lm.get_output_embeddings() is None
+    linear = _targets(lm, lm.score if scalar else lm.get_output_embeddings())
+    fused = sorted({name.rpartition(".")[2] for name, p in lm.named_parameters() if _fused(lm, name, p)})
+    default = lora.targets in ((), ("all-linear",))
+    targets = (linear - FEED_FORWARD if fused else linear) if default else set(lora.targets)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=0.0,
-        target_modules=targets or "all-linear",
+        target_modules=sorted(targets),
         modules_to_save=["score"] if scalar else None,
         task_type="SEQ_CLS" if scalar else "CAUSAL_LM",
-        base_model_name_or_path=base,
+        base_model_name_or_path=str(Path(base).resolve()) if Path(base).exists() else base,
     )
-    linear = {name.rpartition(".")[2] for name, module in lm.named_modules() if isinstance(module, nn.Linear)}
-    ends = [lm.get_input_embeddings(), lm.score if scalar else lm.get_output_embeddings()]
-    wrong = {name.rpartition(".")[2] for name, module in lm.named_modules() if any(module is end for end in ends)}
-    if stray := [target for target in targets if target.rpartition(".")[2] not in linear - wrong]:
+    if stray := sorted(name for name in targets if name not in linear and name.rpartition(".")[2] not in linear):
         raise ConfigError(
             f"--lora_target_modules {' '.join(stray)}: {type(lm).__name__} has adapters in its linear layers below the "
-            f"head, whose weight the fused operators take as it is: {', '.join(sorted(linear - wrong))}"
+            f"head, whose weight the fused operators take as it is: {', '.join(sorted(linear))}"
         )
     try:
         inject_adapter_in_model(config, lm, NAME)
     except ValueError as error:
         raise ConfigError(f"--lora_target_modules: peft refuses {type(lm).__name__}: {error}") from error
+    if not _mergeable(lm, config):
+        raise ConfigError(
+            f"--lora_target_modules {' '.join(sorted(targets))}: in {type(lm).__name__} some of these are experts in one "
+            f"tensor, which cannot be merged for the saved model. Choose from {', '.join(sorted(linear - FEED_FORWARD))}"
+        )
     for parameter in lm.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     trained = sum(p.numel() for p in lm.parameters() if p.requires_grad)
     logger.info("LoRA of rank %d in %d layers: %s trained parameters", lora.rank, len(_layers(lm)), f"{trained:,}")
+    if fused:
+        logger.warning(
+            "LoRA does not reach %s, several experts in one tensor, nor the feed-forward layers beside them: they stay "
+            "frozen.",
+            ", ".join(fused),
+        )
+
+
+def _targets(lm: Any, head: nn.Module) -> set[str]:
+    """The layers that adapters can be put into: the last part of their names, or all of it where that also names
+    something else (the "0" of a list).
+    """
+    found = {name: module for name, module in lm.named_modules() if _linear(module) and module is not head}
+    others = {name.rpartition(".")[2] for name, module in lm.named_modules() if name not in found}
+    return {name if name.rpartition(".")[2] in others else name.rpartition(".")[2] for name in found}
+
+
+def _linear(module: nn.Module) -> bool:
+    """Whether it is a layer that adapters are put into, and merged into again. Experts in one tensor are none."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def _fused(lm: Any, name: str, parameter: nn.Parameter) -> bool:
+    """Several matrices in one parameter: mixture-of-experts layers have it."""
+    return parameter.ndim == 3 and not isinstance(lm.get_submodule(name.rpartition(".")[0]), nn.Conv1d)
 
 
 def adapted(lm: Any) -> bool:
@@ -135,6 +169,11 @@ def adapter_base(folder: str) -> str:
     return base
 
 
+def holds_head(folder: str) -> bool:
+    """Whether the adapters in `folder` come with a scalar head."""
+    return "score" in (json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8")).get("modules_to_save") or ())
+
+
 def merged_adapter(lm: Any, folder: str) -> Any:
     """What `lm`, the base in float32, and the adapters in `folder` merge into.
 
@@ -164,7 +203,7 @@ def merged_adapter(lm: Any, folder: str) -> Any:
 
 def _mergeable(lm: Any, config: Any) -> bool:
     layers = _layers(lm).values()
-    plainly = all(isinstance(layer.base_layer, nn.Linear) and not layer.lora_variant for layer in layers)
+    plainly = all(_linear(layer.base_layer) and not layer.lora_variant for layer in layers)
     head = lm.get_output_embeddings()
     ends = {"score", "classifier"} if head is None else set()
     return plainly and config.bias == "none" and head not in layers and set(config.modules_to_save or ()) <= ends

@@ -6,8 +6,6 @@ had: sampling and padded batches go on as before. A tree needs no mask; position
 
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,7 +13,7 @@ from torch import Tensor, nn
 
 from dwrl_fast import ops
 from dwrl_fast.batch import Batch
-from dwrl_fast.errors import ModelError, NotFiniteError
+from dwrl_fast.errors import ModelError
 from dwrl_fast.log import info_once
 from dwrl_fast.padded import PaddedBatch
 from dwrl_fast.reference import Plan
@@ -23,12 +21,8 @@ from dwrl_fast.tree import TreeBatch
 
 SUFFIX = "+tree"
 ATTENDS = {"full_attention", "sliding_attention"}  # the kinds of layer that tree_attention computes
-BATCHWISE_ROPE = {"dynamic", "longrope"}  # rotary frequencies that depend on the longest position of the batch
 # What else transformers hands to an attention function; anything beyond these would be ignored, and so is refused.
 WITHOUT_EFFECT = {"position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states"}
-PROBE = ((3, 1, 4, 1, 5, 2), (3, 1, 4, 2, 6), (3, 1, 4, 1, 5, 6), (2, 6))
-ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of the probe's states; a tree misread differs by 1
-INSTEAD = "use --packing padded"
 
 
 def backbone_states(backbone: nn.Module, batch: Batch) -> Tensor:
@@ -67,20 +61,67 @@ def keep_softcap(lm: Any) -> None:
         info_once(f"{type(lm).__name__}: eager attention, for SDPA would leave its soft-cap out")
 
 
-def attend_over_trees(lm: Any, autocast: Callable[[], AbstractContextManager] = nullcontext) -> None:
-    """Let the backbone of `lm` take a tree of tokens. Under `autocast` it must then say of a small tree what it says of
-    its sequences one by one.
-
-    Raises ModelError, naming model and reason, where it cannot; padded batches remain possible.
+def rotary_limit(lm: Any) -> int | None:
+    """The longest sequence, in tokens, up to which the rotary factors of `lm` are the same whatever the batch; None
+    where they always are. Past it, dynamic NTK and LongRoPE take those of the batch's longest sequence for all.
     """
-    name, config = type(lm).__name__, lm.config.get_text_config()
+    config = lm.config.get_text_config()
+    limits = {
+        "dynamic": lambda rope: config.max_position_embeddings,
+        "longrope": lambda rope: rope["original_max_position_embeddings"],
+    }
+    ropes = _ropes(getattr(config, "rope_parameters", None))
+    return min((limits[rope["rope_type"]](rope) for rope in ropes if rope["rope_type"] in limits), default=None)
+
+
+def _ropes(parameters: Any) -> list[dict[str, Any]]:
+    """The rope parameters of a config, which may stand under one key for each kind of layer."""
+    if not isinstance(parameters, dict):
+        return []
+    own = [parameters] if "rope_type" in parameters else []
+    return own + [rope for value in parameters.values() for rope in _ropes(value)]
+
+
+def keep_rotary(lm: Any) -> None:
+    """Refuse longer sequences than `rotary_limit`, in every layout and in sampling: there a score would depend on its
+    neighbours.
+    """
+    limit = rotary_limit(lm)
+    if limit is None:
+        return
+
+    def check(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        positions = options["position_ids"] if "position_ids" in options else args[1]
+        if positions.amax() >= limit:
+            refuse_past_rotary(lm, int(positions.amax()) + 1)
+
+    for module in lm.base_model.modules():
+        if hasattr(module, "rope_type"):
+            module.register_forward_pre_hook(check, with_kwargs=True)
+
+
+def refuse_past_rotary(lm: Any, longest: int) -> None:
+    """ModelError where a sequence of `longest` tokens is past `rotary_limit`."""
+    limit = rotary_limit(lm)
+    if limit is not None and longest > limit:
+        raise ModelError(
+            f"a sequence of {longest} tokens: the rotary embedding of {type(lm).__name__} is the same in every batch "
+            f"only up to {limit} tokens; past that, scores would depend on what they are computed beside. Lower "
+            f"--max_length and --max_completion_length to {limit} tokens together"
+        )
+
+
+def attend_over_trees(lm: Any) -> None:
+    """Let the backbone of `lm` take a tree of tokens. ModelError with the reason where its configuration says that it
+    cannot; trial.py finds what no configuration says.
+    """
+    config = lm.config.get_text_config()
     if reason := _hindrance(lm, config):
-        raise ModelError(f"{name} cannot run on a tree of tokens: {reason}; {INSTEAD}")
+        raise ModelError(reason)
     base = config._attn_implementation
     if not base.endswith(SUFFIX):
         _register(base)
         lm.set_attn_implementation(base + SUFFIX)
-    _probe(lm, name, autocast)
 
 
 def _hindrance(lm: Any, config: Any) -> str | None:
@@ -96,18 +137,7 @@ def _hindrance(lm: Any, config: Any) -> str | None:
         return f"it attends in chunks (attention_chunk_size = {config.attention_chunk_size})"
     if getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True):
         return "its attention is not causal"
-    ropes = _rope_types(getattr(config, "rope_parameters", None)) & BATCHWISE_ROPE
-    if ropes:
-        return f"its rotary embedding ({', '.join(ropes)}) depends on the longest position of the batch"
     return None
-
-
-def _rope_types(parameters: Any) -> set[str]:
-    """Every rope_type in the config's rope parameters, which may stand under one key for each kind of layer."""
-    if not isinstance(parameters, dict):
-        return set()
-    own = {parameters["rope_type"]} if "rope_type" in parameters else set()
-    return own.union(*(_rope_types(value) for value in parameters.values()))
 
 
 def _register(base: str) -> None:
@@ -151,46 +181,7 @@ def _attention(
     unknown += ["dropout"] if dropout else []
     if unknown:
         raise ModelError(
-            f"{type(module).__name__} asks its attention for {', '.join(unknown)}, which a tree of tokens does not "
-            f"have; {INSTEAD}"
+            f"{type(module).__name__} asks its attention for {', '.join(unknown)}, which a tree of tokens does not have"
         )
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     return ops.tree_attention(q, k, v, plan, scale=scaling, softcap=softcap, window=sliding_window, sinks=s_aux)[None]
-
-
-@torch.no_grad()
-def _probe(lm: Any, name: str, autocast: Callable[[], AbstractContextManager]) -> None:
-    """What no config tells: positions counted in the layout, states carried along it, keywords left unread."""
-    device, training = lm.device, lm.training
-    small = lm.get_input_embeddings().num_embeddings
-    rows = [[i % small for i in row] for row in PROBE]
-    # [3 1 4] is shared by three, [1 5] below it by two; the last row shares nothing.
-    tree = SimpleNamespace(
-        start=torch.tensor([0, 3, 5, 6, 7, 9]),
-        stop=torch.tensor([3, 5, 6, 7, 9, 11]),
-        parent=torch.tensor([-1, 0, 1, 1, 0, -1]),
-    )
-    plan = SimpleNamespace(**{k: v.to(device) for k, v in vars(tree).items()})
-    ids = torch.tensor([*rows[0], rows[2][5], *rows[1][3:], *rows[3]], device=device)
-    places = torch.tensor([0, 1, 2, 3, 4, 5, 5, 3, 4, 0, 1], device=device)
-    where = [[0, 1, 2, 3, 4, 5], [0, 1, 2, 7, 8], [0, 1, 2, 3, 4, 6], [9, 10]]
-    lm.eval()
-    with autocast():
-        found = _tree_states(lm.base_model, ids, places, plan).float()
-        for row, at in zip(rows, where, strict=True):
-            one = torch.tensor([row], device=device)
-            alone = _padded_states(lm.base_model, one, torch.ones_like(one)).float()
-            if not alone.isfinite().all():
-                raise NotFiniteError(
-                    f"{name} gives states that are not finite even for one short sequence: its weights hold NaN or "
-                    "infinities. Take a checkpoint from before, or copy the model again"
-                )
-            apart = ((found[at] - alone).norm() / alone.norm()).item()
-            dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else lm.dtype
-            if not apart <= ROUNDING.get(dtype, 0.1):
-                raise ModelError(
-                    f"{name} cannot run on a tree of tokens: on a small one its states differ by {apart:.1g} of their "
-                    f"size from those of the sequences alone, so it computes something across tokens that follows the "
-                    f"layout; {INSTEAD}"
-                )
-    lm.train(training)

@@ -1,4 +1,5 @@
-"""`--dry_run`: what a run would be, from its options, rows and templates; no weights are loaded, nothing is written.
+"""`--dry_run`: what a run would be, from its options, rows and templates. Nothing is trained or left written; weights
+that are at hand are loaded and tried on a few tokens.
 
 What stands in the way of the run is collected, so that one look shows all of it.
 """
@@ -15,6 +16,7 @@ import torch
 from rich.console import Console
 
 from dwrl_fast.batch import Group
+from dwrl_fast.compute import Compute
 from dwrl_fast.config import SAMPLING, TrainConfig
 from dwrl_fast.data import Dataset, Demonstration, Preference, read_preferences
 from dwrl_fast.data.published import DATA_SETS
@@ -87,7 +89,7 @@ class Guessed:
 def dry_run(config: TrainConfig, console: Console) -> None:
     """Say what the run would be. UserError with all that stands in its way."""
     found = Findings(console)
-    found.say("dry run", f"{config.method}; no weights are loaded, nothing is trained or written")
+    found.say("dry run", f"{config.method}; nothing is trained, nothing is left written")
     if not config.own_data:
         found.say("data", "the embedded task makes its model and its pairs when it runs; the options are valid")
         return
@@ -111,6 +113,8 @@ def dry_run(config: TrainConfig, console: Console) -> None:
             _say_tokens([row for rows in files for row in _some(rows, SAMPLE // len(files))], config, dialog, found)
     with found.looking_at("model"):
         _say_model(config, dialog, longest, found)
+        if dialog is not None and weights_at_hand(config.model_name_or_path):
+            _say_trial(config, dialog, found)
     if found.obstacles:
         raise UserError("\n\nerror: ".join(found.obstacles))
     found.say("ready", "the same command without --dry_run runs it")
@@ -300,3 +304,16 @@ def _say_model(config: TrainConfig, dialog: Dialog | SingleTurn | None, longest:
         check_vocabulary(model, max(len(dialog.tokenizer) - 1, dialog.pad_id))
         thinks = bool(thoughts_each(config)) or not METHODS[config.method].trains
         check_positions(model, longest + config.max_completion_length * thinks)
+
+
+def weights_at_hand(name: str | None) -> bool:
+    """Whether the model's weights, or adapters, lie in a local folder."""
+    return name is not None and any(Path(name).glob("*.safetensors"))
+
+
+def _say_trial(config: TrainConfig, dialog: Dialog | SingleTurn, found: Findings) -> None:
+    """The model loaded, placed, sampled from, merged and saved as a run would."""
+    method = METHODS[config.method](config, dialog, Compute.resolve(config.dtype))
+    method.try_saving(Path(config.output_dir or "."))
+    does = ["its layout"] + ["sampling"] * method.thinks + ["merging"] * config.use_peft + ["saving"]
+    found.say("trial", f"tried on a few tokens: {', '.join(does)}; all of it works")

@@ -5,7 +5,8 @@ the generative root returns the hidden states at the thought and score rows with
 the rest.
 """
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,13 +14,23 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dwrl_fast.adapters import Lora, adapted, adapter_base, add_adapters, is_adapter, merged_adapter, switched_off
-from dwrl_fast.backbone import attend_over_trees, backbone_states, keep_softcap
+from dwrl_fast.adapters import (
+    Lora,
+    adapted,
+    adapter_base,
+    add_adapters,
+    holds_head,
+    is_adapter,
+    merged_adapter,
+    switched_off,
+)
+from dwrl_fast.backbone import backbone_states, keep_rotary, keep_softcap, refuse_past_rotary
 from dwrl_fast.batch import Batch
 from dwrl_fast.compute import Compute
 from dwrl_fast.errors import ModelError
 from dwrl_fast.layout import Layout
 from dwrl_fast.log import logger
+from dwrl_fast.trial import admit
 
 Model = TypeVar("Model", "GenerativeModel", "ScalarModel")
 LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier_scale")
@@ -47,6 +58,7 @@ class PreferenceModel(nn.Module):
     def __init__(self, lm: Any):
         super().__init__()
         keep_softcap(lm)
+        keep_rotary(lm)
         self.lm = lm
 
     def reference(self) -> AbstractContextManager[None]:
@@ -120,22 +132,35 @@ def load_generative(
 
 
 def load_scalar(
-    name_or_path: str | None, config_path: str | None, seed: int, pad_id: int, lora: Lora | None = None
+    name_or_path: str | None,
+    config_path: str | None,
+    seed: int,
+    pad_id: int,
+    lora: Lora | None = None,
+    *,
+    new_head: bool = False,
 ) -> ScalarModel:
-    """The same backbone under a one-output head, drawn with `seed` where the checkpoint has none."""
+    """The same backbone under a one-output head. With `new_head` one that the checkpoint does not hold is drawn with
+    `seed`, for it is about to be trained.
+    """
     from transformers import AutoModelForSequenceClassification
-    from transformers.utils import logging
 
-    said = logging.get_verbosity()
-    logging.set_verbosity_error()  # a language model has no such head, and to be warned of that helps nobody
-    model = _load(AutoModelForSequenceClassification, name_or_path, config_path, seed, lora, num_labels=1)
-    logging.set_verbosity(said)
+    model = _load(
+        AutoModelForSequenceClassification, name_or_path, config_path, seed, lora, new_head=new_head, num_labels=1
+    )
     model.config.pad_token_id = pad_id
     return ScalarModel(model)
 
 
 def _load(
-    auto: Any, name_or_path: str | None, config_path: str | None, seed: int, lora: Lora | None, **extra: Any
+    auto: Any,
+    name_or_path: str | None,
+    config_path: str | None,
+    seed: int,
+    lora: Lora | None,
+    *,
+    new_head: bool = False,
+    **extra: Any,
 ) -> Any:
     from transformers import AutoConfig
 
@@ -149,11 +174,18 @@ def _load(
         try:
             if name_or_path is not None:
                 options = extra | ({"dtype": torch.float32} if lora is None else lora.base_options())
-                model = auto.from_pretrained(name_or_path, trust_remote_code=False, **options)
+                with _without_remarks():
+                    model, report = auto.from_pretrained(
+                        name_or_path, trust_remote_code=False, output_loading_info=True, **options
+                    )
+                _refuse_other_weights(name_or_path, model, report, new_head)
+                _read_tying(model)
             else:
                 config = AutoConfig.from_pretrained(config_path, trust_remote_code=False, **extra)
                 model = auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
         except (OSError, ValueError, KeyError, AssertionError, RuntimeError) as error:
+            if isinstance(error, ModelError):
+                raise
             local = source is not None and Path(source).exists()
             hint = (
                 "The folder exists but does not load: it needs config.json and model.safetensors."
@@ -171,20 +203,68 @@ def _load(
     return model
 
 
+@contextmanager
+def _without_remarks() -> Iterator[None]:
+    """transformers only warns of weights that are missing, drawn or not tied; here each is an error, or is mended."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _refuse_other_weights(source: str, model: Any, report: dict[str, Any], new_head: bool) -> None:
+    """ModelError where the file lacks weights of `model`, which would be drawn at random, or holds others. The head of
+    a language model may make room for a scalar one that is about to be trained.
+    """
+    missing, others = set(report["missing_keys"]), set(report["unexpected_keys"])
+    if new_head and "score.weight" in missing:
+        missing = {name for name in missing if not name.startswith("score.")}
+        others = {name for name in others if not name.startswith("lm_head.")}
+    found = [f"lacks {listed(missing)}"] * bool(missing) + [f"holds {listed(others)} besides"] * bool(others)
+    if found:
+        raise ModelError(
+            f"the weights in {source} are not those of {type(model).__name__}: the file {' and '.join(found)}. Copy "
+            "the model again from where it was made, or give the config.json that belongs to it"
+        )
+
+
+def listed(names: Iterable[str], most: int = 6) -> str:
+    """The first names in order, and how many more there are."""
+    some = sorted(names)
+    return ", ".join(some[:most]) + (f" and {len(some) - most} more" if len(some) > most else "")
+
+
+def _read_tying(model: Any) -> None:
+    """Whether the head is the embedding: as the weights have it, whatever the config says, for that is what is saved
+    and merged by. Merged checkpoints hold a head of their own under a config that says tied.
+    """
+    head = model.get_output_embeddings()
+    if head is not None:
+        tied = head.weight is model.get_input_embeddings().weight
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = tied
+
+
 def _load_merged(auto: Any, folder: str, seed: int, lora: Lora | None, **extra: Any) -> Any:
     if lora is not None:
         raise ModelError(
             f"{folder} is an adapter, and --use_peft trains a new one over a whole model: give the one that it merges "
             "into (OUTPUT_DIR/model beside OUTPUT_DIR/adapter)"
         )
-    return merged_adapter(_load(auto, adapter_base(folder), None, seed, None, **extra), folder)
+    base = _load(auto, adapter_base(folder), None, seed, None, new_head=holds_head(folder), **extra)
+    return merged_adapter(base, folder)
 
 
-def place(model: Model, compute: Compute, layout: Layout) -> Model:
-    """`model` on the device, able to run the batches of `layout`; ModelError where it is not."""
+def place(model: Model, compute: Compute, layout: Layout, *, thinks: bool = True) -> Model:
+    """`model` on the device, able to run the batches of `layout` and, where it `thinks`, to be sampled from; ModelError
+    where it is not.
+    """
     model.to(compute.device)
-    if layout.packing != "padded":
-        attend_over_trees(model.lm, compute.autocast)
+    admit(model, layout.packing, layout.pad_id, compute, thinks=thinks and isinstance(model, GenerativeModel))
     return model
 
 
@@ -209,7 +289,10 @@ def check_vocabulary(model: "GenerativeModel | ScalarModel", largest_id: int) ->
 
 
 def check_positions(model: "GenerativeModel | ScalarModel", longest: int) -> None:
-    """Say so where a sequence may be longer than what the model has positions for."""
+    """Say so where a sequence may be longer than what the model has positions for; ModelError where its scores would
+    then depend on the batch.
+    """
+    refuse_past_rotary(model.lm, longest)
     positions = getattr(model.lm.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and longest > positions:
         logger.warning(

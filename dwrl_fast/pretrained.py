@@ -3,18 +3,18 @@
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from torch import nn
-
 from dwrl_fast.adapters import adapted, plain, write_adapter
 from dwrl_fast.dialog import Dialog, SingleTurn, Thinking
-from dwrl_fast.errors import ModelError
-from dwrl_fast.model import quiet
+from dwrl_fast.errors import ConfigError, ModelError
+from dwrl_fast.model import GenerativeModel, PreferenceModel, load_generative, load_scalar, quiet
 from dwrl_fast.templates import DEFAULT, load_template
+from dwrl_fast.trial import difference
 
 CARD = "preference_model.json"
 DEFAULT_ASPECT = "helpfulness"
@@ -63,33 +63,69 @@ def load_chat(
     )
 
 
-def save_pretrained(folder: Path, model: nn.Module, dialog: Dialog | SingleTurn, card: dict[str, Any]) -> None:
+def save_pretrained(folder: Path, model: PreferenceModel, dialog: Dialog | SingleTurn, card: dict[str, Any]) -> None:
     """Replace `folder` by the model as it stands: config, safetensors, tokenizer and card. Of one with adapters that
     is what they merge into, and `adapter` beside it holds them alone.
+
+    What was written is loaded again and must compute what the model computes; ModelError otherwise, and then the new
+    folder stands in FOLDER.part and the one before where it was.
     """
     lm: Any = model.lm
     quiet()
-    _replace(folder, plain(lm).save_pretrained, dialog, card)
+    _replace(folder, plain(lm).save_pretrained, model, dialog, card)
     if adapted(lm):
-        _replace(folder.with_name("adapter"), partial(write_adapter, lm=lm), dialog, card)
+        _replace(folder.with_name("adapter"), partial(write_adapter, lm=lm), model, dialog, card)
 
 
-def _replace(folder: Path, write: Callable[[Path], object], dialog: Dialog | SingleTurn, card: dict[str, Any]) -> None:
+def try_saving(folder: Path, model: PreferenceModel, dialog: Dialog | SingleTurn, card: dict[str, Any]) -> None:
+    """Save the model once where `folder` is or will be, and take it away again: what cannot be saved is known before it
+    is trained. ModelError as of `save_pretrained`, ConfigError where the disk refuses.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    try:
+        with tempfile.TemporaryDirectory(prefix=".trial-", dir=there) as trial:
+            save_pretrained(Path(trial) / "model", model, dialog, card)
+    except OSError as error:
+        raise ConfigError(f"the model cannot be saved in {there}: {error}. Make room, or give another folder") from error
+
+
+def _replace(
+    folder: Path,
+    write: Callable[[Path], object],
+    model: PreferenceModel,
+    dialog: Dialog | SingleTurn,
+    card: dict[str, Any],
+) -> None:
     """`folder` with what `write` puts into it, tokenizer and card beside.
 
-    It is written whole beside its place and renamed into it; killed between two renames, the new one stands in
-    FOLDER.part and the one before in FOLDER.old.
+    It is written whole beside its place, compared with `model`, and renamed into it; killed between two renames, the
+    new one stands in FOLDER.part and the one before in FOLDER.old.
     """
     part, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
     shutil.rmtree(part, ignore_errors=True)
     write(part)
     dialog.tokenizer.save_pretrained(part)
     (part / CARD).write_text(json.dumps(card | {"dialog": dialog.to_dict()}, indent=2) + "\n", encoding="utf-8")
+    _compare(part, model)
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         os.rename(folder, old)
     os.rename(part, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _compare(folder: Path, model: PreferenceModel) -> None:
+    """ModelError where the model in `folder` gives other logits, or rewards, than `model`."""
+    if isinstance(model, GenerativeModel):
+        saved: PreferenceModel = load_generative(str(folder), None, 0)
+    else:
+        saved = load_scalar(str(folder), None, 0, model.lm.config.pad_token_id)
+    apart = difference(saved, model)
+    if apart:
+        raise ModelError(
+            f"what was saved in {folder} is not the model that was trained: {apart}. It is kept there for a look; "
+            "nothing before it was replaced, and checkpoints hold what was trained"
+        )
 
 
 def has_card(folder: str | Path | None) -> TypeGuard[str | Path]:

@@ -144,6 +144,7 @@ def train(config: TrainConfig, folder: Path, display: Display, saved: TrainConfi
         method.model.lm.gradient_checkpointing_enable({"use_reentrant": False})
     parameters = sum(p.numel() for p in method.model.parameters())
     logger.info("%s: %s parameters on %s in %s", config.method, f"{parameters:,}", compute.device, compute.dtype)
+    method.try_saving(folder)
     trainer = Trainer(config, method, feed, held_out, folder, display)
     trainer.resume()
     dataclasses.replace(saved, resume_from_checkpoint=None).save(folder / "config.yaml")

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A folder's __main__ is a command: it stands late, with the rooms that it shows, and nothing imports it at all.
 ROOMS = (
     *("errors", "log", "yamlfile", "templates", "extension", "reference", "kernels", "ops"),
-    *("compute", "data", "contents", "dialog", "batch", "padded", "tree", "layout", "rollout", "backbone"),
+    *("compute", "data", "contents", "dialog", "batch", "padded", "tree", "layout", "rollout", "backbone", "trial"),
     *(
         "adapters",
         "model",

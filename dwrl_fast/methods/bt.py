@@ -79,7 +79,7 @@ class BradleyTerry(Method):
 def _prefilled(runtime: Runtime, writer: str, max_tokens: int) -> PrefilledThoughts:
     """Thoughts of the language model `writer`, which stands beside the one of `runtime` and stays as it is."""
     try:
-        model = place(load_generative(writer, None, 0), runtime.compute, runtime.layout)
+        model = place(load_generative(writer, None, 0), runtime.compute, runtime.layout, thinks=True)
     except ModelError as error:
         raise ModelError(f"this model reads thoughts that {writer} writes, which must be there too. {error}") from error
     sampler = TransformersSampler(

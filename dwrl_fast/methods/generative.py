@@ -17,6 +17,8 @@ from dwrl_fast.model import HeadInputs
 
 
 class GenerativeMethod(Method):
+    thinks = True
+
     def __init__(self, config: TrainConfig, dialog: Dialog | SingleTurn, compute: Compute):
         if config.old_logprobs == "sampler" and not compute.float32:
             raise ConfigError(

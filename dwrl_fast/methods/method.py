@@ -20,6 +20,7 @@ from dwrl_fast.dialog import Dialog, SingleTurn
 from dwrl_fast.layout import Layout
 from dwrl_fast.liger import use_liger
 from dwrl_fast.model import load_generative, load_scalar, place
+from dwrl_fast.pretrained import save_pretrained, try_saving
 from dwrl_fast.rollout.transformers import TransformersSampler
 from dwrl_fast.scorer import Progress, Runtime, Scorer
 
@@ -57,14 +58,16 @@ class Method(ABC):
     """One way to train a preference model: what it samples, what it trains, how the model gives its verdict.
 
     template: the kind of template that it judges by; other_templates: those that it takes too where one is given.
-    scalar: whether its model has a scalar head in place of a language model's. trains: whether it does; otherwise the
-    model is evaluated and saved. phases: the updates that one minibatch gets, in order; each has its own learning rate.
+    scalar: whether its model has a scalar head in place of a language model's. thinks: whether the model writes
+    thoughts. trains: whether it does; otherwise the model is evaluated and saved. phases: the updates that one
+    minibatch gets, in order; each has its own learning rate.
     """
 
     name: ClassVar[str]
     template: ClassVar[str] = "dialog"
     other_templates: ClassVar[tuple[str, ...]] = ()
     scalar: ClassVar[bool] = False
+    thinks: ClassVar[bool] = False
     trains: ClassVar[bool] = True
     preparation: ClassVar[str] = "sample thoughts"  # what a rollout does, for the bar
     dialog: Any  # a Dialog or SingleTurn, as `template` says
@@ -87,6 +90,7 @@ class Method(ABC):
             self.layout,
             config.generation_batch_size,
             lora_of(config, compute),
+            new_head=True,
         )
         self.model = self.runtime.model
         if config.use_liger_kernel:
@@ -104,12 +108,18 @@ class Method(ABC):
         layout: Layout,
         sampling_batch: int,
         lora: Lora | None = None,
+        *,
+        new_head: bool = False,
     ) -> Runtime:
-        """The model from a folder or hub name, or drawn from a configuration, ready to run on `compute.device`."""
+        """The model from a folder or hub name, or drawn from a configuration, ready to run on `compute.device`.
+
+        new_head: a scalar head that the folder does not hold is drawn, to be trained.
+        """
         if cls.scalar:
-            scalar = load_scalar(name_or_path, config_path, seed, dialog.pad_id, lora)
+            scalar = load_scalar(name_or_path, config_path, seed, dialog.pad_id, lora, new_head=new_head)
             return Runtime(place(scalar, compute, layout), dialog, compute, layout, sampling_batch=sampling_batch)
-        model = place(load_generative(name_or_path, config_path, seed, lora), compute, layout)
+        generative = load_generative(name_or_path, config_path, seed, lora)
+        model = place(generative, compute, layout, thinks=cls.thinks)
         sampler = TransformersSampler(
             model.lm,
             dialog.stop_ids,
@@ -152,9 +162,11 @@ class Method(ABC):
 
     def save_model(self, folder: Path) -> None:
         """A plain Hugging Face folder: weights as safetensors, tokenizer, and the card."""
-        from dwrl_fast.pretrained import save_pretrained
-
         save_pretrained(folder, self.model, self.dialog, self.card())
+
+    def try_saving(self, folder: Path) -> None:
+        """`save_model` on trial, before anything is trained."""
+        try_saving(folder, self.model, self.dialog, self.card())
 
 
 def lora_of(config: TrainConfig, compute: Compute) -> Lora | None:

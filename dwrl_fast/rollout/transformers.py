@@ -83,9 +83,10 @@ class TransformersSampler:
             use_cache=True,
             logits_to_keep=1,
         )
-        cache.batch_repeat_interleave(n)
-        logits, mask = output.logits[:, -1].repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
         rows = len(contexts) * n
+        copies = torch.arange(len(contexts), device=device).repeat_interleave(n)
+        cache.reorder_cache(copies)  # the one way to repeat and to drop rows that layers with a state have too
+        logits, mask = output.logits[copies, -1], mask[copies]
         tokens = torch.zeros((rows, max_tokens), dtype=torch.int64, device=device)
         logprobs = torch.zeros((rows, max_tokens), device=device)
         lengths = torch.full((rows,), max_tokens, device=device)
@@ -101,7 +102,7 @@ class TransformersSampler:
                 break
             if len(keep) < len(alive):
                 alive, chosen, mask = alive[keep], chosen[keep], mask[keep]
-                cache.batch_select_indices(keep)
+                cache.reorder_cache(keep)
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
             output = self.lm(
                 input_ids=chosen[:, None],
