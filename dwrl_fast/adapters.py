@@ -98,8 +98,9 @@ def add_adapters(lm: Any, lora: Lora, base: str) -> None:
         raise ConfigError(f"--lora_target_modules: peft refuses {type(lm).__name__}: {error}") from error
     if not _mergeable(lm, config):
         raise ConfigError(
-            f"--lora_target_modules {' '.join(sorted(targets))}: in {type(lm).__name__} some of these are experts in one "
-            f"tensor, which cannot be merged for the saved model. Choose from {', '.join(sorted(linear - FEED_FORWARD))}"
+            f"--lora_target_modules {' '.join(sorted(targets))}: some of these are experts in one tensor of "
+            f"{type(lm).__name__}, which cannot be merged for the saved model. Choose from "
+            f"{', '.join(sorted(linear - FEED_FORWARD))}"
         )
     for parameter in lm.parameters():
         if parameter.requires_grad:

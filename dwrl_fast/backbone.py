@@ -5,7 +5,6 @@ had: sampling and padded batches go on as before. A tree needs no mask; position
 """
 
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch

@@ -1,5 +1,6 @@
 """How a model is asked: the dialog of a run, of a model that was trained here, and of any other as a judge."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ from dwrl_fast.dialog import Dialog, SingleTurn, Thinking
 from dwrl_fast.errors import ConfigError, ModelError
 from dwrl_fast.methods import METHODS
 from dwrl_fast.mixture import Part
-from dwrl_fast.pretrained import has_card, load_card, load_chat, load_tokenizer
+from dwrl_fast.options import check_values
+from dwrl_fast.pretrained import CARD, has_card, load_card, load_chat, load_tokenizer
 from dwrl_fast.templates import DEFAULT
 
 
@@ -46,18 +48,32 @@ def load_dialog(config: TrainConfig) -> Dialog | SingleTurn:
 def load_trained(folder: str | Path, aspect: str | None = None) -> tuple[Dialog | SingleTurn, dict[str, Any]]:
     """How a model that `save_pretrained` wrote is asked, and its card."""
     card = load_card(folder)
-    if card.get("method") not in METHODS:
+    try:
+        _check_card(card)
+    except ConfigError as error:
         raise ModelError(
-            f"{folder} was trained by {card.get('method')}, which is none of {', '.join(METHODS)}: it is of another "
-            "version of dwrl_fast, or its card was changed"
-        )
-    if "dialog" not in card:
-        raise ModelError(
-            f"the card of {folder} has no 'dialog', which says how the model is asked: save the model again"
-        )
+            f"the card of {folder} is not as it was saved: {error} Copy {CARD} again from where the model was trained"
+        ) from None
     saved = card["dialog"] | ({} if aspect is None else {"aspect": aspect})
     make = Dialog if saved["template"].get("kind", DEFAULT) == "dialog" else SingleTurn
     return make.from_dict(load_tokenizer(str(folder)), saved), card
+
+
+def _check_card(card: dict[str, Any]) -> None:
+    """ConfigError where a card lacks what its method needs, or a value has a wrong type or is out of range."""
+    if str(card.get("method")) not in METHODS:
+        raise ConfigError(f"its method is {card.get('method')!r}, which is none of {', '.join(METHODS)}.")
+    options = [*METHODS[str(card["method"])].card_options, *["max_completion_length"] * ("prefilled_by" in card)]
+    if absent := [name for name in ("dialog", *options) if card.get(name) is None]:
+        raise ConfigError(f"it has no {', '.join(absent)}.")
+    check_values(TrainConfig, {name: card[name] for name in options}, "the card")
+    calibration = card.get("calibration", {"temperature": 1.0})
+    shapes = {"dialog": dict, "prefilled_by": str, "reference": dict, "calibration": dict}
+    for name, kind in shapes.items():
+        if not isinstance(card.get(name, kind()), kind):
+            raise ConfigError(f"{name} = {card[name]!r}: must be {'text' if kind is str else 'a mapping'}.")
+    if not (isinstance(fitted := calibration.get("temperature"), int | float) and 0 < fitted < math.inf):
+        raise ConfigError(f"calibration, temperature = {fitted!r}: must be a number > 0.")
 
 
 def load_judge(

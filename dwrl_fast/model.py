@@ -176,7 +176,11 @@ def _load(
                 options = extra | ({"dtype": torch.float32} if lora is None else lora.base_options())
                 with _without_remarks():
                     model, report = auto.from_pretrained(
-                        name_or_path, trust_remote_code=False, output_loading_info=True, **options
+                        name_or_path,
+                        trust_remote_code=False,
+                        output_loading_info=True,
+                        ignore_mismatched_sizes=True,  # they are refused below, by name
+                        **options,
                     )
                 _refuse_other_weights(name_or_path, model, report, new_head)
                 _read_tying(model)
@@ -224,7 +228,9 @@ def _refuse_other_weights(source: str, model: Any, report: dict[str, Any], new_h
     if new_head and "score.weight" in missing:
         missing = {name for name in missing if not name.startswith("score.")}
         others = {name for name in others if not name.startswith("lm_head.")}
-    found = [f"lacks {listed(missing)}"] * bool(missing) + [f"holds {listed(others)} besides"] * bool(others)
+    sizes = {f"{name} as {list(there)} for {list(here)}" for name, there, here in report["mismatched_keys"]}
+    said = {"lacks": missing, "holds besides": others, "has": sizes}
+    found = [f"{what} {listed(names)}" for what, names in said.items() if names]
     if found:
         raise ModelError(
             f"the weights in {source} are not those of {type(model).__name__}: the file {' and '.join(found)}. Copy "

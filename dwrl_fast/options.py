@@ -78,10 +78,7 @@ class Options:
     """The names that the user set, by YAML or command line."""
 
     def __post_init__(self) -> None:
-        for f in option_fields(type(self)):
-            value, bound = getattr(self, f.name), f.metadata["bound"]
-            if bound is not None and value is not None and not bound.holds(value):
-                raise ConfigError(f"{f.name} = {value!r}: must be {bound.words}.")
+        _check_bounds(type(self), {f.name: getattr(self, f.name) for f in option_fields(type(self))})
         self.validate()
 
     def validate(self) -> None:
@@ -115,6 +112,18 @@ class Options:
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(self.to_yaml(), encoding="utf-8")
+
+
+def _check_bounds(cls: type[Options], values: Mapping[str, Any]) -> None:
+    for f in option_fields(cls):
+        value, bound = values.get(f.name), f.metadata["bound"]
+        if bound is not None and value is not None and not bound.holds(value):
+            raise ConfigError(f"{f.name} = {value!r}: must be {bound.words}.")
+
+
+def check_values(cls: type[Options], values: Mapping[str, Any], where: str) -> None:
+    """ConfigError where `values`, some options of `cls` that were read in `where`, have wrong types or ranges."""
+    _check_bounds(cls, _checked(cls, values, where))
 
 
 def _plain(value: Any) -> Any:

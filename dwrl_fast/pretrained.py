@@ -86,7 +86,9 @@ def try_saving(folder: Path, model: PreferenceModel, dialog: Dialog | SingleTurn
         with tempfile.TemporaryDirectory(prefix=".trial-", dir=there) as trial:
             save_pretrained(Path(trial) / "model", model, dialog, card)
     except OSError as error:
-        raise ConfigError(f"the model cannot be saved in {there}: {error}. Make room, or give another folder") from error
+        raise ConfigError(
+            f"the model cannot be saved in {there}: {error}. Make room, or give another folder"
+        ) from error
 
 
 def _replace(

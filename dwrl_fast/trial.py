@@ -55,8 +55,8 @@ def admit(model: Any, packing: Packing, pad_id: int, compute: Compute, *, thinks
 
 @torch.no_grad()
 def difference(saved: Any, model: Any) -> str | None:
-    """How the logits, or rewards, of `saved` differ from those of `model` on a few tokens, in words; None where they are
-    the same but for rounding.
+    """How the logits, or rewards, of `saved` differ from those of `model` on a few tokens, in words; None where only
+    rounding does.
 
     The median over tokens: a wrong weight moves all of them, rounding sends one or another to a different expert.
     """

@@ -302,54 +302,9 @@ def test_a_saved_model_is_a_plain_one(tmp_path: Path) -> None:
 def test_a_softcap_is_kept() -> None:
     """SDPA leaves it out, or raises, as transformers' versions have it."""
     ids = torch.tensor([[8, 9, 10, 11, 12, 13]])
-    by_sdpa, eager = _attending("sdpa", drawn("Gemma2")), _attending("eager", drawn("Gemma2"))
+    by_sdpa, eager = drawn("Gemma2"), drawn("Gemma2")
+    by_sdpa.config._attn_implementation_internal, eager.config._attn_implementation_internal = "sdpa", "eager"
     assert torch.equal(GenerativeModel(by_sdpa).lm(ids).logits, eager(ids).logits)
-
-
-REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "dynamic rope": (
-        lambda: _llama(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
-        "rotary embedding .dynamic.",
-    ),
-    "layers of another kind": (lambda: _family("Lfm2", layer_types=["conv", "full_attention"]), "conv"),
-    "states along the tokens": (lambda: _family("Mamba"), "linear_attention"),
-    "positions without position ids": (lambda: _family("Bloom"), "registry|states differ"),
-    "flash attention": (lambda: _attending("flash_attention_2"), "flash_attention_2"),
-}
-
-
-def _llama(**changes: Any) -> Any:
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHARED | changes))
-
-
-def _family(name: str, **changes: Any) -> Any:
-    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 32, "n_head": 2}
-    config = getattr(transformers, f"{name}Config")(**sizes | changes)
-    return getattr(transformers, f"{name}ForCausalLM")(config)
-
-
-def _attending(name: str, lm: Any = None) -> Any:
-    lm = lm or _llama()
-    lm.config._attn_implementation_internal = name
-    return lm
-
-
-@pytest.mark.parametrize("model", REFUSED)
-def test_what_cannot_run_on_a_tree_is_refused_by_name(model: str) -> None:
-    make, said = REFUSED[model]
-    lm = make()
-    with pytest.raises(ModelError, match=rf"{type(lm).__name__} cannot run on a tree.*({said}).*--packing padded"):
-        attend_over_trees(lm)
-
-
-def test_the_probe_finds_what_no_config_tells(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A layer that looks at the token before it, whichever thought that belongs to."""
-    lm = drawn("Llama")
-    layer = lm.base_model.layers[0]
-    forward = layer.mlp.forward
-    monkeypatch.setattr(layer.mlp, "forward", lambda x: forward(x + x.roll(1, 1)))
-    with pytest.raises(ModelError, match=r"LlamaForCausalLM cannot run on a tree.*differ by.*--packing padded"):
-        attend_over_trees(lm)
 
 
 def test_an_attention_keyword_not_understood_is_refused() -> None:
@@ -357,7 +312,7 @@ def test_an_attention_keyword_not_understood_is_refused() -> None:
     attend_over_trees(lm)
     batch = Layout("tree", 100, 0, CPU).batches(CASES["one-token thoughts"]())[0]
     assert isinstance(batch, TreeBatch)
-    with pytest.raises(ModelError, match=r"LlamaAttention asks its attention for novelty.*--packing padded"):
+    with pytest.raises(ModelError, match=r"LlamaAttention asks its attention for novelty"):
         lm.base_model(
             batch.input_ids[None],
             attention_mask=torch.empty(1, 1, 0, 0, dtype=torch.bool),

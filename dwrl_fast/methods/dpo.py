@@ -30,6 +30,7 @@ from dwrl_fast.scorer.policy import Reference, token_logprobs
 
 class DirectPreference(Method):
     name = "dpo"
+    card_options = ("beta",)
     preparation = "encode, reference"
     default_beta: ClassVar[float] = 0.22
 

@@ -30,6 +30,7 @@ from dwrl_fast.scorer import GenerativeScorer, Progress, Runtime, Scorer, fill_s
 
 class DualWeightedRL(GenerativeMethod):
     name = "dwrl"
+    card_options = (*GenerativeMethod.card_options, "score_normalization")
 
     @classmethod
     def make_scorer(cls, runtime: Runtime, card: dict[str, Any]) -> Scorer:
@@ -110,6 +111,3 @@ class DualWeightedRL(GenerativeMethod):
         tally.add("pair_weight_squared", pull.square())
         accuracy, ordered = order_credit(weights.marginals, ranks)
         tally.add("train_accuracy", accuracy, where=ordered)
-
-    def card(self) -> dict[str, Any]:
-        return super().card() | {"score_normalization": self.config.score_normalization}

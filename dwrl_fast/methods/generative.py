@@ -1,7 +1,7 @@
 """What the methods that train a language model on its own thoughts have in common."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from dwrl_fast.model import HeadInputs
 
 class GenerativeMethod(Method):
     thinks = True
+    card_options: ClassVar[tuple[str, ...]] = ("temperature", "max_completion_length")
 
     def __init__(self, config: TrainConfig, dialog: Dialog | SingleTurn, compute: Compute):
         if config.old_logprobs == "sampler" and not compute.float32:
@@ -86,12 +87,6 @@ class GenerativeMethod(Method):
         )
         tally.policy.append(result.stats)
         return result.loss
-
-    def card(self) -> dict[str, Any]:
-        return super().card() | {
-            "temperature": self.config.temperature,
-            "max_completion_length": self.config.max_completion_length,
-        }
 
 
 def thought_figures(groups: Sequence[Group]) -> dict[str, float]:

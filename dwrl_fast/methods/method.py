@@ -60,7 +60,7 @@ class Method(ABC):
     template: the kind of template that it judges by; other_templates: those that it takes too where one is given.
     scalar: whether its model has a scalar head in place of a language model's. thinks: whether the model writes
     thoughts. trains: whether it does; otherwise the model is evaluated and saved. phases: the updates that one
-    minibatch gets, in order; each has its own learning rate.
+    minibatch gets, in order; each has its own learning rate. card_options: the options that its card holds.
     """
 
     name: ClassVar[str]
@@ -69,6 +69,7 @@ class Method(ABC):
     scalar: ClassVar[bool] = False
     thinks: ClassVar[bool] = False
     trains: ClassVar[bool] = True
+    card_options: ClassVar[tuple[str, ...]] = ()
     preparation: ClassVar[str] = "sample thoughts"  # what a rollout does, for the bar
     dialog: Any  # a Dialog or SingleTurn, as `template` says
 
@@ -158,7 +159,7 @@ class Method(ABC):
 
     def card(self) -> dict[str, Any]:
         """What the JSON beside the saved model must hold so that it can be scored later."""
-        return {"method": self.name}
+        return {"method": self.name} | {name: getattr(self.config, name) for name in self.card_options}
 
     def save_model(self, folder: Path) -> None:
         """A plain Hugging Face folder: weights as safetensors, tokenizer, and the card."""

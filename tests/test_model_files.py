@@ -1,0 +1,153 @@
+"""Folders of models: weights that are missing or others, heads that are tied or not, cards that were changed."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_peft import LORA, make_method
+from tiny import tiny_config, tiny_folder, tiny_pairs
+from transformers import AutoModelForCausalLM
+
+from dwrl_fast import Scorer
+from dwrl_fast.errors import ModelError
+from dwrl_fast.evaluate import main as evaluate
+from dwrl_fast.model import load_generative
+from dwrl_fast.pretrained import CARD
+
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    tiny_folder(folder / "tiny")
+    tiny_pairs(folder / "pairs.jsonl")
+    for name in ("dwrl", "bt", "dpo"):
+        make_method(tiny_config(folder, method=name)).save_model(folder / name)
+    return folder
+
+
+def copied(trained: Path, name: str, to: Path) -> Path:
+    return Path(shutil.copytree(trained / name, to / name))
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def with_head(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return tensors | {"lm_head.weight": torch.randn_like(tensors["model.embed_tokens.weight"])}
+
+
+def without(part: str) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    return lambda tensors: {name: tensor for name, tensor in tensors.items() if part not in name}
+
+
+CHANGED: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], str]] = {
+    "no scalar head": ("bt", without("score"), r"lacks score\.weight"),
+    "a layer less": ("dwrl", without("layers.1."), r"lacks model\.layers\.1\..* and 3 more"),
+    "other names": (
+        "dwrl",
+        lambda tensors: {f"x.{name}": tensor for name, tensor in tensors.items()},
+        r"lacks lm_head.* and holds besides x\.model",
+    ),
+    "another size": (
+        "dwrl",
+        lambda tensors: tensors | {"model.norm.weight": torch.ones(3)},
+        r"has model\.norm\.weight as \[3\] for \[16\]",
+    ),
+    "one more": ("dwrl", lambda tensors: tensors | {"extra.weight": torch.ones(2)}, r"holds besides extra\.weight"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGED)
+def test_weights_that_are_not_the_models_are_an_error(trained: Path, tmp_path: Path, what: str) -> None:
+    name, change, said = CHANGED[what]
+    folder = copied(trained, name, tmp_path)
+    Scorer.from_pretrained(folder, dtype="fp32")
+    change_weights(folder, change)
+    with pytest.raises(ModelError, match=rf"the weights in .*{name} are not those of Llama.*{said}"):
+        Scorer.from_pretrained(folder, dtype="fp32")
+    with pytest.raises(ModelError, match=said):
+        evaluate(["--model_name_or_path", str(folder), "--dataset_name", f"{trained}/pairs.jsonl"])
+
+
+def test_a_new_scalar_head_is_drawn_only_to_be_trained(trained: Path, tmp_path: Path) -> None:
+    """Over a language model with a head of its own, which then makes room."""
+    folder = copied(trained, "dwrl", tmp_path)
+    change_weights(folder, with_head)
+    make_method(tiny_config(trained, method="bt", model_name_or_path=str(folder)))
+    card = json.loads((folder / CARD).read_text())
+    (folder / CARD).write_text(json.dumps(card | {"method": "bt"}))
+    with pytest.raises(ModelError, match=r"not those of LlamaForSequenceClassification: .*lacks score\.weight"):
+        Scorer.from_pretrained(folder, dtype="fp32")
+    scalar = copied(trained, "bt", tmp_path)
+    values = {"method": "dwrl", "temperature": 1.0, "max_completion_length": 6, "score_normalization": "vocab"}
+    (scalar / CARD).write_text(json.dumps(json.loads((scalar / CARD).read_text()) | values))
+    with pytest.raises(ModelError, match=r"not those of LlamaForCausalLM: .*holds besides score\.weight"):
+        Scorer.from_pretrained(scalar, dtype="fp32")
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["whole", "adapters"])
+def test_a_head_of_its_own_under_a_config_that_says_tied_is_kept(trained: Path, tmp_path: Path, adapters: bool) -> None:
+    """As merged checkpoints have it: what is saved computes the same, and says that it is not tied."""
+    folder = copied(trained, "dwrl", tmp_path)
+    change_weights(folder, with_head)
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"]
+    method = make_method(tiny_config(trained, model_name_or_path=str(folder), **LORA if adapters else {}))
+    (tmp_path / "run").mkdir()
+    method.save_model(tmp_path / "run" / "model")
+    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    expected = method.model.lm(ids).logits
+    plainly = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
+    assert adapters or torch.equal(expected, plainly)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    torch.testing.assert_close(found(ids).logits, expected, rtol=1e-5, atol=1e-5)
+    assert not json.loads((tmp_path / "run" / "model" / "config.json").read_text())["tie_word_embeddings"]
+    assert load_generative(str(trained / "dwrl"), None, 0).lm.config.tie_word_embeddings
+
+
+def test_adapters_name_their_base_by_its_whole_path(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(trained)
+    method = make_method(tiny_config(trained, model_name_or_path="tiny", **LORA))
+    (tmp_path / "run").mkdir()
+    method.save_model(tmp_path / "run" / "model")
+    monkeypatch.chdir(tmp_path)
+    Scorer.from_pretrained(tmp_path / "run" / "adapter", dtype="fp32")
+    written = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == str(trained / "tiny")
+
+
+CARDS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "inverted temperature": ("dwrl", {"temperature": -1}, r"temperature = -1.0: must be >= 0.01"),
+    "temperature in words": ("dwrl", {"temperature": "warm"}, r"temperature = 'warm'.*expected a finite number"),
+    "no temperature": ("dwrl", {"temperature": None}, r"it has no temperature"),
+    "no thought": ("dwrl", {"max_completion_length": 0}, r"max_completion_length = 0: must be >= 1"),
+    "half a token": ("dwrl", {"max_completion_length": 1.5}, r"max_completion_length = 1.5.*whole number"),
+    "another score": ("dwrl", {"score_normalization": "none"}, r"expected one of vocab, yes_no"),
+    "no such method": ("dwrl", {"method": "magic"}, r"its method is 'magic', which is none of dwrl"),
+    "a list of methods": ("dwrl", {"method": ["dwrl"]}, r"its method is \['dwrl'\]"),
+    "no dialog": ("dwrl", {"dialog": None}, r"it has no dialog"),
+    "dialog in words": ("dwrl", {"dialog": "chat"}, r"dialog = 'chat': must be a mapping"),
+    "beta below 0": ("dpo", {"beta": -0.1}, r"beta = -0.1: must be > 0"),
+    "reference in words": ("dpo", {"reference": "the base"}, r"reference = 'the base': must be a mapping"),
+    "writer": ("bt", {"prefilled_by": 7, "max_completion_length": 6}, r"prefilled_by = 7: must be text"),
+    "writer without a limit": ("bt", {"prefilled_by": "tiny"}, r"it has no max_completion_length"),
+    "calibration": ("bt", {"calibration": {"temperature": 0}}, r"calibration, temperature = 0: must be a number > 0"),
+}
+
+
+@pytest.mark.parametrize("what", CARDS)
+def test_a_card_that_was_changed_is_refused(trained: Path, tmp_path: Path, what: str) -> None:
+    name, change, said = CARDS[what]
+    folder = copied(trained, name, tmp_path)
+    (folder / CARD).write_text(json.dumps(json.loads((folder / CARD).read_text()) | change))
+    with pytest.raises(ModelError, match=rf"the card of .*{name} is not as it was saved: .*{said}"):
+        Scorer.from_pretrained(folder, dtype="fp32")

@@ -1,0 +1,245 @@
+"""What a model can do here is found out before it is trained: on a tree, padded, sampled from, merged and saved."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from drawn_groups import make_group, make_sequence
+from test_layouts import COMPUTE, CPU, SHARED, drawn
+from tiny import tiny_config, tiny_dialog, tiny_folder, tiny_pairs
+
+from dwrl_fast.adapters import Lora, add_adapters, plain
+from dwrl_fast.compute import Compute
+from dwrl_fast.errors import ConfigError, ModelError, NotFiniteError
+from dwrl_fast.layout import Layout
+from dwrl_fast.loading import load_dialog
+from dwrl_fast.methods import METHODS
+from dwrl_fast.model import GenerativeModel, check_positions, load_generative, place
+from dwrl_fast.pretrained import save_pretrained, try_saving
+from dwrl_fast.rollout.transformers import TransformersSampler
+
+SMALL: dict[str, Any] = SHARED | {"vocab_size": 64, "num_hidden_layers": 2, "eos_token_id": 2, "pad_token_id": 0}
+STATES = {"layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4}
+STATES |= {"linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+LATENT = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16}
+LATENT |= {"first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "num_key_value_heads": 4}
+LATENT |= {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12}
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": EXPERTS,
+    "qwen3_next": EXPERTS | STATES | {"shared_expert_intermediate_size": 16},
+    "qwen3_5_text": STATES,
+    "deepseek_v3": LATENT,
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "mamba": {"state_size": 8},
+    "bloom": {"n_head": 4},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4},
+    "nemotron": {},
+}
+
+
+def made(kind: str, **changes: Any) -> Any:
+    config = transformers.AutoConfig.for_model(kind, **SMALL | KINDS[kind] | changes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def placed(lm: Any, packing: Any = "tree", **how: Any) -> GenerativeModel:
+    return place(GenerativeModel(lm), COMPUTE, Layout(packing, 1, 0, CPU), **how)
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "convolutions": (lambda: made("lfm2"), "layers of kind conv"),
+    "linear attention": (lambda: made("qwen3_5_text"), "layers of kind linear_attention"),
+    "linear attention and experts": (lambda: made("qwen3_next"), "layers of kind linear_attention"),
+    "latent attention": (lambda: made("deepseek_v3"), "tree_attention: v is"),
+    "positions without position ids": (lambda: made("bloom"), "registry|states differ"),
+    "a mask of its own": (lambda: made("nemotron"), "it raises RuntimeError"),
+}
+
+
+@pytest.mark.parametrize("model", REFUSED)
+def test_what_cannot_run_on_a_tree_is_refused_by_name_and_runs_as_advised(model: str) -> None:
+    make, said = REFUSED[model]
+    lm = make()
+    name = type(lm).__name__
+    with pytest.raises(
+        ModelError, match=rf"{name} cannot run on a tree.*({said}).*; use --packing padded, which works"
+    ):
+        placed(lm)
+    placed(make(), "padded")
+
+
+def test_what_no_layout_computes_is_refused_without_a_remedy() -> None:
+    """A layer in which every token sees the last one of the row."""
+    lm = drawn("Llama")
+    layer = lm.base_model.layers[0]
+    forward = layer.mlp.forward
+    layer.mlp.forward = lambda x: forward(x + x[:, -1:])
+    with pytest.raises(
+        ModelError, match=r"LlamaForCausalLM cannot be used here, in no layout: .*padded: .*other model"
+    ):
+        placed(lm)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5_text", "qwen3_next", "lfm2"])
+def test_layers_with_a_state_are_sampled_from(kind: str) -> None:
+    """Contexts of several lengths, several thoughts each, of which some end early."""
+    lm = made(kind)
+    contexts = [[5, 6, 7, 8, 9], [7, 8, 9], [11]]
+    stops = list(range(20, 40))
+    found = TransformersSampler(lm, stops, 0, batch_size=12).sample(contexts, 4, max_tokens=6, temperature=1.0, seed=1)
+    sizes = set()
+    for context, thoughts in zip(contexts, found, strict=True):
+        for thought in thoughts:
+            sizes.add(len(thought.ids))
+            ids = torch.tensor([[*context, *thought.ids]])
+            with torch.no_grad():
+                logprobs = lm(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
+            alone = logprobs[len(context) - 1 : -1].gather(-1, ids[0, len(context) :, None])[:, 0]
+            torch.testing.assert_close(torch.tensor(thought.logprobs), alone, rtol=0, atol=1e-5)
+    assert len(sizes) > 2
+
+
+def test_a_sampler_that_says_something_else_is_refused() -> None:
+    """Mamba's state takes in the padding on the left."""
+    said = r"MambaForCausalLM cannot write thoughts here: log-probs in sampling differ by .* a method without thoughts"
+    with pytest.raises(ModelError, match=rf"{said} with --packing padded .gram, genrm, sft and dpo"):
+        placed(made("mamba"))
+    placed(made("mamba"), "padded", thinks=False)
+
+
+def test_the_trial_finds_what_no_config_tells() -> None:
+    """A layer that looks at the token before it, whichever thought that belongs to."""
+    lm = drawn("Llama")
+    layer = lm.base_model.layers[0]
+    forward = layer.mlp.forward
+    layer.mlp.forward = lambda x: forward(x + torch.cat([x[:, :1], x[:, :-1]], 1))
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM cannot run on a tree.*differ by.*--packing padded"):
+        placed(lm, thinks=False)
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM cannot write thoughts here: .*differ by"):
+        placed(lm, "padded")  # for its cache does not hold that token
+
+
+def test_weights_that_are_not_numbers_are_no_fault_of_the_layout() -> None:
+    lm = made("llama")
+    with torch.no_grad():
+        lm.model.norm.weight[3] = torch.nan
+    with pytest.raises(NotFiniteError, match="LlamaForCausalLM gives states that are not finite"):
+        placed(lm)
+
+
+LIMIT = 24
+ROPES: dict[str, dict[str, Any]] = {
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4},
+    "longrope": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "original_max_position_embeddings": LIMIT,
+        "short_factor": [1.0] * 4,
+        "long_factor": [1.0, 2.0, 4.0, 8.0],
+    },
+}
+
+
+def long_llama(rope: str) -> Any:
+    return made("llama", rope_parameters=ROPES[rope], max_position_embeddings=LIMIT if rope == "dynamic" else 96)
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("packing", ["tree", "packed", "padded"])
+def test_rotary_factors_do_not_depend_on_the_batch(rope: str, packing: Any) -> None:
+    """Up to the length at which they would, everything runs; past it nothing does."""
+    model = placed(long_llama(rope), packing)
+    layout = Layout(packing, 10**6, 0, CPU)
+
+    def scores(*sizes: int) -> torch.Tensor:
+        rows = [make_sequence([3, *range(5, 4 + size)], 1, size) for size in sizes]
+        (batch,) = layout.batches([make_group([[row] for row in rows])])
+        with torch.no_grad():
+            return model(batch, tokens=False).score
+
+    torch.testing.assert_close(scores(7, LIMIT)[0], scores(7)[0], rtol=1e-5, atol=1e-5)
+    with pytest.raises(ModelError, match=rf"of {LIMIT + 1} tokens: the rotary .* up to {LIMIT} tokens"):
+        scores(7, LIMIT + 1)
+    check_positions(model, LIMIT)
+    with pytest.raises(ModelError, match=r"Lower --max_length and --max_completion_length to 24 tokens"):
+        check_positions(model, LIMIT + 1)
+    sampler = TransformersSampler(model.lm, [], 0, batch_size=2)
+    assert len(sampler.sample([[3, 4]], 1, max_tokens=LIMIT - 1, temperature=1.0, seed=0)[0][0].ids) == LIMIT - 1
+    with pytest.raises(ModelError, match="the rotary embedding"):
+        sampler.sample([[3, 4]], 1, max_tokens=LIMIT, temperature=1.0, seed=0)
+
+
+LORA = Lora(4, 8, (), False, COMPUTE)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral", "qwen3_moe", "qwen3_next", "deepseek_v3", "gpt2", "qwen3_5_text"])
+def test_default_adapters_merge_and_save(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    base = made(kind)
+    base.save_pretrained(tmp_path / "base")
+    lm = load_generative(str(tmp_path / "base"), None, 0).lm.eval()
+    add_adapters(lm, LORA, str(tmp_path / "base"))
+    with torch.no_grad():
+        for name, parameter in lm.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        expected, before = lm(ids).logits, base(ids).logits
+        torch.testing.assert_close(plain(lm).eval()(ids).logits, expected, rtol=1e-4, atol=1e-5)
+    assert (expected - before).abs().amax() > 1e-3
+    assert ("several experts in one tensor" in caplog.text) == (kind not in ("llama", "gpt2", "qwen3_5_text"))
+    save_pretrained(tmp_path / "model", GenerativeModel(lm), tiny_dialog(), {})  # and both folders are read again
+    assert (tmp_path / "adapter").is_dir()
+
+
+def test_targets_that_cannot_be_merged_are_refused_before_training() -> None:
+    targets = ("gate_proj", "up_proj", "down_proj")
+    with pytest.raises(ConfigError, match=r"experts in one tensor of DeepseekV3.*Choose from .*q_a_proj"):
+        add_adapters(made("deepseek_v3"), Lora(4, 8, targets, False, COMPUTE), "base")
+
+
+def test_what_cannot_be_saved_is_known_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_folder(tmp_path / "tiny")
+    tiny_pairs(tmp_path / "pairs.jsonl")
+    config = tiny_config(tmp_path)
+    method = METHODS["dwrl"](config, load_dialog(config), Compute.resolve("fp32"))
+    (tmp_path / "run").mkdir()
+    method.try_saving(tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == []
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(method.model.lm, "save_pretrained", full)
+    with pytest.raises(ConfigError, match=r"model can.* be saved in .*run: .*No space left on device"):
+        method.try_saving(tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_save_that_is_not_the_model_replaces_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_folder(tmp_path / "tiny")
+    before = (tmp_path / "tiny" / "model.safetensors").read_bytes()
+    model = load_generative(str(tmp_path / "tiny"), None, 0)
+    write = model.lm.save_pretrained
+
+    def another(folder: Path, **options: Any) -> None:
+        with torch.no_grad():
+            model.lm.model.layers[1].mlp.up_proj.weight.mul_(-1)
+            write(folder, **options)
+            model.lm.model.layers[1].mlp.up_proj.weight.mul_(-1)
+
+    monkeypatch.setattr(model.lm, "save_pretrained", another)
+    with pytest.raises(ModelError, match=r"saved in .*tiny.part is not the model that was trained: .* differs by"):
+        save_pretrained(tmp_path / "tiny", model, tiny_dialog(), {})
+    assert (tmp_path / "tiny" / "model.safetensors").read_bytes() == before
+    assert (tmp_path / "tiny.part" / "model.safetensors").is_file()
+    with pytest.raises(ModelError):
+        try_saving(tmp_path, model, tiny_dialog(), {})
