@@ -35,6 +35,7 @@ def admit(model: Any, packing: Packing, pad_id: int, compute: Compute, *, thinks
     weights hold NaN.
     """
     lm, name = model.lm, type(model.lm).__name__
+    pad_id %= lm.get_input_embeddings().num_embeddings  # whether the tokenizer fits is asked elsewhere
     with _trying(lm, compute):
         alone = _alone(lm)
         padded = _fault(lambda: _layout_fault(lm, "padded", pad_id, alone))
@@ -123,7 +124,7 @@ def _batch(lm: Any, rows: list[list[int]], starts: list[int], packing: Packing, 
     """One micro-batch of `rows`, trained from their `starts`."""
     none = slice(0)
     spans = [Sequence(row, none, none, slice(at, len(row)), none) for row, at in zip(rows, starts, strict=True)]
-    layout = Layout(packing, 10**6, pad_id % lm.get_input_embeddings().num_embeddings, lm.device)
+    layout = Layout(packing, 10**6, pad_id, lm.device)
     (batch,) = layout.batches([Group(Preference((), ("",)), [spans])])
     return batch
 
