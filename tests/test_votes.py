@@ -8,9 +8,9 @@ import pytest
 from verdicts import judged_row, preference
 
 from dwrl_fast.evaluation.judged import Judged
-from dwrl_fast.evaluation.units import Units, bootstrap_interval
 from dwrl_fast.evaluation.report import orders
 from dwrl_fast.evaluation.table import PairTable, length_bins, partitions, slice_of
+from dwrl_fast.evaluation.units import Units, bootstrap_interval
 from dwrl_fast.evaluation.votes import VotePoint, vote_curve
 
 PLACES = [(0, 1), (1, 0)]

@@ -62,23 +62,27 @@ class Units:
     @property
     def weight(self) -> Floats:
         """[Q], one over the values of its row."""
-        return 1.0 / self.size.astype(np.float64)
+        return 1 / self.size
 
     def sums(self, values: ArrayLike) -> Floats:
         """[U], of each unit: the sum over its rows of the mean of each row's values [Q]."""
-        _, first, row = np.unique(self.row, return_index=True, return_inverse=True)
+        of_rows, first = self._of_rows(values)
         _, unit = np.unique(self.unit[first], return_inverse=True)
-        of_rows: Floats = np.bincount(row, np.asarray(values, dtype=np.float64)) / self.size[first]
         return np.bincount(unit, of_rows).astype(np.float64)
 
     def mean(self, values: ArrayLike) -> float:
-        """Over rows, of values [Q]."""
-        return float(self.sums(values).sum() / self.sums(np.ones(len(self.row))).sum())
+        """Over rows, of values [Q], whatever is drawn."""
+        return float(self._of_rows(values)[0].sum() / self._of_rows(np.ones(len(self.row)))[0].sum())
 
     def interval(self, values: ArrayLike, seed: int) -> tuple[float, float]:
         """`bootstrap_interval` of `mean`, whole units being drawn."""
         weights = self.sums(np.ones(len(self.row)))
         return bootstrap_interval(self.sums(values) / weights, seed, weights)
+
+    def _of_rows(self, values: ArrayLike) -> tuple[Floats, Ints]:
+        """Of each row its sum over `size`, and the place of its first value."""
+        _, first, row = np.unique(self.row, return_index=True, return_inverse=True)
+        return np.bincount(row, np.asarray(values, dtype=np.float64)) / self.size[first], first
 
 
 def bootstrap_interval(values: np.ndarray, seed: int, weights: np.ndarray | None = None) -> tuple[float, float]:
