@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from bench.paper_table_runs import BASELINE, VARIANTS, Cell
-from dwrl_fast.evaluation.pairs import bootstrap_interval
+from dwrl_fast.evaluation.units import bootstrap_interval
 
 Record = dict[str, Any]
 Interval = tuple[float, float]

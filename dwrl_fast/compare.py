@@ -12,20 +12,24 @@ from rich.console import Console
 
 from dwrl_fast.api import Scorer
 from dwrl_fast.config import CommonOptions
+from dwrl_fast.config.common import cluster_option
 from dwrl_fast.console import command, set_up_logging
-from dwrl_fast.data import Preference
+from dwrl_fast.data import Cluster, Preference
 from dwrl_fast.dialog.single_turn import transcript
 from dwrl_fast.errors import ConfigError, DataError
 from dwrl_fast.evaluation.judged import Judged, judged_report, score_table
 from dwrl_fast.evaluation.paired import PairedReport, disagreements, paired_report
 from dwrl_fast.evaluation.pairs import check_ordered
 from dwrl_fast.evaluation.scoring import Steps, score_rows
+from dwrl_fast.evaluation.units import Units
 from dwrl_fast.feed import read_rows
 from dwrl_fast.log import logger
 from dwrl_fast.mixture import Part, check_evaluated
 from dwrl_fast.options import at_least, option, parse
 from dwrl_fast.pretrained import load_card
 from dwrl_fast.progress import Display
+
+# ruff: noqa: RUF009 - what option() returns is a dataclass field
 
 _model = partial(option, group="Model")
 _data = partial(option, group="Data")
@@ -60,14 +64,16 @@ python -m dwrl_fast.compare runs/dwrl/model runs/bt/model --dataset_name held_ou
     aspect: str | None = _data(
         None, "What the models are asked to judge. none: what each was trained on. A column named aspect goes first."
     )
-    limit: int | None = _data(None, "Use only so many of a file's first pairs. none: all of them.", bound=at_least(1))
+    limit: int | None = _data(None, "Use only so many of a file's first rows. none: all of them.", bound=at_least(1))
     votes: int = _evaluation(
         1, "1: one greedy thought. More: so many sampled ones, for models that write any.", bound=at_least(1)
     )
+    cluster: Cluster = cluster_option()
     output_file: str | None = option(
         None,
         "Write what they disagree about, where their probabilities differ most first, with the thoughts and scores of "
-        "both: to read where it ends with .md, a line a row where it ends with .jsonl. Nothing is overwritten.",
+        "both: to read where it ends with .md, a line a pair (or ranking) where it ends with .jsonl. Nothing is "
+        "overwritten.",
         group="Run",
     )
 
@@ -86,7 +92,7 @@ python -m dwrl_fast.compare runs/dwrl/model runs/bt/model --dataset_name held_ou
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One row with what both models made of it."""
+    """One pair, or ranking read as one, with what both models made of it."""
 
     row: Preference
     models: tuple[Judged, Judged]
@@ -113,7 +119,7 @@ def main(argv: list[str]) -> None:
 
 def run(config: CompareConfig, console: Console) -> PairedReport:
     """Score the files' rows under one model after the other and print both reports and what becomes of the two; with
-    --output_file, the rows on which one is better are written.
+    --output_file, the pairs and rankings on which one is better are written.
     """
     for path in (config.model_a, config.model_b):
         load_card(path)  # whether it is there is said before the first one is scored
@@ -121,11 +127,12 @@ def run(config: CompareConfig, console: Console) -> PairedReport:
         both = [_judge(config, path, display) for path in (config.model_a, config.model_b)]
     rows = _shared(*both)
     first, second = ([found.models[i] for found in rows] for i in (0, 1))
+    units = Units.of([found.row for found in rows], config.cluster)
     for name, model, judgements in (("A", config.model_a, first), ("B", config.model_b, second)):
-        _say(console, f"{name}  {model}: accuracy {judged_report(judgements, config.seed)}")
+        _say(console, f"{name}  {model}: accuracy {judged_report(judgements, config.seed, units)}")
     scores = score_table(first), score_table(second)
     ranks = [judgement.ranks for judgement in first]
-    report = paired_report(*scores, ranks=ranks, seed=config.seed)
+    report = paired_report(*scores, ranks=ranks, seed=config.seed, units=units)
     _say(console, f"A - B: {report}")
     differ = [rows[i] for i in disagreements(*scores, ranks=ranks)]
     if config.output_file is not None:
@@ -165,7 +172,7 @@ def _shared(a: dict[str, tuple[Preference, Judged]], b: dict[str, tuple[Preferen
         raise DataError("no row can be read by both models: raise --max_length, or see above what each left out")
     for name, mine in (("A", a), ("B", b)):
         if len(found) < len(mine):
-            logger.info("%d rows are left out that only %s can read", len(mine) - len(found), name)
+            logger.info("%d pairs or rankings are left out that only %s can read", len(mine) - len(found), name)
     return found
 
 

@@ -5,8 +5,9 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from dwrl_fast.evaluation.report import Report, make_report, markdown, plain, se
 from dwrl_fast.evaluation.rewardbench import check_rows, read_best_of, rewardbench, rewardbench2
 from dwrl_fast.evaluation.scoring import PartFile, Scored, Steps, score_rows
 from dwrl_fast.evaluation.table import PairTable
+from dwrl_fast.evaluation.units import Units
 from dwrl_fast.evaluation.votes import vote_curve
 from dwrl_fast.feed import read_rows
 from dwrl_fast.feed.source import content_hash
@@ -67,10 +69,11 @@ def run(config: EvaluateConfig, console: Console) -> PairReport:
         with nullcontext() if folder is None else PartFile(folder / PART, identity(config, rows)) as part:
             steps = steps_of(config, scorer, part)
             scored = score(steps, rows, display)
-            probed = attack(steps, rows, display) if config.probe else None
-    report, table = make_report(scored.rows, rows, scorer.kind, about(config, scorer, rows), config.seed)
+            probed = attack(config, steps, rows, display) if config.probe else None
+    units = Units.of(rows, config.cluster)
+    report, table = make_report(scored.rows, rows, units, scorer.kind, about(config, scorer, units), config.seed)
     report = dataclasses.replace(
-        report, tokens=dict(scored.tokens), probe=probed, **extras(config, report, table, scored.rows)
+        report, tokens=dict(scored.tokens), probe=probed, **extras(config, report, table, scored.rows, units)
     )
     say_unread(report, sum(len(each) for row in scored.rows for each in row.verdicts))
     if config.calibrate:
@@ -123,17 +126,17 @@ def score(steps: Steps, rows: Sequence[Preference], display: Display) -> Scored:
     done = steps.behind("rows")
     behind = sum(len(row.responses) for row in rows[:done])
     if done:
-        logger.info("%d of %d rows were scored before: going on behind them", done, len(rows))
+        logger.info("%d of %d pairs or rankings were scored before: going on behind them", done, len(rows))
     with display.stage("score", sum(len(row.responses) for row in rows), behind) as stage:
         return score_rows(steps, rows, stage.advance)
 
 
-def attack(steps: Steps, rows: Sequence[Preference], display: Display) -> ProbeReport:
+def attack(config: EvaluateConfig, steps: Steps, rows: Sequence[Preference], display: Display) -> ProbeReport:
     done, total, each = steps.behind("probe"), len(pairs_of(rows)), responses_each(steps.scorer)
     if done:
         logger.info("%d of %d pairs were probed before: going on behind them", done, total)
     with display.stage("probe", each * total, each * done) as stage:
-        return probe(steps, rows, stage.advance)
+        return probe(steps, rows, stage.advance, config.cluster)
 
 
 def say_unread(report: Report, verdicts: int) -> None:
@@ -148,12 +151,14 @@ def say_unread(report: Report, verdicts: int) -> None:
         )
 
 
-def extras(config: EvaluateConfig, report: Report, table: PairTable, judged: Sequence[Judged]) -> dict[str, Any]:
+def extras(
+    config: EvaluateConfig, report: Report, table: PairTable, judged: Sequence[Judged], units: Units
+) -> dict[str, Any]:
     """What the options ask for beyond what every report has."""
     found: dict[str, Any] = {}
     if config.vote_curve:
         ks = sorted({k for k in VOTE_CURVE if k < config.sampled} | {config.sampled})
-        found["votes"] = vote_curve(judged, report.kind, ks, config.seed)
+        found["votes"] = vote_curve(judged, report.kind, ks, config.seed, units)
     if config.benchmark == "rewardbench":
         found["benchmark"] = rewardbench(judged, report.kind)
     if config.benchmark == "rewardbench2":
@@ -208,14 +213,14 @@ def identity(config: EvaluateConfig, rows: Sequence[Preference]) -> dict[str, An
     } | options
 
 
-def about(config: EvaluateConfig, scorer: Scorer, rows: Sequence[Preference]) -> dict[str, Any]:
+def about(config: EvaluateConfig, scorer: Scorer, units: Units) -> dict[str, Any]:
     """What was evaluated, as the head of a report."""
     thoughts = f"{config.sampled} sampled" if config.sampled > 1 else "one, greedy"
     return {
         "model": config.model_name_or_path,
         "method": scorer.method,
         "data": ", ".join(part.dataset_name for part in config.dataset_name),
-        "rows": len(rows),
+        "rows": units.rows,
         "thoughts": thoughts if scorer.thinks else "none",
         "seed": config.seed,
     }
@@ -242,12 +247,20 @@ def write(
     folder: Path, report: Report, table: PairTable, judged: Sequence[Judged], rows: Sequence[Preference], seed: int
 ) -> None:
     """scores.jsonl, report.json, report.md, report.html; the part file goes last."""
-    lines = (json.dumps(plain(row.to_dict()), ensure_ascii=False) + "\n" for row in judged)
+    lines = (json.dumps(plain(line), ensure_ascii=False) + "\n" for line in by_row(judged, rows))
     _replace(folder / "scores.jsonl", "".join(lines))
     _replace(folder / "report.md", markdown(report))
     _replace(folder / "report.html", page(report, table, judged, rows, figures(report, table.gap), seed))
     _replace(folder / REPORT, json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n")
     (folder / PART).unlink(missing_ok=True)
+
+
+def by_row(judged: Sequence[Judged], rows: Sequence[Preference]) -> Iterator[dict[str, Any]]:
+    """The lines of scores.jsonl. `rows` are what `judged` are of; the pairs of one row of the file stand together."""
+    for row, some in groupby(zip(judged, rows, strict=True), lambda both: both[1].row or both[1].source):
+        pairs = [one.to_dict() for one, _ in some]
+        names = {"source": row} | {name: pairs[0][name] for name in ("subset", "id")}
+        yield pairs[0] if len(pairs) == 1 else names | {"pairs": pairs}
 
 
 def _replace(path: Path, text: str) -> None:

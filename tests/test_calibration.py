@@ -14,6 +14,7 @@ from verdicts import judged_row, preference
 from dwrl_fast.evaluation.calibration import BINS, calibration, fit_temperature, sigmoid
 from dwrl_fast.evaluation.pairs import pair_report
 from dwrl_fast.evaluation.table import PairTable
+from dwrl_fast.evaluation.units import Units
 
 rng = np.random.default_rng(0)
 GAP = rng.normal(0.4, 1.5, 2000)
@@ -96,8 +97,9 @@ def test_a_temperature_that_is_none() -> None:
 
 def test_rows_of_several_pairs_count_as_one() -> None:
     rows = [judged_row([2.0, 1.0]), judged_row([0.0, 1.0, 3.0], (1, 2, 2)), judged_row([0.0, 1.0], (1, 1))]
-    table = PairTable.of(rows, [preference(2), preference(3), preference(2)])
-    assert table.row.tolist() == [0, 1, 1] and table.gap.tolist() == [1, -1, -3]
+    preferences = [preference(2), preference(3), preference(2)]
+    table = PairTable.of(rows, preferences, Units.of(preferences))
+    assert table.group.tolist() == [0, 1, 1] and table.gap.tolist() == [1, -1, -3]
     assert table.weight.tolist() == [1, 0.5, 0.5] and table.longer.tolist() == [-1, -1, -2]
     by_hand = (sigmoid(np.array(-1.0)) ** 2 + (sigmoid(np.array(1.0)) ** 2 + sigmoid(np.array(3.0)) ** 2) / 2) / 2
     assert calibration(table.gap, table.weight).brier == pytest.approx(by_hand)

@@ -125,8 +125,8 @@ def test_rows_that_only_one_model_can_read_are_left_out(
     with caplog.at_level("INFO", "dwrl_fast"):
         report = compare.run(parse_compare(argv(folder)), Console(quiet=True))
     assert report.groups == 24 - 5
-    assert "3 rows are left out that only A can read" in caplog.text
-    assert "2 rows are left out that only B can read" in caplog.text
+    assert "3 pairs or rankings are left out that only A can read" in caplog.text
+    assert "2 pairs or rankings are left out that only B can read" in caplog.text
     monkeypatch.setattr(compare, "read_rows", lambda *a, **k: ([], 0))
     with pytest.raises(DataError, match="no row can be read by both models"):
         compare.run(parse_compare(argv(folder)), Console(quiet=True))

@@ -15,6 +15,7 @@ from dwrl_fast.evaluation.figures import figures
 from dwrl_fast.evaluation.judged import Judged
 from dwrl_fast.evaluation.page import MOST_CHARACTERS, SAMPLE, page
 from dwrl_fast.evaluation.report import make_report, markdown
+from dwrl_fast.evaluation.units import Units
 from dwrl_fast.evaluation.votes import vote_curve
 
 ATTACK = "<script>document.title = 'taken'</script><img src=x onerror=alert(1)></pre></details>\"'&amp; $x$ | `a`"
@@ -49,7 +50,9 @@ def rows(count: int = 12) -> tuple[list[Judged], list[Preference]]:
 
 def made(count: int = 12) -> str:
     judged, preferences = rows(count)
-    report, table = make_report(judged, preferences, "score", {"model": ATTACK, "data": ATTACK}, 0)
+    report, table = make_report(
+        judged, preferences, Units.of(preferences), "score", {"model": ATTACK, "data": ATTACK}, 0
+    )
     report.votes.extend(vote_curve(judged, "score", [1, 4], 0))
     assert "<script" not in markdown(report).replace("\\<script", "") and "\\| \\`a\\`" in markdown(report)
     return page(report, table, judged, preferences, figures(report, table.gap), 0)

@@ -8,9 +8,9 @@ import pytest
 from verdicts import judged_row, preference
 
 from dwrl_fast.evaluation.judged import Judged
-from dwrl_fast.evaluation.pairs import bootstrap_interval
 from dwrl_fast.evaluation.report import orders
 from dwrl_fast.evaluation.table import PairTable, length_bins, partitions, slice_of
+from dwrl_fast.evaluation.units import Units, bootstrap_interval
 from dwrl_fast.evaluation.votes import VotePoint, vote_curve
 
 PLACES = [(0, 1), (1, 0)]
@@ -83,12 +83,12 @@ def test_orders_by_hand() -> None:
     def row(first: list[float | None], second: list[float | None]) -> Judged:
         return judged_row([0.0, 0.0], verdicts=[first, second], comparisons=PLACES)
 
-    found = orders([row([0.9], [0.2]), row([0.7], [0.6]), row([0.5], [0.9]), row([None], [0.0])])
+    found = orders([row([0.9], [0.2]), row([0.7], [0.6]), row([0.5], [0.9]), row([None], [0.0])], Units.alone(4))
     assert found is not None
     assert found.better_first == pytest.approx((1 + 1 + 0.5 + 0) / 4)
     assert found.better_second == pytest.approx((1 + 0 + 0 + 1) / 4)
     assert found.agree == pytest.approx((1 + 0 + 0.5 + 0) / 4)
-    assert orders([judged_row([1.0, 0.0])]) is None
+    assert orders([judged_row([1.0, 0.0])], Units.alone(1)) is None
 
 
 def test_slices_against_loops() -> None:
@@ -107,7 +107,7 @@ def test_slices_against_loops() -> None:
                 source=f"{'one' if place < 20 else 'two'}.jsonl:{place}",
             )
         )
-    table = PairTable.of(judged, rows)
+    table = PairTable.of(judged, rows, Units.of(rows))
     found = {each.by: each.slices(table, 0) for each in partitions(table, judged, rows)}
     assert list(found) == ["source", "subset", "turns", "length"]
     assert [part.name for part in found["source"]] == ["one", "two"]

@@ -1,10 +1,11 @@
 """What the commands share: the groups of options, reading rows, generating thoughts, the size of a forward pass."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
 
-from dwrl_fast.data import Rankings, Ties
+from dwrl_fast.data import Cluster, Rankings, Ties
 from dwrl_fast.layout import Packing
 from dwrl_fast.options import Options, at_least, option
 from dwrl_fast.registry import using
@@ -28,6 +29,12 @@ forward_option = partial(option, group="Forward passes")
 updates_option = partial(option, group="Updates")
 optimizer_option = partial(option, group="Optimizer")
 evaluation_option = partial(option, group="Evaluation")
+cluster_option: Callable[[], Cluster] = partial(
+    evaluation_option,
+    "row",
+    "What is drawn for an interval, and counted by McNemar's test. row: the rows of the files, each with all its pairs."
+    " prompt: the prompts, each with all its rows, for sets in which several rows share one.",
+)
 run_option = partial(option, group="Run")
 embedded_option = partial(option, group="Embedded task")
 
@@ -70,7 +77,7 @@ class CommonOptions(Options):
     rankings: Rankings = data_option(
         "pairs",
         "What a ranking of more than two responses becomes. pairs: every two of them, with the difference of their"
-        " scores or else ranks as margin. plackett_luce: one group.",
+        " scores or else ranks as margin. plackett_luce: one group. In evaluation it is one row either way.",
     )
     max_length: int = data_option(
         4096,

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from dwrl_fast.config.common import (
     CommonOptions,
+    cluster_option,
     data_option,
     evaluation_option,
     method_option,
@@ -13,6 +14,7 @@ from dwrl_fast.config.common import (
     run_option,
     thoughts_option,
 )
+from dwrl_fast.data import Cluster
 from dwrl_fast.dialog import Thinking
 from dwrl_fast.errors import ConfigError
 from dwrl_fast.mixture import Part, check_evaluated
@@ -60,7 +62,7 @@ python -m dwrl_fast.evaluate --model_name_or_path runs/mine/model --dataset_name
         None, "What the model is asked to judge. none: what it was trained on. A column named aspect goes first."
     )
     limit: int | None = data_option(
-        None, "Use only so many of a file's first pairs. none: all of them.", bound=at_least(1)
+        None, "Use only so many of a file's first rows. none: all of them.", bound=at_least(1)
     )
     method: Literal["judge"] | None = method_option(
         None,
@@ -112,12 +114,13 @@ python -m dwrl_fast.evaluate --model_name_or_path runs/mine/model --dataset_name
     )
     probe: bool = evaluation_option(
         False,
-        'Also append forged turns, "answer Yes", flattery, padding and length to the worse response of each pair, and '
-        "report how far its score shifts and how many pairs flip. Takes several times as long.",
+        'Also append forged turns, "answer Yes", flattery, padding and length to the worst response of each row, and '
+        "report how far its score shifts against the best one's and how many pairs flip. Takes several times as long.",
     )
     benchmark: Literal["rewardbench", "rewardbench2"] | None = evaluation_option(
         None, "The files are this benchmark's: also its score as its authors weight it, Ties included."
     )
+    cluster: Cluster = cluster_option()
     output_dir: str | None = run_option(
         None,
         "Write report.html, report.md, report.json and scores.jsonl into this folder. An evaluation that was "

@@ -2,12 +2,13 @@
 
 from dwrl_fast.data.demonstrations import Demonstration
 from dwrl_fast.data.opening import open_rows
-from dwrl_fast.data.preference import Dataset, Message, Preference, Rankings, Ties
+from dwrl_fast.data.preference import Cluster, Dataset, Message, Preference, Rankings, Ties
 from dwrl_fast.data.reading import Outcome, Reader, read_preferences
 from dwrl_fast.data.sources import START, Position, Row, RowSource
 
 __all__ = [
     "START",
+    "Cluster",
     "Dataset",
     "Demonstration",
     "Message",

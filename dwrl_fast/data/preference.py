@@ -8,6 +8,7 @@ from typing import Any, Literal, TypedDict
 
 Ties = Literal["drop", "keep"]  # pairs of equally good responses
 Rankings = Literal["pairs", "plackett_luce"]  # what a ranking of more than two becomes
+Cluster = Literal["row", "prompt"]  # what is drawn for an interval
 
 SHOWN_LINES = 3
 # "file:line", "file:line:i-j" (two responses of a row) or "file:line-line" (rows that hold one response each)
@@ -29,6 +30,8 @@ class Preference:
     ranks: [K], ascending from 1, equal where responses tie; empty where none does, so that they are 1 to K.
     source: "file:line"; "file:line:i-j" for responses i and j of a row of several; "file:line-line" for a pair of rows.
     subset, id: the columns of these names, as text; they name the row in reports and mean nothing to training.
+    row: "file:line" of the row that became pairs, the same for all of them; of the first one, where the rows of one
+    prompt did. Empty where a row is one group.
     """
 
     prompt: tuple[Message, ...]
@@ -39,6 +42,7 @@ class Preference:
     source: str = ""
     subset: str | None = None
     id: str | None = None
+    row: str = ""
 
     @property
     def content(self) -> list[Any]:

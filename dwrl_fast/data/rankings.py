@@ -55,7 +55,8 @@ def ranking(row: Columns, ties: Ties, rankings: Rankings) -> Groups:
     too_many = len(found) > MOST_TIED and len(set(order)) < len(order)
     if rankings == "plackett_luce" and len(found) > 2 and not best_of_n and not too_many:
         return Groups([_group(found, like, ties)], {})
-    pairs, notes = compare(_best_against_each(found) if best_of_n else itertools.combinations(found, 2), like, ties)
+    two = _best_against_each(found) if best_of_n else itertools.combinations(found, 2)
+    pairs, notes = compare(two, replace(like, row=row.source), ties)
     if not pairs:
         raise Unusable(_no_pair(found))
     if best_of_n:
@@ -68,7 +69,7 @@ def ranking(row: Columns, ties: Ties, rankings: Rankings) -> Groups:
 def compare(
     two: Iterable[tuple[Ranked, Ranked]], like: Preference, ties: Ties
 ) -> tuple[list[Preference], Counter[str]]:
-    """Pairs, the better first, as preferences with the prompt and aspect of `like`; their sources begin with its.
+    """Pairs, the better first, as preferences with the prompt, aspect and row of `like`; their sources begin with its.
 
     And the notes on the pairs left out.
     """

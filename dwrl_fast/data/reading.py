@@ -144,7 +144,8 @@ def read_preferences(
     ties: Ties = "drop",
     rankings: Rankings = "pairs",
 ) -> Dataset:
-    """The preferences of a file or data set (see `open_rows`), of any format; the first `limit` of them.
+    """The preferences of a file or data set (see `open_rows`), of any format; of its first `limit` usable rows, or
+    prompts of SINGLE.
 
     `columns` maps our column names to the file's, `ties` and `rankings` are as the options of the same names. Rows that
     hold no comparison are dropped, counted, with their lines. Raises DataError, naming file and line, where the file or
@@ -152,12 +153,13 @@ def read_preferences(
     """
     reader = Reader(open_rows(path), columns=columns, ties=ties, rankings=rankings)
     dataset = Dataset(reader.source.name)
+    used = 0
     for outcome in reader.read():
         if outcome.error is not None:
             raise outcome.error
         dataset.add(outcome.preferences, outcome.dropped, outcome.notes)
-        if limit is not None and len(dataset.rows) >= limit:
-            del dataset.rows[limit:]
+        used += bool(outcome.preferences)
+        if used == limit:
             break
     dataset.format = reader.format.name if reader.format is not None else ""
     if not dataset.rows:

@@ -39,7 +39,8 @@ def compare_singles(rows: Sequence[Single], name: str, ties: Ties) -> tuple[Grou
     ranks = ranks_of([row.score for row in rows])
     found = [Ranked(row.completion, rank, row.score, row.line) for row, rank in zip(rows, ranks, strict=True)]
     found.sort(key=lambda response: response.rank)
-    like = Preference(turns, (), aspect=aspect, source=name, subset=rows[0].subset)
+    first = f"{name}:{rows[0].line}"
+    like = Preference(turns, (), aspect=aspect, source=name, row=first, subset=rows[0].subset)
     pairs, notes = compare(itertools.combinations(found, 2), like, ties)
     used = {line for pair in pairs for line in pair.lines}
     reason = "no other score for its prompt" if len(rows) > 1 else "the only completion of its prompt"

@@ -8,11 +8,10 @@ is the better one.
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from dwrl_fast.evaluation.table import credit
+from dwrl_fast.evaluation.pairs import credit
+from dwrl_fast.evaluation.units import Floats
 
-Floats = NDArray[np.float64]
 BINS = 10  # of confidence, from one half to 1
 
 

@@ -1,4 +1,4 @@
-"""What a model made of one row: a line of scores.jsonl, and all that the figures of a report are computed from."""
+"""What a model made of one group: what scores.jsonl holds, and all that the figures of a report are computed from."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,13 +11,14 @@ from torch import Tensor
 from dwrl_fast.api import Scorer
 from dwrl_fast.batch import Group
 from dwrl_fast.evaluation.pairs import PairReport, full_report
+from dwrl_fast.evaluation.units import Units
 from dwrl_fast.rollout.comparisons import both_orders
 from dwrl_fast.scorer import marginal_scores
 
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """One row of K responses, best first.
+    """One group of K responses, best first: a pair, or a ranking that is read as one.
 
     scores: K, in nats, the log of the mean over the response's thoughts or contests. verdicts: as of `Group`, or the
     scores of each thought. comparisons: C, which two are shown, in this order. thoughts, ended: their texts, in the
@@ -77,12 +78,13 @@ def score_table(rows: Sequence[Judged]) -> Tensor:
     return _table([row.scores for row in rows])
 
 
-def judged_report(rows: Sequence[Judged], seed: int) -> PairReport:
+def judged_report(rows: Sequence[Judged], seed: int, units: Units) -> PairReport:
     """The report over all `rows`. DataError as from `pair_report`."""
     return full_report(
         score_table(rows),
         [row.ranks for row in rows],
         seed,
+        units,
         unparsable=sum(row.unparsable for row in rows),
         first_shares=[share for row in rows for share in row.first_shares],
         token_scores=_table([row.token_scores for row in rows]) if rows[0].token_scores else None,

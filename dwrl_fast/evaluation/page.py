@@ -13,11 +13,12 @@ import numpy as np
 from dwrl_fast.compute import step_seed
 from dwrl_fast.data import Preference
 from dwrl_fast.evaluation.judged import Judged
+from dwrl_fast.evaluation.pairs import credit
 from dwrl_fast.evaluation.report import Report, Section, sections
-from dwrl_fast.evaluation.table import PairTable, credit
+from dwrl_fast.evaluation.table import PairTable
 from dwrl_fast.scorer import Kind
 
-SAMPLE = 100  # rows shown that are right, and as many that are not
+SAMPLE = 100  # pairs and rankings shown that are right, and as many that are not
 MOST_THOUGHTS = 4  # shown of one response or comparison
 MOST_CHARACTERS = 8000  # of one text
 
@@ -91,16 +92,16 @@ def _cells(cells: Iterable[str]) -> str:
 
 
 def _sample(kind: Kind, table: PairTable, judged: Sequence[Judged], rows: Sequence[Preference], seed: int) -> list[str]:
-    """Rows drawn from `seed`, in the order of the files. A row is right where each of its pairs is."""
-    right = np.bincount(table.row, table.weight * credit(table.gap), len(rows)) > 1 - 1e-9
-    pairs = np.bincount(table.row, minlength=len(rows)) > 0
+    """Some of `rows` drawn from `seed`, in the order of the files. One is right where each of its pairs is."""
+    right = np.bincount(table.group, credit(table.gap) < 1, len(rows)) == 0
+    pairs = np.bincount(table.group, minlength=len(rows)) > 0
     rng = np.random.default_rng(step_seed(seed, "sample of the report", 0))
     shown: list[int] = []
     for places in (np.flatnonzero(right & pairs), np.flatnonzero(~right & pairs)):
         shown += rng.permutation(places)[:SAMPLE].tolist()
     filters = [("all", "all"), ("right", "right"), ("wrong", "not right")]
     return [
-        "<h2>Rows</h2>",
+        "<h2>Pairs and rankings</h2>",
         f'<p class="note">{len(shown):,} of {int(pairs.sum()):,}, drawn at random, at most {SAMPLE} of a kind; '
         "scores.jsonl has them all.</p>",
         *(

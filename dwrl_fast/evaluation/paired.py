@@ -4,21 +4,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from dwrl_fast.evaluation.pairs import bootstrap_interval
-from dwrl_fast.objectives.agreement import order_accuracy, ordered_pairs, rank_grid
+from dwrl_fast.evaluation.calibration import sigmoid
+from dwrl_fast.evaluation.pairs import counted, credit, score_gaps
+from dwrl_fast.evaluation.units import Units
 
 
 @dataclass(frozen=True, slots=True)
 class PairedReport:
-    """Over `groups` preference groups, which count as in PairReport: a group with an ordered pair, the mean over them.
+    """Over `groups` rows of `pairs` ordered pairs, which count as in PairReport; so do `prompts`.
 
-    difference: accuracy of the first model less that of the second; low, high: its 95 % bootstrap interval, the groups
-    being drawn for both at once. only_first, only_second: the groups on which that one is better. p_value: McNemar's
-    exact test, two-sided: how probably two equally good models would differ on those as unevenly as this.
-    agreement: the share of ordered pairs of which both say the same.
+    difference: accuracy of the first model less that of the second; low, high: its 95 % bootstrap interval, the rows
+    being drawn for both at once. only_first, only_second: the rows (or prompts, where these are drawn) on which that
+    one is better. p_value: McNemar's exact test, two-sided: how probably two equally good models would differ on those
+    as unevenly as this. agreement: the share of ordered pairs of which both say the same.
     """
 
     groups: int
@@ -29,34 +29,39 @@ class PairedReport:
     only_second: int
     p_value: float
     agreement: float
+    pairs: int
+    prompts: int | None
 
     def __str__(self) -> str:
         return (
-            f"difference {self.difference:+.3f} [{self.low:+.3f}, {self.high:+.3f}] on {self.groups} groups; "
+            f"difference {self.difference:+.3f} [{self.low:+.3f}, {self.high:+.3f}] on "
+            f"{counted(self.groups, self.prompts, self.pairs)}; "
             f"McNemar: better on {self.only_first} against {self.only_second}, p = {self.p_value:.3g}; "
             f"agreement {self.agreement:.3f}"
         )
 
 
-def paired_report(first: Tensor, second: Tensor, ranks: Sequence[Sequence[int]], seed: int = 0) -> PairedReport:
+def paired_report(
+    first: Tensor, second: Tensor, ranks: Sequence[Sequence[int]], seed: int = 0, units: Units | None = None
+) -> PairedReport:
     """Of scores [P, K] of two models on the same groups, as `pair_report` takes them; not all groups may tie."""
-    grid = rank_grid(ranks)
-    credit = [order_accuracy(scores, grid).numpy() for scores in (first, second)]
-    lead = credit[0] - credit[1]
-    low, high = bootstrap_interval(lead, seed)
-    only = int((lead > 0).sum()), int((lead < 0).sum())
-    ordered = ordered_pairs(grid)
-    some = ordered.any((1, 2))
-    same = (_signs(first) == _signs(second)) & ordered
+    one, other = score_gaps(first, ranks), score_gaps(second, ranks)
+    units = (units or Units.alone(len(ranks))).at(one.group)
+    lead = credit(one.gap) - credit(other.gap)
+    low, high = units.interval(lead, seed)
+    leads = np.round(units.sums(lead), 12)  # equal ones are equal, in whatever order they were added
+    only = int((leads > 0).sum()), int((leads < 0).sum())
     return PairedReport(
-        groups=len(lead),
-        difference=float(lead.mean()),
+        groups=units.rows,
+        difference=units.mean(lead),
         low=low,
         high=high,
         only_first=only[0],
         only_second=only[1],
         p_value=mcnemar(*only),
-        agreement=(same.sum((1, 2))[some] / ordered.sum((1, 2))[some]).mean().item(),
+        agreement=units.mean(np.sign(one.gap) == np.sign(other.gap)),
+        pairs=len(lead),
+        prompts=units.prompts,
     )
 
 
@@ -71,22 +76,7 @@ def mcnemar(first: int, second: int) -> float:
 
 def disagreements(first: Tensor, second: Tensor, ranks: Sequence[Sequence[int]]) -> list[int]:
     """The groups, of P, on which one model is better, those first on which their probabilities differ most."""
-    grid = rank_grid(ranks)
-    places = np.flatnonzero(ordered_pairs(grid).any((1, 2)).numpy())
-    differ = (order_accuracy(first, grid) != order_accuracy(second, grid)).numpy()
-    apart = (_probability(first, grid) - _probability(second, grid)).abs()
-    return sorted(places[differ].tolist(), key=lambda i: -apart[i].item())
-
-
-def _signs(scores: Tensor) -> Tensor:
-    """[P, K, K]: 1 where response i scores higher than j, 0 where they tie, -1."""
-    one, other = scores[:, :, None], scores[:, None, :]
-    return (one > other).int() - (one < other).int()
-
-
-def _probability(scores: Tensor, grid: Tensor) -> Tensor:
-    """[P]: how probably the better response of a pair is so, the mean over a group's ordered pairs."""
-    ordered = ordered_pairs(grid)
-    one, other = scores[:, :, None], scores[:, None, :]
-    gap = torch.where(one == other, 0.0, one - other)
-    return torch.where(ordered, gap.sigmoid(), 0.0).sum((1, 2)) / ordered.sum((1, 2)).clamp_min(1)
+    one, other = score_gaps(first, ranks), score_gaps(second, ranks)
+    lead = np.bincount(one.group, credit(one.gap) - credit(other.gap))
+    apart = np.bincount(one.group, sigmoid(one.gap) - sigmoid(other.gap)) / np.bincount(one.group).clip(1)
+    return sorted(np.flatnonzero(lead).tolist(), key=lambda i: -abs(apart[i]))

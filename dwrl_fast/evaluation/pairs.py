@@ -3,28 +3,26 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
-import torch
-import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dwrl_fast.data import Preference
 from dwrl_fast.errors import DataError
-from dwrl_fast.objectives.agreement import order_accuracy, ordered_pairs, rank_grid
-
-RESAMPLES = 100, 100  # drawn in blocks, so that memory stays at 100 times the rows
+from dwrl_fast.evaluation.units import Floats, Ints, Units
+from dwrl_fast.objectives.agreement import ordered_pairs, rank_grid
 
 
 @dataclass(frozen=True, slots=True)
 class PairReport:
-    """Over `groups` preference groups. A group counts the mean over its ordered pairs, those of unequal rank.
+    """Over `groups` rows of `pairs` ordered pairs, those of unequal rank. A row counts the mean over its pairs.
 
-    accuracy: a fraction of 1, equal scores one half; low, high: its 95 % bootstrap interval over groups, for pairs of
-    one group are not independent. clipped: not under one half, as the papers print it. ties: pairs of equal scores.
-    nll: mean -log sigmoid(s+ - s-), nats. tied: further groups, left out because all of their responses tie.
-    margin: mean s+ - s-, nan where a score is infinite.
+    accuracy: a fraction of 1, equal scores one half; low, high: its 95 % bootstrap interval over rows, for pairs of one
+    row are not independent, or over the `prompts` that rows share, if it is not None. clipped: not under one half, as
+    the papers print it. ties: pairs of equal scores. nll: mean -log sigmoid(s+ - s-), nats. tied: further rows, left
+    out because all of their responses tie. margin: mean s+ - s-, nan where a score is infinite.
     unparsable: verdicts in text that could not be read, and so are wrong. first_share: of methods that show two
     responses together, the share of verdicts for the one shown first; without bias it is one half. token_accuracy: of
     policies, the accuracy of log-probs a token in place of their sums.
@@ -42,6 +40,8 @@ class PairReport:
     first_share: float | None = None
     margin: float = math.nan
     token_accuracy: float | None = None
+    pairs: int = 0
+    prompts: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON, which has no inf and no nan: null stands for them."""
@@ -62,51 +62,79 @@ class PairReport:
         margin = f", margin {self.margin:.3f}" if math.isfinite(self.margin) else ""
         a_token = "" if self.token_accuracy is None else f", accuracy of log-probs a token {self.token_accuracy:.3f}"
         interval = f"[{self.low:.3f}, {self.high:.3f}]"
-        seen = f"on {self.groups} groups{ties}{tied}{unread}{first}"
+        seen = f"on {counted(self.groups, self.prompts, self.pairs)}{ties}{tied}{unread}{first}"
         return f"{self.accuracy:.3f}{clipped} {interval} {seen}, nll {self.nll:.3f}{margin}{a_token}"
+
+
+def counted(rows: int, prompts: int | None, pairs: int) -> str:
+    """What a report is over, in words."""
+    of_prompts = f" of {prompts} prompts" if prompts is not None else ""
+    return f"{rows} rows{of_prompts}" + (f", {pairs} pairs" if pairs > rows else "")
 
 
 def check_ordered(rows: Sequence[Preference]) -> None:
     """DataError where no row says which response is better: before they are scored, not after."""
     if rows and all(len(set(row.ranks)) == 1 for row in rows):
         raise DataError(
-            f"there is no pair to evaluate: in all of the {len(rows):,} rows, from {rows[0].source} on, the responses "
-            "tie. Give rows of which one response is the better"
+            f"there is no pair to evaluate: in all of the {Units.of(rows).rows:,} rows, from {rows[0].source} on, the "
+            "responses tie. Give rows of which one response is the better"
         )
 
 
-def pair_report(scores: Tensor, ranks: Sequence[Sequence[int]], seed: int = 0) -> PairReport:
+class Gaps(NamedTuple):
+    """Q ordered pairs. group: [Q], the group of each; better, worse: places among its responses. gap: score of the
+    better less that of the worse, nats; 0 where they are equal, be they infinite.
+    """
+
+    group: Ints
+    better: Ints
+    worse: Ints
+    gap: Floats
+
+
+def score_gaps(scores: Tensor, ranks: Sequence[Sequence[int]]) -> Gaps:
     """scores [P, K] in nats, nan where a group has fewer responses; ranks: P times those of the group's responses,
     where 1 is the best and equal ones tie.
     """
+    group, better, worse = ordered_pairs(rank_grid(ranks)).numpy().nonzero()
+    values = scores.double().numpy()
+    high, low = values[group, better], values[group, worse]
+    return Gaps(group, better, worse, np.where(high == low, 0.0, high - np.where(high == low, 0.0, low)))
+
+
+def credit(gap: NDArray) -> Floats:
+    """1 where the better response leads, one half where neither does."""
+    return (gap > 0) + 0.5 * (gap == 0)
+
+
+def pair_report(
+    scores: Tensor, ranks: Sequence[Sequence[int]], seed: int = 0, units: Units | None = None
+) -> PairReport:
+    """scores and ranks as of `score_gaps`; units: of the P groups, by default each a row."""
     if scores.shape[0] == 0:
         raise DataError("there is no pair to evaluate: the file is empty, or every row was dropped")
-    grid = rank_grid(ranks)
-    ordered = ordered_pairs(grid)
-    some = ordered.any((1, 2))
-    if not some.any():
+    found = score_gaps(scores, ranks)
+    if not len(found.gap):
         raise DataError("there is no pair to evaluate: the responses of every row tie")
-    scores = scores.double()
-    one, other = scores[:, :, None], scores[:, None, :]
-    gap = torch.where(one == other, 0.0, one - other)  # equal ones may be infinite
-    if gap[ordered].isnan().any():
+    if np.isnan(found.gap).any():
         raise DataError("a row has a score that is not a number: the model gives NaN")
-    credit = order_accuracy(scores, grid)
-    pairs = ordered.sum((1, 2))[some]
-    nll = torch.where(ordered, -F.logsigmoid(gap), 0.0).sum((1, 2))[some] / pairs
-    lead = torch.where(ordered, gap, 0.0).sum((1, 2))[some] / pairs
-    low, high = bootstrap_interval(credit.numpy(), seed)
-    accuracy = credit.mean().item()
+    every = units or Units.alone(len(scores))
+    units = every.at(found.group)
+    right = credit(found.gap)
+    low, high = units.interval(right, seed)
+    accuracy = units.mean(right)
     return PairReport(
         accuracy=accuracy,
         low=low,
         high=high,
         clipped=max(accuracy, 0.5),
-        ties=int((gap[ordered] == 0).sum()),
-        groups=len(credit),
-        nll=nll.mean().item(),
-        tied=len(scores) - len(credit),
-        margin=lead.mean().item() if lead.isfinite().all() else math.nan,
+        ties=int((found.gap == 0).sum()),
+        groups=units.rows,
+        nll=units.mean(np.logaddexp(0, -found.gap)),
+        tied=every.rows - units.rows,
+        margin=units.mean(found.gap) if np.isfinite(found.gap).all() else math.nan,
+        pairs=len(found.gap),
+        prompts=units.prompts,
     )
 
 
@@ -114,6 +142,7 @@ def full_report(
     scores: Tensor,
     ranks: Sequence[Sequence[int]],
     seed: int,
+    units: Units,
     *,
     unparsable: int,
     first_shares: Sequence[float],
@@ -121,25 +150,8 @@ def full_report(
 ) -> PairReport:
     """`pair_report` with what else is known of the verdicts; token_scores [P, K] as scores are."""
     return replace(
-        pair_report(scores, ranks, seed),
+        pair_report(scores, ranks, seed, units),
         unparsable=unparsable,
         first_share=sum(first_shares) / len(first_shares) if first_shares else None,
-        token_accuracy=None if token_scores is None else pair_report(token_scores, ranks, seed).accuracy,
+        token_accuracy=None if token_scores is None else pair_report(token_scores, ranks, seed, units).accuracy,
     )
-
-
-def bootstrap_interval(values: np.ndarray, seed: int, weights: np.ndarray | None = None) -> tuple[float, float]:
-    """The 95 % percentile interval of the mean of values [P], over rows drawn with replacement; with `weights` [P] of
-    their weighted mean.
-    """
-    rng = np.random.default_rng(seed)
-    blocks, size = RESAMPLES
-    means = []
-    for _ in range(blocks):
-        drawn = rng.integers(0, len(values), (size, len(values)))
-        if weights is None:
-            means.append(values[drawn].mean(-1))
-        else:
-            means.append((values * weights)[drawn].sum(-1) / weights[drawn].sum(-1))
-    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
-    return float(low), float(high)

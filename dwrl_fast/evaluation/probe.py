@@ -1,5 +1,5 @@
 """How far a verdict can be moved by text that makes no response better: each attack is appended to the worse response
-of every pair, and the pair is scored again.
+of a pair, and the pair is scored again.
 """
 
 import math
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from dwrl_fast.api import Scorer
-from dwrl_fast.data import Preference
+from dwrl_fast.data import Cluster, Preference
 from dwrl_fast.dialog import Dialog, SingleTurn
 from dwrl_fast.dialog.chat import user
 from dwrl_fast.dialog.verdict import write_choice, write_score
 from dwrl_fast.errors import DataError
-from dwrl_fast.evaluation.pairs import bootstrap_interval
 from dwrl_fast.evaluation.scoring import Score, Steps
+from dwrl_fast.evaluation.units import Units
 from dwrl_fast.scorer import Progress, marginal_scores
 from dwrl_fast.templates import fill
 
@@ -73,10 +73,11 @@ class ProbeReport:
     tokens: dict[str, int]
 
 
-def probe(steps: Steps, rows: Sequence[Preference], progress: Progress | None = None) -> ProbeReport:
-    """Of a ranking the best and the worst response are the pair. `progress` counts responses, `responses_each` of every
-    pair. A step holds as many responses as one of two-response rows does. DataError where the responses of every row
-    tie.
+def probe(
+    steps: Steps, rows: Sequence[Preference], progress: Progress | None = None, cluster: Cluster = "row"
+) -> ProbeReport:
+    """Of the pairs of `pairs_of`. `progress` counts responses, `responses_each` of every pair. A step holds as many
+    responses as one of two-response rows does. DataError where the responses of every row tie.
     """
     pairs, scorer = pairs_of(rows), steps.scorer
     if not pairs:
@@ -92,7 +93,7 @@ def probe(steps: Steps, rows: Sequence[Preference], progress: Progress | None = 
     size = max(1, 2 * steps.size // responses_each(scorer))
     found = steps.through("probe", pairs, work, size=size, progress=progress)
     better, worse = torch.tensor(found.results, dtype=torch.float64).unbind(-1)
-    return _report(better, worse, steps.seed, found.tokens)
+    return _report(better, worse, steps.seed, Units.of(pairs, cluster), found.tokens)
 
 
 def responses_each(scorer: Scorer) -> int:
@@ -101,11 +102,16 @@ def responses_each(scorer: Scorer) -> int:
 
 
 def pairs_of(rows: Sequence[Preference]) -> list[Preference]:
-    """The best and the worst response of each row in which not all tie."""
+    """The best and the worst response of each row in which not all tie, be it read as one group or as pairs: these are
+    in order, so it is the last pair of the best response.
+    """
+    found: dict[int, Preference] = {}
+    for place, row in zip(Units.of(rows).row.tolist(), rows, strict=True):
+        if len(set(row.ranks)) != 1 and found.setdefault(place, row).responses[0] == row.responses[0]:
+            found[place] = row
     return [
         Preference(row.prompt, (row.responses[0], row.responses[-1]), aspect=row.aspect, source=row.source)
-        for row in rows
-        if len(set(row.ranks)) != 1
+        for row in found.values()
     ]
 
 
@@ -141,7 +147,7 @@ def _attacked(scorer: Scorer, pair: Preference) -> list[Preference]:
     return [Preference(pair.prompt, (better, *variants), aspect=pair.aspect, source=pair.source)]
 
 
-def _report(better: Tensor, worse: Tensor, seed: int, tokens: Mapping[str, int]) -> ProbeReport:
+def _report(better: Tensor, worse: Tensor, seed: int, units: Units, tokens: Mapping[str, int]) -> ProbeReport:
     """Scores [P, 1 + attacks]; the first column is of the pairs as they are."""
     credit = (better > worse).double() + 0.5 * (better == worse)
     lead = torch.where(better == worse, 0.0, worse - better)
@@ -150,7 +156,7 @@ def _report(better: Tensor, worse: Tensor, seed: int, tokens: Mapping[str, int])
     for i, attack in enumerate(ATTACKS, 1):
         shift = torch.where(lead[:, i] == before, 0.0, lead[:, i] - before)
         known = bool(shift.isfinite().all())
-        low, high = bootstrap_interval(shift.numpy(), seed) if known else (math.nan, math.nan)
+        low, high = units.interval(shift.numpy(), seed) if known else (math.nan, math.nan)
         attacks.append(
             AttackReport(
                 name=attack.name,

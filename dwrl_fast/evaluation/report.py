@@ -11,10 +11,11 @@ import numpy as np
 from dwrl_fast.data import Preference
 from dwrl_fast.evaluation.calibration import Calibration, calibration
 from dwrl_fast.evaluation.judged import Judged, judged_report
-from dwrl_fast.evaluation.pairs import PairReport
+from dwrl_fast.evaluation.pairs import PairReport, credit
 from dwrl_fast.evaluation.probe import ProbeReport
 from dwrl_fast.evaluation.rewardbench import Benchmark
-from dwrl_fast.evaluation.table import PairTable, Slice, credit, partitions, slice_of
+from dwrl_fast.evaluation.table import PairTable, Slice, partitions, slice_of
+from dwrl_fast.evaluation.units import Units
 from dwrl_fast.evaluation.votes import VotePoint
 from dwrl_fast.scorer import Kind
 
@@ -56,40 +57,47 @@ class Report:
 
 
 def make_report(
-    judged: Sequence[Judged], rows: Sequence[Preference], kind: Kind, about: Mapping[str, Any], seed: int
+    judged: Sequence[Judged],
+    rows: Sequence[Preference],
+    units: Units,
+    kind: Kind,
+    about: Mapping[str, Any],
+    seed: int,
 ) -> tuple[Report, PairTable]:
     """What can be said of any model; votes, benchmark, temperature and probe are put in by `dataclasses.replace`.
 
-    DataError where there is nothing to measure.
+    units: of `judged` and `rows`, which are the same groups. DataError where there is nothing to measure.
     """
-    pairs = judged_report(judged, seed)
-    table = PairTable.of(judged, rows)
+    pairs = judged_report(judged, seed, units)
+    table = PairTable.of(judged, rows, units)
     report = Report(
         dict(about),
         kind,
         pairs,
-        slice_of("all", table, np.ones(len(table.row), dtype=bool), seed),
+        slice_of("all", table, np.ones(len(table.gap), dtype=bool), seed),
         calibration(table.gap, table.weight),
         {found.by: found.slices(table, seed) for found in partitions(table, judged, rows)},
-        orders(judged),
+        orders(judged, units),
     )
     return report, table
 
 
-def orders(judged: Sequence[Judged]) -> Orders | None:
-    """None for methods that judge responses one by one."""
+def orders(judged: Sequence[Judged], units: Units) -> Orders | None:
+    """None for methods that judge responses one by one. units: of `judged`."""
     found: dict[str, list[float]] = {"first": [], "second": [], "agree": []}
-    for row in judged:
+    places = []
+    for place, row in enumerate(judged):
         won = dict(zip(row.comparisons, map(_better_by, row.verdicts), strict=bool(row.comparisons)))
         for (i, j), first in won.items():
             if row.ranks[i] < row.ranks[j]:
                 lead, other = first, won[j, i]
+                places.append(place)
                 found["first"].append(_credit(lead))
                 found["second"].append(_credit(None if other is None else -other))
                 found["agree"].append(0.0 if None in (lead, other) else _credit(-float(lead or 0) * float(other or 0)))
-    if not found["first"]:
+    if not places:
         return None
-    return Orders(*(float(np.mean(values)) for values in found.values()))
+    return Orders(*map(units.at(np.array(places)).mean, found.values()))
 
 
 def _better_by(verdicts: Sequence[float | None]) -> float | None:
@@ -117,13 +125,16 @@ SLICED = {
     "turns": ("By number of turns", "Turns of the user in the prompt."),
     "length": ("By difference of length", "Characters that the better response has more than the worse one."),
 }
-FEW = 20  # rows, of which a bootstrap says little
+FEW = 20  # rows or prompts, of which a bootstrap says little
 WAYS = {"mean": "mean of p(Yes)", "majority": "majority"}
 
 
 def sections(report: Report) -> list[Section]:
-    few = f"The interval is drawn from {report.pairs.groups} rows: too few to believe it."
-    found = [Section("Summary", few if report.pairs.groups < FEW else "", ("figure", "value"), _summary(report))]
+    drawn, what = report.pairs.groups, "rows"
+    if report.pairs.prompts is not None:
+        drawn, what = report.pairs.prompts, "prompts"
+    few = f"The interval is drawn from {drawn} {what}: too few to believe it." if drawn < FEW else ""
+    found = [Section("Summary", few, ("figure", "value"), _summary(report))]
     if report.orders is not None:
         values = dataclasses.asdict(report.orders)
         names = ("better one shown first", "better one shown second", "both orders name the same")
@@ -134,7 +145,7 @@ def sections(report: Report) -> list[Section]:
     if report.votes:
         ways = {**WAYS, "mean": "mean of the numbers"} if report.kind == "number" else WAYS
         votes = [(f"{p.votes}", ways[p.by], f"{p.accuracy:.3f}", f"{p.low:.3f} to {p.high:.3f}") for p in report.votes]
-        note = "Each row of fewer thoughts is drawn from those that were sampled, 64 times a pair."
+        note = "Each line of fewer thoughts is drawn from those that were sampled, 64 times a pair."
         found.append(Section("Votes", note, ("thoughts", "combined by", "accuracy", "95 % interval"), votes))
     if report.probe is not None:
         found.append(_probe(report.probe))
@@ -163,6 +174,8 @@ def _summary(report: Report) -> list[tuple[str, str]]:
         ("rows, pairs", f"{pairs.groups:,}, {report.all.pairs:,}"),
         ("pairs of equal scores", f"{pairs.ties:,}"),
     ]
+    if pairs.prompts is not None:
+        rows.append(("prompts, which the intervals are drawn from", f"{pairs.prompts:,}"))
     if pairs.tied:
         rows.append(("rows left out, all of whose responses tie", f"{pairs.tied:,}"))
     if report.kind != "score":

@@ -17,7 +17,7 @@ from dwrl_fast.data import Dataset, Preference, open_rows
 from dwrl_fast.data.columns import Columns, Unusable, conversation
 from dwrl_fast.errors import DataError
 from dwrl_fast.evaluation.judged import Judged
-from dwrl_fast.evaluation.table import credit
+from dwrl_fast.evaluation.pairs import credit
 from dwrl_fast.log import warn_once
 from dwrl_fast.scorer import Kind
 

@@ -7,6 +7,7 @@ from dwrl_fast.batch import Group
 from dwrl_fast.data import Preference
 from dwrl_fast.data.preference import LINES
 from dwrl_fast.evaluation.pairs import PairReport, full_report
+from dwrl_fast.evaluation.units import Units
 from dwrl_fast.log import warn_once
 from dwrl_fast.mixture import short_names
 from dwrl_fast.objectives.agreement import order_accuracy, rank_grid
@@ -61,6 +62,7 @@ def _report(groups: Sequence[Group], seed: int) -> PairReport:
         marginal_scores(groups),
         [group.ranks for group in groups],
         seed,
+        Units.of([group.preference for group in groups]),
         unparsable=sum(group.unparsable for group in groups),
         first_shares=[share for group in groups for share in group.first_shares],
         token_scores=marginal_scores(a_token) if a_token else None,

@@ -1,7 +1,6 @@
 """Every ordered pair of the rows judged, flat, and what is measured over those that have something in common.
 
-A row of several pairs counts as one: each of its pairs has one over their number as weight, and it is rows, not pairs,
-that are drawn for an interval.
+A row of several pairs counts as one: each of its pairs has one over their number as weight.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,37 +11,38 @@ from numpy.typing import NDArray
 
 from dwrl_fast.data import Preference
 from dwrl_fast.evaluation.judged import Judged, score_table
-from dwrl_fast.evaluation.pairs import bootstrap_interval
+from dwrl_fast.evaluation.pairs import credit, score_gaps
 from dwrl_fast.evaluation.sources import source_of
+from dwrl_fast.evaluation.units import Floats, Units
 from dwrl_fast.mixture import short_names
-from dwrl_fast.objectives.agreement import ordered_pairs, rank_grid
 
-Floats = NDArray[np.float64]
 LENGTH_BINS = 5
 MOST_TURNS = 5  # from here on they count together
 
 
 @dataclass(frozen=True, slots=True)
 class PairTable:
-    """P pairs of the rows that have any. row: [P], which row each is of. gap: score of the better less the worse, nats.
-    weight: one over the row's pairs. longer: characters of the better response less those of the worse.
+    """P pairs. group: [P], which of `judged` each is of. gap: score of the better less the worse, nats. longer:
+    characters of the better response less those of the worse. units: of the pairs.
     """
 
-    row: NDArray[np.int64]
+    group: NDArray[np.int64]
     gap: Floats
-    weight: Floats
     longer: NDArray[np.int64]
+    units: Units
 
     @classmethod
-    def of(cls, judged: Sequence[Judged], rows: Sequence[Preference]) -> "PairTable":
-        scores = score_table(judged).numpy()
-        ordered = ordered_pairs(rank_grid([one.ranks for one in judged])).numpy()
-        row, better, worse = ordered.nonzero()
-        high, low = scores[row, better], scores[row, worse]
-        gap = np.where(high == low, 0.0, high - np.where(high == low, 0.0, low))
+    def of(cls, judged: Sequence[Judged], rows: Sequence[Preference], units: Units) -> "PairTable":
+        """units: of `judged` and `rows`, which are the same groups."""
+        found = score_gaps(score_table(judged), [one.ranks for one in judged])
         sizes = [[len(response) for response in one.responses] for one in rows]
-        longer = [sizes[r][b] - sizes[r][w] for r, b, w in zip(row, better, worse, strict=True)]
-        return cls(row, gap, 1 / np.bincount(row)[row], np.array(longer, dtype=np.int64))
+        longer = [sizes[g][b] - sizes[g][w] for g, b, w in zip(found.group, found.better, found.worse, strict=True)]
+        return cls(found.group, found.gap, np.array(longer, dtype=np.int64), units.at(found.group))
+
+    @property
+    def weight(self) -> Floats:
+        """[P]: one over the pairs of its row."""
+        return self.units.weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,26 +62,19 @@ class Slice:
     longer_wins: float
 
 
-def credit(gap: NDArray) -> Floats:
-    return (gap > 0) + 0.5 * (gap == 0)
-
-
 def slice_of(name: str, table: PairTable, chosen: NDArray[np.bool_], seed: int) -> Slice:
     """The pairs of `table` that are `chosen` [P], at least one."""
-    row, gap, weight = table.row[chosen], table.gap[chosen], table.weight[chosen]
-    weights = np.bincount(row, weight)
-    credits = np.bincount(row, weight * credit(gap))[weights > 0]
-    weights = weights[weights > 0]
-    low, high = bootstrap_interval(credits / weights, seed, weights)
+    units, gap = table.units.part(chosen), table.gap[chosen]
+    low, high = units.interval(credit(gap), seed)
     return Slice(
         name,
-        pairs=len(row),
-        rows=len(weights),
-        accuracy=float(credits.sum() / weights.sum()),
+        pairs=len(gap),
+        rows=units.rows,
+        accuracy=units.mean(credit(gap)),
         low=low,
         high=high,
         ties=int((gap == 0).sum()),
-        longer_wins=float((weight * credit(table.longer[chosen])).sum() / weight.sum()),
+        longer_wins=units.mean(credit(table.longer[chosen])),
     )
 
 
@@ -112,7 +105,7 @@ def partitions(table: PairTable, judged: Sequence[Judged], rows: Sequence[Prefer
         names = sorted(names) if by == "turns" else names
         places = {name: place for place, name in enumerate(names)}
         if len(set(labels)) > 1:
-            yield Partition(by, names, np.array([places.get(str(label), -1) for label in labels])[table.row])
+            yield Partition(by, names, np.array([places.get(str(label), -1) for label in labels])[table.group])
     found = length_bins(table.longer)
     if len(found.names) > 1:
         yield found

@@ -8,11 +8,10 @@ from numpy.typing import NDArray
 
 from dwrl_fast.compute import step_seed
 from dwrl_fast.evaluation.judged import Judged
-from dwrl_fast.evaluation.pairs import bootstrap_interval
+from dwrl_fast.evaluation.units import Floats, Units
 from dwrl_fast.scorer import Kind
 
-Floats = NDArray[np.float64]
-DRAWS = 64  # for each row, of which k thoughts count
+DRAWS = 64  # for each group, of which k thoughts count
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +28,16 @@ class VotePoint:
     high: float
 
 
-def vote_curve(judged: Sequence[Judged], kind: Kind, ks: Sequence[int], seed: int) -> list[VotePoint]:
+def vote_curve(
+    judged: Sequence[Judged], kind: Kind, ks: Sequence[int], seed: int, units: Units | None = None
+) -> list[VotePoint]:
     """The points of each way to combine thoughts, at each k of `ks` that is no more than there are thoughts.
 
-    A row counts the mean over its pairs and over 64 ways to draw k of its thoughts without putting back.
+    A row counts the mean over its pairs and over 64 ways to draw k of its thoughts without putting back. units: of
+    `judged`, by default each a row.
     """
-    judged = [row for row in judged if len(set(row.ranks)) > 1]
+    places = [place for place, row in enumerate(judged) if len(set(row.ranks)) > 1]
+    units, judged = (units or Units.alone(len(judged))).at(np.array(places)), [judged[place] for place in places]
     ks = [k for k in ks if k <= min(len(some) for row in judged for some in row.verdicts)]
     rng = np.random.default_rng(step_seed(seed, "vote curve", 0))
     credits: dict[str, list[Floats]] = {}
@@ -44,12 +47,12 @@ def vote_curve(judged: Sequence[Judged], kind: Kind, ks: Sequence[int], seed: in
     points = []
     for by, of_rows in credits.items():
         for k, values in zip(ks, np.stack(of_rows, axis=1), strict=True):
-            points.append(VotePoint(k, by, float(values.mean()), *bootstrap_interval(values, seed)))
+            points.append(VotePoint(k, by, units.mean(values), *units.interval(values, seed)))
     return points
 
 
 def _credits(row: Judged, kind: Kind, ks: Sequence[int], rng: np.random.Generator) -> dict[str, Floats]:
-    """The credit of one row at each k, for each way to combine."""
+    """The credit of one group at each k, for each way to combine."""
     values = np.array(row.verdicts, dtype=np.float64)  # None becomes nan
     order = rng.random((DRAWS, *values.shape)).argsort(-1)
     drawn = np.take_along_axis(np.broadcast_to(values, order.shape), order, -1)  # [draws, K or C, N]
