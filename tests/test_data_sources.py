@@ -278,5 +278,5 @@ def test_a_folder_is_not_taken_for_a_data_set_of_the_hub(tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
     jsonl(tmp_path / "mine")
-    with pytest.raises(DataError, match=r"^mine:default:train: cannot be read: mine is a folder: name it, FOLDER:SPLIT or"):
+    with pytest.raises(DataError, match=r"^mine:default:train: cannot be read: mine is a folder: name it"):
         read_preferences("mine:default:train")
