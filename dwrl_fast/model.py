@@ -208,16 +208,20 @@ def check_vocabulary(model: "GenerativeModel | ScalarModel", largest_id: int) ->
         )
 
 
-def check_positions(model: "GenerativeModel | ScalarModel", longest: int) -> None:
-    """Say so where a sequence may be longer than what the model has positions for."""
-    positions = getattr(model.lm.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and longest > positions:
-        logger.warning(
-            "Sequences may reach %d tokens, and the model was made for %d: lower --max_length or "
-            "--max_completion_length.",
-            longest,
-            positions,
-        )
+def positions(model: "GenerativeModel | ScalarModel") -> int | None:
+    """How many tokens a sequence may have; None where the config does not say."""
+    return getattr(model.lm.config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_positions(
+    model: "GenerativeModel | ScalarModel", longest: int, remedy: str = "lower --max_length or --max_completion_length"
+) -> bool:
+    """Say so where a sequence may be longer than what the model has positions for; whether it was said."""
+    most = positions(model)
+    past = most is not None and longest > most
+    if past:
+        logger.warning("Sequences may reach %d tokens, and the model was made for %d: %s.", longest, most, remedy)
+    return past
 
 
 def quiet() -> None:
