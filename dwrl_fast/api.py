@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
@@ -18,14 +19,16 @@ from dwrl_fast.batch import Group
 from dwrl_fast.compute import Compute
 from dwrl_fast.config import EvaluateConfig
 from dwrl_fast.data import Preference
-from dwrl_fast.data.given import Prompt, Turns, as_list, as_texts, as_turns
+from dwrl_fast.data.given import Prompt, Response, Turns, as_list, as_prompt, as_responses
 from dwrl_fast.dialog import Dialog, Thinking
 from dwrl_fast.errors import DataError, ModelError, NotFiniteError
 from dwrl_fast.layout import Layout, Packing
 from dwrl_fast.loading import load_judge, load_trained
 from dwrl_fast.log import warn_once
 from dwrl_fast.methods import METHODS
+from dwrl_fast.model import check_positions, positions
 from dwrl_fast.options import given_by
+from dwrl_fast.reward import Rewards
 from dwrl_fast.scorer import GenerativeScorer, Progress, marginal_scores
 from dwrl_fast.scorer import Scorer as GroupScorer
 
@@ -34,7 +37,8 @@ Thoughts = list[list[str]]
 
 class Scorer:
     """Scores responses; `dwrl_fast.evaluate` goes through it too. Prompts are strings or lists of messages, responses
-    strings.
+    strings or lists with one message. The content of a message may be a list of parts that are all text. Where a
+    prompt ends with a turn of the assistant, each response to it goes on with that turn.
 
     Scores are float32 on the CPU, in the order given: log p(Yes) in nats, r of scalar heads, the number that a thought
     ends with, the log-prob or implicit reward of policies. With `votes` = 1 a thought is greedy; of more, which are
@@ -47,7 +51,8 @@ class Scorer:
 
     thinks: whether a thought precedes the verdict, so that votes mean something. kind: what one verdict is; compares:
     whether it is about two responses. dialog: how the model is asked. tokens: `computed` so far, and `naive`, what one
-    sequence at a time with nothing shared would have taken; padding of the sampler is not counted.
+    sequence at a time with nothing shared would have taken; padding of the sampler is not counted. unjudged: how many
+    rows got no reward from `as_reward_function`, by reason.
 
     DataError: prompts or responses are no such lists, or a prompt is no conversation. TemplateError: the chat template
     cannot carry one.
@@ -58,6 +63,8 @@ class Scorer:
         self.thinks, self.kind, self.dialog = scorer.thinks, scorer.kind, scorer.dialog
         self.compares = scorer.kind == "comparison"
         self.tokens: Counter[str] = scorer.runtime.layout.tokens
+        self.unjudged: Counter[str] = Counter()
+        self._said_past = False  # that sequences pass the model's positions
         self._scorer, self._lock = scorer, threading.Lock()
         self._writes = scorer.thinks or "prefilled_by" in card
         self._thought_tokens: int = card.get("max_completion_length", 0) if self._writes else 0
@@ -124,6 +131,7 @@ class Scorer:
         with self._lock, torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             groups = self._scorer.score_groups(rows, votes=votes, seed=seed, progress=progress)
             self.tokens.update(_sampled_tokens(groups))
+        self.check_positions(max((self._without_thought(group) for group in groups), default=0))
         for group in groups:
             if any(math.isnan(score) for scores in group.scores for score in scores):
                 raise NotFiniteError(
@@ -132,15 +140,22 @@ class Scorer:
                 )
         return groups
 
+    def check_positions(self, longest: int) -> None:
+        """Warn, once, where a sequence that has `longest` tokens before its thought may pass the model's positions."""
+        remedy = "shorten the texts (--max_length leaves longer ones out)"
+        remedy += ", or lower max_completion_length" if self._thought_tokens else ""
+        longest += self._thought_tokens
+        self._said_past = self._said_past or check_positions(self._scorer.runtime.model, longest, remedy)
+
     @overload
     def score(
         self,
         prompts: Sequence[Prompt],
-        responses: Sequence[str],
+        responses: Sequence[Response],
         votes: int = 1,
         return_thoughts: Literal[False] = False,
         *,
-        reference: Sequence[str] | None = None,
+        reference: Sequence[Response] | None = None,
         seed: int = 0,
     ) -> Tensor: ...
 
@@ -148,22 +163,22 @@ class Scorer:
     def score(
         self,
         prompts: Sequence[Prompt],
-        responses: Sequence[str],
+        responses: Sequence[Response],
         votes: int = 1,
         *,
         return_thoughts: Literal[True],
-        reference: Sequence[str] | None = None,
+        reference: Sequence[Response] | None = None,
         seed: int = 0,
     ) -> tuple[Tensor, Thoughts]: ...
 
     def score(
         self,
         prompts: Sequence[Prompt],
-        responses: Sequence[str],
+        responses: Sequence[Response],
         votes: int = 1,
         return_thoughts: bool = False,
         *,
-        reference: Sequence[str] | None = None,
+        reference: Sequence[Response] | None = None,
         seed: int = 0,
     ) -> Tensor | tuple[Tensor, Thoughts]:
         """Scores [N] of N responses, each to the prompt at its place; with `reference`, log-odds that it is better than
@@ -172,8 +187,7 @@ class Scorer:
         With `return_thoughts`, also the thoughts about each response, as text. ModelError where the method writes none,
         or needs a `reference`.
         """
-        turns, texts = self._conversations(prompts, responses)
-        others = None if reference is None else as_texts("reference", reference, len(texts))
+        turns, texts, others = _conversations(prompts, responses, reference)
         if return_thoughts and not self._writes:
             raise ModelError(f"the method {self.method} writes no thoughts: leave return_thoughts out")
         if self.compares:
@@ -193,8 +207,8 @@ class Scorer:
     def probability(
         self,
         prompts: Sequence[Prompt],
-        responses: Sequence[str],
-        reference: Sequence[str] | None = None,
+        responses: Sequence[Response],
+        reference: Sequence[Response] | None = None,
         *,
         votes: int = 1,
         seed: int = 0,
@@ -217,16 +231,16 @@ class Scorer:
             )
         return self.score(prompts, responses, votes, seed=seed).exp()
 
-    def compare(self, prompt: Prompt, a: str, b: str, *, votes: int = 1, seed: int = 0) -> float:
+    def compare(self, prompt: Prompt, a: Response, b: Response, *, votes: int = 1, seed: int = 0) -> float:
         """How probably `a` is the better response; see `probability`."""
         return self.probability([prompt], [a], [b], votes=votes, seed=seed).item()
 
-    def rank(self, prompt: Prompt, responses: Sequence[str], *, votes: int = 1, seed: int = 0) -> list[int]:
+    def rank(self, prompt: Prompt, responses: Sequence[Response], *, votes: int = 1, seed: int = 0) -> list[int]:
         """The places of `responses`, best first; equal ones as they were given, those without a score last. Methods
         that compare two let each meet every other.
         """
-        texts = as_texts("responses", responses)
-        turns = as_turns("prompt", prompt)
+        turns, begun = as_prompt("prompt", prompt)
+        texts = [begun + text for text in as_responses("responses", responses)]
         if not self.compares:
             scores, _ = self._each([turns] * len(texts), texts, votes, seed)
         elif len(texts) == 1:
@@ -242,14 +256,18 @@ class Scorer:
     ) -> Callable[..., Coroutine[Any, Any, list[float | None]]]:
         """A reward function for TRL's trainers: the score, or with `probability` that in its place.
 
-        reference: the column of the training data that holds what a method that compares needs. None, which TRL takes
-        for no reward, is given to a verdict that cannot be read, and to a completion that is not one assistant's turn
-        of text.
+        reference: the column of the training data that holds what a method that compares needs. A row that cannot be
+        judged gets None, which TRL takes for no reward, is counted in `unjudged`, and the first is said: one with a
+        tool's turns or an image, with no completion, of more tokens than the model has positions for, that the chat
+        template cannot carry, or whose verdict cannot be read. DataError where the lists differ in length or the
+        column is missing, ModelError where log-odds would be infinite as a rule.
         """
         scored = partial(self.probability if probability else self.score, votes=votes)
+        most = positions(self._scorer.runtime.model) or sys.maxsize
+        rewards = Rewards(scored, self.dialog, most - self._thought_tokens, self.unjudged)
 
         async def preference_reward(
-            prompts: Sequence[Prompt], completions: Sequence[Any], completion_ids: Any = None, **columns: Any
+            prompts: Sequence[Any], completions: Sequence[Any], completion_ids: Any = None, **columns: Any
         ) -> list[float | None]:
             others = columns.get(reference) if self.compares else None
             if self.compares and others is None:
@@ -257,15 +275,14 @@ class Scorer:
                     f"the training data have no column {reference!r}, with which the method {self.method} compares "
                     "each completion; name it in as_reward_function(reference=...)"
                 )
-            return await asyncio.to_thread(_rewards, scored, prompts, completions, others)
+            if self.compares and self.thinks and not probability:
+                raise ModelError(
+                    f"the method {self.method} gives log-odds of verdicts in text, infinite log-odds where all agree, "
+                    "which cannot be a reward: use as_reward_function(probability=True)"
+                )
+            return await asyncio.to_thread(rewards, prompts, completions, others)
 
         return preference_reward
-
-    def _conversations(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> tuple[list[Turns], list[str]]:
-        prompts, texts = as_list("prompts", prompts), as_texts("responses", responses)
-        if len(prompts) != len(texts):
-            raise DataError(f"{len(prompts)} prompts and {len(texts)} responses: give each response its prompt")
-        return [as_turns(f"prompts[{i}]", prompt) for i, prompt in enumerate(prompts)], texts
 
     def _each(self, turns: Sequence[Turns], texts: Sequence[str], votes: int, seed: int) -> tuple[Tensor, Thoughts]:
         """Scores [N] under a method that judges each response by itself."""
@@ -291,6 +308,10 @@ class Scorer:
         groups = self.score_groups(rows, votes=votes, seed=seed)
         scores = marginal_scores(groups)
         return scores[:, 0] - scores[:, 1], [list(chain(*self._thoughts(group))) for group in groups]
+
+    def _without_thought(self, group: Group) -> int:
+        """The tokens of its longest sequence but for what was written."""
+        return max(len(s.ids) - (s.thought.stop - s.thought.start if self._writes else 0) for s in group.flat)
 
     def _thoughts(self, group: Group) -> Thoughts:
         decode = self.dialog.tokenizer.decode
@@ -322,6 +343,22 @@ class Scorer:
         return [some for parts in found.values() for some in parts]
 
 
+def _conversations(
+    prompts: Sequence[Prompt], responses: Sequence[Response], reference: Sequence[Response] | None
+) -> tuple[list[Turns], list[str], list[str] | None]:
+    """Prompts, responses and what these are compared with, each response whole where its prompt began it."""
+    prompts, texts = as_list("prompts", prompts), as_responses("responses", responses)
+    if len(prompts) != len(texts):
+        raise DataError(f"{len(prompts)} prompts and {len(texts)} responses: give each response its prompt")
+    others = None if reference is None else as_responses("reference", reference, len(texts))
+    read = [as_prompt(f"prompts[{i}]", prompt) for i, prompt in enumerate(prompts)]
+
+    def whole(answers: list[str]) -> list[str]:
+        return [begun + answer for (_, begun), answer in zip(read, answers, strict=True)]
+
+    return [turns for turns, _ in read], whole(texts), None if others is None else whole(others)
+
+
 def _equals(prompt: Turns, texts: Sequence[str], source: str) -> Preference:
     """Responses of which none is said to be better: a verdict that cannot be read is then nobody's."""
     return Preference(prompt, tuple(texts), ranks=(1,) * len(texts), source=source)
@@ -336,35 +373,3 @@ def _sampled_tokens(groups: Sequence[Group]) -> Counter[str]:
         found["computed"] += context + written
         found["naive"] += len(sequences) * context + written
     return found
-
-
-def _rewards(
-    scored: Callable[..., Tensor], prompts: Sequence[Prompt], completions: Sequence[Any], others: Sequence[str] | None
-) -> list[float | None]:
-    """As TRL wants them, of completions as TRL has them: strings, or the turns that were generated."""
-    answers = [_answer(completion) for completion in completions]
-    some = [i for i, answer in enumerate(answers) if answer is not None]
-    if len(some) < len(answers):
-        warn_once("a completion that is not one assistant's turn of text gets no reward.")
-    rewards: list[float | None] = [None] * len(answers)
-    if not some:
-        return rewards
-    reference = None if others is None else [others[i] for i in some]
-    values = scored([prompts[i] for i in some], [answers[i] for i in some], reference=reference).tolist()
-    for i, value in zip(some, values, strict=True):
-        if math.isinf(value):
-            raise ModelError(
-                f"completion {i} has infinite log-odds, which cannot be a reward: use "
-                "as_reward_function(probability=True)"
-            )
-        rewards[i] = None if math.isnan(value) else value
-    return rewards
-
-
-def _answer(completion: Any) -> str | None:
-    if isinstance(completion, str):
-        return completion
-    if len(completion) != 1 or completion[0].get("tool_calls") or completion[0]["role"] != "assistant":
-        return None
-    text = completion[0]["content"]
-    return text if isinstance(text, str) else None

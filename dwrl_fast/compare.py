@@ -157,7 +157,8 @@ def _judge(config: CompareConfig, folder: str, display: Display) -> dict[str, tu
         token_budget=config.token_budget,
         generation_batch_size=config.generation_batch_size,
     )
-    rows, _ = read_rows(config.dataset_name, config, scorer.dialog, display, limit=config.limit)
+    rows, longest = read_rows(config.dataset_name, config, scorer.dialog, display, limit=config.limit)
+    scorer.check_positions(longest)
     check_ordered(rows)
     votes = config.votes if scorer.thinks else 1
     steps = Steps(scorer, votes, config.seed, max(1, config.generation_batch_size // votes))  # as dwrl_fast.evaluate

@@ -55,7 +55,7 @@ def run(config: EvaluateConfig, console: Console) -> PairReport:
     if config.vote_curve and not scorer.thinks:
         raise ConfigError("vote_curve: this model judges without thoughts, so there are no votes. Leave it out.")
     with Display(console) as display:
-        rows, _ = read_rows(
+        rows, longest = read_rows(
             config.dataset_name,
             config,
             scorer.dialog,
@@ -63,6 +63,7 @@ def run(config: EvaluateConfig, console: Console) -> PairReport:
             limit=config.limit,
             read=read_best_of if config.benchmark == "rewardbench2" else None,
         )
+        scorer.check_positions(longest)
         if config.benchmark is not None:
             check_rows(config.benchmark, rows)
         check_ordered(rows)

@@ -24,7 +24,7 @@ from dwrl_fast.adapters import (
     merged_adapter,
     switched_off,
 )
-from dwrl_fast.backbone import backbone_states, keep_rotary, keep_softcap, refuse_past_rotary
+from dwrl_fast.backbone import backbone_states, keep_rotary, keep_softcap, refuse_past_rotary, rotary_limit
 from dwrl_fast.batch import Batch
 from dwrl_fast.compute import Compute
 from dwrl_fast.errors import ModelError
@@ -294,19 +294,24 @@ def check_vocabulary(model: "GenerativeModel | ScalarModel", largest_id: int) ->
         )
 
 
-def check_positions(model: "GenerativeModel | ScalarModel", longest: int) -> None:
-    """Say so where a sequence may be longer than what the model has positions for; ModelError where its scores would
-    then depend on the batch.
+def positions(model: "GenerativeModel | ScalarModel") -> int | None:
+    """How many tokens a sequence may have; None where the config does not say."""
+    said = getattr(model.lm.config.get_text_config(), "max_position_embeddings", None)
+    return min((most for most in (said, rotary_limit(model.lm)) if most is not None), default=None)
+
+
+def check_positions(
+    model: "GenerativeModel | ScalarModel", longest: int, remedy: str = "lower --max_length or --max_completion_length"
+) -> bool:
+    """Say so where a sequence may be longer than what the model has positions for; whether it was said. ModelError
+    where its scores would then depend on the batch.
     """
     refuse_past_rotary(model.lm, longest)
-    positions = getattr(model.lm.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and longest > positions:
-        logger.warning(
-            "Sequences may reach %d tokens, and the model was made for %d: lower --max_length or "
-            "--max_completion_length.",
-            longest,
-            positions,
-        )
+    most = positions(model)
+    past = most is not None and longest > most
+    if past:
+        logger.warning("Sequences may reach %d tokens, and the model was made for %d: %s.", longest, most, remedy)
+    return past
 
 
 def quiet() -> None:

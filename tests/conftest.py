@@ -1,9 +1,12 @@
-"""Shared fixtures: where the real preference data and tokenizers lie, when they are there at all; and the tests that
-need a GPU.
+"""Shared fixtures: where the real preference data and tokenizers lie, when they are there at all; a pickle that says so
+when it is loaded; and the tests that need a GPU.
 """
 
 import os
+import pickle
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +21,40 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real data not found at {folder}; name its parent folder in DWRL_FAST_SHARED")
     return folder
+
+
+class Payload:
+    """Unpickled, it makes the file `ran`."""
+
+    def __init__(self, ran: Path) -> None:
+        self.ran = ran
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.ran,)
+
+
+@pytest.fixture
+def unpickling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file that any pickle of the working folder makes when it is loaded, under a `datasets` whose pandas reader
+    unpickles, as it did before version 5.2.
+    """
+    reader = pytest.importorskip("datasets.packaged_modules.pandas.pandas", reason="this version has no such reader")
+    pandas, pyarrow = pytest.importorskip("pandas"), pytest.importorskip("pyarrow")
+
+    def generate(self: Any, files: list[str]) -> Iterator[Any]:
+        for i, file in enumerate(files):
+            yield i, pyarrow.Table.from_pandas(pandas.read_pickle(file))
+
+    monkeypatch.setattr(reader.Pandas, "_generate_tables", generate)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    ran = tmp_path / "ran"
+    for name in ("data.pkl", "data/train_prefs-0", "data/test_prefs-0"):
+        (work / name).parent.mkdir(exist_ok=True)
+        (work / name).write_bytes(pickle.dumps(Payload(ran)))
+    return ran
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

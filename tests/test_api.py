@@ -295,7 +295,7 @@ def test_rewards_of_a_method_that_compares(folder: Path) -> None:
     asked: dict[str, Any] = {"prompts": ["1", "1"], "completions": ["5", "4"]}
     with pytest.raises(DataError, match="no column 'reference'"):
         reward(scorer, {}, **asked)
-    with pytest.raises(ModelError, match=r"completion 0 has infinite log-odds.*probability=True"):
+    with pytest.raises(ModelError, match=r"infinite log-odds where all agree.*probability=True"):
         reward(scorer, {"reference": "answer"}, answer=["2", "3"], **asked)
     assert reward(scorer, {"probability": True}, reference=["2", "3"], **asked) == [1.0, None]
     some: Any = [[], [{"role": "assistant", "content": "4"}]]

@@ -400,3 +400,12 @@ def test_real_ultrafeedback_and_rmb(shared: Path, tmp_path: Path) -> None:
     prepare("rmb", tmp_path / "rmb", source=str(tmp_path / "rmb.json"), test_rows=100)
     train, test = read(tmp_path / "rmb")
     same(train + test, rows)
+
+
+def test_a_copy_is_read_from_its_folder_whatever_it_is_called(unpickling: Path) -> None:
+    """`datasets` has readers of these names, which would take the files of the working folder."""
+    for name in ("pandas", "json"):
+        ultrafeedback_files(Path(name))
+        found = prepare("ultrafeedback", Path(f"out-{name}"), source=name)
+        assert found["train"].read == 50 and found["test"].read == 25
+    assert not unpickling.exists()

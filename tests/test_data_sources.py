@@ -11,9 +11,14 @@ from typing import Any
 import pyarrow
 import pytest
 from pyarrow import parquet
+from rich.console import Console
+from tiny import tiny_dialog
 
 from dwrl_fast.data import START, Position, Reader, Row, RowSource, open_rows, read_preferences
 from dwrl_fast.errors import DataError
+from dwrl_fast.evaluation.rewardbench import read_best_of
+from dwrl_fast.feed import open_feed, read_rows
+from dwrl_fast.progress import Display
 
 ROWS: list[dict[str, Any]] = [
     {
@@ -222,3 +227,56 @@ def test_any_source_will_do() -> None:
                 yield Row(i, values, Position(i))
 
     assert sum(len(outcome.preferences) for outcome in Reader(Memory()).read()) == 400
+
+
+def read_by_each_command(name: str) -> Iterator[Callable[[], Any]]:
+    from dwrl_fast import compare, evaluate, train
+    from dwrl_fast.data import __main__ as data
+    from dwrl_fast.dialog import __main__ as dialog
+
+    model = ["--model_name_or_path", "m"]
+    yield lambda: read_preferences(name)
+    yield lambda: data.check_one(name, data.DataConfig(check=(name,)), data.Console(), None)
+    yield lambda: dialog.read_row(dialog.ShowConfig(show=f"{name}:1", tokenizer_name_or_path="t"))
+    for config in (
+        train.configure([*model, "--dataset_name", name, "--output_dir", "o"]),
+        train.configure([*model, "--dataset_mixture", f"{name}:1", "b.jsonl:1", "--output_dir", "o"]),
+        train.configure([*model, "--dataset_name", name, "--streaming", "--max_steps", "1", "--output_dir", "o"]),
+    ):
+        yield lambda config=config: open_feed(config, tiny_dialog(), Display(Console()))  # type: ignore[misc]
+    for asked in (
+        evaluate.parse_evaluate([*model, "--dataset_name", name]),
+        evaluate.parse_evaluate([*model, "--dataset_name", name, "--benchmark", "rewardbench2"]),
+        compare.parse_compare(["a", "b", "--dataset_name", name]),
+    ):
+        read = read_best_of if getattr(asked, "benchmark", None) == "rewardbench2" else None
+        yield lambda config=asked, read=read: read_rows(  # type: ignore[misc]
+            config.dataset_name, config, tiny_dialog(), Display(Console()), read=read
+        )
+
+
+@pytest.mark.parametrize("name", ["pandas", "pandas:train", "pandas:default:train"])
+def test_the_name_of_a_reader_of_datasets_is_refused_and_nothing_is_unpickled(unpickling: Path, name: str) -> None:
+    for read in read_by_each_command(name):
+        with pytest.raises(DataError, match=rf"^{name}: cannot be read: pandas is a file reader of the `datasets`"):
+            read()
+    assert not unpickling.exists()
+    with pytest.raises(Exception):  # noqa: B017 - whatever comes of it, the code was run: the pickle is a real one
+        list(hugging_face().load_dataset("pandas", data_files="data.pkl", streaming=True, split="train"))
+    assert unpickling.exists()
+
+
+def test_every_reader_of_datasets_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    table = pytest.importorskip("datasets.packaged_modules")._PACKAGED_DATASETS_MODULES
+    for name in {*table, "json", "csv", "parquet", "text", "arrow", "generator", "sql", "spark", "cache"}:
+        with pytest.raises(DataError, match=f"^{name}: cannot be read: {name} is a file reader"):
+            open_rows(name)
+
+
+def test_a_folder_is_not_taken_for_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    jsonl(tmp_path / "mine")
+    with pytest.raises(DataError, match=r"^mine:default:train: cannot be read: mine is a folder: name it"):
+        read_preferences("mine:default:train")

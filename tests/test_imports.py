@@ -28,7 +28,19 @@ ROOMS = (
         "pretrained",
         "methods",
     ),
-    *("loading", "api", "checkpoint", "progress", "metrics", "plots", "runlog", "feed", "optimizer", "evaluation"),
+    *(
+        "loading",
+        "reward",
+        "api",
+        "checkpoint",
+        "progress",
+        "metrics",
+        "plots",
+        "runlog",
+        "feed",
+        "optimizer",
+        "evaluation",
+    ),
     *("trainer", "embedded", "console", "__main__", "dry_run", "evaluate", "compare", "train"),
 )
 

@@ -1,13 +1,15 @@
-"""What a caller in Python gives, prompts and texts in lists, checked as the rows of a file are."""
+"""What a caller in Python gives, prompts and responses in lists, checked as the rows of a file are."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from dwrl_fast.data.columns import Columns, Unusable, check_prompt, check_text
+from dwrl_fast.data.columns import Columns, Unusable, check_prompt
 from dwrl_fast.data.preference import Message
 from dwrl_fast.errors import DataError
 
 Prompt = str | Sequence[Message]
+Response = str | Sequence[Message]
 Turns = tuple[Message, ...]
 
 
@@ -20,26 +22,67 @@ def as_list(name: str, values: Any) -> list[Any]:
     return list(values)
 
 
-def as_texts(name: str, values: Any, count: int | None = None) -> list[str]:
-    """DataError where they are no list of strings, `count` of them if it is given, or one is empty."""
+def as_responses(name: str, values: Any, count: int | None = None) -> list[str]:
+    """DataError where they are no list of responses, `count` of them if it is given."""
     found = as_list(name, values)
     if count is not None and len(found) != count:
         raise DataError(f"{name} has {len(found)} texts for {count} responses: give one for each")
-    for i, text in enumerate(found):
-        if not isinstance(text, str):
-            raise DataError(f"{name}[{i}] should be a string, not the {type(text).__name__} {text!r:.60}")
-        try:
-            check_text(text)
-        except Unusable as error:
-            raise DataError(f"{name}[{i}]: {error}") from None
-    return found
+    return [as_response(f"{name}[{i}]", value) for i, value in enumerate(found)]
 
 
-def as_turns(name: str, prompt: Any) -> Turns:
-    """A string is one turn of the user. DataError where the prompt is no conversation."""
+def as_response(name: str, value: Any) -> str:
+    """The text of a response: a string, or a list with one turn of the assistant. DataError where it is neither."""
+    if not isinstance(value, str | list | tuple):
+        kind = type(value).__name__
+        raise DataError(
+            f"{name} should be a string, not the {kind} {value!r:.60}, or a list with one turn of the assistant"
+        )
+    with _named(name):
+        turns = _turns(name, value, "assistant")
+        if [turn["role"] for turn in turns] != ["assistant"]:
+            raise Unusable("not one turn of the assistant")
+        return turns[0]["content"]
+
+
+def as_prompt(name: str, prompt: Any) -> tuple[Turns, str]:
+    """The turns that a response answers, and how it begins: a last turn of the assistant is the beginning of every
+    response (a prefilled answer), else that is empty. A string is one turn of the user. DataError where the prompt is
+    no conversation.
+    """
+    with _named(name):
+        turns = _turns(name, prompt, "user")
+        begun = turns.pop()["content"] if turns and turns[-1]["role"] == "assistant" else ""
+        check_prompt(turns)
+        return tuple(turns), begun
+
+
+def unusable(error: DataError) -> str:
+    """Why a row cannot be judged, in words that many such rows share."""
+    return str(error.__cause__) if isinstance(error.__cause__, Unusable) else "not of the form"
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
     try:
-        found = Columns({}, name, {}).as_turns("prompt", list(prompt) if isinstance(prompt, tuple) else prompt, "user")
-        check_prompt(found)
+        yield
     except Unusable as error:
-        raise DataError(f"{name}: {error}") from None
-    return tuple(found)
+        raise DataError(f"{name}: {error}") from error
+
+
+def _turns(name: str, value: Any, role: str) -> list[Message]:
+    if isinstance(value, list | tuple):
+        value = [_joined(message) for message in value]
+    return Columns({}, name, {}).as_turns("prompt" if role == "user" else "response", value, role)
+
+
+def _joined(message: Any) -> Any:
+    """A message whose content is a list of parts has the text of them all; Unusable where one is no text."""
+    if not isinstance(message, Mapping) or not isinstance(message.get("content"), list | tuple):
+        return message
+    texts = []
+    for part in message["content"]:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise Unusable("a part of a content that is no text")
+        texts.append(part["text"])
+    return {**message, "content": "".join(texts)}

@@ -122,6 +122,7 @@ def _load(name: str, source: str | None) -> dict[str, Published]:
         files = {split: pattern for split, pattern in files.items() if any(Path(source).glob(pattern))}
         if "train" not in files:
             raise DataError(f"--source {source}: the folder has no {data.files['train']}; is it a copy of {name}?")
+        path = str(Path(source).resolve())  # a relative name may be that of a reader of `datasets`
     elif source is not None or path.startswith("https://"):
         path, files = "parquet" if path.endswith(".parquet") else "json", {"train": path}
     where = source or str(data.repository)

@@ -96,6 +96,22 @@ class Reader:
             after = row.after
         yield from self._compared(prompts, waiting, after)
 
+    def groups_of(self, line: int) -> Sequence[Preference]:
+        """The groups of one line (of Parquet and `datasets`: of that row), whatever stands in the lines after it and
+        whatever their format; of SINGLE, whose rows are compared with others, its one response. Raises DataError where
+        it holds nothing that can be used.
+        """
+        row = next((row for row in self.source.rows() if row.line >= line), None)
+        if row is None or row.line > line:
+            raise DataError(f"{self.source.name}:{line}: there is no row on that line")
+        try:
+            form, columns = self._recognised(row)
+            if form is SINGLE:
+                return [single(columns, line).preference(columns.source)]
+            return self._groups(form, columns).preferences
+        except Unusable as reason:
+            raise DataError(f"{self.source.name}:{line} holds no usable row: {reason}") from None
+
     def _recognised(self, row: Row) -> tuple[Format, Columns]:
         """The row's columns, and the format, which is that of the rows before it. Raises DataError."""
         if isinstance(row.values, DataError):

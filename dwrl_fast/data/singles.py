@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from dwrl_fast.data.columns import REQUIRED, Columns, conversation
@@ -20,6 +21,12 @@ class Single(NamedTuple):
     line: int
     subset: str | None
 
+    def preference(self, source: str) -> Preference:
+        """The row by itself, which prefers nothing."""
+        turns, aspect = self.key
+        prompt = tuple(Message(role=role, content=content) for role, content in turns)
+        return Preference(prompt, (self.completion,), aspect=aspect, source=source, subset=self.subset)
+
 
 def single(row: Columns, line: int) -> Single:
     """The row as it will be compared with others. Raises DataError or Unusable."""
@@ -34,13 +41,10 @@ def compare_singles(rows: Sequence[Single], name: str, ties: Ties) -> tuple[Grou
     """The pairs of the rows of one prompt, their score differences as margins; and the rows that are in none, with
     the reason.
     """
-    prompt, aspect = rows[0].key
-    turns = tuple(Message(role=role, content=content) for role, content in prompt)
     ranks = ranks_of([row.score for row in rows])
     found = [Ranked(row.completion, rank, row.score, row.line) for row, rank in zip(rows, ranks, strict=True)]
     found.sort(key=lambda response: response.rank)
-    first = f"{name}:{rows[0].line}"
-    like = Preference(turns, (), aspect=aspect, source=name, row=first, subset=rows[0].subset)
+    like = replace(rows[0].preference(name), row=f"{name}:{rows[0].line}")
     pairs, notes = compare(itertools.combinations(found, 2), like, ties)
     used = {line for pair in pairs for line in pair.lines}
     reason = "no other score for its prompt" if len(rows) > 1 else "the only completion of its prompt"

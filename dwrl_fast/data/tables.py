@@ -4,6 +4,8 @@ pyarrow and datasets are loaded only where one of these is read.
 """
 
 import importlib
+import os
+import pkgutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,11 +56,14 @@ class SavedDataset:
 
 
 class HubDataset:
-    """A RowSource over a data set of the Hugging Face hub, read as it is fetched. `name` is NAME[:CONFIG]:SPLIT."""
+    """A RowSource over a data set of the Hugging Face hub, read as it is fetched. `name` is NAME[:CONFIG]:SPLIT.
+    DataError where `datasets` would read local files for NAME.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.repository, *rest = name.split(":")
+        _refuse_local(self.repository, name)
         self.split = rest[-1] if rest else "train"
         self.config = rest[0] if len(rest) > 1 else None
 
@@ -71,6 +76,20 @@ class HubDataset:
         ):
             data = datasets.load_dataset(self.repository, self.config, split=self.split, streaming=True)
             yield from _numbered(data.skip(start.line), start.line, start)
+
+
+def _refuse_local(repository: str, name: str) -> None:
+    """`datasets` would read the working folder's files for the name of one of its readers, and a folder for the name of
+    one. The reader "pandas" unpickles, which runs code, in versions before 5.2.
+    """
+    readers = {module.name for module in pkgutil.iter_modules(library("datasets.packaged_modules", name).__path__)}
+    if repository in readers:
+        raise DataError(
+            f"{name}: cannot be read: {repository} is a file reader of the `datasets` package, and no data set. Name "
+            "the file, or a data set of the hub with its owner, as in OWNER/NAME"
+        )
+    if os.path.isdir(repository):
+        raise DataError(f"{name}: cannot be read: {repository} is a folder: name it, FOLDER:SPLIT or a file in it")
 
 
 def _numbered(rows: Iterable[dict[str, Any]], before: int, start: Position) -> Iterator[Row]:

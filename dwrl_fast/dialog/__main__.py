@@ -1,6 +1,7 @@
 """`python -m dwrl_fast.dialog --show FILE:N`: one row as the model reads it, and what the chat template did to it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import ClassVar
 
 from rich.console import Console
@@ -8,12 +9,13 @@ from rich.table import Table
 from rich.text import Text
 
 from dwrl_fast.console import command, set_up_logging
-from dwrl_fast.data import Preference, Reader, open_rows
+from dwrl_fast.data import Demonstration, Preference, Reader, open_rows
 from dwrl_fast.dialog import Chat, Dialog, SingleTurn, Thinking
 from dwrl_fast.dialog.chat import TODAY
-from dwrl_fast.errors import ConfigError, DataError
+from dwrl_fast.errors import ConfigError
 from dwrl_fast.options import Options, at_least, option, parse
 from dwrl_fast.pretrained import load_chat
+from dwrl_fast.rollout import demonstration_group
 
 # ruff: noqa: RUF009 - what option() returns is a dataclass field
 
@@ -26,6 +28,7 @@ STYLES = {
     "second response": "yellow",
     "evaluate": "magenta",
     "thought (a sample)": "bold cyan",
+    "thought": "bold cyan",
     "rate": "red",
     "head": "bold white",
     "chat template": "dim",
@@ -55,7 +58,10 @@ python -m dwrl_fast.dialog --show pairs.jsonl:12 --tokenizer_name_or_path T --te
 python -m dwrl_fast.dialog --show pairs.jsonl:12 --tokenizer_name_or_path T --template mine.yaml
 """
 
-    show: str = option(help="FILE:N, a data file and the number of a line in it, from 1.", group="Row")
+    show: str = option(
+        help="FILE:N, a data file of any format and the number of a line in it, from 1. No other line matters.",
+        group="Row",
+    )
     response: int = option(1, "Which response: 1 is the best one of the row.", group="Row", bound=at_least(1))
     columns: dict[str, str] = option({}, "Rename columns, new=old, as for training.", group="Row")
     max_length: int = option(
@@ -108,7 +114,8 @@ def run(config: ShowConfig, console: Console) -> None:
     aspect = row.aspect if config.aspect is None else config.aspect
     ids, spans, length = build(chat, row, config.response - 1, aspect)
     names = named(len(ids), spans)
-    console.print(f"{config.show}   {chat.name}   template of kind {chat.template.kind}", soft_wrap=True)
+    verdict = f"   verdict {row.verdict or 'in the thought'}" if isinstance(row, Demonstration) else ""
+    console.print(f"{config.show}   {chat.name}   template of kind {chat.template.kind}{verdict}", soft_wrap=True)
     console.print(Text("  ").join(Text(name, style) for name, style in STYLES.items() if name in names))
     console.rule("conversation")
     console.print(painted(runs(ids, names), chat), soft_wrap=True)
@@ -121,40 +128,46 @@ def run(config: ShowConfig, console: Console) -> None:
 
 
 def read_row(config: ShowConfig) -> Preference:
-    """The row of the line asked for; DataError says why a line holds none."""
+    """The row of the line asked for, with all of its responses, best first; DataError says why a line holds none."""
     path, _, number = config.show.rpartition(":")
-    line = int(number)
-    reader = Reader(open_rows(path), columns=config.columns, ties="keep", rankings="plackett_luce")
-    for outcome in reader.read():
-        if outcome.error is not None:
-            raise outcome.error
-        for row in outcome.preferences:
-            if row.source == f"{reader.source.name}:{line}":
-                return row
-        for reason, dropped in outcome.dropped:
-            if dropped == line:
-                raise DataError(f"{config.show} holds no usable row: {reason}")
-    raise DataError(f"{config.show}: there is no row on that line")
+    # As pairs every ranking can be read; they have its responses in order, but for those that repeat another.
+    reader = Reader(open_rows(path), columns=config.columns, ties="keep", rankings="pairs", consecutive=True)
+    groups = reader.groups_of(int(number))
+    if isinstance(groups[0], Demonstration):
+        return groups[0]
+    return replace(groups[0], responses=tuple(dict.fromkeys(chain(*(group.responses for group in groups)))))
 
 
 def build(chat: Chat, row: Preference, response: int, aspect: str | None) -> tuple[list[int], dict[str, slice], int]:
     """Ids, the spans of what stands in them, and how many of them are prompt and responses."""
-    text = " ".join([SAMPLE, *filter(None, [VERDICT.get(chat.template.kind)])])
-    thought = chat.tokenizer.encode(text, add_special_tokens=False)
+    assert isinstance(chat, Dialog | SingleTurn)
+    name, thought = "thought (a sample)", _sample(chat)
+    if isinstance(row, Demonstration):
+        (sequence,) = demonstration_group(row, chat).flat
+        name, thought = "thought", sequence.ids[sequence.thought]
     if isinstance(chat, Dialog):
         context = chat.context(row.prompt, row.responses[response], aspect)
-        sequence = chat.sequence(context, [*thought, chat.end_id])
+        sequence = chat.sequence(context, thought)
         ends = {"rate": sequence.rate, "head": slice(sequence.rate.stop, len(sequence.ids))}
     else:
-        assert isinstance(chat, SingleTurn)
         shown = [row.responses[response]] if len(chat.shows) == 1 else list(row.responses[:2])
+        if len(shown) < len(chat.shows):
+            raise ConfigError(
+                f"a template of kind {chat.template.kind} shows two responses, and the row holds one; see it by a "
+                "template that shows one: --template dialog"
+            )
         context = chat.context(row.prompt, shown, aspect, "A" if chat.takes_verdict else None)
-        sequence = chat.sequence(context, [] if chat.label_ids else [*thought, chat.end_id])
+        sequence = chat.sequence(context, [] if chat.label_ids else thought)
         ends = {"head": slice(context.evaluate.stop, len(context.ids))}
     second = {} if context.second is None else {"second response": context.second}
     spans = {"prompt": context.prompt, "evaluate": context.evaluate, "response": context.response, **second}
-    spans |= {"thought (a sample)": sequence.thought, **ends}
-    return sequence.ids, spans, (context.second or context.response).stop
+    return sequence.ids, spans | {name: sequence.thought, **ends}, (context.second or context.response).stop
+
+
+def _sample(chat: Chat) -> list[int]:
+    """A thought as the model might write it."""
+    text = " ".join([SAMPLE, *filter(None, [VERDICT.get(chat.template.kind)])])
+    return [*chat.tokenizer.encode(text, add_special_tokens=False), chat.end_id]
 
 
 def named(length: int, spans: dict[str, slice]) -> list[str]:
