@@ -38,5 +38,6 @@ def refuse_processes() -> None:
     if processes != "1":
         raise ConfigError(
             f"WORLD_SIZE = {processes}: torchrun with more than one process is not supported yet, for each of them "
-            "would do the whole work. Start the command as one process, by python -m; CUDA_VISIBLE_DEVICES=N chooses its GPU."
+            "would do the whole work. Start the command as one process, by python -m; CUDA_VISIBLE_DEVICES=N chooses "
+            "its GPU."
         )
