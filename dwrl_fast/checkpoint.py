@@ -6,13 +6,14 @@
 
 A save is written beside its final place, made durable, and renamed into it, so that a process killed at any moment
 leaves the earlier checkpoints as they were. A step once saved is never written again. One process writes to a parent
-folder at a time.
+folder at a time (lock.py).
 
 Loading trusts no file: what the manifest does not vouch for is not read, tensors are read with `weights_only`, and
 `.metadata`, which is a pickle, by an unpickler that knows the few classes it is made of and refuses everything else.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import pickle
@@ -37,6 +38,7 @@ from .log import logger
 MANIFEST, STATE, METADATA = "manifest.json", "state.json", ".metadata"
 FORMAT = 1
 UNFINISHED = ".unfinished"
+DAMAGED = ".damaged"
 
 
 def save_checkpoint(
@@ -85,16 +87,25 @@ def latest_checkpoint(parent: Path) -> Path | None:
         try:
             _verify(folder)
         except CheckpointError as error:
-            logger.warning("PASSED OVER: %s Move it away, or its step cannot be saved again.", error)
+            logger.warning("PASSED OVER: %s", error)
             continue
         return folder
     return None
 
 
-def checkpoints(parent: Path) -> list[Path]:
-    """The folders that have a checkpoint's name, oldest step first."""
+def checkpoints(parent: Path, past: int = -1) -> list[Path]:
+    """The folders that have the name of a checkpoint, of a step past `past`; oldest first."""
     found = [(int(m[1]), f) for f in parent.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", f.name))]
-    return [folder for _, folder in sorted(found)]
+    return [folder for step, folder in sorted(found) if step > past]
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a damaged checkpoint to a name that is no checkpoint's, so that its step can be saved again; where it is
+    then.
+    """
+    ends = itertools.chain([""], (f"-{i}" for i in itertools.count(2)))
+    names = (folder.with_name(folder.name + DAMAGED + end) for end in ends)
+    return folder.rename(next(name for name in names if not name.exists()))
 
 
 def load_checkpoint(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """What the commands share on a terminal: where messages go, and errors that a person can mend without a traceback."""
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 
 from rich.console import Console
 from rich.logging import RichHandler
 
-from dwrl_fast.errors import UserError
+from dwrl_fast.errors import ConfigError, UserError
 from dwrl_fast.log import logger
 
 
@@ -19,12 +20,24 @@ def set_up_logging(console: Console) -> None:
 
 
 def command(main: Callable[[list[str]], None]) -> None:
-    """Run a command's `main`. A UserError ends it with status 2 and its message alone; an interrupt with 130."""
+    """Run a command's `main`. A UserError ends it with its own status and its message alone; an interrupt with 130."""
     try:
+        refuse_processes()
         main(sys.argv[1:])
     except UserError as error:
         print(f"\nerror: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.status)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def refuse_processes() -> None:
+    """ConfigError where torchrun, or a launcher like it, started several processes."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        raise ConfigError(
+            f"WORLD_SIZE = {processes}: torchrun with more than one process is not supported yet, for each of them "
+            "would do the whole work. Start the command as one process, by python -m; CUDA_VISIBLE_DEVICES=N chooses "
+            "its GPU."
+        )

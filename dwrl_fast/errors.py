@@ -1,8 +1,15 @@
 """What a person can mend. The command line prints these without a traceback; everything else is a bug of ours."""
 
+from typing import ClassVar
+
 
 class UserError(ValueError):
-    """Something the user gave is wrong. The message says what, where, and what to do."""
+    """Something the user gave is wrong. The message says what, where, and what to do.
+
+    status: what a command that it ends exits with.
+    """
+
+    status: ClassVar[int] = 2
 
 
 class ConfigError(UserError):
@@ -27,3 +34,9 @@ class NotFiniteError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint is missing, incomplete, altered, or belongs to another run."""
+
+
+class UntrainedError(UserError):
+    """A run came to its end, and nothing was trained in it."""
+
+    status = 3

@@ -10,6 +10,9 @@ from typing import Any, Protocol
 from dwrl_fast.batch import Group
 from dwrl_fast.log import logger
 
+NEAR_ZERO = 1e-3  # a mean advantage, or the labels' probability
+SOLVED = 0.05  # nats: below it there is nothing left to learn
+
 
 class Decoder(Protocol):
     def decode(self, ids: list[int]) -> str: ...
@@ -31,6 +34,10 @@ class RunLog:
         partial = self.metrics_path.with_suffix(".part")
         partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         os.replace(partial, self.metrics_path)
+        for path in self.thoughts_folder.glob("step-*.jsonl"):
+            step = path.stem.removeprefix("step-")
+            if step.isdigit() and int(step) > resumed_at:
+                path.unlink()
 
     def metrics(self, step: int, values: Mapping[str, Any]) -> None:
         with self.metrics_path.open("a", encoding="utf-8") as file:
@@ -78,47 +85,89 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 class StallWatch:
     """Says once when the figures show that training has stopped, and why (each must hold for `PATIENCE` rollout
-    batches).
+    batches); knows at any time whether one of the run's trained anything.
+
+    trained: whether any did. why: of the last that did not, the reason.
     """
 
     PATIENCE = 5
 
-    def __init__(self) -> None:
-        self.streak = {"equal": 0, "few": 0, "none": 0}
+    def __init__(self, trained: bool = False, why: str = "") -> None:
+        self.trained, self.why = trained, why
+        self.streak: dict[str, int] = {}
         self.told: set[str] = set()
 
     def update(self, values: Mapping[str, float], minibatch_size: int) -> None:
-        if "kept_comparisons" in values:
-            self._count("none", values["kept_comparisons"] == 0, (
-                f"of {values['comparisons']:.0f} comparisons none has a thought to train on (right "
-                f"{values.get('right_thoughts', 0):.1%}, unparsable {values.get('unparsable', 0):.1%}). Raise "
-                "--num_generations; where hardly any can be read, start from a model that knows the verdict's form"
-            ))  # fmt: skip
-            return
-        if "reward" in values:
-            self._count("equal", values["advantage"] < 1e-3, (
-                f"the thoughts of a comparison are all right or all wrong (mean reward {values['reward']:.3g}, "
-                f"unparsable {values['unparsable']:.1%}), so they give no gradient. Raise --temperature or "
-                "--num_generations; where hardly any can be read, start from a model that knows the verdict's form"
-            ))  # fmt: skip
-            return
-        if "effective_groups" not in values or values["loss"] < 0.05:
-            return  # nothing is sampled, or there is nothing left to learn
-        self._count("equal", values["advantage"] < 1e-3, (
+        kind, why = _idle(values)
+        if kind:
+            self.why = why
+        else:
+            self.trained = True
+            kind, why = _narrow(values, minibatch_size)
+        self.streak = {kind: self.streak.get(kind, 0) + 1}
+        if kind and self.streak[kind] == self.PATIENCE and kind not in self.told:
+            self.told.add(kind)
+            logger.warning("training has stalled: %s.", why)
+
+    def state(self) -> dict[str, Any]:
+        return {"trained": self.trained, "why": self.why}
+
+    def result(self) -> dict[str, Any]:
+        """What `result.json` holds of it."""
+        return {"trained": True} if self.trained else {"trained": False, "why": self.why}
+
+
+def _idle(values: Mapping[str, float]) -> tuple[str, str]:
+    """The kind of reason for which a rollout batch trained nothing, and the reason with what to do; both empty where it
+    trained.
+    """
+    if "kept_comparisons" in values and values["kept_comparisons"] == 0:
+        return "none", (
+            f"of {values['comparisons']:.0f} comparisons none has a thought to train on (right "
+            f"{values.get('right_thoughts', 0):.1%}, unparsable {values.get('unparsable', 0):.1%}). Raise "
+            "--num_generations; where hardly any can be read, start from a model that knows the verdict's form"
+        )
+    if "loss" not in values:
+        return "ties", "no row has a response that is better than another. Train on rows that are no ties"
+    if values.get("label_mass", 1.0) < NEAR_ZERO:
+        return "mass", (
+            f"the labels have {values['label_mass']:.1e} of the probability where the verdict is read: the model does "
+            "not answer as it is asked. Give a --template whose labels it uses, or start from a model that follows "
+            "instructions"
+        )
+    if "reward" in values and values["advantage"] < NEAR_ZERO:
+        return "equal", (
+            f"the thoughts of a comparison are all right or all wrong (mean reward {values['reward']:.3g}, "
+            f"unparsable {values['unparsable']:.1%}), so they give no gradient. Raise --temperature or "
+            "--num_generations; where hardly any can be read, start from a model that knows the verdict's form"
+        )
+    if "effective_groups" in values and values["advantage"] < NEAR_ZERO and values["loss"] >= SOLVED:
+        return "equal", (
             f"the thoughts of a response all score alike (mean |A| {values['advantage']:.1e}, p+ "
             f"{values['p_chosen']:.3g}, p- {values['p_rejected']:.3g}), so they give no gradient. Raise --temperature, "
             "lower --score_learning_rate, or try --score_normalization yes_no"
-        ))  # fmt: skip
-        self._count("few", values["effective_groups"] < 0.08 * minibatch_size, (
-            f"of {minibatch_size} groups in a minibatch about {values['effective_groups']:.1f} carry the gradient; the "
-            "others are solved. Raise --minibatch_size, or add harder pairs"
-        ))  # fmt: skip
+        )
+    still = [name.removeprefix("grad_norm_") for name, norm in values.items() if "grad_norm_" in name and not norm]
+    if still and values.get("trained_tokens") == 0:
+        return "cut", (
+            "all thoughts are cut at the limit, and cut ones are not trained. Raise --max_completion_length, or give "
+            "--truncated_thoughts keep"
+        )
+    if still:
+        return "still", (
+            f"the gradient of the update {' and '.join(still)} is 0 (mean loss {values['loss']:.3g}). Where the loss "
+            "is near 0 the pairs are solved: add harder ones"
+        )
+    return "", ""
 
-    def _count(self, kind: str, bad: bool, message: str) -> None:
-        self.streak[kind] = self.streak[kind] + 1 if bad else 0
-        if self.streak[kind] == self.PATIENCE and kind not in self.told:
-            self.told.add(kind)
-            logger.warning("training has stalled: %s.", message)
+
+def _narrow(values: Mapping[str, float], minibatch_size: int) -> tuple[str, str]:
+    """The same, where a rollout batch trained, but too little of it."""
+    few = values.get("effective_groups", minibatch_size) < 0.08 * minibatch_size and values["loss"] >= SOLVED
+    return ("few", (
+        f"of {minibatch_size} groups in a minibatch about {values['effective_groups']:.1f} carry the gradient; the "
+        "others are solved. Raise --minibatch_size, or add harder pairs"
+    )) if few else ("", "")  # fmt: skip
 
 
 def finite(values: Mapping[str, Any]) -> dict[str, Any]:

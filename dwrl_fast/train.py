@@ -3,6 +3,7 @@ embedded task.
 """
 
 import dataclasses
+import json
 import platform
 import time
 from collections.abc import Mapping
@@ -21,9 +22,10 @@ from dwrl_fast.compute import Compute, one_thread
 from dwrl_fast.config import WRITING, TrainConfig, parse_train
 from dwrl_fast.console import command, set_up_logging
 from dwrl_fast.dry_run import dry_run
-from dwrl_fast.errors import ConfigError
+from dwrl_fast.errors import ConfigError, UntrainedError
 from dwrl_fast.feed import Feed, open_feed, read_rows
 from dwrl_fast.loading import load_dialog
+from dwrl_fast.lock import sole_writer
 from dwrl_fast.log import logger
 from dwrl_fast.methods import METHODS
 from dwrl_fast.mixture import Part
@@ -33,7 +35,8 @@ from dwrl_fast.progress import Display, Stage
 from dwrl_fast.runlog import read_metrics
 from dwrl_fast.trainer import Trainer, write_json
 
-WRITTEN = ("config.yaml", "model", "adapter", "metrics.jsonl", "thoughts", "prefilled.jsonl", "result.json")
+RESULT = "result.json"  # written last: a folder that has it holds a finished run
+WRITTEN = ("config.yaml", "model", "adapter", "metrics.jsonl", "thoughts", "prefilled.jsonl", RESULT)
 OWN_DATA = """\
 Your own data: a JSONL file of {"prompt": ..., "chosen": ..., "rejected": ...}, then
   python -m dwrl_fast.train --model_name_or_path MODEL --dataset_name pairs.jsonl --eval_dataset_name held_out.jsonl"""
@@ -45,16 +48,18 @@ def main(argv: list[str]) -> None:
     config = configure(argv)
     if config.dry_run:
         if config.output_dir is not None and config.resume_from_checkpoint is None:
-            refuse_used(Path(config.output_dir))
+            refuse_used(config, Path(config.output_dir))
         dry_run(config, console)
         return
     try:
-        run(config, console)
+        result = run(config, console)
     except KeyboardInterrupt:
         folder = None if config.output_dir is None else Path(config.output_dir)
         if folder is not None and latest_checkpoint(folder) is not None:
             console.print(f"\n{folder} can go on: add --resume_from_checkpoint latest", highlight=False)
         raise
+    if not result.get("trained", True):
+        raise UntrainedError(f"in none of the {result['steps']} rollout batches did training work: {result['why']}.")
 
 
 def configure(argv: list[str]) -> TrainConfig:
@@ -86,13 +91,23 @@ def embedded_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run(config: TrainConfig, console: Console) -> dict[str, Any]:
-    """One command's whole run: everything is written under its folder; returns what result.json holds."""
-    started = time.monotonic()
+    """One command's whole run: everything is written under its folder; returns what result.json holds. A finished run
+    that is to go on is left as it is.
+    """
     folder = Path(config.output_dir or f"runs/{config.method}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if config.resume_from_checkpoint is None:
-        refuse_used(folder)
-        make_folder(folder)
+    make_folder(folder)
     config = dataclasses.replace(config, output_dir=str(folder))
+    with sole_writer(folder, "its run"):
+        if config.resume_from_checkpoint is None:
+            refuse_used(config, folder)
+        elif (folder / RESULT).exists():
+            return finished(config, folder)
+        return run_in(folder, config, console)
+
+
+def run_in(folder: Path, config: TrainConfig, console: Console) -> dict[str, Any]:
+    """The run, in a folder that is its own."""
+    started = time.monotonic()
     with Display(console) as display:
         if config.own_data:
             result = train(config, folder, display, saved=config)
@@ -100,19 +115,36 @@ def run(config: TrainConfig, console: Console) -> dict[str, Any]:
             with one_thread():
                 result = train_embedded(config, folder, display)
     result |= {"seconds": time.monotonic() - started, "seed": config.seed, "versions": versions()}
-    write_json(folder / "result.json", result)
+    write_json(folder / RESULT, result)
     report(result, config, folder, console)
     return result
 
 
-def refuse_used(folder: Path) -> None:
+def refuse_used(config: TrainConfig, folder: Path) -> None:
     """Nothing of an earlier run, or of anybody's, is overwritten."""
-    used = [name for name in WRITTEN if (folder / name).exists()] + [p.name for p in checkpoints(folder)]
+    written = WRITTEN if config.own_data else (*WRITTEN, "embedded", "bt")
+    used = [name for name in written if (folder / name).exists()] + [p.name for p in checkpoints(folder)]
     if used:
         raise ConfigError(
             f"--output_dir {folder} holds {', '.join(used)} already. Give another folder, or go on with the run in it "
             "by --resume_from_checkpoint latest."
         )
+
+
+def finished(config: TrainConfig, folder: Path) -> dict[str, Any]:
+    """What result.json holds of the run in `folder`. ConfigError where `config` is not to go on with that run."""
+    mine = config.to_dict()
+    was = parse_train(["--config", str(folder / "config.yaml")]).to_dict()
+    apart = ("output_dir", "resume_from_checkpoint")
+    other = [f"{name} was {was[name]!r}, is {value!r}" for name, value in mine.items() if value != was[name]
+             and name not in apart]  # fmt: skip
+    if other or config.resume_from_checkpoint != "latest":
+        what = f" with other options ({'; '.join(other)})" if other else ""
+        raise ConfigError(
+            f"--output_dir {folder} holds a finished run{what}, which is never written over: give another folder."
+        )
+    logger.info("%s holds the finished run: nothing was left to do, and nothing was written.", folder)
+    return dict(json.loads((folder / RESULT).read_text(encoding="utf-8")))
 
 
 def make_folder(folder: Path) -> None:
@@ -169,8 +201,9 @@ def train_embedded(config: TrainConfig, folder: Path, display: Display) -> dict[
     }
     resume = config.resume_from_checkpoint and "latest"
     compared = on_embedded(dataclasses.replace(compared, resume_from_checkpoint=resume, **shared), made)
-    (folder / "bt").mkdir(exist_ok=True)
-    bt = train(compared, folder / "bt", display, saved=compared)
+    make_folder(folder / "bt")
+    with sole_writer(folder / "bt", "its run"):
+        bt = train(compared, folder / "bt", display, saved=compared)
     result |= {"accuracy_bt": bt["accuracy_after"], "report_bt": bt["report_after"]}
     result["seconds_by_stage"]["bt"] = sum(bt["seconds_by_stage"].values())
     return result

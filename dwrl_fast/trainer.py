@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dwrl_fast.adapters import adapted, base_fingerprint
 from dwrl_fast.batch import Batch, Size
-from dwrl_fast.checkpoint import checkpoints, latest_checkpoint, load_checkpoint, save_checkpoint
+from dwrl_fast.checkpoint import checkpoints, latest_checkpoint, load_checkpoint, save_checkpoint, set_aside
 from dwrl_fast.compute import step_seed
 from dwrl_fast.config import TrainConfig
 from dwrl_fast.data import Preference
@@ -211,6 +211,8 @@ class Trainer:
 
     def _result(self, before: dict[str, PairReport], after: dict[str, PairReport]) -> dict[str, Any]:
         result: dict[str, Any] = {"steps": self.step, "seconds_by_stage": dict(self.seconds)} | self.feed.result()
+        if self.feed.steps:
+            result |= self.stall.result()
         for when, reports in (("before", before), ("after", after)):
             for kind, report in reports.items():
                 suffix = kind.removeprefix("greedy") if kind.startswith("greedy") else f"_{kind}"
@@ -230,6 +232,7 @@ class Trainer:
             "identity": self._identity(),
             "before": {k: report.to_dict() for k, report in self.before.items()},
             "seconds": dict(self.seconds),
+            "stall": self.stall.state(),
             "feed": self.feed.state(),
         }
         with self.timed("save"):
@@ -249,22 +252,39 @@ class Trainer:
         if wanted is None:
             return
         path = latest_checkpoint(self.folder) if wanted == "latest" else Path(wanted)
+        if path is None or path.resolve().parent != self.folder.resolve():
+            self._refuse_finished()
         if path is None:
+            if checkpoints(self.folder):
+                raise CheckpointError(
+                    f"{self.folder} holds checkpoints, and none is whole (see above). Move them away to begin anew."
+                )
             logger.warning("%s holds no checkpoint to resume from: the run starts at its beginning.", self.folder)
             return
-        later = [p for p in checkpoints(self.folder) if p.name > path.name and p.resolve() != path.resolve()]
-        if later:
-            raise CheckpointError(
-                f"{self.folder} holds {later[0].name}, which lies past {path} and would have to be overwritten. Give "
-                "another --output_dir, or move the later checkpoints away."
-            )
         state = load_checkpoint(path, self._tensors())
         self._compare(path, state["identity"])
+        for later in checkpoints(self.folder, past=state["step"]):
+            if wanted != "latest":
+                raise CheckpointError(
+                    f"{self.folder} holds {later.name}, which lies past {path} and would have to be overwritten. Give "
+                    "another --output_dir, or move the later checkpoints away."
+                )
+            logger.warning("%s is damaged, and was set aside as %s.", later, set_aside(later).name)
         self.feed.restore(state["feed"])
         self.step = state["step"]
         self.seconds.update(state["seconds"])
+        self.stall = StallWatch(**state["stall"])
         self.before = {k: PairReport.from_dict(report) for k, report in state["before"].items()}
         logger.info("resumed %s at step %d of %d", path, self.step, self.feed.steps)
+
+    def _refuse_finished(self) -> None:
+        """CheckpointError where the folder holds a model, which this run would write over."""
+        held = [name for name in ("model", "adapter") if (self.folder / name).exists()]
+        if held:
+            raise CheckpointError(
+                f"{self.folder} holds {' and '.join(held)} of a run that came to its end, and no checkpoint of it to "
+                "go on from. A finished run is never written over: give another --output_dir."
+            )
 
     def _compare(self, path: Path, theirs: dict[str, Any]) -> None:
         mine = self._identity()
@@ -289,4 +309,7 @@ def counters(batches: Sequence[Batch]) -> dict[str, int]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(finite(content), indent=2) + "\n", encoding="utf-8")
+    """Whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(finite(content), indent=2) + "\n", encoding="utf-8")
+    part.replace(path)

@@ -88,6 +88,7 @@ def test_thoughts_are_written_once_and_stay(folder: Path, monkeypatch: pytest.Mo
     written.clear()
     shutil.rmtree(folder / "run" / "checkpoint-000004")
     shutil.rmtree(folder / "run" / "model")
+    (folder / "run" / "result.json").unlink()  # otherwise the run is finished
     again = go(folder, "--resume_from_checkpoint", "latest")
     assert written == [] and kept(folder / "run") == before, "a run that goes on writes none anew"
     assert again["report_after"] == first["report_after"]

@@ -43,7 +43,8 @@ class TrainConfig(CommonOptions):
     summary: ClassVar[str] = (
         "Trains a generative preference model: a language model that writes a thought about a response and then rates"
         " it. Without --dataset_name it runs the embedded task, which needs no files: a tiny model is made, trained and"
-        " evaluated in a few minutes."
+        " evaluated in a few minutes. It ends with status 2 where something that was given is wrong, and with 3 where"
+        " the run came to its end and nothing was trained in it."
     )
     examples: ClassVar[str] = """
 # the embedded task, whole, from another seed
@@ -117,7 +118,8 @@ python -m dwrl_fast.train --config runs/mine/config.yaml --resume_from_checkpoin
     streaming: bool = data_option(
         False,
         "Read rows when they are needed, in constant memory, where a file does not fit: needs --max_steps. Rows are "
-        "shuffled within a buffer; an over-long one is found, and counted, when it is its turn.",
+        "shuffled within a buffer; an over-long one is found, and counted, when it is its turn. The file must stay as "
+        "it is until the run ends.",
     )
     shuffle_buffer_size: int = data_option(
         10_000,
@@ -286,13 +288,17 @@ python -m dwrl_fast.train --config runs/mine/config.yaml --resume_from_checkpoin
         needs=WRITING,
     )
 
-    output_dir: str | None = run_option(None, "Where everything is written. none: runs/METHOD-TIME.")
+    output_dir: str | None = run_option(
+        None, "Where everything is written, by one run at a time. none: runs/METHOD-TIME."
+    )
     save_steps: int = run_option(20, "Rollout batches between checkpoints. 0: only at the end.", bound=at_least(0))
     save_total_limit: int | None = run_option(
         2, "Keep so many of the newest checkpoints, each 12 bytes a parameter. none: all of them.", bound=at_least(1)
     )
     resume_from_checkpoint: str | None = run_option(
-        None, "A checkpoint's folder, or latest: the newest whole one in --output_dir. The run goes on to the bit."
+        None,
+        "A checkpoint's folder, or latest: the newest whole one in --output_dir; damaged ones past it are renamed. The "
+        "run goes on to the bit. With latest a run that has not begun begins, and a finished one is left as it is.",
     )
 
     dry_run: bool = run_option(

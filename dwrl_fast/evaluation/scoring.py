@@ -1,6 +1,5 @@
 """Scoring step by step, so that an evaluation can go on where it was interrupted; and the tokens that it took."""
 
-import fcntl
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +14,7 @@ from dwrl_fast.compute import step_seed
 from dwrl_fast.data import Preference
 from dwrl_fast.errors import ConfigError
 from dwrl_fast.evaluation.judged import Judged, judged
+from dwrl_fast.lock import hold
 from dwrl_fast.scorer import Progress
 
 Item = TypeVar("Item")
@@ -45,14 +45,8 @@ class PartFile:
         self.done: defaultdict[str, Found] = defaultdict(Found)
         self._file = path.open("a+b")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            hold(self._file, path.parent, "its evaluation")
             self._take_up(path, json.loads(json.dumps(identity)))
-        except BlockingIOError:
-            self._file.close()
-            raise ConfigError(
-                f"another process is writing its evaluation into {path.parent}: wait for it, or name another "
-                "--output_dir"
-            ) from None
         except BaseException:
             self._file.close()
             raise

@@ -79,7 +79,7 @@ class Feed:
         return [[weight, source.identity()] for weight, source in zip(self.weights, self.sources, strict=True)]
 
     def state(self) -> list[dict[str, Any]]:
-        """As JSON, how far the feed is between two batches."""
+        """As JSON, how far the feed is between two batches. DataError where a streamed file was changed."""
         return [source.state() for source in self.sources]
 
     def restore(self, state: list[dict[str, Any]]) -> None:

@@ -26,7 +26,7 @@ class Source(Protocol):
         ...
 
     def draw(self) -> Preference:
-        """The next row. DataError where there is none to use, or the file cannot be read on."""
+        """The next row. DataError where there is none to use, or the file cannot be read on or was changed."""
         ...
 
     def identity(self) -> Any:
@@ -34,7 +34,9 @@ class Source(Protocol):
         ...
 
     def state(self) -> dict[str, Any]:
-        """How far it is, as JSON; given to `restore` of a source like this one, that one goes on to the bit."""
+        """How far it is, as JSON; given to `restore` of a source like this one, that one goes on to the bit. DataError
+        where its file is no longer the one that it began with, for then none could.
+        """
         ...
 
     def restore(self, state: dict[str, Any]) -> None: ...

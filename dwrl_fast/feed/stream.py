@@ -3,13 +3,10 @@
 What a checkpoint holds is where the rows of the buffer begin in the file, not the rows: they are read again.
 """
 
-import hashlib
 import itertools
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from dwrl_fast.compute import step_seed
@@ -17,11 +14,11 @@ from dwrl_fast.data import START, Outcome, Position, Preference, Reader
 from dwrl_fast.data.formats import SINGLE
 from dwrl_fast.data.preference import SHOWN_LINES
 from dwrl_fast.errors import CheckpointError, DataError
+from dwrl_fast.feed.files import StreamedFiles
 from dwrl_fast.feed.source import content_hash, with_aspect
 from dwrl_fast.log import logger
 
 MALFORMED = "not of the form"
-ENDS = 1 << 20  # bytes at either end of a file that its identity is taken from
 
 Check = Callable[[Preference], tuple[str, Counter[str]]]  # why a row is left out, or ""; and notes about it
 
@@ -67,6 +64,8 @@ class Account:
 class Streamed:
     """A Source in constant memory. Each row of an epoch is given once; an epoch begins when the one before is used up.
 
+    The file must stay as it is: verified where a pass begins and ends, where reading fails, and at each `state`.
+
     check: whether a row can be used, asked when it is its turn. aspect: that of rows without one. salt: what else the
     use of a row depends on, for the identity.
     """
@@ -84,6 +83,7 @@ class Streamed:
     ):
         self.reader, self.check, self.aspect, self.salt = reader, check, aspect, salt
         self.name, self.buffer_size, self.seed, self.stream = reader.source.name, buffer_size, seed, stream
+        self.files = StreamedFiles(self.name)
         self.drawn = self.epoch = 0
         self.turns = self.used = 0  # of this epoch: rows taken out of the buffer, and those of them that were given
         self.account = Account()
@@ -129,12 +129,11 @@ class Streamed:
             return row
 
     def identity(self) -> dict[str, Any]:
-        """The file's size and both its ends, or, of what is no file, its name; and how it is read."""
-        path = Path(self.name)
-        found = _ends(path) if path.is_file() else {"name": self.name}
-        return found | {"columns": self.reader.columns, "aspect": self.aspect, "salt": self.salt}
+        """What the file was when the stream was opened, and how it is read."""
+        return self.files.identity | {"columns": self.reader.columns, "aspect": self.aspect, "salt": self.salt}
 
     def state(self) -> dict[str, Any]:
+        self.files.verify()
         first = min((held.start for held in self.buffer), default=self.read_to)
         return {
             "drawn": self.drawn,
@@ -165,6 +164,7 @@ class Streamed:
 
     def _begin(self) -> None:
         """Another pass. Raises DataError where there is nothing to read, or the last pass gave nothing."""
+        self.files.verify()
         if self.turns:
             self._check_used()
             if not self.epoch:
@@ -183,13 +183,18 @@ class Streamed:
 
     def _read(self) -> Iterator[Held]:
         """Rows from where reading stands, whose place is kept up to date and whose fate is counted."""
-        for segment in self._segments(self.read_to):
-            if not self.taken:  # otherwise it was counted before the checkpoint
-                self._account(segment)
-            for index, row in enumerate(segment.outcome.preferences[self.taken :], start=self.taken):
-                self.read_to, self.taken = segment.start, index + 1
-                yield Held(segment.start, index, with_aspect(row, self.aspect))
-            self.read_to, self.taken = segment.outcome.after, 0
+        try:
+            for segment in self._segments(self.read_to):
+                if not self.taken:  # otherwise it was counted before the checkpoint
+                    self._account(segment)
+                for index, row in enumerate(segment.outcome.preferences[self.taken :], start=self.taken):
+                    self.read_to, self.taken = segment.start, index + 1
+                    yield Held(segment.start, index, with_aspect(row, self.aspect))
+                self.read_to, self.taken = segment.outcome.after, 0
+        except DataError:
+            self.files.verify()  # what cannot be read may be what was changed
+            raise
+        self.files.verify()  # the end may be that of a file which was cut
 
     def _read_again(self, start: Position, keys: list[tuple[int, int]]) -> list[Held]:
         """The rows of a buffer, wherever they stand from `start` on."""
@@ -224,6 +229,8 @@ class Streamed:
 
     def _account(self, segment: Segment) -> None:
         """Count what is no row. One not of the form ends the run as long as nothing was drawn; later it is counted."""
+        if segment.errors:
+            self.files.verify()
         for line, error in segment.errors:
             if not self.drawn:
                 raise error
@@ -238,12 +245,3 @@ class Streamed:
     def _count(self, reason: str, line: int | None = None, count: int = 1) -> None:
         if not self.epoch:
             self.account.add(reason, line, count)
-
-
-def _ends(path: Path) -> dict[str, Any]:
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        digest = hashlib.blake2b(file.read(ENDS), digest_size=16)
-        file.seek(max(0, size - ENDS), os.SEEK_SET)
-        digest.update(file.read(ENDS))
-    return {"bytes": size, "ends": digest.hexdigest()}

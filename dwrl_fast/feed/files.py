@@ -1,0 +1,85 @@
+"""The files that a stream is read from: what tells them from others, and whether they are still the ones that it began
+with.
+"""
+
+import hashlib
+import os
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dwrl_fast.errors import DataError
+
+ENDS = 1 << 20  # bytes at either end of a file that its content is told by
+
+
+class Stamp(NamedTuple):
+    """What the file system says of a file: nothing is read for it."""
+
+    size: int
+    written: int  # nanoseconds
+    inode: int
+    device: int
+
+    @classmethod
+    def of(cls, path: Path) -> "Stamp":
+        found = path.stat()
+        return cls(found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev)
+
+    def __str__(self) -> str:
+        return f"{self.size:,} bytes, written {datetime.fromtimestamp(self.written / 1e9).isoformat(' ')}"
+
+
+class StreamedFiles:
+    """The files behind the source `name`, as they are now: one file, or those of a folder that `datasets` saved. A data
+    set of the hub has none.
+
+    identity: their sizes and both their ends, as JSON; of what has no files its name.
+    """
+
+    def __init__(self, name: str):
+        paths = _paths(name)
+        self.stamps = {path: Stamp.of(path) for path in paths}  # before the content, for that must not be younger
+        self.contents = {path: _content(path) for path in paths}
+        found = list(self.contents.values())
+        self.identity: dict[str, Any] = found[0] if len(found) == 1 else {"files": found} if found else {"name": name}
+
+    def verify(self) -> None:
+        """DataError where one of them was written, cut, replaced or removed since."""
+        for path, was in self.stamps.items():
+            try:
+                now = Stamp.of(path)
+                if now == was:
+                    continue
+                # Some network file systems number a file anew: one that is new by its number alone is told by content.
+                same = now[:2] == was[:2] and _content(path) == self.contents[path]
+            except OSError as error:
+                raise _changed(path, was, f"unreadable ({error.strerror})") from None
+            if not same:
+                raise _changed(path, was, now)
+            self.stamps[path] = now
+
+
+def _changed(path: Path, was: Stamp, now: Stamp | str) -> DataError:
+    return DataError(
+        f"{path} was changed while it was streamed: it was {was}; it is {now}. A run that read on would mix the two. "
+        "Put the file back as it was and give --resume_from_checkpoint latest, or start anew in another --output_dir."
+    )
+
+
+def _paths(name: str) -> list[Path]:
+    folder = next((each for each in (name, name.rpartition(":")[0]) if each and os.path.isdir(each)), None)
+    if folder is None:
+        return [Path(name)] if os.path.isfile(name) else []
+    # What `datasets` computed from the rows it keeps beside them, under these names.
+    kept = (path for path in Path(folder).rglob("*") if not path.name.startswith(("cache-", "tmp")))
+    return sorted(path for path in kept if path.is_file())
+
+
+def _content(path: Path) -> dict[str, Any]:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        digest = hashlib.blake2b(file.read(ENDS), digest_size=16)
+        file.seek(max(0, size - ENDS), os.SEEK_SET)
+        digest.update(file.read(ENDS))
+    return {"bytes": size, "ends": digest.hexdigest()}

@@ -1,0 +1,313 @@
+"""A run's folder: one run at a time, a finished one stays as it is, and what a damaged checkpoint holds up."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+from rich.console import Console
+from safetensors.torch import load_file
+from test_checkpoint import flip_byte
+from tiny import tiny_config, tiny_folder, tiny_pairs
+
+from dwrl_fast import compare, evaluate, train
+from dwrl_fast.checkpoint import checkpoints, save_checkpoint
+from dwrl_fast.config import TrainConfig
+from dwrl_fast.console import command
+from dwrl_fast.errors import CheckpointError, ConfigError
+from dwrl_fast.lock import sole_writer
+from dwrl_fast.runlog import RunLog, read_metrics
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from dwrl_fast.lock import sole_writer
+with sole_writer(Path(sys.argv[1]), "its run"):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny_folder(tmp_path / "tiny")
+    tiny_pairs(tmp_path / "pairs.jsonl")
+    return tmp_path
+
+
+def config_of(folder: Path, run: str = "run", **changes: Any) -> TrainConfig:
+    return tiny_config(folder, **{"output_dir": str(folder / run), "save_steps": 1, "max_steps": 3, **changes})
+
+
+def go(config: TrainConfig, resume: str | None = None) -> dict[str, Any]:
+    return train.run(dataclasses.replace(config, resume_from_checkpoint=resume), Console(quiet=True))
+
+
+def content(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file with its content and when it was written."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+class Killed(Exception):
+    pass
+
+
+@contextmanager
+def killed_before(step: int) -> Iterator[None]:
+    """A run that ends before it begins on what follows `step`."""
+    begun = RunLog.metrics
+
+    def metrics(self: RunLog, now: int, values: Any) -> None:
+        begun(self, now, values)
+        if now > step:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(RunLog, "metrics", metrics)
+        yield
+
+
+# One run at a time
+
+
+def holder(folder: Path) -> subprocess.Popen:
+    """Another process that writes into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_second_run_is_refused_until_the_first_is_gone_however_it_goes(folder: Path) -> None:
+    first = holder(folder / "run")
+    try:
+        for resume in (None, "latest"):
+            with pytest.raises(ConfigError, match=r"another process is writing its run into .*run: wait for it, or"):
+                go(config_of(folder), resume)
+        assert [path.name for path in (folder / "run").iterdir()] == [".lock"], "nothing was written"
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.wait()
+    assert go(config_of(folder))["steps"] == 3
+
+
+@pytest.mark.slow
+def test_two_commands_in_one_folder(folder: Path) -> None:
+    """The real command twice: the one that comes second ends, the first goes on to its end."""
+    config_of(folder, max_steps=1).save(folder / "options.yaml")
+    argv = [sys.executable, "-m", "dwrl_fast.train", "--config", f"{folder}/options.yaml"]
+    both = [
+        subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) for _ in "ab"
+    ]
+    said = [process.communicate()[1] for process in both]
+    status = [process.returncode for process in both]
+    assert sorted(status) == [0, 2], said
+    assert re.search("another process is writing its run into|holds .* already", said[status.index(2)])
+    assert "Traceback" not in said[status.index(2)]
+    assert json.loads((folder / "run" / "result.json").read_text())["steps"] == 1
+
+
+def test_the_lock_is_held_for_as_long_as_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside: list[str] = []
+
+    def second(*_: Any, **__: Any) -> dict[str, Any]:
+        with pytest.raises(ConfigError, match="another process is writing"):
+            go(config_of(folder), "latest")
+        inside.append("refused")
+        return {"seconds_by_stage": {}}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train", second)
+        go(config_of(folder))
+    assert inside == ["refused"]
+    with sole_writer(folder / "run", "its run"):
+        pass
+
+
+def test_the_folder_of_the_bt_run_is_locked_and_refused_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedded task trains `bt` in a folder below its own; with its own parts replaced, for they take minutes."""
+    parts = dict.fromkeys(("train", "dev", "test"), folder / "pairs.jsonl")
+    made = train.embedded.Embedded(folder / "tiny", **parts, seconds=0.0, state={})
+    monkeypatch.setattr(train, "make_embedded", lambda *_: made)
+    argv = ["--max_steps", "1", "--rollout_batch_size", "4", "--minibatch_size", "4", "--output_dir", f"{folder}/run"]
+    config = train.configure(argv)
+    below = folder / "run" / "bt"
+    below.mkdir(parents=True)
+    with sole_writer(below, "its run"):
+        with pytest.raises(ConfigError, match=r"holds bt already"):
+            go(config)
+        with pytest.raises(ConfigError, match=r"another process is writing its run into .*/bt: "):
+            go(config, "latest")
+    found = go(config, "latest")
+    assert "accuracy_bt" in found and found["trained"] is True
+
+
+def test_a_folder_that_cannot_be_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "run" / ".lock").mkdir(parents=True)  # root may write into every folder, but not over this
+    with pytest.raises(ConfigError, match=r"--output_dir .*run cannot be written to"):
+        go(config_of(folder))
+
+
+def test_a_file_system_without_locks_is_said(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def none(*_: Any) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    with sole_writer(folder, "its run"):
+        assert "cannot be locked here (No locks available)" in caplog.text
+
+
+@pytest.mark.parametrize("main", [train.main, evaluate.main, compare.main])
+def test_several_processes_are_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], main: Callable[[list[str]], None]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["it", "--help"])
+    for size, status in (("2", 2), ("1", 0)):
+        monkeypatch.setenv("WORLD_SIZE", size)  # as torchrun sets it
+        with pytest.raises(SystemExit) as end:
+            command(main)
+        assert (end.value.code or 0) == status
+        assert ("WORLD_SIZE = 2: torchrun with more than one process is not supported" in capsys.readouterr().err) == (
+            status == 2
+        )
+
+
+# Finished runs
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_finished_run_is_left_as_it_is(folder: Path, caplog: pytest.LogCaptureFixture, gone: bool) -> None:
+    config = config_of(folder)
+    first = go(config)
+    if gone:
+        for path in checkpoints(folder / "run"):
+            shutil.rmtree(path)
+    before = content(folder / "run")
+    with caplog.at_level("INFO", logger="dwrl_fast"):
+        again = go(config, "latest")
+    assert again == json.loads((folder / "run" / "result.json").read_text()) and again["steps"] == first["steps"]
+    assert "holds the finished run: nothing was left to do" in caplog.text
+    assert content(folder / "run") == before
+    for change in ({"seed": 1}, {"max_steps": 5}):
+        with pytest.raises(ConfigError, match=f"a finished run with other options .{next(iter(change))} was"):
+            go(dataclasses.replace(config, **change), "latest")
+    with pytest.raises(ConfigError, match="holds a finished run, which is never written over"):
+        go(config, str(folder / "run" / "checkpoint-000003"))
+    assert content(folder / "run") == before
+
+
+@pytest.mark.parametrize("resume", ["latest", "elsewhere"])
+def test_a_model_without_its_checkpoints_is_not_written_over(folder: Path, resume: str) -> None:
+    go(config_of(folder))
+    go(config_of(folder, "other"))
+    (folder / "run" / "result.json").unlink()
+    for path in checkpoints(folder / "run"):
+        shutil.rmtree(path)
+    before = content(folder / "run")
+    path = resume if resume == "latest" else str(folder / "other" / "checkpoint-000002")
+    with pytest.raises(CheckpointError, match=r"run holds model of a run that came to its end"):
+        go(config_of(folder), path)
+    assert content(folder / "run") == before
+
+
+def test_latest_starts_a_run_that_is_not_there(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    go(config_of(folder, "plain"))
+    with caplog.at_level("INFO", logger="dwrl_fast"):
+        go(config_of(folder, "below/new"), "latest")
+    said = [message for message in caplog.messages if "no checkpoint to resume from" in message]
+    assert said == [f"{folder}/below/new holds no checkpoint to resume from: the run starts at its beginning."]
+    assert all(torch.equal(p, weights(folder / "below/new")[name]) for name, p in weights(folder / "plain").items())
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(folder: Path) -> None:
+    config = config_of(folder)
+    with killed_before(0):
+        go(config)
+    assert read_metrics(folder / "run" / "metrics.jsonl") and not checkpoints(folder / "run")
+    assert go(config, "latest")["steps"] == 3
+    assert [row["step"] for row in read_metrics(folder / "run" / "metrics.jsonl")] == [1, 2, 3]
+
+
+# Damaged checkpoints
+
+
+def test_a_damaged_newest_checkpoint_is_set_aside(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config, run = config_of(folder, max_steps=4), folder / "run"
+    go(dataclasses.replace(config, output_dir=str(folder / "whole")))
+    with killed_before(3):
+        go(config)
+    names = [path.name for path in checkpoints(run)]
+    assert names == [f"checkpoint-00000{step}" for step in (1, 2, 3)]
+    (run / "checkpoint-000003.damaged").mkdir()  # as one of an earlier time
+    for name in names[1:]:
+        flip_byte(run / name)
+    damaged = {name: {k: text for k, (_, text) in content(run / name).items()} for name in names[1:]}
+    with pytest.raises(CheckpointError, match="checkpoint-000002, which lies past"):
+        go(config, str(run / "checkpoint-000001"))
+    assert [path.name for path in checkpoints(run)] == names, "only latest may move them"
+    assert go(config, "latest")["steps"] == 4
+    for name, aside in zip(names[1:], ("checkpoint-000002.damaged", "checkpoint-000003.damaged-2"), strict=True):
+        assert f"{run / name} is damaged, and was set aside as {aside}." in caplog.text
+        assert {k: text for k, (_, text) in content(run / aside).items()} == damaged[name], "nothing of it is lost"
+    assert [path.name for path in checkpoints(run)] == [f"checkpoint-00000{step}" for step in (1, 2, 3, 4)]
+    assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert all(torch.equal(p, weights(run)[name]) for name, p in weights(folder / "whole").items())
+
+
+def test_without_a_whole_checkpoint_nothing_begins_anew(folder: Path) -> None:
+    config = config_of(folder)
+    with killed_before(2):
+        go(config)
+    for path in checkpoints(folder / "run"):
+        flip_byte(path)
+    before = content(folder / "run")
+    with pytest.raises(CheckpointError, match="holds checkpoints, and none is whole"):
+        go(config, "latest")
+    assert content(folder / "run") == before
+    for path in checkpoints(folder / "run"):
+        path.rename(path.with_name("moved-" + path.name))
+    assert go(config, "latest")["steps"] == 3, "the remedy works"
+
+
+def test_another_runs_damaged_checkpoint_stays_where_it_is(folder: Path) -> None:
+    config = config_of(folder)
+    with killed_before(2):
+        go(config)
+    flip_byte(folder / "run" / "checkpoint-000002")
+    with pytest.raises(CheckpointError, match="seed was 0, is 1"):
+        go(dataclasses.replace(config, seed=1), "latest")
+    assert (folder / "run" / "checkpoint-000002").exists()
+
+
+def test_steps_are_compared_as_numbers(tmp_path: Path) -> None:
+    for step in (999_999, 1_000_000):
+        save_checkpoint(tmp_path, step, {"a": torch.zeros(1)}, {})
+    assert [path.name for path in checkpoints(tmp_path, past=999_999)] == ["checkpoint-1000000"]
+    assert checkpoints(tmp_path, past=1_000_000) == []
+
+
+def test_the_log_drops_thoughts_past_the_checkpoint(tmp_path: Path) -> None:
+    log = RunLog(tmp_path)
+    log.thoughts_folder.mkdir()
+    for name in ("step-000002", "step-000003", "step-1000000", "step-mine"):
+        (log.thoughts_folder / f"{name}.jsonl").write_text("{}\n")
+    RunLog(tmp_path, resumed_at=2)
+    assert sorted(os.listdir(log.thoughts_folder)) == ["step-000002.jsonl", "step-mine.jsonl"]
