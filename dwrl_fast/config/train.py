@@ -303,8 +303,9 @@ python -m dwrl_fast.train --config runs/mine/config.yaml --resume_from_checkpoin
 
     dry_run: bool = run_option(
         False,
-        "Load no weights, train and write nothing: check options, data and template, and say what the run would be. "
-        "The tokenizer is needed; where that of the model cannot be reached give --tokenizer_name_or_path.",
+        "Train nothing and leave nothing written: check options, data and template, and say what the run would be. "
+        "Weights in a local folder are loaded, and the layout, sampling and saving are tried on a few tokens. The "
+        "tokenizer is needed; where that of the model cannot be reached give --tokenizer_name_or_path.",
     )
 
     easy_fraction: float = embedded_option(
