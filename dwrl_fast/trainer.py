@@ -273,7 +273,7 @@ class Trainer:
         self.feed.restore(state["feed"])
         self.step = state["step"]
         self.seconds.update(state["seconds"])
-        self.stall = StallWatch(**state["stall"])
+        self.stall = StallWatch(**state.get("stall", {}))  # checkpoints of before it have none
         self.before = {k: PairReport.from_dict(report) for k, report in state["before"].items()}
         logger.info("resumed %s at step %d of %d", path, self.step, self.feed.steps)
 

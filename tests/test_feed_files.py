@@ -217,5 +217,10 @@ def test_a_file_in_memory_may_change(tmp_path: Path, monkeypatch: pytest.MonkeyP
     tiny_folder(tmp_path / "tiny")
     path = tiny_pairs(tmp_path / "pairs.jsonl")
     step = Trainer.train_step
-    monkeypatch.setattr(Trainer, "train_step", lambda self, *args: (truncated(path), step(self, *args))[1])
+
+    def changed(self: Trainer, *args: Any) -> dict[str, Any]:
+        truncated(path)
+        return step(self, *args)
+
+    monkeypatch.setattr(Trainer, "train_step", changed)
     assert go(tmp_path, "run", streaming=False)["steps"] == 5

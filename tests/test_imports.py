@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A room, a module or folder of the package, may import only rooms that stand before it; so nothing imports `train`.
 # A folder's __main__ is a command: it stands late, with the rooms that it shows, and nothing imports it at all.
 ROOMS = (
-    *("errors", "log", "yamlfile", "templates", "extension", "reference", "kernels", "ops"),
+    *("errors", "log", "lock", "yamlfile", "templates", "extension", "reference", "kernels", "ops"),
     *("compute", "data", "contents", "dialog", "batch", "padded", "tree", "layout", "rollout", "backbone", "trial"),
     *(
         "adapters",

@@ -145,8 +145,9 @@ def test_the_folder_of_the_bt_run_is_locked_and_refused_too(folder: Path, monkey
     parts = dict.fromkeys(("train", "dev", "test"), folder / "pairs.jsonl")
     made = train.embedded.Embedded(folder / "tiny", **parts, seconds=0.0, state={})
     monkeypatch.setattr(train, "make_embedded", lambda *_: made)
-    argv = ["--max_steps", "1", "--rollout_batch_size", "4", "--minibatch_size", "4", "--output_dir", f"{folder}/run"]
-    config = train.configure(argv)
+    small, configure = ["--max_steps", "1", "--rollout_batch_size", "4", "--minibatch_size", "4"], train.configure
+    monkeypatch.setattr(train, "configure", lambda argv: configure([*argv, *small]))
+    config = train.configure(["--output_dir", f"{folder}/run"])
     below = folder / "run" / "bt"
     below.mkdir(parents=True)
     with sole_writer(below, "its run"):
@@ -206,7 +207,8 @@ def test_a_finished_run_is_left_as_it_is(folder: Path, caplog: pytest.LogCapture
     assert again == json.loads((folder / "run" / "result.json").read_text()) and again["steps"] == first["steps"]
     assert "holds the finished run: nothing was left to do" in caplog.text
     assert content(folder / "run") == before
-    for change in ({"seed": 1}, {"max_steps": 5}):
+    changes: tuple[dict[str, Any], ...] = ({"seed": 1}, {"max_steps": 5})
+    for change in changes:
         with pytest.raises(ConfigError, match=f"a finished run with other options .{next(iter(change))} was"):
             go(dataclasses.replace(config, **change), "latest")
     with pytest.raises(ConfigError, match="holds a finished run, which is never written over"):
@@ -219,8 +221,8 @@ def test_a_model_without_its_checkpoints_is_not_written_over(folder: Path, resum
     go(config_of(folder))
     go(config_of(folder, "other"))
     (folder / "run" / "result.json").unlink()
-    for path in checkpoints(folder / "run"):
-        shutil.rmtree(path)
+    for each in checkpoints(folder / "run"):
+        shutil.rmtree(each)
     before = content(folder / "run")
     path = resume if resume == "latest" else str(folder / "other" / "checkpoint-000002")
     with pytest.raises(CheckpointError, match=r"run holds model of a run that came to its end"):

@@ -86,7 +86,7 @@ def test_thoughts_that_nothing_can_be_learnt_from(
 @pytest.mark.parametrize("method", ["dwrl", "btpo", "bt", "gram"])
 def test_a_run_that_trained_ends_as_ever(folder: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     (folder / "direct.yaml").write_text(LABELLED)
-    more = {"template": folder / "direct.yaml"} if method == "gram" else {}
+    more: dict[str, Any] = {"template": folder / "direct.yaml"} if method == "gram" else {}
     assert outcome(monkeypatch, options(folder, method, max_completion_length=6, **more)) == 0
     assert result(folder)["trained"] is True and "why" not in result(folder)
 
@@ -116,7 +116,7 @@ def mute_labels(folder: Path) -> None:
 @pytest.mark.parametrize("normalization", ["vocab", "yes_no"])
 def test_labels_that_the_model_does_not_use(folder: Path, monkeypatch: pytest.MonkeyPatch, normalization: str) -> None:
     mute_labels(folder)
-    more = {"max_completion_length": 6, "learning_rate": 1e-6, "score_normalization": normalization}
+    more: dict[str, Any] = {"max_completion_length": 6, "learning_rate": 1e-6, "score_normalization": normalization}
     assert outcome(monkeypatch, options(folder, "dwrl", **more)) == 3
     assert all(row["label_mass"] < 1e-3 for row in read_metrics(folder / "run" / "metrics.jsonl"))
     assert "the labels have" in result(folder)["why"] and "--template" in result(folder)["why"]
@@ -133,7 +133,7 @@ def test_thoughts_that_are_all_cut_and_masked(folder: Path, monkeypatch: pytest.
     log = read_metrics(folder / "run" / "metrics.jsonl")
     assert all(row["grad_norm_thought"] == 0 < row["grad_norm_score"] for row in log)
     assert outcome(monkeypatch, options(folder, "dwrl", "kept", truncated_thoughts="keep")) == 0
-    more = {"truncated_thoughts": "mask", "max_completion_length": 12}
+    more: dict[str, Any] = {"truncated_thoughts": "mask", "max_completion_length": 12}
     assert outcome(monkeypatch, options(folder, "dwrl", "longer", **more)) == 0
 
 
@@ -159,6 +159,7 @@ def test_a_finished_run_that_trained_nothing_keeps_its_status(folder: Path, monk
 def test_judge_trains_nothing_by_design(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     argv = ["--method", "judge", "--model_name_or_path", f"{folder}/tiny", "--output_dir", f"{folder}/run"]
     argv += ["--eval_dataset_name", f"{folder}/pairs.jsonl", "--template", f"{folder}/pairwise.yaml"]
+    argv += ["--max_completion_length", "6"]
     assert outcome(monkeypatch, argv) == 0 and "trained" not in result(folder)
 
 
