@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from dwrl_fast import gguf
 from dwrl_fast.adapters import Lora, adapted, adapter_base, add_adapters, is_adapter, merged_adapter, switched_off
 from dwrl_fast.backbone import attend_over_trees, backbone_states, keep_softcap
 from dwrl_fast.batch import Batch
@@ -111,8 +112,8 @@ class ScalarModel(PreferenceModel):
 def load_generative(
     name_or_path: str | None, config_path: str | None, seed: int, lora: Lora | None = None
 ) -> GenerativeModel:
-    """A causal LM from a folder or hub name, or drawn from `config_path` with `seed`; float32 master weights, or
-    `lora`'s over a frozen model. A folder of adapters loads as the model that they merge into.
+    """A causal LM from a folder, hub name or GGUF file, or drawn from `config_path` with `seed`; float32 master
+    weights, or `lora`'s over a frozen model. A folder of adapters loads as the model that they merge into.
     """
     from transformers import AutoModelForCausalLM
 
@@ -142,25 +143,30 @@ def _load(
     quiet()
     if name_or_path is not None and is_adapter(name_or_path):
         return _load_merged(auto, name_or_path, seed, lora, **extra)
-    source = name_or_path or config_path
+    source = str(name_or_path or config_path)
+    options = extra | ({"dtype": torch.float32} if lora is None else lora.base_options())
+    if gguf.is_gguf(name_or_path):
+        options = gguf.dequantising(options, source)
     # The caller's stream of random numbers must not depend on whether a model was drawn.
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), gguf.source(source) as (path, keywords):
         torch.manual_seed(seed)
         try:
             if name_or_path is not None:
-                options = extra | ({"dtype": torch.float32} if lora is None else lora.base_options())
-                model = auto.from_pretrained(name_or_path, trust_remote_code=False, **options)
+                model = auto.from_pretrained(path, trust_remote_code=False, **keywords, **options)
             else:
-                config = AutoConfig.from_pretrained(config_path, trust_remote_code=False, **extra)
+                config = AutoConfig.from_pretrained(path, trust_remote_code=False, **keywords, **extra)
                 model = auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
         except (OSError, ValueError, KeyError, AssertionError, RuntimeError) as error:
-            local = source is not None and Path(source).exists()
             hint = (
-                "The folder exists but does not load: it needs config.json and model.safetensors."
-                if local
+                gguf.NEEDS
+                if keywords
+                else "The folder exists but does not load: it needs config.json and model.safetensors."
+                if Path(source).exists()
                 else "Give a local folder, or a hub name while the hub can be reached."
             )
             raise ModelError(f"cannot load a model from {source!r}. {hint}\n  {error}") from error
+        if gguf.is_gguf(name_or_path):
+            gguf.say_dequantised(model, source)
         if adapted(model):
             raise ModelError(
                 f"{source} is an adapter of the hub: give a local folder of it, or the model that it merges into"
