@@ -7,7 +7,7 @@ from dwrl_fast.data import Message, Preference
 TURNS: list[tuple[list[str], str, str]] = [
     (
         ["How do I get red wine out of a white shirt?"],
-        "Blot it at once with a clean cloth, don't rub. Then cover the stain with salt, wait and rinse with cold water.",
+        "Blot it with a clean cloth, don't rub. Then cover the stain with salt, wait and rinse with cold water.",
         "Wine is made from grapes, and people have been drinking it for about 8,000 years.",
     ),
     (
@@ -31,7 +31,7 @@ TURNS: list[tuple[list[str], str, str]] = [
     ),
     (
         ["Kannst du mir kurz erklären, was ein Zinseszins ist?"],
-        "Klar: Du bekommst Zinsen nicht nur auf dein Geld, sondern auch auf die Zinsen von früher. Es wächst schneller.",
+        "Du bekommst Zinsen nicht nur auf dein Geld, sondern auch auf die Zinsen von früher. Es wächst schneller.",
         "Zinseszins ist ein Fluss in Österreich.",
     ),
     (
