@@ -2,7 +2,7 @@
 #
 #   PYTHON       the interpreter that .venv is made with, 3.11 or 3.12
 #   CONSTRAINTS  the versions to install; `make install CONSTRAINTS=` takes the newest that pyproject.toml admits
-#   ARGS         further arguments of `make train`, `make test` and `make test-slow`
+#   ARGS         further arguments of `make train`, `make test`, `make test-slow` and `make smollm2`
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -15,10 +15,10 @@ INSTALLED := .venv/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install $(CONSTRAINTS:%=-c %)
 
 .DELETE_ON_ERROR:
-.PHONY: help install train test test-slow clean
+.PHONY: help install train test test-slow smollm2 clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@sed -n 's/^#   //p' $(firstword $(MAKEFILE_LIST))
 
 install: $(INSTALLED)  ## .venv with the constrained versions, the package (editable) and its C++ operators
@@ -36,7 +36,10 @@ test: install  ## linter, formatter, type checker and the quick tests
 test-slow: install  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-clean:  ## everything that can be made again, .venv too; runs/ stays
+smollm2: install  ## models/smollm2, a pretrained model of 135M parameters (fetches 93 MB), for tests and trials
+	$(BIN)/python -m bench.smollm2 $(ARGS)
+
+clean:  ## everything that can be made again, .venv too; runs/ and models/ stay
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis dwrl_fast/_C.*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -87,7 +87,7 @@ class Scorer:
         temperature: float | None = None,
     ) -> Self:
         """From a folder that `dwrl_fast.train` wrote (OUTPUT_DIR/model); or, as a "judge" that is asked for a verdict
-        in text, from any causal language model, by folder or hub name. On the GPU if there is one.
+        in text, from any causal language model, by folder, hub name or GGUF file. On the GPU if there is one.
 
         The options are those of `dwrl_fast.evaluate`; None is what the model was trained with. ModelError where it
         cannot be loaded or was not trained here, ConfigError where an option is wrong.

@@ -25,6 +25,7 @@ from dwrl_fast.errors import DataError, UserError
 from dwrl_fast.feed import Feed, Shuffled
 from dwrl_fast.feed.opening import refuse_demonstration
 from dwrl_fast.feed.source import with_aspect
+from dwrl_fast.gguf import is_gguf
 from dwrl_fast.layout import Layout
 from dwrl_fast.loading import load_dialog
 from dwrl_fast.methods import METHODS
@@ -307,8 +308,8 @@ def _say_model(config: TrainConfig, dialog: Dialog | SingleTurn | None, longest:
 
 
 def weights_at_hand(name: str | None) -> bool:
-    """Whether the model's weights, or adapters, lie in a local folder."""
-    return name is not None and any(Path(name).glob("*.safetensors"))
+    """Whether the model's weights, or adapters, lie on this machine."""
+    return name is not None and (is_gguf(name) or any(Path(name).glob("*.safetensors")))
 
 
 def _say_trial(config: TrainConfig, dialog: Dialog | SingleTurn, found: Findings) -> None:

@@ -271,11 +271,11 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _files(model: str) -> str:
-    """Of a folder: its files' names, sizes and times, and what the card says but for what --calibrate put there. Of the
-    hub, the name alone is known.
+    """Of a folder, or of a GGUF file: its files' names, sizes and times, and what the card says but for what
+    --calibrate put there. Of the hub, the name alone is known.
     """
     digest = hashlib.blake2b(digest_size=8)
-    for path in sorted(Path(model).glob("*")) if Path(model).is_dir() else ():
+    for path in sorted(Path(model).glob("*")) if Path(model).is_dir() else [Path(model)]:
         if path.is_file() and path.name != CARD:
             stat = path.stat()
             digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from dwrl_fast import gguf
 from dwrl_fast.adapters import (
     Lora,
     adapted,
@@ -123,8 +124,8 @@ class ScalarModel(PreferenceModel):
 def load_generative(
     name_or_path: str | None, config_path: str | None, seed: int, lora: Lora | None = None
 ) -> GenerativeModel:
-    """A causal LM from a folder or hub name, or drawn from `config_path` with `seed`; float32 master weights, or
-    `lora`'s over a frozen model. A folder of adapters loads as the model that they merge into.
+    """A causal LM from a folder, hub name or GGUF file, or drawn from `config_path` with `seed`; float32 master
+    weights, or `lora`'s over a frozen model. A folder of adapters loads as the model that they merge into.
     """
     from transformers import AutoModelForCausalLM
 
@@ -162,49 +163,57 @@ def _load(
     new_head: bool = False,
     **extra: Any,
 ) -> Any:
-    from transformers import AutoConfig
-
     quiet()
     if name_or_path is not None and is_adapter(name_or_path):
         return _load_merged(auto, name_or_path, seed, lora, **extra)
-    source = name_or_path or config_path
+    source = str(name_or_path or config_path)
     # The caller's stream of random numbers must not depend on whether a model was drawn.
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), gguf.source(source) as (path, keywords):
         torch.manual_seed(seed)
         try:
             if name_or_path is not None:
                 options = extra | ({"dtype": torch.float32} if lora is None else lora.base_options())
-                with _without_remarks():
-                    model, report = auto.from_pretrained(
-                        name_or_path,
-                        trust_remote_code=False,
-                        output_loading_info=True,
-                        ignore_mismatched_sizes=True,  # they are refused below, by name
-                        **options,
-                    )
-                _refuse_other_weights(name_or_path, model, report, new_head)
-                _read_tying(model)
+                options = gguf.dequantising(options, source) if keywords else options
+                model, report = _from_pretrained(auto, path, options | keywords)
             else:
-                config = AutoConfig.from_pretrained(config_path, trust_remote_code=False, **extra)
-                model = auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
+                model, report = _drawn(auto, path, extra, keywords), None
         except (OSError, ValueError, KeyError, AssertionError, RuntimeError) as error:
-            if isinstance(error, ModelError):
-                raise
-            local = source is not None and Path(source).exists()
             hint = (
-                "The folder exists but does not load: it needs config.json and model.safetensors."
-                if local
+                gguf.NEEDS
+                if keywords
+                else "The folder exists but does not load: it needs config.json and model.safetensors."
+                if Path(source).exists()
                 else "Give a local folder, or a hub name while the hub can be reached."
             )
             raise ModelError(f"cannot load a model from {source!r}. {hint}\n  {error}") from error
+        if report is not None:
+            _refuse_other_weights(source, model, report, new_head)
+            _read_tying(model)
+            if keywords:
+                gguf.say_dequantised(model, source)
         if adapted(model):
             raise ModelError(
                 f"{source} is an adapter of the hub: give a local folder of it, or the model that it merges into"
             )
         if lora is not None:
-            add_adapters(model, lora, str(name_or_path))
+            add_adapters(model, lora, source)
     switch_dropout_off(model)
     return model
+
+
+def _from_pretrained(auto: Any, path: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The model, and transformers' report of the weights that it found, whose sizes differ too."""
+    with _without_remarks():
+        return auto.from_pretrained(
+            path, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+
+
+def _drawn(auto: Any, path: str, extra: dict[str, Any], keywords: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False, **keywords, **extra)
+    return auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from dwrl_fast import gguf
 from dwrl_fast.adapters import adapted, plain, write_adapter
 from dwrl_fast.dialog import Dialog, SingleTurn, Thinking
 from dwrl_fast.errors import ConfigError, ModelError
@@ -21,18 +22,23 @@ DEFAULT_ASPECT = "helpfulness"
 
 
 def load_tokenizer(name_or_path: str) -> Any:
-    """A tokenizer from a folder or hub name; code that comes with it is not run."""
+    """A tokenizer from a folder, hub name or GGUF file; code that comes with it is not run."""
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"cannot load a tokenizer from {name_or_path!r}: it needs a folder with tokenizer.json and "
-            "tokenizer_config.json, or a hub name while the hub can be reached (in training another may be given by "
-            "--tokenizer_name_or_path)."
-            f"\n  {error}"
-        ) from error
+    with gguf.source(name_or_path) as (path, keywords):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **keywords)
+        except (OSError, ValueError, KeyError) as error:
+            needs = (
+                gguf.NEEDS
+                if keywords
+                else "It needs a folder with tokenizer.json and tokenizer_config.json, or a hub name while the hub "
+                "can be reached (in training another may be given by --tokenizer_name_or_path)."
+            )
+            raise ModelError(f"cannot load a tokenizer from {name_or_path!r}. {needs}\n  {error}") from error
+    if keywords:
+        gguf.check_split(tokenizer, name_or_path)
+    return tokenizer
 
 
 def load_chat(

@@ -17,6 +17,7 @@ ROOMS = (
     *("compute", "data", "contents", "dialog", "batch", "padded", "tree", "layout", "rollout", "backbone", "trial"),
     *(
         "adapters",
+        "gguf",
         "model",
         "liger",
         "objectives",

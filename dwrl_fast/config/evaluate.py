@@ -52,7 +52,8 @@ python -m dwrl_fast.evaluate --model_name_or_path runs/mine/model --dataset_name
 """
 
     model_name_or_path: str = model_option(
-        help="The folder of a model that dwrl_fast.train wrote; with --method judge also any other folder or hub name."
+        help="The folder of a model that dwrl_fast.train wrote; with --method judge also any other folder, hub name or "
+        "local FILE.gguf."
     )
     dataset_name: tuple[Part, ...] = data_option(
         help="Preferences, in any form that training takes: FILE, or FILE::ASPECT. Of several files each also gets an "

@@ -67,8 +67,8 @@ python -m dwrl_fast.train --config runs/mine/config.yaml --resume_from_checkpoin
 
     model_name_or_path: str | None = model_option(
         None,
-        "A local folder or a hub name of a causal language model. Code that comes with a model is not run. A folder of "
-        "LoRA adapters stands for the model that they merge into.",
+        "A local folder or a hub name of a causal language model, or a local FILE.gguf, whose weights are dequantised. "
+        "Code that comes with a model is not run. A folder of LoRA adapters stands for the model that they merge into.",
     )
     model_config: str | None = model_option(
         None, "A config.json whose weights are drawn from --seed, in place of --model_name_or_path."

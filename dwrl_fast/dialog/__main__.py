@@ -71,7 +71,9 @@ python -m dwrl_fast.dialog --show pairs.jsonl:12 --tokenizer_name_or_path T --te
         bound=at_least(1),
     )
     model_name_or_path: str | None = option(
-        None, "A model's folder or hub name; one trained here brings its own template and aspect.", group="Model"
+        None,
+        "A model's folder, hub name or FILE.gguf; one trained here brings its own template and aspect.",
+        group="Model",
     )
     tokenizer_name_or_path: str | None = option(
         None, "The tokenizer, where it is not in the model's own folder.", group="Model"

