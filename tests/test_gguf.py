@@ -95,9 +95,9 @@ def test_what_lies_beside_it_is_not_read(
 
 def test_a_scalar_head_is_drawn_on_it(read: tuple[Path, Any]) -> None:
     path, expected = read
-    scalar = load_scalar(str(path), None, 0, 2).lm
+    scalar = load_scalar(str(path), None, 0, 2, new_head=True).lm
     assert same(scalar.model, expected.model) and scalar.score.weight.shape == (1, 32)
-    assert torch.equal(scalar.score.weight, load_scalar(str(path), None, 0, 2).lm.score.weight)
+    assert torch.equal(scalar.score.weight, load_scalar(str(path), None, 0, 2, new_head=True).lm.score.weight)
 
 
 SMALL = ["--max_completion_length", "6", "--num_generations", "2", "--rollout_batch_size", "4", "--minibatch_size", "2"]
