@@ -180,7 +180,9 @@ def test_rotary_factors_do_not_depend_on_the_batch(rope: str, packing: Any) -> N
 LORA = Lora(4, 8, (), False, COMPUTE)
 
 
-@pytest.mark.parametrize("kind", ["llama", "mixtral", "qwen3_moe", "qwen3_next", "deepseek_v3", "gpt2", "qwen3_5_text"])
+@pytest.mark.parametrize(
+    "kind", ["llama", "mixtral", "qwen3_moe", "qwen3_next", "deepseek_v3", "gpt2", "qwen3_5_text", "lfm2"]
+)
 def test_default_adapters_merge_and_save(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     base = made(kind)
     base.save_pretrained(tmp_path / "base")
@@ -195,7 +197,7 @@ def test_default_adapters_merge_and_save(kind: str, tmp_path: Path, caplog: pyte
         expected, before = lm(ids).logits, base(ids).logits
         torch.testing.assert_close(plain(lm).eval()(ids).logits, expected, rtol=1e-4, atol=1e-5)
     assert (expected - before).abs().amax() > 1e-3
-    assert ("several experts in one tensor" in caplog.text) == (kind not in ("llama", "gpt2", "qwen3_5_text"))
+    assert ("several experts in one tensor" in caplog.text) == (kind not in ("llama", "gpt2", "qwen3_5_text", "lfm2"))
     save_pretrained(tmp_path / "model", GenerativeModel(lm), tiny_dialog(), {})  # and both folders are read again
     assert (tmp_path / "adapter").is_dir()
 
@@ -204,6 +206,8 @@ def test_targets_that_cannot_be_merged_are_refused_before_training() -> None:
     targets = ("gate_proj", "up_proj", "down_proj")
     with pytest.raises(ConfigError, match=r"experts in one tensor of DeepseekV3.*Choose from .*q_a_proj"):
         add_adapters(made("deepseek_v3"), Lora(4, 8, targets, False, COMPUTE), "base")
+    with pytest.raises(ConfigError, match="peft refuses MambaForCausalLM"):
+        add_adapters(made("mamba"), LORA, "base")
 
 
 def test_what_cannot_be_saved_is_known_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
