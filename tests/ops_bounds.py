@@ -45,8 +45,12 @@ def bounds(
 
 
 def _double(x: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
-    hidden, weight, bias = (None if x[k] is None else x[k].detach().double() for k in ("hidden", "weight", "bias"))
-    return hidden, weight, bias
+    bias = x["bias"]
+    return (
+        x["hidden"].detach().double(),
+        x["weight"].detach().double(),
+        None if bias is None else bias.detach().double(),
+    )
 
 
 def _logits(x: dict[str, Any], columns: Tensor, narrow: torch.dtype) -> tuple[Rounded, Rounded]:
@@ -69,20 +73,21 @@ def _logits(x: dict[str, Any], columns: Tensor, narrow: torch.dtype) -> tuple[Ro
 def _products(x: dict[str, Any], columns: Tensor, d_logits: Rounded) -> Bounds:
     """The gradients that leave, of the logits' of some columns."""
     hidden, weight, bias = _double(x)
-    narrow = x["hidden"].dtype
-    found = {"d_hidden": product(d_logits, weight[columns], narrow)}
-    for name, like, terms in (("d_weight", weight, hidden), ("d_bias", bias, torch.ones_like(hidden[:, :1]))):
-        if like is not None:
-            some = product(d_logits.moved(Tensor.t), terms, narrow)
-            zeros = torch.zeros(len(like), terms.shape[1], dtype=torch.float64)
-            found[name] = some.moved(lambda y: zeros.index_copy(0, columns, y).view_as(like))
+    narrow, back = x["hidden"].dtype, d_logits.moved(Tensor.t)
+
+    def whole(some: Rounded) -> Rounded:
+        return some.moved(lambda y: y.new_zeros(len(weight), y.shape[1]).index_copy(0, columns, y))
+
+    found = {"d_hidden": product(d_logits, weight[columns], narrow), "d_weight": whole(product(back, hidden, narrow))}
+    if bias is not None:
+        found["d_bias"] = whole(product(back, torch.ones_like(hidden[:, :1]), narrow))[:, 0]
     return found
 
 
 def _policy(
     x: dict[str, Any], logprob: Rounded, entropy: Rounded, clip_high: float, beta: float
 ) -> tuple[Bounds, Rounded]:
-    """Loss, logprob and stats; and the loss's derivative in logprob. No rounding carries a ratio over the clip's edge."""
+    """Loss, logprob, stats, and the loss's derivative in logprob. No rounding carries a ratio over the clip's edge."""
     a, w, old = (x[k].double() for k in ("advantage", "token_weight", "old_logprob"))
     trained = reference.trained_rows(a, w, beta)
     log_ratio = logprob - old

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Union
+from typing import Any, Union
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ Operand = Union["Rounded", Tensor, float]
 
 
 def unit(dtype: torch.dtype) -> float:
-    """The largest relative error of rounding to the nearest of dtype. Triton's interpreter cuts bfloat16 off instead."""
+    """The largest relative error of rounding to dtype: to nearest, but Triton's interpreter cuts bfloat16 off."""
     cuts_off = dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1"
     return torch.finfo(dtype).eps * (1 if cuts_off else 0.5)
 
@@ -71,7 +71,7 @@ class Rounded:
         error = (self.error + sums) @ b.value.abs() + (self.value.abs() + self.error) @ b.error
         return self._new(self.value @ b.value, error)
 
-    def __getitem__(self, index: object) -> "Rounded":
+    def __getitem__(self, index: Any) -> "Rounded":
         return self.moved(lambda x: x[index])
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "Rounded":

@@ -346,7 +346,7 @@ def skip_unable(name: str, options: dict[str, Any]) -> None:
 )
 def test_kernels(name: str, options: dict[str, Any], by_path: bool) -> None:
     skip_unable(name, options)
-    for tree, plan in TREES.items():
+    for plan in TREES.values():
         for d in (16, 64, 128):
             x = moved(inputs(plan, (4, 2), d, BF16))
             with going(by_path):
