@@ -11,8 +11,8 @@ from dwrl_fast.ops import products
 
 
 def bounds(
-    operator: str, x: dict[str, Any], *, direct: bool = False, clip_high: float = 0.2, beta: float = 0.0,
-    normalization: str = "vocab",
+    operator: str, x: dict[str, Any], *, direct: bool = False, clip_low: float = 0.2, clip_high: float = 0.2,
+    beta: float = 0.0, normalization: str = "vocab",
 ) -> Bounds:  # fmt: skip
     """hidden's dtype enters at the logits, at their gradient, and at the gradients that leave; all between is wide.
 
@@ -31,7 +31,7 @@ def bounds(
     entropy = (p * logp * -1).sum(1)
     a, w = x["advantage"].double(), x["token_weight"].double()
     if operator == "linear_policy_loss":
-        found, k = _policy(x, logprob, entropy, clip_high, beta)
+        found, k = _policy(x, logprob, entropy, (1 - clip_low, 1 + clip_high), beta)
         k, h = k * 1.5, 0 * w
     elif scores:
         whole = _logits(x, every, products.wide(narrow))[0].log_softmax()[:, [v - 1, 0]]
@@ -85,16 +85,16 @@ def _products(x: dict[str, Any], columns: Tensor, d_logits: Rounded) -> Bounds:
 
 
 def _policy(
-    x: dict[str, Any], logprob: Rounded, entropy: Rounded, clip_high: float, beta: float
+    x: dict[str, Any], logprob: Rounded, entropy: Rounded, edges: tuple[float, float], beta: float
 ) -> tuple[Bounds, Rounded]:
     """Loss, logprob, stats, and the loss's derivative in logprob. No rounding carries a ratio over the clip's edge."""
     a, w, old = (x[k].double() for k in ("advantage", "token_weight", "old_logprob"))
     trained = reference.trained_rows(a, w, beta)
     log_ratio = logprob - old
     ratio = log_ratio.exp()
-    clipped = ((a > 0) & (ratio.value > 1 + clip_high)) | ((a < 0) & (ratio.value < 0.8))
+    clipped = ((a > 0) & (ratio.value > edges[1])) | ((a < 0) & (ratio.value < edges[0]))
     slope = ratio * (a * ~clipped)
-    edge = torch.full_like(a, 0.8).masked_fill(a > 0, 1 + clip_high)
+    edge = torch.full_like(a, edges[0]).masked_fill(a > 0, edges[1])
     gain = slope + edge * a * clipped
     kl = log_ratio * torch.nan
     if beta:

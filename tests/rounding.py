@@ -104,7 +104,7 @@ class Rounded:
 
 
 def product(a: Rounded, b: Operand, dtype: torch.dtype, pieces: bool = True) -> Rounded:
-    """a @ b that leaves in dtype; as a sum of pieces that were rounded to it, and then it is itself, if not said."""
+    """a @ b, rounded to dtype; with `pieces` it may also be a sum of products that each were."""
     whole = (a @ b).narrowed(dtype)
     if pieces:
         whole.error += unit(dtype) * (a.value.abs() @ a._of(b).value.abs())

@@ -29,7 +29,7 @@ ORDERS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("signs", [False, True], ids=["alike", "both signs"])
 @pytest.mark.parametrize("order", ORDERS)
 def test_any_order_of_a_sum(order: str, signs: bool) -> None:
-    for seed in range(20):
+    for seed in range(5):
         g = torch.Generator().manual_seed(seed)
         x = torch.randn(32000, generator=g).exp() * (torch.randn(32000, generator=g).sign() if signs else 1)
         bound = Rounded.given(x, torch.float32).sum(0)[None]
