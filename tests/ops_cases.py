@@ -18,7 +18,7 @@ SHAPES = [(1, 1, 2), (7, 5, 3), (23, 17, 101), (34, 16, 4099), (13, 8, 32003)]
 
 OPERATORS: list[tuple[str, dict[str, Any]]] = [
     ("linear_policy_loss", {}),
-    ("linear_policy_loss", {"beta": 0.1, "clip_low": 0.4, "clip_high": 0.5}),
+    ("linear_policy_loss", {"beta": 0.1, "clip_low": 0.4, "clip_high": 0.6}),
     ("linear_logprob", {}),
     ("yes_no_logprob", {"normalization": "vocab"}),
     ("yes_no_logprob", {"normalization": "yes_no"}),
@@ -57,8 +57,8 @@ def inputs(
     targets = torch.randint(v, (t,), generator=g)
     double: dict[str, Any] = {k: wide(y) for k, y in x.items()}
     exact: Any = reference.linear_logprob(targets=targets, **double, **head)
-    # Ratios far from the clip's edges (.6, .8, 1.2, 1.5), on both sides of each: no rounding decides where a row is.
-    log_ratio = torch.tensor([-0.6, -0.35, -0.1, 0.05, 0.3, 0.5])[torch.arange(t) % 6]
+    # Ratios far from the clip's edges (.6, .8, 1.2, 1.6), on both sides of each: no rounding decides where a row is.
+    log_ratio = torch.tensor([-0.6, -0.35, -0.1, 0.05, 0.4, 0.6])[torch.arange(t) % 6]
     wide_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     old = (exact.detach() - log_ratio).to(wide_dtype)
     advantage, token_weight = draw(t), torch.rand(t, generator=g)
