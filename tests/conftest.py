@@ -2,13 +2,21 @@
 need a GPU.
 """
 
+import getpass
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# What torch.compile keeps does not say which instruction set it is for: made under a lowered ATEN_CPU_CAPABILITY, it
+# corrupts the memory of a process that has a wider one.
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(
+    tempfile.gettempdir(), f"dwrl_fast_tests_{getpass.getuser()}_{torch.backends.cpu.get_cpu_capability()}"
+)
 
 
 @pytest.fixture(scope="session")
