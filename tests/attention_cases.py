@@ -3,9 +3,11 @@
 from typing import Any, NamedTuple
 
 import torch
+from rounding import Bounds, Rounded, assert_within, product
 from torch import Tensor
 
-from dwrl_fast import ops
+from dwrl_fast import ops, reference
+from dwrl_fast.ops.products import wide
 
 
 class Plan(NamedTuple):
@@ -67,3 +69,45 @@ def results(x: dict[str, Tensor], plan: Plan, backend: str = "cpu", **options: A
 
 def double(x: dict[str, Tensor]) -> dict[str, Tensor]:
     return {n: y.detach().double().requires_grad_(y.requires_grad) for n, y in x.items()}
+
+
+def bounds(x: dict[str, Tensor], plan: Plan, **options: Any) -> Bounds:
+    """What `results` finds, with the error that each number may have: the definition and its derivative, by heads.
+
+    q's dtype enters at the logits (of plain PyTorch), at the weights where they meet v and at the gradients of both
+    where they meet q, k and out (of CUDA's kernels), and at what leaves. All between is wide.
+    """
+    narrow, heads, keys = x["q"].dtype, x["q"].shape[1], x["k"].shape[1]
+    scale = options.get("scale") or x["q"].shape[-1] ** -0.5
+    q, k, v, grad = (Rounded.given(x[n].transpose(0, 1), wide(narrow)) for n in ("q", "k", "v", "grad"))
+    k, v = (y.moved(lambda z: z.repeat_interleave(heads // keys, 0)) for y in (k, v))
+    logits = product(q, k.moved(lambda z: z.mT), narrow, pieces=False) * scale
+    slope = logits * 0 + 1
+    if options.get("softcap"):
+        u = (logits * (1 / options["softcap"])).tanh()
+        logits, slope = u * options["softcap"], slope - u * u
+    hidden = ~reference.tree_mask(plan, options.get("window"), q.value.device)
+    logits.value.masked_fill_(hidden, -1e4)
+    logits.error.masked_fill_(hidden, 0)
+    p = logits.log_softmax().exp()
+    out = product(p.narrowed(narrow), v, narrow)
+    d_p = product(grad, v.moved(lambda z: z.mT), narrow, pieces=False)
+    d_logits = (p * (d_p - (grad * out).sum(-1)[..., None]) * slope).narrowed(narrow) * scale
+    back = d_logits.moved(lambda z: z.mT), p.narrowed(narrow).moved(lambda z: z.mT)
+    d_k, d_v = (
+        product(y, z, narrow).moved(lambda w: w.unflatten(0, (keys, -1)).sum(1))
+        for y, z in zip(back, (q, grad), strict=True)
+    )
+    found = {"out": out, "d_q": product(d_logits, k, narrow), "d_k": d_k, "d_v": d_v}
+    return {n: y.moved(lambda z: z.transpose(0, 1)) for n, y in found.items()}
+
+
+def assert_accurate(x: dict[str, Tensor], plan: Plan, found: dict[str, Tensor], **options: Any) -> None:
+    """`found`, and plain PyTorch in the same dtype, within the bounds that follow from the arithmetic."""
+    plain, limits = results(x, plan, "reference", **options), bounds(x, plan, **options)
+    for name, exact in results(double(x), plan, "reference", **options).items():
+        message = f"{name}: the bounds are those of another value"
+        torch.testing.assert_close(limits[name].value, exact, rtol=1e-9, atol=1e-9, msg=message)
+    for each in (plain, found):
+        assert {k: (y.shape, y.dtype) for k, y in each.items()} == {k: (y.shape, y.dtype) for k, y in plain.items()}
+        assert_within(each, limits)

@@ -2,8 +2,11 @@
 when it is loaded; and the tests that need a GPU.
 """
 
+import getpass
+import logging
 import os
 import pickle
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,25 @@ from typing import Any
 import pytest
 import torch
 
+from dwrl_fast.log import logger
+
 ROOT = Path(__file__).resolve().parent.parent
+
+# What torch.compile keeps does not say which instruction set it is for: made under a lowered ATEN_CPU_CAPABILITY, it
+# corrupts the memory of a process that has a wider one.
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(
+    tempfile.gettempdir(), f"dwrl_fast_tests_{getpass.getuser()}_{torch.backends.cpu.get_cpu_capability()}"
+)
+
+
+@pytest.fixture(autouse=True)
+def propagating() -> None:
+    """A command that an earlier test ran leaves its handler at the package's logger; then caplog would see messages
+    twice, or not at all.
+    """
+    logger.handlers.clear()
+    logger.propagate = True
+    logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Inputs for the operators' tests, every operator's outputs and gradients under one roof, and what accurate means."""
+"""Inputs for the operators' tests, and every operator's outputs and gradients under one roof."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from ops_bounds import bounds
+from rounding import assert_within
 from torch import Tensor
 
 from dwrl_fast import ops, reference
@@ -16,7 +18,7 @@ SHAPES = [(1, 1, 2), (7, 5, 3), (23, 17, 101), (34, 16, 4099), (13, 8, 32003)]
 
 OPERATORS: list[tuple[str, dict[str, Any]]] = [
     ("linear_policy_loss", {}),
-    ("linear_policy_loss", {"beta": 0.1, "clip_high": 0.5}),
+    ("linear_policy_loss", {"beta": 0.1, "clip_low": 0.4, "clip_high": 0.6}),
     ("linear_logprob", {}),
     ("yes_no_logprob", {"normalization": "vocab"}),
     ("yes_no_logprob", {"normalization": "yes_no"}),
@@ -55,8 +57,8 @@ def inputs(
     targets = torch.randint(v, (t,), generator=g)
     double: dict[str, Any] = {k: wide(y) for k, y in x.items()}
     exact: Any = reference.linear_logprob(targets=targets, **double, **head)
-    # Ratios far from the clip's edges, on both sides of both: no rounding decides which side a row is on.
-    log_ratio = torch.tensor([-0.6, -0.1, 0.05, 0.5])[torch.arange(t) % 4]
+    # Ratios far from the clip's edges (.6, .8, 1.2, 1.6), on both sides of each: no rounding decides where a row is.
+    log_ratio = torch.tensor([-0.6, -0.35, -0.1, 0.05, 0.4, 0.6])[torch.arange(t) % 6]
     wide_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     old = (exact.detach() - log_ratio).to(wide_dtype)
     advantage, token_weight = draw(t), torch.rand(t, generator=g)
@@ -114,37 +116,14 @@ def results(operator: str, x: dict[str, Any], backend: str, **options: Any) -> d
     return {k: y.detach() for k, y in out.items()} | {f"d_{k}": g for k, g in zip(names, gradients, strict=True)}
 
 
-Run = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]
-
-
-def assert_accurate(runs: list[Run], times: float = 2) -> None:
-    """Over runs of (got, plain, exact): the error at most `times` that of plain PyTorch in the same dtype.
-
-    The error is the root mean square over runs and elements, so that luck with one number bounds nothing; the largest
-    single error may be twice as far off again. Half an ulp of float32 is allowed to all (to bfloat16 too: its own
-    would hide whole rows), and 4 ulp where plain PyTorch is exact, which is luck, and to three outputs of few numbers:
-    mass is a probability, and its ulp that of 1; the loss is a sum whose terms cancel, and its ulp that of the sum of
-    token weights; stats are sums.
-    """
-    for name, like in runs[0][0].items():
-        errors: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for got, plain, exact in runs:
-            assert (got[name].shape, got[name].dtype) == (plain[name].shape, plain[name].dtype), name
-            assert torch.equal(got[name].isnan(), exact[name].isnan()), name
-            for found, y in zip(errors, (got[name], plain[name]), strict=True):
-                found.append((y.double() - exact[name]).nan_to_num().flatten())
-        largest = torch.cat([exact[name].nan_to_num().abs().flatten() for *_, exact in runs]).amax().item()
-        if name == "mass":
-            largest = 1.0
-        elif name == "loss":
-            largest = max(float(exact["stats"][1]) for *_, exact in runs)
-        ulp = torch.finfo(torch.float32 if name == "stats" else like.dtype).eps * largest
-        ulp32 = torch.finfo(torch.float32).eps * largest
-        ours, theirs = (torch.cat(x) for x in errors)
-        for measure, factor in (
-            (lambda e: e.square().mean().sqrt().item(), times),
-            (lambda e: e.abs().amax().item(), 2 * times),
-        ):
-            bound = factor * measure(theirs)
-            bound = max(bound, ulp32 / 2, 4 * ulp if name in ("mass", "loss", "stats") or bound == 0 else 0)
-            assert measure(ours) <= bound, f"{name}: error {measure(ours):.2e}, allowed {bound:.2e} ({factor} x plain)"
+def assert_accurate(operator: str, x: dict[str, Any], *found: dict[str, Tensor], **options: Any) -> None:
+    """Each of `found`, and plain PyTorch on the CPU in the same dtype, within the bounds of `ops_bounds`."""
+    direct = products._direct(x["hidden"])
+    x = on_device(x, "cpu")
+    plain, limits = results(operator, x, "reference", **options), bounds(operator, x, direct=direct, **options)
+    for name, exact in results(operator, in_float64(x), "reference", **options).items():
+        message = f"{name}: the bounds are those of another value"
+        torch.testing.assert_close(limits[name].value, exact, rtol=1e-9, atol=1e-9, equal_nan=True, msg=message)
+    for each in (*found, *([] if direct else [plain])):  # plain PyTorch rounds the logits
+        assert {k: (y.shape, y.dtype) for k, y in each.items()} == {k: (y.shape, y.dtype) for k, y in plain.items()}
+        assert_within({k: y.cpu() for k, y in each.items()}, limits)

@@ -1,10 +1,10 @@
-"""Every operator and its gradients against float64, held to twice the error of plain PyTorch in the same dtype."""
+"""Every operator and its gradients against float64, within the bounds that follow from the arithmetic."""
 
 from typing import Any
 
 import pytest
 import torch
-from ops_cases import SHAPES, assert_accurate, every_operator, in_float64, inputs, results, small_chunks
+from ops_cases import SHAPES, assert_accurate, every_operator, inputs, results, small_chunks
 
 from dwrl_fast import extension
 
@@ -14,15 +14,11 @@ HEADS: list[dict[str, float]] = [{}, {"temperature": 0.7}, {"softcap": 20.0}, {"
 
 
 def check(operator: str, options: dict, shape: tuple, dtype: torch.dtype = torch.float32, **how: Any) -> None:
-    runs = []
-    for seed in range(5 if shape[0] > 1 else 100):  # of one row the error of plain PyTorch is luck
+    for seed in range(3):
         x = inputs(shape, dtype, seed=seed, **how)
-        exact = results(operator, in_float64(x), "reference", **options)
-        plain = results(operator, x, "reference", **options)
-        runs.append((results(operator, x, "cpu", **options), plain, exact))
+        whole = results(operator, x, "cpu", **options)
         with small_chunks():
-            runs.append((results(operator, x, "cpu", **options), plain, exact))
-    assert_accurate(runs)
+            assert_accurate(operator, x, whole, results(operator, x, "cpu", **options), **options)
 
 
 @every_operator

@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import OPTIONS, TREES, Plan, double, drawn, inputs, plan_of, results
+from attention_cases import OPTIONS, TREES, Plan, assert_accurate, drawn, inputs, plan_of, results
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ops_cases import assert_accurate
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from varlen_kernels import in_place_of_cuda
@@ -100,13 +99,9 @@ def test_drawn_trees(plan: Plan, window: int | None, softcap: float | None) -> N
 def test_merging_is_accurate(tree: str, dtype: torch.dtype, options: dict[str, Any], by_path: bool) -> None:
     """Around kernels that round only what they return."""
     plan = TREES[tree]
-    runs = []
-    for seed in range(3):
-        x = inputs(plan, (4, 2), 16, dtype, seed)
-        plain, exact = (results(y, plan, "reference", **options) for y in (x, double(x)))
-        with going(by_path):
-            runs.append((by_calls(x, plan, **options), plain, exact))
-    assert_accurate(runs)
+    x = inputs(plan, (4, 2), 16, dtype)
+    with going(by_path):
+        assert_accurate(x, plan, by_calls(x, plan, **options), **options)
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[varlen.Segments]:
@@ -351,15 +346,11 @@ def skip_unable(name: str, options: dict[str, Any]) -> None:
 )
 def test_kernels(name: str, options: dict[str, Any], by_path: bool) -> None:
     skip_unable(name, options)
-    for tree in [t for t in TREES if t != "one token"]:  # there plain PyTorch is exact
+    for plan in TREES.values():
         for d in (16, 64, 128):
-            runs = []
-            for seed in range(3):
-                x = moved(inputs(TREES[tree], (4, 2), d, BF16, seed))
-                plain, exact = (results(y, TREES[tree], "reference", **options) for y in (x, double(x)))
-                with going(by_path):
-                    runs.append((results(x, TREES[tree], name, **options), plain, exact))
-            assert_accurate(runs)
+            x = moved(inputs(plan, (4, 2), d, BF16))
+            with going(by_path):
+                assert_accurate(x, plan, results(x, plan, name, **options), **options)
 
 
 @on_cuda

@@ -150,14 +150,9 @@ def test_policy_loss(t: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("t", [1, 37])
 def test_operators_at_a_large_vocabulary(t: int, dtype: torch.dtype, operator: str, options: dict[str, Any]) -> None:
-    runs = []
-    for seed in range(40 if t == 1 else 2):  # of one row the error of plain PyTorch is luck
-        x = inputs((t, 32, 151936 if t > 1 else 1003), dtype, size=4, seed=seed)
-        exact = results(operator, in_float64(x), "reference", **options)
-        x = on_device(x, DEVICE)
-        got, plain = (results(operator, x, backend, **options) for backend in ("triton", "reference"))
-        runs.append(tuple({k: y.cpu() for k, y in r.items()} for r in (got, plain, exact)))
-    assert_accurate(runs)  # type: ignore[arg-type]
+    for seed in range(2):
+        x = on_device(inputs((t, 32, 151936), dtype, size=4, seed=seed), DEVICE)
+        assert_accurate(operator, x, results(operator, x, "triton", **options), **options)
 
 
 def policy_of(x: dict[str, Any], **changed: Any) -> ops.PolicyLoss:

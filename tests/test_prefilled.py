@@ -72,13 +72,13 @@ def test_the_head_reads_a_greedy_thought_of_the_base_model(folder: Path) -> None
 
 def test_thoughts_are_written_once_and_stay(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[int] = []
-    sample = TransformersSampler.sample
 
-    def counted(self: TransformersSampler, contexts: Any, *args: Any, **options: Any) -> Any:
-        written.append(len(contexts))
-        return sample(self, contexts, *args, **options)
+    class Counted(TransformersSampler):
+        def sample(self, contexts: Any, *args: Any, **options: Any) -> Any:
+            written.append(len(contexts))
+            return super().sample(contexts, *args, **options)
 
-    monkeypatch.setattr(TransformersSampler, "sample", counted)
+    monkeypatch.setattr("dwrl_fast.methods.bt.TransformersSampler", Counted)
     first = go(folder)
     before = kept(folder / "run")
     assert len({row["context"] for row in before}) == len(before) == sum(written) <= 24
