@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dwrl_fast.batch import Group
 from dwrl_fast.data import Preference, read_preferences
 from dwrl_fast.dialog import Context, Dialog, Sequence
+from dwrl_fast.encode import Group
 
 SHARED = Path(os.environ.get("DWRL_FAST_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "data"
 FILES = {
@@ -56,7 +56,7 @@ def pairs(name: str, count: int = PAIRS) -> Pairs:
 
 @functools.cache  # one model after another
 def real(name: str, count: int = PAIRS) -> Pairs:
-    from dwrl_fast.pretrained import load_tokenizer
+    from dwrl_fast.models.pretrained import load_tokenizer
 
     dialog = Dialog(load_tokenizer(str(SHARED / "tokenizers" / "qwen2.5")))
     rows = read_preferences(str(SHARED / FILES[name])).rows

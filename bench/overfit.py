@@ -23,9 +23,9 @@ from bench.intervals import comparison, next_share
 from bench.machine import machine
 from dwrl_fast.config import TrainConfig
 from dwrl_fast.data import read_preferences
+from dwrl_fast.data.mixture import Part
 from dwrl_fast.dialog import Dialog
-from dwrl_fast.mixture import Part
-from dwrl_fast.pretrained import load_tokenizer
+from dwrl_fast.models.pretrained import load_tokenizer
 from dwrl_fast.train import run
 
 FAMILIES = {"qwen2.5": "qwen2", "llama3": "llama"}

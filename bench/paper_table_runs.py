@@ -15,12 +15,12 @@ from dwrl_fast import Scorer, embedded, train
 from dwrl_fast.compute import one_thread
 from dwrl_fast.config import TrainConfig, parse_train
 from dwrl_fast.data import read_preferences
+from dwrl_fast.data.mixture import Part
 from dwrl_fast.methods import METHODS
-from dwrl_fast.mixture import Part
 from dwrl_fast.objectives.agreement import order_accuracy, rank_grid
 from dwrl_fast.progress import Display
-from dwrl_fast.runlog import read_metrics
-from dwrl_fast.scorer import marginal_scores
+from dwrl_fast.scoring import marginal_scores
+from dwrl_fast.training.runlog import read_metrics
 
 Split = Literal["dev", "test"]
 

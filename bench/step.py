@@ -30,9 +30,9 @@ from bench.machine import ceilings
 from bench.plain_update import plain
 from bench.trl_update import liger_installed, trl, trl_missing
 from bench.update import Setting, Way, counters, fastest, ours, setting, update
-from dwrl_fast.backbone import backbone_states
-from dwrl_fast.batch import Batch
-from dwrl_fast.layout import Layout, Packing
+from dwrl_fast.batching.batch import Batch
+from dwrl_fast.batching.layout import Layout, Packing
+from dwrl_fast.models.backbone import backbone_states
 
 PER = "thought token per forward + backward"
 COMMON = {"max_position_embeddings": 8192, "tie_word_embeddings": True, "initializer_range": 0.05}

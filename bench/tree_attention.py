@@ -24,9 +24,9 @@ from torch import Tensor
 from bench import lengths
 from bench.harness import Case, Row, Variant, main
 from dwrl_fast import ops
+from dwrl_fast.batching.tree import tree_batch
 from dwrl_fast.ops import paths
 from dwrl_fast.ops.varlen import VARLEN
-from dwrl_fast.tree import tree_batch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 REFERENCE_TOKENS = 2048  # the definition holds [heads, U, U] several times over

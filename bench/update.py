@@ -16,16 +16,17 @@ from torch import Tensor
 from bench import lengths
 from bench.flops import attended_keys, head_flops, trunk_flops
 from bench.harness import timed
-from dwrl_fast.batch import Batch, Group, Size
+from dwrl_fast.batching.batch import Batch, Size
+from dwrl_fast.batching.layout import Layout, Packing
+from dwrl_fast.batching.tree import TreeBatch
 from dwrl_fast.compute import Compute
 from dwrl_fast.config import TrainConfig
 from dwrl_fast.dialog import Dialog, Template
 from dwrl_fast.embedded.formats import EVALUATE, RATE
 from dwrl_fast.embedded.tokenizer import make_tokenizer
-from dwrl_fast.layout import Layout, Packing
+from dwrl_fast.encode import Group
 from dwrl_fast.methods import Tally
 from dwrl_fast.methods.dwrl import DualWeightedRL
-from dwrl_fast.tree import TreeBatch
 
 OFF_POLICY = 0.1  # nats between old log-probs and the model's: some tokens are clipped, as after a few updates
 COUNTERS = ("trunk tokens", "naive tokens", "head rows", "padding")

@@ -15,22 +15,22 @@ from typing import Any, Literal, Self, overload
 import torch
 from torch import Tensor
 
-from dwrl_fast.batch import Group
+from dwrl_fast.batching.layout import Layout, Packing
 from dwrl_fast.compute import Compute
 from dwrl_fast.config import EvaluateConfig
 from dwrl_fast.data import Preference
 from dwrl_fast.data.given import Prompt, Response, Turns, as_list, as_prompt, as_responses
 from dwrl_fast.dialog import Dialog, Thinking
+from dwrl_fast.encode import Group
 from dwrl_fast.errors import DataError, ModelError, NotFiniteError
-from dwrl_fast.layout import Layout, Packing
 from dwrl_fast.loading import load_judge, load_trained
 from dwrl_fast.log import warn_once
 from dwrl_fast.methods import METHODS
-from dwrl_fast.model import check_positions, positions
+from dwrl_fast.models.model import check_positions, positions
 from dwrl_fast.options import given_by
 from dwrl_fast.reward import Rewards
-from dwrl_fast.scorer import GenerativeScorer, Progress, marginal_scores
-from dwrl_fast.scorer import Scorer as GroupScorer
+from dwrl_fast.scoring import GenerativeScorer, Progress, marginal_scores
+from dwrl_fast.scoring import Scorer as GroupScorer
 
 Thoughts = list[list[str]]
 

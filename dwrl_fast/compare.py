@@ -15,6 +15,7 @@ from dwrl_fast.config import CommonOptions
 from dwrl_fast.config.common import cluster_option
 from dwrl_fast.console import command, set_up_logging
 from dwrl_fast.data import Cluster, Preference
+from dwrl_fast.data.mixture import Part, check_evaluated
 from dwrl_fast.dialog.single_turn import transcript
 from dwrl_fast.errors import ConfigError, DataError
 from dwrl_fast.evaluation.judged import Judged, judged_report, score_table
@@ -24,9 +25,8 @@ from dwrl_fast.evaluation.scoring import Steps, score_rows
 from dwrl_fast.evaluation.units import Units
 from dwrl_fast.feed import read_rows
 from dwrl_fast.log import logger
-from dwrl_fast.mixture import Part, check_evaluated
+from dwrl_fast.models.pretrained import load_card
 from dwrl_fast.options import at_least, option, parse
-from dwrl_fast.pretrained import load_card
 from dwrl_fast.progress import Display
 
 # ruff: noqa: RUF009 - what option() returns is a dataclass field

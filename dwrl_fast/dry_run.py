@@ -15,28 +15,36 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from dwrl_fast.batch import Group
+from dwrl_fast.batching.layout import Layout
 from dwrl_fast.compute import Compute
 from dwrl_fast.config import SAMPLING, TrainConfig
 from dwrl_fast.data import Dataset, Demonstration, Preference, read_preferences
+from dwrl_fast.data.mixture import Part
 from dwrl_fast.data.published import DATA_SETS
 from dwrl_fast.dialog import Dialog, SingleTurn
+from dwrl_fast.encode import (
+    Group,
+    Thought,
+    both_orders,
+    comparison_contexts,
+    completion_groups,
+    demonstration_group,
+    drawn_orders,
+    fit,
+    label_groups,
+    response_contexts,
+)
 from dwrl_fast.errors import DataError, UserError
 from dwrl_fast.feed import Feed, Shuffled
 from dwrl_fast.feed.opening import refuse_demonstration
 from dwrl_fast.feed.source import with_aspect
-from dwrl_fast.gguf import is_gguf
-from dwrl_fast.layout import Layout
 from dwrl_fast.loading import load_dialog
 from dwrl_fast.methods import METHODS
 from dwrl_fast.methods.star_rationalizer import load_rationalizer
-from dwrl_fast.mixture import Part
-from dwrl_fast.model import check_positions, check_vocabulary, load_generative, load_scalar
+from dwrl_fast.models.gguf import is_gguf
+from dwrl_fast.models.model import check_positions, check_vocabulary, load_generative, load_scalar
 from dwrl_fast.registry import using
-from dwrl_fast.rollout import Thought, completion_groups, demonstration_group, fit
-from dwrl_fast.rollout.comparisons import both_orders, drawn_orders
-from dwrl_fast.rollout.groups import sample_contexts
-from dwrl_fast.scorer import comparison_contexts, label_groups
+from dwrl_fast.sampling import sample_groups
 
 SAMPLE = 256  # rows of each file that are encoded
 THOUGHT = 300  # tokens that a thought is taken to have: nobody knows before one is sampled
@@ -272,12 +280,10 @@ def guessed_groups(
         if config.method == "sft":
             rows = [dataclasses.replace(row, responses=row.responses[: row.ranks.count(1) or 1]) for row in rows]
         return completion_groups(rows, dialog)
-    elif isinstance(dialog, Dialog):
-        contexts = [[dialog.context(row.prompt, each, row.aspect) for each in row.responses] for row in rows]
     else:
-        contexts = [[dialog.context(row.prompt, [each], row.aspect) for each in row.responses] for row in rows]
+        contexts = response_contexts(rows, dialog)
     guessed = Guessed(length, len(dialog.tokenizer), dialog.end_id)
-    return sample_contexts(rows, contexts, dialog, guessed, n, max_tokens=length, temperature=1.0, seed=config.seed)
+    return sample_groups(rows, contexts, dialog, guessed, n, max_tokens=length, temperature=1.0, seed=config.seed)
 
 
 def _say_model(config: TrainConfig, dialog: Dialog | SingleTurn | None, longest: int, found: Findings) -> None:

@@ -34,7 +34,7 @@ from dwrl_fast.evaluation.votes import vote_curve
 from dwrl_fast.feed import read_rows
 from dwrl_fast.feed.source import content_hash
 from dwrl_fast.log import logger
-from dwrl_fast.pretrained import CARD, has_card, load_card
+from dwrl_fast.models.pretrained import CARD, has_card, load_card
 from dwrl_fast.progress import Display
 
 PART = "scores.part.jsonl"

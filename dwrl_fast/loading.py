@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from dwrl_fast.config import TrainConfig
+from dwrl_fast.data.mixture import Part
 from dwrl_fast.dialog import Dialog, SingleTurn, Thinking
 from dwrl_fast.errors import ConfigError, ModelError
 from dwrl_fast.methods import METHODS
-from dwrl_fast.mixture import Part
+from dwrl_fast.models.pretrained import CARD, has_card, load_card, load_chat, load_tokenizer
 from dwrl_fast.options import check_values
-from dwrl_fast.pretrained import CARD, has_card, load_card, load_chat, load_tokenizer
 from dwrl_fast.templates import DEFAULT
 
 

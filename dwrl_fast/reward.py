@@ -12,9 +12,9 @@ from torch import Tensor
 from dwrl_fast.data import Preference
 from dwrl_fast.data.given import Turns, as_list, as_prompt, as_response, unusable
 from dwrl_fast.dialog import Dialog, SingleTurn
+from dwrl_fast.encode import fit
 from dwrl_fast.errors import DataError
 from dwrl_fast.log import logger
-from dwrl_fast.rollout import fit
 
 INFINITE = "infinite log-odds, which cannot be a reward: use as_reward_function(probability=True)"
 

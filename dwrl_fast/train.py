@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 from dwrl_fast import __version__, embedded
-from dwrl_fast.checkpoint import checkpoints, latest_checkpoint
 from dwrl_fast.compute import Compute, one_thread
 from dwrl_fast.config import WRITING, TrainConfig, parse_train
 from dwrl_fast.console import command, set_up_logging
+from dwrl_fast.data.mixture import Part
 from dwrl_fast.dry_run import dry_run
 from dwrl_fast.errors import ConfigError, UntrainedError
 from dwrl_fast.feed import Feed, open_feed, read_rows
@@ -28,12 +28,12 @@ from dwrl_fast.loading import load_dialog
 from dwrl_fast.lock import sole_writer
 from dwrl_fast.log import logger
 from dwrl_fast.methods import METHODS
-from dwrl_fast.mixture import Part
-from dwrl_fast.model import check_positions, check_vocabulary
-from dwrl_fast.plots import plot_curves
+from dwrl_fast.models.model import check_positions, check_vocabulary
 from dwrl_fast.progress import Display, Stage
-from dwrl_fast.runlog import read_metrics
-from dwrl_fast.trainer import Trainer, write_json
+from dwrl_fast.training.checkpoint import checkpoints, latest_checkpoint
+from dwrl_fast.training.plots import plot_curves
+from dwrl_fast.training.runlog import read_metrics
+from dwrl_fast.training.trainer import Trainer, write_json
 
 RESULT = "result.json"  # written last: a folder that has it holds a finished run
 WRITTEN = ("config.yaml", "model", "adapter", "metrics.jsonl", "thoughts", "prefilled.jsonl", RESULT)

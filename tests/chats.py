@@ -7,9 +7,9 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from dwrl_fast.contents import ContentTokenizer
 from dwrl_fast.data import Message
 from dwrl_fast.dialog import Template
+from dwrl_fast.dialog.contents import ContentTokenizer
 
 TURN = "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
 HEAD = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -3,9 +3,9 @@
 import torch
 from hypothesis import strategies as st
 
-from dwrl_fast.batch import Group
 from dwrl_fast.data import Preference
 from dwrl_fast.dialog import Sequence
+from dwrl_fast.encode import Group
 
 
 def make_sequence(ids: list[int], start: int, stop: int) -> Sequence:

@@ -10,14 +10,14 @@ import torch
 from tiny import tiny_config
 from torch import Tensor
 
-from dwrl_fast.batch import Group, Size
+from dwrl_fast.batching.batch import Size
 from dwrl_fast.compute import Compute
 from dwrl_fast.dialog import Sequence as Ids
 from dwrl_fast.dialog import SingleTurn
 from dwrl_fast.embedded.tokenizer import make_tokenizer
+from dwrl_fast.encode import Group, Thought
 from dwrl_fast.loading import load_dialog
 from dwrl_fast.methods import METHODS, Method, Tally
-from dwrl_fast.rollout import Thought
 from dwrl_fast.templates import Template
 
 PAIRWISE = Template("compare {prompt} A {response_a} B {response_b}", labels=None, kind="pairwise")

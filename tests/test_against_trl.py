@@ -17,11 +17,12 @@ import torch
 from tiny import tiny_config, tiny_folder
 from torch import Tensor
 
-from dwrl_fast.batch import Group, Size
+from dwrl_fast.batching.batch import Size
 from dwrl_fast.compute import Compute
 from dwrl_fast.data import Preference
 from dwrl_fast.dialog import SingleTurn
 from dwrl_fast.embedded.tokenizer import make_tokenizer
+from dwrl_fast.encode import Group
 from dwrl_fast.loading import load_dialog
 from dwrl_fast.methods import METHODS, Method, Tally
 from dwrl_fast.objectives.group_relative import group_advantage

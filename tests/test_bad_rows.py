@@ -17,8 +17,8 @@ from bad_rows import COMPLETIONS, FILES, KINDS, MAGNITUDE, PAIR, RANKS, SCORES, 
 
 from dwrl_fast.data import Preference, Reader, open_rows, read_preferences
 from dwrl_fast.dialog import Dialog
+from dwrl_fast.encode import drop_long
 from dwrl_fast.errors import DataError
-from dwrl_fast.rollout import drop_long
 
 
 def check_whole(row: Preference) -> None:

@@ -18,8 +18,8 @@ from bench.step import CASES, saved_bytes, trunk_variants
 from bench.trl_update import TrlUpdate, grpo_trainer
 from bench.update import Setting, Way, fastest, ours, setting
 from dwrl_fast import ops, reference
-from dwrl_fast.layout import Layout
-from dwrl_fast.tree import TreeBatch
+from dwrl_fast.batching.layout import Layout
+from dwrl_fast.batching.tree import TreeBatch
 
 CPU = torch.device("cpu")
 SHAPE: dict[str, Any] = {

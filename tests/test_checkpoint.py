@@ -17,9 +17,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dwrl_fast import checkpoint
-from dwrl_fast.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from dwrl_fast.errors import CheckpointError
+from dwrl_fast.training import checkpoint
+from dwrl_fast.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 
 STATE = {"step": 7, "rate": 0.1 + 0.2, "order": [3, 1], "note": "ähm", "nested": {"none": None}}
 
@@ -389,7 +389,7 @@ def test_twenty_kills_while_saving(tmp_path: Path) -> None:
     """SIGKILL at random moments; whatever was reported as saved is there, whole, and equal to what that step held."""
     chance = random.Random(0)
     context = multiprocessing.get_context("forkserver")  # imports torch once, not twenty times
-    context.set_forkserver_preload(["dwrl_fast.checkpoint"])
+    context.set_forkserver_preload(["dwrl_fast.training.checkpoint"])
     saved = interrupted = 0
     for _ in range(20):
         hear, say = context.Pipe(duplex=False)

@@ -10,17 +10,16 @@ import torch
 from tiny import tiny_config, tiny_folder, tiny_rows
 from torch import Tensor
 
-from dwrl_fast.batch import Group, Size
+from dwrl_fast.batching.batch import Size
 from dwrl_fast.compute import Compute
 from dwrl_fast.data import Preference
 from dwrl_fast.dialog import SingleTurn
 from dwrl_fast.embedded.tokenizer import make_tokenizer
+from dwrl_fast.encode import Group, Thought, both_orders, drawn_orders
 from dwrl_fast.evaluation.sources import source_reports
 from dwrl_fast.methods import METHODS, Method, Tally
 from dwrl_fast.objectives.group_relative import choice_rewards, group_advantage, point_rewards
-from dwrl_fast.rollout import Thought
-from dwrl_fast.rollout.comparisons import both_orders, drawn_orders
-from dwrl_fast.scorer import ChoiceScorer, Runtime, marginal_scores
+from dwrl_fast.scoring import ChoiceScorer, Runtime, marginal_scores
 from dwrl_fast.templates import Template
 
 PAIRWISE = Template("compare {prompt} A {response_a} B {response_b}", labels=None, kind="pairwise")

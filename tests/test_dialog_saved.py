@@ -13,7 +13,7 @@ from dwrl_fast.config import parse_train
 from dwrl_fast.dialog import Dialog, SingleTurn, Template
 from dwrl_fast.errors import ConfigError, TemplateError
 from dwrl_fast.loading import load_dialog
-from dwrl_fast.pretrained import CARD, load_chat
+from dwrl_fast.models.pretrained import CARD, load_chat
 
 NOTHING: dict[str, Any] = {"template": None, "aspect": None, "enable_thinking": "auto"}
 

@@ -15,8 +15,8 @@ from rich.console import Console
 from dwrl_fast.data import Preference, read_preferences
 from dwrl_fast.dialog.__main__ import SAMPLE, ShowConfig, read_row, run
 from dwrl_fast.errors import ConfigError, DataError, TemplateError, UserError
+from dwrl_fast.models.pretrained import load_tokenizer
 from dwrl_fast.options import help_page, parse
-from dwrl_fast.pretrained import load_tokenizer
 
 load_once = functools.cache(load_tokenizer)
 
@@ -24,7 +24,7 @@ load_once = functools.cache(load_tokenizer)
 @pytest.fixture(autouse=True)
 def one_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dwrl_fast.dialog.chat.ContentTokenizer", contents_of)
-    monkeypatch.setattr("dwrl_fast.pretrained.load_tokenizer", load_once)
+    monkeypatch.setattr("dwrl_fast.models.pretrained.load_tokenizer", load_once)
 
 
 ROWS = [

@@ -18,7 +18,7 @@ from dwrl_fast.embedded.templates import RATIONALIZER, TEMPLATES
 from dwrl_fast.embedded.tokenizer import IDS, make_tokenizer
 from dwrl_fast.errors import ConfigError
 from dwrl_fast.methods import METHODS
-from dwrl_fast.pretrained import load_card
+from dwrl_fast.models.pretrained import load_card
 from dwrl_fast.progress import Display
 from dwrl_fast.templates import load_template
 

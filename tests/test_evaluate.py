@@ -14,7 +14,7 @@ from dwrl_fast.config import parse_evaluate
 from dwrl_fast.errors import ConfigError, ModelError, UserError
 from dwrl_fast.evaluation.pairs import PairReport
 from dwrl_fast.evaluation.scoring import PartFile
-from dwrl_fast.scorer import GenerativeScorer
+from dwrl_fast.scoring import GenerativeScorer
 
 WRITTEN = ["report.html", "report.json", "report.md", "scores.jsonl"]
 

@@ -19,7 +19,7 @@ from dwrl_fast.compute import step_seed
 from dwrl_fast.config import parse_evaluate
 from dwrl_fast.embedded.tokenizer import make_tokenizer
 from dwrl_fast.errors import ConfigError, DataError, ModelError, NotFiniteError
-from dwrl_fast.scorer import GenerativeScorer, marginal_scores
+from dwrl_fast.scoring import GenerativeScorer, marginal_scores
 
 
 @pytest.fixture(scope="module")

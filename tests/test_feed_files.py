@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from tiny import tiny_config, tiny_folder, tiny_pairs
 
 from dwrl_fast import train
-from dwrl_fast.checkpoint import checkpoints
 from dwrl_fast.data import Preference, Reader, open_rows
 from dwrl_fast.errors import CheckpointError, DataError
 from dwrl_fast.feed import Streamed
-from dwrl_fast.trainer import Trainer
+from dwrl_fast.training.checkpoint import checkpoints
+from dwrl_fast.training.trainer import Trainer
 
 KINDS = ["jsonl", "jsonl.gz", "parquet"]
 

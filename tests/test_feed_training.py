@@ -14,19 +14,19 @@ from safetensors.torch import load_file
 from tiny import tiny_config, tiny_folder, tiny_pairs
 
 from dwrl_fast import evaluate, train
-from dwrl_fast.batch import Group
 from dwrl_fast.config import TrainConfig, parse_evaluate
 from dwrl_fast.data import Preference
+from dwrl_fast.data.mixture import Part
+from dwrl_fast.encode import Group
 from dwrl_fast.errors import CheckpointError, DataError
 from dwrl_fast.evaluation.pairs import pair_report
 from dwrl_fast.evaluation.sources import source_accuracy, source_of, source_reports
 from dwrl_fast.feed import open_feed
 from dwrl_fast.loading import load_dialog
 from dwrl_fast.log import warn_once
-from dwrl_fast.mixture import Part
 from dwrl_fast.progress import Display
-from dwrl_fast.runlog import read_metrics
-from dwrl_fast.scorer import marginal_scores
+from dwrl_fast.scoring import marginal_scores
+from dwrl_fast.training.runlog import read_metrics
 
 TIMED = ("seconds", "tokens_per_second", "share_")
 

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig
 
-from dwrl_fast.batch import Flat
+from dwrl_fast.batching.batch import Flat
 from dwrl_fast.config import EvaluateConfig, TrainConfig
-from dwrl_fast.contents import ContentTokenizer
-from dwrl_fast.mixture import Part
-from dwrl_fast.pretrained import load_tokenizer
-from dwrl_fast.rollout.transformers import TransformersSampler
+from dwrl_fast.data.mixture import Part
+from dwrl_fast.dialog.contents import ContentTokenizer
+from dwrl_fast.models.pretrained import load_tokenizer
+from dwrl_fast.sampling.transformers import TransformersSampler
 
 TURNS = {
     "qwen2.5": "<|im_end|>\n<|im_start|>user\nGood?<|im_end|>\n<|im_start|>assistant\nYes<|im_end|><|endoftext|>",

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dwrl_fast
 from bench import lengths
 from bench.update import setting
-from dwrl_fast.batch import Size
+from dwrl_fast.batching.batch import Size
 from dwrl_fast.methods import Tally
 
 ROOT = Path(dwrl_fast.__file__).parent

@@ -12,7 +12,7 @@ from rich.console import Console
 from tiny import tiny_config, tiny_folder, tiny_pairs, tiny_rows
 
 from dwrl_fast import evaluate, train
-from dwrl_fast.batch import Size
+from dwrl_fast.batching.batch import Size
 from dwrl_fast.compute import Compute
 from dwrl_fast.config import TrainConfig, parse_evaluate, parse_train
 from dwrl_fast.dialog import load_template, read_choice
@@ -21,7 +21,7 @@ from dwrl_fast.evaluation.pairs import PairReport
 from dwrl_fast.evaluation.sources import source_reports
 from dwrl_fast.loading import load_dialog
 from dwrl_fast.methods import METHODS, Tally
-from dwrl_fast.scorer import ChoiceScorer, Runtime
+from dwrl_fast.scoring import ChoiceScorer, Runtime
 
 
 @pytest.fixture

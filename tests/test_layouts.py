@@ -15,18 +15,19 @@ from tiny import tiny_config, tiny_dialog, tiny_folder, tiny_pairs
 from torch import Tensor
 
 from dwrl_fast import ops
-from dwrl_fast.backbone import attend_over_trees
-from dwrl_fast.batch import Group, Size
+from dwrl_fast.batching.batch import Size
+from dwrl_fast.batching.layout import Layout
+from dwrl_fast.batching.tree import TreeBatch
 from dwrl_fast.compute import Compute
 from dwrl_fast.data import read_preferences
 from dwrl_fast.embedded.tokenizer import IDS
+from dwrl_fast.encode import Group
 from dwrl_fast.errors import ModelError
-from dwrl_fast.layout import Layout
 from dwrl_fast.loading import load_dialog
 from dwrl_fast.methods import METHODS, Method, Tally
-from dwrl_fast.model import GenerativeModel, place
-from dwrl_fast.pretrained import save_pretrained
-from dwrl_fast.tree import TreeBatch
+from dwrl_fast.models.backbone import attend_over_trees
+from dwrl_fast.models.model import GenerativeModel, place
+from dwrl_fast.models.pretrained import save_pretrained
 
 CPU = torch.device("cpu")
 COMPUTE = Compute(CPU, torch.float32)

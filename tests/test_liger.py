@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dwrl_fast.errors import ConfigError, ModelError
-from dwrl_fast.liger import use_liger
+from dwrl_fast.models.liger import use_liger
 
 pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -15,15 +15,16 @@ from orders import mean_order_loss
 from tiny import tiny_config, tiny_folder
 from torch import Tensor
 
-from dwrl_fast.batch import Group, Size
+from dwrl_fast.batching.batch import Size
 from dwrl_fast.compute import Compute
 from dwrl_fast.data import Preference, read_preferences
+from dwrl_fast.encode import Group
 from dwrl_fast.feed import Feed, Shuffled
 from dwrl_fast.loading import load_dialog
 from dwrl_fast.methods import METHODS, Method, Tally
 from dwrl_fast.progress import Display
-from dwrl_fast.runlog import read_metrics
-from dwrl_fast.trainer import Trainer
+from dwrl_fast.training.runlog import read_metrics
+from dwrl_fast.training.trainer import Trainer
 
 PROMPTS = ["3 5 0 0 4", "5 6 2 5 5", "4 3 2 5 1", "1 1 2 6 0", "0 2 4 4 3", "2 2 2 2 2"]
 RANKS = [(), (), (1, 1), (), (1, 2, 2, 4, 5), (1, 1, 1)]

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from dwrl_fast.config import TrainConfig, parse_evaluate, parse_train
+from dwrl_fast.data.mixture import Part, short_names
 from dwrl_fast.errors import ConfigError
-from dwrl_fast.mixture import Part, short_names
 
 MODEL = ["--model_name_or_path", "m"]
 TWO = ["--dataset_mixture", "a.jsonl:0.7", "b.jsonl:0.3"]

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from dwrl_fast import Scorer
 from dwrl_fast.errors import ModelError
 from dwrl_fast.evaluate import main as evaluate
-from dwrl_fast.model import load_generative
-from dwrl_fast.pretrained import CARD
+from dwrl_fast.models.model import load_generative
+from dwrl_fast.models.pretrained import CARD
 
 WEIGHTS = "model.safetensors"
 

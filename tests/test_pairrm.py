@@ -15,13 +15,13 @@ from transformers import AutoModelForSequenceClassification
 from dwrl_fast import Scorer
 from dwrl_fast.data import Preference
 from dwrl_fast.dialog.chat import user
+from dwrl_fast.encode import both_orders
 from dwrl_fast.evaluation.sources import source_reports
 from dwrl_fast.feed import Feed, Shuffled
 from dwrl_fast.progress import Display
-from dwrl_fast.rollout.comparisons import both_orders
-from dwrl_fast.runlog import read_metrics
-from dwrl_fast.scorer import marginal_scores
-from dwrl_fast.trainer import Trainer
+from dwrl_fast.scoring import marginal_scores
+from dwrl_fast.training.runlog import read_metrics
+from dwrl_fast.training.trainer import Trainer
 
 PAIR = Preference((user("3 1 4"),), ("7", "8"), source="rows:1")
 MARGIN = Preference((user("2 7 1"),), ("4", "6"), margin=1.5, source="rows:2")

@@ -14,21 +14,22 @@ from torch import Tensor
 
 from bench.harness import matrix_products
 from dwrl_fast import ops
-from dwrl_fast.adapters import Lora, plain
-from dwrl_fast.batch import Group, Size
+from dwrl_fast.batching.batch import Size
 from dwrl_fast.compute import Compute
 from dwrl_fast.config import TrainConfig
 from dwrl_fast.data import read_preferences
+from dwrl_fast.data.mixture import Part
+from dwrl_fast.encode import Group
 from dwrl_fast.errors import CheckpointError, ConfigError, ModelError, UserError
 from dwrl_fast.feed import open_feed
 from dwrl_fast.loading import load_dialog
 from dwrl_fast.methods import METHODS, Method, Tally
-from dwrl_fast.mixture import Part
-from dwrl_fast.model import GenerativeModel, load_generative, place
-from dwrl_fast.pretrained import save_pretrained
+from dwrl_fast.models.adapters import Lora, plain
+from dwrl_fast.models.model import GenerativeModel, load_generative, place
+from dwrl_fast.models.pretrained import save_pretrained
 from dwrl_fast.progress import Display
-from dwrl_fast.runlog import read_metrics
-from dwrl_fast.trainer import Trainer
+from dwrl_fast.training.runlog import read_metrics
+from dwrl_fast.training.trainer import Trainer
 
 pytest.importorskip("peft", reason="peft is not installed")
 CUDA = torch.cuda.is_available()

@@ -14,11 +14,12 @@ from test_peft import LORA, make_method
 from tiny import tiny_config, tiny_folder, tiny_pairs
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from dwrl_fast import Scorer, adapters
+from dwrl_fast import Scorer
 from dwrl_fast.data import read_preferences
 from dwrl_fast.errors import ModelError
-from dwrl_fast.model import load_generative
-from dwrl_fast.scorer import marginal_scores
+from dwrl_fast.models import adapters
+from dwrl_fast.models.model import load_generative
+from dwrl_fast.scoring import marginal_scores
 
 
 @pytest.fixture

@@ -16,26 +16,25 @@ from tiny import tiny_config, tiny_dialog, tiny_folder, tiny_rows
 from torch import Tensor
 
 from dwrl_fast import Scorer
-from dwrl_fast.batch import Group
-from dwrl_fast.checkpoint import checkpoints
 from dwrl_fast.compute import Compute
 from dwrl_fast.config import TrainConfig
 from dwrl_fast.data import Demonstration, Message, Preference, read_preferences
+from dwrl_fast.data.mixture import Part
 from dwrl_fast.dialog import Dialog, Sequence, SingleTurn, read_score, write_score
 from dwrl_fast.embedded.task import draw_claims, prompts, write_pairs
 from dwrl_fast.embedded.tokenizer import make_tokenizer
+from dwrl_fast.encode import Group, demonstration_group, fit
 from dwrl_fast.errors import ConfigError, DataError
 from dwrl_fast.evaluation.sources import source_reports
 from dwrl_fast.feed import Feed, Shuffled, open_feed, read_rows
 from dwrl_fast.feed.source import content_hash
 from dwrl_fast.loading import load_dialog
 from dwrl_fast.methods import METHODS, Method
-from dwrl_fast.mixture import Part
 from dwrl_fast.progress import Display
-from dwrl_fast.rollout import demonstration_group, fit
-from dwrl_fast.runlog import read_metrics
 from dwrl_fast.templates import Template
-from dwrl_fast.trainer import Trainer
+from dwrl_fast.training.checkpoint import checkpoints
+from dwrl_fast.training.runlog import read_metrics
+from dwrl_fast.training.trainer import Trainer
 
 PAIRWISE = Template("compare {prompt} A {response_a} B {response_b}", labels=None, kind="pairwise")
 POINTWISE = Template("score {prompt} {response}", labels=None, kind="pointwise")

@@ -19,8 +19,8 @@ from dwrl_fast.errors import ConfigError, ModelError
 from dwrl_fast.loading import load_dialog
 from dwrl_fast.methods import METHODS
 from dwrl_fast.methods.bt import PREFILLED
-from dwrl_fast.rollout.transformers import TransformersSampler
-from dwrl_fast.scorer import marginal_scores
+from dwrl_fast.sampling.transformers import TransformersSampler
+from dwrl_fast.scoring import marginal_scores
 
 OPTIONS = ["--rollout_batch_size", "6", "--minibatch_size", "6", "--max_steps", "4", "--learning_rate", "1e-2"]
 OPTIONS += ["--max_completion_length", "5"]

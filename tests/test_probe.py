@@ -14,15 +14,15 @@ from judging import DIRECT, PAIRWISE, A, B, Says, make_method
 from tiny import tiny_dialog, tiny_folder, tiny_pairs, tiny_rows
 
 from dwrl_fast import Scorer, evaluate
-from dwrl_fast.batch import Group
 from dwrl_fast.data import Preference
 from dwrl_fast.dialog import Dialog, SingleTurn, read_score
 from dwrl_fast.embedded.tokenizer import make_tokenizer
+from dwrl_fast.encode import Group
 from dwrl_fast.errors import DataError
 from dwrl_fast.evaluation.probe import ATTACKS, attack_texts, forged_turns, pairs_of, probe, responses_each
 from dwrl_fast.evaluation.scoring import Steps
-from dwrl_fast.pretrained import load_tokenizer
-from dwrl_fast.scorer import ChoiceScorer, Runtime, marginal_scores
+from dwrl_fast.models.pretrained import load_tokenizer
+from dwrl_fast.scoring import ChoiceScorer, Runtime, marginal_scores
 from dwrl_fast.templates import Template, load_template
 
 NAMES = [attack.name for attack in ATTACKS]

@@ -18,14 +18,14 @@ from rich.console import Console
 from tiny import tiny_folder, tiny_pairs
 
 from dwrl_fast import train
-from dwrl_fast.batch import Group
+from dwrl_fast.batching.layout import Layout
 from dwrl_fast.compute import Compute
 from dwrl_fast.config import TrainConfig, parse_train
 from dwrl_fast.data import read_preferences
 from dwrl_fast.dialog import Dialog
 from dwrl_fast.dry_run import dry_run, guessed_groups, preparation
+from dwrl_fast.encode import Group
 from dwrl_fast.errors import ConfigError, UserError
-from dwrl_fast.layout import Layout
 from dwrl_fast.loading import load_dialog
 from dwrl_fast.methods import METHODS
 from recipes.make import BACKBONES, DWRL_METHODS, FOLDER, TASKS, recipes
@@ -92,7 +92,9 @@ def run_dry(path: Path, stand_ins: Path, shared: Path, monkeypatch: pytest.Monke
         if option in given:
             arguments += [f"--{option}", str(stand_ins / given[option])]
     monkeypatch.setattr("dwrl_fast.dialog.chat.ContentTokenizer", contents_of)
-    monkeypatch.setattr("dwrl_fast.pretrained.load_tokenizer", lambda name: real_tokenizer(shared, Path(name).name))
+    monkeypatch.setattr(
+        "dwrl_fast.models.pretrained.load_tokenizer", lambda name: real_tokenizer(shared, Path(name).name)
+    )
     return said(train.configure(arguments))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tiny import tiny_config, tiny_folder, tiny_pairs
 
-from dwrl_fast.batch import Size
+from dwrl_fast.batching.batch import Size
 from dwrl_fast.compute import Compute
 from dwrl_fast.config import TrainConfig
 from dwrl_fast.data import read_preferences

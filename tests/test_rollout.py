@@ -1,17 +1,19 @@
 """Sampling is from the model's own distribution and nothing else, and what it records is what the trainer computes."""
 
+from typing import Any
+
 import pytest
 import torch
 from tiny import tiny_dialog, tiny_model
 from transformers import GenerationConfig
 
-from dwrl_fast.batch import Group
+from dwrl_fast.batching.padded import padded_batch
 from dwrl_fast.data import Preference
+from dwrl_fast.dialog import Dialog
+from dwrl_fast.encode import Group, Thought, response_contexts
 from dwrl_fast.ops import linear_logprob
-from dwrl_fast.padded import padded_batch
-from dwrl_fast.rollout import sample_groups
-from dwrl_fast.rollout.thought import Thought
-from dwrl_fast.rollout.transformers import TransformersSampler
+from dwrl_fast.sampling import sample_groups
+from dwrl_fast.sampling.transformers import TransformersSampler
 
 ROWS = [
     Preference(({"role": "user", "content": "3 1 4"},), ("6", "2 2 2 2"), source="x:1"),
@@ -32,6 +34,10 @@ def contexts() -> list[list[int]]:
 
 def sample(engine: TransformersSampler, n: int = 12, temperature: float = 1.0, seed: int = 0) -> list[list[Thought]]:
     return engine.sample(contexts(), n, max_tokens=7, temperature=temperature, seed=seed)
+
+
+def sampled(rows: list[Preference], dialog: Dialog, engine: TransformersSampler, n: int, **how: Any) -> list[Group]:
+    return sample_groups(rows, response_contexts(rows, dialog), dialog, engine, n, **how)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
@@ -57,7 +63,7 @@ def test_logprobs_are_those_of_the_whole_sequence(temperature: float) -> None:
 
 def test_what_is_recorded_is_what_the_trainer_computes() -> None:
     engine, dialog, model = sampler(), tiny_dialog(), tiny_model()
-    groups = sample_groups(ROWS, dialog, engine, 4, max_tokens=7, temperature=0.7, seed=0)
+    groups = sampled(ROWS, dialog, engine, 4, max_tokens=7, temperature=0.7, seed=0)
     batch = padded_batch(groups, dialog.pad_id, torch.device("cpu"))
     with torch.no_grad():
         head = model(batch, tokens=True)
@@ -97,7 +103,7 @@ def test_a_seed_repeats_itself_and_another_does_not() -> None:
 
 def test_thoughts_stand_in_the_sequence_as_sampled() -> None:
     dialog = tiny_dialog()
-    groups = sample_groups(ROWS, dialog, sampler(), 3, max_tokens=5, temperature=1.0, seed=0)
+    groups = sampled(ROWS, dialog, sampler(), 3, max_tokens=5, temperature=1.0, seed=0)
     drawn = iter(sampler().sample(contexts(), 3, max_tokens=5, temperature=1.0, seed=0))
     for group in groups:
         for sequences, old in zip(group.sequences, group.old_logprobs, strict=True):
@@ -109,9 +115,9 @@ def test_thoughts_stand_in_the_sequence_as_sampled() -> None:
 def test_groups_of_any_shape_share_a_batch() -> None:
     """K = 3 beside K = 2, and thoughts missing: the grid masks what is not there."""
     dialog = tiny_dialog()
-    groups = sample_groups(ROWS, dialog, sampler(), 2, max_tokens=3, temperature=1.0, seed=0)
+    groups = sampled(ROWS, dialog, sampler(), 2, max_tokens=3, temperature=1.0, seed=0)
     three = Preference(ROWS[0].prompt, ("1", "2", "3"))
-    wide = sample_groups([three], dialog, sampler(), 3, max_tokens=3, temperature=1.0, seed=0)
+    wide = sampled([three], dialog, sampler(), 3, max_tokens=3, temperature=1.0, seed=0)
     batch = padded_batch([*groups, *wide], dialog.pad_id, torch.device("cpu"))
     assert batch.slots.shape == (4, 3, 3) and batch.valid.sum() == 3 * 4 + 9
     assert not batch.valid[0, 2].any() and not batch.valid[0, 0, 2] and batch.valid[3].all()
@@ -122,7 +128,7 @@ def test_groups_of_any_shape_share_a_batch() -> None:
 
 def test_rows_for_the_head_are_the_right_ones() -> None:
     dialog = tiny_dialog()
-    groups = sample_groups(ROWS, dialog, sampler(), 2, max_tokens=4, temperature=1.0, seed=0)
+    groups = sampled(ROWS, dialog, sampler(), 2, max_tokens=4, temperature=1.0, seed=0)
     batch = padded_batch(groups, dialog.pad_id, torch.device("cpu"))
     sequences = [sequence for group in groups for sequence in group.flat]
     width = batch.input_ids.shape[1]
@@ -136,7 +142,7 @@ def test_rows_for_the_head_are_the_right_ones() -> None:
 
 def test_padding_changes_no_hidden_state() -> None:
     dialog, model = tiny_dialog(), tiny_model()
-    groups = sample_groups(ROWS, dialog, sampler(), 2, max_tokens=4, temperature=1.0, seed=0)
+    groups = sampled(ROWS, dialog, sampler(), 2, max_tokens=4, temperature=1.0, seed=0)
     with torch.no_grad():
         together = model(padded_batch(groups, dialog.pad_id, torch.device("cpu")), tokens=True)
         alone = [

@@ -21,12 +21,12 @@ from test_checkpoint import flip_byte
 from tiny import tiny_config, tiny_folder, tiny_pairs
 
 from dwrl_fast import compare, evaluate, train
-from dwrl_fast.checkpoint import checkpoints, save_checkpoint
 from dwrl_fast.config import TrainConfig
 from dwrl_fast.console import command
 from dwrl_fast.errors import CheckpointError, ConfigError
 from dwrl_fast.lock import sole_writer
-from dwrl_fast.runlog import RunLog, read_metrics
+from dwrl_fast.training.checkpoint import checkpoints, save_checkpoint
+from dwrl_fast.training.runlog import RunLog, read_metrics
 
 HOLDER = """
 import sys, time

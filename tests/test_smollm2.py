@@ -20,17 +20,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from dwrl_fast import Scorer, ops, train
-from dwrl_fast.batch import Group
 from dwrl_fast.compute import Compute
 from dwrl_fast.config import TrainConfig
 from dwrl_fast.data import Preference, read_preferences
 from dwrl_fast.dialog import Dialog
+from dwrl_fast.encode import Group
 from dwrl_fast.loading import load_dialog
 from dwrl_fast.methods import METHODS
-from dwrl_fast.scorer import Runtime
-from dwrl_fast.scorer.generative import read_scores
-from dwrl_fast.scorer.scorer import inference
-from dwrl_fast.trainer import Trainer
+from dwrl_fast.scoring import Runtime
+from dwrl_fast.scoring.generative import read_scores
+from dwrl_fast.scoring.scorer import inference
+from dwrl_fast.training.trainer import Trainer
 
 pytestmark = pytest.mark.slow
 THOUGHTS = ("It answers what was asked, and says no more.", "That is of no use:\n1. wrong 2. rude")

@@ -12,17 +12,18 @@ import torch
 from judging import CUT, A, B, Says, backward, logprobs, make_method, shake, taken_gradient
 from tiny import tiny_folder
 
-from dwrl_fast.batch import Group, Size
+from dwrl_fast.batching.batch import Size
 from dwrl_fast.data import Preference
 from dwrl_fast.dialog.chat import user
+from dwrl_fast.encode import Group
 from dwrl_fast.errors import ConfigError, TemplateError
 from dwrl_fast.feed import Feed, Shuffled
 from dwrl_fast.log import logger
 from dwrl_fast.methods import Method, Tally
 from dwrl_fast.methods.star_sft import StarImitation
 from dwrl_fast.progress import Display
-from dwrl_fast.runlog import StallWatch, read_metrics
-from dwrl_fast.trainer import Trainer
+from dwrl_fast.training.runlog import StallWatch, read_metrics
+from dwrl_fast.training.trainer import Trainer
 
 STAR = ["star-sft", "star-dpo", "star-rationalizer"]
 PROMPT = (user("3 1 4"),)

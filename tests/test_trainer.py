@@ -14,23 +14,23 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from dwrl_fast import Scorer
-from dwrl_fast.batch import Group, Size
+from dwrl_fast.batching.batch import Size
+from dwrl_fast.batching.padded import padded_batch, split_padded
 from dwrl_fast.compute import Compute
 from dwrl_fast.config import TrainConfig
 from dwrl_fast.data import read_preferences
+from dwrl_fast.encode import Group, plain_groups
 from dwrl_fast.errors import CheckpointError, ConfigError, NotFiniteError
 from dwrl_fast.feed import open_feed
 from dwrl_fast.loading import load_dialog
 from dwrl_fast.log import logger
 from dwrl_fast.methods import METHODS, Method, Tally
-from dwrl_fast.optimizer import Optimizers
-from dwrl_fast.padded import padded_batch, split_padded
-from dwrl_fast.plots import plot_curves
 from dwrl_fast.progress import Display
-from dwrl_fast.rollout import plain_groups
-from dwrl_fast.runlog import RunLog, StallWatch, read_metrics
-from dwrl_fast.scorer import marginal_scores
-from dwrl_fast.trainer import Trainer
+from dwrl_fast.scoring import marginal_scores
+from dwrl_fast.training.optimizer import Optimizers
+from dwrl_fast.training.plots import plot_curves
+from dwrl_fast.training.runlog import RunLog, StallWatch, read_metrics
+from dwrl_fast.training.trainer import Trainer
 
 TIMED = ("seconds", "tokens_per_second", "share_")
 

@@ -13,14 +13,14 @@ from tiny import tiny_dialog, tiny_model
 from torch import Tensor
 
 from dwrl_fast import log
-from dwrl_fast.batch import Group
+from dwrl_fast.batching.padded import padded_batch
+from dwrl_fast.batching.tree import TreeBatch, split_tree, tree_batch
 from dwrl_fast.data import Preference
 from dwrl_fast.dialog import Sequence
-from dwrl_fast.padded import padded_batch
+from dwrl_fast.encode import Group, response_contexts
 from dwrl_fast.reference import tree_mask
-from dwrl_fast.rollout import sample_groups
-from dwrl_fast.rollout.transformers import TransformersSampler
-from dwrl_fast.tree import TreeBatch, split_tree, tree_batch
+from dwrl_fast.sampling import sample_groups
+from dwrl_fast.sampling.transformers import TransformersSampler
 
 CPU = torch.device("cpu")
 quick = settings(max_examples=100, deadline=None, derandomize=True)
@@ -186,7 +186,9 @@ def test_the_plan_says_who_sees_whom() -> None:
     prompts = [("3 1 4", "6", "2 2 2 2"), ("1", "1", "0"), ("3 1 4", "6", "7")]
     rows = [Preference(({"role": "user", "content": x},), (a, b)) for x, a, b in prompts]
     sampler = TransformersSampler(model.lm, dialog.stop_ids, dialog.pad_id, batch_size=64)
-    groups = sample_groups(rows, dialog, sampler, 4, max_tokens=6, temperature=1.0, seed=0)
+    groups = sample_groups(
+        rows, response_contexts(rows, dialog), dialog, sampler, 4, max_tokens=6, temperature=1.0, seed=0
+    )
     batch, padded = tree_batch(groups, CPU), padded_batch(groups, dialog.pad_id, CPU)
     depth: list[int] = []
     for above in batch.plan.parent.tolist():

@@ -11,15 +11,15 @@ from drawn_groups import make_group, make_sequence
 from test_layouts import COMPUTE, CPU, SHARED, drawn
 from tiny import tiny_config, tiny_dialog, tiny_folder, tiny_pairs
 
-from dwrl_fast.adapters import Lora, add_adapters, plain
+from dwrl_fast.batching.layout import Layout
 from dwrl_fast.compute import Compute
 from dwrl_fast.errors import ConfigError, ModelError, NotFiniteError
-from dwrl_fast.layout import Layout
 from dwrl_fast.loading import load_dialog
 from dwrl_fast.methods import METHODS
-from dwrl_fast.model import GenerativeModel, check_positions, load_generative, place
-from dwrl_fast.pretrained import save_pretrained, try_saving
-from dwrl_fast.rollout.transformers import TransformersSampler
+from dwrl_fast.models.adapters import Lora, add_adapters, plain
+from dwrl_fast.models.model import GenerativeModel, check_positions, load_generative, place
+from dwrl_fast.models.pretrained import save_pretrained, try_saving
+from dwrl_fast.sampling.transformers import TransformersSampler
 
 SMALL: dict[str, Any] = SHARED | {"vocab_size": 64, "num_hidden_layers": 2, "eos_token_id": 2, "pad_token_id": 0}
 STATES = {"layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4}

@@ -19,10 +19,10 @@ from tiny import tiny_folder
 from verdicts import judged_row
 
 from dwrl_fast import compare, evaluate
-from dwrl_fast.batch import Group
 from dwrl_fast.compare import parse_compare
 from dwrl_fast.config import parse_evaluate
 from dwrl_fast.data import Cluster, Preference, Rankings, read_preferences
+from dwrl_fast.encode import Group
 from dwrl_fast.errors import ConfigError
 from dwrl_fast.evaluation.judged import Judged, judged_report, score_table
 from dwrl_fast.evaluation.paired import PairedReport, paired_report

@@ -16,9 +16,9 @@ from tiny import tiny_config, tiny_dialog, tiny_folder, tiny_model, tiny_pairs, 
 from dwrl_fast import train
 from dwrl_fast.console import command
 from dwrl_fast.embedded.formats import EVALUATE, RATE
-from dwrl_fast.pretrained import save_pretrained
-from dwrl_fast.rollout import plain_groups
-from dwrl_fast.runlog import StallWatch, read_metrics
+from dwrl_fast.encode import plain_groups
+from dwrl_fast.models.pretrained import save_pretrained
+from dwrl_fast.training.runlog import StallWatch, read_metrics
 
 POINTS = "kind: pointwise\nevaluate: score {aspect} {prompt} {response} ok <s> 7 </s>\n"
 LABELLED = "kind: direct\nevaluate: compare {aspect} {prompt} A {response_a} B {response_b}\nlabels: ['A', 'B']\n"

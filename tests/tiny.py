@@ -14,8 +14,8 @@ from dwrl_fast.dialog import Dialog, Template
 from dwrl_fast.embedded.formats import EVALUATE, RATE
 from dwrl_fast.embedded.task import draw_claims, prompts, write_pairs
 from dwrl_fast.embedded.tokenizer import IDS, make_tokenizer
-from dwrl_fast.model import GenerativeModel
-from dwrl_fast.pretrained import save_pretrained
+from dwrl_fast.models.model import GenerativeModel
+from dwrl_fast.models.pretrained import save_pretrained
 
 
 def tiny_dialog() -> Dialog:

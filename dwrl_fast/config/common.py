@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
 
+from dwrl_fast.batching.layout import Packing
 from dwrl_fast.data import Cluster, Rankings, Ties
-from dwrl_fast.layout import Packing
 from dwrl_fast.options import Options, at_least, option
 from dwrl_fast.registry import using
 

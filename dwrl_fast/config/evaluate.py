@@ -15,9 +15,9 @@ from dwrl_fast.config.common import (
     thoughts_option,
 )
 from dwrl_fast.data import Cluster
+from dwrl_fast.data.mixture import Part, check_evaluated
 from dwrl_fast.dialog import Thinking
 from dwrl_fast.errors import ConfigError
-from dwrl_fast.mixture import Part, check_evaluated
 from dwrl_fast.options import at_least, parse
 
 # ruff: noqa: RUF009 - what option() returns is a dataclass field

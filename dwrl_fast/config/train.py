@@ -23,10 +23,10 @@ from dwrl_fast.config.common import (
     thoughts_option,
     updates_option,
 )
+from dwrl_fast.data.mixture import Part, check_evaluated, check_mixture
 from dwrl_fast.dialog import Thinking
 from dwrl_fast.errors import ConfigError
 from dwrl_fast.log import warn_once
-from dwrl_fast.mixture import Part, check_evaluated, check_mixture
 from dwrl_fast.options import FRACTION, OPEN_FRACTION, POSITIVE, Base, at_least, option, parse
 from dwrl_fast.registry import MethodName, described
 

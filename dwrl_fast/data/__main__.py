@@ -272,7 +272,7 @@ def print_split(name: str, split: Split, folder: Path, console: Console) -> None
 
 def load_dialog(tokenizer: str) -> "Dialog":
     from dwrl_fast.dialog import Dialog
-    from dwrl_fast.pretrained import load_tokenizer  # with torch and transformers, which nothing else here needs
+    from dwrl_fast.models.pretrained import load_tokenizer  # with torch and transformers, which nothing else here needs
 
     return Dialog(load_tokenizer(tokenizer))
 

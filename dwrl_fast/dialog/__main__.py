@@ -12,10 +12,10 @@ from dwrl_fast.console import command, set_up_logging
 from dwrl_fast.data import Demonstration, Preference, Reader, open_rows
 from dwrl_fast.dialog import Chat, Dialog, SingleTurn, Thinking
 from dwrl_fast.dialog.chat import TODAY
+from dwrl_fast.encode import demonstration_group
 from dwrl_fast.errors import ConfigError
+from dwrl_fast.models.pretrained import load_chat
 from dwrl_fast.options import Options, at_least, option, parse
-from dwrl_fast.pretrained import load_chat
-from dwrl_fast.rollout import demonstration_group
 
 # ruff: noqa: RUF009 - what option() returns is a dataclass field
 

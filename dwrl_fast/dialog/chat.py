@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from dwrl_fast.contents import ContentTokenizer
 from dwrl_fast.data import Message
+from dwrl_fast.dialog.contents import ContentTokenizer
 from dwrl_fast.dialog.sequence import Sequence
 from dwrl_fast.errors import TemplateError
 from dwrl_fast.log import info_once

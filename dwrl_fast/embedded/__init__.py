@@ -19,8 +19,8 @@ from dwrl_fast.embedded.task import draw_claims, prompts, write_pairs
 from dwrl_fast.embedded.templates import RATIONALIZER, TEMPLATES, UNTRAINED
 from dwrl_fast.embedded.tokenizer import make_tokenizer
 from dwrl_fast.embedded.warmup import Progress, Warmup, draw_model, state_reached, warm_up
-from dwrl_fast.model import GenerativeModel
-from dwrl_fast.pretrained import save_pretrained
+from dwrl_fast.models.model import GenerativeModel
+from dwrl_fast.models.pretrained import save_pretrained
 
 __all__ = [
     "EVALUATE",

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from dwrl_fast.api import Scorer
-from dwrl_fast.batch import Group
+from dwrl_fast.encode import Group, both_orders
 from dwrl_fast.evaluation.pairs import PairReport, full_report
 from dwrl_fast.evaluation.units import Units
-from dwrl_fast.rollout.comparisons import both_orders
-from dwrl_fast.scorer import marginal_scores
+from dwrl_fast.scoring import marginal_scores
 
 
 @dataclass(frozen=True, slots=True)

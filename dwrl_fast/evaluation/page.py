@@ -16,7 +16,7 @@ from dwrl_fast.evaluation.judged import Judged
 from dwrl_fast.evaluation.pairs import credit
 from dwrl_fast.evaluation.report import Report, Section, sections
 from dwrl_fast.evaluation.table import PairTable
-from dwrl_fast.scorer import Kind
+from dwrl_fast.scoring import Kind
 
 SAMPLE = 100  # pairs and rankings shown that are right, and as many that are not
 MOST_THOUGHTS = 4  # shown of one response or comparison

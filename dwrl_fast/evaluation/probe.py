@@ -18,7 +18,7 @@ from dwrl_fast.dialog.verdict import write_choice, write_score
 from dwrl_fast.errors import DataError
 from dwrl_fast.evaluation.scoring import Score, Steps
 from dwrl_fast.evaluation.units import Units
-from dwrl_fast.scorer import Progress, marginal_scores
+from dwrl_fast.scoring import Progress, marginal_scores
 from dwrl_fast.templates import fill
 
 

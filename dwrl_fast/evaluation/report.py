@@ -17,7 +17,7 @@ from dwrl_fast.evaluation.rewardbench import Benchmark
 from dwrl_fast.evaluation.table import PairTable, Slice, partitions, slice_of
 from dwrl_fast.evaluation.units import Units
 from dwrl_fast.evaluation.votes import VotePoint
-from dwrl_fast.scorer import Kind
+from dwrl_fast.scoring import Kind
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from dwrl_fast.errors import DataError
 from dwrl_fast.evaluation.judged import Judged
 from dwrl_fast.evaluation.pairs import credit
 from dwrl_fast.log import warn_once
-from dwrl_fast.scorer import Kind
+from dwrl_fast.scoring import Kind
 
 SECTIONS: Mapping[str, Mapping[str, int]] = {
     "Chat": {

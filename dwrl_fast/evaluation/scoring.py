@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 
 from dwrl_fast.api import Scorer
-from dwrl_fast.batch import Group
 from dwrl_fast.compute import step_seed
 from dwrl_fast.data import Preference
+from dwrl_fast.encode import Group
 from dwrl_fast.errors import ConfigError
 from dwrl_fast.evaluation.judged import Judged, judged
 from dwrl_fast.lock import hold
-from dwrl_fast.scorer import Progress
+from dwrl_fast.scoring import Progress
 
 Item = TypeVar("Item")
 Score = Callable[[Sequence[Preference]], list[Group]]

@@ -3,15 +3,15 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from dwrl_fast.batch import Group
 from dwrl_fast.data import Preference
+from dwrl_fast.data.mixture import short_names
 from dwrl_fast.data.preference import LINES
+from dwrl_fast.encode import Group
 from dwrl_fast.evaluation.pairs import PairReport, full_report
 from dwrl_fast.evaluation.units import Units
 from dwrl_fast.log import warn_once
-from dwrl_fast.mixture import short_names
 from dwrl_fast.objectives.agreement import order_accuracy, rank_grid
-from dwrl_fast.scorer import marginal_scores
+from dwrl_fast.scoring import marginal_scores
 
 
 def source_of(row: Preference) -> str:

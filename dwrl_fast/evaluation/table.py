@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dwrl_fast.data import Preference
+from dwrl_fast.data.mixture import short_names
 from dwrl_fast.evaluation.judged import Judged, score_table
 from dwrl_fast.evaluation.pairs import credit, score_gaps
 from dwrl_fast.evaluation.sources import source_of
 from dwrl_fast.evaluation.units import Floats, Units
-from dwrl_fast.mixture import short_names
 
 LENGTH_BINS = 5
 MOST_TURNS = 5  # from here on they count together

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from dwrl_fast.compute import step_seed
 from dwrl_fast.evaluation.judged import Judged
 from dwrl_fast.evaluation.units import Floats, Units
-from dwrl_fast.scorer import Kind
+from dwrl_fast.scoring import Kind
 
 DRAWS = 64  # for each group, of which k thoughts count
 

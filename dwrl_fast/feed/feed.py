@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from dwrl_fast.data import Preference
+from dwrl_fast.data.mixture import short_names
 from dwrl_fast.errors import ConfigError
 from dwrl_fast.feed.source import Source
 from dwrl_fast.log import warn_once
-from dwrl_fast.mixture import short_names
 
 
 class Feed:

@@ -7,16 +7,16 @@ from pathlib import Path
 
 from dwrl_fast.config import CommonOptions, TrainConfig
 from dwrl_fast.data import Dataset, Demonstration, Preference, Reader, open_rows, read_preferences
+from dwrl_fast.data.mixture import Part
 from dwrl_fast.dialog import Dialog, SingleTurn
+from dwrl_fast.encode import drop_long, fit
 from dwrl_fast.errors import DataError
 from dwrl_fast.feed.feed import Feed
 from dwrl_fast.feed.memory import Shuffled
 from dwrl_fast.feed.source import Source, with_aspect
 from dwrl_fast.feed.stream import Streamed
 from dwrl_fast.log import logger
-from dwrl_fast.mixture import Part
 from dwrl_fast.progress import Display
-from dwrl_fast.rollout import drop_long, fit
 
 Read = Callable[..., Dataset]  # (name of the file, columns, limit)
 

@@ -10,18 +10,19 @@ from typing import Any
 
 from torch import Tensor
 
-from dwrl_fast.batch import Batch, Group, Size
+from dwrl_fast.batching.batch import Batch, Size
 from dwrl_fast.compute import Compute
 from dwrl_fast.config import TrainConfig
 from dwrl_fast.data import Preference
 from dwrl_fast.dialog import Dialog
+from dwrl_fast.encode import Group
 from dwrl_fast.errors import ModelError
 from dwrl_fast.methods.method import Method, Tally
-from dwrl_fast.model import load_generative, place
+from dwrl_fast.models.model import load_generative, place
 from dwrl_fast.objectives.agreement import order_credit, rank_grid
 from dwrl_fast.objectives.likelihood import preference_likelihood
-from dwrl_fast.rollout.transformers import TransformersSampler
-from dwrl_fast.scorer import PrefilledThoughts, Progress, Runtime, ScalarScorer, fill_scores
+from dwrl_fast.sampling.transformers import TransformersSampler
+from dwrl_fast.scoring import PrefilledThoughts, Progress, Runtime, ScalarScorer, fill_scores
 
 PREFILLED = "prefilled.jsonl"  # in the run's folder
 

@@ -10,22 +10,22 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from dwrl_fast.adapters import adapted
-from dwrl_fast.batch import Batch, Group, Size
+from dwrl_fast.batching.batch import Batch, Size
 from dwrl_fast.compute import Compute
 from dwrl_fast.config import TrainConfig
 from dwrl_fast.data import Preference
 from dwrl_fast.dialog import Dialog, SingleTurn
+from dwrl_fast.encode import Group, completion_groups
 from dwrl_fast.errors import ModelError
-from dwrl_fast.liger import use_liger
 from dwrl_fast.log import warn_once
 from dwrl_fast.methods.method import Method, Tally
+from dwrl_fast.models.adapters import adapted
+from dwrl_fast.models.liger import use_liger
 from dwrl_fast.objectives.agreement import order_credit, rank_grid
 from dwrl_fast.objectives.direct_preference import implicit_reward
 from dwrl_fast.objectives.likelihood import preference_likelihood
-from dwrl_fast.rollout import completion_groups
-from dwrl_fast.scorer import PolicyScorer, Progress, Runtime, Scorer, fill_scores
-from dwrl_fast.scorer.policy import Reference, token_logprobs
+from dwrl_fast.scoring import PolicyScorer, Progress, Runtime, Scorer, fill_scores
+from dwrl_fast.scoring.policy import Reference, token_logprobs
 
 
 class DirectPreference(Method):

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from dwrl_fast import ops
-from dwrl_fast.batch import Batch, Group, Size
+from dwrl_fast.batching.batch import Batch, Size
 from dwrl_fast.data import Preference
+from dwrl_fast.encode import Group, response_contexts
 from dwrl_fast.methods.generative import GenerativeMethod
 from dwrl_fast.methods.method import Tally
-from dwrl_fast.model import HeadInputs
+from dwrl_fast.models.model import HeadInputs
 from dwrl_fast.objectives.agreement import order_credit, rank_grid
 from dwrl_fast.objectives.dual_weighted import (
     centred_reward,
@@ -24,8 +25,8 @@ from dwrl_fast.objectives.dual_weighted import (
 )
 from dwrl_fast.objectives.likelihood import preference_likelihood
 from dwrl_fast.ops import PreferenceWeights
-from dwrl_fast.rollout import sample_groups
-from dwrl_fast.scorer import GenerativeScorer, Progress, Runtime, Scorer, fill_scores, read_scores
+from dwrl_fast.sampling import sample_groups
+from dwrl_fast.scoring import GenerativeScorer, Progress, Runtime, Scorer, fill_scores, read_scores
 
 
 class DualWeightedRL(GenerativeMethod):
@@ -52,6 +53,7 @@ class DualWeightedRL(GenerativeMethod):
         config = self.config
         groups = sample_groups(
             rows,
+            response_contexts(rows, self.dialog),
             self.dialog,
             self.sampler,
             config.num_generations,

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from dwrl_fast import ops
-from dwrl_fast.batch import Batch, Group
+from dwrl_fast.batching.batch import Batch
 from dwrl_fast.compute import Compute
 from dwrl_fast.config import TrainConfig
 from dwrl_fast.dialog import Dialog, SingleTurn
+from dwrl_fast.encode import Group
 from dwrl_fast.errors import ConfigError
 from dwrl_fast.methods.method import Method, Tally
-from dwrl_fast.model import HeadInputs
+from dwrl_fast.models.model import HeadInputs
 
 
 class GenerativeMethod(Method):

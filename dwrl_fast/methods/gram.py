@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from dwrl_fast import ops
-from dwrl_fast.batch import Batch, Group, Size
+from dwrl_fast.batching.batch import Batch, Size
 from dwrl_fast.compute import step_seed
 from dwrl_fast.data import Preference
+from dwrl_fast.encode import Group, drawn_orders, label_groups
 from dwrl_fast.methods.method import Method, Tally
-from dwrl_fast.rollout.comparisons import drawn_orders
-from dwrl_fast.scorer import LabelScorer, Progress, Runtime, Scorer, label_groups
+from dwrl_fast.scoring import LabelScorer, Progress, Runtime, Scorer
 
 
 class Gram(Method):

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dwrl_fast.batch import Batch, Group, Size
+from dwrl_fast.batching.batch import Batch, Size
 from dwrl_fast.data import Preference
+from dwrl_fast.encode import Group
 from dwrl_fast.methods.generative import GenerativeMethod
 from dwrl_fast.methods.method import Tally
 from dwrl_fast.objectives.group_relative import group_advantage
-from dwrl_fast.scorer import Progress
+from dwrl_fast.scoring import Progress
 
 
 class GroupRelative(GenerativeMethod):

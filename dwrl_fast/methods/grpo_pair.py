@@ -4,11 +4,11 @@
 
 from collections.abc import Sequence
 
-from dwrl_fast.batch import Group
 from dwrl_fast.data import Preference
+from dwrl_fast.encode import Group
 from dwrl_fast.methods.grpo import GroupRelative
 from dwrl_fast.methods.verdicts import PairwiseVerdicts
-from dwrl_fast.scorer import Progress
+from dwrl_fast.scoring import Progress
 
 
 class PairwiseGroupRelative(PairwiseVerdicts, GroupRelative):

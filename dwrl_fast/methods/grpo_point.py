@@ -5,12 +5,12 @@ the numbers of the other responses it is on the right side of (docs/method.md, 3
 from collections.abc import Sequence
 from typing import Any
 
-from dwrl_fast.batch import Group
 from dwrl_fast.data import Preference
+from dwrl_fast.encode import Group, response_contexts
 from dwrl_fast.methods.grpo import GroupRelative
 from dwrl_fast.objectives.group_relative import point_rewards
-from dwrl_fast.rollout.groups import sample_contexts
-from dwrl_fast.scorer import PointScorer, Progress, Runtime, Scorer, point_contexts, read_points
+from dwrl_fast.sampling import sample_groups
+from dwrl_fast.scoring import PointScorer, Progress, Runtime, Scorer, read_points
 
 
 class PointwiseGroupRelative(GroupRelative):
@@ -23,9 +23,9 @@ class PointwiseGroupRelative(GroupRelative):
 
     def sample(self, rows: Sequence[Preference], seed: int, progress: Progress) -> list[Group]:
         kept = [row for row in rows if len(set(row.ranks)) != 1]  # of responses that all tie nothing can be right
-        groups = sample_contexts(
+        groups = sample_groups(
             kept,
-            point_contexts(kept, self.dialog),
+            response_contexts(kept, self.dialog),
             self.dialog,
             self.sampler,
             self.config.num_generations,

@@ -7,11 +7,11 @@ same where it ends with `<answer>[[A]]</answer>` or B, as RM-R1's does.
 from collections.abc import Sequence
 from typing import NoReturn
 
-from dwrl_fast.batch import Batch, Size
+from dwrl_fast.batching.batch import Batch, Size
 from dwrl_fast.data import Preference
 from dwrl_fast.methods.method import Tally
 from dwrl_fast.methods.verdicts import PairwiseVerdicts
-from dwrl_fast.scorer import Progress
+from dwrl_fast.scoring import Progress
 
 
 class Judge(PairwiseVerdicts):

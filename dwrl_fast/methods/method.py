@@ -11,18 +11,19 @@ import torch
 from torch import Tensor
 
 from dwrl_fast import ops
-from dwrl_fast.adapters import Lora
-from dwrl_fast.batch import Batch, Group, Size
+from dwrl_fast.batching.batch import Batch, Size
+from dwrl_fast.batching.layout import Layout
 from dwrl_fast.compute import Compute
 from dwrl_fast.config import TrainConfig
 from dwrl_fast.data import Preference
 from dwrl_fast.dialog import Dialog, SingleTurn
-from dwrl_fast.layout import Layout
-from dwrl_fast.liger import use_liger
-from dwrl_fast.model import load_generative, load_scalar, place
-from dwrl_fast.pretrained import save_pretrained, try_saving
-from dwrl_fast.rollout.transformers import TransformersSampler
-from dwrl_fast.scorer import Progress, Runtime, Scorer
+from dwrl_fast.encode import Group
+from dwrl_fast.models.adapters import Lora
+from dwrl_fast.models.liger import use_liger
+from dwrl_fast.models.model import load_generative, load_scalar, place
+from dwrl_fast.models.pretrained import save_pretrained, try_saving
+from dwrl_fast.sampling.transformers import TransformersSampler
+from dwrl_fast.scoring import Progress, Runtime, Scorer
 
 
 @dataclass(slots=True)

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dwrl_fast.batch import Batch, Group, Size
+from dwrl_fast.batching.batch import Batch, Size
 from dwrl_fast.data import Preference
+from dwrl_fast.encode import Group, both_orders, label_groups
 from dwrl_fast.methods.method import Method, Tally
 from dwrl_fast.objectives.likelihood import preference_likelihood
-from dwrl_fast.rollout.comparisons import both_orders
-from dwrl_fast.scorer import ContestScorer, Progress, Runtime, Scorer, label_groups
+from dwrl_fast.scoring import ContestScorer, Progress, Runtime, Scorer
 
 RANKS = {0: (1, 2), 1: (2, 1), None: (1, 1)}  # by which of the two is right
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from dwrl_fast import ops
-from dwrl_fast.batch import Batch, Group, Size
+from dwrl_fast.batching.batch import Batch, Size
 from dwrl_fast.data import Demonstration, Preference
+from dwrl_fast.encode import Group, demonstration_group
 from dwrl_fast.methods.method import Method, Tally
-from dwrl_fast.rollout import demonstration_group
-from dwrl_fast.scorer import PolicyScorer, Progress, Runtime, Scorer
+from dwrl_fast.scoring import PolicyScorer, Progress, Runtime, Scorer
 
 
 class SupervisedFineTuning(Method):

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dwrl_fast.batch import Batch, Group
+from dwrl_fast.batching.batch import Batch
 from dwrl_fast.data import Preference
+from dwrl_fast.encode import Group
 from dwrl_fast.methods.generative import thought_figures
 from dwrl_fast.methods.verdicts import Asked, PairwiseVerdicts
-from dwrl_fast.model import HeadInputs
-from dwrl_fast.scorer.policy import token_logprobs
+from dwrl_fast.models.model import HeadInputs
+from dwrl_fast.scoring.policy import token_logprobs
 
 Places = list[list[int]]  # for each comparison of a group, those among its thoughts
 

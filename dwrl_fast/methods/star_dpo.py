@@ -8,13 +8,14 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from dwrl_fast.batch import Batch, Group, Size
+from dwrl_fast.batching.batch import Batch, Size
 from dwrl_fast.compute import step_seed
 from dwrl_fast.data import Preference
+from dwrl_fast.encode import Group
 from dwrl_fast.methods.method import Tally
 from dwrl_fast.methods.star import Places, SelfTaught, select
 from dwrl_fast.objectives.direct_preference import implicit_reward
-from dwrl_fast.scorer import Progress
+from dwrl_fast.scoring import Progress
 
 BETA = 0.1
 

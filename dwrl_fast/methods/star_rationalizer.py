@@ -4,19 +4,19 @@ does not tell it (docs/methods.md). Another model may write them.
 
 from collections.abc import Sequence
 
-from dwrl_fast.batch import Group
 from dwrl_fast.compute import Compute
 from dwrl_fast.config import TrainConfig
 from dwrl_fast.data import Preference
 from dwrl_fast.dialog import Context, SingleTurn
+from dwrl_fast.encode import Group
 from dwrl_fast.errors import ConfigError
 from dwrl_fast.methods.generative import GenerativeMethod
 from dwrl_fast.methods.star import select
 from dwrl_fast.methods.star_sft import StarImitation
 from dwrl_fast.methods.verdicts import Asked
-from dwrl_fast.pretrained import load_tokenizer
-from dwrl_fast.rollout import Sampler
-from dwrl_fast.scorer import Progress
+from dwrl_fast.models.pretrained import load_tokenizer
+from dwrl_fast.sampling import Sampler
+from dwrl_fast.scoring import Progress
 from dwrl_fast.templates import Template, load_template
 
 

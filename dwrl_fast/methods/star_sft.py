@@ -4,11 +4,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dwrl_fast.batch import Batch, Group, Size
+from dwrl_fast.batching.batch import Batch, Size
 from dwrl_fast.data import Preference
+from dwrl_fast.encode import Group
 from dwrl_fast.methods.method import Tally
 from dwrl_fast.methods.star import SelfTaught, select
-from dwrl_fast.scorer import Progress
+from dwrl_fast.scoring import Progress
 
 
 class StarImitation(SelfTaught):

@@ -3,16 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
-from dwrl_fast.batch import Group
 from dwrl_fast.compute import step_seed
 from dwrl_fast.data import Preference
 from dwrl_fast.dialog import Context, SingleTurn
+from dwrl_fast.encode import Comparison, Group, comparison_contexts, drawn_orders
 from dwrl_fast.methods.generative import GenerativeMethod
 from dwrl_fast.objectives.group_relative import choice_rewards
-from dwrl_fast.rollout import Sampler
-from dwrl_fast.rollout.comparisons import Comparison, drawn_orders
-from dwrl_fast.rollout.groups import sample_contexts
-from dwrl_fast.scorer import ChoiceScorer, Progress, Runtime, Scorer, comparison_contexts, read_choices
+from dwrl_fast.sampling import Sampler, sample_groups
+from dwrl_fast.scoring import ChoiceScorer, Progress, Runtime, Scorer, read_choices
 
 Asked = list[tuple[Preference, list[Comparison]]]
 
@@ -48,7 +46,7 @@ class PairwiseVerdicts(GenerativeMethod):
         progress: Progress,
     ) -> list[Group]:
         """The same for contexts of `dialog`, the thoughts being sampled by `sampler`."""
-        groups = sample_contexts(
+        groups = sample_groups(
             [row for row, _ in asked],
             contexts,
             dialog,

@@ -1,0 +1,1 @@
+"""Groups become micro-batches: a tree of shared prefixes, packed, or padded."""

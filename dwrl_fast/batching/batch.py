@@ -1,0 +1,173 @@
+"""The tensors of one micro-batch.
+
+A group is atomic: its weights need every thought of every response, so a micro-batch holds whole groups only. A `Batch`
+names the rows of the hidden states
+that the head needs: the positions that predict thought tokens, and the last token of each sequence, where the score is
+read. Everything after the backbone sees only those rows, never the layout: padded.py's or tree.py's.
+
+Shapes: P groups, K responses, N thoughts, S sequences, F tokens of all sequences, T thought tokens of the micro-batch.
+"""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dwrl_fast.dialog import Sequence
+from dwrl_fast.encode.group import Group
+from dwrl_fast.log import warn_once
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What every layout gives to all that follows the backbone.
+
+    input_ids: the tokens as laid out; rows below are indices into its flattened positions.
+    score_rows: [S], the last token of each sequence.
+    token_rows: [T], the positions whose hidden state predicts a thought token.
+    targets: [T], the thought tokens.  owner: [T], the sequence of each.  lengths: [S], |o| of each sequence.
+    trained: [S] bool, whether the thought's tokens are trained.
+    old_logprob: [T] float32, or None.
+    slots: [P, K, N], the sequence of each thought; valid: [P, K, N] bool, False where a response has fewer thoughts, or
+    a group fewer responses, than the largest of the batch.
+    places: [S], where each sequence stands in these, flattened.
+    naive_tokens: F, what the trunk would compute one sequence at a time.
+    """
+
+    groups: tuple[Group, ...]
+    input_ids: Tensor
+    score_rows: Tensor
+    token_rows: Tensor
+    targets: Tensor
+    owner: Tensor
+    lengths: Tensor
+    trained: Tensor
+    old_logprob: Tensor | None
+    slots: Tensor
+    valid: Tensor
+    places: Tensor
+    naive_tokens: int
+
+    def grid(self, values: Tensor) -> Tensor:
+        """[S] -> [P, K, N]; absent slots repeat the first sequence and must be masked with `valid`."""
+        return values[self.slots]
+
+    def flat(self, grid: Tensor) -> Tensor:
+        """[P, K, N] -> [S], what `grid` has of each sequence."""
+        return grid.flatten()[self.places]
+
+    @property
+    def trunk_tokens(self) -> int:
+        """Positions that the backbone computes, padding included."""
+        return self.input_ids.numel()
+
+    @property
+    def head_rows(self) -> int:
+        """Hidden states that the head reads, thoughts and scores."""
+        return len(self.token_rows) + len(self.score_rows)
+
+    @property
+    def padding(self) -> int:
+        """Positions that are computed for nothing."""
+        return 0
+
+
+class Size(NamedTuple):
+    """What a whole minibatch holds, over which its loss is a mean: preference groups, sequences, tokens of thoughts,
+    labels that are trained.
+    """
+
+    groups: int
+    sequences: int
+    tokens: int
+    labels: int
+
+    @classmethod
+    def of(cls, minibatch: Seq[Batch]) -> "Size":
+        return cls(
+            sum(len(batch.groups) for batch in minibatch),
+            sum(len(batch.lengths) for batch in minibatch),
+            sum(len(batch.targets) for batch in minibatch),
+            sum(len(group.right) for batch in minibatch for group in batch.groups),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Flat:
+    """All sequences end to end, from which layouts are made: ids [F]; where each starts in them and its size, [S]."""
+
+    sequences: list[Sequence]
+    ids: Ints
+    starts: Ints
+    sizes: Ints
+
+    @classmethod
+    def of(cls, groups: Seq[Group]) -> "Flat":
+        sequences = [sequence for group in groups for sequence in group.flat]
+        sizes = np.array([len(sequence.ids) for sequence in sequences], dtype=np.int64)
+        ids = np.fromiter(chain.from_iterable(s.ids for s in sequences), np.int64, count=int(sizes.sum()))
+        return cls(sequences, ids, np.cumsum(sizes) - sizes, sizes)
+
+
+def ranges(starts: Ints, sizes: Ints) -> Ints:
+    """The ranges [start, start + size), one after another."""
+    before = np.cumsum(sizes) - sizes
+    return np.repeat(starts - before, sizes) + np.arange(sizes.sum())
+
+
+def head_fields(
+    groups: Seq[Group], flat: Flat, rows: Ints, device: torch.device, *, mask_truncated: bool
+) -> dict[str, Any]:
+    """All of `Batch` but the tokens, for a layout that puts the tokens of `flat` at `rows` [F]."""
+    count = len(flat.sequences)
+    lengths = np.array([s.thought.stop - s.thought.start for s in flat.sequences], dtype=np.int64)
+    targets = ranges(flat.starts + np.array([s.thought.start for s in flat.sequences], dtype=np.int64), lengths)
+    ended = [e for group in groups for response in group.ended for e in response] or [True] * count
+    old = [logprob for group in groups for response in group.old_logprobs for logprob in response]
+    slots, valid = _slots(groups)
+
+    def put(x: Ints) -> Tensor:
+        return torch.from_numpy(x).to(device)
+
+    return {
+        "groups": tuple(groups),
+        "score_rows": put(rows[flat.starts + flat.sizes - 1]),
+        "token_rows": put(rows[targets - 1]),
+        "targets": put(flat.ids[targets]),
+        "owner": put(np.repeat(np.arange(count), lengths)),
+        "lengths": put(lengths),
+        "trained": torch.tensor(ended if mask_truncated else [True] * count).to(device),
+        "old_logprob": torch.cat(old).to(device) if old else None,
+        "slots": slots.to(device),
+        "valid": valid.to(device),
+        "places": put(np.flatnonzero(valid.numpy())),
+        "naive_tokens": len(flat.ids),
+    }
+
+
+def _slots(groups: Seq[Group]) -> tuple[Tensor, Tensor]:
+    responses = max(len(group.sequences) for group in groups)
+    thoughts = max(len(response) for group in groups for response in group.sequences)
+    slots = torch.full((len(groups), responses, thoughts), -1)
+    s = 0
+    for p, group in enumerate(groups):
+        for k, response in enumerate(group.sequences):
+            slots[p, k, : len(response)] = torch.arange(s, s + len(response))
+            s += len(response)
+    return slots.clamp_min(0), slots >= 0
+
+
+def warn_oversized(size: str, token_budget: int) -> None:
+    """Say that a group of `size`, in words, is larger than a micro-batch should be."""
+    warn_once(
+        f"a preference group of {size} exceeds --token_budget {token_budget}; groups are never split, so it becomes a "
+        "micro-batch of its own. Raise the budget, or lower --max_length, --max_completion_length or --num_generations "
+        "if memory runs out."
+    )

@@ -1,0 +1,176 @@
+"""The tree layout: every prefix that sequences share is stored, and computed, once; or packed, with nothing shared.
+
+The thoughts of a response share [prompt, response, evaluate turn], the responses of a group the prompt, and groups what
+their prompts begin with. What is shared is read off the ids themselves, by a path-compressed trie over all sequences of
+the micro-batch: a node is a run of tokens, its children the ways to go on; a sequence may end inside one. Tokens lie in
+depth-first order, so a node's descendants follow it without a gap, and siblings in the order in which they are first
+met, so that a thought whose tokens change moves no other.
+
+Shapes: U unique tokens, M nodes; the others are those of batch.py.
+"""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dwrl_fast.batching.batch import Batch, Flat, Ints, head_fields, ranges, warn_oversized
+from dwrl_fast.encode import Group
+
+
+@dataclass(frozen=True, slots=True)
+class TreePlan:
+    """Nodes in depth-first order; all int64, and on the CPU: what a device needs is laid out from them there.
+
+    start, stop: [M], the node's own tokens are [start, stop) of the flat ones: stop[m] is start[m + 1].
+    parent: [M], -1 for a root.
+    """
+
+    start: Tensor
+    stop: Tensor
+    parent: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TreeBatch(Batch):
+    """Unique tokens in depth-first order: input_ids is [U].
+
+    position_ids: [U], the place of each token in the unpacked sequence.
+    The last prefix token predicts the first token of several thoughts: its row is repeated in token_rows.
+    """
+
+    position_ids: Tensor
+    plan: TreePlan
+
+
+class _Trie:
+    """A path-compressed trie over runs of `ids`. Node n holds the tokens ids[source[n] : source[n] + size[n]]."""
+
+    def __init__(self, flat: Flat) -> None:
+        self.ids = flat.ids
+        self.source: list[int] = []
+        self.size: list[int] = []
+        self.children: list[dict[int, int]] = []  # by their first token, in the order they were first met
+        self.roots: dict[int, int] = {}
+        for start, size in zip(flat.starts.tolist(), flat.sizes.tolist(), strict=True):
+            self._insert(start, start + size)
+
+    def _new(self, source: int, size: int) -> int:
+        self.source.append(source)
+        self.size.append(size)
+        self.children.append({})
+        return len(self.source) - 1
+
+    def _insert(self, at: int, stop: int) -> None:
+        siblings = self.roots
+        while at < stop:
+            first = self.ids.item(at)
+            node = siblings.get(first)
+            if node is None:
+                siblings[first] = self._new(at, stop - at)
+                return
+            shared = self._common(self.source[node], at, min(self.size[node], stop - at))
+            if at + shared < stop:
+                if shared < self.size[node]:
+                    self._split(node, shared)
+                elif not self.children[node]:  # all that ends here begins this sequence: a longer leaf, not a child
+                    self.source[node], self.size[node] = at, stop - at
+                    return
+            at += shared
+            siblings = self.children[node]
+
+    def _common(self, a: int, b: int, size: int) -> int:
+        differ = self.ids[a : a + size] != self.ids[b : b + size]
+        first = int(differ.argmax())
+        return first if differ[first] else size
+
+    def _split(self, node: int, size: int) -> None:
+        """Cut `node` after `size` tokens: it keeps them, and its only child takes the rest and the children."""
+        lower = self._new(self.source[node] + size, self.size[node] - size)
+        self.children[lower] = self.children[node]
+        self.children[node] = {self.ids.item(self.source[lower]): lower}
+        self.size[node] = size
+
+    def depth_first(self) -> tuple[list[int], list[int]]:
+        """All nodes, and for each the place of its parent among them."""
+        order: list[int] = []
+        parent: list[int] = []
+        stack = [(node, -1) for node in reversed(self.roots.values())]
+        while stack:
+            node, above = stack.pop()
+            stack += [(child, len(order)) for child in reversed(self.children[node].values())]
+            order.append(node)
+            parent.append(above)
+        return order, parent
+
+    def walk(self, flat: Flat) -> tuple[Ints, Ints]:
+        """The nodes that each sequence passes, sequence by sequence, and how many of its tokens lie in each."""
+        nodes, sizes = [], []
+        for at, left in zip(flat.starts.tolist(), flat.sizes.tolist(), strict=True):
+            siblings = self.roots
+            while left > 0:
+                node = siblings[self.ids.item(at)]
+                nodes.append(node)
+                sizes.append(min(self.size[node], left))
+                at, left, siblings = at + self.size[node], left - self.size[node], self.children[node]
+        return np.array(nodes), np.array(sizes)
+
+
+def tree_batch(
+    groups: Seq[Group], device: torch.device, *, shared: bool = True, mask_truncated: bool = False
+) -> TreeBatch:
+    """Lay `groups` out as a tree; without `shared`, as a forest of which every sequence is a root.
+
+    With `mask_truncated`, thoughts cut at the limit are scored, not trained.
+    """
+    flat = Flat.of(groups)
+    sizes, parent, rows = _shared_nodes(flat) if shared else _lone_nodes(flat)
+    start = np.cumsum(sizes) - sizes
+    input_ids, position_ids = np.empty(sizes.sum(), np.int64), np.empty(sizes.sum(), np.int64)
+    input_ids[rows], position_ids[rows] = flat.ids, ranges(np.zeros_like(flat.sizes), flat.sizes)
+    return TreeBatch(
+        input_ids=torch.from_numpy(input_ids).to(device),
+        position_ids=torch.from_numpy(position_ids).to(device),
+        plan=TreePlan(*map(torch.from_numpy, (start, start + sizes, np.array(parent)))),
+        **head_fields(groups, flat, rows, device, mask_truncated=mask_truncated),
+    )
+
+
+def _shared_nodes(flat: Flat) -> tuple[Ints, list[int], Ints]:
+    """Each node's size and parent, in depth-first order, and where the tokens of `flat` come to lie, [F]."""
+    trie = _Trie(flat)
+    order, parent = trie.depth_first()
+    sizes = np.array(trie.size)[order]
+    start_of_node = np.empty_like(sizes)
+    start_of_node[order] = np.cumsum(sizes) - sizes
+    passed, passed_sizes = trie.walk(flat)
+    return sizes, parent, ranges(start_of_node[passed], passed_sizes)
+
+
+def _lone_nodes(flat: Flat) -> tuple[Ints, list[int], Ints]:
+    return flat.sizes, [-1] * len(flat.sizes), np.arange(len(flat.ids))
+
+
+def split_tree(groups: Seq[Group], token_budget: int, *, shared: bool = True) -> list[list[Group]]:
+    """Whole groups into micro-batches of at most `token_budget` tokens as stored, by first fit, the largest first.
+
+    What groups share between them is not counted off, so a batch may come out smaller. A group larger than the budget
+    is a batch of its own: cutting it would change its weights.
+    """
+    flats = (Flat.of([group]) for group in groups)
+    sizes = [sum(_Trie(flat).size) if shared else len(flat.ids) for flat in flats]
+    sized = zip(sizes, groups, strict=True)
+    batches: list[list[Group]] = []
+    room: list[int] = []
+    for size, group in sorted(sized, key=lambda pair: pair[0], reverse=True):
+        if size > token_budget:
+            warn_oversized(f"{size} tokens", token_budget)
+        place = next((b for b, left in enumerate(room) if size <= left), len(batches))
+        if place == len(batches):
+            batches.append([])
+            room.append(token_budget)
+        batches[place].append(group)
+        room[place] -= size
+    return batches

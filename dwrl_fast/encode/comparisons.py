@@ -1,0 +1,66 @@
+"""Responses shown together: which, in which order, and which of the two is right."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations, permutations
+
+import numpy as np
+
+from dwrl_fast.data import Preference
+from dwrl_fast.dialog import SingleTurn
+from dwrl_fast.encode.group import Group
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Response `first` is shown as A, `second` as B: places among the row's responses. right: 0 where A is the better
+    one, 1 where B is, None where they tie.
+    """
+
+    first: int
+    second: int
+    right: int | None
+
+    @property
+    def places(self) -> tuple[int, int]:
+        return self.first, self.second
+
+
+def both_orders(row: Preference) -> list[Comparison]:
+    """Every two responses of a row in both orders, as verdicts are asked for."""
+    return [_comparison(row, i, j) for i, j in permutations(range(len(row.responses)), 2)]
+
+
+def drawn_orders(rows: Sequence[Preference], seed: int) -> list[list[Comparison]]:
+    """For each row every two of its responses that do not tie, once, in an order drawn from `seed`."""
+    rng = np.random.default_rng(seed)
+    drawn = []
+    for row in rows:
+        pairs = [(i, j) if rng.random() < 0.5 else (j, i) for i, j in combinations(range(len(row.responses)), 2)]
+        some = [_comparison(row, i, j) for i, j in pairs]
+        drawn.append([comparison for comparison in some if comparison.right is not None])
+    return drawn
+
+
+def _comparison(row: Preference, i: int, j: int) -> Comparison:
+    ranks = row.ranks or range(len(row.responses))
+    return Comparison(i, j, None if ranks[i] == ranks[j] else int(ranks[i] > ranks[j]))
+
+
+def comparison_contexts(
+    rows: Sequence[Preference], asked: Sequence[Sequence[Comparison]], dialog: SingleTurn
+) -> list[list]:
+    """The contexts of each row's comparisons."""
+    return [
+        [dialog.context(row.prompt, [row.responses[k] for k in each.places], row.aspect) for each in comparisons]
+        for row, comparisons in zip(rows, asked, strict=True)
+    ]
+
+
+def label_groups(rows: Sequence[Preference], asked: Sequence[Sequence[Comparison]], dialog: SingleTurn) -> list[Group]:
+    """One group a row with a sequence for each comparison, at whose end the label is read; nothing is sampled."""
+    contexts = comparison_contexts(rows, asked, dialog)
+    return [
+        Group(row, [[dialog.sequence(context, [])] for context in of_row])
+        for row, of_row in zip(rows, contexts, strict=True)
+    ]

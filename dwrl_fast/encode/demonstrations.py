@@ -1,0 +1,48 @@
+"""From demonstrations to groups: one sequence each, in which thought and verdict are what is trained."""
+
+from collections.abc import Callable
+
+from dwrl_fast.data import Demonstration
+from dwrl_fast.dialog import Dialog, SingleTurn, read_choice, read_score, write_choice, write_score
+from dwrl_fast.encode.group import Group
+from dwrl_fast.errors import TemplateError
+
+Forms = dict[str, tuple[Callable[[str], str], Callable[[str], object]]]
+FORMS: Forms = {"pairwise": (write_choice, read_choice), "pointwise": (write_score, read_score)}
+
+
+def demonstration_group(row: Demonstration, dialog: Dialog | SingleTurn) -> Group:
+    """The thought in `thought`; the verdict in it too, or where the template has labels in `right`.
+
+    Raises TemplateError where the template shows another number of responses, or does not know the verdict.
+    """
+    kind, labels = dialog.template.kind, dialog.template.labels
+    shows = 1 if isinstance(dialog, Dialog) else len(dialog.shows)
+    if len(row.responses) != shows:
+        raise TemplateError(f"not as many responses as a template of kind {kind} shows: {shows}")
+    if labels is not None and row.verdict not in labels:
+        raise TemplateError(f"the verdict is none of the template's labels, {' and '.join(labels)}")
+    if labels is not None and isinstance(dialog, SingleTurn) and row.thought.strip():
+        raise TemplateError(f"a thought, where a template of kind {kind} has none")
+    if isinstance(dialog, Dialog):
+        context = dialog.context(row.prompt, row.responses[0], row.aspect)
+    else:
+        context = dialog.context(row.prompt, row.responses, row.aspect)
+    if labels is None:
+        ids = dialog.thought_ids(_with_verdict(row.thought, row.verdict, kind))
+        return Group(row, [[dialog.sequence(context, ids)]])
+    ids = dialog.thought_ids(row.thought) if isinstance(dialog, Dialog) else []
+    return Group(row, [[dialog.sequence(context, ids)]], right=[labels.index(row.verdict)])
+
+
+def _with_verdict(thought: str, verdict: str, kind: str) -> str:
+    """The thought, with its verdict in the form that it is read in, on a line of its own."""
+    write, read = FORMS[kind]
+    if not verdict:
+        if read(thought) is None:
+            raise TemplateError("no verdict, neither as a column nor at the end of the thought")
+        return thought
+    form = write(verdict)
+    if read(form) is None:
+        raise TemplateError(f"the verdict is none that a template of kind {kind} asks for")
+    return f"{thought}\n{form}" if thought else form

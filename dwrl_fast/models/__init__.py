@@ -1,0 +1,1 @@
+"""Hugging Face models as preference models: loaded, placed, tried, adapted and saved."""

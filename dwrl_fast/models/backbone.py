@@ -1,0 +1,186 @@
+"""A Hugging Face decoder over a tree of tokens, through transformers' attention registry: no model code is edited.
+
+`attend_over_trees` gives a model an attention that is ours where the forward brings a `plan`, and otherwise the one it
+had: sampling and padded batches go on as before. A tree needs no mask; positions are those of the unpacked sequences.
+"""
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dwrl_fast import ops
+from dwrl_fast.batching.batch import Batch
+from dwrl_fast.batching.padded import PaddedBatch
+from dwrl_fast.batching.tree import TreeBatch
+from dwrl_fast.errors import ModelError
+from dwrl_fast.log import info_once
+from dwrl_fast.reference import Plan
+
+SUFFIX = "+tree"
+ATTENDS = {"full_attention", "sliding_attention"}  # the kinds of layer that tree_attention computes
+# What else transformers hands to an attention function; anything beyond these would be ignored, and so is refused.
+WITHOUT_EFFECT = {"position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states"}
+
+
+def backbone_states(backbone: nn.Module, batch: Batch) -> Tensor:
+    """[positions, H]: the last hidden states of `batch`, flattened; its rows are indices into them."""
+    if isinstance(batch, TreeBatch):
+        return _tree_states(backbone, batch.input_ids, batch.position_ids, batch.plan)
+    assert isinstance(batch, PaddedBatch)
+    return _padded_states(backbone, batch.input_ids, batch.attention_mask)
+
+
+def _tree_states(backbone: nn.Module, input_ids: Tensor, position_ids: Tensor, plan: Plan) -> Tensor:
+    # A mask of four dimensions is handed through as it is: none is made.
+    no_mask = torch.empty((1, 1, 0, 0), dtype=torch.bool, device=input_ids.device)
+    return backbone(
+        input_ids=input_ids[None],
+        attention_mask=no_mask,
+        position_ids=position_ids[None],
+        use_cache=False,
+        plan=plan,
+    ).last_hidden_state[0]
+
+
+def _padded_states(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Padding is on the right, so positions are those of the sequence alone."""
+    states = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    return states.flatten(0, 1)
+
+
+def keep_softcap(lm: Any) -> None:
+    """SDPA has no soft-cap. Until transformers raised there, it left Gemma 2's out in silence, and took SDPA by default
+    (5.17 does): a model with one attends eagerly.
+    """
+    config = lm.config.get_text_config()
+    if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":
+        lm.set_attn_implementation("eager")
+        info_once(f"{type(lm).__name__}: eager attention, for SDPA would leave its soft-cap out")
+
+
+def rotary_limit(lm: Any) -> int | None:
+    """The longest sequence, in tokens, up to which the rotary factors of `lm` are the same whatever the batch; None
+    where they always are. Past it, dynamic NTK and LongRoPE take those of the batch's longest sequence for all.
+    """
+    config = lm.config.get_text_config()
+    limits = {
+        "dynamic": lambda rope: config.max_position_embeddings,
+        "longrope": lambda rope: rope["original_max_position_embeddings"],
+    }
+    ropes = _ropes(getattr(config, "rope_parameters", None))
+    return min((limits[rope["rope_type"]](rope) for rope in ropes if rope["rope_type"] in limits), default=None)
+
+
+def _ropes(parameters: Any) -> list[dict[str, Any]]:
+    """The rope parameters of a config, which may stand under one key for each kind of layer."""
+    if not isinstance(parameters, dict):
+        return []
+    own = [parameters] if "rope_type" in parameters else []
+    return own + [rope for value in parameters.values() for rope in _ropes(value)]
+
+
+def keep_rotary(lm: Any) -> None:
+    """Refuse longer sequences than `rotary_limit`, in every layout and in sampling: there a score would depend on its
+    neighbours.
+    """
+    limit = rotary_limit(lm)
+    if limit is None:
+        return
+
+    def check(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        positions = options["position_ids"] if "position_ids" in options else args[1]
+        if positions.amax() >= limit:
+            refuse_past_rotary(lm, int(positions.amax()) + 1)
+
+    for module in lm.base_model.modules():
+        if hasattr(module, "rope_type"):
+            module.register_forward_pre_hook(check, with_kwargs=True)
+
+
+def refuse_past_rotary(lm: Any, longest: int) -> None:
+    """ModelError where a sequence of `longest` tokens is past `rotary_limit`."""
+    limit = rotary_limit(lm)
+    if limit is not None and longest > limit:
+        raise ModelError(
+            f"a sequence of {longest} tokens: the rotary embedding of {type(lm).__name__} is the same in every batch "
+            f"only up to {limit} tokens; past that, scores would depend on what they are computed beside. Lower "
+            f"--max_length and --max_completion_length to {limit} tokens together"
+        )
+
+
+def attend_over_trees(lm: Any) -> None:
+    """Let the backbone of `lm` take a tree of tokens. ModelError with the reason where its configuration says that it
+    cannot; trial.py finds what no configuration says.
+    """
+    config = lm.config.get_text_config()
+    if reason := _hindrance(lm, config):
+        raise ModelError(reason)
+    base = config._attn_implementation
+    if not base.endswith(SUFFIX):
+        _register(base)
+        lm.set_attn_implementation(base + SUFFIX)
+
+
+def _hindrance(lm: Any, config: Any) -> str | None:
+    """Why `lm` cannot run on a tree, from what it says of itself."""
+    if not lm._can_set_attn_implementation():
+        return "its attention is not taken from transformers' registry"
+    if config._attn_implementation.removesuffix(SUFFIX) not in ("sdpa", "eager"):
+        return f"it was loaded with attn_implementation={config._attn_implementation!r} (sdpa or eager are possible)"
+    kinds = set(getattr(config, "layer_types", None) or ()) - ATTENDS
+    if kinds:
+        return f"it has layers of kind {', '.join(sorted(kinds))}, which carry state along the packed tokens"
+    if getattr(config, "attention_chunk_size", None):
+        return f"it attends in chunks (attention_chunk_size = {config.attention_chunk_size})"
+    if getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True):
+        return "its attention is not causal"
+    return None
+
+
+def _register(base: str) -> None:
+    """An implementation of attention: `tree_attention` where a plan comes with it, otherwise `base`."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        plan = options.pop("plan", None)
+        if plan is not None:
+            return _attention(module, query, key, value, plan, **options), None
+        if base == "eager":  # not in the registry: each model's file has its own
+            return sys.modules[type(module).__module__].eager_attention_forward(  # type: ignore[attr-defined]
+                module, query, key, value, mask, **options
+            )
+        return ALL_ATTENTION_FUNCTIONS[base](module, query, key, value, mask, **options)
+
+    AttentionInterface.register(base + SUFFIX, attention)
+    AttentionMaskInterface.register(base + SUFFIX, ALL_MASK_ATTENTION_FUNCTIONS[base])
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: Plan,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **others: Any,
+) -> Tensor:
+    """Heads [1, heads, U, D] -> [1, U, Hq, D]. Raises ModelError on what tree_attention does not compute."""
+    unknown = [k for k, v in others.items() if k not in WITHOUT_EFFECT and v is not None]
+    unknown += ["dropout"] if dropout else []
+    if unknown:
+        raise ModelError(
+            f"{type(module).__name__} asks its attention for {', '.join(unknown)}, which a tree of tokens does not have"
+        )
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return ops.tree_attention(q, k, v, plan, scale=scaling, softcap=softcap, window=sliding_window, sinks=s_aux)[None]

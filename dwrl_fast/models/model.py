@@ -1,0 +1,330 @@
+"""The root modules: a Hugging Face backbone and its head, seen as hidden states at the rows that matter.
+
+One root owns backbone and head, so that sharding, checkpointing and saving see one module. Logits are never built here:
+the generative root returns the hidden states at the thought and score rows with the head's weight, and the operators do
+the rest.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from dwrl_fast.batching.batch import Batch
+from dwrl_fast.batching.layout import Layout
+from dwrl_fast.compute import Compute
+from dwrl_fast.errors import ModelError
+from dwrl_fast.log import logger
+from dwrl_fast.models import gguf
+from dwrl_fast.models.adapters import (
+    Lora,
+    adapted,
+    adapter_base,
+    add_adapters,
+    holds_head,
+    is_adapter,
+    merged_adapter,
+    switched_off,
+)
+from dwrl_fast.models.backbone import backbone_states, keep_rotary, keep_softcap, refuse_past_rotary, rotary_limit
+from dwrl_fast.models.trial import admit
+
+Model = TypeVar("Model", "GenerativeModel", "ScalarModel")
+LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier_scale")
+
+
+@dataclass(frozen=True, slots=True)
+class HeadInputs:
+    """What the head's operators take.
+
+    score [S, H], token [T, H] (or [0, H] where they were not asked for), weight [V, H], bias [V], softcap.
+    """
+
+    score: Tensor
+    token: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+
+
+class PreferenceModel(nn.Module):
+    """What the two roots have in common."""
+
+    lm: Any
+
+    def __init__(self, lm: Any):
+        super().__init__()
+        keep_softcap(lm)
+        keep_rotary(lm)
+        self.lm = lm
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Within it the model is what it was before training, its adapters switched off; no gradient is to be taken.
+
+        Raises ModelError where it has none, for then nothing of it is left as it was.
+        """
+        return switched_off(self.lm)
+
+
+class GenerativeModel(PreferenceModel):
+    """A causal language model as a generative preference model. `lm` stays a plain Hugging Face model: save and load it
+    as such.
+    """
+
+    def __init__(self, lm: Any):
+        super().__init__(lm)
+        if lm.get_output_embeddings() is None or lm.base_model is lm:
+            raise ModelError(
+                f"{type(lm).__name__} is no causal language model with an output head; give a *ForCausalLM checkpoint"
+            )
+        config = lm.config.get_text_config()
+        for name in LOGIT_SCALES:
+            if getattr(config, name, None) not in (None, 1, 1.0):
+                raise ModelError(
+                    f"{type(lm).__name__} multiplies its logits ({name} = {getattr(config, name)}), which the fused "
+                    "head does not do; use a model without it (Llama, Qwen, Mistral, Gemma)"
+                )
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+
+    def forward(self, batch: Batch, *, tokens: bool) -> HeadInputs:
+        """Hidden states at the score rows, and with `tokens` at the thought rows."""
+        hidden = backbone_states(self.lm.base_model, batch)
+        head = self.lm.get_output_embeddings()
+        return HeadInputs(
+            score=hidden[batch.score_rows],
+            token=hidden[batch.token_rows if tokens else batch.token_rows[:0]],
+            weight=head.weight,
+            bias=head.bias,
+            softcap=self.softcap,
+        )
+
+
+class ScalarModel(PreferenceModel):
+    """A sequence classifier with one output as a scalar reward model (method `bt`)."""
+
+    def __init__(self, lm: Any):
+        super().__init__(lm)
+        if getattr(lm, "score", None) is None:
+            raise ModelError(
+                f"{type(lm).__name__} has no `score` head; bt needs a family with *ForSequenceClassification"
+            )
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Rewards [S] in float32, read at the last token."""
+        hidden = backbone_states(self.lm.base_model, batch)[batch.score_rows]
+        # One product in float32 whatever the trunk computes in: bfloat16 rewards tie where the responses do not.
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.lm.score(hidden.float()).squeeze(-1)
+
+
+def load_generative(
+    name_or_path: str | None, config_path: str | None, seed: int, lora: Lora | None = None
+) -> GenerativeModel:
+    """A causal LM from a folder, hub name or GGUF file, or drawn from `config_path` with `seed`; float32 master
+    weights, or `lora`'s over a frozen model. A folder of adapters loads as the model that they merge into.
+    """
+    from transformers import AutoModelForCausalLM
+
+    return GenerativeModel(_load(AutoModelForCausalLM, name_or_path, config_path, seed, lora))
+
+
+def load_scalar(
+    name_or_path: str | None,
+    config_path: str | None,
+    seed: int,
+    pad_id: int,
+    lora: Lora | None = None,
+    *,
+    new_head: bool = False,
+) -> ScalarModel:
+    """The same backbone under a one-output head. With `new_head` one that the checkpoint does not hold is drawn with
+    `seed`, for it is about to be trained.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    model = _load(
+        AutoModelForSequenceClassification, name_or_path, config_path, seed, lora, new_head=new_head, num_labels=1
+    )
+    model.config.pad_token_id = pad_id
+    return ScalarModel(model)
+
+
+def _load(
+    auto: Any,
+    name_or_path: str | None,
+    config_path: str | None,
+    seed: int,
+    lora: Lora | None,
+    *,
+    new_head: bool = False,
+    **extra: Any,
+) -> Any:
+    quiet()
+    if name_or_path is not None and is_adapter(name_or_path):
+        return _load_merged(auto, name_or_path, seed, lora, **extra)
+    source = str(name_or_path or config_path)
+    # The caller's stream of random numbers must not depend on whether a model was drawn.
+    with torch.random.fork_rng(devices=[]), gguf.source(source) as (path, keywords):
+        torch.manual_seed(seed)
+        try:
+            if name_or_path is not None:
+                options = extra | ({"dtype": torch.float32} if lora is None else lora.base_options())
+                options = gguf.dequantising(options, source) if keywords else options
+                model, report = _from_pretrained(auto, path, options | keywords)
+            else:
+                model, report = _drawn(auto, path, extra, keywords), None
+        except (OSError, ValueError, KeyError, AssertionError, RuntimeError) as error:
+            hint = (
+                gguf.NEEDS
+                if keywords
+                else "The folder exists but does not load: it needs config.json and model.safetensors."
+                if Path(source).exists()
+                else "Give a local folder, or a hub name while the hub can be reached."
+            )
+            raise ModelError(f"cannot load a model from {source!r}. {hint}\n  {error}") from error
+        if report is not None:
+            _refuse_other_weights(source, model, report, new_head)
+            _read_tying(model)
+            if keywords:
+                gguf.say_dequantised(model, source)
+        if adapted(model):
+            raise ModelError(
+                f"{source} is an adapter of the hub: give a local folder of it, or the model that it merges into"
+            )
+        if lora is not None:
+            add_adapters(model, lora, source)
+    switch_dropout_off(model)
+    return model
+
+
+def _from_pretrained(auto: Any, path: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The model, and transformers' report of the weights that it found, whose sizes differ too."""
+    with _without_remarks():
+        return auto.from_pretrained(
+            path, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+
+
+def _drawn(auto: Any, path: str, extra: dict[str, Any], keywords: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False, **keywords, **extra)
+    return auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
+
+
+@contextmanager
+def _without_remarks() -> Iterator[None]:
+    """transformers only warns of weights that are missing, drawn or not tied; here each is an error, or is mended."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _refuse_other_weights(source: str, model: Any, report: dict[str, Any], new_head: bool) -> None:
+    """ModelError where the file lacks weights of `model`, which would be drawn at random, or holds others. The head of
+    a language model may make room for a scalar one that is about to be trained.
+    """
+    missing, others = set(report["missing_keys"]), set(report["unexpected_keys"])
+    if new_head and "score.weight" in missing:
+        missing = {name for name in missing if not name.startswith("score.")}
+        others = {name for name in others if not name.startswith("lm_head.")}
+    sizes = {f"{name} as {list(there)} for {list(here)}" for name, there, here in report["mismatched_keys"]}
+    said = {"lacks": missing, "holds besides": others, "has": sizes}
+    found = [f"{what} {listed(names)}" for what, names in said.items() if names]
+    if found:
+        raise ModelError(
+            f"the weights in {source} are not those of {type(model).__name__}: the file {' and '.join(found)}. Copy "
+            "the model again from where it was made, or give the config.json that belongs to it"
+        )
+
+
+def listed(names: Iterable[str], most: int = 6) -> str:
+    """The first names in order, and how many more there are."""
+    some = sorted(names)
+    return ", ".join(some[:most]) + (f" and {len(some) - most} more" if len(some) > most else "")
+
+
+def _read_tying(model: Any) -> None:
+    """Whether the head is the embedding: as the weights have it, whatever the config says, for that is what is saved
+    and merged by. Merged checkpoints hold a head of their own under a config that says tied.
+    """
+    head = model.get_output_embeddings()
+    if head is not None:
+        tied = head.weight is model.get_input_embeddings().weight
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = tied
+
+
+def _load_merged(auto: Any, folder: str, seed: int, lora: Lora | None, **extra: Any) -> Any:
+    if lora is not None:
+        raise ModelError(
+            f"{folder} is an adapter, and --use_peft trains a new one over a whole model: give the one that it merges "
+            "into (OUTPUT_DIR/model beside OUTPUT_DIR/adapter)"
+        )
+    base = _load(auto, adapter_base(folder), None, seed, None, new_head=holds_head(folder), **extra)
+    return merged_adapter(base, folder)
+
+
+def place(model: Model, compute: Compute, layout: Layout, *, thinks: bool = True) -> Model:
+    """`model` on the device, able to run the batches of `layout` and, where it `thinks`, to be sampled from; ModelError
+    where it is not.
+    """
+    model.to(compute.device)
+    admit(model, layout.packing, layout.pad_id, compute, thinks=thinks and isinstance(model, GenerativeModel))
+    return model
+
+
+def switch_dropout_off(model: nn.Module) -> None:
+    """Under dropout the log-probs of a thought would not be those it was sampled with, and no ratio would be right."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010 - an attribute of Hugging Face's, not of nn.Module
+
+
+def check_vocabulary(model: "GenerativeModel | ScalarModel", largest_id: int) -> None:
+    """Every id that the dialog can make must have an embedding."""
+    rows = model.lm.get_input_embeddings().weight.shape[0]
+    if largest_id >= rows:
+        raise ModelError(
+            f"the tokenizer makes ids up to {largest_id} but the model embeds only {rows}: they do not belong "
+            "together. Set --tokenizer_name_or_path to the model's own tokenizer, or vocab_size in --model_config to "
+            f"at least {largest_id + 1}."
+        )
+
+
+def positions(model: "GenerativeModel | ScalarModel") -> int | None:
+    """How many tokens a sequence may have; None where the config does not say."""
+    said = getattr(model.lm.config.get_text_config(), "max_position_embeddings", None)
+    return min((most for most in (said, rotary_limit(model.lm)) if most is not None), default=None)
+
+
+def check_positions(
+    model: "GenerativeModel | ScalarModel", longest: int, remedy: str = "lower --max_length or --max_completion_length"
+) -> bool:
+    """Say so where a sequence may be longer than what the model has positions for; whether it was said. ModelError
+    where its scores would then depend on the batch.
+    """
+    refuse_past_rotary(model.lm, longest)
+    most = positions(model)
+    past = most is not None and longest > most
+    if past:
+        logger.warning("Sequences may reach %d tokens, and the model was made for %d: %s.", longest, most, remedy)
+    return past
+
+
+def quiet() -> None:
+    """Loading and saving are a moment's work beside ours: no bars of their own between our bars."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()

@@ -1,0 +1,160 @@
+"""Models on disk: a plain Hugging Face folder, with the dialog and the labels in one small JSON beside the weights."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from dwrl_fast.dialog import Dialog, SingleTurn, Thinking
+from dwrl_fast.errors import ConfigError, ModelError
+from dwrl_fast.models import gguf
+from dwrl_fast.models.adapters import adapted, plain, write_adapter
+from dwrl_fast.models.model import GenerativeModel, PreferenceModel, load_generative, load_scalar, quiet
+from dwrl_fast.models.trial import difference
+from dwrl_fast.templates import DEFAULT, load_template
+
+CARD = "preference_model.json"
+DEFAULT_ASPECT = "helpfulness"
+
+
+def load_tokenizer(name_or_path: str) -> Any:
+    """A tokenizer from a folder, hub name or GGUF file; code that comes with it is not run."""
+    from transformers import AutoTokenizer
+
+    with gguf.source(name_or_path) as (path, keywords):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **keywords)
+        except (OSError, ValueError, KeyError) as error:
+            needs = (
+                gguf.NEEDS
+                if keywords
+                else "It needs a folder with tokenizer.json and tokenizer_config.json, or a hub name while the hub "
+                "can be reached (in training another may be given by --tokenizer_name_or_path)."
+            )
+            raise ModelError(f"cannot load a tokenizer from {name_or_path!r}. {needs}\n  {error}") from error
+    if keywords:
+        gguf.check_split(tokenizer, name_or_path)
+    return tokenizer
+
+
+def load_chat(
+    model: str | None,
+    tokenizer: str,
+    kind: str | None = None,
+    *,
+    template: str | None,
+    aspect: str | None,
+    enable_thinking: Thinking,
+) -> Dialog | SingleTurn:
+    """What builds the sequences: as the card of `model` says, if it has one of this kind, but for what is given here;
+    else the package's template of that kind. kind: None is the card's own, else dialog.
+    """
+    saved = load_card(model)["dialog"] if has_card(model) else {}
+    kind = kind or saved.get("template", {}).get("kind", DEFAULT)
+    saved |= {} if aspect is None else {"aspect": aspect}
+    saved |= {} if enable_thinking == "auto" else {"enable_thinking": enable_thinking}
+    if template is None and "template" in saved and saved["template"].get("kind", DEFAULT) == kind:
+        return (Dialog if kind == "dialog" else SingleTurn).from_dict(load_tokenizer(tokenizer), saved)
+    chosen = load_template(template or kind)
+    make = Dialog if chosen.kind == "dialog" else SingleTurn
+    return make(
+        load_tokenizer(tokenizer),
+        chosen,
+        saved.get("aspect", DEFAULT_ASPECT),
+        saved.get("enable_thinking", "auto"),
+    )
+
+
+def save_pretrained(folder: Path, model: PreferenceModel, dialog: Dialog | SingleTurn, card: dict[str, Any]) -> None:
+    """Replace `folder` by the model as it stands: config, safetensors, tokenizer and card. Of one with adapters that
+    is what they merge into, and `adapter` beside it holds them alone.
+
+    What was written is loaded again and must compute what the model computes; ModelError otherwise, and then the new
+    folder stands in FOLDER.part and the one before where it was.
+    """
+    lm: Any = model.lm
+    quiet()
+    _replace(folder, plain(lm).save_pretrained, model, dialog, card)
+    if adapted(lm):
+        _replace(folder.with_name("adapter"), partial(write_adapter, lm=lm), model, dialog, card)
+
+
+def try_saving(folder: Path, model: PreferenceModel, dialog: Dialog | SingleTurn, card: dict[str, Any]) -> None:
+    """Save the model once where `folder` is or will be, and take it away again: what cannot be saved is known before it
+    is trained. ModelError as of `save_pretrained`, ConfigError where the disk refuses.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    try:
+        with tempfile.TemporaryDirectory(prefix=".trial-", dir=there) as trial:
+            save_pretrained(Path(trial) / "model", model, dialog, card)
+    except OSError as error:
+        raise ConfigError(
+            f"the model cannot be saved in {there}: {error}. Make room, or give another folder"
+        ) from error
+
+
+def _replace(
+    folder: Path,
+    write: Callable[[Path], object],
+    model: PreferenceModel,
+    dialog: Dialog | SingleTurn,
+    card: dict[str, Any],
+) -> None:
+    """`folder` with what `write` puts into it, tokenizer and card beside.
+
+    It is written whole beside its place, compared with `model`, and renamed into it; killed between two renames, the
+    new one stands in FOLDER.part and the one before in FOLDER.old.
+    """
+    part, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
+    shutil.rmtree(part, ignore_errors=True)
+    write(part)
+    dialog.tokenizer.save_pretrained(part)
+    (part / CARD).write_text(json.dumps(card | {"dialog": dialog.to_dict()}, indent=2) + "\n", encoding="utf-8")
+    _compare(part, model)
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(folder, old)
+    os.rename(part, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _compare(folder: Path, model: PreferenceModel) -> None:
+    """ModelError where the model in `folder` gives other logits, or rewards, than `model`."""
+    if isinstance(model, GenerativeModel):
+        saved: PreferenceModel = load_generative(str(folder), None, 0)
+    else:
+        saved = load_scalar(str(folder), None, 0, model.lm.config.pad_token_id)
+    apart = difference(saved, model)
+    if apart:
+        raise ModelError(
+            f"what was saved in {folder} is not the model that was trained: {apart}. It is kept there for a look; "
+            "nothing before it was replaced, and checkpoints hold what was trained"
+        )
+
+
+def has_card(folder: str | Path | None) -> TypeGuard[str | Path]:
+    """Whether a model was trained here."""
+    return folder is not None and (Path(folder) / CARD).is_file()
+
+
+def load_card(folder: str | Path) -> dict[str, Any]:
+    """The JSON beside a trained model."""
+    path = Path(folder) / CARD
+    if has_card(Path(folder) / "model"):
+        raise ModelError(f"{folder} is a run's folder: give {Path(folder) / 'model'}, which holds its model")
+    if not path.is_file():
+        raise ModelError(
+            f"{folder} has no {CARD}, so it was not written by dwrl_fast.train, which saves it beside the weights in "
+            "OUTPUT_DIR/model. Give that folder; dwrl_fast.evaluate can ask any other causal language model, by "
+            '--method judge (in Python method="judge").'
+        )
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, OSError) as error:
+        raise ModelError(
+            f"{path} cannot be read as a model's card: copy it again from where the model was trained.\n  {error}"
+        ) from None

@@ -1,0 +1,176 @@
+"""What a model can do here, tried on a few tokens before anything is trained: no configuration tells all of it.
+
+What a layout computes is compared with each sequence alone, and what the sampler says with what the trainer computes.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dwrl_fast import ops
+from dwrl_fast.batching.batch import Batch
+from dwrl_fast.batching.layout import Layout, Packing
+from dwrl_fast.compute import Compute
+from dwrl_fast.data import Preference
+from dwrl_fast.dialog import Sequence
+from dwrl_fast.encode import Group
+from dwrl_fast.errors import ModelError, NotFiniteError, UserError
+from dwrl_fast.models.backbone import attend_over_trees, backbone_states
+from dwrl_fast.sampling.transformers import TransformersSampler
+
+# Three share three tokens, two of them five; the last shares nothing and is shorter.
+ROWS = ((3, 1, 4, 1, 5, 2), (3, 1, 4, 2, 6), (3, 1, 4, 1, 5, 6), (2, 6))
+# What rounding may change: of the states' size, and of a thought's log-probs, in nats a token. A fault changes about 1.
+STATES = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+NATS = {torch.float32: 1e-3, torch.bfloat16: 0.5}
+WITHOUT_THOUGHTS = "gram, genrm, sft and dpo write none"
+
+
+def admit(model: Any, packing: Packing, pad_id: int, compute: Compute, *, thinks: bool) -> None:
+    """Let `model`, placed on its device, run in `packing`, and where it `thinks` write thoughts.
+
+    Raises ModelError, naming model, reason and a way out that was tried, where it cannot; NotFiniteError where its
+    weights hold NaN.
+    """
+    lm, name = model.lm, type(model.lm).__name__
+    pad_id %= lm.get_input_embeddings().num_embeddings  # whether the tokenizer fits is asked elsewhere
+    with _trying(lm, compute):
+        alone = _alone(lm)
+        padded = _fault(lambda: _layout_fault(lm, "padded", pad_id, alone))
+        packed = padded if packing == "padded" else _fault(lambda: _tree_fault(lm, packing, pad_id, alone))
+        works: Packing = "padded" if packed else packing
+        writing = _fault(lambda: _sampler_fault(model, works, pad_id, compute)) if thinks and not padded else None
+    if packed and padded:
+        raise ModelError(f"{name} cannot be used here, in no layout: {packed}; padded: {padded}. Take another model")
+    also = " with --packing padded" if packed else ""
+    if writing:
+        raise ModelError(
+            f"{name} cannot write thoughts here: {writing}. Take another model, or a method without thoughts{also} "
+            f"({WITHOUT_THOUGHTS})"
+        )
+    if packed:
+        raise ModelError(f"{name} cannot run on a tree of tokens: {packed}; use --packing padded, which works")
+
+
+@torch.no_grad()
+def difference(saved: Any, model: Any) -> str | None:
+    """How the logits, or rewards, of `saved` differ from those of `model` on a few tokens, in words; None where only
+    rounding does.
+
+    The median over tokens: a wrong weight moves all of them, rounding sends one or another to a different expert.
+    """
+    one, other = (_outputs(each.lm) for each in (saved, model))
+    apart = ((one - other).norm(dim=-1) / other.norm(dim=-1)).median().item()
+    if apart <= STATES.get(model.lm.dtype, STATES[torch.bfloat16]):
+        return None
+    return f"on a few tokens it differs by {apart:.1g} of the size of what the head gives"
+
+
+def _outputs(lm: Any) -> Tensor:
+    """[positions, V], or [positions, 1] of a scalar head, in float32 on the CPU."""
+    head = lm.get_output_embeddings() or lm.score
+    training = lm.training
+    lm.eval()
+    found = head(_alone(lm).to(head.weight.dtype)).float().cpu()
+    lm.train(training)
+    return found
+
+
+@contextmanager
+def _trying(lm: Any, compute: Compute) -> Iterator[None]:
+    training = lm.training
+    lm.eval()
+    try:
+        with torch.no_grad(), compute.autocast():
+            yield
+    finally:
+        lm.train(training)
+
+
+def _fault(attempt: Callable[[], str | None]) -> str | None:
+    """What is wrong, in words. A model's code may raise anything where it meets what it was not made for."""
+    try:
+        return attempt()
+    except (NotFiniteError, torch.OutOfMemoryError):
+        raise
+    except UserError as error:
+        return str(error)
+    except Exception as error:
+        return f"it raises {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def _rows(lm: Any) -> list[list[int]]:
+    small = lm.get_input_embeddings().num_embeddings
+    return [[i % small for i in row] for row in ROWS]
+
+
+def _alone(lm: Any) -> Tensor:
+    """[positions, H] in float32: the states of every row, computed by itself, one after another."""
+    found = []
+    for row in _rows(lm):
+        ids = torch.tensor([row], device=lm.device)
+        found.append(lm.base_model(input_ids=ids, use_cache=False).last_hidden_state[0].float())
+        if not found[-1].isfinite().all():
+            raise NotFiniteError(
+                f"{type(lm).__name__} gives states that are not finite even for one short sequence: its weights hold "
+                "NaN or infinities. Take a checkpoint from before, or copy the model again"
+            )
+    return torch.cat(found)
+
+
+def _batch(lm: Any, rows: list[list[int]], starts: list[int], packing: Packing, pad_id: int) -> Batch:
+    """One micro-batch of `rows`, trained from their `starts`."""
+    none = slice(0)
+    spans = [Sequence(row, none, none, slice(at, len(row)), none) for row, at in zip(rows, starts, strict=True)]
+    layout = Layout(packing, 10**6, pad_id, lm.device)
+    (batch,) = layout.batches([Group(Preference((), ("",)), [spans])])
+    return batch
+
+
+def _layout_fault(lm: Any, packing: Packing, pad_id: int, alone: Tensor) -> str | None:
+    rows = _rows(lm)
+    batch = _batch(lm, rows, [1] * len(rows), packing, pad_id)
+    states = backbone_states(lm.base_model, batch).float()
+    steps = batch.token_rows.split(batch.lengths.tolist())
+    places = [torch.cat([some, last[None]]) for some, last in zip(steps, batch.score_rows, strict=True)]
+    for place, one in zip(places, alone.split([len(row) for row in rows]), strict=True):
+        found = states[place]
+        apart = ((found - one).norm() / one.norm()).item()
+        if not apart <= _allowed(STATES, lm):
+            return (
+                f"on a few tokens its states differ by {apart:.1g} of their size from those of each sequence alone, so "
+                "it computes something across tokens that follows the layout"
+            )
+    return None
+
+
+def _tree_fault(lm: Any, packing: Packing, pad_id: int, alone: Tensor) -> str | None:
+    attend_over_trees(lm)
+    return _layout_fault(lm, packing, pad_id, alone)
+
+
+def _sampler_fault(model: Any, packing: Packing, pad_id: int, compute: Compute) -> str | None:
+    """Thoughts of several lengths of context, two each, against the trainer's log-probs of the same ids."""
+    lm = model.lm
+    sampler = TransformersSampler(lm, [], pad_id, batch_size=8, autocast=compute.autocast, float32=compute.float32)
+    contexts = [row for row in _rows(lm)[1:] for _ in range(2)]
+    sampled = sampler.sample(contexts[::2], 2, max_tokens=3, temperature=1.0, seed=0)
+    thoughts = [thought for each in sampled for thought in each]
+    rows = [[*context, *thought.ids] for context, thought in zip(contexts, thoughts, strict=True)]
+    batch = _batch(lm, rows, [len(context) for context in contexts], packing, pad_id)
+    head = model(batch, tokens=True)
+    trained = ops.linear_logprob(head.token, head.weight, batch.targets, bias=head.bias, softcap=head.softcap)
+    said = torch.tensor([logprob for thought in thoughts for logprob in thought.logprobs], device=lm.device)
+    apart = (trained - said).abs().unflatten(0, (len(rows), -1)).mean(-1).amax().item()
+    if not apart <= _allowed(NATS, lm):
+        return f"log-probs in sampling differ by {apart:.2g} nats from those of the forward pass"
+    return None
+
+
+def _allowed(bounds: dict[torch.dtype, float], lm: Any) -> float:
+    device = lm.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else lm.dtype
+    return bounds.get(dtype, bounds[torch.bfloat16])

@@ -1,0 +1,175 @@
+"""What a run writes as it goes: metrics.jsonl, a line a rollout batch, and the thoughts with their scores."""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from dwrl_fast.encode import Group
+from dwrl_fast.log import logger
+
+NEAR_ZERO = 1e-3  # a mean advantage, or the labels' probability
+SOLVED = 0.05  # nats: below it there is nothing left to learn
+
+
+class Decoder(Protocol):
+    def decode(self, ids: list[int]) -> str: ...
+
+
+class RunLog:
+    """The log files of one run's folder. `resumed_at`: the step that the run goes on from; what was logged past it is
+    dropped.
+    """
+
+    def __init__(self, folder: Path, resumed_at: int = 0):
+        self.metrics_path, self.thoughts_folder = folder / "metrics.jsonl", folder / "thoughts"
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = (
+            [row for row in read_metrics(self.metrics_path) if row["step"] <= resumed_at]
+            if self.metrics_path.exists()
+            else []
+        )
+        partial = self.metrics_path.with_suffix(".part")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        os.replace(partial, self.metrics_path)
+        for path in self.thoughts_folder.glob("step-*.jsonl"):
+            step = path.stem.removeprefix("step-")
+            if step.isdigit() and int(step) > resumed_at:
+                path.unlink()
+
+    def metrics(self, step: int, values: Mapping[str, Any]) -> None:
+        with self.metrics_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def thoughts(self, step: int, groups: Sequence[Group], decoder: Decoder) -> None:
+        self.thoughts_folder.mkdir(exist_ok=True)
+        write_groups(self.thoughts_folder / f"step-{step:06d}.jsonl", groups, decoder)
+
+
+def write_groups(path: Path, groups: Sequence[Group], decoder: Decoder) -> None:
+    """One line a sequence: where its row came from, which response it is about (0 is the best; of methods that compare,
+    which comparison), the thought where there is one, its score in nats or its reward. Where a score is not one
+    sequence's, as of verdicts on two responses, lines with the responses' scores follow.
+    """
+    with path.open("w", encoding="utf-8") as file:
+        for group in groups:
+            source = {"source": group.preference.source}
+            values = {"score": group.scores, "reward": group.rewards}
+            shape = list(map(len, group.sequences))
+            own = {name: each for name, each in values.items() if list(map(len, each)) == shape}
+            about = "response" if len(shape) == len(group.preference.responses) else "comparison"
+            lines: list[dict[str, Any]] = []
+            for k, sequences in enumerate(group.sequences):
+                for i, sequence in enumerate(sequences):
+                    row = source | {about: k} | {name: each[k][i] for name, each in own.items()}
+                    if group.ended:
+                        row |= {"thought": decoder.decode(sequence.ids[sequence.thought]), "ended": group.ended[k][i]}
+                    lines.append(row)
+            if group.scores and "score" not in own:
+                lines += [source | {"response": k, "score": each[0]} for k, each in enumerate(group.scores)]
+            file.writelines(json.dumps(finite(line), ensure_ascii=False) + "\n" for line in lines)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line that a killed run left half written is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        try:
+            rows.append(json.loads(line)) if line else None
+        except json.JSONDecodeError:
+            logger.warning("%s: a half-written line was dropped", path)
+    return rows
+
+
+class StallWatch:
+    """Says once when the figures show that training has stopped, and why (each must hold for `PATIENCE` rollout
+    batches); knows at any time whether one of the run's trained anything.
+
+    trained: whether any did. why: of the last that did not, the reason.
+    """
+
+    PATIENCE = 5
+
+    def __init__(self, trained: bool = False, why: str = "") -> None:
+        self.trained, self.why = trained, why
+        self.streak: dict[str, int] = {}
+        self.told: set[str] = set()
+
+    def update(self, values: Mapping[str, float], minibatch_size: int) -> None:
+        kind, why = _idle(values)
+        if kind:
+            self.why = why
+        else:
+            self.trained = True
+            kind, why = _narrow(values, minibatch_size)
+        self.streak = {kind: self.streak.get(kind, 0) + 1}
+        if kind and self.streak[kind] == self.PATIENCE and kind not in self.told:
+            self.told.add(kind)
+            logger.warning("training has stalled: %s.", why)
+
+    def state(self) -> dict[str, Any]:
+        return {"trained": self.trained, "why": self.why}
+
+    def result(self) -> dict[str, Any]:
+        """What `result.json` holds of it."""
+        return {"trained": True} if self.trained else {"trained": False, "why": self.why}
+
+
+def _idle(values: Mapping[str, float]) -> tuple[str, str]:
+    """The kind of reason for which a rollout batch trained nothing, and the reason with what to do; both empty where it
+    trained.
+    """
+    if "kept_comparisons" in values and values["kept_comparisons"] == 0:
+        return "none", (
+            f"of {values['comparisons']:.0f} comparisons none has a thought to train on (right "
+            f"{values.get('right_thoughts', 0):.1%}, unparsable {values.get('unparsable', 0):.1%}). Raise "
+            "--num_generations; where hardly any can be read, start from a model that knows the verdict's form"
+        )
+    if "loss" not in values:
+        return "ties", "no row has a response that is better than another. Train on rows that are no ties"
+    if values.get("label_mass", 1.0) < NEAR_ZERO:
+        return "mass", (
+            f"the labels have {values['label_mass']:.1e} of the probability where the verdict is read: the model does "
+            "not answer as it is asked. Give a --template whose labels it uses, or start from a model that follows "
+            "instructions"
+        )
+    if "reward" in values and values["advantage"] < NEAR_ZERO:
+        return "equal", (
+            f"the thoughts of a comparison are all right or all wrong (mean reward {values['reward']:.3g}, "
+            f"unparsable {values['unparsable']:.1%}), so they give no gradient. Raise --temperature or "
+            "--num_generations; where hardly any can be read, start from a model that knows the verdict's form"
+        )
+    if "effective_groups" in values and values["advantage"] < NEAR_ZERO and values["loss"] >= SOLVED:
+        return "equal", (
+            f"the thoughts of a response all score alike (mean |A| {values['advantage']:.1e}, p+ "
+            f"{values['p_chosen']:.3g}, p- {values['p_rejected']:.3g}), so they give no gradient. Raise --temperature, "
+            "lower --score_learning_rate, or try --score_normalization yes_no"
+        )
+    still = [name.removeprefix("grad_norm_") for name, norm in values.items() if "grad_norm_" in name and not norm]
+    if still and values.get("trained_tokens") == 0:
+        return "cut", (
+            "all thoughts are cut at the limit, and cut ones are not trained. Raise --max_completion_length, or give "
+            "--truncated_thoughts keep"
+        )
+    if still:
+        return "still", (
+            f"the gradient of the update {' and '.join(still)} is 0 (mean loss {values['loss']:.3g}). Where the loss "
+            "is near 0 the pairs are solved: add harder ones"
+        )
+    return "", ""
+
+
+def _narrow(values: Mapping[str, float], minibatch_size: int) -> tuple[str, str]:
+    """The same, where a rollout batch trained, but too little of it."""
+    few = values.get("effective_groups", minibatch_size) < 0.08 * minibatch_size and values["loss"] >= SOLVED
+    return ("few", (
+        f"of {minibatch_size} groups in a minibatch about {values['effective_groups']:.1f} carry the gradient; the "
+        "others are solved. Raise --minibatch_size, or add harder pairs"
+    )) if few else ("", "")  # fmt: skip
+
+
+def finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no nan: figures that were not known become null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}

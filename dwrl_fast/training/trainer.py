@@ -1,0 +1,315 @@
+"""The training loop: rollout batch by rollout batch, the same for every method.
+
+A step is one rollout batch: thoughts are sampled with the weights as they stand, then the batch's minibatches are
+trained, each phase in turn. All that is random depends on (seed, step) alone and the feed knows where it stands, so a
+run that resumes at a step boundary goes on to the bit.
+"""
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dwrl_fast.batching.batch import Batch, Size
+from dwrl_fast.compute import step_seed
+from dwrl_fast.config import TrainConfig
+from dwrl_fast.data import Preference
+from dwrl_fast.errors import CheckpointError, NotFiniteError
+from dwrl_fast.evaluation.pairs import PairReport
+from dwrl_fast.evaluation.sources import source_accuracy, source_reports
+from dwrl_fast.feed import Feed
+from dwrl_fast.log import logger
+from dwrl_fast.methods import Method, Tally
+from dwrl_fast.models.adapters import adapted, base_fingerprint
+from dwrl_fast.progress import Display, Stage
+from dwrl_fast.training.checkpoint import checkpoints, latest_checkpoint, load_checkpoint, save_checkpoint, set_aside
+from dwrl_fast.training.optimizer import Optimizers
+from dwrl_fast.training.runlog import RunLog, StallWatch, finite
+
+# Options that say where a run reads and writes; its rows and its dialog are compared by content.
+APART = {
+    *("explicit", "output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "eval_steps", "eval_votes"),
+    *("eval_dataset_name", "dataset_name", "dataset_mixture", "columns", "max_length", "aspect", "model_name_or_path"),
+    *("model_config", "tokenizer_name_or_path", "num_train_epochs", "max_steps", "gradient_checkpointing"),
+}
+# Options that may be mended on the way: the run goes on, to other figures.
+TUNABLE = {
+    *("learning_rate", "score_learning_rate", "thought_learning_rate", "max_grad_norm", "dtype", "packing"),
+    *("token_budget", "generation_batch_size", "old_logprobs"),
+}
+
+
+class Trainer:
+    """Trains `method` on the rows of `feed`, evaluates it on `held_out`, and writes into `folder`."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        method: Method,
+        feed: Feed,
+        held_out: Sequence[Preference],
+        folder: Path,
+        display: Display,
+    ):
+        self.config, self.method, self.feed, self.held_out = config, method, feed, held_out
+        self.folder, self.display = folder, display
+        self.optimizers = Optimizers(method, config, total=self.feed.minibatches(config.minibatch_size))
+        self.rows_identity = feed.identity()
+        self.step = 0
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.stall = StallWatch()
+        self.before: dict[str, PairReport] = {}
+
+    def train(self) -> dict[str, Any]:
+        """Every step from where the run stands. Returns what `result.json` holds of it."""
+        self.method.model.train()
+        log, first = RunLog(self.folder, self.step), self.step
+        self.before = self.before or self.evaluate("before")
+        with self.display.stage(f"train {self.method.name}", self.feed.steps, done=self.step) as stage:
+            while self.step < self.feed.steps:
+                values = self.train_step(log, stage)
+                if self.step == first + 1:
+                    logger.info(
+                        "--packing %s: the trunk computes %s tokens for sequences of %s, padding %s, head rows %s",
+                        self.config.packing,
+                        *(f"{values[k]:,}" for k in ("trunk_tokens", "naive_tokens", "padding", "head_rows")),
+                    )
+                last = self.step == self.feed.steps
+                if self.config.eval_steps and self.step % self.config.eval_steps == 0 and not last:
+                    now = self.evaluate(f"step {self.step}")
+                    values |= {f"eval_{k}": report.accuracy for k, report in now.items()}
+                log.metrics(self.step, finite(values))
+                if last or (self.config.save_steps and self.step % self.config.save_steps == 0):
+                    self.save()
+        for source in self.feed.sources:
+            logger.info(source.summary)
+        after = self.evaluate("after") if self.feed.steps else {}
+        with self.timed("save"):
+            self.method.save_model(self.folder / "model")
+        return self._result(self.before, after)
+
+    def train_step(self, log: RunLog, stage: Stage) -> dict[str, Any]:
+        """One rollout batch: sample, update, and the figures of both."""
+        started, spent = time.monotonic(), dict(self.seconds)
+        with self.timed("feed"):
+            rows = self.feed.next()
+        with (
+            self.timed("rollout"),
+            self.display.stage("  " + self.method.preparation, sum(len(row.responses) for row in rows)) as sampling,
+        ):
+            groups, values = self.method.rollout(
+                rows, step_seed(self.config.seed, "rollout", self.step), sampling.advance
+            )
+        tally, norms = Tally(), defaultdict(list)
+        size = self.config.minibatch_size
+        with self.timed("pack"):  # once for all phases
+            minibatches = [self.method.layout.batches(groups[i : i + size]) for i in range(0, len(groups), size)]
+        with self.display.stage("  update", len(minibatches) * len(self.method.phases)) as updating:
+            for phase, m in self._schedule(len(minibatches)):
+                norms[phase].append(self.update(phase, minibatches[m], m, tally))
+                updating.advance()
+        values |= tally.means()
+        if len(self.feed.names) > 1:
+            found = source_accuracy(groups, self.feed.names)
+            values |= {f"train_accuracy/{name}": accuracy for name, accuracy in found.items()}
+        if groups and groups[0].ended:
+            log.thoughts(self.step + 1, groups, self.method.dialog.tokenizer)
+        self.step += 1
+        values |= counters([batch for minibatch in minibatches for batch in minibatch])
+        values |= self._figures(values, norms, len(groups), time.monotonic() - started, spent)
+        self.stall.update(values, size)
+        stage.advance(1, **{k: values[k] for k in ("loss", "train_accuracy", "thought_length") if k in values})
+        return values
+
+    def _schedule(self, minibatches: int) -> Iterator[tuple[str, int]]:
+        phases = self.method.phases
+        if self.config.alternate == "rollout":
+            yield from ((phase, m) for phase in phases for m in range(minibatches))
+        else:
+            yield from ((phase, m) for m in range(minibatches) for phase in phases)
+
+    def update(self, phase: str, minibatch: Sequence[Batch], index: int, tally: Tally) -> Tensor:
+        """One optimizer step of `phase` over a minibatch, micro-batch by micro-batch; the gradient's norm before
+        clipping.
+        """
+        size, losses = Size.of(minibatch), []
+        with self.timed(phase):
+            for batch in minibatch:
+                with self.method.compute.autocast():
+                    loss = self.method.loss(phase, batch, size, tally)
+                loss.backward()
+                losses.append(loss.detach())
+            norm = self.optimizers.clip()
+            if not torch.isfinite(torch.stack([*losses, norm])).all():
+                raise NotFiniteError(
+                    f"step {self.step + 1}, minibatch {index + 1}, phase {phase}: losses "
+                    f"{torch.stack(losses).tolist()}, gradient norm {norm.item()}. No step was taken with it. If a "
+                    "checkpoint was saved, resume from it with a lower learning rate, or with --dtype fp32. Rows: "
+                    f"{', '.join(group.preference.source for group in minibatch[0].groups[:8])} ..."
+                )
+            per_step = self.config.rollout_batch_size // self.config.minibatch_size
+            self.optimizers.step(phase, self.step * per_step + index)
+        return norm
+
+    def evaluate(self, name: str) -> dict[str, PairReport]:
+        """Reports of the held-out pairs with one greedy thought ("greedy") and with --eval_votes sampled ones
+        ("4_thoughts"); of several files also "greedy/NAME", and so on.
+        """
+        if not self.held_out:
+            return {}
+        votes = [1] + [self.config.eval_votes] * (self.config.eval_votes > 1 and self.method.scorer.thinks)
+        total = len(votes) * sum(len(row.responses) for row in self.held_out)
+        found: dict[str, PairReport] = {}
+        with self.timed("evaluate"), self.display.stage(f"evaluate {name}", total) as stage:
+            for k in votes:
+                groups = self.method.scorer.score_groups(
+                    self.held_out, votes=k, seed=self.config.seed, progress=stage.advance
+                )
+                kind = f"{k}_thoughts" if k > 1 else "greedy"
+                for source, report in source_reports(groups, self.config.seed).items():
+                    found[f"{kind}/{source}" if source else kind] = report
+        for kind, report in found.items():
+            thoughts, _, source = kind.partition("/")
+            thinking = f", {thoughts.replace('_', ' ')}" if self.method.scorer.thinks else ""
+            logger.info("%s%s%s: accuracy %s", name, thinking, f", {source}" if source else "", report)
+        return found
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds[stage] += time.monotonic() - started
+
+    def _figures(
+        self,
+        values: dict[str, float],
+        norms: dict[str, list[Tensor]],
+        groups: int,
+        seconds: float,
+        before: dict[str, float],
+    ) -> dict[str, Any]:
+        """What is derived from a step's means: norms, effective groups a minibatch, speed, and where the time went."""
+        found: dict[str, Any] = {f"grad_norm_{phase}": torch.stack(each).mean().item() for phase, each in norms.items()}
+        if "pair_weight" in values:
+            size = min(self.config.minibatch_size, groups)
+            weight, squared = values.pop("pair_weight"), values.pop("pair_weight_squared")
+            found["effective_groups"] = size * weight**2 / squared if squared else 0.0
+        found |= {f"learning_rate_{phase}": rate for phase, rate in self.optimizers.last_rates.items()}
+        found |= {"seconds": seconds, "tokens_per_second": values["naive_tokens"] / seconds}
+        found |= {
+            f"share_{k}": (v - before.get(k, 0.0)) / seconds for k, v in self.seconds.items() if v > before.get(k, 0.0)
+        }
+        return found
+
+    def _result(self, before: dict[str, PairReport], after: dict[str, PairReport]) -> dict[str, Any]:
+        result: dict[str, Any] = {"steps": self.step, "seconds_by_stage": dict(self.seconds)} | self.feed.result()
+        if self.feed.steps:
+            result |= self.stall.result()
+        for when, reports in (("before", before), ("after", after)):
+            for kind, report in reports.items():
+                suffix = kind.removeprefix("greedy") if kind.startswith("greedy") else f"_{kind}"
+                result[f"accuracy_{when}{suffix}"] = report.accuracy
+                result[f"report_{when}{suffix}"] = report.to_dict()
+        return result
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Everything that a step changes, by name; tied weights once, frozen ones not at all."""
+        model = {f"model.{name}": p.detach() for name, p in self.optimizers.named.items()}
+        return model | self.optimizers.tensors()
+
+    def save(self) -> Path:
+        """A checkpoint of this step in a folder of its own."""
+        state = {
+            "step": self.step,
+            "identity": self._identity(),
+            "before": {k: report.to_dict() for k, report in self.before.items()},
+            "seconds": dict(self.seconds),
+            "stall": self.stall.state(),
+            "feed": self.feed.state(),
+        }
+        with self.timed("save"):
+            return save_checkpoint(self.folder, self.step, self._tensors(), state, self.config.save_total_limit)
+
+    def _identity(self) -> dict[str, Any]:
+        """What makes a run this run: its options (but for where and how often it writes), its rows and its dialog."""
+        options = {name: value for name, value in self.config.to_dict().items() if name not in APART}
+        lm = self.method.model.lm
+        base = {"base": base_fingerprint(lm)} if adapted(lm) else {}  # a checkpoint of adapters does not hold it
+        content = {"rows": self.rows_identity, "dialog": self.method.dialog.to_dict(), "steps": self.feed.steps}
+        return options | base | content
+
+    def resume(self) -> None:
+        """Go on from what --resume_from_checkpoint names, if anything: weights, optimizer, step, first figures."""
+        wanted = self.config.resume_from_checkpoint
+        if wanted is None:
+            return
+        path = latest_checkpoint(self.folder) if wanted == "latest" else Path(wanted)
+        if path is None or path.resolve().parent != self.folder.resolve():
+            self._refuse_finished()
+        if path is None:
+            if checkpoints(self.folder):
+                raise CheckpointError(
+                    f"{self.folder} holds checkpoints, and none is whole (see above). Move them away to begin anew."
+                )
+            logger.warning("%s holds no checkpoint to resume from: the run starts at its beginning.", self.folder)
+            return
+        state = load_checkpoint(path, self._tensors())
+        self._compare(path, state["identity"])
+        for later in checkpoints(self.folder, past=state["step"]):
+            if wanted != "latest":
+                raise CheckpointError(
+                    f"{self.folder} holds {later.name}, which lies past {path} and would have to be overwritten. Give "
+                    "another --output_dir, or move the later checkpoints away."
+                )
+            logger.warning("%s is damaged, and was set aside as %s.", later, set_aside(later).name)
+        self.feed.restore(state["feed"])
+        self.step = state["step"]
+        self.seconds.update(state["seconds"])
+        self.stall = StallWatch(**state.get("stall", {}))  # checkpoints of before it have none
+        self.before = {k: PairReport.from_dict(report) for k, report in state["before"].items()}
+        logger.info("resumed %s at step %d of %d", path, self.step, self.feed.steps)
+
+    def _refuse_finished(self) -> None:
+        """CheckpointError where the folder holds a model, which this run would write over."""
+        held = [name for name in ("model", "adapter") if (self.folder / name).exists()]
+        if held:
+            raise CheckpointError(
+                f"{self.folder} holds {' and '.join(held)} of a run that came to its end, and no checkpoint of it to "
+                "go on from. A finished run is never written over: give another --output_dir."
+            )
+
+    def _compare(self, path: Path, theirs: dict[str, Any]) -> None:
+        mine = self._identity()
+        differing = {k: f"{k} was {theirs.get(k)!r}, is {v!r}" for k, v in mine.items() if theirs.get(k) != v}
+        tuned = [text for name, text in differing.items() if name in TUNABLE]
+        if tuned:
+            logger.warning("The run goes on, but no longer as it began: %s.", "; ".join(tuned))
+        if len(differing) > len(tuned):
+            strange = "; ".join(text for name, text in differing.items() if name not in TUNABLE)
+            raise CheckpointError(
+                f"{path} belongs to another run: {strange}. Resume with the options of {path.parent / 'config.yaml'}, "
+                "or start anew in another --output_dir."
+            )
+
+
+def counters(batches: Sequence[Batch]) -> dict[str, int]:
+    """What one pass over `batches` computes: positions in the trunk, those of them that are padding, rows of the head;
+    and the tokens of all sequences, which a pass without sharing or padding would take.
+    """
+    names = ("trunk_tokens", "naive_tokens", "head_rows", "padding")
+    return {name: sum(getattr(batch, name) for batch in batches) for name in names}
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(finite(content), indent=2) + "\n", encoding="utf-8")
+    part.replace(path)
