@@ -29,7 +29,6 @@ from dwrl_fast.loading import load_dialog
 from dwrl_fast.methods import METHODS
 from dwrl_fast.scoring import Runtime
 from dwrl_fast.scoring.generative import read_scores
-from dwrl_fast.scoring.scorer import inference
 from dwrl_fast.training.trainer import Trainer
 
 pytestmark = pytest.mark.slow
@@ -76,7 +75,8 @@ def computed(runtime: Runtime, groups: list[Group], packing: Any = "tree") -> tu
     """Ours: the log-probs of all thoughts' tokens, and the scores, in the order of `groups`."""
     layout = dataclasses.replace(runtime.layout, packing=packing)
     logprobs, scores = {}, {}
-    with inference(runtime):
+    runtime.model.eval()
+    with torch.no_grad():
         for batch in layout.batches(groups):
             head = runtime.model(batch, tokens=True)
             each = ops.linear_logprob(head.token, head.weight, batch.targets).split(batch.lengths.tolist())

@@ -15,6 +15,7 @@ from dwrl_fast.encode import Group
 from dwrl_fast.errors import ConfigError
 from dwrl_fast.methods.method import Method, Tally
 from dwrl_fast.models.model import HeadInputs
+from dwrl_fast.scoring import fill_logprobs
 
 
 class GenerativeMethod(Method):
@@ -50,9 +51,7 @@ class GenerativeMethod(Method):
                 fresh = self.token_logprobs(self.model(batch, tokens=True), batch)
             assert batch.old_logprob is not None
             gaps.append((fresh - batch.old_logprob).abs())
-            parts = iter(fresh.cpu().split(batch.lengths.tolist()))
-            for group in batch.groups:
-                group.old_logprobs = [[next(parts) for _ in response] for response in group.sequences]
+            fill_logprobs(batch, fresh)
         gap = torch.cat(gaps)
         return {"sampler_gap_mean": gap.mean().item(), "sampler_gap_max": gap.max().item()}
 

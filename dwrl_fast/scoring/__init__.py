@@ -6,7 +6,7 @@ from dwrl_fast.scoring.point import PointScorer, read_points
 from dwrl_fast.scoring.policy import PolicyScorer
 from dwrl_fast.scoring.prefilled import PrefilledThoughts
 from dwrl_fast.scoring.scalar import ScalarScorer
-from dwrl_fast.scoring.scorer import Kind, Progress, Runtime, Scorer, fill_scores, inference, marginal_scores
+from dwrl_fast.scoring.scorer import Kind, Progress, Runtime, Scorer, fill_logprobs, fill_scores, marginal_scores
 
 __all__ = [
     "ChoiceScorer",
@@ -21,8 +21,8 @@ __all__ = [
     "Runtime",
     "ScalarScorer",
     "Scorer",
+    "fill_logprobs",
     "fill_scores",
-    "inference",
     "marginal_scores",
     "read_choices",
     "read_points",

@@ -19,7 +19,7 @@ from dwrl_fast.data import Preference
 from dwrl_fast.dialog import SingleTurn, read_choice
 from dwrl_fast.encode import Comparison, Group, both_orders, comparison_contexts, label_groups
 from dwrl_fast.sampling import sample_groups
-from dwrl_fast.scoring.scorer import Kind, Progress, Runtime, inference
+from dwrl_fast.scoring.scorer import Kind, Progress, Runtime
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,13 +138,12 @@ def _each_comparison(
 ) -> list[list[float]]:
     """What `read` gives each comparison of each of `groups`; it takes a batch and gives [S]."""
     found: dict[int, list[float]] = {}
-    with inference(runtime):
-        for batch in runtime.layout.batches(groups):
-            values = iter(read(batch).double().tolist())
-            for group in batch.groups:
-                found[id(group)] = [next(values) for _ in group.sequences]
-                if progress is not None:
-                    progress(len(group.preference.responses))
+    for batch, scores in runtime.run_batches(groups, read):
+        values = iter(scores.double().tolist())
+        for group in batch.groups:
+            found[id(group)] = [next(values) for _ in group.sequences]
+            if progress is not None:
+                progress(len(group.preference.responses))
     return [found[id(group)] for group in groups]
 
 

@@ -7,13 +7,14 @@ from typing import ClassVar
 from torch import Tensor
 
 from dwrl_fast import ops
+from dwrl_fast.batching.batch import Batch
 from dwrl_fast.compute import step_seed
 from dwrl_fast.data import Preference
 from dwrl_fast.dialog import Dialog
 from dwrl_fast.encode import Group, response_contexts
 from dwrl_fast.models.model import HeadInputs
 from dwrl_fast.sampling import sample_groups
-from dwrl_fast.scoring.scorer import Kind, Progress, Runtime, fill_scores, inference
+from dwrl_fast.scoring.scorer import Kind, Progress, Runtime, fill_scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +47,12 @@ class GenerativeScorer:
             seed=step_seed(seed, "votes", votes),
             progress=progress,
         )
-        with inference(self.runtime):
-            for batch in self.runtime.layout.batches(groups):
-                head = self.runtime.model(batch, tokens=False)
-                fill_scores(batch, read_scores(head, self.dialog, self.normalization)[0])
+        for batch, scores in self.runtime.run_batches(groups, self._scores):
+            fill_scores(batch, scores)
         return groups
+
+    def _scores(self, batch: Batch) -> Tensor:
+        return read_scores(self.runtime.model(batch, tokens=False), self.dialog, self.normalization)[0]
 
 
 def read_scores(

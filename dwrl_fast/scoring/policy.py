@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 from torch import Tensor
@@ -13,9 +14,9 @@ from dwrl_fast.data import Preference
 from dwrl_fast.dialog import Dialog, SingleTurn
 from dwrl_fast.encode import Group, completion_groups
 from dwrl_fast.models.adapters import adapted
-from dwrl_fast.models.model import HeadInputs
+from dwrl_fast.models.model import GenerativeModel, HeadInputs
 from dwrl_fast.objectives.direct_preference import implicit_reward, sequence_sums
-from dwrl_fast.scoring.scorer import Kind, Progress, Runtime, fill_scores, inference
+from dwrl_fast.scoring.scorer import Kind, Progress, Runtime, fill_logprobs, fill_scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +28,9 @@ class Reference:
     def fill_logprobs(self, groups: Sequence[Group]) -> None:
         """The log-probs of the trained tokens under it become the groups' `old_logprobs`."""
         model = self.runtime.model
-        without = model.reference() if adapted(model.lm) else nullcontext()
-        with inference(self.runtime), without:
-            for batch in self.runtime.layout.batches(groups):
-                found = token_logprobs(model(batch, tokens=True), batch).cpu()
-                parts = iter(found.split(batch.lengths.tolist()))
-                for group in batch.groups:
-                    group.old_logprobs = [[next(parts) for _ in response] for response in group.sequences]
+        with model.reference() if adapted(model.lm) else nullcontext():
+            for batch, logprobs in self.runtime.run_batches(groups, partial(_logprobs, model)):
+                fill_logprobs(batch, logprobs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,20 +56,22 @@ class PolicyScorer:
         groups = completion_groups(rows, self.dialog)
         if self.reference is not None:
             self.reference.fill_logprobs(groups)
-        with inference(self.runtime):
-            for batch in self.runtime.layout.batches(groups):
-                logprob = token_logprobs(self.runtime.model(batch, tokens=True), batch)
-                if batch.old_logprob is None:
-                    sums = self.beta * sequence_sums(logprob, batch.lengths)
-                    fill_scores(batch, sums / batch.lengths)
-                    for group in batch.groups:
-                        group.token_scores = group.scores
-                    fill_scores(batch, sums)
-                else:
-                    fill_scores(batch, implicit_reward(logprob, batch.old_logprob, batch.lengths, self.beta))
-                if progress is not None:
-                    progress(sum(len(group.sequences) for group in batch.groups))
+        for batch, logprob in self.runtime.run_batches(groups, partial(_logprobs, self.runtime.model)):
+            if batch.old_logprob is None:
+                sums = self.beta * sequence_sums(logprob, batch.lengths)
+                fill_scores(batch, sums / batch.lengths)
+                for group in batch.groups:
+                    group.token_scores = group.scores
+                fill_scores(batch, sums)
+            else:
+                fill_scores(batch, implicit_reward(logprob, batch.old_logprob, batch.lengths, self.beta))
+            if progress is not None:
+                progress(sum(len(group.sequences) for group in batch.groups))
         return groups
+
+
+def _logprobs(model: GenerativeModel, batch: Batch) -> Tensor:
+    return token_logprobs(model(batch, tokens=True), batch)
 
 
 def token_logprobs(head: HeadInputs, batch: Batch) -> Tensor:

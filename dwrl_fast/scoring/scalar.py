@@ -8,7 +8,7 @@ from dwrl_fast.data import Preference
 from dwrl_fast.dialog import Dialog
 from dwrl_fast.encode import Group, plain_groups
 from dwrl_fast.scoring.prefilled import PrefilledThoughts
-from dwrl_fast.scoring.scorer import Kind, Progress, Runtime, fill_scores, inference
+from dwrl_fast.scoring.scorer import Kind, Progress, Runtime, fill_scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +32,8 @@ class ScalarScorer:
         self, rows: Sequence[Preference], *, votes: int = 1, seed: int = 0, progress: Progress | None = None
     ) -> list[Group]:
         groups = self.groups(rows, progress)
-        with inference(self.runtime):
-            for batch in self.runtime.layout.batches(groups):
-                fill_scores(batch, self.runtime.model(batch))
-                if progress is not None and self.thoughts is None:  # else it was the writing that took the time
-                    progress(sum(len(group.sequences) for group in batch.groups))
+        for batch, rewards in self.runtime.run_batches(groups, self.runtime.model):
+            fill_scores(batch, rewards)
+            if progress is not None and self.thoughts is None:  # else it was the writing that took the time
+                progress(sum(len(group.sequences) for group in batch.groups))
         return groups

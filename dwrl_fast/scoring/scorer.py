@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -57,17 +56,18 @@ class Runtime:
     sampler: Sampler | None = None
     sampling_batch: int = 256
 
-
-@contextmanager
-def inference(runtime: Runtime) -> Iterator[None]:
-    """The model in its mode for scoring, without gradients, in the run's dtype."""
-    training = runtime.model.training
-    runtime.model.eval()
-    try:
-        with torch.no_grad(), runtime.compute.autocast():
-            yield
-    finally:
-        runtime.model.train(training)
+    def run_batches(self, groups: Sequence[Group], read: Callable[[Batch], Tensor]) -> Iterator[tuple[Batch, Tensor]]:
+        """What `read` gives for each micro-batch of `groups`, in an order of the layout's own: the model in its mode
+        for scoring, without gradients, in the run's dtype. To be read to its end.
+        """
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad(), self.compute.autocast():
+                for batch in self.layout.batches(groups):
+                    yield batch, read(batch)
+        finally:
+            self.model.train(training)
 
 
 def fill_scores(batch: Batch, scores: Tensor) -> None:
@@ -75,6 +75,13 @@ def fill_scores(batch: Batch, scores: Tensor) -> None:
     values = iter(scores.detach().tolist())
     for group in batch.groups:
         group.scores = [[next(values) for _ in response] for response in group.sequences]
+
+
+def fill_logprobs(batch: Batch, logprobs: Tensor) -> None:
+    """Write the log-probs [T] of trained tokens back into the batch's groups, as the old ones."""
+    parts = iter(logprobs.cpu().split(batch.lengths.tolist()))
+    for group in batch.groups:
+        group.old_logprobs = [[next(parts) for _ in response] for response in group.sequences]
 
 
 def marginal_scores(groups: Sequence[Group]) -> Tensor:
