@@ -66,12 +66,17 @@ def _check_card(card: dict[str, Any]) -> None:
     options = [*METHODS[str(card["method"])].card_options, *["max_completion_length"] * ("prefilled_by" in card)]
     if absent := [name for name in ("dialog", *options) if card.get(name) is None]:
         raise ConfigError(f"it has no {', '.join(absent)}.")
+    texts = {name for name in options if isinstance(card[name], str)} - {"score_normalization"}
+    if texts:
+        raise ConfigError(f"{', '.join(sorted(texts))}: must be a number, and is text.")
     check_values(TrainConfig, {name: card[name] for name in options}, "the card")
     calibration = card.get("calibration", {"temperature": 1.0})
     shapes = {"dialog": dict, "prefilled_by": str, "reference": dict, "calibration": dict}
     for name, kind in shapes.items():
         if not isinstance(card.get(name, kind()), kind):
             raise ConfigError(f"{name} = {card[name]!r}: must be {'text' if kind is str else 'a mapping'}.")
+    if not isinstance(card["dialog"].get("template"), dict) or not isinstance(card["dialog"].get("aspect"), str):
+        raise ConfigError("dialog: must hold a template, a mapping, and an aspect, a text.")
     if not (isinstance(fitted := calibration.get("temperature"), int | float) and 0 < fitted < math.inf):
         raise ConfigError(f"calibration, temperature = {fitted!r}: must be a number > 0.")
 

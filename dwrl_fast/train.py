@@ -22,7 +22,7 @@ from dwrl_fast.config import WRITING, TrainConfig, parse_train
 from dwrl_fast.console import command, set_up_logging
 from dwrl_fast.data.mixture import Part
 from dwrl_fast.dry_run import dry_run
-from dwrl_fast.errors import ConfigError, UntrainedError
+from dwrl_fast.errors import CheckpointError, ConfigError, UntrainedError
 from dwrl_fast.feed import Feed, open_feed, read_rows
 from dwrl_fast.loading import load_dialog
 from dwrl_fast.lock import sole_writer
@@ -47,8 +47,12 @@ def main(argv: list[str]) -> None:
     set_up_logging(console)
     config = configure(argv)
     if config.dry_run:
-        if config.output_dir is not None and config.resume_from_checkpoint is None:
-            refuse_used(config, Path(config.output_dir))
+        if config.output_dir is not None:
+            wanted = Path(config.output_dir)
+            if next(path for path in (wanted, *wanted.absolute().parents) if path.exists()).is_file():
+                make_folder(wanted)  # which says why it cannot be made
+            if config.resume_from_checkpoint is None:
+                refuse_used(config, wanted)
         dry_run(config, console)
         return
     try:
@@ -132,7 +136,16 @@ def refuse_used(config: TrainConfig, folder: Path) -> None:
 
 
 def finished(config: TrainConfig, folder: Path) -> dict[str, Any]:
-    """What result.json holds of the run in `folder`. ConfigError where `config` is not to go on with that run."""
+    """What result.json holds of the run in `folder`. ConfigError where `config` is not to go on with that run,
+    CheckpointError where part of what it wrote is gone.
+    """
+    again = f"Remove {folder / RESULT}: the same command then makes it again from the last checkpoint."
+    if not (folder / "model").is_dir():
+        raise CheckpointError(f"{folder} holds a finished run, and its model is gone. {again}")
+    try:
+        result = dict(json.loads((folder / RESULT).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder / RESULT} cannot be read: {error}. {again}") from None
     mine = config.to_dict()
     was = parse_train(["--config", str(folder / "config.yaml")]).to_dict()
     apart = ("output_dir", "resume_from_checkpoint")
@@ -144,7 +157,7 @@ def finished(config: TrainConfig, folder: Path) -> dict[str, Any]:
             f"--output_dir {folder} holds a finished run{what}, which is never written over: give another folder."
         )
     logger.info("%s holds the finished run: nothing was left to do, and nothing was written.", folder)
-    return dict(json.loads((folder / RESULT).read_text(encoding="utf-8")))
+    return result
 
 
 def make_folder(folder: Path) -> None:

@@ -127,9 +127,13 @@ def test_adapters_name_their_base_by_its_whole_path(
 
 CARDS: dict[str, tuple[str, dict[str, Any], str]] = {
     "inverted temperature": ("dwrl", {"temperature": -1}, r"temperature = -1.0: must be >= 0.01"),
-    "temperature in words": ("dwrl", {"temperature": "warm"}, r"temperature = 'warm'.*expected a finite number"),
+    "temperature in words": ("dwrl", {"temperature": "warm"}, r"temperature: must be a number, and is text"),
+    "a length as text": ("dwrl", {"max_completion_length": "6"}, r"max_completion_length: must be a number"),
+    "an endless thought": ("dwrl", {"max_completion_length": 10**30}, r"must be in \[1, 1000000\]"),
+    "an empty dialog": ("dwrl", {"dialog": {}}, r"dialog: must hold a template"),
+    "a template in words": ("dwrl", {"dialog": {"template": "plain", "aspect": "x"}}, r"dialog: must hold a template"),
     "no temperature": ("dwrl", {"temperature": None}, r"it has no temperature"),
-    "no thought": ("dwrl", {"max_completion_length": 0}, r"max_completion_length = 0: must be >= 1"),
+    "no thought": ("dwrl", {"max_completion_length": 0}, r"max_completion_length = 0: must be in \[1, 1000000\]"),
     "half a token": ("dwrl", {"max_completion_length": 1.5}, r"max_completion_length = 1.5.*whole number"),
     "another score": ("dwrl", {"score_normalization": "none"}, r"expected one of vocab, yes_no"),
     "no such method": ("dwrl", {"method": "magic"}, r"its method is 'magic', which is none of dwrl"),
@@ -151,3 +155,54 @@ def test_a_card_that_was_changed_is_refused(trained: Path, tmp_path: Path, what:
     (folder / CARD).write_text(json.dumps(json.loads((folder / CARD).read_text()) | change))
     with pytest.raises(ModelError, match=rf"the card of .*{name} is not as it was saved: .*{said}"):
         Scorer.from_pretrained(folder, dtype="fp32")
+
+
+def nested(folder: Path) -> None:
+    (folder / CARD).write_text("[" * 100_000)
+
+
+def cut(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:9000])
+
+
+def configured(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changes))
+
+    return change
+
+
+DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "half the weights": (cut, r"model.safetensors, each whole. Copy it again"),
+    "no weights": (lambda folder: (folder / WEIGHTS).write_bytes(b""), r"SafetensorError"),
+    "a card without an end": (nested, r"cannot be read as a model's card"),
+    "no heads": (configured(num_attention_heads=0), r"cannot load a (model|tokenizer)"),
+    "layers in words": (configured(num_hidden_layers="two"), r"cannot load a (model|tokenizer)"),
+    "no such dtype": (configured(dtype="zz"), r"cannot load a (model|tokenizer)"),
+    "no config": (lambda folder: (folder / "config.json").write_text("[]"), r"cannot load a (model|tokenizer)"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGED)
+def test_a_damaged_folder_is_said_without_a_traceback(trained: Path, tmp_path: Path, what: str) -> None:
+    change, said = DAMAGED[what]
+    folder = copied(trained, "dwrl", tmp_path)
+    change(folder)
+    with pytest.raises(ModelError, match=said):
+        Scorer.from_pretrained(folder, dtype="fp32")
+
+
+def test_adapters_without_their_base_say_where_it_is_named(trained: Path, tmp_path: Path) -> None:
+    base = copied(trained, "tiny", tmp_path)
+    method = make_method(tiny_config(trained, model_name_or_path=str(base), **LORA))
+    (tmp_path / "run").mkdir()
+    method.save_model(tmp_path / "run" / "model")
+    modes = {file.stat().st_mode for file in (tmp_path / "run").rglob("*") if file.is_file()}
+    assert len(modes) == 1, "who can read the config can read the weights"
+    base.rename(tmp_path / "elsewhere")
+    with pytest.raises(ModelError, match=r"adapter holds adapters of .*tiny, .* base_model_name_or_path"):
+        Scorer.from_pretrained(tmp_path / "run" / "adapter", dtype="fp32")
+    written = tmp_path / "run" / "adapter" / "adapter_config.json"
+    written.write_text(written.read_text().replace(str(base), str(tmp_path / "elsewhere")))
+    Scorer.from_pretrained(tmp_path / "run" / "adapter", dtype="fp32")

@@ -216,6 +216,22 @@ def test_a_finished_run_is_left_as_it_is(folder: Path, caplog: pytest.LogCapture
     assert content(folder / "run") == before
 
 
+@pytest.mark.parametrize("damaged", ["result", "model"])
+def test_a_finished_run_that_lost_something_makes_it_again(folder: Path, damaged: str) -> None:
+    config = config_of(folder)
+    go(config)
+    weights = (folder / "run" / "model" / "model.safetensors").read_bytes()
+    if damaged == "result":
+        (folder / "run" / "result.json").write_text("{")
+    else:
+        shutil.rmtree(folder / "run" / "model")
+    with pytest.raises(CheckpointError, match=r"Remove .*result.json: the same command then makes it again"):
+        go(config, "latest")
+    (folder / "run" / "result.json").unlink()
+    go(config, "latest")
+    assert (folder / "run" / "model" / "model.safetensors").read_bytes() == weights
+
+
 @pytest.mark.parametrize("resume", ["latest", "elsewhere"])
 def test_a_model_without_its_checkpoints_is_not_written_over(folder: Path, resume: str) -> None:
     go(config_of(folder))
@@ -313,3 +329,10 @@ def test_the_log_drops_thoughts_past_the_checkpoint(tmp_path: Path) -> None:
         (log.thoughts_folder / f"{name}.jsonl").write_text("{}\n")
     RunLog(tmp_path, resumed_at=2)
     assert sorted(os.listdir(log.thoughts_folder)) == ["step-000002.jsonl", "step-mine.jsonl"]
+
+
+def test_a_dry_run_says_that_a_folder_cannot_be_made(folder: Path) -> None:
+    (folder / "file").write_text("")
+    for name in ("file", "file/below"):
+        with pytest.raises(ConfigError, match=f"--output_dir .*{name} cannot be made"):
+            train.main(["--dry_run", "--output_dir", str(folder / name)])

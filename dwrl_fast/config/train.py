@@ -27,7 +27,7 @@ from dwrl_fast.data.mixture import Part, check_evaluated, check_mixture
 from dwrl_fast.dialog import Thinking
 from dwrl_fast.errors import ConfigError
 from dwrl_fast.log import warn_once
-from dwrl_fast.options import FRACTION, OPEN_FRACTION, POSITIVE, Base, at_least, option, parse
+from dwrl_fast.options import FRACTION, OPEN_FRACTION, POSITIVE, Base, Bound, at_least, option, parse
 from dwrl_fast.registry import MethodName, described
 
 # ruff: noqa: RUF009 - what option() returns is a dataclass field
@@ -221,7 +221,7 @@ python -m dwrl_fast.train --config runs/mine/config.yaml --resume_from_checkpoin
     max_completion_length: int = thoughts_option(
         1000,
         "The most tokens of a thought. One cut here is still followed by the rating turn and scored.",
-        bound=at_least(1),
+        bound=Bound("in [1, 1000000]", lambda v: 1 <= v <= 1_000_000),
         needs=WRITING,
     )
     temperature: float = thoughts_option(

@@ -97,4 +97,4 @@ def _metadata(name: str) -> dict[str, Any]:
     try:
         return dict(reader.read_gguf_metadata(name)[0])
     except (OSError, ValueError, LookupError, struct.error) as error:
-        raise ModelError(f"{name} cannot be read as a GGUF file: {error}. {NEEDS}") from error
+        raise ModelError(f"{name} cannot be read as a GGUF file: {str(error).rstrip('.')}. {NEEDS}") from error

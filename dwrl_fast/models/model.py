@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dwrl_fast.batching.batch import Batch
 from dwrl_fast.batching.layout import Layout
 from dwrl_fast.compute import Compute
-from dwrl_fast.errors import ModelError
+from dwrl_fast.errors import ModelError, UserError
 from dwrl_fast.log import logger
 from dwrl_fast.models import gguf
 from dwrl_fast.models.adapters import (
@@ -177,15 +177,20 @@ def _load(
                 model, report = _from_pretrained(auto, path, options | keywords)
             else:
                 model, report = _drawn(auto, path, extra, keywords), None
-        except (OSError, ValueError, KeyError, AssertionError, RuntimeError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # the libraries below raise anything where a file is damaged
             hint = (
                 gguf.NEEDS
                 if keywords
-                else "The folder exists but does not load: it needs config.json and model.safetensors."
+                else "The folder exists but does not load: it needs config.json and model.safetensors, each whole. "
+                "Copy it again."
                 if Path(source).exists()
                 else "Give a local folder, or a hub name while the hub can be reached."
             )
-            raise ModelError(f"cannot load a model from {source!r}. {hint}\n  {error}") from error
+            raise ModelError(
+                f"cannot load a model from {source!r}. {hint}\n  {type(error).__name__}: {error}"
+            ) from error
         if report is not None:
             _refuse_other_weights(source, model, report, new_head)
             _read_tying(model)
@@ -270,7 +275,14 @@ def _load_merged(auto: Any, folder: str, seed: int, lora: Lora | None, **extra: 
             f"{folder} is an adapter, and --use_peft trains a new one over a whole model: give the one that it merges "
             "into (OUTPUT_DIR/model beside OUTPUT_DIR/adapter)"
         )
-    base = _load(auto, adapter_base(folder), None, seed, None, new_head=holds_head(folder), **extra)
+    name = adapter_base(folder)
+    try:
+        base = _load(auto, name, None, seed, None, new_head=holds_head(folder), **extra)
+    except ModelError as error:
+        raise ModelError(
+            f"{folder} holds adapters of {name}, which must be there too: put it back, or write where it lies now into "
+            f"adapter_config.json, base_model_name_or_path. {error}"
+        ) from error
     return merged_adapter(base, folder)
 
 

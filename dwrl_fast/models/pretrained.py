@@ -28,12 +28,12 @@ def load_tokenizer(name_or_path: str) -> Any:
     with gguf.source(name_or_path) as (path, keywords):
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **keywords)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # the libraries below raise anything where a file is damaged
             needs = (
                 gguf.NEEDS
                 if keywords
-                else "It needs a folder with tokenizer.json and tokenizer_config.json, or a hub name while the hub "
-                "can be reached (in training another may be given by --tokenizer_name_or_path)."
+                else "It needs a folder with tokenizer.json, tokenizer_config.json and a valid config.json, or a hub "
+                "name while the hub can be reached (in training another may be given by --tokenizer_name_or_path)."
             )
             raise ModelError(f"cannot load a tokenizer from {name_or_path!r}. {needs}\n  {error}") from error
     if keywords:
@@ -114,6 +114,8 @@ def _replace(
     write(part)
     dialog.tokenizer.save_pretrained(part)
     (part / CARD).write_text(json.dumps(card | {"dialog": dialog.to_dict()}, indent=2) + "\n", encoding="utf-8")
+    for file in part.iterdir():  # safetensors lets its owner alone read a file
+        file.chmod((part / CARD).stat().st_mode)
     _compare(part, model)
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -154,7 +156,7 @@ def load_card(folder: str | Path) -> dict[str, Any]:
         )
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, RecursionError) as error:
         raise ModelError(
             f"{path} cannot be read as a model's card: copy it again from where the model was trained.\n  {error}"
         ) from None
