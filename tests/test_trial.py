@@ -8,12 +8,14 @@ import pytest
 import torch
 import transformers
 from drawn_groups import make_group, make_sequence
+from safetensors.torch import load_file, save_file
 from test_layouts import COMPUTE, CPU, SHARED, drawn
 from tiny import tiny_config, tiny_dialog, tiny_folder, tiny_pairs
 
+from dwrl_fast import train
 from dwrl_fast.batching.layout import Layout
 from dwrl_fast.compute import Compute
-from dwrl_fast.errors import ConfigError, ModelError, NotFiniteError
+from dwrl_fast.errors import ConfigError, ModelError, NotFiniteError, UserError
 from dwrl_fast.loading import load_dialog
 from dwrl_fast.methods import METHODS
 from dwrl_fast.models.adapters import Lora, add_adapters, plain
@@ -247,3 +249,19 @@ def test_a_save_that_is_not_the_model_replaces_nothing(tmp_path: Path, monkeypat
     assert (tmp_path / "tiny.part" / "model.safetensors").is_file()
     with pytest.raises(ModelError):
         try_saving(tmp_path, model, tiny_dialog(), {})
+
+
+def test_a_dry_run_tries_a_model_that_is_at_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_folder(tmp_path / "tiny")
+    tiny_pairs(tmp_path / "pairs.jsonl")
+    before = sorted(tmp_path.rglob("*"))
+    given = ["--dry_run", "--model_name_or_path", f"{tmp_path}/tiny", "--dataset_name", f"{tmp_path}/pairs.jsonl"]
+    given += ["--output_dir", f"{tmp_path}/run"]
+    train.main([*given, "--use_peft"])
+    assert "tried on a few tokens: its layout, sampling, merging, saving; all of it works" in capsys.readouterr().out
+    assert sorted(tmp_path.rglob("*")) == before
+    weights = load_file(tmp_path / "tiny" / "model.safetensors")
+    weights["model.norm.weight"].fill_(torch.nan)
+    save_file(weights, tmp_path / "tiny" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="its weights hold NaN"):
+        train.main(given)
