@@ -204,20 +204,12 @@ def policy_loss_kernel(
     tl.store(row + 10, tl.sum(tl.where(trained, loss, 0.0), 0))
 
 
-def _check_chunk(logits: Tensor, targets: Tensor) -> tuple[int, int]:
-    assert logits.is_contiguous()
-    assert logits.dtype in (torch.float32, torch.bfloat16)
+def _sizes(logits: Tensor, targets: Tensor, gradient: Tensor | None = None) -> tuple[int, int, int]:
+    """C, V, and how far the gradient's rows are apart, checked."""
+    assert logits.is_contiguous() and logits.dtype in (torch.float32, torch.bfloat16)
     assert targets.shape == logits.shape[:1]
-    c, v = logits.shape
-    return c, v
-
-
-def _stride(gradient: Tensor | None) -> int:
-    """From a row to the next."""
-    if gradient is None:
-        return 0
-    assert gradient.stride(1) == 1 or gradient.shape[1] == 1
-    return gradient.stride(0)
+    assert gradient is None or gradient.stride(1) == 1 or gradient.shape[1] == 1
+    return logits.shape[0], logits.shape[1], 0 if gradient is None else gradient.stride(0)
 
 
 def policy_rows(
@@ -226,12 +218,12 @@ def policy_rows(
     temperature: float, softcap: float | None,
 ) -> Tensor:  # fmt: skip
     """[3, C]: logprob, entropy, dLoss/dlogprob; `gradient` [C, V] gets dLoss/d(head output) where the last is not 0."""
-    c, v = _check_chunk(logits, targets)
+    c, v, stride = _sizes(logits, targets, gradient)
     out = torch.empty((3, c), dtype=torch.float32, device=logits.device)
     with torch.cuda.device_of(logits):
         policy_rows_kernel[(c,)](
             logits, gradient, targets, old_logprob, advantage, token_weight, ref_logprob, out, c, clip_low, clip_high,
-            beta, 1 / temperature, softcap or 1.0, V=v, STRIDE=_stride(gradient), HAS_CAP=softcap is not None,
+            beta, 1 / temperature, softcap or 1.0, V=v, STRIDE=stride, HAS_CAP=softcap is not None,
             HAS_REF=ref_logprob is not None, GRADIENT=gradient is not None,
             BLOCK=min(BLOCK, triton.next_power_of_2(v)), num_warps=WARPS,
         )  # fmt: skip
@@ -240,7 +232,7 @@ def policy_rows(
 
 def logprob_rows(logits: Tensor, targets: Tensor, temperature: float, softcap: float | None) -> Tensor:
     """[2, C]: logprob, entropy."""
-    c, v = _check_chunk(logits, targets)
+    c, v, _ = _sizes(logits, targets)
     out = torch.empty((2, c), dtype=torch.float32, device=logits.device)
     with torch.cuda.device_of(logits):
         logprob_rows_kernel[(c,)](
@@ -255,11 +247,11 @@ def logprob_rows_grad(
     temperature: float, softcap: float | None,
 ) -> None:  # fmt: skip
     """`gradient` [C, V] becomes the gradient of sum grad_logprob logprob + grad_entropy entropy."""
-    c, v = _check_chunk(logits, targets)
+    c, v, stride = _sizes(logits, targets, gradient)
     with torch.cuda.device_of(logits):
         logprob_rows_grad_kernel[(c,)](
             logits, gradient, targets, grad_logprob, grad_entropy, 1 / temperature, softcap or 1.0,
-            V=v, STRIDE=_stride(gradient), HAS_CAP=softcap is not None, HAS_ENTROPY=grad_entropy is not None,
+            V=v, STRIDE=stride, HAS_CAP=softcap is not None, HAS_ENTROPY=grad_entropy is not None,
             BLOCK=min(BLOCK, triton.next_power_of_2(v)), num_warps=WARPS,
         )  # fmt: skip
 

@@ -89,13 +89,11 @@ def _scores_backward(
     g = grad[:, None] * slopes
     d_hidden, d_weight, d_bias = hidden.new_empty(0), hidden.new_empty(0), hidden.new_empty(0)
     with torch.autocast(hidden.device.type, enabled=False):  # both products in float32
-        found_hidden = g @ torch.stack([weight[yes_id], weight[no_id]]).float() if need_hidden else None
-        found_weight = g.t() @ hidden.float() if need_weight else None
-    if found_hidden is not None:
-        d_hidden = found_hidden.to(hidden.dtype)
-    if found_weight is not None:
-        d_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
-        d_weight[yes_id], d_weight[no_id] = found_weight
+        if need_hidden:
+            d_hidden = (g @ torch.stack([weight[yes_id], weight[no_id]]).float()).to(hidden.dtype)
+        if need_weight:
+            d_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+            d_weight[yes_id], d_weight[no_id] = g.t() @ hidden.float()
     if need_bias and bias is not None:
         d_bias = torch.zeros_like(bias)
         d_bias[yes_id], d_bias[no_id] = g.sum(0)

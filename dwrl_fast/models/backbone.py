@@ -27,27 +27,19 @@ WITHOUT_EFFECT = {"position_ids", "use_cache", "cache_position", "output_attenti
 def backbone_states(backbone: nn.Module, batch: Batch) -> Tensor:
     """[positions, H]: the last hidden states of `batch`, flattened; its rows are indices into them."""
     if isinstance(batch, TreeBatch):
-        return _tree_states(backbone, batch.input_ids, batch.position_ids, batch.plan)
+        # A mask of four dimensions is handed through as it is: none is made.
+        no_mask = torch.empty((1, 1, 0, 0), dtype=torch.bool, device=batch.input_ids.device)
+        return backbone(
+            input_ids=batch.input_ids[None],
+            attention_mask=no_mask,
+            position_ids=batch.position_ids[None],
+            use_cache=False,
+            plan=batch.plan,
+        ).last_hidden_state[0]
     assert isinstance(batch, PaddedBatch)
-    return _padded_states(backbone, batch.input_ids, batch.attention_mask)
-
-
-def _tree_states(backbone: nn.Module, input_ids: Tensor, position_ids: Tensor, plan: Plan) -> Tensor:
-    # A mask of four dimensions is handed through as it is: none is made.
-    no_mask = torch.empty((1, 1, 0, 0), dtype=torch.bool, device=input_ids.device)
-    return backbone(
-        input_ids=input_ids[None],
-        attention_mask=no_mask,
-        position_ids=position_ids[None],
-        use_cache=False,
-        plan=plan,
-    ).last_hidden_state[0]
-
-
-def _padded_states(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Padding is on the right, so positions are those of the sequence alone."""
-    states = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-    return states.flatten(0, 1)
+    # Padding is on the right, so positions are those of the sequence alone.
+    states = backbone(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    return states.last_hidden_state.flatten(0, 1)
 
 
 def keep_softcap(lm: Any) -> None:

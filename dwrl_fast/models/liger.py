@@ -7,6 +7,7 @@ from typing import Any
 
 from dwrl_fast.errors import ConfigError, ModelError
 from dwrl_fast.log import logger
+from dwrl_fast.ops.backend import interpreted
 
 
 def use_liger(lm: Any) -> None:
@@ -19,7 +20,7 @@ def use_liger(lm: Any) -> None:
     """
     if importlib.util.find_spec("liger_kernel") is None:
         raise ConfigError("--use_liger_kernel: liger-kernel is not installed (pip install liger-kernel)")
-    if lm.device.type != "cuda" and not _interpreted():
+    if lm.device.type != "cuda" and not interpreted():
         raise ConfigError(
             f"--use_liger_kernel: the model is on {lm.device.type}, and Liger runs on CUDA; leave the option out"
         )
@@ -40,8 +41,3 @@ def use_liger(lm: Any) -> None:
             f"--use_liger_kernel: Liger found nothing to replace in {type(lm).__name__}; leave the option out"
         )
     logger.info("Liger in %s: %s", type(lm).__name__, ", ".join(f"{n} {name}" for name, n in sorted(replaced.items())))
-
-
-def _interpreted() -> bool:
-    """TRITON_INTERPRET=1 runs Triton's kernels on the CPU, slowly, for tests."""
-    return bool(importlib.import_module("triton").knobs.runtime.interpret)

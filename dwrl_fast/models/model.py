@@ -163,6 +163,8 @@ def _load(
     new_head: bool = False,
     **extra: Any,
 ) -> Any:
+    from transformers import AutoConfig
+
     quiet()
     if name_or_path is not None and is_adapter(name_or_path):
         return _load_merged(auto, name_or_path, seed, lora, **extra)
@@ -174,9 +176,13 @@ def _load(
             if name_or_path is not None:
                 options = extra | ({"dtype": torch.float32} if lora is None else lora.base_options())
                 options = gguf.dequantising(options, source) if keywords else options
-                model, report = _from_pretrained(auto, path, options | keywords)
+                # The report says which weights were found, and whose sizes differ.
+                options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+                with _without_remarks():
+                    model, report = auto.from_pretrained(path, trust_remote_code=False, **options, **keywords)
             else:
-                model, report = _drawn(auto, path, extra, keywords), None
+                config = AutoConfig.from_pretrained(path, trust_remote_code=False, **keywords, **extra)
+                model, report = auto.from_config(config, dtype=torch.float32, trust_remote_code=False), None
         except UserError:
             raise
         except Exception as error:  # the libraries below raise anything where a file is damaged
@@ -204,21 +210,6 @@ def _load(
             add_adapters(model, lora, source)
     switch_dropout_off(model)
     return model
-
-
-def _from_pretrained(auto: Any, path: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The model, and transformers' report of the weights that it found, whose sizes differ too."""
-    with _without_remarks():
-        return auto.from_pretrained(
-            path, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
-
-
-def _drawn(auto: Any, path: str, extra: dict[str, Any], keywords: dict[str, Any]) -> Any:
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False, **keywords, **extra)
-    return auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
 
 
 @contextmanager
@@ -252,10 +243,10 @@ def _refuse_other_weights(source: str, model: Any, report: dict[str, Any], new_h
         )
 
 
-def listed(names: Iterable[str], most: int = 6) -> str:
-    """The first names in order, and how many more there are."""
+def listed(names: Iterable[str]) -> str:
+    """The first six names in order, and how many more there are."""
     some = sorted(names)
-    return ", ".join(some[:most]) + (f" and {len(some) - most} more" if len(some) > most else "")
+    return ", ".join(some[:6]) + (f" and {len(some) - 6} more" if len(some) > 6 else "")
 
 
 def _read_tying(model: Any) -> None:

@@ -37,7 +37,7 @@ def admit(model: Any, packing: Packing, pad_id: int, compute: Compute, *, thinks
     """
     lm, name = model.lm, type(model.lm).__name__
     pad_id %= lm.get_input_embeddings().num_embeddings  # whether the tokenizer fits is asked elsewhere
-    with _trying(lm, compute):
+    with _evaluating(lm), compute.autocast():
         alone = _alone(lm)
         padded = _fault(lambda: _layout_fault(lm, "padded", pad_id, alone))
         packed = padded if packing == "padded" else _fault(lambda: _tree_fault(lm, packing, pad_id, alone))
@@ -56,7 +56,6 @@ def admit(model: Any, packing: Packing, pad_id: int, compute: Compute, *, thinks
         raise ModelError(f"{name} cannot run on a tree of tokens: {packed}; use --packing padded, which works")
 
 
-@torch.no_grad()
 def difference(saved: Any, model: Any) -> str | None:
     """How the logits, or rewards, of `saved` differ from those of `model` on a few tokens, in words; None where only
     rounding does.
@@ -74,19 +73,16 @@ def difference(saved: Any, model: Any) -> str | None:
 def _outputs(lm: Any) -> Tensor:
     """[positions, V], or [positions, 1] of a scalar head, in float32 on the CPU."""
     head = lm.get_output_embeddings() or lm.score
-    training = lm.training
-    lm.eval()
-    found = head(_alone(lm).to(head.weight.dtype)).float().cpu()
-    lm.train(training)
-    return found
+    with _evaluating(lm):
+        return head(_alone(lm).to(head.weight.dtype)).float().cpu()
 
 
 @contextmanager
-def _trying(lm: Any, compute: Compute) -> Iterator[None]:
+def _evaluating(lm: Any) -> Iterator[None]:
     training = lm.training
     lm.eval()
     try:
-        with torch.no_grad(), compute.autocast():
+        with torch.no_grad():
             yield
     finally:
         lm.train(training)

@@ -36,7 +36,7 @@ def _choose(backend: str, operator: str, device: str, dtype: torch.dtype) -> str
     natural = "cpu" if device == "cpu" else "triton"
     problem = _problem(natural, device, dtype)
     if problem and natural == "cpu":
-        extension.available()  # says once for all operators what is missing, with the command that builds it
+        warn_once(problem)  # once for all operators: what is missing, with the command that builds it
         problem = "its C++ operators are not there"
     chosen = "reference" if problem else natural
     reason = f" ({natural} cannot run: {problem})" if problem else ""
@@ -53,12 +53,13 @@ def _problem(backend: str, device: str, dtype: torch.dtype) -> str | None:
             return "its kernels compute in float32; float64 takes backend 'reference'"
         if importlib.util.find_spec("triton") is None:
             return "the package triton is not installed (pip install triton)"
-        if device != "cuda" and not _interpreted():
+        if device != "cuda" and not interpreted():
             return f"the tensors are on {device} (TRITON_INTERPRET=1 runs the kernels there, slowly, for tests)"
     return None
 
 
-def _interpreted() -> bool:
+def interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, on the CPU and slowly, for tests (TRITON_INTERPRET=1)."""
     return bool(importlib.import_module("triton").knobs.runtime.interpret)
 
 

@@ -241,18 +241,6 @@ _linear_logprob.register_autograd(_backward_logprob, setup_context=_save_logprob
 
 
 @without_autocast
-def _label_logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, yes_id: int, no_id: int, softcap: float | None
-) -> tuple[Tensor, Tensor]:
-    """[B] and [B]: the two labels' logits, after the soft-cap, wide."""
-    labels = [yes_id, no_id]
-    kind = wide(hidden.dtype)
-    logits = F.linear(hidden.to(kind), weight[labels].to(kind), None if bias is None else bias[labels].to(kind))
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    return logits[:, 0], logits[:, 1]
-
-
 def _label_scores(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, yes_id: int, no_id: int, softcap: float | None, backend: str
 ) -> Tensor:
@@ -261,5 +249,7 @@ def _label_scores(
         from dwrl_fast.kernels.yes_no import yes_no_scores
 
         return yes_no_scores(hidden, weight, bias, yes_id, no_id, softcap)
-    logit_yes, logit_no = _label_logits(hidden, weight, bias, yes_id, no_id, softcap)
-    return F.logsigmoid(logit_yes - logit_no)
+    labels = [yes_id, no_id]
+    some_bias = None if bias is None else bias[labels]
+    logits = oracle.logits_of(hidden.to(wide(hidden.dtype)), weight[labels], some_bias, softcap=softcap)
+    return F.logsigmoid(logits[:, 0] - logits[:, 1])

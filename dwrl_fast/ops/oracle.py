@@ -197,15 +197,12 @@ def preference_weights(
     return PreferenceWeights(-gradient, weights, leaf.detach(), losses.detach())
 
 
-def dual_weights(
-    scores_chosen: Tensor, scores_rejected: Tensor, *, margin: Tensor | float | None = None
-) -> DualWeights:
-    """The weight m = sigmoid(L^- - L^+ + margin), L = logmeanexp_i s_i, and softmax_i s_i of either side (Eq. 12)."""
+def dual_weights(scores_chosen: Tensor, scores_rejected: Tensor) -> DualWeights:
+    """The weight m = sigmoid(L^- - L^+), L = logmeanexp_i s_i, and softmax_i s_i of either side (Eq. 12)."""
     chosen, rejected = _wide(scores_chosen.detach()), _wide(scores_rejected.detach())
     log_n = torch.tensor([chosen.shape[-1], rejected.shape[-1]], dtype=chosen.dtype, device=chosen.device).log()
     gap = (rejected.logsumexp(-1) - log_n[1]) - (chosen.logsumexp(-1) - log_n[0])
-    m = torch.sigmoid(gap if margin is None else gap + margin).detach()
-    return DualWeights(m, chosen.softmax(-1), rejected.softmax(-1))
+    return DualWeights(gap.sigmoid(), chosen.softmax(-1), rejected.softmax(-1))
 
 
 class Plan(Protocol):

@@ -156,9 +156,7 @@ class _Once(torch.autograd.Function):
 
 def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """By an unrounded scale, rounded once: in one pass where the sum over chunks is still wide."""
-    if gradient.dtype == dtype:
-        return gradient * scale
-    if torch.compiler.is_compiling():
+    if gradient.dtype == dtype or torch.compiler.is_compiling():
         return (gradient * scale).to(dtype)
     return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
 

@@ -119,15 +119,13 @@ class Products:
 
     def gradients(self, wide_weight: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """dHidden, dWeight, dBias; empty where not needed. With `wide_weight`, dWeight as it was summed on CUDA."""
-        nothing = self.weight.new_empty(0)
-        d_hidden, d_weight, d_bias = nothing, nothing.clone(), nothing.clone()
-        if self.d_hidden is not None:
-            d_hidden = self.d_hidden
-        if self.needs[1]:
-            found = torch.zeros_like(self.weight) if self.d_weight is None else self.d_weight
-            d_weight = found.to(_weight_dtype(found, self.dtypes[0], wide_weight))
-        if self.d_bias is not None:
-            d_bias = self.d_bias.to(self.dtypes[1])
+        weight = torch.zeros_like(self.weight) if self.needs[1] and self.d_weight is None else self.d_weight
+        found = (
+            self.d_hidden,
+            None if weight is None else weight.to(_weight_dtype(weight, self.dtypes[0], wide_weight)),
+            None if self.d_bias is None else self.d_bias.to(self.dtypes[1]),
+        )
+        d_hidden, d_weight, d_bias = (self.weight.new_empty(0) if x is None else x for x in found)
         return d_hidden, d_weight, d_bias
 
 

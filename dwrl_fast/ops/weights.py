@@ -11,7 +11,7 @@ from dwrl_fast.ops.oracle import DualWeights, PreferenceWeights
 
 
 def preference_weights(
-    likelihood: Callable[[Tensor], Tensor], scores: Tensor, valid: Tensor | None = None, *, backend: str = "auto"
+    likelihood: Callable[[Tensor], Tensor], scores: Tensor, valid: Tensor | None = None
 ) -> PreferenceWeights:
     """The coefficients c = -df/dL [P, K] and weights softmax_i s [P, K, N] of any preference likelihood (METHOD 2.1).
 
@@ -19,7 +19,6 @@ def preference_weights(
     leaves thoughts out, for ragged K and N. Returns PreferenceWeights(coefficients, weights, marginals, losses),
     detached.
     """
-    _check("preference_weights", backend)
     if scores.dim() != 3 or 0 in scores.shape[1:]:
         raise UserError(f"preference_weights: scores is {list(scores.shape)}; expected [P, K, N], K and N above 0")
     if valid is not None and (valid.shape != scores.shape or valid.dtype != torch.bool):
@@ -28,22 +27,12 @@ def preference_weights(
     return oracle.preference_weights(likelihood, scores, valid)
 
 
-def dual_weights(
-    scores_chosen: Tensor, scores_rejected: Tensor, *, margin: Tensor | float | None = None, backend: str = "auto"
-) -> DualWeights:
+def dual_weights(scores_chosen: Tensor, scores_rejected: Tensor) -> DualWeights:
     """The misalignment weight m [B] and the self-normalised scores of either side [B, N], detached (DWRL Eq. 12).
 
     Scores are log p(Yes); margin (a number or [B]) makes m that of -log sigmoid(L^+ - L^- - margin).
     """
-    _check("dual_weights", backend)
     for name, scores in (("scores_chosen", scores_chosen), ("scores_rejected", scores_rejected)):
         if scores.dim() != 2 or scores.shape[0] != scores_chosen.shape[0] or scores.shape[1] == 0:
             raise UserError(f"dual_weights: {name} is {list(scores.shape)}; expected [B, N], both of one B, N above 0")
-    if isinstance(margin, Tensor) and margin.dim() and margin.shape != scores_chosen.shape[:1]:
-        raise UserError(f"dual_weights: margin is {list(margin.shape)}; expected [B = {scores_chosen.shape[0]}]")
-    return oracle.dual_weights(scores_chosen, scores_rejected, margin=margin)
-
-
-def _check(operator: str, backend: str) -> None:
-    if backend not in ("auto", "reference"):
-        raise UserError(f"{operator}: backend is {backend!r}; it has one, 'reference' (plain PyTorch on any device)")
+    return oracle.dual_weights(scores_chosen, scores_rejected)

@@ -8,8 +8,6 @@ import importlib
 import sys
 from pathlib import Path
 
-from dwrl_fast.log import warn_once
-
 MISSING = """\
 *** dwrl_fast runs WITHOUT its C++ operators: {reason}.
 Everything works, but operators on the CPU take the slower PyTorch path. To build them, install a C++20 compiler and the
@@ -32,11 +30,3 @@ def problem() -> str | None:
         command = f"cd {source} && {sys.executable} -m pip install --no-build-isolation --no-deps -e ."
         return MISSING.format(reason=reason, command=command)
     return None
-
-
-def available() -> bool:
-    """Whether the C++ operators are loaded; says once what is missing where they are not."""
-    message = problem()
-    if message:
-        warn_once(message)
-    return message is None
