@@ -1,6 +1,7 @@
-"""The gradient of a gather: rows that were read several times get the sum of their copies' gradients.
+"""The gradient of a gather: a row that was read several times gets the sum of its copies' gradients.
 
-One program takes one row of the result: it reads its copies a few at a time, in the order given, and sums in float32.
+One program computes one row of the result. It reads the copies a few at a time, in the given order, and sums in
+float32.
 """
 
 import torch
@@ -13,6 +14,7 @@ COPIES = 8  # read at once, so that a row with hundreds of copies does not wait 
 
 @triton.jit
 def sum_copies_kernel(copies, order, bounds, sums, CHANNELS: tl.constexpr, COPIES: tl.constexpr, BLOCK: tl.constexpr):
+    """One block of channels of one row of `sums`."""
     u = tl.program_id(0).to(tl.int64)
     start = tl.load(bounds + u)
     stop = tl.load(bounds + u + 1)

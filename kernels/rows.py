@@ -120,6 +120,7 @@ def policy_rows_kernel(
     scale, cap, V: tl.constexpr, STRIDE: tl.constexpr, HAS_CAP: tl.constexpr, HAS_REF: tl.constexpr,
     GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """One row of `policy_rows`: what goes into `out` [3, C], and the gradient where it is not 0."""
     i = tl.program_id(0)
     row = logits + i.to(tl.int64) * V
     target = tl.load(targets + i)
@@ -141,6 +142,7 @@ def policy_rows_kernel(
 def logprob_rows_kernel(
     logits, targets, out, C, scale, cap, V: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr
 ):
+    """One row of `logprob_rows`, into `out` [2, C]."""
     i = tl.program_id(0)
     target = tl.load(targets + i)
     _, _, logprob, entropy = _read_row(logits + i.to(tl.int64) * V, target, scale, cap, V, HAS_CAP, BLOCK)
@@ -153,6 +155,7 @@ def logprob_rows_grad_kernel(
     logits, gradient, targets, grad_logprob, grad_entropy, scale, cap, V: tl.constexpr, STRIDE: tl.constexpr,
     HAS_CAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """One row of `logprob_rows_grad`."""
     i = tl.program_id(0)
     row = logits + i.to(tl.int64) * V
     target = tl.load(targets + i)
@@ -175,7 +178,7 @@ def policy_loss_kernel(
     logprob, old_logprob, advantage, token_weight, ref_logprob, entropy, kept, gradient, partial, T, clip_low,
     clip_high, beta, HAS_REF: tl.constexpr, HAS_ENTROPY: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """One block of tokens. Its row of `partial` holds the eight sums and two maxima of ops/stats.py, and the loss."""
+    """One block of tokens. Its row of `partial` gets the eight sums and two maxima of ops/stats.py, and the loss."""
     i = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     inside = i < T
     a = tl.load(advantage + i, mask=inside, other=0.0)

@@ -19,6 +19,7 @@ def yes_no_kernel(
     hidden, weight_yes, weight_no, bias_yes, bias_no, score, slopes, cap, H: tl.constexpr, HAS_CAP: tl.constexpr,
     HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """One row: `score` [B], and `slopes` [B, 2], its derivatives in both labels' head outputs."""
     b = tl.program_id(0).to(tl.int64)
     dot_yes = tl.zeros([BLOCK], tl.float32)
     dot_no = tl.zeros([BLOCK], tl.float32)
@@ -129,5 +130,8 @@ _scores.register_autograd(_backward, setup_context=_save)
 def yes_no_scores(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, yes_id: int, no_id: int, softcap: float | None
 ) -> Tensor:
-    """[B, H], [V, H] -> logsigmoid(logit[yes] - logit[no]) [B] float32, differentiable once."""
+    """[B] float32: logsigmoid(logit[yes] - logit[no]), differentiable once.
+
+    hidden: [B, H]. weight: [V, H]. bias: [V].
+    """
     return _scores(hidden, weight, bias, yes_id, no_id, softcap)[0]

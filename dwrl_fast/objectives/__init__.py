@@ -1,1 +1,1 @@
-"""Pure functions of scores and log-probs: what is minimised, with nothing of models, batches or loops in them."""
+"""The losses, as pure functions of scores and log-probabilities: they know nothing of models, batches or loops."""

@@ -7,27 +7,31 @@ from torch import Tensor
 
 
 def rank_grid(ranks: Sequence[Sequence[int]]) -> Tensor:
-    """The ranks of P groups as [P, K] int64: 1 is the best, 0 stands where a group has fewer than K responses."""
+    """The ranks of P groups as [P, K] int64. 1 is the best rank; 0 fills up a group with fewer than K responses."""
     width = max(map(len, ranks))
     return torch.tensor([[*one, *[0] * (width - len(one))] for one in ranks])
 
 
 def ordered_pairs(ranks: Tensor) -> Tensor:
-    """[P, K, K] bool: whether response i ranks before response j. ranks [P, K] as `rank_grid` gives them."""
+    """[P, K, K] bool: whether response i ranks before response j. ranks: [P, K], as `rank_grid` gives them."""
     return (ranks[:, :, None] < ranks[:, None, :]) & (ranks[:, :, None] > 0)
 
 
 def order_accuracy(scores: Tensor, ranks: Tensor) -> Tensor:
-    """The share of a group's ordered pairs that scores [P, K] order alike, equal scores one half: [Q] float64.
+    """The accuracy of each group: the share of its ordered pairs that the scores order alike, [Q] float64.
 
-    Q: the groups that have an ordered pair, that is all but those in which every response ties.
+    scores: [P, K]. ranks: [P, K], as `rank_grid` gives them. Equal scores count one half. Q is the number of groups
+    with an ordered pair; groups in which all responses tie are left out.
     """
     credit, some = order_credit(scores, ranks)
     return credit[some]
 
 
 def order_credit(scores: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
-    """`order_accuracy` of all P groups, and where it says something, [P] bool: the device is not waited for."""
+    """`order_accuracy` of all P groups [P] float64, and which of them have an ordered pair [P] bool.
+
+    The others have accuracy 0. Nothing waits for the device here.
+    """
     ordered = ordered_pairs(ranks)
     count = ordered.sum((1, 2))
     one, other = scores[:, :, None], scores[:, None, :]  # not their difference: two infinite ones are equal

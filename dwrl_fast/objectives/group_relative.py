@@ -1,6 +1,6 @@
-"""Group-relative policy optimisation: the rewards of the methods that sample verdicts, and their advantages.
+"""Group-relative policy optimisation (GRPO): rewards of the methods that sample verdicts, and their advantages.
 
-Shapes: C contexts of a group, N thoughts of each; K responses.
+The loss itself is `ops.linear_policy_loss`. Shapes: C contexts of a preference group, N thoughts of each, K responses.
 """
 
 from collections.abc import Sequence
@@ -10,9 +10,10 @@ from torch import Tensor
 
 
 def group_advantage(rewards: Tensor) -> Tensor:
-    """(R - mean) / (std + 1e-4) over the last dimension, the thoughts of one context; std divides by n - 1.
+    """(R - mean) / (std + 1e-4) over the last dimension, the thoughts of one context. Shape and dtype of `rewards`.
 
-    DeepSeekMath section 4.1.2; the 1e-4 is that of the implementations, and leaves 0 where all are alike.
+    Source: DeepSeekMath (arXiv 2402.03300), section 4.1.2. The standard deviation divides by N - 1. The 1e-4 is that of
+    the common implementations. Equal rewards, and one thought alone, get 0.
     """
     centred = rewards - rewards.mean(-1, keepdim=True)
     spread = rewards.std(-1, keepdim=True) if rewards.shape[-1] > 1 else torch.zeros_like(centred)
@@ -20,13 +21,20 @@ def group_advantage(rewards: Tensor) -> Tensor:
 
 
 def choice_rewards(choices: Sequence[int | None], right: int) -> list[float]:
-    """1 for each verdict that names the better response, 0 for the others and for what could not be read."""
+    """1 for each verdict that names the better response, `right`; 0 for another, and for None, which is unreadable.
+
+    The reward of J1-pair, RM-R1 and RRM. Returns one number a verdict.
+    """
     return [float(choice == right) for choice in choices]
 
 
 def point_rewards(points: Sequence[Sequence[float | None]], ranks: Sequence[int]) -> list[list[float]]:
-    """For each thought about each of K responses, the share of thoughts about responses of another rank that its number
-    is on the right side of (J1: Whitehouse et al. 2025); 0 where it has none, and it never wins against one that has.
+    """The reward of every thought that gave one response a number (J1-point: Whitehouse et al. 2025).
+
+    points: for each of K responses the number of each of its thoughts, None where none could be read. ranks: K, the
+    smallest is the best. A thought is compared with every thought about a response of another rank. Its reward is the
+    share of comparisons in which its number is on the right side; equal numbers are not. Without a number of its own
+    its reward is 0, and a comparison with a thought that has no number is lost. Shaped as `points`.
     """
     return [
         [_share_beaten(number, [(other, ranks[k] < ranks[j]) for j, row in enumerate(points) for other in row

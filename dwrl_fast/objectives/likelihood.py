@@ -1,13 +1,13 @@
-"""Preference likelihoods: functions f of the log-marginal scores L [P, K] of K responses, giving a loss [P] in nats.
+"""Preference likelihoods f: from the log-marginal scores L [P, K] of K responses to a loss [P] in nats.
 
-Every data format is one such function, which the operators take as it is (docs/method.md, 2.1): a sum of weighted
-contests. In a contest one response is chosen out of a set with the softmax of L as its probability, so that it costs
+Every data format is one such function, and `ops.preference_weights` takes it as it is (docs/method.md, 2.1). f is a sum
+of weighted contests. In a contest one response is chosen out of a set, with probability softmax(L). It costs
 
-    -log sigmoid(L_winner - logsumexp of the set's others - margin).
+    -log sigmoid(L_winner - logsumexp of the set's others - margin)
 
-A pair is one contest. A Plackett-Luce ranking of K is K - 1: each response against all that follow it. A tie is the
-mean over the tied orders; of these only the sets that are still to be placed matter, 2^b for b tied responses where
-the orders are b!.
+A pair is one contest: the Bradley-Terry loss on the marginals, which phase A minimises (DWRL Eq. 13). A Plackett-Luce
+ranking of K has K - 1 contests: each response against all that follow it. The loss of a tie is the mean over the tied
+orders. It depends only on which of the b tied responses are still to be placed: 2^b sets are counted, not b! orders.
 
 Shapes: P groups, K responses of the largest group, C contests of the largest group, U different patterns of ranks.
 """
@@ -30,7 +30,11 @@ MAX_TIED = 7  # responses of a ranking with ties
 
 @dataclass(frozen=True, slots=True)
 class Contests:
-    """winner [U, C]: who is chosen; others [U, C, K] bool: out of whom else; weight [U, C], 0 in surplus contests."""
+    """The contests of U patterns of ranks. A pattern with fewer than C contests is filled up at weight 0.
+
+    winner: [U, C] int64, the response that is chosen. others: [U, C, K] bool, the responses it is chosen against.
+    weight: [U, C] float64.
+    """
 
     winner: Tensor
     others: Tensor
@@ -38,14 +42,15 @@ class Contests:
 
 
 def preference_likelihood(ranks: Sequence[Ranks], margins: Sequence[float]) -> Likelihood:
-    """The likelihood of a batch of P groups, of any number of responses each: marginals [P, K] -> losses [P].
+    """The likelihood of a batch of P groups, each with any number of responses: marginals [P, K] -> losses [P] in nats.
 
-    ranks: P times the ranks of the group's responses, the smallest is the best; equal ones tie. A group that has fewer
-    responses than the largest leaves out the marginals at its end: whatever they hold, their gradient is 0.
-    margins: P times, by how much the better response of a pair must lead, in nats; 0 for every other group.
+    ranks: for each group the ranks of its responses; the smallest is the best, and equal ranks tie. In a group with
+    fewer than K responses the last marginals are unused: they may hold anything, and their gradient is 0.
+    margins: for each group, in nats, by how much the better response of a pair must lead; 0 for every other group.
 
-    Raises ValueError where no likelihood is defined: a group of one, a margin of other than an ordered pair, and a
-    ranking of more than 7 with ties, which has to come as pairs.
+    The losses have the dtype and device of the marginals. Raises ValueError where no likelihood is defined: for a group
+    of one response, for a margin of anything but an ordered pair, and for a ranking of more than 7 responses with ties
+    (it has to come as pairs). The likelihood raises ValueError for marginals of another shape.
     """
     for one, margin in zip(ranks, margins, strict=True):
         _check(one, margin)

@@ -1,14 +1,16 @@
-"""The fused operators, each defined in `dwrl_fast.ops.oracle` and dispatched to the fastest backend that can run it.
+"""The fused operators. `dwrl_fast.ops.oracle` defines each; the fastest backend that can run a call computes it.
 
-`backend` is "auto" (says its choice once), "reference" (plain PyTorch), "cpu" (the C++ extension) or "triton".
-A backend that is named and cannot run raises. Gradients are once differentiable: a double backward raises.
+`backend` is "auto" (it logs its choice once), "reference" (the oracle, in plain PyTorch), "cpu" (the C++ extension) or
+"triton". UserError is raised where a named backend cannot run. Gradients are differentiable once: a double backward
+raises.
 
     linear_logprob        log pi(target) and entropy, from hidden states, without the logits of all rows
-    linear_policy_loss    the clipped policy loss from hidden states, gradients formed while the logits are live
+    linear_policy_loss    the clipped policy loss from hidden states; gradients are formed while the logits are live
     policy_loss           the same from given log-probabilities
     yes_no_logprob        the score s = log p(Yes)
-    preference_weights    coefficients and weights of any preference likelihood; dual_weights is its pair form
-    tree_attention        attention over a tree of tokens, every shared prefix read where it lies
+    preference_weights    coefficients and weights of any preference likelihood
+    dual_weights          the same for pairs, from the scores of either side
+    tree_attention        attention over a tree of tokens; a shared prefix is stored and read once
     combine_stats, read_stats, STAT_SUMS, STAT_MAXIMA    what `PolicyLoss.stats` holds
 """
 

@@ -1,4 +1,4 @@
-"""Attention over a tree of tokens, every shared prefix stored once: each token attends to its path and itself."""
+"""Attention over a tree of tokens in which a shared prefix is stored once: each token attends to its path."""
 
 from typing import Any
 
@@ -31,15 +31,16 @@ def tree_attention(
 ) -> Tensor:
     """[U, Hq, D]: softmax attention of every token to the tokens of its node's ancestors, and of its node up to itself.
 
-    q [U, Hq, D] and k, v [U, Hkv, D] (float32, bfloat16 or float64), Hq a multiple of Hkv: query head h reads key head
-    h // (Hq / Hkv). scale is D ** -0.5 by default; softcap makes the logits softcap * tanh(logits / softcap); window
-    leaves only keys less than that many tokens back along the path. On the CPU no matrix of [U, U] ever exists, sums
-    are in float32 (float64 for float64) and in an order that follows from the plan alone, whatever the number of
-    threads: FlashAttention's online softmax (arXiv 2205.14135), its backward from the saved out and log-sum-exp. On
-    CUDA in bfloat16 so do the kernels of `ops.varlen`: "flash_attn" or "varlen", under "auto" the first that can.
+    q: [U, Hq, D]. k, v: [U, Hkv, D]. They are float32, bfloat16 or float64. Hq is a multiple of Hkv: query head h reads
+    key head h // (Hq / Hkv). scale is D ** -0.5 by default. softcap makes the logits softcap * tanh(logits / softcap).
+    window leaves only the keys less than that many tokens back along the path. sinks must be None.
 
-    Raises UserError, naming the argument; sinks are refused. A plan that is no depth-first cover of the U tokens raises
-    ValueError.
+    On the CPU this is FlashAttention (arXiv 2205.14135): an online softmax, and a backward pass from the saved out and
+    log-sum-exp. No matrix of [U, U] ever exists. Sums are in float32 (float64 for float64), and their order follows
+    from the plan alone, whatever the number of threads. On CUDA in bfloat16 the kernels of `ops.varlen` do the same:
+    backend "flash_attn" or "varlen"; "auto" takes the first that can run.
+
+    Raises UserError, which names the argument, and ValueError for a plan that is no depth-first cover of the U tokens.
     """
     q, k, v = autocast(q), autocast(k), autocast(v)
     _check(q, k, v, softcap, window, sinks)

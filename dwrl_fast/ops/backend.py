@@ -20,7 +20,10 @@ BACKENDS = ("auto", "reference", "cpu", "triton")
 
 
 def choose_backend(backend: str, operator: str, x: Tensor) -> str:
-    """The backend for `operator` on x. A named one that cannot run raises; what "auto" chose is logged once."""
+    """The name of the backend for `operator` on x. What "auto" chose is logged once.
+
+    Raises UserError where the backend is unknown, or is named and cannot run.
+    """
     return _choose(backend, operator, x.device.type, x.dtype)
 
 
@@ -64,13 +67,13 @@ def interpreted() -> bool:
 
 
 def row_pass(backend: str) -> ModuleType:
-    """Holds the row work of a backend: policy_rows, logprob_rows, logprob_rows_grad, policy_loss_rows."""
+    """The module with a backend's row work: policy_rows, logprob_rows, logprob_rows_grad, policy_loss_rows."""
     name = "dwrl_fast.ops.cpu" if backend == "cpu" else "dwrl_fast.kernels.rows"
     return importlib.import_module(name)
 
 
 def check_head(operator: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """hidden [T, H] and weight [V, H] of a dtype and device that go together, and bias [V]."""
+    """UserError unless hidden is [T, H], weight [V, H] and bias [V], of dtypes and devices that go together."""
     if hidden.dtype not in (torch.float32, torch.bfloat16, torch.float64):
         advice = (
             ": float16 gradients under- and overflow; use bfloat16, in torch.autocast too"
@@ -97,7 +100,7 @@ def check_head(operator: str, hidden: Tensor, weight: Tensor, bias: Tensor | Non
 
 
 def check_tokens(operator: str, like: Tensor, **tensors: Tensor | None) -> None:
-    """Every tensor is [T], on the device of like [T, ...]; targets is int64."""
+    """UserError unless every tensor is [T], on the device of like [T, ...], and targets is int64."""
     for name, x in tensors.items():
         if x is None:
             continue
@@ -110,6 +113,7 @@ def check_tokens(operator: str, like: Tensor, **tensors: Tensor | None) -> None:
 
 
 def check_scaling(operator: str, temperature: float, softcap: float | None) -> None:
+    """UserError unless temperature and softcap are finite and above 0; softcap may be None."""
     if not 0 < temperature < math.inf:
         raise UserError(f"{operator}: temperature is {temperature}; it must be finite and above 0")
     if softcap is not None and not 0 < softcap < math.inf:
@@ -117,7 +121,9 @@ def check_scaling(operator: str, temperature: float, softcap: float | None) -> N
 
 
 def check_targets(operator: str, targets: Tensor, vocabulary: int) -> None:
-    """On the CPU only: elsewhere looking would wait for the device, and the kernels make such rows NaN."""
+    """UserError where a target is outside the vocabulary. On the CPU only: elsewhere the check would wait for the
+    device, and the kernels make such rows NaN.
+    """
     if targets.device.type == "cpu" and targets.numel() and not 0 <= targets.min() <= targets.max() < vocabulary:
         raise UserError(
             f"{operator}: targets hold {int(targets.min())} to {int(targets.max())}; expected 0 to {vocabulary - 1}"
@@ -126,7 +132,7 @@ def check_targets(operator: str, targets: Tensor, vocabulary: int) -> None:
 
 
 def autocast(hidden: Tensor) -> Tensor:
-    """Under torch.autocast, hidden in its dtype; the weight keeps its own, so that its gradient does too."""
+    """hidden in the dtype of torch.autocast where that is on. The weight keeps its dtype, and so does its gradient."""
     kind = hidden.device.type
     if hidden.is_floating_point() and hidden.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         return hidden.to(torch.get_autocast_dtype(kind))
@@ -134,7 +140,7 @@ def autocast(hidden: Tensor) -> Tensor:
 
 
 def without_autocast(body: Callable[..., Result]) -> Callable[..., Result]:
-    """`body(tensor, ...)` in the dtypes it is given: `autocast` has decided; also for a backward under autocast."""
+    """`body(tensor, ...)` without torch.autocast, in forward and backward: `autocast` has already chosen the dtype."""
 
     @functools.wraps(body)
     def run(first: Tensor, *rest: object, **options: object) -> Result:

@@ -42,12 +42,13 @@ def linear_logprob(
     return_entropy: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """[T] log p(target), and the entropy in nats if asked for, both differentiable, without ever holding [T, V].
+    """[T] log p(target) in nats, and with `return_entropy` the entropy [T] in nats, without ever holding [T, V].
 
-    hidden [T, H] (float32, bfloat16 or float64), weight [V, H] (hidden's dtype, or a float32 master), bias [V],
-    targets [T] int64. The result is float32 (float64 for float64). Four products: the backward forms the logits
-    again, of the rows whose gradient is not zero. Raises UserError, naming the argument; on CUDA a target outside the
-    vocabulary is NaN.
+    hidden: [T, H], float32, bfloat16 or float64. weight: [V, H], of hidden's dtype or a float32 master. bias: [V].
+    targets: [T] int64. The logits are softcap tanh(x / softcap) / temperature, x the head's output. Results are float32
+    (float64 for float64), and differentiable in hidden, weight and bias. It costs four matrix products: the backward
+    pass forms the logits again, of the rows whose gradient is not 0. Raises UserError, which names the argument. On
+    CUDA a target outside the vocabulary gives NaN.
     """
     name = "linear_logprob"
     hidden = autocast(hidden)
@@ -87,11 +88,13 @@ def yes_no_logprob(
     return_mass: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The score s = log p(Yes) [B], differentiable, and if asked for p(Yes) + p(No) over the vocabulary, detached.
+    """[B] the score s = log p(Yes) in nats (docs/method.md, 1), and with `return_mass` p(Yes) + p(No) [B], detached.
 
-    hidden [B, H], weight [V, H], bias [V]. Over the vocabulary (normalization "vocab") it is `linear_logprob` of
-    yes_id; over the two labels ("yes_no") it is logsigmoid(logit[yes] - logit[no]) and reads two rows of the weight;
-    asking for the mass there costs the whole head, without gradient. In float32 even where hidden is bfloat16.
+    hidden: [B, H]. weight: [V, H]. bias: [V]. yes_id, no_id: token ids of the labels. With normalization "vocab" (the
+    papers') s is `linear_logprob` of yes_id. With "yes_no" it is logsigmoid(logit[yes] - logit[no]), which reads two
+    rows of the weight. The mass is over the vocabulary in both cases, so with "yes_no" it costs a product with the
+    whole head, without gradient. Results are float32 even where hidden is bfloat16 (float64 for float64); s is
+    differentiable in hidden, weight and bias. Raises UserError, which names the argument.
     """
     name = "yes_no_logprob"
     hidden = autocast(hidden)

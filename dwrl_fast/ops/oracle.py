@@ -1,7 +1,7 @@
-"""What each operator computes, in plain PyTorch: the specification, and the oracle of the tests.
+"""The oracle: what each operator computes, in plain PyTorch. It is the specification, and what the tests compare with.
 
-Any floating dtype: float32 and narrower compute in float32 past the logits and return float32, float64 stays float64.
-Autograd does the gradients. Nothing here is chunked or fast.
+Every floating dtype is accepted. float64 stays float64. Narrower dtypes compute in float32 from the logits on and
+return float32. Autograd forms the gradients. Nothing here is chunked or fast, and no argument is checked.
 
 Shapes: T tokens, H hidden size, V vocabulary, B pairs or rows, P preference groups, K responses, N thoughts a response.
 """
@@ -19,7 +19,11 @@ STAT_MAXIMA = ("ratio_max", "log_ratio_abs_max")
 
 
 class PolicyLoss(NamedTuple):
-    """A differentiable scalar; logprob [T], detached, NaN where untrained; stats (`STAT_SUMS`, then `STAT_MAXIMA`)."""
+    """What the policy losses return.
+
+    loss: a differentiable scalar. logprob: [T], detached, NaN in rows that are not trained. stats: float64, the entries
+    of `STAT_SUMS` and then of `STAT_MAXIMA`, detached (`dwrl_fast.ops.stats` says what they are).
+    """
 
     loss: Tensor
     logprob: Tensor
@@ -27,7 +31,11 @@ class PolicyLoss(NamedTuple):
 
 
 class PreferenceWeights(NamedTuple):
-    """coefficients [P, K], weights [P, K, N] (0 where not valid), marginals [P, K], losses [P]: all detached."""
+    """What phases A and B take (docs/method.md, 2.1). All are detached.
+
+    coefficients: c = -df/dL [P, K]. weights: w [P, K, N], 0 where a thought is not valid. marginals: L [P, K], in nats.
+    losses: f(L) [P], in nats.
+    """
 
     coefficients: Tensor
     weights: Tensor
@@ -36,7 +44,10 @@ class PreferenceWeights(NamedTuple):
 
 
 class DualWeights(NamedTuple):
-    """misalignment [B], chosen [B, N], rejected [B, N]: all detached."""
+    """The weights of pairs (DWRL Eq. 12). All are detached.
+
+    misalignment: m [B]. chosen, rejected: the self-normalised scores w of either side [B, N].
+    """
 
     misalignment: Tensor
     chosen: Tensor
@@ -50,7 +61,10 @@ def _wide(x: Tensor) -> Tensor:
 def logits_of(
     hidden: Tensor, weight: Tensor, bias: Tensor | None = None, temperature: float = 1.0, softcap: float | None = None
 ) -> Tensor:
-    """[T, H] x [V, H] -> [T, V]: the head in hidden's dtype; then, wide, the soft-cap; then the temperature."""
+    """[T, H] x [V, H] -> [T, V]: softcap tanh(x / softcap) / temperature, x the head's output with its bias [V].
+
+    The product is in hidden's dtype; what follows is in float32, or float64 for float64.
+    """
     logits = _wide(F.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)))
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -67,6 +81,7 @@ def linear_logprob(
     softcap: float | None = None,
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
+    """[T] log p(target) in nats; with `return_entropy` also the entropy [T] in nats. targets: [T] int64."""
     logp = logits_of(hidden, weight, bias, temperature, softcap).log_softmax(-1)
     logprob = logp.gather(-1, targets[:, None]).squeeze(-1)
     if not return_entropy:
@@ -75,7 +90,7 @@ def linear_logprob(
 
 
 def trained_rows(advantage: Tensor, token_weight: Tensor, beta: float) -> Tensor:
-    """[T] bool: rows that move the loss. With no KL term a row of advantage 0 does not."""
+    """[T] bool: the rows that move the loss. Without a KL term (beta 0), a row of advantage 0 does not."""
     trained = token_weight != 0
     return trained if beta else trained & (advantage != 0)
 
@@ -94,8 +109,9 @@ def policy_loss(
 ) -> PolicyLoss:
     """The loss -sum_t token_weight_t [min(g_t A_t, clip(g_t, 1 - clip_low, 1 + clip_high) A_t) - beta KL_t].
 
-    g_t = exp(logprob_t - old_logprob_t) (DWRL Eq. 14); KL_t = exp(d) - d - 1 with d = ref_logprob_t - logprob_t.
-    Only trained rows count; the others may hold anything.
+    g_t = exp(logprob_t - old_logprob_t) (DWRL Eq. 14; PPO, arXiv 1707.06347, Eq. 7). KL_t = exp(d) - d - 1 with
+    d = ref_logprob_t - logprob_t estimates KL(policy || reference) (DeepSeekMath, arXiv 2402.03300, Eq. 4). All
+    arguments are [T]; only logprob is differentiated. Only `trained_rows` count; the others may hold anything.
     """
     trained = trained_rows(advantage, token_weight, beta)
     lp, old, adv, scale = (
@@ -141,7 +157,7 @@ def linear_policy_loss(
     ref_logprob: Tensor | None = None,
     beta: float = 0.0,
 ) -> PolicyLoss:
-    """`policy_loss` of `linear_logprob`, where only the trained rows meet the head."""
+    """`policy_loss` of `linear_logprob`, where only the trained rows are multiplied by the head."""
     rows = trained_rows(advantage, token_weight, beta).nonzero().squeeze(-1)
     some = linear_logprob(
         hidden[rows], weight, targets[rows], bias=bias, temperature=temperature, softcap=softcap, return_entropy=True
@@ -164,9 +180,10 @@ def yes_no_logprob(
     softcap: float | None = None,
     return_mass: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """[B] s = log p(Yes) over the vocabulary ("vocab", the papers') or over both labels ("yes_no"), in float32.
+    """[B] the score s = log p(Yes) in nats, in float32 (docs/method.md, 1).
 
-    With `return_mass` also p(Yes) + p(No) over the vocabulary, detached.
+    normalization: p is over the vocabulary ("vocab", the papers') or over both labels ("yes_no"). With `return_mass`
+    also p(Yes) + p(No) over the vocabulary [B], detached.
     """
     logits = logits_of(_wide(hidden), weight, bias, softcap=softcap)
     logp = logits.log_softmax(-1)
@@ -177,10 +194,10 @@ def yes_no_logprob(
 def preference_weights(
     likelihood: Callable[[Tensor], Tensor], scores: Tensor, valid: Tensor | None = None
 ) -> PreferenceWeights:
-    """c_k = -df/dL_k and w_k = softmax_i s_ki, at the marginals L_k = logmeanexp_i s_ki (METHOD 2.1).
+    """c_k = -df/dL_k and w_k = softmax_i s_ki, at the marginals L_k = logmeanexp_i s_ki (docs/method.md, 2.1).
 
-    f = `likelihood` is differentiable, [P, K] -> [P]. `valid` [P, K, N] bool leaves thoughts out of mean and softmax; a
-    response without any valid thought has weights 0 and L = 0.
+    f = `likelihood` is differentiable, [P, K] -> [P]. scores: s [P, K, N]. `valid` [P, K, N] bool leaves thoughts out
+    of the mean and of the softmax. A response without any valid thought has weights 0 and L = 0.
     """
     scores = _wide(scores.detach())
     valid = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
@@ -198,7 +215,7 @@ def preference_weights(
 
 
 def dual_weights(scores_chosen: Tensor, scores_rejected: Tensor) -> DualWeights:
-    """The weight m = sigmoid(L^- - L^+), L = logmeanexp_i s_i, and softmax_i s_i of either side (Eq. 12)."""
+    """m = sigmoid(L^- - L^+), L = logmeanexp_i s_i, and softmax_i s_i of either side (DWRL Eq. 12). Scores: [B, N]."""
     chosen, rejected = _wide(scores_chosen.detach()), _wide(scores_rejected.detach())
     log_n = torch.tensor([chosen.shape[-1], rejected.shape[-1]], dtype=chosen.dtype, device=chosen.device).log()
     gap = (rejected.logsumexp(-1) - log_n[1]) - (chosen.logsumexp(-1) - log_n[0])
@@ -206,8 +223,10 @@ def dual_weights(scores_chosen: Tensor, scores_rejected: Tensor) -> DualWeights:
 
 
 class Plan(Protocol):
-    """A tree of tokens. Nodes in depth-first order, [M] int64 each: node m holds the tokens [start[m], stop[m]), and
-    stop[m] is start[m + 1]; parent is -1 for a root.
+    """A tree of U tokens, as M nodes in depth-first order; the fields are [M] int64.
+
+    start, stop: node m holds the tokens [start[m], stop[m]), and stop[m] is start[m + 1]. parent: the node above, -1
+    for a root. A token's path is the tokens of its node's ancestors, and of its own node up to itself.
     """
 
     @property
@@ -219,9 +238,9 @@ class Plan(Protocol):
 
 
 def tree_mask(plan: Plan, window: int | None = None, device: torch.device | None = None) -> Tensor:
-    """[U, U] bool: whom the query of a row attends to: its node's ancestors, and its own node up to itself.
+    """[U, U] bool: whether the query of the row attends to the key of the column, which is on its path.
 
-    With a window, only keys less than that many tokens back along the path. It is made on `device`, by default the
+    With a window, only keys less than `window` tokens back along the path. The mask is made on `device`, by default the
     plan's.
     """
     device = plan.start.device if device is None else device
@@ -252,9 +271,9 @@ def tree_attention(
     softcap: float | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """[U, Hq, D] and twice [U, Hkv, D] -> [U, Hq, D]: softmax(cap(scale q k)) v over the keys of `tree_mask`.
+    """q [U, Hq, D], k and v [U, Hkv, D] -> [U, Hq, D]: softmax(cap(scale q k)) v over the keys of `tree_mask`.
 
-    cap(x) = softcap tanh(x / softcap); scale is D ** -0.5 by default.
+    cap(x) = softcap tanh(x / softcap). scale is D ** -0.5 by default. Query head h reads key head h // (Hq / Hkv).
     """
     group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, dim=1).transpose(0, 1) for x in (k, v))

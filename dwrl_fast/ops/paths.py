@@ -1,13 +1,17 @@
-"""tree_attention as varlen attention: which queries meet which keys is laid out once a plan, and used by every layer.
+"""tree_attention as attention within segments of unequal length (varlen). The layout of a plan is made once, and every
+layer uses it. There are two ways.
 
-**By path**: one causal call, in which a node's keys are the end of its path, as far back as its first token sees,
-gathered; they are gathered again in the backward, and the gradients of a key's copies summed. So does a sliding window,
-which cuts across nodes. **By depth**: one causal call takes every node's own tokens, where they lie. Then, for each
-depth, one call takes the nodes there that have descendants: all tokens below such a node attend to all of its own, not
-causally. Outputs merge by their log-sum-exp. The backward repeats the calls with the merged output and log-sum-exp:
-with them each call gives its part of the gradients. Without a window that way is taken which moves fewer bytes: paths
-where keys are few and short beside queries, depths where many short nodes hang on a long path. Every sum has an order
-that follows from the plan.
+**By path**: one causal call. The keys of a node are the end of its path, as far back as its first token sees. They are
+gathered (copied), and gathered again in the backward pass, where the gradients of a key's copies are summed.
+
+**By depth**: one causal call takes the own tokens of every node, in place. Then one call for each depth takes the nodes
+of that depth that have descendants: all tokens below such a node attend to all of its tokens, without a causal mask.
+The outputs are merged by their log-sum-exp. The backward pass repeats the calls with the merged output and log-sum-exp,
+so that each call gives its part of the gradients.
+
+A sliding window cuts across nodes, so it always goes by path. Otherwise the way that moves fewer bytes is taken: paths
+where keys are few and short beside queries, depths where many short nodes hang on a long path. The order of every sum
+follows from the plan.
 
 Shapes: U tokens, M nodes, Tq queries and Tk keys of one call.
 """
@@ -39,10 +43,11 @@ PER_KEY_KV, PER_COPY_Q, PER_QUERY = 5, 4, 45
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One varlen call. queries, keys: the rows of the U tokens that it reads, [Tq] and [Tk] int64; None is all of them.
+    """One varlen call.
 
-    copies: where a key is read more than once, the order [Tk] that brings its copies together, and where those of each
-    of the U tokens begin and end, [U + 1].
+    queries, keys: [Tq] and [Tk] int64, the rows of the U tokens that it reads; None is all of them. copies: where a key
+    is read more than once, the order [Tk] that brings its copies together, and the bounds [U + 1] of each token's
+    copies in that order.
     """
 
     segments: Segments
@@ -53,7 +58,10 @@ class Call:
 
 @torch.compiler.disable
 def varlen_tree_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, varlen: Varlen, options: Options) -> Tensor:
-    """[U, Hq, D], U above 0. Raises ValueError where the plan is no depth-first cover of the U tokens."""
+    """`ops.tree_attention` by the kernels of `varlen`: [U, Hq, D], differentiable once. U must be above 0.
+
+    Raises ValueError where the plan is no depth-first cover of the U tokens.
+    """
     layout = _layout(plan, len(q))
     if options.window is not None and options.window >= layout.longest_path:
         options = options._replace(window=None)

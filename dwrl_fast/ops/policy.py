@@ -1,4 +1,7 @@
-"""The clipped policy loss (DWRL Eq. 14), from hidden states or log-probabilities; gradients come with the forward."""
+"""The clipped policy loss (DWRL Eq. 14), from hidden states or from log-probabilities.
+
+The forward pass forms the gradients too, while a chunk's logits are there. The backward pass only scales them.
+"""
 
 import math
 from typing import Any
@@ -41,17 +44,20 @@ def linear_policy_loss(
     beta: float = 0.0,
     backend: str = "auto",
 ) -> PolicyLoss:
-    """`policy_loss` of the log-probabilities of a linear head, without ever holding [T, V]: three products in all.
+    """`policy_loss` of the log-probabilities of a linear head (DWRL Eq. 14), without ever holding the logits [T, V].
 
-    hidden [T, H] (float32, bfloat16 or float64), weight [V, H] (hidden's dtype, or a float32 master), bias [V],
-    targets [T] int64; the rest [T], constants. Rows with token_weight 0, or with advantage 0 when beta is 0, take
-    part in no product and may hold anything; rows that the clip silences (beta 0) take part in one. Their gradients
-    are zero. Put every constant factor of the loss into token_weight: a loss scaled afterwards costs the CPU one more
-    pass over the gradients. CUDA makes that pass always, as it rounds dWeight: to see that the scale is 1 would wait.
+    hidden: [T, H], float32, bfloat16 or float64. weight: [V, H], of hidden's dtype or a float32 master. bias: [V].
+    targets: [T] int64. old_logprob, advantage, token_weight, ref_logprob: [T], constants, as in `policy_loss`. The
+    logits are softcap tanh(x / softcap) / temperature, x the head's output. hidden, weight and bias are differentiated.
 
-    Returns PolicyLoss(loss, logprob, stats), see `policy_loss`. Raises UserError, naming the argument. On CUDA a target
-    outside the vocabulary is not raised but makes its row NaN and counts in stats as `invalid`; the device is waited
-    for once to count the trained rows, and once a chunk to count those that the clip silenced.
+    It costs three matrix products of the trained rows. Rows with token_weight 0, or with advantage 0 when beta is 0,
+    are in no product and may hold anything. Rows whose gradient the clip makes 0 (beta 0) are in one. Put every
+    constant factor of the loss into token_weight: on the CPU a loss scaled afterwards costs one more pass over the
+    gradients. On CUDA that pass is always made, as it also rounds dWeight.
+
+    Returns PolicyLoss(loss, logprob, stats), see `policy_loss`. Raises UserError, which names the argument. On CUDA a
+    target outside the vocabulary does not raise: its row is NaN and counts as `invalid` in stats. On CUDA the host
+    waits once for the number of trained rows, and once a chunk for the number of rows with a gradient.
     """
     name = "linear_policy_loss"
     hidden = autocast(hidden)
@@ -91,14 +97,18 @@ def policy_loss(
     entropy: Tensor | None = None,
     backend: str = "auto",
 ) -> PolicyLoss:
-    """-sum_t token_weight_t [min(g_t A_t, clip(g_t, 1 - clip_low, 1 + clip_high) A_t) - beta KL_t].
+    """-sum_t token_weight_t [min(g_t A_t, clip(g_t, 1 - clip_low, 1 + clip_high) A_t) - beta KL_t] (DWRL Eq. 14).
 
-    g_t = exp(logprob_t - old_logprob_t); KL_t = exp(d) - d - 1, d = ref_logprob_t - logprob_t. All [T]; only logprob
-    is differentiated, and entropy only goes into stats. Rows with token_weight 0, or with advantage 0 when beta is 0,
-    are left out and may hold anything.
+    g_t = exp(logprob_t - old_logprob_t). KL_t = exp(d) - d - 1, d = ref_logprob_t - logprob_t, estimates the KL
+    divergence to a reference policy (DeepSeekMath, arXiv 2402.03300, Eq. 4). The methods of this package use beta 0;
+    the term is for other trainers. With ref_logprob and beta 0 the KL is only counted in stats.
 
-    Returns PolicyLoss(loss, logprob, stats): logprob is detached, and NaN where a row was left out;
-    `dwrl_fast.ops.stats` says what stats holds. Raises UserError, naming the argument.
+    All arguments are [T], log-probabilities in nats, logprob in float32 or float64. Only logprob is differentiated.
+    entropy only goes into stats. Rows with token_weight 0, or with advantage 0 when beta is 0, are left out and may
+    hold anything.
+
+    Returns PolicyLoss(loss, logprob, stats): a scalar; logprob [T], detached, NaN where a row was left out; and what
+    `dwrl_fast.ops.stats` describes. Raises UserError, which names the argument.
     """
     name = "policy_loss"
     if logprob.dim() != 1 or logprob.dtype not in (torch.float32, torch.float64):

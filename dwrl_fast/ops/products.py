@@ -20,7 +20,7 @@ LARGE_WEIGHT = 32 << 20
 
 
 def chunk_rows(hidden: Tensor, weight: Tensor) -> int:
-    """C, in whole tiles of 128 rows where it is as much."""
+    """C, how many rows of logits a chunk has: a multiple of 128. hidden: [T, H], weight: [V, H]."""
     bytes_each = 4 if _direct(hidden) else hidden.element_size()
     rows = CHUNK_BYTES[hidden.device.type] // (weight.shape[0] * bytes_each)
     least = MIN_ROWS
@@ -30,7 +30,7 @@ def chunk_rows(hidden: Tensor, weight: Tensor) -> int:
 
 
 def even_rows(rows: int, chunk: int) -> int:
-    """The size of as few chunks as `chunk` allows, all about as large, in whole tiles of 128 rows."""
+    """The rows of each chunk: as few chunks as `chunk` allows, all of about equal size, in tiles of 128 rows."""
     each = -(-rows // max(-(-rows // chunk), 1))
     return max(1, min(chunk, each + -each % 128))
 
@@ -48,11 +48,12 @@ def _into_float32(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tenso
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums over elements of `dtype`: float64 for float64, otherwise float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class Products:
-    """One head during one pass. Gradients are formed for what `needs` (hidden, weight, bias) asks for, and no other."""
+    """The products of one head in one pass. Gradients are formed only of what `needs` (hidden, weight, bias)."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]) -> None:
         self.needs = needs
@@ -67,7 +68,7 @@ class Products:
         self.d_bias = hidden.new_zeros(weight.shape[0], dtype=wide(hidden.dtype)) if needs[2] else None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[C, H] -> [C, V], in a buffer that the next call overwrites. No later chunk has more rows than the first."""
+        """[C, H] -> [C, V], in a buffer that the next call overwrites. The first chunk must have the most rows."""
         if self.buffer is None:
             kind = torch.float32 if self.direct else hidden.dtype
             self.buffer = hidden.new_empty((hidden.shape[0], self.weight.shape[0]), dtype=kind)
@@ -81,15 +82,19 @@ class Products:
         return torch.mm(hidden, columns, out=out)
 
     def gradient_buffer(self, logits: Tensor) -> Tensor:
-        """Where the row pass writes dLogits: over the logits, row over row: a narrower one fills half of each."""
+        """Where the row pass writes dLogits [C, V]: over the logits. In a narrower dtype it fills half of each row."""
         return logits.view(self.weight.dtype)[:, : logits.shape[1]] if self.direct else logits
 
     def split(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """Row numbers [N] in chunks. On CUDA of about equal size: a small last one would read all of dWeight too."""
+        """Row numbers [N] in chunks. On CUDA all are about as large: a small last one would read all of dWeight too."""
         return rows.split(self.chunk if rows.device.type == "cpu" else even_rows(len(rows), self.chunk))
 
     def backward(self, d_logits: Tensor, hidden: Tensor, index: Tensor, live: Tensor) -> None:
-        """Adds the chunk's gradients: of its `live` [C] rows, which are rows `index` [C] of all."""
+        """Add the gradients of a chunk.
+
+        d_logits: [C, V]. hidden: [C, H]. index: [C] int64, the chunk's places among all rows. live: [C] bool, the rows
+        whose gradient is not 0.
+        """
         d_logits, hidden, index = _compact(d_logits, hidden, index, live)
         if index.numel() == 0:
             return
@@ -118,7 +123,10 @@ class Products:
             self.d_weight = self.d_weight.to(kind).add_(torch.mm(a, b))  # terms are rounded as their sum will be
 
     def gradients(self, wide_weight: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """dHidden, dWeight, dBias; empty where not needed. With `wide_weight`, dWeight as it was summed on CUDA."""
+        """dHidden [T, H], dWeight [V, H], dBias [V]; empty where not needed.
+
+        With `wide_weight` dWeight on CUDA stays in the dtype of its sum.
+        """
         weight = torch.zeros_like(self.weight) if self.needs[1] and self.d_weight is None else self.d_weight
         found = (
             self.d_hidden,
@@ -143,7 +151,7 @@ def _compact(d_logits: Tensor, hidden: Tensor, index: Tensor, live: Tensor) -> t
 
 
 def needs_gradient(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[bool, bool, bool]:
-    """What autograd will ask for: a frozen head or no_grad saves its product."""
+    """Which gradients autograd will ask for. A frozen head, or no_grad, saves the product."""
     on = torch.is_grad_enabled()
     return on and hidden.requires_grad, on and weight.requires_grad, on and bias is not None and bias.requires_grad
 
@@ -155,7 +163,7 @@ def _weight_dtype(like: Tensor, own: torch.dtype, wide_weight: bool) -> torch.dt
 def empty_gradients(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool], wide_weight: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The shapes and dtypes of `Products.gradients`."""
+    """Uninitialised tensors with the shapes and dtypes of `Products.gradients`, for tracing."""
     nothing = hidden.new_empty(0)
     kind = _weight_dtype(weight, weight.dtype, wide_weight)
     return (

@@ -27,18 +27,21 @@ _MEANS = ("ratio", "log_ratio", "clipped", "kl", "entropy")
 
 
 def combine_stats(stats: Iterable[Tensor]) -> Tensor:
-    """The stats of several micro-batches (at least one) as those of one, without leaving the device."""
+    """The stats of several micro-batches (at least one) combined into those of one batch, on their device."""
     stacked = torch.stack(list(stats))
     return torch.cat([stacked[:, SUMS].sum(0), stacked[:, MAXIMA].amax(0)])
 
 
 def read_stats(stats: Tensor) -> dict[str, float]:
-    """Counts and maxima as they are, everything else as a mean over the trained rows. Synchronises the device."""
+    """The entries by name: counts, sums of weights and maxima as they are, the rest as means over the trained rows.
+
+    Waits for the device.
+    """
     values = dict(zip(STAT_SUMS + STAT_MAXIMA, stats.tolist(), strict=True))
     rows = max(values["tokens"], 1.0)
     return {name: value / rows if name in _MEANS else value for name, value in values.items()}
 
 
 def empty_stats(like: Tensor) -> Tensor:
-    """The shape and dtype of stats, on like's device."""
+    """An uninitialised tensor with the shape and dtype of stats, on the device of `like`."""
     return like.new_empty(MAXIMA.stop, dtype=torch.float64)

@@ -35,7 +35,7 @@ class Segments(NamedTuple):
 
 
 class Options(NamedTuple):
-    """As of `ops.tree_attention`; a window is for causal segments only."""
+    """The options of `ops.tree_attention`. A window is for causal segments only."""
 
     scale: float
     softcap: float | None = None
@@ -43,7 +43,7 @@ class Options(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What a backward reads: q, k, v as given to the forward, out and lse as it returns them."""
+    """What a backward pass reads: q, k, v as the forward pass took them, out and lse as it returned them."""
 
     q: Tensor
     k: Tensor
@@ -56,26 +56,35 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 
 
 class Varlen(Protocol):
+    """The interface of one library of kernels."""
+
     def problem(self, device: torch.device, dtype: torch.dtype, channels: int, softcap: float | None) -> str | None:
-        """Why it cannot run these tensors, and what mends it."""
+        """Why it cannot run such tensors, and what helps; None where it can. channels: D."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, options: Options) -> tuple[Tensor, Tensor]:
         """q [Tq, Hq, D]; k, v [Tk, Hkv, D] -> out [Tq, Hq, D], log-sum-exp [Hq, Tq] float32."""
 
     def backward(self, grad: Tensor, saved: Saved, segments: Segments, options: Options) -> Gradients:
-        """dq, dk, dv as q, k, v. out and lse may be those over more keys than these: the gradients are then a part."""
+        """dq, dk, dv, shaped as q, k, v. grad: of out, [Tq, Hq, D]. Where out and lse are over more keys than these,
+        the gradients are the part that comes from these keys.
+        """
 
 
 class FlashAttn:
+    """The kernels of the package flash_attn."""
+
     def problem(self, device: torch.device, dtype: torch.dtype, channels: int, softcap: float | None) -> str | None:
+        """As `Varlen.problem`."""
         return _unfit(device, dtype, channels) or _flash_attn_missing()
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, options: Options) -> tuple[Tensor, Tensor]:
+        """As `Varlen.forward`."""
         given = self._named(segments, options)
         out, lse, *_ = torch.ops.flash_attn._flash_attn_varlen_forward(q=q, k=k, v=v, **given)
         return out, lse
 
     def backward(self, grad: Tensor, saved: Saved, segments: Segments, options: Options) -> Gradients:
+        """As `Varlen.backward`."""
         q, k, v, out, lse = saved
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         torch.ops.flash_attn._flash_attn_varlen_backward(
@@ -103,12 +112,16 @@ class FlashAttn:
 
 
 class Aten:
+    """PyTorch's own kernels."""
+
     def problem(self, device: torch.device, dtype: torch.dtype, channels: int, softcap: float | None) -> str | None:
+        """As `Varlen.problem`."""
         if softcap is not None:
             return f"PyTorch's kernel has no soft-cap; that of the package flash_attn has one ({INSTALL})"
         return _unfit(device, dtype, channels) or _aten_missing()
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, options: Options) -> tuple[Tensor, Tensor]:
+        """As `Varlen.forward`."""
         given = self._named(segments, options)
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
             query=q, key=k, value=v, return_debug_mask=False, **given
@@ -116,6 +129,7 @@ class Aten:
         return out, lse
 
     def backward(self, grad: Tensor, saved: Saved, segments: Segments, options: Options) -> Gradients:
+        """As `Varlen.backward`."""
         q, k, v, out, lse = saved
         no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
         with _deterministic():

@@ -1,4 +1,4 @@
-"""The weights of thoughts and pairs: a few numbers a group, so plain PyTorch in log space serves every device."""
+"""The weights of thoughts and pairs (DWRL Eq. 12): a few numbers a group, so plain PyTorch serves every device."""
 
 from collections.abc import Callable
 
@@ -13,11 +13,14 @@ from dwrl_fast.ops.oracle import DualWeights, PreferenceWeights
 def preference_weights(
     likelihood: Callable[[Tensor], Tensor], scores: Tensor, valid: Tensor | None = None
 ) -> PreferenceWeights:
-    """The coefficients c = -df/dL [P, K] and weights softmax_i s [P, K, N] of any preference likelihood (METHOD 2.1).
+    """The coefficients c = -df/dL [P, K] and weights w = softmax_i s [P, K, N] of a likelihood f (docs/method.md, 2.1).
 
-    likelihood: marginals L [P, K] -> loss [P], differentiable. scores [P, K, N] are log p(Yes); valid [P, K, N] bool
-    leaves thoughts out, for ragged K and N. Returns PreferenceWeights(coefficients, weights, marginals, losses),
-    detached.
+    likelihood: f, from marginals L [P, K] to losses [P] in nats, differentiable. scores: s = log p(Yes) [P, K, N].
+    valid: [P, K, N] bool, False for thoughts that are left out, so K and N may differ from group to group. L is
+    logmeanexp_i s. For a pair under -log sigmoid(L+ - L-), c is (m, -m) with the misalignment weight m (DWRL Eq. 12).
+
+    Returns PreferenceWeights(coefficients, weights, marginals, losses), detached. Raises UserError, which names the
+    argument.
     """
     if scores.dim() != 3 or 0 in scores.shape[1:]:
         raise UserError(f"preference_weights: scores is {list(scores.shape)}; expected [P, K, N], K and N above 0")
@@ -30,7 +33,8 @@ def preference_weights(
 def dual_weights(scores_chosen: Tensor, scores_rejected: Tensor) -> DualWeights:
     """The misalignment weight m [B] and the self-normalised scores of either side [B, N], detached (DWRL Eq. 12).
 
-    Scores are log p(Yes); margin (a number or [B]) makes m that of -log sigmoid(L^+ - L^- - margin).
+    scores_chosen, scores_rejected: s = log p(Yes) [B, N]; N may differ between them. It is the pair form of
+    `preference_weights`. Raises UserError, which names the argument.
     """
     for name, scores in (("scores_chosen", scores_chosen), ("scores_rejected", scores_rejected)):
         if scores.dim() != 2 or scores.shape[0] != scores_chosen.shape[0] or scores.shape[1] == 0:
