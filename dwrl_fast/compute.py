@@ -1,6 +1,4 @@
-"""Where and in what precision a run computes: device, autocast dtype, and what must be set for runs to repeat
-themselves.
-"""
+"""Where and in what precision a run computes, and the seeds and settings that make it reproducible."""
 
 import hashlib
 from collections.abc import Iterator
@@ -18,15 +16,17 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """Weights are float32 masters on `device`; the forward runs under `autocast()` when `dtype` is bfloat16."""
+    """The device and the dtype of the forward and backward pass. Weights are float32 masters on `device`."""
 
     device: torch.device
     dtype: torch.dtype
 
     @classmethod
     def resolve(cls, dtype: str) -> "Compute":
-        """`auto` is fp32 on a CPU and bf16 on a GPU. float16 is refused: its loss scale comes too late for gradients
-        formed in forward.
+        """From the option --dtype: fp32, bf16, or auto, which is fp32 on a CPU and bf16 on a GPU.
+
+        Raises ConfigError for another one. float16 needs a loss scale, which would come too late for gradients that the
+        forward pass forms.
         """
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if dtype == "auto":
@@ -39,14 +39,16 @@ class Compute:
 
     @property
     def float32(self) -> bool:
+        """Whether everything is computed in float32."""
         return self.dtype == torch.float32
 
     def autocast(self) -> AbstractContextManager:
+        """A context for the forward pass: torch.autocast where the dtype is bfloat16."""
         return nullcontext() if self.float32 else torch.autocast(self.device.type, self.dtype)
 
 
 def multiplies_bfloat16() -> bool | None:
-    """Whether the processor has instructions for products in bfloat16; None where PyTorch does not say."""
+    """Whether the processor has instructions for products in bfloat16; None where PyTorch does not know."""
     capabilities = getattr(torch.cpu, "get_capabilities", None)  # not in every version that we run with
     if capabilities is None:
         return None
@@ -68,7 +70,9 @@ def _say_slow() -> None:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Sums in the same order on every machine; for a model so small that more threads only wait for one another."""
+    """A context in which PyTorch uses one thread, so that sums have the same order on every machine. For models so
+    small that more threads would not be faster.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -78,8 +82,9 @@ def one_thread() -> Iterator[None]:
 
 
 def step_seed(seed: int, stream: str, step: int) -> int:
-    """A seed for one use of randomness, from the run's seed alone: a resumed run draws what the whole run would have
-    drawn.
+    """A seed for one use of randomness: use `stream` in step `step` of a run with `seed`. 63 bits.
+
+    It depends on nothing else, so a resumed run draws what an uninterrupted one would have drawn.
     """
     digest = hashlib.blake2b(f"{seed}/{stream}/{step}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

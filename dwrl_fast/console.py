@@ -1,4 +1,4 @@
-"""What the commands share on a terminal: where messages go, and errors that a person can mend without a traceback."""
+"""What the commands share on a terminal: logging, and user errors that are printed without a traceback."""
 
 import logging
 import os
@@ -13,14 +13,17 @@ from dwrl_fast.log import logger
 
 
 def set_up_logging(console: Console) -> None:
-    """Our messages through `console`, so that they do not cut through the bars."""
+    """Send the package's log messages through `console`, so that they do not cut through the progress bars."""
     logger.setLevel(logging.INFO)
     logger.propagate = False
     logger.handlers = [RichHandler(console=console, show_path=False, show_time=False, markup=False, highlighter=None)]
 
 
 def command(main: Callable[[list[str]], None]) -> None:
-    """Run a command's `main`. A UserError ends it with its own status and its message alone; an interrupt with 130."""
+    """Run a command's `main` with the arguments of the command line.
+
+    A UserError ends the process with the error's status and prints only its message. An interrupt ends it with 130.
+    """
     try:
         refuse_processes()
         main(sys.argv[1:])
@@ -33,7 +36,7 @@ def command(main: Callable[[list[str]], None]) -> None:
 
 
 def refuse_processes() -> None:
-    """ConfigError where torchrun, or a launcher like it, started several processes."""
+    """Raise ConfigError where torchrun, or a launcher like it, started several processes."""
     processes = os.environ.get("WORLD_SIZE", "1")
     if processes != "1":
         raise ConfigError(

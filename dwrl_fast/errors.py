@@ -1,12 +1,12 @@
-"""What a person can mend. The command line prints these without a traceback; everything else is a bug of ours."""
+"""Errors that a user can correct. The commands print them without a traceback; any other exception is a bug."""
 
 from typing import ClassVar
 
 
 class UserError(ValueError):
-    """Something the user gave is wrong. The message says what, where, and what to do.
+    """Something that the user gave is wrong. The message says what, where, and what to do.
 
-    status: what a command that it ends exits with.
+    status: the exit status of a command that it ends.
     """
 
     status: ClassVar[int] = 2
@@ -37,6 +37,6 @@ class CheckpointError(UserError):
 
 
 class UntrainedError(UserError):
-    """A run came to its end, and nothing was trained in it."""
+    """A run ended without having trained anything."""
 
     status = 3

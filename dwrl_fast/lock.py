@@ -1,4 +1,4 @@
-"""One process writes to a folder at a time: a lock that ends with its process, however that ends."""
+"""A lock, so that one process writes to a folder at a time. It ends with its process, however that ends."""
 
 import fcntl
 from collections.abc import Iterator
@@ -13,8 +13,9 @@ LOCK = ".lock"
 
 
 def hold(file: IO[bytes], folder: Path, what: str) -> None:
-    """Lock `file`, opened for writing, until it is closed. ConfigError where another process holds it; `what` it writes
-    into `folder`, in words.
+    """Lock `file`, which is open for writing, until it is closed. what: what is written into `folder`, in words.
+
+    Raises ConfigError where another process holds the lock. Warns where the file system has no locks.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -30,7 +31,10 @@ def hold(file: IO[bytes], folder: Path, what: str) -> None:
 
 @contextmanager
 def sole_writer(folder: Path, what: str) -> Iterator[None]:
-    """Within the block no other process gets past here with the same folder; ConfigError where one is there already."""
+    """A context in which this process alone writes `what` (in words) into `folder`, which must exist.
+
+    Raises ConfigError where another process is in it already, or where the folder cannot be written to.
+    """
     try:
         file = (folder / LOCK).open("ab")
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The package's logger, and messages that are said once a process."""
+"""The package's logger, and messages that are logged once a process."""
 
 import functools
 import logging
@@ -8,9 +8,11 @@ logger = logging.getLogger("dwrl_fast")
 
 @functools.cache
 def info_once(message: str) -> None:
+    """Log the message at level INFO, the first time only."""
     logger.info(message)
 
 
 @functools.cache
 def warn_once(message: str) -> None:
+    """Log the message at level WARNING, the first time only."""
     logger.warning(message)

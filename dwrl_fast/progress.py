@@ -1,4 +1,4 @@
-"""What a person watches: bars with time left on a terminal, a line now and then where there is none."""
+"""Progress of a command: bars with the time left on a terminal, otherwise a line every few seconds."""
 
 import time
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ LINE_EVERY = 10.0  # seconds between lines of one stage where there is no termin
 
 
 class Stage:
-    """One bar. `advance` moves it; `info` is shown beside it."""
+    """One bar. `advance` moves it. total, done: in units of work, `done` at its start. quiet: print no lines."""
 
     def __init__(self, display: "Display", name: str, total: int, done: int, quiet: bool):
         self.display, self.name, self.total, self.quiet = display, name, total, quiet
@@ -21,6 +21,7 @@ class Stage:
         self.task = display.bars.add_task(name, total=total, completed=done, info="")
 
     def advance(self, by: int = 1, **info: float | str) -> None:
+        """Count `by` units of work as done. info: figures to show beside the bar from now on."""
         self.done += by
         if info:
             self.info = "  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in info.items())
@@ -38,7 +39,7 @@ class Stage:
 
 
 class Display:
-    """The bars of one command. Use as a context manager; stages nest, inner ones vanish when done."""
+    """The bars of one command, as a context manager. Stages nest; an inner one vanishes when it is done."""
 
     def __init__(self, console: Console | None = None):
         self.console = console or Console()
@@ -65,7 +66,7 @@ class Display:
 
     @contextmanager
     def stage(self, name: str, total: int, done: int = 0) -> Iterator[Stage]:
-        """A bar of `total`, of which a run that is resumed has `done` behind it."""
+        """A context with a bar of `total` units of work, of which `done` are done (in a run that is resumed)."""
         stage = Stage(self, name, total, done, quiet=self.depth > 0)
         self.depth += 1
         try:

@@ -30,7 +30,11 @@ FEED_FORWARD = {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2",
 
 @dataclass(frozen=True, slots=True)
 class Lora:
-    """Adapters as the options ask for them. targets: names of linear layers; none is all but the head."""
+    """Adapters as the options ask for them (LoRA, arXiv 2106.09685).
+
+    rank, alpha: the adapters' product is scaled by alpha / rank. targets: names of linear layers; empty is all but the
+    head. four_bit: the frozen model is quantised to NF4. Raises ConfigError where a package or a GPU is missing.
+    """
 
     rank: int
     alpha: int
@@ -51,8 +55,8 @@ class Lora:
             )
 
     def base_options(self) -> dict[str, Any]:
-        """How `from_pretrained` must load what is then frozen: in the run's dtype, but for a CPU, where that would save
-        no time and make the model another one than full training's.
+        """The arguments of `from_pretrained` for the frozen model. It loads in the run's dtype, on a CPU in float32:
+        bfloat16 would save no time there, and the model would not be the one that full training starts from.
         """
         dtype = torch.float32 if self.compute.device.type == "cpu" else self.compute.dtype
         if not self.four_bit:
@@ -66,8 +70,8 @@ class Lora:
 
 
 def add_adapters(lm: Any, lora: Lora, base: str) -> None:
-    """Freeze `lm`, loaded from `base`, and put adapters into it that change nothing yet (B is zero); a scalar head
-    trains whole beside them.
+    """Freeze `lm`, which was loaded from `base`, and add adapters that change nothing yet (B is 0). A scalar head is
+    trained in full beside them.
 
     Raises ConfigError where the targets are not linear layers of `lm`, or its head or embedding is one of them.
     """
@@ -137,12 +141,16 @@ def _fused(lm: Any, name: str, parameter: nn.Parameter) -> bool:
 
 
 def adapted(lm: Any) -> bool:
+    """Whether `lm` has adapters in it."""
     return hasattr(lm, "peft_config")
 
 
 @contextmanager
 def switched_off(lm: Any) -> Iterator[None]:
-    """Within it `lm` is what it was before training. Its adapters hold no gradient there."""
+    """A context in which the adapters of `lm` are off, so that it computes what it did before training.
+
+    The adapters take no gradient there. Raises ModelError where `lm` has none.
+    """
     if not adapted(lm):
         raise ModelError(f"{type(lm).__name__} has no adapters to switch off; add --use_peft")
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -159,11 +167,12 @@ def switched_off(lm: Any) -> Iterator[None]:
 
 
 def is_adapter(name_or_path: str) -> bool:
+    """Whether the name is that of a local folder of adapters."""
     return (Path(name_or_path) / CONFIG).is_file()
 
 
 def adapter_base(folder: str) -> str:
-    """The model that the adapters in `folder` belong to."""
+    """The name or path of the model that the adapters in `folder` belong to. ModelError where none is written there."""
     base = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base:
         raise ModelError(f"{folder}/{CONFIG} does not say which model its adapters belong to (base_model_name_or_path)")
@@ -176,9 +185,9 @@ def holds_head(folder: str) -> bool:
 
 
 def merged_adapter(lm: Any, folder: str) -> Any:
-    """What `lm`, the base in float32, and the adapters in `folder` merge into.
+    """The model that results from merging the adapters in `folder` into `lm`, their base in float32.
 
-    Raises ModelError where they are none of LoRA's plain kind, or do not fit `lm`.
+    Raises ModelError where they are not plain LoRA, or do not fit `lm`.
     """
     _need_peft()
     from peft import LoraConfig, PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
@@ -211,8 +220,8 @@ def _mergeable(lm: Any, config: Any) -> bool:
 
 
 def plain(lm: Any) -> Any:
-    """`lm` itself where it has no adapters; else a model without any that computes the same, merged in float32 on the
-    CPU. `lm` is left as it is: weights that adapters are added to and taken from again are no longer the same.
+    """`lm` itself where it has no adapters; otherwise a new model without adapters that computes the same, merged in
+    float32 on the CPU. `lm` is not changed: adding adapters to weights and subtracting them does not restore these.
     """
     if not adapted(lm):
         return lm
@@ -256,7 +265,7 @@ def _layers(lm: Any) -> dict[str, Any]:
 
 
 def write_adapter(folder: Path, lm: Any) -> None:
-    """The adapters of `lm` in peft's format: PeftModel.from_pretrained loads them onto their base."""
+    """Write the adapters of `lm` in peft's format. PeftModel.from_pretrained loads them onto their base."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
@@ -268,8 +277,8 @@ def write_adapter(folder: Path, lm: Any) -> None:
 
 
 def base_fingerprint(lm: Any) -> str:
-    """Tells one frozen base from another, wherever it lies: some 64 elements of every frozen weight, as bfloat16, so
-    that the same base in another dtype is the same.
+    """A hash that identifies the frozen base, wherever it is stored: of some 64 elements of every frozen weight. They
+    are hashed as bfloat16, so that the dtype of the base does not matter.
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, parameter in lm.named_parameters():

@@ -25,7 +25,7 @@ WITHOUT_EFFECT = {"position_ids", "use_cache", "cache_position", "output_attenti
 
 
 def backbone_states(backbone: nn.Module, batch: Batch) -> Tensor:
-    """[positions, H]: the last hidden states of `batch`, flattened; its rows are indices into them."""
+    """[positions, H]: the last hidden states of `batch`, flattened. Its `token_rows` and `score_rows` index them."""
     if isinstance(batch, TreeBatch):
         # A mask of four dimensions is handed through as it is: none is made.
         no_mask = torch.empty((1, 1, 0, 0), dtype=torch.bool, device=batch.input_ids.device)
@@ -43,8 +43,8 @@ def backbone_states(backbone: nn.Module, batch: Batch) -> Tensor:
 
 
 def keep_softcap(lm: Any) -> None:
-    """SDPA has no soft-cap. Until transformers raised there, it left Gemma 2's out in silence, and took SDPA by default
-    (5.17 does): a model with one attends eagerly.
+    """Let a model with a soft-cap in its attention (Gemma 2) attend eagerly, for SDPA has none. transformers 5.17 takes
+    SDPA by default there, and leaves the soft-cap out without a message; later versions raise.
     """
     config = lm.config.get_text_config()
     if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":
@@ -53,8 +53,8 @@ def keep_softcap(lm: Any) -> None:
 
 
 def rotary_limit(lm: Any) -> int | None:
-    """The longest sequence, in tokens, up to which the rotary factors of `lm` are the same whatever the batch; None
-    where they always are. Past it, dynamic NTK and LongRoPE take those of the batch's longest sequence for all.
+    """The longest sequence, in tokens, for which the rotary factors of `lm` do not depend on the batch; None where they
+    never do. Past it, dynamic NTK and LongRoPE use the factors of the batch's longest sequence for all sequences.
     """
     config = lm.config.get_text_config()
     limits = {
@@ -74,8 +74,8 @@ def _ropes(parameters: Any) -> list[dict[str, Any]]:
 
 
 def keep_rotary(lm: Any) -> None:
-    """Refuse longer sequences than `rotary_limit`, in every layout and in sampling: there a score would depend on its
-    neighbours.
+    """Let every forward pass of `lm` raise ModelError for a sequence longer than `rotary_limit`, in every layout and in
+    sampling: a score would depend on the other sequences of its batch.
     """
     limit = rotary_limit(lm)
     if limit is None:
@@ -92,7 +92,7 @@ def keep_rotary(lm: Any) -> None:
 
 
 def refuse_past_rotary(lm: Any, longest: int) -> None:
-    """ModelError where a sequence of `longest` tokens is past `rotary_limit`."""
+    """Raise ModelError where a sequence of `longest` tokens is longer than `rotary_limit`."""
     limit = rotary_limit(lm)
     if limit is not None and longest > limit:
         raise ModelError(
@@ -103,8 +103,10 @@ def refuse_past_rotary(lm: Any, longest: int) -> None:
 
 
 def attend_over_trees(lm: Any) -> None:
-    """Let the backbone of `lm` take a tree of tokens. ModelError with the reason where its configuration says that it
-    cannot; trial.py finds what no configuration says.
+    """Let the backbone of `lm` take a tree of tokens (`TreeBatch`).
+
+    Raises ModelError with the reason where its configuration says that it cannot. trial.py finds what no configuration
+    says.
     """
     config = lm.config.get_text_config()
     if reason := _hindrance(lm, config):

@@ -30,10 +30,10 @@ def is_gguf(name_or_path: str | None) -> bool:
 
 @contextmanager
 def source(name_or_path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What `from_pretrained` takes for a name: (folder or hub name, keyword arguments), the latter empty but for a GGUF
-    file.
+    """A context with the arguments of `from_pretrained` for a name: a folder or hub name, and keyword arguments, which
+    are empty except for a GGUF file.
 
-    ModelError: the file is missing or no GGUF file, or the packages that read one are not installed.
+    Raises ModelError where the file is missing or no GGUF file, or where the packages that read one are not installed.
     """
     if not is_gguf(name_or_path):
         yield name_or_path, {}
@@ -45,9 +45,10 @@ def source(name_or_path: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def dequantising(options: dict[str, Any], name: str) -> dict[str, Any]:
-    """`options` of a model's `from_pretrained` for the GGUF file `name`: weights that stay packed cannot be trained.
+    """`options` of a model's `from_pretrained`, extended so that the GGUF file `name` is dequantised: packed weights
+    cannot be trained.
 
-    ConfigError: they ask for a quantisation of their own.
+    Raises ConfigError where the options ask for a quantisation of their own.
     """
     from transformers import GgufConfig
 
@@ -60,7 +61,7 @@ def dequantising(options: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def say_dequantised(model: Any, name: str) -> None:
-    """`model` was read from the GGUF file `name`."""
+    """Log the dtype of `model`, read from the GGUF file `name`, and set the name in its config."""
     assert not hasattr(model.config, "quantization_config"), "what is saved would not load again"
     model.config.name_or_path = name
     logger.info("%s: weights dequantised to %s", name, str(model.dtype).removeprefix("torch."))
@@ -69,7 +70,8 @@ def say_dequantised(model: Any, name: str) -> None:
 def check_split(tokenizer: Any, name: str) -> None:
     """Warn where transformers does not know the rule by which the tokenizer of the GGUF file `name` splits text.
 
-    The file holds the rule's name alone. transformers takes GPT-2's for one that it does not know.
+    The file holds only the name of the rule, and transformers takes GPT-2's rule for an unknown name. The tokenizer's
+    name_or_path is set too.
     """
     tokenizer.name_or_path = name
     rule = _metadata(name).get("tokenizer.ggml.pre")

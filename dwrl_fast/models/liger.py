@@ -11,12 +11,12 @@ from dwrl_fast.ops.backend import interpreted
 
 
 def use_liger(lm: Any) -> None:
-    """Replace what Liger has for the family of `lm`, parameters and results staying what they are (to rounding).
+    """Replace the layers of `lm` that Liger has kernels for. Parameters stay the same, and results too, to rounding.
 
-    The head and its loss are left alone: ours are fused already. The rotary embedding is replaced in the module of the
-    family, so from here on every model of it in this process has to be on a GPU.
+    The head and its loss are left alone: they are fused here already. The rotary embedding is replaced in the module of
+    the family, so afterwards every model of this family in this process has to be on a GPU.
 
-    Raises ConfigError off CUDA and without liger-kernel, ModelError on a family that Liger does not know.
+    Raises ConfigError off CUDA and without liger-kernel, and ModelError for a family that Liger does not know.
     """
     if importlib.util.find_spec("liger_kernel") is None:
         raise ConfigError("--use_liger_kernel: liger-kernel is not installed (pip install liger-kernel)")

@@ -1,7 +1,7 @@
-"""The root modules: a Hugging Face backbone and its head, seen as hidden states at the rows that matter.
+"""The root modules: a Hugging Face backbone with its head.
 
-One root owns backbone and head, so that sharding, checkpointing and saving see one module. Logits are never built here:
-the generative root returns the hidden states at the thought and score rows with the head's weight, and the operators do
+One root owns backbone and head, so that checkpointing and saving see one module. Logits are never formed here: the
+generative root returns the hidden states at the thought rows and the score rows with the head's weight, and `ops` does
 the rest.
 """
 
@@ -39,9 +39,10 @@ LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_m
 
 @dataclass(frozen=True, slots=True)
 class HeadInputs:
-    """What the head's operators take.
+    """What the operators of the head take, for S sequences with T thought tokens.
 
-    score [S, H], token [T, H] (or [0, H] where they were not asked for), weight [V, H], bias [V], softcap.
+    score: [S, H], the hidden states at the sequences' last tokens. token: [T, H], the hidden states that predict the
+    thoughts' tokens, or [0, H] where they were not asked for. weight: [V, H]. bias: [V]. softcap: of the logits.
     """
 
     score: Tensor
@@ -52,7 +53,7 @@ class HeadInputs:
 
 
 class PreferenceModel(nn.Module):
-    """What the two roots have in common."""
+    """What the two roots have in common. lm: the Hugging Face model."""
 
     lm: Any
 
@@ -63,16 +64,19 @@ class PreferenceModel(nn.Module):
         self.lm = lm
 
     def reference(self) -> AbstractContextManager[None]:
-        """Within it the model is what it was before training, its adapters switched off; no gradient is to be taken.
+        """A context in which the adapters are off, so that the model computes what it did before training. Take no
+        gradient in it.
 
-        Raises ModelError where it has none, for then nothing of it is left as it was.
+        Raises ModelError where the model has no adapters: its weights before training are then gone.
         """
         return switched_off(self.lm)
 
 
 class GenerativeModel(PreferenceModel):
-    """A causal language model as a generative preference model. `lm` stays a plain Hugging Face model: save and load it
-    as such.
+    """A causal language model as a generative preference model (docs/method.md, 1).
+
+    `lm` stays a plain Hugging Face model, and is saved and loaded as such. Raises ModelError for a model without an
+    output head, or with a scale on its logits that the operators do not know.
     """
 
     def __init__(self, lm: Any):
@@ -91,7 +95,7 @@ class GenerativeModel(PreferenceModel):
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
 
     def forward(self, batch: Batch, *, tokens: bool) -> HeadInputs:
-        """Hidden states at the score rows, and with `tokens` at the thought rows."""
+        """The hidden states at the score rows, and with `tokens` at the thought rows too, with the head's weights."""
         hidden = backbone_states(self.lm.base_model, batch)
         head = self.lm.get_output_embeddings()
         return HeadInputs(
@@ -104,7 +108,10 @@ class GenerativeModel(PreferenceModel):
 
 
 class ScalarModel(PreferenceModel):
-    """A sequence classifier with one output as a scalar reward model (method `bt`)."""
+    """A sequence classifier with one output as a scalar reward model (method `bt`; docs/method.md, 3).
+
+    Raises ModelError for a model without a `score` head.
+    """
 
     def __init__(self, lm: Any):
         super().__init__(lm)
@@ -114,9 +121,9 @@ class ScalarModel(PreferenceModel):
             )
 
     def forward(self, batch: Batch) -> Tensor:
-        """Rewards [S] in float32, read at the last token."""
+        """The rewards [S] of the sequences, in float32, read at their last tokens."""
         hidden = backbone_states(self.lm.base_model, batch)[batch.score_rows]
-        # One product in float32 whatever the trunk computes in: bfloat16 rewards tie where the responses do not.
+        # One product in float32 whatever the backbone computes in: bfloat16 rewards tie where the responses do not.
         with torch.autocast(hidden.device.type, enabled=False):
             return self.lm.score(hidden.float()).squeeze(-1)
 
@@ -124,8 +131,11 @@ class ScalarModel(PreferenceModel):
 def load_generative(
     name_or_path: str | None, config_path: str | None, seed: int, lora: Lora | None = None
 ) -> GenerativeModel:
-    """A causal LM from a folder, hub name or GGUF file, or drawn from `config_path` with `seed`; float32 master
-    weights, or `lora`'s over a frozen model. A folder of adapters loads as the model that they merge into.
+    """A causal language model from a folder, hub name or GGUF file, or with weights drawn with `seed` for the config at
+    `config_path`. The weights are float32 masters; with `lora` the model is frozen and has adapters. A folder of
+    adapters loads as the model that they merge into.
+
+    Raises ModelError where it does not load, and ConfigError for options of `lora` that do not fit.
     """
     from transformers import AutoModelForCausalLM
 
@@ -141,8 +151,8 @@ def load_scalar(
     *,
     new_head: bool = False,
 ) -> ScalarModel:
-    """The same backbone under a one-output head. With `new_head` one that the checkpoint does not hold is drawn with
-    `seed`, for it is about to be trained.
+    """As `load_generative`, the same backbone under a head with one output. With `new_head` a head that the checkpoint
+    lacks is drawn with `seed`, because it is about to be trained. pad_id: the token id that fills up rows.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -278,8 +288,9 @@ def _load_merged(auto: Any, folder: str, seed: int, lora: Lora | None, **extra: 
 
 
 def place(model: Model, compute: Compute, layout: Layout, *, thinks: bool = True) -> Model:
-    """`model` on the device, able to run the batches of `layout` and, where it `thinks`, to be sampled from; ModelError
-    where it is not.
+    """Move `model` to the device and try it there on batches of `layout` and, where it `thinks`, in sampling.
+
+    Returns the model. Raises ModelError where it cannot run them.
     """
     model.to(compute.device)
     admit(model, layout.packing, layout.pad_id, compute, thinks=thinks and isinstance(model, GenerativeModel))
@@ -287,7 +298,9 @@ def place(model: Model, compute: Compute, layout: Layout, *, thinks: bool = True
 
 
 def switch_dropout_off(model: nn.Module) -> None:
-    """Under dropout the log-probs of a thought would not be those it was sampled with, and no ratio would be right."""
+    """Set every dropout rate to 0: with dropout the log-probabilities of a thought would not be those it was sampled
+    with, and the ratios of the policy loss would be wrong.
+    """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -296,7 +309,7 @@ def switch_dropout_off(model: nn.Module) -> None:
 
 
 def check_vocabulary(model: "GenerativeModel | ScalarModel", largest_id: int) -> None:
-    """Every id that the dialog can make must have an embedding."""
+    """Raise ModelError unless the model embeds every token id up to `largest_id`, the largest that the dialog makes."""
     rows = model.lm.get_input_embeddings().weight.shape[0]
     if largest_id >= rows:
         raise ModelError(
@@ -307,7 +320,7 @@ def check_vocabulary(model: "GenerativeModel | ScalarModel", largest_id: int) ->
 
 
 def positions(model: "GenerativeModel | ScalarModel") -> int | None:
-    """How many tokens a sequence may have; None where the config does not say."""
+    """How many tokens a sequence may have at most; None where the config does not say."""
     said = getattr(model.lm.config.get_text_config(), "max_position_embeddings", None)
     return min((most for most in (said, rotary_limit(model.lm)) if most is not None), default=None)
 
@@ -315,8 +328,9 @@ def positions(model: "GenerativeModel | ScalarModel") -> int | None:
 def check_positions(
     model: "GenerativeModel | ScalarModel", longest: int, remedy: str = "lower --max_length or --max_completion_length"
 ) -> bool:
-    """Say so where a sequence may be longer than what the model has positions for; whether it was said. ModelError
-    where its scores would then depend on the batch.
+    """Warn where a sequence of `longest` tokens is longer than the model was made for. Returns whether it is.
+
+    remedy: the advice in the warning. Raises ModelError past `rotary_limit`, where scores would depend on the batch.
     """
     refuse_past_rotary(model.lm, longest)
     most = positions(model)
@@ -327,7 +341,7 @@ def check_positions(
 
 
 def quiet() -> None:
-    """Loading and saving are a moment's work beside ours: no bars of their own between our bars."""
+    """Switch off the progress bars of transformers: loading and saving are short, and their bars would cut ours."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

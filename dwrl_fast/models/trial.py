@@ -30,9 +30,10 @@ WITHOUT_THOUGHTS = "gram, genrm, sft and dpo write none"
 
 
 def admit(model: Any, packing: Packing, pad_id: int, compute: Compute, *, thinks: bool) -> None:
-    """Let `model`, placed on its device, run in `packing`, and where it `thinks` write thoughts.
+    """Prepare `model`, which is on its device, for batches of `packing`, and try it on a few tokens: the layout, and
+    where it `thinks`, sampling.
 
-    Raises ModelError, naming model, reason and a way out that was tried, where it cannot; NotFiniteError where its
+    Raises ModelError where it cannot run, with the reason and a remedy that was tried, and NotFiniteError where its
     weights hold NaN.
     """
     lm, name = model.lm, type(model.lm).__name__
@@ -57,10 +58,11 @@ def admit(model: Any, packing: Packing, pad_id: int, compute: Compute, *, thinks
 
 
 def difference(saved: Any, model: Any) -> str | None:
-    """How the logits, or rewards, of `saved` differ from those of `model` on a few tokens, in words; None where only
-    rounding does.
+    """In words, how the logits (or rewards) of `saved` differ from those of `model` on a few tokens; None where they
+    differ by rounding only.
 
-    Of most tokens: a wrong weight moves all of them, rounding sends one or another to a different expert.
+    They differ where most tokens do: a wrong weight moves all of them, and rounding may send one or another to a
+    different expert.
     """
     one, other = (_outputs(each.lm) for each in (saved, model))
     apart, size = (one - other).norm(dim=-1), other.norm(dim=-1)
