@@ -14,7 +14,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dwrl_fast.api import Scorer
 from dwrl_fast.config import VOTE_CURVE, EvaluateConfig, parse_evaluate
 from dwrl_fast.console import command, set_up_logging
 from dwrl_fast.data import Preference
@@ -36,6 +35,7 @@ from dwrl_fast.feed.source import content_hash
 from dwrl_fast.log import logger
 from dwrl_fast.models.pretrained import CARD, has_card, load_card
 from dwrl_fast.progress import Display
+from dwrl_fast.scoring.scorer import Scorer
 
 PART = "scores.part.jsonl"
 REPORT = "report.json"

@@ -8,4 +8,5 @@ from dwrl_fast.methods.gram import Gram
 
 class GenRM(Gram):
     name = "genrm"
+    summary = "gram with a plain target"
     smoothing = 0.0

@@ -17,34 +17,23 @@ from rich.console import Console
 
 from dwrl_fast.batching.layout import Layout
 from dwrl_fast.compute import Compute
-from dwrl_fast.config import SAMPLING, TrainConfig
-from dwrl_fast.data import Dataset, Demonstration, Preference, read_preferences
+from dwrl_fast.config import TrainConfig
+from dwrl_fast.data import Dataset, Preference, read_preferences
 from dwrl_fast.data.mixture import Part
 from dwrl_fast.data.published import DATA_SETS
 from dwrl_fast.dialog import Dialog, SingleTurn
-from dwrl_fast.encode import (
-    Group,
-    Thought,
-    both_orders,
-    comparison_contexts,
-    completion_groups,
-    demonstration_group,
-    drawn_orders,
-    fit,
-    label_groups,
-    response_contexts,
-)
+from dwrl_fast.encode import Group, Thought, fit
 from dwrl_fast.errors import DataError, UserError
 from dwrl_fast.feed import Feed, Shuffled
 from dwrl_fast.feed.opening import refuse_demonstration
 from dwrl_fast.feed.source import with_aspect
-from dwrl_fast.loading import load_dialog
-from dwrl_fast.methods import METHODS
-from dwrl_fast.methods.star_rationalizer import load_rationalizer
+from dwrl_fast.methods import METHODS, Method
 from dwrl_fast.models.gguf import is_gguf
 from dwrl_fast.models.model import check_positions, check_vocabulary, load_generative, load_scalar
-from dwrl_fast.registry import using
-from dwrl_fast.sampling import sample_groups
+from dwrl_fast.models.pretrained import try_saving
+from dwrl_fast.scoring.loading import load_dialog
+from dwrl_fast.training.policy import load_judging
+from dwrl_fast.training.rollout import sample_thoughts
 
 SAMPLE = 256  # rows of each file that are encoded
 THOUGHT = 300  # tokens that a thought is taken to have: nobody knows before one is sampled
@@ -102,28 +91,29 @@ def dry_run(config: TrainConfig, console: Console) -> None:
     if not config.own_data:
         found.say("data", "the embedded task makes its model and its pairs when it runs; the options are valid")
         return
-    dialog = None
+    dialog = method = None
     with found.looking_at("template"):
         dialog = load_dialog(config)
         found.say("template", _told(dialog))
-        if config.method == "star-rationalizer":
-            question = SingleTurn(dialog.tokenizer, load_rationalizer(config.rationalizer_template), dialog.aspect)
-            found.say("", _told(question))
+        method = METHODS[config.method](config, dialog)
+        if method.question is not dialog:
+            found.say("", _told(method.question))
+    made = METHODS[config.method]
     trained: Sequence[Part] = ()
-    if METHODS[config.method].trains:
+    if made.trains:
         trained = config.dataset_mixture or (Part(str(config.dataset_name), 1.0),)
-    training = [_look_at(part, config, dialog, found, config.method == "sft") for part in trained]
+    training = [_look_at(part, config, dialog, found, made.demonstrations) for part in trained]
     held_out = [_look_at(part, config, dialog, found, False) for part in config.eval_dataset_name]
     longest = max((tokens for _, tokens in [*training, *held_out]), default=0)
     files = [rows for rows, _ in training]
     if trained and all(files):
         _say_updates(trained, files, config, found)
-        if dialog is not None:
-            _say_tokens([row for rows in files for row in _some(rows, SAMPLE // len(files))], config, dialog, found)
+        if method is not None:
+            _say_tokens([row for rows in files for row in _some(rows, SAMPLE // len(files))], config, method, found)
     with found.looking_at("model"):
-        _say_model(config, dialog, longest, found)
-        if dialog is not None and weights_at_hand(config.model_name_or_path):
-            _say_trial(config, dialog, found)
+        _say_model(config, method, longest, found)
+        if method is not None and weights_at_hand(config.model_name_or_path):
+            _say_trial(config, method, found)
     if found.obstacles:
         raise UserError("\n\nerror: ".join(found.obstacles))
     found.say("ready", "the same command without --dry_run runs it")
@@ -231,11 +221,11 @@ def _say_updates(
     )
 
 
-def _say_tokens(rows: Sequence[Preference], config: TrainConfig, dialog: Dialog | SingleTurn, found: Findings) -> None:
+def _say_tokens(rows: Sequence[Preference], config: TrainConfig, method: Method, found: Findings) -> None:
     """The tokens of one rollout batch like `rows`, as they are laid out in minibatches."""
-    length = min(THOUGHT, config.max_completion_length)
+    length, dialog = min(THOUGHT, config.max_completion_length), method.dialog
     rows = [row for row in rows if not fit(row, dialog, config.max_length)[1]]
-    groups = guessed_groups(rows, config, dialog, length) if rows else []
+    groups = guessed_groups(rows, method, length) if rows else []
     if not groups:
         found.say("tokens", "not counted: no row that was encoded is trained on")
         return
@@ -244,8 +234,8 @@ def _say_tokens(rows: Sequence[Preference], config: TrainConfig, dialog: Dialog 
     batches = [b for i in range(0, len(groups), size) for b in layout.batches(groups[i : i + size])]
     trunk, naive = (sum(getattr(b, name) for b in batches) for name in ("trunk_tokens", "naive_tokens"))
     scale = config.rollout_batch_size / len(groups)
-    thoughts = f", thoughts guessed at {length} tokens," if thoughts_each(config) else ""
-    about = "at most" if config.method in using("rounds") else "about"  # only what was judged rightly is trained
+    thoughts = f", thoughts guessed at {length} tokens," if method.thoughts_each else ""
+    about = "at most" if method.selects else "about"  # only what was judged rightly is trained
     found.say(
         "tokens",
         f"a rollout batch{thoughts} is {about} {trunk * scale:,.0f} through the trunk ({config.packing}), where each "
@@ -254,63 +244,41 @@ def _say_tokens(rows: Sequence[Preference], config: TrainConfig, dialog: Dialog 
     )
 
 
-def thoughts_each(config: TrainConfig) -> int:
-    """Thoughts for each response or comparison that is trained on."""
-    return config.num_generations if config.method in SAMPLING[1] else int(config.prefilled_thoughts)
-
-
-def guessed_groups(
-    rows: Sequence[Preference], config: TrainConfig, dialog: Dialog | SingleTurn, length: int
-) -> list[Group]:
+def guessed_groups(rows: Sequence[Preference], method: Method, length: int) -> list[Group]:
     """What a rollout would make of the rows, with thoughts of `length` drawn tokens; of the methods that keep only some
     thoughts, all.
     """
-    if isinstance(rows[0], Demonstration):
-        return [demonstration_group(row, dialog) for row in rows if isinstance(row, Demonstration)]
-    n = thoughts_each(config)
-    if isinstance(dialog, SingleTurn) and len(dialog.shows) == 2:
-        both = config.method == "pairrm"  # which is trained on both orders, the others on one
-        drawn = [both_orders(row) for row in rows] if both else drawn_orders(rows, config.seed)
-        asked = [(row, some) for row, some in zip(rows, drawn, strict=True) if some]
-        rows, orders = [row for row, _ in asked], [some for _, some in asked]
-        if not n:
-            return label_groups(rows, orders, dialog)
-        contexts = comparison_contexts(rows, orders, dialog)
-    elif not n:
-        if config.method == "sft":
-            rows = [dataclasses.replace(row, responses=row.responses[: row.ranks.count(1) or 1]) for row in rows]
-        return completion_groups(rows, dialog)
-    else:
-        contexts = response_contexts(rows, dialog)
-    guessed = Guessed(length, len(dialog.tokenizer), dialog.end_id)
-    return sample_groups(rows, contexts, dialog, guessed, n, max_tokens=length, temperature=1.0, seed=config.seed)
+    seed = method.config.seed
+    if not method.thoughts_each:
+        return method.groups(rows, seed)
+    question = method.question
+    guessed = Guessed(length, len(question.tokenizer), question.end_id)
+    requests = method.requests(rows, seed)
+    return method.reward(requests, sample_thoughts(method, requests, guessed, seed))[0]
 
 
-def _say_model(config: TrainConfig, dialog: Dialog | SingleTurn | None, longest: int, found: Findings) -> None:
+def _say_model(config: TrainConfig, method: Method | None, longest: int, found: Findings) -> None:
     """The model as its config.json says, where that is at hand: on disk, or on a hub that just gave the tokenizer."""
     name = config.model_name_or_path or str(config.model_config)
     local = Path(name).exists()
-    reached = dialog is not None and config.tokenizer_name_or_path in (None, config.model_name_or_path)
+    reached = method is not None and config.tokenizer_name_or_path in (None, config.model_name_or_path)
     if not (local or reached):
         found.say("model", f"{name} is not on this machine, and was not looked for: training needs it")
         return
+    made = METHODS[config.method]
     with torch.device("meta"):
-        model = (
-            load_scalar(None, name, config.seed, 0)
-            if METHODS[config.method].scalar
-            else load_generative(None, name, config.seed)
-        )
+        model = load_scalar(None, name, config.seed, 0) if made.scalar else load_generative(None, name, config.seed)
     parameters = sum(p.numel() for p in model.parameters())
-    moments = 16 if config.optimizer_state == "per_phase" else 8
+    moments = 8 * (len(method.phases) if method is not None and method.separate_states else 1)
     least = parameters * (4 + 4 + moments) / 2**30
-    trained = "" if config.use_peft or not METHODS[config.method].trains else (
+    trained = "" if config.use_peft or not made.trains else (
         f"; weights, gradients and AdamW's moments in float32 take {least:.3g} GiB, and activations come on top"
     )  # fmt: skip
     found.say("model", f"{name}: {type(model.lm).__name__}, {parameters:,} parameters{trained}")
-    if dialog is not None:
-        check_vocabulary(model, max(len(dialog.tokenizer) - 1, dialog.pad_id))
-        thinks = bool(thoughts_each(config)) or not METHODS[config.method].trains
-        check_positions(model, longest + config.max_completion_length * thinks)
+    if method is not None:
+        check_vocabulary(model, max(len(method.dialog.tokenizer) - 1, method.dialog.pad_id))
+        writes = method.thinks or bool(method.thoughts_each)
+        check_positions(model, longest + config.max_completion_length * writes)
 
 
 def weights_at_hand(name: str | None) -> bool:
@@ -318,9 +286,9 @@ def weights_at_hand(name: str | None) -> bool:
     return name is not None and (is_gguf(name) or any(Path(name).glob("*.safetensors")))
 
 
-def _say_trial(config: TrainConfig, dialog: Dialog | SingleTurn, found: Findings) -> None:
+def _say_trial(config: TrainConfig, method: Method, found: Findings) -> None:
     """The model loaded, placed, sampled from, merged and saved as a run would."""
-    method = METHODS[config.method](config, dialog, Compute.resolve(config.dtype))
-    method.try_saving(Path(config.output_dir or "."))
+    judging = load_judging(config, method, method.dialog, Compute.resolve(config.dtype))
+    try_saving(Path(config.output_dir or "."), judging.runtime.model, method.dialog, method.card())
     does = ["its layout"] + ["sampling"] * method.thinks + ["merging"] * config.use_peft + ["saving"]
     found.say("trial", f"tried on a few tokens: {', '.join(does)}; all of it works")

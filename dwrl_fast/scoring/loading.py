@@ -82,11 +82,11 @@ def _check_card(card: dict[str, Any]) -> None:
 
 
 def load_judge(
-    name_or_path: str, *, template: str | None, aspect: str | None, enable_thinking: Thinking
+    method: str, name_or_path: str, *, template: str | None, aspect: str | None, enable_thinking: Thinking
 ) -> tuple[Dialog | SingleTurn, dict[str, Any]]:
-    """How any causal language model is asked as `judge`, and a card for it."""
+    """How any causal language model is asked under `method`, which trains nothing, and a card for it."""
     config = TrainConfig(
-        method="judge",
+        method=method,
         model_name_or_path=name_or_path,
         eval_dataset_name=(Part(name_or_path),),  # a judge must have something to judge; it is not read here
         template=template,
