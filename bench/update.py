@@ -25,7 +25,7 @@ from dwrl_fast.dialog import Dialog, Template
 from dwrl_fast.embedded.formats import EVALUATE, RATE
 from dwrl_fast.embedded.tokenizer import make_tokenizer
 from dwrl_fast.encode import Group
-from dwrl_fast.methods import Tally
+from dwrl_fast.methods import StepMetrics
 from dwrl_fast.methods.dwrl import DualWeightedRL
 
 OFF_POLICY = 0.1  # nats between old log-probs and the model's: some tokens are clipped, as after a few updates
@@ -125,7 +125,7 @@ def ours(it: Setting, packing: Packing) -> Way:
 
     def loss(phase: str, minibatch: Size, batch: Batch) -> Tensor:
         with method.compute.autocast():
-            return method.loss(phase, batch, minibatch, Tally())
+            return method.loss(phase, batch, minibatch, StepMetrics())
 
     def run() -> tuple[Tensor, ...]:
         made = layout.batches(it.groups)

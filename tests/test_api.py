@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import dwrl_fast
 from dwrl_fast import evaluate
-from dwrl_fast.api import Scorer
+from dwrl_fast.scoring.scorer import Scorer
 from dwrl_fast.batching.batch import Batch
 from dwrl_fast.batching.layout import Layout
 from dwrl_fast.embedded.tokenizer import IDS, make_tokenizer

@@ -24,7 +24,7 @@ from dwrl_fast import Scorer, evaluate, log, train
 from dwrl_fast.config import parse_evaluate, parse_train
 from dwrl_fast.dialog.__main__ import ShowConfig
 from dwrl_fast.dialog.__main__ import run as show
-from dwrl_fast.dry_run import dry_run
+from dwrl_fast.training.dry_run import dry_run
 from dwrl_fast.errors import ConfigError, ModelError, UserError
 from dwrl_fast.models import gguf
 from dwrl_fast.models.model import load_generative, load_scalar

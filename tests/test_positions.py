@@ -10,7 +10,7 @@ from rich.console import Console
 from tiny import tiny_folder, tiny_pairs, tiny_rows
 
 from dwrl_fast import compare, evaluate
-from dwrl_fast.api import Scorer
+from dwrl_fast.scoring.scorer import Scorer
 from dwrl_fast.log import logger
 
 SAID = "and the model was made for"

@@ -16,7 +16,7 @@ from dwrl_fast import Scorer, evaluate, train
 from dwrl_fast.compute import Compute
 from dwrl_fast.config import TrainConfig, parse_evaluate
 from dwrl_fast.errors import ConfigError, ModelError
-from dwrl_fast.loading import load_dialog
+from dwrl_fast.scoring.loading import load_dialog
 from dwrl_fast.methods import METHODS
 from dwrl_fast.methods.bt import PREFILLED
 from dwrl_fast.sampling.transformers import TransformersSampler

@@ -11,8 +11,8 @@ from dwrl_fast.batching.batch import Size
 from dwrl_fast.compute import Compute
 from dwrl_fast.config import TrainConfig
 from dwrl_fast.data import read_preferences
-from dwrl_fast.loading import load_dialog
-from dwrl_fast.methods import METHODS, Tally
+from dwrl_fast.scoring.loading import load_dialog
+from dwrl_fast.methods import METHODS, StepMetrics
 from dwrl_fast.options import help_page
 from dwrl_fast.registry import REGISTRY
 
@@ -42,6 +42,6 @@ def test_the_method_of_the_documentation(tmp_path: Path) -> None:
     method = made["Hinge"](config, load_dialog(config), Compute.resolve("fp32"))
     groups, _ = method.rollout(rows, 0, lambda n: None)
     (batch,) = method.layout.batches(groups)
-    loss = method.loss("score", batch, Size.of([batch]), Tally())
+    loss = method.loss("score", batch, Size.of([batch]), StepMetrics())
     rewards = method.model(batch).detach().view(4, 2)
     assert loss.item() == pytest.approx((1 - rewards[:, 0] + rewards[:, 1]).clamp_min(0).mean().item())

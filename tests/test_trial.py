@@ -16,7 +16,7 @@ from dwrl_fast import train
 from dwrl_fast.batching.layout import Layout
 from dwrl_fast.compute import Compute
 from dwrl_fast.errors import ConfigError, ModelError, NotFiniteError, UserError
-from dwrl_fast.loading import load_dialog
+from dwrl_fast.scoring.loading import load_dialog
 from dwrl_fast.methods import METHODS
 from dwrl_fast.models.adapters import Lora, add_adapters, plain
 from dwrl_fast.models.model import GenerativeModel, check_positions, load_generative, place
