@@ -22,7 +22,7 @@ help:  ## this list
 	@sed -n 's/^#   //p' $(firstword $(MAKEFILE_LIST))
 
 install: $(INSTALLED)  ## .venv with the constrained versions, the package (editable) and its C++ operators
-	@$(BIN)/python -m dwrl_fast.extension || true
+	@$(BIN)/python -m dwrl_fast.ops.extension || true
 
 train: install  ## train with no arguments: the embedded task; ARGS="--config mine.yaml" for your own data
 	$(BIN)/python -m dwrl_fast.train $(ARGS)

@@ -1,7 +1,7 @@
 """The package map and the C++ (and, on request, CUDA) operators; everything else is in pyproject.toml.
 
 Every `csrc/*.cpp` becomes part of the one module `dwrl_fast._C`. Where what it takes is missing, that is said, here
-and by `python -m dwrl_fast.extension`, and the install succeeds. A source that does not compile fails the install.
+and by `python -m dwrl_fast.ops.extension`, and the install succeeds. A source that does not compile fails the install.
 
 Environment: `CXX` names the compiler; `DWRL_FAST_CUDA` 1 or 0 builds or leaves out `csrc/*.cu`, which by default are
 built where a CUDA toolkit (`CUDA_HOME`) and a CUDA build of PyTorch are found, whether or not there is a GPU.

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from bench.harness import Case, Row, Variant, main, peak_memory
 from bench.peers import SLOW, liger_grpo, logprob_peers, plain_logprob
-from dwrl_fast import ops, reference
+from dwrl_fast import ops
+from dwrl_fast.ops import oracle
+from dwrl_fast.ops.oracle import policy_loss
 from dwrl_fast.ops.products import Products
-from dwrl_fast.reference import policy_loss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [  # T, H, V, dtype, quick
@@ -88,7 +89,7 @@ def exact(x: tuple[Tensor, ...], rows: int = 1024) -> tuple[Tensor, ...]:
     d_hidden, d_weight = [], torch.zeros_like(weight)
     for each in zip(hidden.split(rows), *(y.split(rows) for y in x[2:]), strict=True):
         some = each[0].detach().requires_grad_()
-        loss = reference.linear_policy_loss(some, weight, *each[1:]).loss
+        loss = oracle.linear_policy_loss(some, weight, *each[1:]).loss
         part, whole = gradients(loss, some, weight)
         d_hidden.append(part)
         d_weight += whole

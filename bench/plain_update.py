@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench.update import Setting, Way, counters, flops, powers, update
 from dwrl_fast.batching.padded import PaddedBatch, padded_batch
-from dwrl_fast.reference import dual_weights, policy_loss
+from dwrl_fast.ops.oracle import dual_weights, policy_loss
 
 LOGITS_HELD = 4  # tensors of the size of the logits at the peak: logits, log-probs and the gradients of both
 

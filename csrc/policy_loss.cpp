@@ -20,7 +20,7 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kTokens = 2048;  // a block of tokens is summed by one thread, so the result does not depend on their number
 
-// The order of `STAT_SUMS` and then `STAT_MAXIMA` in dwrl_fast/reference.py, and the loss.
+// The order of `STAT_SUMS` and then `STAT_MAXIMA` in dwrl_fast/ops/oracle.py, and the loss.
 struct Totals {
   std::array<double, 8> sums{};
   std::array<double, 2> maxima{};

@@ -1,8 +1,7 @@
 // Operators over a live chunk of logits [C, V]: `policy_rows_`, `logprob_rows_`, `logprob_rows_grad_`. They consume the chunk.
 
-#include "row_pass_table.h"
+#include "dispatch.h"
 
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <torch/library.h>
@@ -29,16 +28,6 @@ const RowPasses& passes() {
     return baseline::row_passes();
   }();
   return chosen;
-}
-
-template <typename F>
-void dispatch(const Tensor& logits, F f) {
-  switch (logits.scalar_type()) {
-    case at::kFloat: return f(passes().float32, float(), float());
-    case at::kDouble: return f(passes().float64, double(), double());
-    case at::kBFloat16: return f(passes().bfloat16, c10::BFloat16(), float());
-    default: TORCH_CHECK_TYPE(false, "logits must be float32, float64 or bfloat16, not ", logits.scalar_type());
-  }
 }
 
 at::ScalarType row_dtype(const Tensor& logits) { return logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
@@ -82,7 +71,7 @@ Tensor policy_rows(
   check_chunk(logits, targets);
   Tensor out = at::empty({3, logits.size(0)}, logits.options().dtype(row_dtype(logits)));
   const Head head = head_of(temperature, softcap);
-  dispatch(logits, [&](const auto& pass, auto scalar, auto real) {
+  dispatch(passes(), logits, "logits", [&](const auto& pass, auto scalar, auto real) {
     using scalar_t = decltype(scalar);
     using real_t = decltype(real);
     scalar_t* data = logits.mutable_data_ptr<scalar_t>();
@@ -102,7 +91,7 @@ Tensor logprob_rows(Tensor& logits, const Tensor& targets, double temperature, s
   check_chunk(logits, targets);
   Tensor out = at::empty({2, logits.size(0)}, logits.options().dtype(row_dtype(logits)));
   const Head head = head_of(temperature, softcap);
-  dispatch(logits, [&](const auto& pass, auto scalar, auto real) {
+  dispatch(passes(), logits, "logits", [&](const auto& pass, auto scalar, auto real) {
     using scalar_t = decltype(scalar);
     using real_t = decltype(real);
     scalar_t* data = logits.mutable_data_ptr<scalar_t>();
@@ -120,7 +109,7 @@ void logprob_rows_grad(
     std::optional<double> softcap) {
   check_chunk(logits, targets);
   const Head head = head_of(temperature, softcap);
-  dispatch(logits, [&](const auto& pass, auto scalar, auto real) {
+  dispatch(passes(), logits, "logits", [&](const auto& pass, auto scalar, auto real) {
     using scalar_t = decltype(scalar);
     using real_t = decltype(real);
     scalar_t* data = logits.mutable_data_ptr<scalar_t>();

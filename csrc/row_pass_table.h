@@ -27,11 +27,15 @@
 
 namespace dwrl_fast {
 
-struct RowPasses {
-  RowPass<float, float> float32;
-  RowPass<double, double> float64;
-  RowPass<c10::BFloat16, float> bfloat16;
+// Entry points by the dtype of the elements and, second, that of sums over them.
+template <template <typename scalar_t, typename real_t> class Pass>
+struct Passes {
+  Pass<float, float> float32;
+  Pass<double, double> float64;
+  Pass<c10::BFloat16, float> bfloat16;
 };
+
+using RowPasses = Passes<RowPass>;
 
 RowPasses row_passes_avx512();
 RowPasses row_passes_avx2();

@@ -1,8 +1,8 @@
 // Operators `tree_attention` and `tree_attention_backward`: what they check, how a tree is cut into segments, and who computes which.
 
+#include "dispatch.h"
 #include "tree_attention.h"
 
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <torch/library.h>
@@ -32,16 +32,6 @@ const AttentionPasses& passes() {
     return baseline::attention_passes();
   }();
   return chosen;
-}
-
-template <typename F>
-void dispatch(const Tensor& q, F f) {
-  switch (q.scalar_type()) {
-    case at::kFloat: return f(passes().float32, float(), float());
-    case at::kDouble: return f(passes().float64, double(), double());
-    case at::kBFloat16: return f(passes().bfloat16, c10::BFloat16(), float());
-    default: TORCH_CHECK_TYPE(false, "q must be float32, float64 or bfloat16, not ", q.scalar_type());
-  }
 }
 
 const int64_t* nodes(const Tensor& x, const Tensor& start, const char* name) {
@@ -143,7 +133,7 @@ std::tuple<Tensor, Tensor> tree_attention(
   const Tensor out = at::empty(q.sizes(), q.options());
   const auto wide = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const Tensor lse = at::empty({q.size(0), q.size(1)}, q.options().dtype(wide));
-  dispatch(q, [&](const auto& pass, auto scalar, auto real) {
+  dispatch(passes(), q, "q", [&](const auto& pass, auto scalar, auto real) {
     const auto a = attention<decltype(scalar), decltype(real)>(tree, q, k, v, out, lse, scale, softcap, window);
     run(tree, k.size(1), [&] { return pass.forward(a); });
   });
@@ -163,7 +153,7 @@ std::tuple<Tensor, Tensor, Tensor> tree_attention_backward(
   const Tensor o = out.contiguous(), l = lse.contiguous();
   const auto like = [](const Tensor& x) { return at::empty(x.sizes(), x.options()); };
   const Tensor d_q = like(q), d_k = like(k), d_v = like(v);
-  dispatch(q, [&](const auto& pass, auto scalar, auto real) {
+  dispatch(passes(), q, "q", [&](const auto& pass, auto scalar, auto real) {
     using scalar_t = decltype(scalar);
     auto a = attention<scalar_t, decltype(real)>(tree, q, k, v, o, l, scale, softcap, window);
     a.d_out = read_heads<scalar_t>(d_out);

@@ -56,11 +56,7 @@ struct AttentionPass {
   Work (*backward)(const Attention<scalar_t, real_t>&);
 };
 
-struct AttentionPasses {
-  AttentionPass<float, float> float32;
-  AttentionPass<double, double> float64;
-  AttentionPass<c10::BFloat16, float> bfloat16;
-};
+using AttentionPasses = Passes<AttentionPass>;
 
 AttentionPasses attention_passes_avx512();
 AttentionPasses attention_passes_avx2();

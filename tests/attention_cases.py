@@ -6,7 +6,8 @@ import torch
 from rounding import Bounds, Rounded, assert_within, product
 from torch import Tensor
 
-from dwrl_fast import ops, reference
+from dwrl_fast import ops
+from dwrl_fast.ops import oracle
 from dwrl_fast.ops.products import wide
 
 
@@ -86,7 +87,7 @@ def bounds(x: dict[str, Tensor], plan: Plan, **options: Any) -> Bounds:
     if options.get("softcap"):
         u = (logits * (1 / options["softcap"])).tanh()
         logits, slope = u * options["softcap"], slope - u * u
-    hidden = ~reference.tree_mask(plan, options.get("window"), q.value.device)
+    hidden = ~oracle.tree_mask(plan, options.get("window"), q.value.device)
     logits.value.masked_fill_(hidden, -1e4)
     logits.error.masked_fill_(hidden, 0)
     p = logits.log_softmax().exp()

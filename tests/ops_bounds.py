@@ -6,8 +6,7 @@ import torch
 from rounding import Bounds, Rounded, product
 from torch import Tensor
 
-from dwrl_fast import reference
-from dwrl_fast.ops import products
+from dwrl_fast.ops import oracle, products
 
 
 def bounds(
@@ -89,7 +88,7 @@ def _policy(
 ) -> tuple[Bounds, Rounded]:
     """Loss, logprob, stats, and the loss's derivative in logprob. No rounding carries a ratio over the clip's edge."""
     a, w, old = (x[k].double() for k in ("advantage", "token_weight", "old_logprob"))
-    trained = reference.trained_rows(a, w, beta)
+    trained = oracle.trained_rows(a, w, beta)
     log_ratio = logprob - old
     ratio = log_ratio.exp()
     clipped = ((a > 0) & (ratio.value > edges[1])) | ((a < 0) & (ratio.value < edges[0]))

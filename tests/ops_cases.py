@@ -10,8 +10,8 @@ from ops_bounds import bounds
 from rounding import assert_within
 from torch import Tensor
 
-from dwrl_fast import ops, reference
-from dwrl_fast.ops import products
+from dwrl_fast import ops
+from dwrl_fast.ops import oracle, products
 
 # Odd on purpose: one row, fewer columns than a vector, no multiple of a vector or of a block, a real vocabulary's tail.
 SHAPES = [(1, 1, 2), (7, 5, 3), (23, 17, 101), (34, 16, 4099), (13, 8, 32003)]
@@ -56,7 +56,7 @@ def inputs(
     x = {k: None if y is None else y.to(dtype).requires_grad_() for k, y in x.items()}
     targets = torch.randint(v, (t,), generator=g)
     double: dict[str, Any] = {k: wide(y) for k, y in x.items()}
-    exact: Any = reference.linear_logprob(targets=targets, **double, **head)
+    exact: Any = oracle.linear_logprob(targets=targets, **double, **head)
     # Ratios far from the clip's edges (.6, .8, 1.2, 1.6), on both sides of each: no rounding decides where a row is.
     log_ratio = torch.tensor([-0.6, -0.35, -0.1, 0.05, 0.4, 0.6])[torch.arange(t) % 6]
     wide_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -89,7 +89,7 @@ def in_float64(x: dict[str, Any]) -> dict[str, Any]:
 
 def results(operator: str, x: dict[str, Any], backend: str, **options: Any) -> dict[str, Tensor]:
     """What an operator returns and the gradients of a fixed combination of it."""
-    module: Any = reference if backend == "reference" else ops
+    module: Any = oracle if backend == "reference" else ops
     how = {} if backend == "reference" else {"backend": backend}
     head = x["head"]
     a, w, old = x["advantage"], x["token_weight"], x["old_logprob"]

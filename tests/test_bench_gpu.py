@@ -14,7 +14,7 @@ from rich.console import Console
 from bench import calls, gpu, linear_policy_loss, tree_attention
 from bench.harness import Case, Row, Variant, measure
 from bench.tree_attention import SMALL, Heads, attended, equal_work, minibatch
-from dwrl_fast.reference import tree_mask
+from dwrl_fast.ops.oracle import tree_mask
 
 
 def test_the_head() -> None:

@@ -17,9 +17,10 @@ from bench.plain_update import plain
 from bench.step import CASES, saved_bytes, trunk_variants
 from bench.trl_update import TrlUpdate, grpo_trainer
 from bench.update import Setting, Way, fastest, ours, setting
-from dwrl_fast import ops, reference
+from dwrl_fast import ops
 from dwrl_fast.batching.layout import Layout
 from dwrl_fast.batching.tree import TreeBatch
+from dwrl_fast.ops import oracle
 
 CPU = torch.device("cpu")
 SHAPE: dict[str, Any] = {
@@ -163,7 +164,7 @@ def test_a_tree_attends_to_what_its_mask_shows(tiny: Setting) -> None:
     (batch,) = tiny.method.layout.batches(tiny.groups)
     assert isinstance(batch, TreeBatch)
     rows = len(batch.score_rows) * 4 / 3 + len(batch.token_rows)
-    computed = trunk_flops(tiny.lm, batch.trunk_tokens, int(reference.tree_mask(batch.plan).sum()))
+    computed = trunk_flops(tiny.lm, batch.trunk_tokens, int(oracle.tree_mask(batch.plan).sum()))
     found = {packing: ours(tiny, packing).counters for packing in ("tree", "packed", "padded")}
     assert found["tree"]["model GFLOP"] == pytest.approx((computed + head_flops(tiny.lm, rows / 2)) / 1e9)
     for other in ("packed", "padded"):

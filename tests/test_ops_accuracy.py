@@ -6,7 +6,7 @@ import pytest
 import torch
 from ops_cases import SHAPES, assert_accurate, every_operator, inputs, results, small_chunks
 
-from dwrl_fast import extension
+from dwrl_fast.ops import extension
 
 pytestmark = pytest.mark.skipif(extension.problem() is not None, reason="the C++ operators are not built")
 

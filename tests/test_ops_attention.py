@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from attention_cases import OPTIONS, TREES, Plan, assert_accurate, inputs, plan_of, results
 from torch import Tensor
 
-from dwrl_fast import extension, ops, reference
+from dwrl_fast import ops
 from dwrl_fast.errors import UserError
+from dwrl_fast.ops import extension, oracle
 
 built = pytest.mark.skipif(extension.problem() is not None, reason="the C++ operators are not built")
 
@@ -93,7 +94,7 @@ def paths(plan: Plan) -> list[Tensor]:
 def test_the_definition_is_unpacked_attention(tree: str, window: int | None) -> None:
     plan = TREES[tree]
     x = {n: y.detach() for n, y in inputs(plan, (4, 2), 8, torch.float64).items()}
-    got = reference.tree_attention(x["q"], x["k"], x["v"], plan, window=window)
+    got = oracle.tree_attention(x["q"], x["k"], x["v"], plan, window=window)
     for path in paths(plan):
         q, k, v = (x[n][path].transpose(0, 1) for n in "qkv")
         n = len(path)

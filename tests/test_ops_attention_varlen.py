@@ -19,9 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from varlen_kernels import in_place_of_cuda
 
 from bench.tree_attention import going
-from dwrl_fast import log, ops, reference
+from dwrl_fast import log, ops
 from dwrl_fast.errors import UserError
-from dwrl_fast.ops import paths, varlen
+from dwrl_fast.ops import oracle, paths, varlen
 from dwrl_fast.ops.attention import _able
 from dwrl_fast.ops.varlen import VARLEN, Options
 
@@ -387,5 +387,5 @@ def test_definition_on_cuda_takes_a_plan_on_either_device() -> None:
     plan = TREES["forest"]
     x = moved(inputs(plan, (4, 2), 16, BF16))
     there = Plan(*(y.cuda() for y in plan))
-    want = reference.tree_attention(x["q"], x["k"], x["v"], plan)
-    assert torch.equal(reference.tree_attention(x["q"], x["k"], x["v"], there), want)
+    want = oracle.tree_attention(x["q"], x["k"], x["v"], plan)
+    assert torch.equal(oracle.tree_attention(x["q"], x["k"], x["v"], there), want)

@@ -10,9 +10,10 @@ import torch
 from ops_cases import every_operator, in_float64, inputs, results, small_chunks
 
 from bench.harness import matrix_products
-from dwrl_fast import extension, ops, reference
+from dwrl_fast import ops
 from dwrl_fast.errors import UserError
 from dwrl_fast.log import info_once, warn_once
+from dwrl_fast.ops import extension, oracle
 
 pytestmark = pytest.mark.skipif(extension.problem() is not None, reason="the C++ operators are not built")
 
@@ -36,7 +37,7 @@ def product_rows(run: Callable[[], object]) -> float:
 def test_linear_policy_loss_takes_three_products_of_the_trained_rows() -> None:
     x = case()
     x["old_logprob"] = policy(x).logprob.nan_to_num()
-    trained = reference.trained_rows(x["advantage"], x["token_weight"], 0.0).sum().item()
+    trained = oracle.trained_rows(x["advantage"], x["token_weight"], 0.0).sum().item()
     assert trained < T
     with small_chunks():
         assert product_rows(lambda: policy(x).loss.backward()) == 3 * trained
@@ -101,14 +102,14 @@ def test_what_is_frozen_costs_no_product(frozen: Any, products: Any) -> None:
 def test_no_grad_forms_no_gradient() -> None:
     x = case()
     with torch.no_grad():
-        assert product_rows(lambda: policy(x)) == reference.trained_rows(x["advantage"], x["token_weight"], 0.0).sum()
+        assert product_rows(lambda: policy(x)) == oracle.trained_rows(x["advantage"], x["token_weight"], 0.0).sum()
 
 
 def test_skipped_rows_may_hold_anything() -> None:
     x = case()
     want = policy(x)
     want_grad = torch.autograd.grad(want.loss, x["hidden"])[0]
-    skipped = ~reference.trained_rows(x["advantage"], x["token_weight"], 0.0)
+    skipped = ~oracle.trained_rows(x["advantage"], x["token_weight"], 0.0)
     assert skipped.any()
     with torch.no_grad():
         x["hidden"][skipped] = torch.nan
@@ -275,7 +276,7 @@ def test_stats_combine_like_one_batch() -> None:
         parts.append(policy(x | {k: x[k][rows] for k in keys}).stats)
     torch.testing.assert_close(ops.combine_stats(parts), whole, equal_nan=True, rtol=1e-6, atol=1e-6)
     read = ops.read_stats(whole)
-    assert read["tokens"] == reference.trained_rows(x["advantage"], x["token_weight"], 0.0).sum()
+    assert read["tokens"] == oracle.trained_rows(x["advantage"], x["token_weight"], 0.0).sum()
     assert 0 < read["entropy"] < torch.tensor(V).log()
     assert read["ratio_max"] == pytest.approx(torch.tensor(0.6).exp().item(), rel=1e-3)
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from ops_cases import inputs, small_chunks
 
-from dwrl_fast import extension, ops
+from dwrl_fast import ops
 from dwrl_fast.errors import UserError
+from dwrl_fast.ops import extension
 
 pytestmark = pytest.mark.skipif(extension.problem() is not None, reason="the C++ operators are not built")
 

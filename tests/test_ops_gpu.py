@@ -14,8 +14,8 @@ from dwrl_fast.kernels import copies, rows, yes_no
 from ops_cases import assert_accurate, every_operator, in_float64, inputs, on_device, results, small_chunks
 from torch import Tensor
 
-from dwrl_fast import ops, reference
-from dwrl_fast.ops import logprob, policy
+from dwrl_fast import ops
+from dwrl_fast.ops import logprob, oracle, policy
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -69,7 +69,7 @@ def test_row_kernels(v: int, dtype: torch.dtype, narrow: bool, head: dict[str, A
     exact = every.gather(1, targets[:, None]).squeeze(1)
     entropy = -(every.exp() * every).sum(-1)
     ref = (exact.detach() - 0.1).float()
-    loss = reference.policy_loss(
+    loss = oracle.policy_loss(
         exact, *(y.double() for y in tokens), clip_low=9.0, clip_high=9.0, ref_logprob=ref.double(), beta=0.1
     ).loss
     (want,) = torch.autograd.grad(loss, x, retain_graph=True)
@@ -123,7 +123,7 @@ def test_more_elements_than_int32_counts() -> None:
     tokens = (torch.full_like(tokens[0], -12.0), *tokens[1:])
     out = rows.policy_rows(logits, over, targets, *tokens, None, 1e9, 1e9, 0.0, 1.0, None)
     torch.testing.assert_close(out[0, -3:].double(), lp.detach(), rtol=1e-5, atol=1e-5)
-    loss = reference.policy_loss(lp, *(x[-3:].double() for x in tokens), clip_low=1e9, clip_high=1e9).loss
+    loss = oracle.policy_loss(lp, *(x[-3:].double() for x in tokens), clip_low=1e9, clip_high=1e9).loss
     assert_near(over[-3:], torch.autograd.grad(loss, last)[0], 2.0**-8)
 
 
@@ -209,7 +209,7 @@ def test_a_float32_master_gets_the_sum_unrounded() -> None:
 
 def results_loss(x: dict[str, Any]) -> Tensor:
     names = ("hidden", "weight", "targets", "old_logprob", "advantage", "token_weight")
-    return reference.linear_policy_loss(*(x[k] for k in names), bias=x["bias"]).loss
+    return oracle.linear_policy_loss(*(x[k] for k in names), bias=x["bias"]).loss
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -220,7 +220,7 @@ def test_two_label_scores(dtype: torch.dtype) -> None:
     for cap in (None, 9.0):
         score = yes_no.yes_no_scores(hidden, weight, None, 3, 5, cap)
         wide = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
-        want = reference.yes_no_logprob(*wide, 3, 5, normalization="yes_no", softcap=cap)
+        want = oracle.yes_no_logprob(*wide, 3, 5, normalization="yes_no", softcap=cap)
         assert isinstance(want, Tensor)
         torch.testing.assert_close(score.double(), want, rtol=1e-5, atol=1e-6)
         pairs = (torch.autograd.grad(y.sum(), z) for y, z in ((score, (hidden, weight)), (want, wide)))

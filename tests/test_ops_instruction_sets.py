@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dwrl_fast import extension
+from dwrl_fast.ops import extension
 
 pytestmark = pytest.mark.skipif(extension.problem() is not None, reason="the C++ operators are not built")
 

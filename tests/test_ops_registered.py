@@ -7,8 +7,8 @@ import torch
 from dwrl_fast.kernels import yes_no
 from ops_cases import inputs
 
-from dwrl_fast import extension, ops, reference
-from dwrl_fast.ops import logprob, policy
+from dwrl_fast import ops
+from dwrl_fast.ops import extension, logprob, oracle, policy
 
 built = pytest.mark.skipif(extension.problem() is not None, reason="the C++ operators are not built")
 T, H, V = 13, 8, 67
@@ -102,10 +102,10 @@ def test_gradcheck_of_the_definitions(operator: str, head: dict[str, Any]) -> No
 
     def value(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> Any:
         if operator == "linear_logprob":
-            return reference.linear_logprob(hidden, weight, x["targets"], bias=bias, return_entropy=True, **head)
+            return oracle.linear_logprob(hidden, weight, x["targets"], bias=bias, return_entropy=True, **head)
         if operator in ("vocab", "yes_no"):
-            return reference.yes_no_logprob(hidden, weight, 1, 2, normalization=operator, bias=bias, **cap)
+            return oracle.yes_no_logprob(hidden, weight, 1, 2, normalization=operator, bias=bias, **cap)
         kl = {"ref_logprob": old - 0.2, "beta": 0.3} if operator == "beta" else {}
-        return reference.linear_policy_loss(hidden, weight, x["targets"], old, a, w, bias=bias, **head, **kl).loss
+        return oracle.linear_policy_loss(hidden, weight, x["targets"], old, a, w, bias=bias, **head, **kl).loss
 
     assert torch.autograd.gradcheck(value, (x["hidden"], x["weight"], x["bias"]))

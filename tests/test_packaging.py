@@ -162,7 +162,7 @@ def test_editable_without_a_compiler_and_then_with_one(
     found = probe(python, tmp_path)
     assert (found["package"], found["kernels"]) == (str(root / "dwrl_fast"), str(root / "kernels"))
 
-    check: list[str | Path] = [python, "-m", "dwrl_fast.extension"]
+    check: list[str | Path] = [python, "-m", "dwrl_fast.ops.extension"]
     said = run(check, tmp_path)
     assert said.returncode == 1
     assert "WITHOUT its C++ operators" in said.stdout
@@ -206,7 +206,7 @@ def test_operators_from_the_source_distribution(
     succeed([sys.executable, "-c", build], root)
     (sdist,) = (root / "dist").glob("*.tar.gz")
     python = environment(build_wheel(sdist, tmp_path))
-    succeed([python, "-m", "dwrl_fast.extension"], tmp_path)
+    succeed([python, "-m", "dwrl_fast.ops.extension"], tmp_path)
     names = "import torch, dwrl_fast._C; print(torch._C._dispatch_get_all_op_names())"
     assert "dwrl_fast::" in succeed([python, "-c", names], tmp_path)
 

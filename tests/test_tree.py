@@ -18,7 +18,7 @@ from dwrl_fast.batching.tree import TreeBatch, split_tree, tree_batch
 from dwrl_fast.data import Preference
 from dwrl_fast.dialog import Sequence
 from dwrl_fast.encode import Group, response_contexts
-from dwrl_fast.reference import tree_mask
+from dwrl_fast.ops.oracle import tree_mask
 from dwrl_fast.sampling import sample_groups
 from dwrl_fast.sampling.transformers import TransformersSampler
 

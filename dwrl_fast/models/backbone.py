@@ -16,7 +16,7 @@ from dwrl_fast.batching.padded import PaddedBatch
 from dwrl_fast.batching.tree import TreeBatch
 from dwrl_fast.errors import ModelError
 from dwrl_fast.log import info_once
-from dwrl_fast.reference import Plan
+from dwrl_fast.ops.oracle import Plan
 
 SUFFIX = "+tree"
 ATTENDS = {"full_attention", "sliding_attention"}  # the kinds of layer that tree_attention computes

@@ -1,4 +1,4 @@
-"""The fused operators, each defined in `dwrl_fast.reference` and dispatched to the fastest backend that can run it.
+"""The fused operators, each defined in `dwrl_fast.ops.oracle` and dispatched to the fastest backend that can run it.
 
 `backend` is "auto" (says its choice once), "reference" (plain PyTorch), "cpu" (the C++ extension) or "triton".
 A backend that is named and cannot run raises. Gradients are once differentiable: a double backward raises.

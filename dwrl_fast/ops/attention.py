@@ -5,14 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dwrl_fast import extension, reference
 from dwrl_fast.errors import UserError
 from dwrl_fast.log import info_once, warn_once
+from dwrl_fast.ops import extension, oracle
 from dwrl_fast.ops.backend import autocast, choose_backend
+from dwrl_fast.ops.oracle import Plan
 from dwrl_fast.ops.paths import varlen_tree_attention
 from dwrl_fast.ops.products import wide
 from dwrl_fast.ops.varlen import VARLEN, Options
-from dwrl_fast.reference import Plan
 
 BACKENDS = ("auto", "reference", "cpu", *VARLEN)
 
@@ -47,7 +47,7 @@ def tree_attention(
     if chosen not in VARLEN:
         chosen = choose_backend(chosen, "tree_attention", q)
     if chosen == "reference" or (chosen in VARLEN and len(q) == 0):
-        return reference.tree_attention(q, k, v, plan, scale=scale, softcap=softcap, window=window)
+        return oracle.tree_attention(q, k, v, plan, scale=scale, softcap=softcap, window=window)
     options = Options(
         q.shape[-1] ** -0.5 if scale is None else float(scale),
         None if softcap is None else float(softcap),

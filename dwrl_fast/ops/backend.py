@@ -11,9 +11,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from dwrl_fast import extension
 from dwrl_fast.errors import UserError
 from dwrl_fast.log import info_once, warn_once
+from dwrl_fast.ops import extension
 
 Result = TypeVar("Result")
 BACKENDS = ("auto", "reference", "cpu", "triton")

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dwrl_fast import extension
+from dwrl_fast.ops import extension
 from dwrl_fast.ops.products import wide
 from dwrl_fast.ops.stats import empty_stats
 

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dwrl_fast import reference
 from dwrl_fast.errors import UserError
+from dwrl_fast.ops import oracle
 from dwrl_fast.ops.backend import (
     autocast,
     check_head,
@@ -56,7 +56,7 @@ def linear_logprob(
     check_tokens(name, hidden, targets=targets)
     chosen = choose_backend(backend, name, hidden)
     if chosen == "reference":
-        return without_autocast(reference.linear_logprob)(
+        return without_autocast(oracle.linear_logprob)(
             hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap, return_entropy=return_entropy
         )
     logprob, entropy, _ = _linear_logprob(
@@ -100,7 +100,7 @@ def yes_no_logprob(
     _check_labels(name, yes_id, no_id, weight.shape[0], normalization)
     chosen = choose_backend(backend, name, hidden)
     if chosen == "reference":
-        return without_autocast(reference.yes_no_logprob)(
+        return without_autocast(oracle.yes_no_logprob)(
             hidden, weight, yes_id, no_id, normalization=normalization, bias=bias, softcap=softcap,
             return_mass=return_mass,
         )  # fmt: skip

@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakIdKeyDictionary
 
+from dwrl_fast.ops.oracle import Plan
 from dwrl_fast.ops.products import wide
 from dwrl_fast.ops.varlen import Gradients, Options, Saved, Segments, Varlen
-from dwrl_fast.reference import Plan
 
 Ints = npt.NDArray[np.int64]
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from dwrl_fast import reference
 from dwrl_fast.errors import UserError
+from dwrl_fast.ops import oracle
 from dwrl_fast.ops.backend import (
     autocast,
     check_head,
@@ -19,9 +19,9 @@ from dwrl_fast.ops.backend import (
     row_pass,
     without_autocast,
 )
+from dwrl_fast.ops.oracle import PolicyLoss, trained_rows
 from dwrl_fast.ops.products import Products, empty_gradients, needs_gradient, wide
 from dwrl_fast.ops.stats import empty_stats
-from dwrl_fast.reference import PolicyLoss, trained_rows
 
 
 def linear_policy_loss(
@@ -64,7 +64,7 @@ def linear_policy_loss(
     _check_rule(name, clip_low, clip_high, ref_logprob, beta)
     chosen = choose_backend(backend, name, hidden)
     if chosen == "reference":
-        return without_autocast(reference.linear_policy_loss)(
+        return without_autocast(oracle.linear_policy_loss)(
             hidden, weight, targets, old_logprob, advantage, token_weight, clip_low=clip_low, clip_high=clip_high,
             temperature=temperature, softcap=softcap, bias=bias, ref_logprob=ref_logprob, beta=beta,
         )  # fmt: skip
@@ -115,7 +115,7 @@ def policy_loss(
     _check_rule(name, clip_low, clip_high, ref_logprob, beta)
     chosen = choose_backend(backend, name, logprob)
     if chosen == "reference":
-        return reference.policy_loss(
+        return oracle.policy_loss(
             logprob, old_logprob, advantage, token_weight, clip_low=clip_low, clip_high=clip_high,
             ref_logprob=ref_logprob, beta=beta, entropy=entropy,
         )  # fmt: skip

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from dwrl_fast.reference import STAT_MAXIMA, STAT_SUMS
+from dwrl_fast.ops.oracle import STAT_MAXIMA, STAT_SUMS
 
 SUMS = slice(0, len(STAT_SUMS))
 MAXIMA = slice(len(STAT_SUMS), len(STAT_SUMS) + len(STAT_MAXIMA))

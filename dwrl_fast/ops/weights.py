@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dwrl_fast import reference
 from dwrl_fast.errors import UserError
-from dwrl_fast.reference import DualWeights, PreferenceWeights
+from dwrl_fast.ops import oracle
+from dwrl_fast.ops.oracle import DualWeights, PreferenceWeights
 
 
 def preference_weights(
@@ -25,7 +25,7 @@ def preference_weights(
     if valid is not None and (valid.shape != scores.shape or valid.dtype != torch.bool):
         shape = list(valid.shape)
         raise UserError(f"preference_weights: valid is {valid.dtype} {shape}; expected bool {list(scores.shape)}")
-    return reference.preference_weights(likelihood, scores, valid)
+    return oracle.preference_weights(likelihood, scores, valid)
 
 
 def dual_weights(
@@ -41,7 +41,7 @@ def dual_weights(
             raise UserError(f"dual_weights: {name} is {list(scores.shape)}; expected [B, N], both of one B, N above 0")
     if isinstance(margin, Tensor) and margin.dim() and margin.shape != scores_chosen.shape[:1]:
         raise UserError(f"dual_weights: margin is {list(margin.shape)}; expected [B = {scores_chosen.shape[0]}]")
-    return reference.dual_weights(scores_chosen, scores_rejected, margin=margin)
+    return oracle.dual_weights(scores_chosen, scores_rejected, margin=margin)
 
 
 def _check(operator: str, backend: str) -> None:

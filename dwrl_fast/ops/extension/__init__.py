@@ -1,6 +1,6 @@
 """The compiled C++ operators: loaded once, and when they are absent that is said with the command that builds them.
 
-`python -m dwrl_fast.extension` says whether they are there, and exits with 1 where they are not.
+`python -m dwrl_fast.ops.extension` says whether they are there, and exits with 1 where they are not.
 """
 
 import functools
@@ -27,7 +27,7 @@ def problem() -> str | None:
     except ImportError as error:
         absent = isinstance(error, ModuleNotFoundError) and error.name == "dwrl_fast._C"
         reason = "they were not compiled when it was installed" if absent else f"they do not load here ({error})"
-        checkout = Path(__file__).parent.parent
+        checkout = Path(__file__).parents[3]
         source = str(checkout) if (checkout / "csrc").is_dir() else "<checkout of dwrl_fast>"
         command = f"cd {source} && {sys.executable} -m pip install --no-build-isolation --no-deps -e ."
         return MISSING.format(reason=reason, command=command)
@@ -40,9 +40,3 @@ def available() -> bool:
     if message:
         warn_once(message)
     return message is None
-
-
-if __name__ == "__main__":
-    message = problem()
-    print(message or "dwrl_fast: the C++ operators are built and load.")
-    sys.exit(message is not None)
