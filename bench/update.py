@@ -22,7 +22,7 @@ from dwrl_fast.batching.tree import TreeBatch
 from dwrl_fast.compute import Compute
 from dwrl_fast.config import TrainConfig
 from dwrl_fast.dialog import Dialog, Template
-from dwrl_fast.embedded.formats import EVALUATE, RATE
+from dwrl_fast.embedded.arrays import EVALUATE, RATE
 from dwrl_fast.embedded.tokenizer import make_tokenizer
 from dwrl_fast.encode import Group
 from dwrl_fast.methods import StepMetrics

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from dwrl_fast.data.jsonl import JsonLines
-from dwrl_fast.data.sources import RowSource
+from dwrl_fast.data.row_source import RowSource
 from dwrl_fast.data.tables import HubDataset, Parquet, SavedDataset
 from dwrl_fast.errors import DataError
 

@@ -8,13 +8,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dwrl_fast.data.agreement import Agreement
-from dwrl_fast.data.check import Overlap, Report, lengths_of
+from dwrl_fast.data.check import FileReport, Overlap, lengths_of
+from dwrl_fast.data.label_agreement import Agreement
 
 SHOWN_LINES = 5
 
 
-def print_report(found: Report, console: Console) -> None:
+def print_report(found: FileReport, console: Console) -> None:
     """Everything that is in one file's report; of line numbers the first."""
     console.rule(f"[bold]{found.format or 'no format'}[/bold]", align="left", style="dim")
     left = found.rows - found.used
@@ -45,7 +45,7 @@ def print_report(found: Report, console: Console) -> None:
         say(console, f"Several labels of one comparison: {_agreement(found.agreement)}")
 
 
-def print_overlap(found: Overlap, first: Report, second: Report, console: Console) -> None:
+def print_overlap(found: Overlap, first: FileReport, second: FileReport, console: Console) -> None:
     console.rule("[bold]both files[/bold]", align="left", style="dim")
     if not found.prompts:
         say(console, "No prompt stands in both files.")
@@ -69,7 +69,7 @@ def _shown(lines: Sequence[int]) -> str:
     return ", ".join(map(str, lines[:SHOWN_LINES])) + (", ..." if len(lines) > SHOWN_LINES else "")
 
 
-def _dropped(found: Report) -> Table:
+def _dropped(found: FileReport) -> Table:
     table = Table("rows", "dropped because", "lines", title="Dropped", title_justify="left")
     table.columns[0].justify = "right"
     for reason, lines in found.dropped.items():
@@ -78,7 +78,7 @@ def _dropped(found: Report) -> Table:
     return table
 
 
-def _lengths(found: Report) -> Table:
+def _lengths(found: FileReport) -> Table:
     names = ("least", "5 %", "half", "95 %", "99 %", "most")
     table = Table("", *names, title=f"Lengths in {found.unit}: so many have at most", title_justify="left")
     for column in table.columns[1:]:
@@ -96,7 +96,7 @@ def _agreement(found: Agreement) -> str:
     )
 
 
-def plot_lengths(reports: Sequence[Report], path: Path) -> None:
+def plot_lengths(reports: Sequence[FileReport], path: Path) -> None:
     """Histograms of the lengths in all files: prompts, responses, and prompts with their longest response."""
     import matplotlib
 
@@ -108,7 +108,7 @@ def plot_lengths(reports: Sequence[Report], path: Path) -> None:
     for axis, name in zip(axes, reports[0].lengths, strict=True):
         bins = np.geomspace(1, 1 + max(report.lengths[name].most for report in reports), 50)
         for report in reports:
-            shares = np.full(len(values := lengths_of(report.tally)[name]), 1 / len(values))
+            shares = np.full(len(values := lengths_of(report.counts)[name]), 1 / len(values))
             axis.hist(np.maximum(values, 1), bins, weights=shares, alpha=0.6, label=Path(report.path).name)
         axis.set_xscale("log")
         axis.set_title(name, fontsize=9)

@@ -1,6 +1,6 @@
 """What the rows of a stretch of a source hold, in a few numbers each: lengths, and digests in place of texts.
 
-A row of one pair takes about 80 bytes, whatever its length, and tallies of one file's stretches add up to the file's.
+A row of one pair takes about 80 bytes, whatever its length. The counts of the stretches of a file add up to the file's.
 """
 
 import itertools
@@ -18,7 +18,7 @@ from dwrl_fast.data.columns import Unusable
 from dwrl_fast.data.formats import SINGLE
 from dwrl_fast.data.preference import Message, Preference
 from dwrl_fast.data.reading import Outcome, Reader
-from dwrl_fast.data.sources import START, Position
+from dwrl_fast.data.row_source import START, Position
 from dwrl_fast.errors import DataError
 
 ROLE = {"system": 1, "user": 2, "assistant": 3}
@@ -73,7 +73,7 @@ class Records:
 
 
 @dataclass
-class Tally:
+class Counts:
     """rows: a record of each row that is used (SINGLE: of each prompt): its first line, the digest and length of its
     prompt, the length of its longest response. responses: the length of each response of a row. comparisons: a record
     of each two of them that are compared: `key` stands for prompt and aspect, `first` (the better, or one of two that
@@ -98,7 +98,7 @@ class Tally:
         """How many rows are dropped for it."""
         return len(self.dropped[reason])
 
-    def extend(self, other: "Tally") -> None:
+    def extend(self, other: "Counts") -> None:
         """Take over what follows: `other`, whose lines count from 1 again."""
         for reason, lines in other.dropped.items():
             self.dropped.setdefault(reason, array("q")).extend([line + self.lines for line in lines])
@@ -127,18 +127,18 @@ class Tally:
         return self.rows, self.responses, self.comparisons
 
 
-def tally(
+def count_rows(
     reader: Reader,
     start: Position = START,
     end: int | None = None,
     measure: Measure = characters,
     progress: Callable[[Position], None] | None = None,
-) -> Tally:
+) -> Counts:
     """Of the rows from `start` up to byte `end`, where a row must begin; lines are counted from `start`.
 
     `progress` is told now and then how far it is.
     """
-    found = Tally()
+    found = Counts()
     for count, outcome in enumerate(reader.read(start)):
         after = outcome.after
         if end is not None and after.offset > end:
@@ -159,7 +159,7 @@ def tally(
     return found
 
 
-def _drop_malformed(found: Tally, error: DataError, name: str, line: int) -> None:
+def _drop_malformed(found: Counts, error: DataError, name: str, line: int) -> None:
     said = str(error).removeprefix(f"{name}:{line}: ")
     found.drop(DETAIL.split(said, maxsplit=1)[0], line, said)
 
@@ -173,7 +173,7 @@ def used_lines(outcome: Outcome, reader: Reader) -> Sequence[int]:
     return sorted({line for group in outcome.preferences for line in group.lines})
 
 
-def _use(found: Tally, outcome: Outcome, lines: Sequence[int], measure: Measure) -> None:
+def _use(found: Counts, outcome: Outcome, lines: Sequence[int], measure: Measure) -> None:
     """What one row gave, or the rows of one prompt."""
     groups = outcome.preferences
     group = groups[0]
