@@ -9,7 +9,6 @@ metrics are compared, but for times and rates. With --model two steps of that mo
 place of the embedded task. The status is 1 where anything differs.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -22,6 +21,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+
+from bench import command
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -114,7 +115,7 @@ def compare(case: str, before: dict[str, str], after: dict[str, str]) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.parser("unchanged", __doc__)
     parser.add_argument("--before", type=Path, required=True, help="a checkout with its operators built")
     parser.add_argument("--after", type=Path, default=ROOT, help="the other one (default: this one)")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))

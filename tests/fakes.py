@@ -43,9 +43,7 @@ class FakeSampler:
 class FakePolicy:
     """A method on the model that `config` names. says: its thoughts are told (see FakeSampler), not sampled."""
 
-    def __init__(
-        self, config: TrainConfig, dialog: Any = None, says: Callable[[str, int], str] | None = None
-    ) -> None:
+    def __init__(self, config: TrainConfig, dialog: Any = None, says: Callable[[str, int], str] | None = None) -> None:
         self.dialog = load_dialog(config) if dialog is None else dialog
         self.method: Any = METHODS[config.method](config, self.dialog)
         self.judging: Any = load_judging(config, self.method, self.dialog, Compute.resolve(config.dtype))

@@ -16,8 +16,8 @@ from dwrl_fast.dialog import Sequence as Ids
 from dwrl_fast.dialog import SingleTurn
 from dwrl_fast.embedded.tokenizer import make_tokenizer
 from dwrl_fast.encode import Group, Thought
-from dwrl_fast.scoring.loading import load_dialog
 from dwrl_fast.methods import METHODS, Method, StepMetrics
+from dwrl_fast.scoring.loading import load_dialog
 from dwrl_fast.templates import Template
 
 PAIRWISE = Template("compare {prompt} A {response_a} B {response_b}", labels=None, kind="pairwise")

@@ -23,9 +23,9 @@ from dwrl_fast.data import Preference
 from dwrl_fast.dialog import SingleTurn
 from dwrl_fast.embedded.tokenizer import make_tokenizer
 from dwrl_fast.encode import Group
-from dwrl_fast.scoring.loading import load_dialog
 from dwrl_fast.methods import METHODS, Method, StepMetrics
 from dwrl_fast.objectives.group_relative import group_advantage
+from dwrl_fast.scoring.loading import load_dialog
 from dwrl_fast.templates import Template
 
 trl = pytest.importorskip("trl")

@@ -10,13 +10,14 @@ import torch
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import harness, lengths, step
-from bench.flops import head_flops, trunk_flops
+from bench import harness
 from bench.harness import Case, Variant, furthest, measure
-from bench.plain_update import plain
-from bench.step import CASES, saved_bytes, trunk_variants
-from bench.trl_update import TrlUpdate, grpo_trainer
-from bench.update import Setting, Way, fastest, ours, setting
+from bench.training import lengths, step
+from bench.training.flops import head_flops, trunk_flops
+from bench.training.plain_update import plain
+from bench.training.step import CASES, saved_bytes, trunk_variants
+from bench.training.trl_update import TrlUpdate, grpo_trainer
+from bench.training.update import Setting, Way, fastest, ours, setting
 from dwrl_fast import ops
 from dwrl_fast.batching.layout import Layout
 from dwrl_fast.batching.tree import TreeBatch

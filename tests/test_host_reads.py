@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dwrl_fast
-from bench import lengths
-from bench.update import setting
+from bench.training import lengths
+from bench.training.update import setting
 from dwrl_fast.batching.batch import Size
 from dwrl_fast.methods import StepMetrics
 

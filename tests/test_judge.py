@@ -19,9 +19,9 @@ from dwrl_fast.dialog import load_template, read_choice
 from dwrl_fast.errors import ConfigError
 from dwrl_fast.evaluation.pairs import PairReport
 from dwrl_fast.evaluation.sources import source_reports
-from dwrl_fast.scoring.loading import load_dialog
 from dwrl_fast.methods import METHODS, StepMetrics
 from dwrl_fast.scoring import ChoiceJudging, Runtime
+from dwrl_fast.scoring.loading import load_dialog
 
 
 @pytest.fixture

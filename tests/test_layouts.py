@@ -23,11 +23,11 @@ from dwrl_fast.data import read_preferences
 from dwrl_fast.embedded.tokenizer import IDS
 from dwrl_fast.encode import Group
 from dwrl_fast.errors import ModelError
-from dwrl_fast.scoring.loading import load_dialog
 from dwrl_fast.methods import METHODS, Method, StepMetrics
 from dwrl_fast.models.backbone import attend_over_trees
 from dwrl_fast.models.model import GenerativeModel, place
 from dwrl_fast.models.pretrained import save_pretrained
+from dwrl_fast.scoring.loading import load_dialog
 
 CPU = torch.device("cpu")
 COMPUTE = Compute(CPU, torch.float32)

@@ -20,9 +20,9 @@ from dwrl_fast.compute import Compute
 from dwrl_fast.data import Preference, read_preferences
 from dwrl_fast.encode import Group
 from dwrl_fast.feed import Feed, Shuffled
-from dwrl_fast.scoring.loading import load_dialog
 from dwrl_fast.methods import METHODS, Method, StepMetrics
 from dwrl_fast.progress import Display
+from dwrl_fast.scoring.loading import load_dialog
 from dwrl_fast.training.runlog import read_metrics
 from dwrl_fast.training.trainer import Trainer
 

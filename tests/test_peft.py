@@ -22,12 +22,12 @@ from dwrl_fast.data.mixture import Part
 from dwrl_fast.encode import Group
 from dwrl_fast.errors import CheckpointError, ConfigError, ModelError, UserError
 from dwrl_fast.feed import open_feed
-from dwrl_fast.scoring.loading import load_dialog
 from dwrl_fast.methods import METHODS, Method, StepMetrics
 from dwrl_fast.models.adapters import Lora, plain
 from dwrl_fast.models.model import GenerativeModel, load_generative, place
 from dwrl_fast.models.pretrained import save_pretrained
 from dwrl_fast.progress import Display
+from dwrl_fast.scoring.loading import load_dialog
 from dwrl_fast.training.runlog import read_metrics
 from dwrl_fast.training.trainer import Trainer
 

@@ -5,16 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dwrl_fast.registry import REGISTRY
 from tiny import tiny_config, tiny_folder, tiny_pairs
 
 from dwrl_fast.batching.batch import Size
 from dwrl_fast.compute import Compute
 from dwrl_fast.config import TrainConfig
 from dwrl_fast.data import read_preferences
-from dwrl_fast.scoring.loading import load_dialog
 from dwrl_fast.methods import METHODS, StepMetrics
 from dwrl_fast.options import help_page
-from dwrl_fast.registry import REGISTRY
+from dwrl_fast.scoring.loading import load_dialog
 
 DOCS = (Path(__file__).parents[1] / "docs" / "methods.md").read_text()
 

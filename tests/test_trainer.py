@@ -22,11 +22,11 @@ from dwrl_fast.data import read_preferences
 from dwrl_fast.encode import Group, plain_groups
 from dwrl_fast.errors import CheckpointError, ConfigError, NotFiniteError
 from dwrl_fast.feed import open_feed
-from dwrl_fast.scoring.loading import load_dialog
 from dwrl_fast.log import logger
 from dwrl_fast.methods import METHODS, Method, StepMetrics
 from dwrl_fast.progress import Display
 from dwrl_fast.scoring import marginal_scores
+from dwrl_fast.scoring.loading import load_dialog
 from dwrl_fast.training.optimizer import Optimizers
 from dwrl_fast.training.plots import plot_curves
 from dwrl_fast.training.runlog import RunLog, StallWatch, read_metrics

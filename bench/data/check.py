@@ -1,6 +1,6 @@
 """How much longer does `python -m dwrl_fast.data --check` take than reading a JSONL file and parsing it?
 
-    python -m bench.data_check --gigabytes 1
+    python -m bench.data.check --gigabytes 1
 
 Writes generated pairs of realistic lengths into a temporary folder. "parse" reads the file line by line and gives each
 line to json.loads, the parser that the check uses too, in one process; "check" is the whole check, its report included.
@@ -8,7 +8,6 @@ They take turns, so that a busy machine is busy for both. Prints medians of wall
 processes together, say what the wall clock would be on so many idle cores.
 """
 
-import argparse
 import json
 import os
 import random
@@ -22,6 +21,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from bench import command
 from dwrl_fast.data.check import check
 
 WORDS = 20_000
@@ -77,7 +77,7 @@ def _cpu() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.parser("data.check", __doc__)
     parser.add_argument("--gigabytes", type=float, default=0.2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--processes", type=int, default=None, help="of the check; by default the cores there are")

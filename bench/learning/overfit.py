@@ -1,6 +1,6 @@
 """Does it learn on real text? Drawn models overfit real pairs under the tokenizer and template of their family.
 
-    python -m bench.overfit --tokenizers DIR --data hh.jsonl.gz gsm8k.jsonl.gz
+    python -m bench.learning.overfit --tokenizers DIR --data hh.jsonl.gz gsm8k.jsonl.gz
 
 For every tokenizer folder below DIR, data file and method, a small model is drawn and trained on the first pairs that
 fit the length limit; then the same pairs are ranked by the command's own evaluation (one greedy thought). A drawn model
@@ -8,7 +8,6 @@ knows nothing, so what it reaches here it has learnt from the pairs. It says not
 bench/results/cpu_overfit.json` says of each accuracy whether it lies where the stored one lets it be expected.
 """
 
-import argparse
 import json
 import shutil
 import tempfile
@@ -19,7 +18,8 @@ from typing import Any
 
 from rich.console import Console
 
-from bench.intervals import comparison, next_share
+from bench import command
+from bench.learning.intervals import comparison, next_share
 from bench.machine import machine
 from dwrl_fast.config import TrainConfig
 from dwrl_fast.data import read_preferences
@@ -70,7 +70,7 @@ def write_first(source: Path, target: Path, dialog: Dialog, pairs: int, longest:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.parser("learning.overfit", __doc__)
     parser.add_argument("--tokenizers", type=Path, required=True, help="a folder of tokenizer folders: qwen2.5, llama3")
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="pair files")
     parser.add_argument("--pairs", type=int, default=32, help="training pairs of each file (default 32)")

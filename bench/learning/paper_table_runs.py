@@ -1,6 +1,4 @@
-"""The runs of `bench.paper_table`: a variant is trained on a cell's pairs from the cell's backbone, then judged pair by
-pair.
-"""
+"""The runs of paper_table.py: a variant is trained on a cell's pairs from its backbone, then judged pair by pair."""
 
 import dataclasses
 import json

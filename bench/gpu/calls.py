@@ -1,10 +1,11 @@
-"""`python -m bench.calls`: every Triton kernel and CUDA backend once, on shapes so small that a sanitizer can follow.
+"""Every Triton kernel and CUDA backend once, on shapes so small that a sanitizer can follow.
+
+    python -m bench.gpu.calls [--repeats 100]
 
 With `--repeats N`, on larger shapes, N times more on the same inputs in PyTorch's deterministic mode: every number of
 every result has to be the same, bit for bit. Prints a line a call, and as its last line the results in JSON.
 """
 
-import argparse
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -13,7 +14,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bench.tree_attention import Heads, Plan, drawn, going, minibatch
+from bench import command
+from bench.operators.tree_attention import Heads, Plan, drawn, going, minibatch
 from dwrl_fast import ops
 from dwrl_fast.ops.varlen import VARLEN
 
@@ -114,11 +116,11 @@ def bits(x: Tensor) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.calls", description=__doc__)
+    parser = command.parser("gpu.calls", __doc__)
     parser.add_argument("--repeats", type=int, default=0)
     args = parser.parse_args()
     if not torch.cuda.is_available():
-        raise SystemExit("bench.calls: there is no CUDA device")
+        raise SystemExit("bench.gpu.calls: there is no CUDA device")
     if args.repeats:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

@@ -1,13 +1,12 @@
 """Every method on the same pairs from the same warmed-up backbone: the papers' table at a scale that runs here.
 
-    python -m bench.paper_table --quick      # one cell (easy fraction 0.7), 3 seeds, stored settings
-    python -m bench.paper_table --full       # all cells, learning rates swept on dev first; goes on where it stopped
+    python -m bench.learning.paper_table --quick  # one cell (easy fraction 0.7), 3 seeds, stored settings
+    python -m bench.learning.paper_table --full   # all cells, rates swept on dev first; goes on where it stopped
 
 Runs go two at a time, each in a process and on a thread of its own. Every run that ends is a line of results.jsonl in
 `--folder`, and is not repeated; the table is made of these lines. No ordering is asserted: what comes out is printed.
 """
 
-import argparse
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -19,9 +18,10 @@ from typing import Any
 
 from rich.console import Console
 
+from bench import command
+from bench.learning.paper_table_figures import Record, Swept, lines, markdown, sweep
+from bench.learning.paper_table_runs import VARIANTS, Cell, Run, backbone, execute
 from bench.machine import machine
-from bench.paper_table_figures import Record, Swept, lines, markdown, sweep
-from bench.paper_table_runs import VARIANTS, Cell, Run, backbone, execute
 from dwrl_fast.train import versions
 
 EASY_FRACTIONS = (0.0, 0.4, 0.7)
@@ -110,7 +110,7 @@ def _each(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.parser("learning.paper_table", __doc__)
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--quick", action="store_true")
     size.add_argument("--full", action="store_true")

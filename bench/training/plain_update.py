@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.update import Setting, Way, counters, flops, powers, update
+from bench.training.update import Setting, Way, counters, flops, powers, update
 from dwrl_fast.batching.padded import PaddedBatch, padded_batch
 from dwrl_fast.ops.oracle import dual_weights, policy_loss
 

@@ -1,4 +1,6 @@
-"""`python -m bench.linear_policy_loss`: loss and gradients of hidden states and head, bare products and peers.
+"""The policy loss with the gradients of hidden states and head, beside bare products and peers.
+
+    python -m bench.operators.linear_policy_loss --quick
 
 T rows: all trained, or a part untrained, as prompts and masked tokens are, and of the rest 5 % clipped or none. "bare
 products" is the floor: three products of the trained rows in our chunks and buffers, and nothing else.
@@ -16,7 +18,7 @@ from rich.console import Console
 from torch import Tensor
 
 from bench.harness import Case, Row, Variant, main, peak_memory
-from bench.peers import SLOW, liger_grpo, logprob_peers, plain_logprob
+from bench.operators.peers import SLOW, liger_grpo, logprob_peers, plain_logprob
 from dwrl_fast import ops
 from dwrl_fast.ops import oracle
 from dwrl_fast.ops.oracle import policy_loss
@@ -174,4 +176,4 @@ def summary(rows: list[Row], console: Console) -> None:
 
 
 if __name__ == "__main__":
-    main("linear_policy_loss", cases(), summary)
+    main("operators.linear_policy_loss", __doc__, cases(), summary)

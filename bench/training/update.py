@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench import lengths
-from bench.flops import attended_keys, head_flops, trunk_flops
 from bench.harness import timed
+from bench.training import lengths
+from bench.training.flops import attended_keys, head_flops, trunk_flops
 from dwrl_fast.batching.batch import Batch, Size
 from dwrl_fast.batching.layout import Layout, Packing
 from dwrl_fast.batching.tree import TreeBatch

@@ -1,4 +1,6 @@
-"""`python -m bench.tree_attention`: attention, forward and backward, of sequences and of ragged preference trees.
+"""Attention, forward and backward, of sequences and of ragged preference trees.
+
+    python -m bench.operators.tree_attention --quick
 
 A tree is a prompt, two responses and the thoughts of either. Padded is what trainers do without a tree: every sequence
 by itself, right-padded to the longest, causal. Counted of each variant, padding and all: the pairs of a query and a key
@@ -21,8 +23,8 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
-from bench import lengths
 from bench.harness import Case, Row, Variant, main
+from bench.training import lengths
 from dwrl_fast import ops
 from dwrl_fast.batching.tree import tree_batch
 from dwrl_fast.ops import paths
@@ -268,4 +270,4 @@ def summary(rows: list[Row], console: Console) -> None:
 
 
 if __name__ == "__main__":
-    main("tree_attention", cases(), summary)
+    main("operators.tree_attention", __doc__, cases(), summary)

@@ -1,11 +1,12 @@
-"""`python -m bench.roofline`: what a GPU has to do for the head and for tree attention, and how fast that can be.
+"""What a GPU has to do for the head and for tree attention, and how fast that can be.
+
+    python -m bench.gpu.roofline [--kernels]
 
 Counted from shapes and from the chunks and calls that the operators really make; nothing is run. Ceilings are assumed
 (--flops, --bytes, --flash) or read from a report of bench.gpu (--report). `--kernels` compiles the Triton kernels for
 sm_90 and prints what they take. docs/performance.md explains the columns.
 """
 
-import argparse
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -15,8 +16,9 @@ from rich.console import Console
 from rich.table import Table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench.linear_policy_loss import GPU_SHAPES, MOST_FLOORS
-from bench.tree_attention import LEAST_RATE, QWEN7B, Heads, Plan, attended, minibatch, sequences_of
+from bench import command
+from bench.operators.linear_policy_loss import GPU_SHAPES, MOST_FLOORS
+from bench.operators.tree_attention import LEAST_RATE, QWEN7B, Heads, Plan, attended, minibatch, sequences_of
 from dwrl_fast.ops import paths
 from dwrl_fast.ops.products import chunk_rows, even_rows
 
@@ -144,7 +146,7 @@ def print_trees(console: Console, at: Ceilings) -> None:
 
 
 def print_kernels(console: Console) -> None:
-    from bench.compiled import VARIANTS, compiled
+    from bench.gpu.compiled import VARIANTS, compiled
 
     table = Table(title="Triton kernels compiled for sm_90, float32 logits, bfloat16 gradient", title_justify="left")
     for heading in ("kernel", "V or H", "registers", "spilled bytes", "shared bytes", "warps held"):
@@ -159,7 +161,7 @@ def print_kernels(console: Console) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.roofline")
+    parser = command.parser("gpu.roofline", __doc__)
     parser.add_argument("--flops", type=float, default=790e12, help="of bfloat16 products, a second (default 790e12)")
     parser.add_argument("--bytes", type=float, default=4.3e12, help="read and written, a second (default 4.3e12)")
     parser.add_argument("--flash", type=float, default=300e12, help="FLOP/s of flash attention (default 300e12)")

@@ -1,6 +1,6 @@
 """How far does DWRL lift held-out accuracy on hard pairs over the warmed-up start? The default run, seed by seed.
 
-    python -m bench.embedded_seeds --seeds 0 1 2 3
+    python -m bench.learning.embedded_seeds --seeds 0 1 2 3
 
 Prints every seed whatever its figures, the mean, and for how many seeds one greedy thought gained at least 15 points;
 writes the same as JSON. `--against bench/results/cpu_embedded_seeds.json` says of each mean whether it lies where the
@@ -8,7 +8,6 @@ stored seeds let it be expected, as a GPU's should. What follows `--` goes to dw
 `-- --misalignment_weight off` measures an ablation.
 """
 
-import argparse
 import json
 import shlex
 from pathlib import Path
@@ -18,7 +17,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.intervals import comparison, next_mean
+from bench import command
+from bench.learning.intervals import comparison, next_mean
 from bench.machine import machine
 from dwrl_fast.console import set_up_logging
 from dwrl_fast.train import configure, run
@@ -69,7 +69,7 @@ def _cell(name: str, value: float | None) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.parser("learning.embedded_seeds", __doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument(
         "--folder", type=Path, default=Path("runs/embedded_seeds"), help="where the runs and the JSON go"

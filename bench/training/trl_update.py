@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import lengths
-from bench.flops import attended_keys, head_flops, trunk_flops
-from bench.peers import NEEDS_CUDA
-from bench.update import Setting, Way, powers, sharing_weights, without_gradients
+from bench.operators.peers import NEEDS_CUDA
+from bench.training import lengths
+from bench.training.flops import attended_keys, head_flops, trunk_flops
+from bench.training.update import Setting, Way, powers, sharing_weights, without_gradients
 from dwrl_fast.dialog import Sequence as Encoded
 
 PAD = 0

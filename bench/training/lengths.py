@@ -19,7 +19,7 @@ from dwrl_fast.data import Preference, read_preferences
 from dwrl_fast.dialog import Context, Dialog, Sequence
 from dwrl_fast.encode import Group
 
-SHARED = Path(os.environ.get("DWRL_FAST_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "data"
+SHARED = Path(os.environ.get("DWRL_FAST_SHARED", Path(__file__).resolve().parents[3] / "shared")) / "data"
 FILES = {
     "hh": "hh/hh_train.jsonl.gz",
     "gsm8k_real": "math/gsm8k_real_train.jsonl.gz",

@@ -1,4 +1,4 @@
-"""The arithmetic of `bench.paper_table`: from one record a run to one line a variant, with paired intervals."""
+"""The arithmetic of paper_table.py: from one record a run to one line a variant, with paired intervals."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.paper_table_runs import BASELINE, VARIANTS, Cell
+from bench.learning.paper_table_runs import BASELINE, VARIANTS, Cell
 from dwrl_fast.evaluation.units import bootstrap_interval
 
 Record = dict[str, Any]

@@ -1,4 +1,6 @@
-"""`python -m bench.step`: one DWRL minibatch, phases A and B, forward and backward, without the optimizer's step.
+"""One DWRL minibatch, phases A and B, forward and backward, without the optimizer's step.
+
+    python -m bench.training.step --quick
 
 Times are per thought token and pass, A and B counting as two; TRL's update is one. Cases are `model/data` with thoughts
 of 40 tokens on average, `model/data-200` with 200. Models have drawn weights: `trunk-heavy` spends its time in the
@@ -24,12 +26,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from bench import lengths
 from bench.harness import Case, Row, Variant, main, tensors
 from bench.machine import ceilings
-from bench.plain_update import plain
-from bench.trl_update import liger_installed, trl, trl_missing
-from bench.update import Setting, Way, counters, fastest, ours, setting, update
+from bench.training import lengths
+from bench.training.plain_update import plain
+from bench.training.trl_update import liger_installed, trl, trl_missing
+from bench.training.update import Setting, Way, counters, fastest, ours, setting, update
 from dwrl_fast.batching.batch import Batch
 from dwrl_fast.batching.layout import Layout, Packing
 from dwrl_fast.models.backbone import backbone_states
@@ -264,4 +266,4 @@ def cases(args: argparse.Namespace) -> list[Case]:
 
 
 if __name__ == "__main__":
-    main("step", cases, summary, options)
+    main("training.step", __doc__, cases, summary, options)

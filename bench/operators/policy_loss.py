@@ -1,4 +1,7 @@
-"""`python -m bench.policy_loss`: the clipped loss of given log-probabilities with its gradient and statistics."""
+"""The clipped loss of given log-probabilities with its gradient and statistics.
+
+python -m bench.operators.policy_loss --quick
+"""
 
 import torch
 
@@ -26,4 +29,4 @@ def variants(t: int) -> list[Variant]:
 CASES = [Case(f"T {t}", lambda t=t: variants(t)) for t in (1024, 65536, 1048576)]  # type: ignore[misc]
 
 if __name__ == "__main__":
-    main("policy_loss", CASES)
+    main("operators.policy_loss", __doc__, CASES)

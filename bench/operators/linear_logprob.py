@@ -1,4 +1,6 @@
-"""`python -m bench.linear_logprob`: log-probabilities of all rows, and the gradients of a weighted sum of them.
+"""Log-probabilities of all rows, and the gradients of a weighted sum of them.
+
+    python -m bench.operators.linear_logprob --quick
 
 On a GPU the shapes are those of real heads in bfloat16.
 """
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.harness import Case, Variant, main
-from bench.peers import SLOW, logprob_peers
+from bench.operators.peers import SLOW, logprob_peers
 from dwrl_fast import ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -44,7 +46,7 @@ def variants(t: int, h: int, v: int, dtype: torch.dtype) -> list[Variant]:
     ]
     for name, logprob, why in logprob_peers(DEVICE):
         if DEVICE == "cuda" and name in SLOW:
-            logprob, why = None, "it takes seconds; bench.linear_policy_loss has it"
+            logprob, why = None, "it takes seconds; bench.operators.linear_policy_loss has it"
         found.append(Variant(name, through(logprob) if logprob else None, why, name not in SLOW))
     return found
 
@@ -56,4 +58,4 @@ def case(t: int, h: int, v: int, dtype: torch.dtype, quick: bool) -> Case:
 CASES = [case(*shape) for shape in (GPU_SHAPES if DEVICE == "cuda" else SHAPES)]
 
 if __name__ == "__main__":
-    main("linear_logprob", CASES)
+    main("operators.linear_logprob", __doc__, CASES)

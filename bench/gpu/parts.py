@@ -1,10 +1,13 @@
-"""`python -m bench.gpu PART ...`: what is asked of a GPU, part by part. Each ends within ten minutes, and writes
-bench/results/<gpu>_<part>.json with machine, versions and commit, and what it printed beside it.
+"""What is asked of a GPU, part by part.
+
+    python -m bench.gpu PART ...
+
+Each ends within ten minutes, and writes bench/results/<gpu>_<part>.json with machine, versions and commit, and what it
+printed beside it.
 
 `--list` says what there is. Nothing of the GPU's settings is changed. Without a .git, name the commit in --commit.
 """
 
-import argparse
 import json
 import os
 import re
@@ -23,10 +26,11 @@ from typing import Any
 
 import torch
 
-from bench import lengths
+from bench import command
 from bench.machine import ceilings, machine
+from bench.training import lengths
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 TOOLS = ("memcheck", "racecheck", "initcheck")
 REPEATS = 100
@@ -34,7 +38,7 @@ MISSING_PACKAGE = re.compile(r"(the package flash_attn|liger-kernel) is not inst
 INSTEAD = """there is no CUDA device, and every part needs one. Without one there are
     python -m pytest tests/test_ops_triton.py    the kernels through Triton's interpreter, and compiled for three GPUs
     python -m pytest tests/test_bench_gpu.py     what the parts run, on tiny shapes
-    python -m bench.roofline                     what to expect, counted"""
+    python -m bench.gpu.roofline                     what to expect, counted"""
 
 
 @dataclass(frozen=True)
@@ -152,7 +156,7 @@ def sanitizer(job: Job) -> Outcome:
     found = {}
     for name in TOOLS:
         status, output = share.command(
-            tool, "--tool", name, "--print-limit", "20", sys.executable, "-m", "bench.calls",
+            tool, "--tool", name, "--print-limit", "20", sys.executable, "-m", "bench.gpu.calls",
             PYTORCH_NO_CUDA_MEMORY_CACHING="1",
         )  # fmt: skip
         found[name] = read_sanitizer(output) | {"status": status}
@@ -181,7 +185,7 @@ def clean(found: dict[str, Any]) -> bool:
 def repeats(job: Job) -> Outcome:
     """The same inputs again and again in deterministic mode."""
     status, output = job.command(
-        sys.executable, "-m", "bench.calls", "--repeats", str(REPEATS), CUBLAS_WORKSPACE_CONFIG=":4096:8"
+        sys.executable, "-m", "bench.gpu.calls", "--repeats", str(REPEATS), CUBLAS_WORKSPACE_CONFIG=":4096:8"
     )
     last = output.strip().rpartition("\n")[2]
     found = json.loads(last) if status == 0 and last.startswith("{") else {}
@@ -207,14 +211,14 @@ def against_cpu(module: str, stored: str, *options: str) -> Callable[[Job], Outc
 
 
 def pairs(job: Job) -> Outcome:
-    """bench.overfit on the tokenizers and files of DWRL_FAST_SHARED."""
+    """bench.learning.overfit on the tokenizers and files of DWRL_FAST_SHARED."""
     tokenizers = lengths.SHARED / "tokenizers"
     files = [str(lengths.SHARED / lengths.FILES[name]) for name in ("hh", "gsm8k_real")]
     missing = [path for path in (str(tokenizers), *files) if not Path(path).exists()]
     if missing:
         print(f"NOT RUN: there is no {', '.join(missing)}; name the folder above data/ in DWRL_FAST_SHARED")
         return Outcome(False, {"missing": missing})
-    run = against_cpu("bench.overfit", "cpu_overfit.json", "--tokenizers", str(tokenizers), "--data", *files)
+    run = against_cpu("bench.learning.overfit", "cpu_overfit.json", "--tokenizers", str(tokenizers), "--data", *files)
     return run(job)
 
 
@@ -224,21 +228,25 @@ PARTS = {
     "repeats": Part(f"{REPEATS} repeats in deterministic mode, equal bit for bit", 5, repeats),
     "head": Part(
         "linear_policy_loss on real heads, its three products and its peers", 9,
-        table("bench.linear_policy_loss", "--seconds", "60"),
+        table("bench.operators.linear_policy_loss", "--seconds", "60"),
     ),
-    "logprob": Part("linear_logprob on real heads, and its peers", 5, table("bench.linear_logprob", "--seconds", "40")),
+    "logprob": Part(
+        "linear_logprob on real heads, and its peers", 5,
+        table("bench.operators.linear_logprob", "--seconds", "40"),
+    ),
     "attention": Part(
         "tree_attention on Qwen2.5-7B's heads, and equal work in ordinary sequences", 8,
-        table("bench.tree_attention", "--seconds", "40"),
+        table("bench.operators.tree_attention", "--seconds", "40"),
     ),
     "step": Part(
-        "bench.step: a minibatch on the shape of Qwen2.5-7B", 9, table("bench.step", "--seconds", "30", ours="tree")
+        "a DWRL minibatch on the shape of Qwen2.5-7B", 9,
+        table("bench.training.step", "--seconds", "30", ours="tree"),
     ),
     "train": Part(
         "what make train runs, and a second seed, against the CPU's seeds", 9,
-        against_cpu("bench.embedded_seeds", "cpu_embedded_seeds.json", "--seeds", "0", "1"),
+        against_cpu("bench.learning.embedded_seeds", "cpu_embedded_seeds.json", "--seeds", "0", "1"),
     ),
-    "pairs": Part("bench.overfit: real pairs and tokenizers, against the CPU's accuracies", 9, pairs),
+    "pairs": Part("overfitting real pairs, with real tokenizers, against the CPU's accuracies", 9, pairs),
 }  # fmt: skip
 
 
@@ -263,9 +271,7 @@ def run_part(name: str, folder: Path) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.gpu", description=__doc__.split("\n\n")[0] if __doc__ else ""
-    )
+    parser = command.parser("gpu", __doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--list", action="store_true", help="what each part does, and after how long it is stopped")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where reports go (default bench/results)")

@@ -1,4 +1,7 @@
-"""`python -m bench.yes_no_logprob`: the score of B sequences and the gradient of their sum, against plain PyTorch."""
+"""The score of B sequences and the gradient of their sum, against plain PyTorch.
+
+python -m bench.operators.yes_no_logprob --quick
+"""
 
 import torch
 import torch.nn.functional as F
@@ -39,4 +42,4 @@ def case(b: int, h: int, v: int, quick: bool, normalization: str) -> Case:
 CASES = [case(*shape, normalization=n) for shape in SHAPES for n in ("vocab", "yes_no")]
 
 if __name__ == "__main__":
-    main("yes_no_logprob", CASES)
+    main("operators.yes_no_logprob", __doc__, CASES)

@@ -1,6 +1,6 @@
 """A stream of rows: seconds to the first batch, rows a second, seconds to resume, and peak memory.
 
-    python -m bench.stream [--rows 10000000] [--kind gzip] [--in_memory]
+    python -m bench.data.stream [--rows 10000000] [--kind gzip] [--in_memory]
 
 A file of drawn pairs is written first, then read once through the shuffle buffer as training reads it, less the
 tokenizer. `--in_memory` reads it without streaming, for comparison. Memory is the process's largest, less what it had
@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from bench import command
 from dwrl_fast.data import Preference, Reader, open_rows, read_preferences
 from dwrl_fast.feed import Feed, Shuffled, Source, Streamed
 
@@ -48,7 +49,7 @@ def make_feed(source: Source, batch: int, steps: int) -> Feed:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.parser("data.stream", __doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--characters", type=int, default=100, help="of each of a row's three texts")
     parser.add_argument("--kind", choices=("plain", "gzip"), default="plain")
