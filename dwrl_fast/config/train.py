@@ -25,11 +25,16 @@ STREAMING = ("streaming", True)
 OWNERS = tuple(dict.fromkeys(owner for method in METHODS.values() for owner in method.options))
 if TYPE_CHECKING:  # mypy reads no bases that are computed; what it must know of them is listed
     from dwrl_fast.methods.bt import PrefilledOptions
-    from dwrl_fast.methods.options import SamplingOptions, WritingOptions
+    from dwrl_fast.methods.dpo import BetaOptions
+    from dwrl_fast.methods.dwrl import DualOptions
+    from dwrl_fast.methods.options import RatioOptions, SamplingOptions, WritingOptions
+    from dwrl_fast.methods.star_rationalizer import RationalizerOptions
 
     MethodName = str
 
-    class MethodOptions(WritingOptions, SamplingOptions, PrefilledOptions):
+    class MethodOptions(
+        WritingOptions, SamplingOptions, RatioOptions, DualOptions, BetaOptions, PrefilledOptions, RationalizerOptions
+    ):
         pass
 
 else:
