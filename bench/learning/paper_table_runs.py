@@ -92,7 +92,7 @@ def configure(run: Run, made: embedded.Embedded, folder: Path, *more: str) -> Tr
     options = [*VARIANTS[run.variant], *more, "--seed", str(run.cell.seed)]
     changes: dict[str, Any] = {"eval_votes": 0, "save_steps": 0, "output_dir": str(folder)}
     if run.variant == "judge":
-        model = made.model_for(METHODS["judge"].template)
+        model = made.model_for(METHODS[run.variant].template)
         options += ["--model_name_or_path", str(model), "--eval_dataset_name", str(held_out)]
         changes["max_completion_length"] = embedded.THOUGHT_LIMIT
         return dataclasses.replace(parse_train(options), **changes)
@@ -137,7 +137,7 @@ def judged(model: Path, pairs: Path, seed: int) -> list[float]:
     """What the saved model gets for each pair: 1 right, 0 wrong, one half for a tie."""
     scorer = Scorer.from_pretrained(model, generation_batch_size=1024)
     groups = scorer.score_groups(read_preferences(str(pairs)).rows, seed=seed)
-    return order_accuracy(marginal_scores(groups), rank_grid([group.ranks for group in groups])).tolist()
+    return order_accuracy(marginal_scores(groups), rank_grid([found.group.ranks for found in groups])).tolist()
 
 
 def prefilled_tokens(folder: Path) -> int:

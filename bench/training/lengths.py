@@ -13,7 +13,6 @@ from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from dwrl_fast.data import Preference, read_preferences
 from dwrl_fast.dialog import Context, Dialog, Sequence
@@ -123,8 +122,8 @@ def groups(found: Pairs, thoughts: Several[int], vocabulary: int) -> list[Group]
         sequences = [
             [_close(c, _random(rng, next(sizes)), found.tail, vocabulary) for _ in range(THOUGHTS)] for c in both
         ]
-        old = [[torch.zeros(s.thought.stop - s.thought.start) for s in each] for each in sequences]
-        made.append(Group(Preference((), ("", "")), sequences, old))
+        old = [[[0.0] * (s.thought.stop - s.thought.start) for s in each] for each in sequences]
+        made.append(Group(Preference((), ("", "")), sequences).with_logprobs(old))
     return made
 
 

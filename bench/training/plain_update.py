@@ -18,16 +18,16 @@ LOGITS_HELD = 4  # tensors of the size of the logits at the peak: logits, log-pr
 
 def plain(it: Setting) -> Iterator[Way]:
     """The recipe everyone writes, in micro-batches of 1, 2, 4 ... pairs of like length, as memory allows."""
-    method, ordered = it.method, sorted(it.groups, key=lambda group: group.longest, reverse=True)
+    runtime, ordered = it.runtime, sorted(it.groups, key=lambda group: group.longest, reverse=True)
 
     def loss(phase: Callable[..., Tensor], batch: PaddedBatch) -> Tensor:
-        with method.compute.autocast():
-            return phase(it.lm, batch, method.dialog.yes_id, len(it.groups))
+        with runtime.compute.autocast():
+            return phase(it.lm, batch, runtime.dialog.yes_id, len(it.groups))
 
     phases = [partial(loss, phase) for phase in (score_loss, thought_loss)]
     for size in powers(1, len(ordered)):
         micro = [ordered[i : i + size] for i in range(0, len(ordered), size)]
-        batches = [padded_batch(some, method.dialog.pad_id, method.compute.device) for some in micro]
+        batches = [padded_batch(some, runtime.dialog.pad_id, runtime.compute.device) for some in micro]
         if max(logit_bytes(batch, it.lm.config.vocab_size) for batch in batches) > free_memory():
             return
         positions = sum(batch.trunk_tokens for batch in batches)

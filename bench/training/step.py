@@ -33,7 +33,7 @@ from bench.training.plain_update import plain
 from bench.training.trl_update import liger_installed, trl, trl_missing
 from bench.training.update import Setting, Way, counters, fastest, ours, setting, update
 from dwrl_fast.batching.batch import Batch
-from dwrl_fast.batching.layout import Layout, Packing
+from dwrl_fast.batching.layout import Packing
 from dwrl_fast.models.backbone import backbone_states
 
 PER = "thought token per forward + backward"
@@ -122,15 +122,15 @@ def trunk_variants(shape: Mapping[str, Any], prompt: int, response: int, rest: i
     """The backbone alone over one synthetic pair; the gradient comes in where the head reads."""
     thoughts = [rest] * (2 * lengths.THOUGHTS)
     it = setting(shape, lengths.synthetic(1, prompt, response), thoughts)
-    lm, method = it.method.model.lm, it.method
+    lm, runtime = it.runtime.model.lm, it.runtime
     gradient = torch.Generator().manual_seed(0)
 
     def variant(packing: Packing) -> Variant:
-        (batch,) = Layout(packing, sys.maxsize, method.dialog.pad_id, method.compute.device).batches(it.groups)
+        (batch,) = replace(runtime.layout, packing=packing, token_budget=sys.maxsize).batches(it.groups)
         drawn = torch.randn(len(batch.token_rows), lm.config.hidden_size, generator=gradient.manual_seed(0))
 
         def states(batch: Batch) -> Tensor:
-            with method.compute.autocast():
+            with runtime.compute.autocast():
                 return backbone_states(lm.base_model, batch)[batch.token_rows]
 
         def phase(batch: Batch) -> Tensor:

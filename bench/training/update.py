@@ -1,6 +1,7 @@
 """One minibatch's update on a drawn model: our own losses on a layout, and what peers' updates are made from."""
 
 import copy
+import dataclasses
 import json
 import math
 import tempfile
@@ -17,16 +18,19 @@ from bench.harness import timed
 from bench.training import lengths
 from bench.training.flops import attended_keys, head_flops, trunk_flops
 from dwrl_fast.batching.batch import Batch, Size
-from dwrl_fast.batching.layout import Layout, Packing
+from dwrl_fast.batching.layout import Packing
 from dwrl_fast.batching.tree import TreeBatch
 from dwrl_fast.compute import Compute
 from dwrl_fast.config import TrainConfig
 from dwrl_fast.dialog import Dialog, Template
 from dwrl_fast.embedded.arrays import EVALUATE, RATE
 from dwrl_fast.embedded.tokenizer import make_tokenizer
-from dwrl_fast.encode import Group
+from dwrl_fast.encode import Group, Thought
 from dwrl_fast.methods import StepMetrics
 from dwrl_fast.methods.dwrl import DualWeightedRL
+from dwrl_fast.scoring import Runtime
+from dwrl_fast.training.policy import load_judging
+from dwrl_fast.training.rollout import Rollout
 
 OFF_POLICY = 0.1  # nats between old log-probs and the model's: some tokens are clipped, as after a few updates
 COUNTERS = ("trunk tokens", "naive tokens", "head rows", "padding")
@@ -36,12 +40,13 @@ class Setting(NamedTuple):
     """A model, ours and as Hugging Face loads it with the very same weights, and a minibatch for it."""
 
     method: DualWeightedRL
+    runtime: Runtime
     lm: Any
     groups: list[Group]
 
     @property
     def old(self) -> list[Tensor]:
-        return [old for group in self.groups for response in group.old_logprobs for old in response]
+        return [torch.tensor(one.logprobs) for group in self.groups for some in group.thoughts for one in some]
 
 
 class Way(NamedTuple):
@@ -70,22 +75,23 @@ def setting(
         # Neither tokenizer nor data are read.
         config = TrainConfig(model_config=str(path), tokenizer_name_or_path="", dataset_name="", **options)
         compute = Compute.resolve("auto")
+        method = DualWeightedRL(config, dialog)
         with compute.device:
-            method = DualWeightedRL(config, dialog, compute)
-    method.model.train()
+            judging = load_judging(config, method, dialog, compute)
+    model = judging.runtime.model.train()
     if checkpointing:
-        method.model.lm.gradient_checkpointing_enable({"use_reentrant": False})
-    lm = sharing_weights(method.model.lm)
+        model.lm.gradient_checkpointing_enable({"use_reentrant": False})
+    lm = sharing_weights(model.lm)
     lm.set_attn_implementation("sdpa")
-    groups = lengths.groups(pairs, thoughts, shape["vocab_size"])
-    method.recompute_old_logprobs(groups)
     noise = torch.Generator().manual_seed(0)
-    for group in groups:
-        group.old_logprobs = [
-            [old + OFF_POLICY * torch.randn(old.shape, generator=noise) for old in response]
-            for response in group.old_logprobs
-        ]
-    return Setting(method, lm, groups)
+
+    def off(thought: Thought) -> list[float]:
+        old = torch.tensor(thought.logprobs)
+        return (old + OFF_POLICY * torch.randn(old.shape, generator=noise)).tolist()
+
+    groups, _ = Rollout(method, judging).recomputed(lengths.groups(pairs, thoughts, shape["vocab_size"]))
+    groups = [group.with_logprobs([[off(one) for one in some] for some in group.thoughts]) for group in groups]
+    return Setting(method, judging.runtime, lm, groups)
 
 
 def sharing_weights(lm: Any) -> Any:
@@ -120,22 +126,22 @@ def without_gradients(lm: Any) -> Iterator[None]:
 
 def ours(it: Setting, packing: Packing) -> Way:
     """The trainer's own losses over one layout, which is made once a minibatch, within the time."""
-    method = it.method
-    layout = Layout(packing, method.config.token_budget, method.dialog.pad_id, method.compute.device)
+    method, runtime = it.method, it.runtime
+    layout = dataclasses.replace(runtime.layout, packing=packing)
 
     def loss(phase: str, minibatch: Size, batch: Batch) -> Tensor:
-        with method.compute.autocast():
-            return method.loss(phase, batch, minibatch, StepMetrics())
+        with runtime.compute.autocast():
+            return method.loss(phase, runtime.model, batch, minibatch, StepMetrics())
 
     def run() -> tuple[Tensor, ...]:
         made = layout.batches(it.groups)
-        return update(method.model.lm, made, [partial(loss, phase, Size.of(made)) for phase in method.phases])
+        return update(runtime.model.lm, made, [partial(loss, phase, Size.of(made)) for phase in method.phases])
 
     batches = layout.batches(it.groups)
     note = f"{len(batches)} micro-batch{'es' if len(batches) > 1 else ''}"
     scores, thoughts = sum(len(b.score_rows) for b in batches), sum(len(b.token_rows) for b in batches)
     # The score is read in both phases and trained in the first, the thoughts are trained in the second.
-    return Way(note, run, counters(batches) | flops(method.model.lm, batches, (scores + scores / 3 + thoughts) / 2))
+    return Way(note, run, counters(batches) | flops(runtime.model.lm, batches, (scores + scores / 3 + thoughts) / 2))
 
 
 def counters(batches: Iterable[Batch]) -> dict[str, float]:
