@@ -41,6 +41,7 @@ FRACTION = Bound("in [0, 1]", lambda v: 0 <= v <= 1)
 
 
 def at_least(low: float) -> Bound:
+    """A number not below `low`."""
     return Bound(f">= {low}", lambda v: v >= low)
 
 
@@ -106,6 +107,7 @@ class Options:
         return unmet
 
     def to_dict(self) -> dict[str, Any]:
+        """Every option by name, as YAML can hold it."""
         return {f.name: _plain(getattr(self, f.name)) for f in option_fields(type(self))}
 
     def to_yaml(self) -> str:
@@ -117,6 +119,7 @@ class Options:
         return "\n".join(parts)
 
     def save(self, path: str | Path) -> None:
+        """Write `to_yaml` to a file."""
         Path(path).write_text(self.to_yaml(), encoding="utf-8")
 
 
@@ -146,6 +149,7 @@ def _said(value: Any) -> str:
 
 
 def option_fields(cls: type[Options]) -> list[dataclasses.Field]:
+    """The fields that are options."""
     return [f for f in dataclasses.fields(cls) if "help" in f.metadata]
 
 

@@ -46,6 +46,7 @@ Your own data: a JSONL file of {"prompt": ..., "chosen": ..., "rejected": ...}, 
 
 
 def main(argv: list[str]) -> None:
+    """The command. UntrainedError where no rollout batch trained anything."""
     console = Console()
     set_up_logging(console)
     config = configure(argv)
@@ -75,6 +76,7 @@ def configure(argv: list[str]) -> TrainConfig:
 
 
 def embedded_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of the embedded task under the method that was given; none where data are named."""
     if given.get("dataset_name") is not None or given.get("dataset_mixture"):
         return {}
     method = METHODS[given.get("method", TrainConfig.method)]
@@ -159,6 +161,7 @@ def finished(config: TrainConfig, folder: Path) -> dict[str, Any]:
 
 
 def make_folder(folder: Path) -> None:
+    """ConfigError where it cannot be made."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

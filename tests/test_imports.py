@@ -14,10 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # A folder's __main__ is a command: it stands late, with the rooms that it shows, and nothing imports it at all.
 ROOMS = (
     *("errors", "log", "lock", "yamlfile", "templates", "kernels", "ops"),
-    *("compute", "data", "dialog", "encode", "batching", "sampling", "models", "objectives"),
-    *("options", "registry", "config", "scoring", "methods", "loading", "reward", "api"),
-    *("progress", "feed", "evaluation", "training", "embedded"),
-    *("console", "__main__", "dry_run", "evaluate", "compare", "train"),
+    *("compute", "data", "dialog", "encode", "sampling", "batching", "models", "objectives"),
+    *("options", "methods", "config", "scoring", "progress", "feed", "evaluation", "training", "embedded"),
+    *("console", "__main__", "evaluate", "compare", "train"),
 )
 
 # What these rooms may import at all, besides themselves and the standard library. `ops` loads the kernels when it calls

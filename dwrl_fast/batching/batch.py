@@ -102,6 +102,7 @@ class Size(NamedTuple):
 
     @classmethod
     def of(cls, minibatch: Seq[Batch]) -> "Size":
+        """Of all micro-batches of the minibatch."""
         return cls(
             sum(len(batch.groups) for batch in minibatch),
             sum(len(batch.lengths) for batch in minibatch),
@@ -121,6 +122,7 @@ class Flat:
 
     @classmethod
     def of(cls, groups: Seq[Group]) -> "Flat":
+        """Those of `groups`, group by group."""
         sequences = [sequence for group in groups for sequence in group.flat]
         sizes = np.array([len(sequence.ids) for sequence in sequences], dtype=np.int64)
         ids = np.fromiter(chain.from_iterable(s.ids for s in sequences), np.int64, count=int(sizes.sum()))

@@ -21,6 +21,7 @@ class Comparison:
 
     @property
     def places(self) -> tuple[int, int]:
+        """Both, in the order in which they are shown."""
         return self.first, self.second
 
 

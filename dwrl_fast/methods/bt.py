@@ -25,6 +25,8 @@ from dwrl_fast.options import Options
 
 @dataclass(frozen=True, kw_only=True)
 class PrefilledOptions(Options):
+    """Of `bt` alone."""
+
     prefilled_thoughts: bool = method_option(
         False,
         "Each response is read with one greedy thought about it, written by the model as it was before training. The "
@@ -33,6 +35,8 @@ class PrefilledOptions(Options):
 
 
 class BradleyTerry(Method):
+    """A scalar reward, trained by the likelihood of the preferences."""
+
     name = "bt"
     summary = "a scalar head under the Bradley-Terry loss, without thoughts"
     options = (PrefilledOptions,)

@@ -9,6 +9,8 @@ from dwrl_fast.methods.dwrl import DualWeightedRL
 
 
 class JointDualWeightedRL(DualWeightedRL):
+    """`dwrl` with one setting of its options."""
+
     name = "btpo"
     summary = "dwrl in one joint update"
 

@@ -24,6 +24,8 @@ from dwrl_fast.options import POSITIVE, Options
 
 @dataclass(frozen=True, kw_only=True)
 class BetaOptions(Options):
+    """Of methods with an implicit reward."""
+
     beta: float | None = method_option(
         None,
         "How closely DPO holds the policy to its reference: the model before training or, for star-dpo, as it was when "
@@ -34,6 +36,8 @@ class BetaOptions(Options):
 
 
 class DirectPreference(Method):
+    """The likelihood of implicit rewards against the model that the run started from."""
+
     name = "dpo"
     summary = "a policy: the best response is preferred to the others"
     options = (BetaOptions,)

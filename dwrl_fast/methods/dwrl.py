@@ -72,6 +72,8 @@ class DualOptions(Options):
 
 
 class DualWeightedRL(ClippedMethod):
+    """Scores and thoughts are trained in turn, or jointly, by the weights of DWRL Eq. 12."""
+
     name = "dwrl"
     summary = "thoughts and scores are learnt together, weighted by how far the model is from the preference"
     options = (*ClippedMethod.options, DualOptions)

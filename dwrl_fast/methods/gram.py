@@ -19,6 +19,8 @@ from dwrl_fast.methods.metrics import StepMetrics
 
 
 class Gram(Method):
+    """Cross-entropy on the label of the better response, with a smoothed target."""
+
     name = "gram"
     summary = "both responses in one prompt and the label of the better one, its target smoothed, without thoughts"
     template = "direct"

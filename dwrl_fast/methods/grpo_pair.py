@@ -7,6 +7,8 @@ from dwrl_fast.methods.verdicts import PairwiseVerdicts
 
 
 class PairwiseGroupRelative(PairwiseVerdicts, GroupRelative):
+    """A verdict on two responses, rewarded where it is right."""
+
     name = "grpo-pair"
     summary = "a thought about both responses that ends with a verdict, rewarded where it is right"
     options = GroupRelative.options

@@ -12,6 +12,8 @@ from dwrl_fast.objectives.group_relative import point_rewards
 
 
 class PointwiseGroupRelative(GroupRelative):
+    """A number for each response, rewarded by the numbers of the others."""
+
     name = "grpo-point"
     summary = "a thought about one response that ends with a number, rewarded by the numbers of the other"
     template = "pointwise"

@@ -13,6 +13,8 @@ from dwrl_fast.methods.verdicts import PairwiseVerdicts
 
 
 class Judge(PairwiseVerdicts):
+    """A model that judges two responses as it is."""
+
     name = "judge"
     summary = "nothing is trained; the model is evaluated as it is, and saved so that evaluate can use it"
     options = (WritingOptions,)

@@ -17,6 +17,8 @@ RANKS = {0: (1, 2), 1: (2, 1), None: (1, 1)}  # by which of the two is right
 
 
 class PairRM(Method):
+    """A scalar head that says by how much the first of two responses leads."""
+
     name = "pairrm"
     summary = "both responses in one prompt, with a scalar head"
     template = "direct"

@@ -17,6 +17,8 @@ from dwrl_fast.methods.metrics import StepMetrics
 
 
 class SupervisedFineTuning(Method):
+    """Cross-entropy on responses, or on judgements."""
+
     name = "sft"
     summary = (
         "a policy: the best response is imitated; also judgements (rows with a thought and a verdict, docs/data.md), "

@@ -14,6 +14,8 @@ Places = list[list[int]]  # for each comparison of a group, those among its thou
 
 
 class SelfTaught(PairwiseVerdicts):
+    """What is sampled is judged by its verdict, and only part of it is trained."""
+
     selects = True
 
     @property

@@ -20,6 +20,8 @@ from dwrl_fast.objectives.direct_preference import implicit_reward
 
 
 class StarContrast(SelfTaught):
+    """DPO on a right and a wrong thought about the same comparison."""
+
     name = "star-dpo"
     summary = "right thoughts are preferred to wrong ones"
     options = (*SelfTaught.options, BetaOptions)

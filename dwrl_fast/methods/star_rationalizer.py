@@ -20,6 +20,8 @@ from dwrl_fast.options import Options
 
 @dataclass(frozen=True, kw_only=True)
 class RationalizerOptions(Options):
+    """Who is asked for the rationales, and how."""
+
     rationalizer_model: str | None = method_option(
         None, "Another model, a folder or a hub name, that writes the thoughts to imitate. none: the model itself."
     )
@@ -31,6 +33,8 @@ class RationalizerOptions(Options):
 
 
 class StarRationalizer(StarImitation):
+    """Imitation of thoughts that were written with the verdict given."""
+
     name = "star-rationalizer"
     summary = "thoughts written with the verdict given are imitated"
     options = (*StarImitation.options, RationalizerOptions)

@@ -10,6 +10,8 @@ from dwrl_fast.methods.star import SelfTaught
 
 
 class StarImitation(SelfTaught):
+    """Imitation of the thoughts whose verdict is right."""
+
     name = "star-sft"
     summary = "thoughts with the right verdict are imitated"
 

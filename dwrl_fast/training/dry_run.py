@@ -48,10 +48,12 @@ class Findings:
         self.obstacles: list[str] = []
 
     def say(self, what: str, text: str) -> None:
+        """Print one line of the report."""
         self.console.print(f"{what:<10} {text}", markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def looking_at(self, what: str) -> Iterator[None]:
+        """Collect the UserError of what is looked at."""
         try:
             yield
         except UserError as error:
@@ -78,6 +80,7 @@ class Guessed:
         seed: int,
         progress: Callable[[int], None] | None = None,
     ) -> list[list[Thought]]:
+        """See `Sampler.sample`; `max_tokens` and `temperature` have no say."""
         drawn = np.random.default_rng(seed).integers(self.vocabulary, size=(len(contexts), n, self.tokens)).tolist()
         return [
             [Thought([*ids[:-1], self.end_id], [0.0] * self.tokens, True) for ids in thoughts] for thoughts in drawn

@@ -15,7 +15,11 @@ SOLVED = 0.05  # nats: below it there is nothing left to learn
 
 
 class Decoder(Protocol):
-    def decode(self, ids: list[int]) -> str: ...
+    """What makes text of token ids."""
+
+    def decode(self, ids: list[int]) -> str:
+        """The text."""
+        ...
 
 
 class RunLog:
@@ -40,6 +44,7 @@ class RunLog:
                 path.unlink()
 
     def metrics(self, step: int, values: Mapping[str, Any]) -> None:
+        """A line of metrics.jsonl."""
         with self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
@@ -101,6 +106,7 @@ class StallWatch:
         self.told: set[str] = set()
 
     def update(self, values: Mapping[str, float], minibatch_size: int) -> None:
+        """Take in the figures of one rollout batch."""
         kind, why = _idle(values)
         if kind:
             self.why = why
@@ -113,6 +119,7 @@ class StallWatch:
             logger.warning("training has stalled: %s.", why)
 
     def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
         return {"trained": self.trained, "why": self.why}
 
     def result(self) -> dict[str, Any]:

@@ -170,6 +170,7 @@ class Trainer:
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
+        """Add the time within it to that of `stage`."""
         started = time.monotonic()
         yield
         if torch.cuda.is_available():
