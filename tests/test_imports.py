@@ -1,6 +1,7 @@
 """Who may import whom, read from the syntax tree, and what `import dwrl_fast` loads."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -111,3 +112,11 @@ def test_importing_the_package_stays_light() -> None:
     found = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     assert found.stdout.strip() == "[]"
+
+
+def test_the_documented_way_of_a_pair_is_short_and_exists() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    way = text.partition("## The way of one pair")[2].partition("\n## ")[0]
+    files = set(re.findall(r"`(dwrl_fast/[\w/]+\.py)`", way))
+    assert 10 < len(files) <= 20 and all((ROOT / file).is_file() for file in files)
+    assert sum(path.is_file() for path in (ROOT / "dwrl_fast").glob("*.py")) <= 12
