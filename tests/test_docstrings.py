@@ -24,7 +24,9 @@ def public(module: ModuleType) -> Iterator[tuple[str, object]]:
         if inspect.isclass(made):
             yield name, made
             for part in vars(made):
-                if not part.startswith("_") and (callable(getattr(made, part)) or isinstance(vars(made)[part], property)):
+                if not part.startswith("_") and (
+                    callable(getattr(made, part)) or isinstance(vars(made)[part], property)
+                ):
                     yield f"{name}.{part}", getattr(made, part)
         elif inspect.isfunction(made):
             yield name, made
