@@ -7,7 +7,8 @@
 Each run is `python -m dwrl_fast.train` in a process of its own, one thread, float32, in the checkout that stands there;
 so any two versions can be compared. The embedded model and its pairs are made once, by the older. Weights, thoughts and
 metrics are compared, but for times and rates. With --model two steps of that model on those pairs are compared in
-place of the embedded task; with --tokenizers two steps of what `bench.learning.overfit` trains on them. The status is 1 where anything differs.
+place of the embedded task; with --tokenizers two steps of what `bench.learning.overfit` trains on them. The status is 1
+where anything differs.
 """
 
 import hashlib
@@ -100,7 +101,7 @@ def overfitted(tokenizers: Path, source: Path, work: Path) -> dict[str, dict[str
         tokenizer = load_tokenizer(str(tokenizers / family))
         config, pairs = work / f"{family}.json", work / f"{family}.jsonl"
         config.write_text(json.dumps(overfit.shape(kind, len(tokenizer))))
-        overfit.write_first(source, pairs, Dialog(tokenizer), SMALL["rollout_batch_size"], 160)
+        overfit.write_first(source, pairs, Dialog(tokenizer), 32, 160)
         files = {"model_config": config, "tokenizer_name_or_path": tokenizers / family, "dataset_name": pairs}
         named = {name: str(path) for name, path in files.items()} | {"max_completion_length": 12}
         for method, options in overfit.METHODS.items():

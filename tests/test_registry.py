@@ -73,7 +73,7 @@ def test_the_method_of_the_documentation_is_a_file_and_a_line(tmp_path: Path) ->
 
 
 def test_no_other_room_compares_the_names_of_methods() -> None:
-    """They are looked up in METHODS for their traits. A command may name the methods that it offers or compares with."""
+    """They are looked up in METHODS for their traits."""
     names = "|".join(map(re.escape, METHODS))
     compared = re.compile(rf"""(?:==|!=|\bin\b)\s*[(\[{{]?\s*["'](?:{names})["']""")
     found = [
