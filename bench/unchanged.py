@@ -1,15 +1,16 @@
 """Did a redesign change a number? Short runs of every method in two checkouts, on one machine, equal to the bit.
 
     python -m bench.unchanged --before ../old-checkout                       # the embedded task, every method
-    python -m bench.unchanged --before ../old-checkout --model models/smollm2 --pairs pairs.jsonl
+    python -m bench.unchanged --before ../old-checkout --pairs pairs.jsonl --model models/smollm2
+    python -m bench.unchanged --before ../old-checkout --pairs pairs.jsonl --tokenizers DIR
 
 Each run is `python -m dwrl_fast.train` in a process of its own, one thread, float32, in the checkout that stands there;
 so any two versions can be compared. The embedded model and its pairs are made once, by the older. Weights, thoughts and
 metrics are compared, but for times and rates. With --model two steps of that model on those pairs are compared in
-place of the embedded task. The status is 1 where anything differs.
+place of the embedded task; with --tokenizers two steps of what `bench.learning.overfit` trains on them. The status is 1
+where anything differs.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -22,6 +23,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+
+from bench import command
+from bench.learning import overfit
+from dwrl_fast.dialog import Dialog
+from dwrl_fast.models.pretrained import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -88,6 +94,21 @@ def options_of(case: Case, checkout: Path, made: Path) -> dict[str, Any]:
     return options | SMALL | files | {"method": case.method} | dict(case.changes)
 
 
+def overfitted(tokenizers: Path, source: Path, work: Path) -> dict[str, dict[str, Any]]:
+    """What `bench.learning.overfit` trains on the first pairs of `source`, two steps of it."""
+    runs = {}
+    for family, kind in overfit.FAMILIES.items():
+        tokenizer = load_tokenizer(str(tokenizers / family))
+        config, pairs = work / f"{family}.json", work / f"{family}.jsonl"
+        config.write_text(json.dumps(overfit.shape(kind, len(tokenizer))))
+        overfit.write_first(source, pairs, Dialog(tokenizer), 32, 160)
+        files = {"model_config": config, "tokenizer_name_or_path": tokenizers / family, "dataset_name": pairs}
+        named = {name: str(path) for name, path in files.items()} | {"max_completion_length": 12}
+        for method, options in overfit.METHODS.items():
+            runs[f"{family}-{method}"] = named | options | SMALL | {"method": method, "max_steps": 2}
+    return runs
+
+
 def digest(folder: Path) -> dict[str, str]:
     """What a run wrote, by name: a hash of each tensor file and of each metric and thought that must repeat itself."""
     found = {}
@@ -114,12 +135,13 @@ def compare(case: str, before: dict[str, str], after: dict[str, str]) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.parser("unchanged", __doc__)
     parser.add_argument("--before", type=Path, required=True, help="a checkout with its operators built")
     parser.add_argument("--after", type=Path, default=ROOT, help="the other one (default: this one)")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--model", type=Path, help="compare two steps of this model in place of the embedded task")
-    parser.add_argument("--pairs", type=Path, help="the pairs for --model")
+    parser.add_argument("--tokenizers", type=Path, help="compare two steps of bench.learning.overfit instead")
+    parser.add_argument("--pairs", type=Path, help="the pairs for --model and --tokenizers")
     options = parser.parse_args()
     checkouts = {"before": options.before.resolve(), "after": options.after.resolve()}
 
@@ -128,6 +150,8 @@ def main() -> None:
         if options.model is not None:
             files = {"model_name_or_path": str(options.model.resolve()), "dataset_name": str(options.pairs.resolve())}
             runs = {options.model.name: PRETRAINED | files}
+        elif options.tokenizers is not None:
+            runs = overfitted(options.tokenizers.resolve(), options.pairs, work)
         else:
             train(checkouts["before"], SMALL | {"max_steps": 1}, work / "made")
             made = work / "made" / "embedded"

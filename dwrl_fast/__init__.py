@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dwrl_fast import ops
-    from dwrl_fast.api import Scorer
+    from dwrl_fast.scoring.scorer import Scorer
 
 __version__ = "0.1.0"
 __all__ = ["Scorer", "__version__", "ops"]
@@ -25,7 +25,7 @@ def __getattr__(name: str) -> Any:
     if name == "ops":
         return importlib.import_module("dwrl_fast.ops")
     if name == "Scorer":
-        return importlib.import_module("dwrl_fast.api").Scorer
+        return importlib.import_module("dwrl_fast.scoring.scorer").Scorer
     raise AttributeError(f"module 'dwrl_fast' has no attribute {name!r}")
 
 

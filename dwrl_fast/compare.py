@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 from rich.console import Console
 
-from dwrl_fast.api import Scorer
 from dwrl_fast.config import CommonOptions
 from dwrl_fast.config.common import cluster_option
 from dwrl_fast.console import command, set_up_logging
@@ -25,9 +24,11 @@ from dwrl_fast.evaluation.scoring import Steps, score_rows
 from dwrl_fast.evaluation.units import Units
 from dwrl_fast.feed import read_rows
 from dwrl_fast.log import logger
+from dwrl_fast.methods.options import thoughts_option
 from dwrl_fast.models.pretrained import load_card
 from dwrl_fast.options import at_least, option, parse
 from dwrl_fast.progress import Display
+from dwrl_fast.scoring.scorer import Scorer
 
 # ruff: noqa: RUF009 - what option() returns is a dataclass field
 
@@ -65,6 +66,9 @@ python -m dwrl_fast.compare runs/dwrl/model runs/bt/model --dataset_name held_ou
         None, "What the models are asked to judge. none: what each was trained on. A column named aspect goes first."
     )
     limit: int | None = _data(None, "Use only so many of a file's first rows. none: all of them.", bound=at_least(1))
+    generation_batch_size: int = thoughts_option(
+        256, "Thoughts generated at once. Lower it when generation runs out of memory.", bound=at_least(1)
+    )
     votes: int = _evaluation(
         1, "1: one greedy thought. More: so many sampled ones, for models that write any.", bound=at_least(1)
     )

@@ -14,7 +14,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dwrl_fast.api import Scorer
 from dwrl_fast.config import VOTE_CURVE, EvaluateConfig, parse_evaluate
 from dwrl_fast.console import command, set_up_logging
 from dwrl_fast.data import Preference
@@ -25,7 +24,7 @@ from dwrl_fast.evaluation.judged import Judged
 from dwrl_fast.evaluation.page import page
 from dwrl_fast.evaluation.pairs import PairReport, check_ordered
 from dwrl_fast.evaluation.probe import ProbeReport, pairs_of, probe, responses_each
-from dwrl_fast.evaluation.report import Report, make_report, markdown, plain, sections
+from dwrl_fast.evaluation.report import Report, finite, make_report, markdown, sections
 from dwrl_fast.evaluation.rewardbench import check_rows, read_best_of, rewardbench, rewardbench2
 from dwrl_fast.evaluation.scoring import PartFile, Scored, Steps, score_rows
 from dwrl_fast.evaluation.table import PairTable
@@ -36,6 +35,7 @@ from dwrl_fast.feed.source import content_hash
 from dwrl_fast.log import logger
 from dwrl_fast.models.pretrained import CARD, has_card, load_card
 from dwrl_fast.progress import Display
+from dwrl_fast.scoring.scorer import Scorer
 
 PART = "scores.part.jsonl"
 REPORT = "report.json"
@@ -248,7 +248,7 @@ def write(
     folder: Path, report: Report, table: PairTable, judged: Sequence[Judged], rows: Sequence[Preference], seed: int
 ) -> None:
     """scores.jsonl, report.json, report.md, report.html; the part file goes last."""
-    lines = (json.dumps(plain(line), ensure_ascii=False) + "\n" for line in by_row(judged, rows))
+    lines = (json.dumps(finite(line), ensure_ascii=False) + "\n" for line in by_row(judged, rows))
     _replace(folder / "scores.jsonl", "".join(lines))
     _replace(folder / "report.md", markdown(report))
     _replace(folder / "report.html", page(report, table, judged, rows, figures(report, table.gap), seed))

@@ -41,6 +41,7 @@ FRACTION = Bound("in [0, 1]", lambda v: 0 <= v <= 1)
 
 
 def at_least(low: float) -> Bound:
+    """A number not below `low`."""
     return Bound(f">= {low}", lambda v: v >= low)
 
 
@@ -89,17 +90,24 @@ class Options:
         default = next(f.default for f in dataclasses.fields(self) if f.name == name)
         return name in self.explicit and getattr(self, name) != default
 
+    @classmethod
+    def needs(cls, f: dataclasses.Field) -> tuple[str, str | bool | tuple[str, ...]] | None:
+        """The other option without whose value, or one of several, an option has no effect; None if there is none."""
+        found: tuple[str, str | bool | tuple[str, ...]] | None = f.metadata["needs"]
+        return found
+
     def without_effect(self) -> dict[str, str]:
         """The options that the user changed and that do nothing here, each with what it would need (`method=dwrl`)."""
         unmet = {}
         for f in option_fields(type(self)):
-            if f.metadata["needs"] is not None and self.changed(f.name):
-                other, value = f.metadata["needs"]
+            if (need := self.needs(f)) is not None and self.changed(f.name):
+                other, value = need
                 if getattr(self, other, value) not in (value if isinstance(value, tuple) else (value,)):
                     unmet[f.name] = f"{other}={_said(value)}"
         return unmet
 
     def to_dict(self) -> dict[str, Any]:
+        """Every option by name, as YAML can hold it."""
         return {f.name: _plain(getattr(self, f.name)) for f in option_fields(type(self))}
 
     def to_yaml(self) -> str:
@@ -111,6 +119,7 @@ class Options:
         return "\n".join(parts)
 
     def save(self, path: str | Path) -> None:
+        """Write `to_yaml` to a file."""
         Path(path).write_text(self.to_yaml(), encoding="utf-8")
 
 
@@ -140,6 +149,7 @@ def _said(value: Any) -> str:
 
 
 def option_fields(cls: type[Options]) -> list[dataclasses.Field]:
+    """The fields that are options."""
     return [f for f in dataclasses.fields(cls) if "help" in f.metadata]
 
 
@@ -350,8 +360,8 @@ def help_page(cls: type[Options], width: int | None = None) -> str:
             if f.metadata["bound"] is not None:
                 head.append(f.metadata["bound"].words)
             head.append(_default(f))
-            if f.metadata["needs"] is not None and f.metadata["needs"][0] in hints:
-                head.append("(with {} {})".format(*map(_said, f.metadata["needs"])))
+            if (need := cls.needs(f)) is not None and need[0] in hints:
+                head.append("(with {} {})".format(*map(_said, need)))
             lines += textwrap.wrap(" ".join(head), width, initial_indent=" " * 2, subsequent_indent=" " * 6)
             lines += textwrap.wrap(f.metadata["help"], width, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join([*lines, "", "Examples", textwrap.indent(cls.examples.strip(), "  "), ""])

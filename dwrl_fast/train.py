@@ -18,31 +18,35 @@ from rich.table import Table
 
 from dwrl_fast import __version__, embedded
 from dwrl_fast.compute import Compute, one_thread
-from dwrl_fast.config import WRITING, TrainConfig, parse_train
+from dwrl_fast.config import TrainConfig, parse_train
 from dwrl_fast.console import command, set_up_logging
 from dwrl_fast.data.mixture import Part
-from dwrl_fast.dry_run import dry_run
 from dwrl_fast.errors import CheckpointError, ConfigError, UntrainedError
 from dwrl_fast.feed import Feed, open_feed, read_rows
-from dwrl_fast.loading import load_dialog
 from dwrl_fast.lock import sole_writer
 from dwrl_fast.log import logger
 from dwrl_fast.methods import METHODS
 from dwrl_fast.models.model import check_positions, check_vocabulary
+from dwrl_fast.models.pretrained import try_saving
 from dwrl_fast.progress import Display, Stage
+from dwrl_fast.scoring.loading import load_dialog
 from dwrl_fast.training.checkpoint import checkpoints, latest_checkpoint
+from dwrl_fast.training.dry_run import dry_run
 from dwrl_fast.training.plots import plot_curves
+from dwrl_fast.training.policy import PREFILLED, load_judging
 from dwrl_fast.training.runlog import read_metrics
 from dwrl_fast.training.trainer import Trainer, write_json
 
+BASELINE = "bt"  # trained beside every method on the embedded task
 RESULT = "result.json"  # written last: a folder that has it holds a finished run
-WRITTEN = ("config.yaml", "model", "adapter", "metrics.jsonl", "thoughts", "prefilled.jsonl", RESULT)
+WRITTEN = ("config.yaml", "model", "adapter", "metrics.jsonl", "thoughts", PREFILLED, RESULT)
 OWN_DATA = """\
 Your own data: a JSONL file of {"prompt": ..., "chosen": ..., "rejected": ...}, then
   python -m dwrl_fast.train --model_name_or_path MODEL --dataset_name pairs.jsonl --eval_dataset_name held_out.jsonl"""
 
 
 def main(argv: list[str]) -> None:
+    """The command. UntrainedError where no rollout batch trained anything."""
     console = Console()
     set_up_logging(console)
     config = configure(argv)
@@ -72,25 +76,21 @@ def configure(argv: list[str]) -> TrainConfig:
 
 
 def embedded_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of the embedded task under the method that was given; none where data are named."""
     if given.get("dataset_name") is not None or given.get("dataset_mixture"):
         return {}
-    method = given.get("method", "dwrl")
-    if method == "judge":  # which has no part in the embedded task
+    method = METHODS[given.get("method", TrainConfig.method)]
+    if not method.trains:  # it has no part in the embedded task
         return {}
-    prefilled = method == "bt" and given.get("prefilled_thoughts")
-    path = embedded.recipe({"btpo": "dwrl"}.get(method, "bt-prefilled" if prefilled else method))
+    path = embedded.recipe(method.embedded_recipe(dict(given)))
     if not path.exists():
         raise ConfigError(
-            f"the embedded task has no recipe for --method {method}: give a model and data of your own "
+            f"the embedded task has no recipe for --method {method.name}: give a model and data of your own "
             "(--model_name_or_path, --dataset_name, --eval_dataset_name)"
         )
-    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if method == "btpo" or (method == "dwrl" and given.get("alternate") == "joint"):
-        # One update has one learning rate and one state.
-        recipe["learning_rate"] = recipe.pop("thought_learning_rate")
-        recipe = {k: v for k, v in recipe.items() if k not in ("score_learning_rate", "optimizer_state")}
-    if method == "star-rationalizer":
-        recipe["rationalizer_template"] = str(embedded.RATIONALIZER)
+    recipe: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if "rationalizer_template" in recipe:  # a file beside the recipe
+        recipe["rationalizer_template"] = str(path.with_name(recipe["rationalizer_template"]))
     return recipe
 
 
@@ -161,6 +161,7 @@ def finished(config: TrainConfig, folder: Path) -> dict[str, Any]:
 
 
 def make_folder(folder: Path) -> None:
+    """ConfigError where it cannot be made."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -181,16 +182,18 @@ def train(config: TrainConfig, folder: Path, display: Display, saved: TrainConfi
         logger.info("%s trains nothing: the model is evaluated as it is, and saved to be used", config.method)
         feed, longest = Feed([], [], batch_size=config.rollout_batch_size, epochs=0, max_steps=0), 0
     held_out, _ = read_rows(config.eval_dataset_name, config, dialog, display)
-    method = METHODS[config.method](config, dialog, compute)
-    check_vocabulary(method.model, max(len(dialog.tokenizer) - 1, dialog.pad_id))
-    thinks = method.scorer.thinks or config.prefilled_thoughts
-    check_positions(method.model, longest + config.max_completion_length * thinks)
+    method = METHODS[config.method](config, dialog)
+    judging = load_judging(config, method, dialog, compute)
+    model = judging.runtime.model
+    check_vocabulary(model, max(len(dialog.tokenizer) - 1, dialog.pad_id))
+    writes = method.thinks or bool(method.thoughts_each)
+    check_positions(model, longest + config.max_completion_length * writes)
     if config.gradient_checkpointing:
-        method.model.lm.gradient_checkpointing_enable({"use_reentrant": False})
-    parameters = sum(p.numel() for p in method.model.parameters())
+        model.lm.gradient_checkpointing_enable({"use_reentrant": False})
+    parameters = sum(p.numel() for p in model.parameters())
     logger.info("%s: %s parameters on %s in %s", config.method, f"{parameters:,}", compute.device, compute.dtype)
-    method.try_saving(folder)
-    trainer = Trainer(config, method, feed, held_out, folder, display)
+    try_saving(folder, model, dialog, method.card())
+    trainer = Trainer(config, method, judging, feed, held_out, folder, display)
     trainer.resume()
     dataclasses.replace(saved, resume_from_checkpoint=None).save(folder / "config.yaml")
     result = trainer.train()
@@ -206,9 +209,9 @@ def train_embedded(config: TrainConfig, folder: Path, display: Display) -> dict[
     result = train(on_embedded(config, made), folder, display, saved=config)
     result["seconds_by_stage"]["warm up"] = made.seconds
     result["warmup_state"] = made.state
-    if config.method == "bt":
+    if config.method == BASELINE:
         return result
-    compared = configure(["--method", "bt", "--seed", str(config.seed), "--output_dir", str(folder / "bt")])
+    compared = configure(["--method", BASELINE, "--seed", str(config.seed), "--output_dir", str(folder / "bt")])
     shared = {
         name: getattr(config, name) for name in ("dtype", "packing", "token_budget", "save_steps", "save_total_limit")
     }
@@ -256,7 +259,7 @@ def versions() -> dict[str, str]:
 
 def report(result: dict[str, Any], config: TrainConfig, folder: Path, console: Console) -> None:
     """The short table at the end, where things are, and what to type next."""
-    thinks = config.method in WRITING[1]
+    thinks = METHODS[config.method].thinks
     votes = config.eval_votes if config.eval_votes > 1 and thinks else 0
     table = Table(title=f"Held-out pair accuracy, {config.method}, seed {config.seed}")
     kind = "one greedy thought" if thinks else "accuracy"

@@ -44,6 +44,27 @@ def shared() -> Path:
     return folder
 
 
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The tiny model in `tiny` and pairs for it in `pairs.jsonl`."""
+    from tiny import tiny_folder, tiny_pairs
+
+    tiny_folder(tmp_path / "tiny")
+    tiny_pairs(tmp_path / "pairs.jsonl")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def module_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, one for all tests of a module: for tests that leave it as it is."""
+    from tiny import tiny_folder, tiny_pairs
+
+    made = tmp_path_factory.mktemp("tiny")
+    tiny_folder(made / "tiny")
+    tiny_pairs(made / "pairs.jsonl")
+    return made
+
+
 class Payload:
     """Unpickled, it makes the file `ran`."""
 

@@ -16,8 +16,8 @@ from dwrl_fast.dialog import Sequence as Ids
 from dwrl_fast.dialog import SingleTurn
 from dwrl_fast.embedded.tokenizer import make_tokenizer
 from dwrl_fast.encode import Group, Thought
-from dwrl_fast.loading import load_dialog
-from dwrl_fast.methods import METHODS, Method, Tally
+from dwrl_fast.methods import METHODS, Method, StepMetrics
+from dwrl_fast.scoring.loading import load_dialog
 from dwrl_fast.templates import Template
 
 PAIRWISE = Template("compare {prompt} A {response_a} B {response_b}", labels=None, kind="pairwise")
@@ -77,7 +77,7 @@ def make_method(folder: Path, name: str, template: Template = PAIRWISE, **change
 
 def backward(method: Method, groups: list[Group], budget: int = 10**6) -> tuple[float, Tensor, dict[str, float]]:
     """Loss, gradient and figures of one minibatch, in micro-batches of whatever fits into `budget`."""
-    tally, total = Tally(), 0.0
+    tally, total = StepMetrics(), 0.0
     object.__setattr__(method.layout, "token_budget", budget)
     batches = method.layout.batches(groups)
     for batch in batches:

@@ -23,9 +23,9 @@ from dwrl_fast.data import Preference
 from dwrl_fast.dialog import SingleTurn
 from dwrl_fast.embedded.tokenizer import make_tokenizer
 from dwrl_fast.encode import Group
-from dwrl_fast.loading import load_dialog
-from dwrl_fast.methods import METHODS, Method, Tally
+from dwrl_fast.methods import METHODS, Method, StepMetrics
 from dwrl_fast.objectives.group_relative import group_advantage
+from dwrl_fast.scoring.loading import load_dialog
 from dwrl_fast.templates import Template
 
 trl = pytest.importorskip("trl")
@@ -65,7 +65,7 @@ def ours(method: Method, groups: list[Group]) -> tuple[float, dict[str, Tensor]]
     batches = method.layout.batches(groups)
     loss = 0.0
     for batch in batches:
-        part = method.loss(method.phases[0], batch, Size.of(batches), Tally())
+        part = method.loss(method.phases[0], batch, Size.of(batches), StepMetrics())
         part.backward()
         loss += part.item()
     return loss, gradients(method.model.lm)

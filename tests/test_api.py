@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import dwrl_fast
 from dwrl_fast import evaluate
-from dwrl_fast.api import Scorer
 from dwrl_fast.batching.batch import Batch
 from dwrl_fast.batching.layout import Layout
 from dwrl_fast.embedded.tokenizer import IDS, make_tokenizer
 from dwrl_fast.encode import Group
 from dwrl_fast.errors import DataError, ModelError, UserError
 from dwrl_fast.models.pretrained import CARD
+from dwrl_fast.scoring.scorer import Scorer
 
 PROMPTS = ["3 5 0", "3 5 0", "5 6 2 1", "3 5 0", "1", "5 6 2 1"]
 RESPONSES = ["5", "2 7 1", "5", "8 8", "", "1 1 1 0 4"]

@@ -11,9 +11,11 @@ import torch
 from attention_cases import TREES, plan_of
 from rich.console import Console
 
-from bench import calls, gpu, linear_policy_loss, tree_attention
+from bench.gpu import calls
+from bench.gpu import parts as gpu
 from bench.harness import Case, Row, Variant, measure
-from bench.tree_attention import SMALL, Heads, attended, equal_work, minibatch
+from bench.operators import linear_policy_loss, tree_attention
+from bench.operators.tree_attention import SMALL, Heads, attended, equal_work, minibatch
 from dwrl_fast.ops.oracle import tree_mask
 
 
@@ -81,7 +83,7 @@ def test_bits() -> None:
 def test_every_call_of_the_head_runs() -> None:
     """Through Triton's interpreter, which has to be chosen before Triton is imported."""
     script = (
-        "import torch\nfrom bench import calls\n"
+        "import torch\nfrom bench.gpu import calls\n"
         "for dtype in (torch.float32, torch.bfloat16):\n"
         "    for name, call in calls.head_calls(7, 8, 77, dtype, 'cpu'):\n"
         "        print(name, calls.differing(call, 1))\n"
@@ -163,7 +165,7 @@ def test_a_run_outside_the_cpus_interval_is_told(
     value: float, ok: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("scipy", reason="scipy is not installed")
-    from bench import intervals
+    from bench.learning import intervals
 
     def command(self: gpu.Job, *args: str) -> tuple[int, str]:
         Path(args[args.index("--json") + 1]).write_text('{"seeds": []}')

@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 
 pytest.importorskip("scipy", reason="scipy is not installed")
-from bench.embedded_seeds import compared
-from bench.intervals import comparison, next_mean, next_share
+from bench.learning.embedded_seeds import compared
+from bench.learning.intervals import comparison, next_mean, next_share
 
 RESULTS = Path(__file__).resolve().parent.parent / "bench" / "results"
 

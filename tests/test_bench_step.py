@@ -10,13 +10,14 @@ import torch
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import harness, lengths, step
-from bench.flops import head_flops, trunk_flops
+from bench import harness
 from bench.harness import Case, Variant, furthest, measure
-from bench.plain_update import plain
-from bench.step import CASES, saved_bytes, trunk_variants
-from bench.trl_update import TrlUpdate, grpo_trainer
-from bench.update import Setting, Way, fastest, ours, setting
+from bench.training import lengths, step
+from bench.training.flops import head_flops, trunk_flops
+from bench.training.plain_update import plain
+from bench.training.step import CASES, saved_bytes, trunk_variants
+from bench.training.trl_update import TrlUpdate, grpo_trainer
+from bench.training.update import Setting, Way, fastest, ours, setting
 from dwrl_fast import ops
 from dwrl_fast.batching.layout import Layout
 from dwrl_fast.batching.tree import TreeBatch
@@ -123,8 +124,8 @@ def test_trl_computes_the_clipped_objective_of_ours(tiny: Setting, size: int) ->
     assert counted["naive tokens"] == sum(sequence.thought.stop for sequence in sequences)
     assert counted["trunk tokens"] == counted["naive tokens"] + counted["padding"]
 
-    model = tiny.method.model
-    (batch,) = tiny.method.layout.batches(tiny.groups)
+    model = tiny.runtime.model
+    (batch,) = tiny.runtime.layout.batches(tiny.groups)
     assert batch.old_logprob is not None
     place = {id(sequence): i for i, sequence in enumerate(sequences)}
     order = torch.tensor([place[id(sequence)] for group in batch.groups for sequence in group.flat])
@@ -161,7 +162,7 @@ def test_model_flops_are_those_of_the_products_that_are_computed(tiny: Setting) 
 
 
 def test_a_tree_attends_to_what_its_mask_shows(tiny: Setting) -> None:
-    (batch,) = tiny.method.layout.batches(tiny.groups)
+    (batch,) = tiny.runtime.layout.batches(tiny.groups)
     assert isinstance(batch, TreeBatch)
     rows = len(batch.score_rows) * 4 / 3 + len(batch.token_rows)
     computed = trunk_flops(tiny.lm, batch.trunk_tokens, int(oracle.tree_mask(batch.plan).sum()))
@@ -173,9 +174,9 @@ def test_a_tree_attends_to_what_its_mask_shows(tiny: Setting) -> None:
 
 
 def test_models_that_share_weights_change_apart(tiny: Setting) -> None:
-    assert all(a is b for a, b in zip(tiny.lm.parameters(), tiny.method.model.lm.parameters(), strict=True))
+    assert all(a is b for a, b in zip(tiny.lm.parameters(), tiny.runtime.model.lm.parameters(), strict=True))
     assert tiny.lm.config._attn_implementation == "sdpa"
-    assert tiny.method.model.lm.config._attn_implementation == "sdpa+tree"
+    assert tiny.runtime.model.lm.config._attn_implementation == "sdpa+tree"
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -17,9 +17,9 @@ from dwrl_fast.dialog import SingleTurn
 from dwrl_fast.embedded.tokenizer import make_tokenizer
 from dwrl_fast.encode import Group, Thought, both_orders, drawn_orders
 from dwrl_fast.evaluation.sources import source_reports
-from dwrl_fast.methods import METHODS, Method, Tally
+from dwrl_fast.methods import METHODS, Method, StepMetrics
 from dwrl_fast.objectives.group_relative import choice_rewards, group_advantage, point_rewards
-from dwrl_fast.scoring import ChoiceScorer, Runtime, marginal_scores
+from dwrl_fast.scoring import ChoiceJudging, Runtime, marginal_scores
 from dwrl_fast.templates import Template
 
 PAIRWISE = Template("compare {prompt} A {response_a} B {response_b}", labels=None, kind="pairwise")
@@ -44,7 +44,7 @@ def backward(method: Method, groups: list[Group]) -> tuple[float, Tensor]:
     batches = method.layout.batches(groups)
     total = 0.0
     for batch in batches:
-        loss = method.loss(method.phases[0], batch, Size.of(batches), Tally())
+        loss = method.loss(method.phases[0], batch, Size.of(batches), StepMetrics())
         loss.backward()
         total += loss.item()
     gradient = torch.cat([p.grad.flatten() for p in method.model.parameters() if p.grad is not None])
@@ -152,7 +152,7 @@ def test_an_unread_verdict_is_wrong_and_equal_orders_tie(folder: Path) -> None:
 
     def accuracy(*says: list[int]) -> float:
         runtime = Runtime(method.model, method.dialog, method.compute, method.layout, Says(list(says)))
-        groups = ChoiceScorer(runtime, 1.0, 4).score_groups(tiny_rows(folder)[:1])
+        groups = ChoiceJudging(runtime, 1.0, 4).score_groups(tiny_rows(folder)[:1])
         return source_reports(groups, 0)[""].accuracy
 
     assert accuracy(a, b) == 1 and accuracy(b, a) == 0

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 
 from dwrl_fast.data import read_preferences
-from dwrl_fast.data.agreement import agreement, fleiss_kappa, krippendorff_alpha, pearson_r
-from dwrl_fast.data.check import check, compare
+from dwrl_fast.data.check import check, find_overlap
+from dwrl_fast.data.counts import prompt_digest
 from dwrl_fast.data.fix import fix
-from dwrl_fast.data.tally import prompt_digest
+from dwrl_fast.data.label_agreement import agreement, fleiss_kappa, krippendorff_alpha, pearson_r
 from dwrl_fast.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,8 +113,8 @@ def test_many_processes_find_what_one_does(tmp_path: Path, stretch: int) -> None
     path = big(tmp_path / "big.jsonl", stretch)
     one, many = check(path, processes=1), check(path, processes=2, stretch=stretch)
     assert one.to_dict() == many.to_dict()
-    assert np.array_equal(one.tally.rows.all, many.tally.rows.all)
-    assert np.array_equal(one.tally.comparisons.all, many.tally.comparisons.all)
+    assert np.array_equal(one.counts.rows.all, many.counts.rows.all)
+    assert np.array_equal(one.counts.comparisons.all, many.counts.comparisons.all)
     assert one.rows == one.used + sum(map(len, one.dropped.values())) == _not_blank(path)
     for reason, lines in one.dropped.items():  # the lines are the file's own
         if reason == "not JSON":
@@ -162,8 +162,8 @@ def test_rankings_are_compared_two_by_two(tmp_path: Path, rankings: Any) -> None
     assert found.groups == (4 if rankings == "pairs" else 2)
     assert found.pairs == 4 and found.longer_wins == 1 / 4  # middle over best, in the second row
     assert found.conflicts == [1, 2] and found.repeated == []
-    assert found.lengths["response"][0] == 4 and len(found.tally.responses.all) == 5
-    assert sorted(found.tally.comparisons.all["strength"].tolist()) == [1, 1, 1, 2]
+    assert found.lengths["response"][0] == 4 and len(found.counts.responses.all) == 5
+    assert sorted(found.counts.comparisons.all["strength"].tolist()) == [1, 1, 1, 2]
 
 
 def test_ties_win_nothing(tmp_path: Path) -> None:
@@ -191,13 +191,13 @@ def test_what_two_files_share(tmp_path: Path) -> None:
     two = check(
         write(tmp_path / "two.jsonl", ["", pair("b", "bad", "good"), pair("d"), pair("c"), pair("c", "v", "w")])
     )
-    found = compare(one, two)
+    found = find_overlap(one, two)
     assert (found.prompts, found.first_lines, found.second_lines) == (2, [2, 3, 4], [2, 4, 5])
     assert found.agreement is not None
     # Two comparisons that both label, once alike and once not: in both orders, as often the one as the other.
     assert (found.agreement.comparisons, found.agreement.labels) == (2, 4)
     assert found.agreement.fleiss_kappa == found.agreement.pearson_r == 0
-    assert compare(one, check(write(tmp_path / "three.jsonl", [pair("z")]))).agreement is None
+    assert find_overlap(one, check(write(tmp_path / "three.jsonl", [pair("z")]))).agreement is None
 
 
 # The table of Fleiss (1971) as commonly reprinted: 10 subjects, 14 raters, 5 categories; kappa .210
@@ -345,14 +345,14 @@ def test_real_files_are_accounted_for(shared: Path) -> None:
         assert (found.rows, found.used, found.dropped) == (rows, rows, {})
         assert low - 0.005 < found.longer_wins < high + 0.005, name
     one, two = (check(shared / f"hh/hh_{split}.jsonl.gz") for split in ("train", "test"))
-    assert compare(one, two).prompts == 0
+    assert find_overlap(one, two).prompts == 0
 
 
 def test_lengths_in_real_tokens(shared: Path) -> None:
     """p50, p95 and the most of prompt and longest response, as the data's README has them."""
-    from dwrl_fast.data.__main__ import load_dialog, tokens
+    from dwrl_fast.data.__main__ import dialog_of, tokens
 
-    measure = tokens(load_dialog(str(shared / "tokenizers/qwen2.5")))
+    measure = tokens(dialog_of(str(shared / "tokenizers/qwen2.5")))
     found = check(shared / "if/llmbar.jsonl.gz", measure=measure)
     lengths = found.lengths["prompt + longest response"]
     assert found.unit == "tokens" and (lengths.p50, lengths.p95, lengths.most) == (147, 591, 835)

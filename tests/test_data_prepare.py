@@ -15,7 +15,7 @@ from pyarrow import parquet
 
 from dwrl_fast.data import Preference, read_preferences
 from dwrl_fast.data.columns import Unusable
-from dwrl_fast.data.prepare import Split, prepare
+from dwrl_fast.data.prepare import Split, prepare_data_set
 from dwrl_fast.data.published import DATA_SETS, gsm8k, helpsteer, hh
 from dwrl_fast.errors import ConfigError, DataError
 
@@ -181,7 +181,7 @@ def accounted(found: dict[str, Split]) -> None:
 def test_every_data_set_as_it_is_published(tmp_path: Path, name: str) -> None:
     assert set(FILES) == set(DATA_SETS)
     FILES[name](tmp_path / "copy")
-    found = prepare(name, tmp_path / "out", source=str(tmp_path / "copy"))
+    found = prepare_data_set(name, tmp_path / "out", source=str(tmp_path / "copy"))
     accounted(found)
     train, test = read(tmp_path / "out")
     assert not prompts(train) & prompts(test)
@@ -203,7 +203,7 @@ def test_every_data_set_as_it_is_published(tmp_path: Path, name: str) -> None:
 def test_what_the_rows_hold(tmp_path: Path) -> None:
     for name, files in FILES.items():
         files(tmp_path / name)
-        prepare(name, tmp_path / name / "out", source=str(tmp_path / name))
+        prepare_data_set(name, tmp_path / name / "out", source=str(tmp_path / name))
     rows = {name: read(tmp_path / name / "out")[1] for name in FILES}
     assert [turn["content"] for turn in rows["hh"][0].prompt][1:] == ["Why?", "Human: I wonder.\n\nAnd so on."]
     assert rows["ultrafeedback"][0].responses == ("Yes.", "No.") and rows["ultrafeedback"][0].margin == 0
@@ -242,7 +242,7 @@ def test_the_draw_follows_the_seed(tmp_path: Path) -> None:
 
     def made(name: str, seed: int) -> tuple[bytes, bytes]:
         folder = tmp_path / name
-        prepare("hh", folder, source=str(tmp_path / "copy"), seed=seed, train_rows=50, test_rows=20)
+        prepare_data_set("hh", folder, source=str(tmp_path / "copy"), seed=seed, train_rows=50, test_rows=20)
         assert count(folder) == (50, 20)
         train, test = read(folder)
         assert not prompts(train) & prompts(test)
@@ -256,7 +256,7 @@ def test_the_draw_follows_the_seed(tmp_path: Path) -> None:
 
 def test_what_is_left_out_is_said(tmp_path: Path) -> None:
     hh_files(tmp_path / "copy")
-    train = prepare("hh", tmp_path / "out", source=str(tmp_path / "copy"), train_rows=100)["train"]
+    train = prepare_data_set("hh", tmp_path / "out", source=str(tmp_path / "copy"), train_rows=100)["train"]
     assert train.dropped == {"no transcript that begins with Human: or Assistant:": [51]}  # harmless-base comes first
     assert (train.read, train.used, train.written, train.withheld, train.not_drawn) == (112, 111, 100, 1, 10)
 
@@ -265,7 +265,7 @@ def test_a_row_may_lose_some_of_the_pairs_it_makes(tmp_path: Path) -> None:
     rows = [solved(number, False, True, False, False) for number in range(5)]
     rows[2]["6b_finetuning"]["solution"] = rows[2]["ground_truth"]
     lines(tmp_path / "rows.jsonl", rows)
-    found = prepare("gsm8k", tmp_path / "out", source=str(tmp_path / "rows.jsonl"), test_rows=6)
+    found = prepare_data_set("gsm8k", tmp_path / "out", source=str(tmp_path / "rows.jsonl"), test_rows=6)
     assert (found["train"].read, found["train"].used, found["train"].dropped) == (5, 5, {})
     assert found["train"].notes == {"of several rows that one makes, left out: identical responses": 1}
     assert sum(count(tmp_path / "out")) == 5 * 2 * 3 - 1
@@ -274,7 +274,7 @@ def test_a_row_may_lose_some_of_the_pairs_it_makes(tmp_path: Path) -> None:
 def test_one_file_is_split_by_prompt(tmp_path: Path) -> None:
     gsm8k_files(tmp_path / "copy")
     file = tmp_path / "copy/grade_school_math/data/example_model_solutions.jsonl"
-    prepare("gsm8k", tmp_path / "out", source=str(file), test_rows=60)
+    prepare_data_set("gsm8k", tmp_path / "out", source=str(file), test_rows=60)
     assert count(tmp_path / "out") == (2340, 60)
     train, test = read(tmp_path / "out")
     assert len(prompts(test)) == 10 and not prompts(train) & prompts(test)
@@ -298,7 +298,7 @@ def test_what_is_refused(tmp_path: Path, name: str, source: str | None, error: t
     lines(tmp_path / "one.jsonl", [{"prompt": "x", "response": r, "helpfulness": len(r)} for r in ("a", "bb")])
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(error, match=said):
-        prepare(name, tmp_path / "out", source=None if source is None else str(tmp_path / source))
+        prepare_data_set(name, tmp_path / "out", source=None if source is None else str(tmp_path / source))
     assert not (tmp_path / "out").exists()
 
 
@@ -312,7 +312,7 @@ def test_what_is_asked_of_the_hub(tmp_path: Path, name: str, monkeypatch: pytest
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(DataError, match=r"no hub here.*--source names a copy"):
-        prepare(name, tmp_path / "out")
+        prepare_data_set(name, tmp_path / "out")
     data = DATA_SETS[name]
     address = data.repository if name == "gsm8k" else None
     assert asked == [("json", {"train": address}, True) if address else (data.repository, dict(data.files), True)]
@@ -367,7 +367,7 @@ def test_real_hh(shared: Path, tmp_path: Path) -> None:
     for split, good in rows.items():
         whole = [{side: transcript(row["prompt"] + row[side]) for side in ("chosen", "rejected")} for row in good]
         lines(tmp_path / f"copy/helpful-base/{split}.jsonl.gz", whole + bad * (split == "train"))
-    found = prepare("hh", tmp_path / "out", source=str(tmp_path / "copy"))
+    found = prepare_data_set("hh", tmp_path / "out", source=str(tmp_path / "copy"))
     accounted(found)
     train, test = read(tmp_path / "out")
     same(test, rows["test"])
@@ -383,7 +383,7 @@ def test_real_ultrafeedback_and_rmb(shared: Path, tmp_path: Path) -> None:
         for row in rows
     ]
     table(tmp_path / "uf.parquet", made)
-    prepare("ultrafeedback", tmp_path / "uf", source=str(tmp_path / "uf.parquet"), test_rows=100)
+    prepare_data_set("ultrafeedback", tmp_path / "uf", source=str(tmp_path / "uf.parquet"), test_rows=100)
     train, test = read(tmp_path / "uf")
     same(train + test, rows)
     rows = shared_rows(shared, "rmb/rmb_helpful_test")
@@ -397,7 +397,7 @@ def test_real_ultrafeedback_and_rmb(shared: Path, tmp_path: Path) -> None:
         for row in rows
     ]
     (tmp_path / "rmb.json").write_text(json.dumps(made, indent=1))
-    prepare("rmb", tmp_path / "rmb", source=str(tmp_path / "rmb.json"), test_rows=100)
+    prepare_data_set("rmb", tmp_path / "rmb", source=str(tmp_path / "rmb.json"), test_rows=100)
     train, test = read(tmp_path / "rmb")
     same(train + test, rows)
 
@@ -406,6 +406,6 @@ def test_a_copy_is_read_from_its_folder_whatever_it_is_called(unpickling: Path) 
     """`datasets` has readers of these names, which would take the files of the working folder."""
     for name in ("pandas", "json"):
         ultrafeedback_files(Path(name))
-        found = prepare("ultrafeedback", Path(f"out-{name}"), source=name)
+        found = prepare_data_set("ultrafeedback", Path(f"out-{name}"), source=name)
         assert found["train"].read == 50 and found["test"].read == 25
     assert not unpickling.exists()

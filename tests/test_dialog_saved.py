@@ -12,8 +12,8 @@ from tiny import tiny_dialog, tiny_folder
 from dwrl_fast.config import parse_train
 from dwrl_fast.dialog import Dialog, SingleTurn, Template
 from dwrl_fast.errors import ConfigError, TemplateError
-from dwrl_fast.loading import load_dialog
 from dwrl_fast.models.pretrained import CARD, load_chat
+from dwrl_fast.scoring.loading import load_dialog
 
 NOTHING: dict[str, Any] = {"template": None, "aspect": None, "enable_thinking": "auto"}
 

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dwrl_fast.dialog import Dialog, Template
 from dwrl_fast.embedded import EVALUATE, RATE, Sizes, Warmup, prepare
-from dwrl_fast.embedded.formats import FORMATS, IGNORED, dialog, warmup_arrays
+from dwrl_fast.embedded.arrays import FORMATS, IGNORED, dialog, warmup_arrays
 from dwrl_fast.embedded.task import DIGITS, MODULUS, Claims, Noise, draw_claims, draw_thoughts, prompts
 from dwrl_fast.embedded.tokenizer import CONTROL, IDS, make_tokenizer
-from dwrl_fast.embedded.warmup import Stage, draw_model, sample_thoughts
+from dwrl_fast.embedded.warmup import WarmupStage, draw_model, sample_thoughts
 
 NOISY = Noise(step_error=0.2, sycophancy=0.4, flip=0.1, lazy=0.3)
 TINY = Warmup(
@@ -23,7 +23,10 @@ TINY = Warmup(
     heads=2,
     intermediate_size=32,
     batch_size=24,
-    stages=(Stage("clean", 30, 1e-2, Noise(), warmup_steps=5), Stage("noisy", 10, 1e-3, NOISY, warmup_steps=5)),
+    stages=(
+        WarmupStage("clean", 30, 1e-2, Noise(), warmup_steps=5),
+        WarmupStage("noisy", 10, 1e-3, NOISY, warmup_steps=5),
+    ),
 )
 SIZES = Sizes(train=64, dev=16, test=16)
 

@@ -10,17 +10,17 @@ from test_embedded import SIZES, TINY
 from dwrl_fast.data import Message
 from dwrl_fast.dialog import Dialog, SingleTurn
 from dwrl_fast.embedded import prepare
+from dwrl_fast.embedded.arrays import IGNORED
 from dwrl_fast.embedded.attributes import (
     ENOUGH,
     LABEL_NOISE,
     LENGTH,
+    attribute_arrays,
     draw_pairs,
     draw_texts,
     value,
-    warmup_arrays,
     write_split,
 )
-from dwrl_fast.embedded.formats import IGNORED
 from dwrl_fast.embedded.task import Noise, prompts
 from dwrl_fast.embedded.templates import TEMPLATES
 from dwrl_fast.embedded.tokenizer import IDS, WORDS, make_tokenizer
@@ -63,7 +63,7 @@ def test_the_first_text_is_chosen_as_often_as_the_second() -> None:
 
 
 def test_the_warm_up_asks_as_methods_do_and_counts() -> None:
-    ids, targets = warmup_arrays(prompts("train"), 30, 0.3, Noise(), rng())
+    ids, targets = attribute_arrays(prompts("train"), 30, 0.3, Noise(), rng())
     tokenizer = make_tokenizer()
     assert not (ids == IDS["<|unk|>"]).any() and ((targets == ids) | (targets == IGNORED)).all()
     for index, (row, target) in enumerate(zip(ids, targets, strict=True)):
@@ -93,8 +93,8 @@ def test_the_warm_up_asks_as_methods_do_and_counts() -> None:
 
 
 def test_noise_miscounts_as_often_as_it_says() -> None:
-    _, clean = warmup_arrays(prompts("train"), 6000, 0.0, Noise(), rng())
-    ids, noisy = warmup_arrays(prompts("train"), 6000, 0.0, Noise(step_error=0.4), rng())
+    _, clean = attribute_arrays(prompts("train"), 6000, 0.0, Noise(), rng())
+    ids, noisy = attribute_arrays(prompts("train"), 6000, 0.0, Noise(step_error=0.4), rng())
     first = (noisy[::3] != IGNORED).argmax(1)
     rows = np.arange(len(first))
     said = ids[::3][rows, first] - IDS["0"]

@@ -12,7 +12,7 @@ from test_embedded import SIZES, TINY
 from dwrl_fast import Scorer, embedded, train
 from dwrl_fast.data import Message
 from dwrl_fast.dialog import SingleTurn
-from dwrl_fast.embedded.formats import pairwise, pointwise
+from dwrl_fast.embedded.arrays import pairwise, pointwise
 from dwrl_fast.embedded.task import Claims, Noise, draw_claims, draw_thoughts, prompts
 from dwrl_fast.embedded.templates import RATIONALIZER, TEMPLATES
 from dwrl_fast.embedded.tokenizer import IDS, make_tokenizer

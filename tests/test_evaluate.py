@@ -14,7 +14,7 @@ from dwrl_fast.config import parse_evaluate
 from dwrl_fast.errors import ConfigError, ModelError, UserError
 from dwrl_fast.evaluation.pairs import PairReport
 from dwrl_fast.evaluation.scoring import PartFile
-from dwrl_fast.scoring import GenerativeScorer
+from dwrl_fast.scoring import GenerativeJudging
 
 WRITTEN = ["report.html", "report.json", "report.md", "scores.jsonl"]
 
@@ -87,15 +87,15 @@ class Killed(Exception):
 def killed_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> list[int]:
     """Let the scorer do so many steps; the list holds how many rows each was given."""
     asked: list[int] = []
-    whole = GenerativeScorer.score_groups
+    whole = GenerativeJudging.score_groups
 
-    def score_groups(self: GenerativeScorer, rows: Any, **options: Any) -> Any:
+    def score_groups(self: GenerativeJudging, rows: Any, **options: Any) -> Any:
         if len(asked) == steps:
             raise Killed
         asked.append(len(rows))
         return whole(self, rows, **options)
 
-    monkeypatch.setattr(GenerativeScorer, "score_groups", score_groups)
+    monkeypatch.setattr(GenerativeJudging, "score_groups", score_groups)
     return asked
 
 

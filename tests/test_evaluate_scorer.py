@@ -19,7 +19,7 @@ from dwrl_fast.compute import step_seed
 from dwrl_fast.config import parse_evaluate
 from dwrl_fast.embedded.tokenizer import make_tokenizer
 from dwrl_fast.errors import ConfigError, DataError, ModelError, NotFiniteError
-from dwrl_fast.scoring import GenerativeScorer, marginal_scores
+from dwrl_fast.scoring import GenerativeJudging, marginal_scores
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_nothing_is_judged_past_the_public_class(folder: Path, tmp_path: Path, m
         monkeypatch.setattr(kind, "score_groups", score_groups)
 
     watched(Scorer, "outer")
-    watched(GenerativeScorer, "inner")
+    watched(GenerativeJudging, "inner")
     evaluated(folder, folder / "tiny", tmp_path / "out", "--probe")
     assert asked["outer"] == asked["inner"] and sum(asked["outer"]) == 12 * 2 + 12 * 7
     asked["outer"].clear()

@@ -22,10 +22,10 @@ from dwrl_fast.errors import CheckpointError, DataError
 from dwrl_fast.evaluation.pairs import pair_report
 from dwrl_fast.evaluation.sources import source_accuracy, source_of, source_reports
 from dwrl_fast.feed import open_feed
-from dwrl_fast.loading import load_dialog
 from dwrl_fast.log import warn_once
 from dwrl_fast.progress import Display
 from dwrl_fast.scoring import marginal_scores
+from dwrl_fast.scoring.loading import load_dialog
 from dwrl_fast.training.runlog import read_metrics
 
 TIMED = ("seconds", "tokens_per_second", "share_")

@@ -24,12 +24,12 @@ from dwrl_fast import Scorer, evaluate, log, train
 from dwrl_fast.config import parse_evaluate, parse_train
 from dwrl_fast.dialog.__main__ import ShowConfig
 from dwrl_fast.dialog.__main__ import run as show
-from dwrl_fast.dry_run import dry_run
 from dwrl_fast.errors import ConfigError, ModelError, UserError
 from dwrl_fast.models import gguf
 from dwrl_fast.models.model import load_generative, load_scalar
 from dwrl_fast.models.pretrained import load_tokenizer
 from dwrl_fast.options import parse
+from dwrl_fast.training.dry_run import dry_run
 
 IDS = torch.tensor([[1, 40, 50, 261, 2, 100, 7]])
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dwrl_fast
-from bench import lengths
-from bench.update import setting
+from bench.training import lengths
+from bench.training.update import setting
 from dwrl_fast.batching.batch import Size
-from dwrl_fast.methods import Tally
+from dwrl_fast.methods import StepMetrics
 
 ROOT = Path(dwrl_fast.__file__).parent
 READS = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.equal", "aten.unique")
@@ -68,7 +68,7 @@ def test_a_step_reads_the_scores_and_nothing_else(reads: HostReads) -> None:
         reads.seen.clear()
         with reads:
             for batch in batches:
-                it.method.loss(phase, batch, Size.of(batches), Tally()).backward()
+                it.method.loss(phase, batch, Size.of(batches), StepMetrics()).backward()
         assert reads.seen == allowed, phase
 
 

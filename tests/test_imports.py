@@ -1,6 +1,7 @@
 """Who may import whom, read from the syntax tree, and what `import dwrl_fast` loads."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,10 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # A folder's __main__ is a command: it stands late, with the rooms that it shows, and nothing imports it at all.
 ROOMS = (
     *("errors", "log", "lock", "yamlfile", "templates", "kernels", "ops"),
-    *("compute", "data", "dialog", "encode", "batching", "sampling", "models", "objectives"),
-    *("options", "registry", "config", "scoring", "methods", "loading", "reward", "api"),
-    *("progress", "feed", "evaluation", "training", "embedded"),
-    *("console", "__main__", "dry_run", "evaluate", "compare", "train"),
+    *("compute", "data", "dialog", "encode", "sampling", "batching", "models", "objectives"),
+    *("options", "methods", "config", "scoring", "progress", "feed", "evaluation", "training", "embedded"),
+    *("console", "__main__", "evaluate", "compare", "train"),
 )
 
 # What these rooms may import at all, besides themselves and the standard library. `ops` loads the kernels when it calls
@@ -112,3 +112,11 @@ def test_importing_the_package_stays_light() -> None:
     found = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     assert found.stdout.strip() == "[]"
+
+
+def test_the_documented_way_of_a_pair_is_short_and_exists() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    way = text.partition("## The way of one pair")[2].partition("\n## ")[0]
+    files = set(re.findall(r"`(dwrl_fast/[\w/]+\.py)`", way))
+    assert 10 < len(files) <= 20 and all((ROOT / file).is_file() for file in files)
+    assert sum(path.is_file() for path in (ROOT / "dwrl_fast").glob("*.py")) <= 12

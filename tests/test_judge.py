@@ -19,9 +19,9 @@ from dwrl_fast.dialog import load_template, read_choice
 from dwrl_fast.errors import ConfigError
 from dwrl_fast.evaluation.pairs import PairReport
 from dwrl_fast.evaluation.sources import source_reports
-from dwrl_fast.loading import load_dialog
-from dwrl_fast.methods import METHODS, Tally
-from dwrl_fast.scoring import ChoiceScorer, Runtime
+from dwrl_fast.methods import METHODS, StepMetrics
+from dwrl_fast.scoring import ChoiceJudging, Runtime
+from dwrl_fast.scoring.loading import load_dialog
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_votes_of_both_orders_count_together(folder: Path, says: list[str], accu
     first = method.dialog.tokenizer.decode(method.dialog.context(row.prompt, row.responses).ids)
     sampler = Says(method.dialog, lambda text, i: says[i if text == first else 3 + i])
     runtime = Runtime(method.model, method.dialog, method.compute, method.layout, sampler)
-    groups = ChoiceScorer(runtime, 1.0, 8).score_groups([row], votes=3)
+    groups = ChoiceJudging(runtime, 1.0, 8).score_groups([row], votes=3)
     assert source_reports(groups, 0)[""].accuracy == accuracy
     assert groups[0].unparsable == says.count("ok")
 
@@ -101,7 +101,7 @@ def joint(folder: Path, name: str, **changes: Any) -> dict[str, torch.Tensor]:
     assert method.phases == ("joint",)
     batches = method.layout.batches(groups)
     for batch in batches:
-        method.loss("joint", batch, Size.of(batches), Tally()).backward()
+        method.loss("joint", batch, Size.of(batches), StepMetrics()).backward()
     return {name: p.grad for name, p in method.model.named_parameters() if p.grad is not None}
 
 

@@ -23,11 +23,11 @@ from dwrl_fast.data import read_preferences
 from dwrl_fast.embedded.tokenizer import IDS
 from dwrl_fast.encode import Group
 from dwrl_fast.errors import ModelError
-from dwrl_fast.loading import load_dialog
-from dwrl_fast.methods import METHODS, Method, Tally
+from dwrl_fast.methods import METHODS, Method, StepMetrics
 from dwrl_fast.models.backbone import attend_over_trees
 from dwrl_fast.models.model import GenerativeModel, place
 from dwrl_fast.models.pretrained import save_pretrained
+from dwrl_fast.scoring.loading import load_dialog
 
 CPU = torch.device("cpu")
 COMPUTE = Compute(CPU, torch.float32)
@@ -98,7 +98,7 @@ def outcome(method: Method, groups: list[Group], packing: Any, budget: int = 10*
     minibatch = Size.of(batches)
     for batch in batches:
         with method.compute.autocast():
-            loss = method.loss("joint", batch, minibatch, Tally())
+            loss = method.loss("joint", batch, minibatch, StepMetrics())
             loss.backward()
             head = method.model(batch, tokens=True)
             each = ops.linear_logprob(head.token, head.weight, batch.targets, bias=head.bias, softcap=head.softcap)

@@ -20,9 +20,9 @@ from dwrl_fast.compute import Compute
 from dwrl_fast.data import Preference, read_preferences
 from dwrl_fast.encode import Group
 from dwrl_fast.feed import Feed, Shuffled
-from dwrl_fast.loading import load_dialog
-from dwrl_fast.methods import METHODS, Method, Tally
+from dwrl_fast.methods import METHODS, Method, StepMetrics
 from dwrl_fast.progress import Display
+from dwrl_fast.scoring.loading import load_dialog
 from dwrl_fast.training.runlog import read_metrics
 from dwrl_fast.training.trainer import Trainer
 
@@ -46,7 +46,7 @@ def make_method(folder: Path, name: str, packing: str) -> Method:
 def step(method: Method, phase: str, groups: list[Group], budget: int) -> tuple[list[Tensor], dict[str, float]]:
     """Gradients of one minibatch in micro-batches of `budget`, and its figures."""
     method.model.zero_grad()
-    tally = Tally()
+    tally = StepMetrics()
     batches = dataclasses.replace(method.layout, token_budget=budget).batches(groups)
     for batch in batches:
         method.loss(phase, batch, Size.of(batches), tally).backward()

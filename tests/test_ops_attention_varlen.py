@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from varlen_kernels import in_place_of_cuda
 
-from bench.tree_attention import going
+from bench.operators.tree_attention import going
 from dwrl_fast import log, ops
 from dwrl_fast.errors import UserError
 from dwrl_fast.ops import oracle, paths, varlen

@@ -26,7 +26,7 @@ from ops_cases import (  # noqa: E402
     small_chunks,
 )
 
-from bench.compiled import VARIANTS, compiled  # noqa: E402
+from bench.gpu.compiled import VARIANTS, compiled  # noqa: E402
 from dwrl_fast import ops  # noqa: E402
 from dwrl_fast.errors import UserError  # noqa: E402
 from dwrl_fast.ops import products  # noqa: E402

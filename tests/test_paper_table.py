@@ -1,4 +1,4 @@
-"""bench.paper_table: its arithmetic on results made by hand, what it runs, and one small run of each kind."""
+"""bench.learning.paper_table: its arithmetic on results made by hand, what it runs, and one small run of each kind."""
 
 import json
 from dataclasses import replace
@@ -10,9 +10,9 @@ from conftest import ROOT
 from rich.console import Console
 from test_embedded import SIZES, TINY
 
-from bench.paper_table import FACTORS, Results, carry_out, cells, final_runs, swept_runs
-from bench.paper_table_figures import Line, Swept, lines, markdown, overview, sweep
-from bench.paper_table_runs import VARIANTS, Cell, Run, backbone, configure, execute
+from bench.learning.paper_table import FACTORS, Results, carry_out, cells, final_runs, swept_runs
+from bench.learning.paper_table_figures import Line, Swept, lines, markdown, overview, sweep
+from bench.learning.paper_table_runs import VARIANTS, Cell, Run, backbone, configure, execute
 from dwrl_fast import embedded
 
 CELL = Cell("sums", 0.7, 0)

@@ -22,12 +22,12 @@ from dwrl_fast.data.mixture import Part
 from dwrl_fast.encode import Group
 from dwrl_fast.errors import CheckpointError, ConfigError, ModelError, UserError
 from dwrl_fast.feed import open_feed
-from dwrl_fast.loading import load_dialog
-from dwrl_fast.methods import METHODS, Method, Tally
+from dwrl_fast.methods import METHODS, Method, StepMetrics
 from dwrl_fast.models.adapters import Lora, plain
 from dwrl_fast.models.model import GenerativeModel, load_generative, place
 from dwrl_fast.models.pretrained import save_pretrained
 from dwrl_fast.progress import Display
+from dwrl_fast.scoring.loading import load_dialog
 from dwrl_fast.training.runlog import read_metrics
 from dwrl_fast.training.trainer import Trainer
 
@@ -78,7 +78,7 @@ def outcome(method: Method, groups: list[Group], packing: Any, phase: str) -> di
     found: dict[str, Tensor] = {}
     with method.compute.autocast():
         for batch in batches:
-            loss = method.loss(phase, batch, Size.of(batches), Tally())
+            loss = method.loss(phase, batch, Size.of(batches), StepMetrics())
             loss.backward()
             if isinstance(method.model, GenerativeModel):
                 head = method.model(batch, tokens=True)
@@ -150,7 +150,7 @@ def test_a_frozen_head_takes_no_product_for_its_weight(folder: Path, phase: str,
     for trained in (False, True):
         head.requires_grad_(trained)
         taken[trained] = matrix_products(
-            lambda: method.loss(phase, batch, Size.of([batch]), Tally()).backward(), unit=head.numel()
+            lambda: method.loss(phase, batch, Size.of([batch]), StepMetrics()).backward(), unit=head.numel()
         )
         assert (head.grad is not None) == trained
     assert taken[True]["products"] - taken[False]["products"] == saved

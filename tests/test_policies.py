@@ -28,9 +28,9 @@ from dwrl_fast.errors import ConfigError, DataError
 from dwrl_fast.evaluation.sources import source_reports
 from dwrl_fast.feed import Feed, Shuffled, open_feed, read_rows
 from dwrl_fast.feed.source import content_hash
-from dwrl_fast.loading import load_dialog
 from dwrl_fast.methods import METHODS, Method
 from dwrl_fast.progress import Display
+from dwrl_fast.scoring.loading import load_dialog
 from dwrl_fast.templates import Template
 from dwrl_fast.training.checkpoint import checkpoints
 from dwrl_fast.training.runlog import read_metrics

@@ -10,8 +10,8 @@ from rich.console import Console
 from tiny import tiny_folder, tiny_pairs, tiny_rows
 
 from dwrl_fast import compare, evaluate
-from dwrl_fast.api import Scorer
 from dwrl_fast.log import logger
+from dwrl_fast.scoring.scorer import Scorer
 
 SAID = "and the model was made for"
 

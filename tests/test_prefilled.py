@@ -16,11 +16,11 @@ from dwrl_fast import Scorer, evaluate, train
 from dwrl_fast.compute import Compute
 from dwrl_fast.config import TrainConfig, parse_evaluate
 from dwrl_fast.errors import ConfigError, ModelError
-from dwrl_fast.loading import load_dialog
 from dwrl_fast.methods import METHODS
 from dwrl_fast.methods.bt import PREFILLED
 from dwrl_fast.sampling.transformers import TransformersSampler
 from dwrl_fast.scoring import marginal_scores
+from dwrl_fast.scoring.loading import load_dialog
 
 OPTIONS = ["--rollout_batch_size", "6", "--minibatch_size", "6", "--max_steps", "4", "--learning_rate", "1e-2"]
 OPTIONS += ["--max_completion_length", "5"]

@@ -22,7 +22,7 @@ from dwrl_fast.errors import DataError
 from dwrl_fast.evaluation.probe import ATTACKS, attack_texts, forged_turns, pairs_of, probe, responses_each
 from dwrl_fast.evaluation.scoring import Steps
 from dwrl_fast.models.pretrained import load_tokenizer
-from dwrl_fast.scoring import ChoiceScorer, Runtime, marginal_scores
+from dwrl_fast.scoring import ChoiceJudging, Runtime, marginal_scores
 from dwrl_fast.templates import Template, load_template
 
 NAMES = [attack.name for attack in ATTACKS]
@@ -173,7 +173,7 @@ def test_a_judge_in_text_is_probed(folder: Path) -> None:
         return (A if padded[0] else B) if any(padded) else A if shown[0].strip().startswith("5") else B
 
     runtime = Runtime(method.model, method.dialog, method.compute, method.layout, Says(method.dialog, says))
-    report = probe(Steps(Scorer(ChoiceScorer(runtime, 1.0, 8), method.card())), [row])
+    report = probe(Steps(Scorer(ChoiceJudging(runtime, 1.0, 8), method.card())), [row])
     flipped = {each.name: each.flipped for each in report.attacks}
     assert report.accuracy == 1 and flipped["padding"] == 1 and flipped["flattery"] == 0
 

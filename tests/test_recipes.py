@@ -23,11 +23,11 @@ from dwrl_fast.compute import Compute
 from dwrl_fast.config import TrainConfig, parse_train
 from dwrl_fast.data import read_preferences
 from dwrl_fast.dialog import Dialog
-from dwrl_fast.dry_run import dry_run, guessed_groups, preparation
 from dwrl_fast.encode import Group
 from dwrl_fast.errors import ConfigError, UserError
-from dwrl_fast.loading import load_dialog
 from dwrl_fast.methods import METHODS
+from dwrl_fast.scoring.loading import load_dialog
+from dwrl_fast.training.dry_run import dry_run, guessed_groups, preparation
 from recipes.make import BACKBONES, DWRL_METHODS, FOLDER, TASKS, recipes
 
 PATHS = sorted(FOLDER.glob("*/*.yaml"))

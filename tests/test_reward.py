@@ -16,10 +16,10 @@ from judging import A, Says, saved_model
 from tiny import tiny_folder, tiny_pairs
 from transformers import AutoModelForCausalLM
 
-from dwrl_fast.api import Scorer
 from dwrl_fast.embedded.tokenizer import make_tokenizer
 from dwrl_fast.errors import DataError, ModelError, UserError
 from dwrl_fast.log import logger
+from dwrl_fast.scoring.scorer import Scorer
 
 Row = tuple[Any, Any]  # prompt and completion
 

@@ -25,10 +25,10 @@ from dwrl_fast.config import TrainConfig
 from dwrl_fast.data import Preference, read_preferences
 from dwrl_fast.dialog import Dialog
 from dwrl_fast.encode import Group
-from dwrl_fast.loading import load_dialog
 from dwrl_fast.methods import METHODS
 from dwrl_fast.scoring import Runtime
 from dwrl_fast.scoring.generative import read_scores
+from dwrl_fast.scoring.loading import load_dialog
 from dwrl_fast.training.trainer import Trainer
 
 pytestmark = pytest.mark.slow

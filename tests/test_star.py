@@ -19,7 +19,7 @@ from dwrl_fast.encode import Group
 from dwrl_fast.errors import ConfigError, TemplateError
 from dwrl_fast.feed import Feed, Shuffled
 from dwrl_fast.log import logger
-from dwrl_fast.methods import Method, Tally
+from dwrl_fast.methods import Method, StepMetrics
 from dwrl_fast.methods.star_sft import StarImitation
 from dwrl_fast.progress import Display
 from dwrl_fast.training.runlog import StallWatch, read_metrics
@@ -268,7 +268,7 @@ def learn_the_form(method: Any) -> None:
     optimizer = torch.optim.Adam(method.model.parameters(), 1e-2)
     for _ in range(12):
         for batch in batches:
-            StarImitation.loss(method, "thought", batch, Size.of(batches), Tally()).backward()
+            StarImitation.loss(method, "thought", batch, Size.of(batches), StepMetrics()).backward()
         optimizer.step()
         optimizer.zero_grad()
 

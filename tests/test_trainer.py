@@ -22,11 +22,11 @@ from dwrl_fast.data import read_preferences
 from dwrl_fast.encode import Group, plain_groups
 from dwrl_fast.errors import CheckpointError, ConfigError, NotFiniteError
 from dwrl_fast.feed import open_feed
-from dwrl_fast.loading import load_dialog
 from dwrl_fast.log import logger
-from dwrl_fast.methods import METHODS, Method, Tally
+from dwrl_fast.methods import METHODS, Method, StepMetrics
 from dwrl_fast.progress import Display
 from dwrl_fast.scoring import marginal_scores
+from dwrl_fast.scoring.loading import load_dialog
 from dwrl_fast.training.optimizer import Optimizers
 from dwrl_fast.training.plots import plot_curves
 from dwrl_fast.training.runlog import RunLog, StallWatch, read_metrics
@@ -65,7 +65,7 @@ def gradients(
     method: Method, phase: str, groups: list[Group], budget: int
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     method.model.zero_grad()
-    tally = Tally()
+    tally = StepMetrics()
     batches = dataclasses.replace(method.layout, token_budget=budget).batches(groups)
     minibatch = Size.of(batches)
     for batch in batches:
@@ -171,7 +171,7 @@ def test_truncated_thoughts_are_scored_and_masked(folder: Path) -> None:
     )
     ended = torch.tensor([e for g in groups for row in g.ended for e in row])
     assert kept.trained.all() and torch.equal(masked.trained, ended) and not ended.all()
-    a, b = Tally(), Tally()
+    a, b = StepMetrics(), StepMetrics()
     method.loss("thought", kept, Size.of([kept]), a)
     method.loss("thought", masked, Size.of([masked]), b)
     assert b.means()["trained_tokens"] < a.means()["trained_tokens"]
@@ -248,7 +248,7 @@ def test_nan_stops_before_the_step(folder: Path) -> None:
         trainer.method.model.lm.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
     before = {name: p.clone() for name, p in trainer.method.model.named_parameters()}
     with pytest.raises(NotFiniteError, match=r"step 1, minibatch 1, phase score.*pairs\.jsonl:1"):
-        trainer.update("score", trainer.method.layout.batches(groups), 0, Tally())
+        trainer.update("score", trainer.method.layout.batches(groups), 0, StepMetrics())
     for name, p in trainer.method.model.named_parameters():
         assert torch.equal(p.nan_to_num(), before[name].nan_to_num())
 

@@ -16,12 +16,12 @@ from dwrl_fast import train
 from dwrl_fast.batching.layout import Layout
 from dwrl_fast.compute import Compute
 from dwrl_fast.errors import ConfigError, ModelError, NotFiniteError, UserError
-from dwrl_fast.loading import load_dialog
 from dwrl_fast.methods import METHODS
 from dwrl_fast.models.adapters import Lora, add_adapters, plain
 from dwrl_fast.models.model import GenerativeModel, check_positions, load_generative, place
 from dwrl_fast.models.pretrained import save_pretrained, try_saving
 from dwrl_fast.sampling.transformers import TransformersSampler
+from dwrl_fast.scoring.loading import load_dialog
 
 SMALL: dict[str, Any] = SHARED | {"vocab_size": 64, "num_hidden_layers": 2, "eos_token_id": 2, "pad_token_id": 0}
 STATES = {"layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4}

@@ -15,7 +15,7 @@ from tiny import tiny_config, tiny_dialog, tiny_folder, tiny_model, tiny_pairs, 
 
 from dwrl_fast import train
 from dwrl_fast.console import command
-from dwrl_fast.embedded.formats import EVALUATE, RATE
+from dwrl_fast.embedded.arrays import EVALUATE, RATE
 from dwrl_fast.encode import plain_groups
 from dwrl_fast.models.pretrained import save_pretrained
 from dwrl_fast.training.runlog import StallWatch, read_metrics

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dwrl_fast.config import TrainConfig
 from dwrl_fast.data import Preference, read_preferences
 from dwrl_fast.dialog import Dialog, Template
-from dwrl_fast.embedded.formats import EVALUATE, RATE
+from dwrl_fast.embedded.arrays import EVALUATE, RATE
 from dwrl_fast.embedded.task import draw_claims, prompts, write_pairs
 from dwrl_fast.embedded.tokenizer import IDS, make_tokenizer
 from dwrl_fast.models.model import GenerativeModel

@@ -1,17 +1,18 @@
 """The tensors of one micro-batch.
 
 A group is atomic: its weights need every thought of every response, so a micro-batch holds whole groups only. A `Batch`
-names the rows of the hidden states
-that the head needs: the positions that predict thought tokens, and the last token of each sequence, where the score is
-read. Everything after the backbone sees only those rows, never the layout: padded.py's or tree.py's.
+names the rows of the hidden states that the head needs: the positions that predict thought tokens, and the last token
+of each sequence, where the score is read. Everything after the backbone sees only those rows, never the layout:
+padded.py's or tree.py's.
 
 Shapes: P groups, K responses, N thoughts, S sequences, F tokens of all sequences, T thought tokens of the micro-batch.
 """
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from dwrl_fast.encode.group import Group
 from dwrl_fast.log import warn_once
 
 Ints = NDArray[np.int64]
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,15 @@ class Batch:
         """[P, K, N] -> [S], what `grid` has of each sequence."""
         return grid.flatten()[self.places]
 
+    def by_sequence(self, values: Iterable[Value]) -> list[list[list[Value]]]:
+        """`values`, one for each of the S sequences, for each group as K lists of N."""
+        left = iter(values)
+        return [[[next(left) for _ in some] for some in group.sequences] for group in self.groups]
+
+    def by_token(self, values: Tensor) -> list[list[list[list[float]]]]:
+        """The same of `values` [T], of which each sequence has a list."""
+        return self.by_sequence(part.tolist() for part in values.cpu().split(self.lengths.tolist()))
+
     @property
     def trunk_tokens(self) -> int:
         """Positions that the backbone computes, padding included."""
@@ -91,11 +102,12 @@ class Size(NamedTuple):
 
     @classmethod
     def of(cls, minibatch: Seq[Batch]) -> "Size":
+        """Of all micro-batches of the minibatch."""
         return cls(
             sum(len(batch.groups) for batch in minibatch),
             sum(len(batch.lengths) for batch in minibatch),
             sum(len(batch.targets) for batch in minibatch),
-            sum(len(group.right) for batch in minibatch for group in batch.groups),
+            sum(len(group.labels) for batch in minibatch for group in batch.groups),
         )
 
 
@@ -110,6 +122,7 @@ class Flat:
 
     @classmethod
     def of(cls, groups: Seq[Group]) -> "Flat":
+        """Those of `groups`, group by group."""
         sequences = [sequence for group in groups for sequence in group.flat]
         sizes = np.array([len(sequence.ids) for sequence in sequences], dtype=np.int64)
         ids = np.fromiter(chain.from_iterable(s.ids for s in sequences), np.int64, count=int(sizes.sum()))
@@ -129,11 +142,12 @@ def head_fields(
     count = len(flat.sequences)
     lengths = np.array([s.thought.stop - s.thought.start for s in flat.sequences], dtype=np.int64)
     targets = ranges(flat.starts + np.array([s.thought.start for s in flat.sequences], dtype=np.int64), lengths)
-    ended = [e for group in groups for response in group.ended for e in response] or [True] * count
-    old = [logprob for group in groups for response in group.old_logprobs for logprob in response]
+    thoughts = [thought for group in groups for some in group.thoughts for thought in some]
+    ended = [thought.ended for thought in thoughts] or [True] * count
+    old = np.fromiter(chain.from_iterable(thought.logprobs for thought in thoughts), np.float32)
     slots, valid = _slots(groups)
 
-    def put(x: Ints) -> Tensor:
+    def put(x: NDArray[Any]) -> Tensor:
         return torch.from_numpy(x).to(device)
 
     return {
@@ -144,7 +158,7 @@ def head_fields(
         "owner": put(np.repeat(np.arange(count), lengths)),
         "lengths": put(lengths),
         "trained": torch.tensor(ended if mask_truncated else [True] * count).to(device),
-        "old_logprob": torch.cat(old).to(device) if old else None,
+        "old_logprob": put(old) if len(old) else None,
         "slots": slots.to(device),
         "valid": valid.to(device),
         "places": put(np.flatnonzero(valid.numpy())),

@@ -1,4 +1,4 @@
-"""What the commands share: the groups of options, reading rows, generating thoughts, the size of a forward pass."""
+"""What the commands share: the groups of options, reading rows, the size of a forward pass."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,26 +8,12 @@ from typing import ClassVar, Literal
 from dwrl_fast.batching.layout import Packing
 from dwrl_fast.data import Cluster, Rankings, Ties
 from dwrl_fast.options import Options, at_least, option
-from dwrl_fast.registry import using
 
 # ruff: noqa: RUF009 - what option() returns is a dataclass field
 
-DUAL = using("dual")
-CONTRASTED = using("contrast")  # one thought alone would teach nothing
-DWRL = ("method", DUAL)
-RATIO = ("method", using("ratio"))
-SAMPLING = ("method", using("thoughts"))
-WRITING = ("method", (*using("thoughts"), "judge"))
-
 model_option = partial(option, group="Model")
-adapters_option = partial(option, group="Adapters", needs=("use_peft", True))
 data_option = partial(option, group="Data")
-method_option = partial(option, group="Method")
-dwrl_option = partial(option, group="DWRL", needs=DWRL)
-thoughts_option = partial(option, group="Generating thoughts", needs=SAMPLING)
 forward_option = partial(option, group="Forward passes")
-updates_option = partial(option, group="Updates")
-optimizer_option = partial(option, group="Optimizer")
 evaluation_option = partial(option, group="Evaluation")
 cluster_option: Callable[[], Cluster] = partial(
     evaluation_option,
@@ -36,12 +22,11 @@ cluster_option: Callable[[], Cluster] = partial(
     " prompt: the prompts, each with all its rows, for sets in which several rows share one.",
 )
 run_option = partial(option, group="Run")
-embedded_option = partial(option, group="Embedded task")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CommonOptions(Options):
-    """What both commands share: reading rows, generating thoughts, the size of a forward pass."""
+    """What both commands share: reading rows, the size of a forward pass."""
 
     groups: ClassVar[tuple[str, ...]] = (
         "Model",
@@ -94,11 +79,5 @@ class CommonOptions(Options):
         "Tokens in one forward pass, padding included. Sets memory and speed, not the result; a preference group is "
         "never split.",
         bound=at_least(1),
-    )
-    generation_batch_size: int = thoughts_option(
-        256,
-        "Thoughts generated at once. Lower it when generation runs out of memory.",
-        bound=at_least(1),
-        needs=WRITING,
     )
     seed: int = run_option(0, "Of everything drawn: order, thoughts, drawn weights, resampling.", bound=at_least(0))

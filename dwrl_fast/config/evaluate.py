@@ -2,27 +2,32 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from dwrl_fast.config.common import (
     CommonOptions,
     cluster_option,
     data_option,
     evaluation_option,
-    method_option,
     model_option,
     run_option,
-    thoughts_option,
 )
 from dwrl_fast.data import Cluster
 from dwrl_fast.data.mixture import Part, check_evaluated
 from dwrl_fast.dialog import Thinking
 from dwrl_fast.errors import ConfigError
+from dwrl_fast.methods import METHODS
+from dwrl_fast.methods.options import method_option, thoughts_option
 from dwrl_fast.options import at_least, parse
 
 # ruff: noqa: RUF009 - what option() returns is a dataclass field
 
-JUDGE = ("method", "judge")
+UNTRAINED = tuple(name for name, method in METHODS.items() if not method.trains)
+JUDGE = ("method", UNTRAINED)
+if TYPE_CHECKING:
+    Judge = str
+else:
+    Judge = Literal[UNTRAINED]
 VOTE_CURVE = (1, 4, 16, 32)  # thoughts
 
 
@@ -65,7 +70,7 @@ python -m dwrl_fast.evaluate --model_name_or_path runs/mine/model --dataset_name
     limit: int | None = data_option(
         None, "Use only so many of a file's first rows. none: all of them.", bound=at_least(1)
     )
-    method: Literal["judge"] | None = method_option(
+    method: Judge | None = method_option(
         None,
         "judge: the model was not trained to judge, and is asked for a verdict in text. none: what the model was "
         "trained by.",
@@ -82,20 +87,17 @@ python -m dwrl_fast.evaluate --model_name_or_path runs/mine/model --dataset_name
         None,
         "The most tokens of a thought. none: as the model was trained; 1000 for a judge.",
         bound=at_least(1),
-        needs=None,
     )
     temperature: float | None = thoughts_option(
         None,
         "Of sampled thoughts. none: as the model was trained; 1 for a judge.",
         bound=at_least(0.01),
-        needs=None,
     )
     generation_batch_size: int = thoughts_option(
         256,
         "Thoughts generated at once. Lower it when generation runs out of memory. It is also what one step of an "
         "evaluation holds, which is lost when it is interrupted.",
         bound=at_least(1),
-        needs=None,
     )
     votes: int | None = evaluation_option(
         None,
@@ -138,8 +140,10 @@ python -m dwrl_fast.evaluate --model_name_or_path runs/mine/model --dataset_name
                 )
         if self.vote_curve and self.votes == 1:
             raise ConfigError("vote_curve with votes = 1: there is no curve of one thought. Leave --votes out.")
-        if self.calibrate and self.method == "judge":
-            raise ConfigError("calibrate with method = judge: verdicts in text have no scale to mend. Leave it out.")
+        if self.calibrate and self.method is not None:
+            raise ConfigError(
+                f"calibrate with method = {self.method}: verdicts in text have no scale to mend. Leave it out."
+            )
 
     @property
     def sampled(self) -> int:

@@ -1,43 +1,50 @@
 """The options of `dwrl_fast.train`. The defaults of the method are the paper's."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from dwrl_fast.config.common import (
-    CONTRASTED,
-    DUAL,
-    DWRL,
-    RATIO,
-    WRITING,
-    CommonOptions,
-    adapters_option,
-    data_option,
-    dwrl_option,
-    embedded_option,
-    evaluation_option,
-    method_option,
-    model_option,
-    optimizer_option,
-    run_option,
-    thoughts_option,
-    updates_option,
-)
+from dwrl_fast.config.common import CommonOptions, data_option, evaluation_option, model_option, run_option
 from dwrl_fast.data.mixture import Part, check_evaluated, check_mixture
 from dwrl_fast.dialog import Thinking
 from dwrl_fast.errors import ConfigError
 from dwrl_fast.log import warn_once
-from dwrl_fast.options import FRACTION, OPEN_FRACTION, POSITIVE, Base, Bound, at_least, option, parse
-from dwrl_fast.registry import MethodName, described
+from dwrl_fast.methods import METHODS
+from dwrl_fast.methods.options import method_option
+from dwrl_fast.options import FRACTION, OPEN_FRACTION, POSITIVE, Base, at_least, option, parse
 
 # ruff: noqa: RUF009 - what option() returns is a dataclass field
 
+adapters_option = partial(option, group="Adapters", needs=("use_peft", True))
+updates_option = partial(option, group="Updates")
+optimizer_option = partial(option, group="Optimizer")
+
 STREAMING = ("streaming", True)
+OWNERS = tuple(dict.fromkeys(owner for method in METHODS.values() for owner in method.options))
+if TYPE_CHECKING:  # mypy reads no bases that are computed; what it must know of them is listed
+    from dwrl_fast.methods.bt import PrefilledOptions
+    from dwrl_fast.methods.dpo import BetaOptions
+    from dwrl_fast.methods.dwrl import DualOptions
+    from dwrl_fast.methods.options import RatioOptions, SamplingOptions, WritingOptions
+    from dwrl_fast.methods.star_rationalizer import RationalizerOptions
+
+    MethodName = str
+
+    class MethodOptions(
+        WritingOptions, SamplingOptions, RatioOptions, DualOptions, BetaOptions, PrefilledOptions, RationalizerOptions
+    ):
+        pass
+
+else:
+    MethodName = Literal[tuple(METHODS)]
+    MethodOptions = dataclasses.make_dataclass("MethodOptions", (), bases=OWNERS, frozen=True, kw_only=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(CommonOptions):
-    """The options of `python -m dwrl_fast.train`."""
+class TrainConfig(MethodOptions, CommonOptions):
+    """The options of `python -m dwrl_fast.train`: its own, and those that the methods declare."""
 
     command: ClassVar[str] = "python -m dwrl_fast.train"
     summary: ClassVar[str] = (
@@ -148,88 +155,8 @@ python -m dwrl_fast.train --config runs/mine/config.yaml --resume_from_checkpoin
         "one (DeepSeek-R1). auto: as the model was trained before, else off where the template lets one choose.",
     )
 
-    method: MethodName = method_option("dwrl", described())
-    prefilled_thoughts: bool = method_option(
-        False,
-        "Each response is read with one greedy thought about it, written by the model as it was before training. The "
-        "thoughts are kept in prefilled.jsonl in --output_dir; to score later, that model must stay where it is.",
-        needs=("method", "bt"),
-    )
-    beta: float | None = method_option(
-        None,
-        "How closely DPO holds the policy to its reference: the model before training or, for star-dpo, as it was when "
-        "the round's thoughts were sampled. It is no weight of a KL term, as GRPO has one elsewhere. none: 0.22, the "
-        "paper's; 0.1 for star-dpo.",
-        bound=POSITIVE,
-        needs=("method", ("dpo", "star-dpo")),
-    )
-    rationalizer_model: str | None = method_option(
-        None,
-        "Another model, a folder or a hub name, that writes the thoughts to imitate. none: the model itself.",
-        needs=("method", "star-rationalizer"),
-    )
-    rationalizer_template: str = method_option(
-        "rationalizer",
-        "What it is asked: a template of kind rationalizer, by name or as a YAML file. It must lead to the verdict "
-        "that --template asks for.",
-        needs=("method", "star-rationalizer"),
-    )
-    num_generations: int = thoughts_option(
-        4, "Thoughts sampled for each response, or for each comparison. At least 2.", bound=at_least(1)
-    )
-    alternate: Literal["minibatch", "rollout", "joint"] = dwrl_option(
-        "minibatch",
-        "How the two updates take turns, A (scores) and B (thoughts). minibatch: A then B on each minibatch. rollout:"
-        " every A of the rollout batch, then every B. joint: both in one update.",
-    )
-    joint_reward: Literal["centred", "standardised"] = dwrl_option(
-        "standardised",
-        "The thoughts' advantages: their weights less 1/n, or divided by their spread as well.",
-        needs=("alternate", "joint"),
-    )
-    misalignment_weight: bool = dwrl_option(
-        True,
-        "Weight each pair by the probability that the model has it the wrong way round. off is the paper's ablation.",
-    )
-    score_normalization: Literal["vocab", "yes_no"] = dwrl_option(
-        "vocab",
-        "The score is the log-probability of Yes: over the whole vocabulary (the paper's), or over Yes and No alone.",
-    )
-    thought_normalization: Literal["paper", "likelihood"] = dwrl_option(
-        "paper",
-        "paper: thoughts are averaged over n and over their tokens. likelihood: plain sums; A and B together are then"
-        " the consistent estimator of the marginal likelihood's gradient, and B is far larger.",
-    )
-    epsilon: float = thoughts_option(
-        0.2, "Clip range of the ratio to the sampling policy: 1 - epsilon.", bound=OPEN_FRACTION, needs=RATIO
-    )
-    epsilon_high: float | None = thoughts_option(
-        None, "The upper side, 1 + epsilon_high. none: as epsilon.", bound=POSITIVE, needs=RATIO
-    )
-    truncated_thoughts: Literal["keep", "mask"] = thoughts_option(
-        "keep",
-        "Whether the tokens of a thought cut at --max_completion_length are trained. Masked, it still counts in n and"
-        " is scored; the star methods leave it out.",
-    )
-    old_logprobs: Literal["auto", "recompute", "sampler"] = thoughts_option(
-        "auto",
-        "Where the sampling policy's log-probabilities come from: recompute takes one more pass before the first "
-        "update, sampler keeps the generator's own. auto: sampler where it computes in float32, otherwise recompute.",
-        needs=RATIO,
-    )
-
-    max_completion_length: int = thoughts_option(
-        1000,
-        "The most tokens of a thought. One cut here is still followed by the rating turn and scored.",
-        bound=Bound("in [1, 1000000]", lambda v: 1 <= v <= 1_000_000),
-        needs=WRITING,
-    )
-    temperature: float = thoughts_option(
-        1.0,
-        "Of sampled thoughts. Top-k, top-p and penalties are always off, whatever the model's generation_config says:"
-        " the thoughts must come from the distribution that is trained.",
-        bound=at_least(0.01),
-        needs=WRITING,
+    method: MethodName = method_option(
+        "dwrl", ". ".join(f"{name}: {method.summary}" for name, method in METHODS.items()) + "."
     )
 
     rollout_batch_size: int = updates_option(
@@ -248,18 +175,6 @@ python -m dwrl_fast.train --config runs/mine/config.yaml --resume_from_checkpoin
     )
 
     learning_rate: float = optimizer_option(5e-7, "Of AdamW, at its highest.", bound=POSITIVE)
-    score_learning_rate: float | None = optimizer_option(
-        None, "For update A alone. none: --learning_rate.", bound=POSITIVE, needs=DWRL
-    )
-    thought_learning_rate: float | None = optimizer_option(
-        None, "For update B alone. none: --learning_rate.", bound=POSITIVE, needs=DWRL
-    )
-    optimizer_state: Literal["shared", "per_phase"] = optimizer_option(
-        "shared",
-        "Gradients of A are often ten times those of B, and in a shared state A's second moment then starves B. "
-        "per_phase keeps AdamW's moments twice: 8 bytes a parameter more.",
-        needs=DWRL,
-    )
     adam_beta1: float = optimizer_option(0.9, "Decay of AdamW's first moment.", bound=OPEN_FRACTION)
     adam_beta2: float = optimizer_option(0.999, "Decay of AdamW's second moment.", bound=OPEN_FRACTION)
     adam_epsilon: float = optimizer_option(1e-8, "Added to the root of AdamW's second moment.", bound=POSITIVE)
@@ -279,13 +194,6 @@ python -m dwrl_fast.train --config runs/mine/config.yaml --resume_from_checkpoin
 
     eval_steps: int = evaluation_option(
         0, "Rollout batches between evaluations. 0: only before and after.", bound=at_least(0)
-    )
-    eval_votes: int = evaluation_option(
-        4,
-        "Beside the one greedy thought, also so many sampled ones: the mean of p(Yes), or the majority of the "
-        "verdicts. 0: greedy only.",
-        bound=at_least(0),
-        needs=WRITING,
     )
 
     output_dir: str | None = run_option(
@@ -308,8 +216,11 @@ python -m dwrl_fast.train --config runs/mine/config.yaml --resume_from_checkpoin
         "tokenizer is needed; where that of the model cannot be reached give --tokenizer_name_or_path.",
     )
 
-    easy_fraction: float = embedded_option(
-        0.7, "Share of pairs whose wrong answer could not be right for any question.", bound=FRACTION
+    easy_fraction: float = option(
+        0.7,
+        "Share of pairs whose wrong answer could not be right for any question.",
+        group="Embedded task",
+        bound=FRACTION,
     )
 
     def validate(self) -> None:
@@ -365,8 +276,10 @@ python -m dwrl_fast.train --config runs/mine/config.yaml --resume_from_checkpoin
 
     @property
     def own_data(self) -> str:
-        """The option that names the data to train on (of `judge`, to evaluate on); empty for the embedded task."""
-        if self.method == "judge" and self.eval_dataset_name:
+        """The option that names the data to train on (of a method that trains nothing, to evaluate on); empty for the
+        embedded task.
+        """
+        if not METHODS[self.method].trains and self.eval_dataset_name:
             return "eval_dataset_name"
         return "dataset_name" if self.dataset_name is not None else "dataset_mixture" if self.dataset_mixture else ""
 
@@ -378,8 +291,8 @@ python -m dwrl_fast.train --config runs/mine/config.yaml --resume_from_checkpoin
             )
         if self.load_in_4bit and not self.use_peft:
             raise ConfigError("load_in_4bit without use_peft: weights in 4 bits cannot be trained. Add --use_peft.")
-        if self.use_peft and self.method == "judge":
-            raise ConfigError("use_peft with method = judge, which trains nothing: leave it out.")
+        if self.use_peft and not METHODS[self.method].trains:
+            raise ConfigError(f"use_peft with method = {self.method}, which trains nothing: leave it out.")
         if self.use_peft and self.model_config is not None:
             raise ConfigError(
                 "use_peft with model_config: adapters belong to a model that is kept, and that one is drawn. Give "
@@ -399,52 +312,28 @@ python -m dwrl_fast.train --config runs/mine/config.yaml --resume_from_checkpoin
         check_evaluated("eval_dataset_name", self.eval_dataset_name)
 
     def _validate_method(self) -> None:
-        if self.method in CONTRASTED and self.num_generations < 2:
+        method = METHODS[self.method]
+        if not method.trains and not self.own_data:
             raise ConfigError(
-                "num_generations = 1: with one thought there is nothing to compare it with (its weight is 1 and its "
-                "advantage 0), so that no thought would be learnt. Give at least 2 (the papers use 4)."
+                f"method = {self.method} trains nothing and only evaluates: give --model_name_or_path, the model that "
+                "judges, and --eval_dataset_name, the pairs to judge."
             )
-        if self.method == "btpo":
-            self._make_joint()
-        if self.method == "judge" and not self.own_data:
-            raise ConfigError(
-                "method = judge trains nothing and only evaluates: give --model_name_or_path, the model that judges, "
-                "and --eval_dataset_name, the pairs to judge."
-            )
-        if self.method == "judge" and (self.dataset_name or self.dataset_mixture):
-            warn_once("dataset_name and dataset_mixture have no effect here: judge trains nothing.")
-        if self.prefilled_thoughts and self.model_config is not None:
-            raise ConfigError(
-                "prefilled_thoughts with model_config: the thoughts are written by the model before training, which "
-                "must be found again to score later. Give it as --model_name_or_path."
-            )
-        if self.method not in DUAL:
-            return
-        phased = [name for name in ("score_learning_rate", "thought_learning_rate") if getattr(self, name) is not None]
-        phased += ["optimizer_state = per_phase"] if self.optimizer_state == "per_phase" else []
-        if self.alternate == "joint" and phased:
-            raise ConfigError(
-                f"{' and '.join(phased)} with alternate = joint: its one update holds both terms, and has one"
-                " learning rate and one optimizer state. Use --learning_rate and --optimizer_state shared, or another"
-                " --alternate."
-            )
+        if not method.trains and (self.dataset_name or self.dataset_mixture):
+            warn_once(f"dataset_name and dataset_mixture have no effect here: {self.method} trains nothing.")
+        method.validate(self)
 
-    def _make_joint(self) -> None:
-        """`btpo` names one setting of `dwrl`'s options; what contradicts it is refused."""
-        contrary = {"alternate": ("joint", self.alternate == "rollout" or "alternate" in self.explicit)}
-        contrary["joint_reward"] = ("standardised", True)
-        for name, (value, given) in contrary.items():
-            if given and getattr(self, name) != value:
-                raise ConfigError(
-                    f"{name} = {getattr(self, name)} with method = btpo, which is dwrl with {name} = {value}: leave it "
-                    "out, or use --method dwrl."
-                )
-        object.__setattr__(self, "alternate", "joint")
+    @classmethod
+    def needs(cls, f: dataclasses.Field) -> tuple[str, str | bool | tuple[str, ...]] | None:
+        """As the option says, else the methods that list the class which declares it."""
+        own = super().needs(f)
+        owner = next((each for each in OWNERS if f.name in each.__annotations__), None)
+        if own is not None or owner is None:
+            return own
+        return "method", tuple(name for name, method in METHODS.items() if owner in method.options)
 
     def without_effect(self) -> dict[str, str]:
-        unmet = super().without_effect()
-        written = ("max_completion_length", "generation_batch_size") if self.prefilled_thoughts else ()
-        return {name: need for name, need in unmet.items() if name not in written or self.method != "bt"}
+        taken = METHODS[self.method].takes(self)
+        return {name: need for name, need in super().without_effect().items() if name not in taken}
 
 
 def parse_train(argv: Sequence[str], base: Base | None = None) -> TrainConfig:

@@ -1,10 +1,10 @@
 """Preference data: files in, validated groups out, nothing dropped in silence."""
 
-from dwrl_fast.data.demonstrations import Demonstration
-from dwrl_fast.data.opening import open_rows
+from dwrl_fast.data.judgements import Demonstration
+from dwrl_fast.data.locations import open_rows
 from dwrl_fast.data.preference import Cluster, Dataset, Message, Preference, Rankings, Ties
 from dwrl_fast.data.reading import Outcome, Reader, read_preferences
-from dwrl_fast.data.sources import START, Position, Row, RowSource
+from dwrl_fast.data.row_source import START, Position, Row, RowSource
 
 __all__ = [
     "START",

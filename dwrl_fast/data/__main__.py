@@ -14,13 +14,13 @@ from rich.status import Status
 
 from dwrl_fast.console import command, set_up_logging
 from dwrl_fast.data import Message, Rankings, Ties, open_rows
-from dwrl_fast.data.check import Report, check, compare
+from dwrl_fast.data.check import FileReport, check, find_overlap
 from dwrl_fast.data.columns import Unusable
+from dwrl_fast.data.counts import Lengths, Measure
 from dwrl_fast.data.fix import fix, refuse_existing
 from dwrl_fast.data.jsonl import JsonLines
-from dwrl_fast.data.prepare import Split, prepare, refuse_used
-from dwrl_fast.data.report import plot_lengths, print_overlap, print_report, say
-from dwrl_fast.data.tally import Lengths, Measure
+from dwrl_fast.data.prepare import Split, prepare_data_set, refuse_written
+from dwrl_fast.data.printing import plot_lengths, print_overlap, print_report, say
 from dwrl_fast.errors import ConfigError, DataError, TemplateError
 from dwrl_fast.options import Options, at_least, option, option_fields, parse
 
@@ -123,7 +123,7 @@ python -m dwrl_fast.data --prepare gsm8k --source example_model_solutions.jsonl 
         if self.prepare is not None:
             if self.output_dir is None:
                 raise ConfigError(f"--prepare {self.prepare}: give --output_dir, the folder for its files")
-            refuse_used(Path(self.output_dir))
+            refuse_written(Path(self.output_dir))
         wants = {f.name: f.metadata["group"].removeprefix("With --") for f in option_fields(type(self))}
         for name in sorted(self.explicit):
             if wants[name] in ("check", "prepare") and not getattr(self, wants[name]):
@@ -180,7 +180,7 @@ def main(argv: list[str]) -> None:
 
 def run_check(config: DataConfig, console: Console) -> bool:
     """Check the files and write what was asked for; whether each has a row that can be used."""
-    dialog = None if config.tokenizer_name_or_path is None else load_dialog(config.tokenizer_name_or_path)
+    dialog = None if config.tokenizer_name_or_path is None else dialog_of(config.tokenizer_name_or_path)
     reports = []
     for name in config.check:
         reports.append(check_one(name, config, console, None if dialog is None else tokens(dialog)))
@@ -189,7 +189,7 @@ def run_check(config: DataConfig, console: Console) -> bool:
             counts = ", ".join(f"{count:,} {what}" for what, count in dialog.counts.most_common())
             say(console, f"Of its conversations, kept but counted: {counts}")
             dialog.counts.clear()
-    overlap = compare(*reports) if len(reports) == 2 else None
+    overlap = find_overlap(*reports) if len(reports) == 2 else None
     if overlap is not None:
         print_overlap(overlap, reports[0], reports[1], console)
     if config.json is not None:
@@ -207,7 +207,7 @@ def run_check(config: DataConfig, console: Console) -> bool:
     return left
 
 
-def check_one(name: str, config: DataConfig, console: Console, measure: Measure | None) -> Report:
+def check_one(name: str, config: DataConfig, console: Console, measure: Measure | None) -> FileReport:
     watch = Watch(console, name)
     try:
         return check(
@@ -222,7 +222,7 @@ def check_one(name: str, config: DataConfig, console: Console, measure: Measure 
         watch.stop()
 
 
-def run_fix(config: DataConfig, found: Report, console: Console) -> None:
+def run_fix(config: DataConfig, found: FileReport, console: Console) -> None:
     """Write the two files, and check the good one again."""
     assert config.fix is not None
     fixed = fix(config.check[0], found, Path(config.fix))
@@ -243,7 +243,7 @@ def run_prepare(config: DataConfig, console: Console) -> bool:
     assert config.prepare is not None and config.output_dir is not None
     folder = Path(config.output_dir)
     with console.status(f"{config.prepare}: reading {config.source or 'from the hub'}"):
-        found = prepare(
+        found = prepare_data_set(
             config.prepare,
             folder,
             source=config.source,
@@ -270,7 +270,7 @@ def print_split(name: str, split: Split, folder: Path, console: Console) -> None
     say(console, f"  {split.written:,} rows in {folder / name}.jsonl" + "".join(f"; {what}" for what in rest))
 
 
-def load_dialog(tokenizer: str) -> "Dialog":
+def dialog_of(tokenizer: str) -> "Dialog":
     from dwrl_fast.dialog import Dialog
     from dwrl_fast.models.pretrained import load_tokenizer  # with torch and transformers, which nothing else here needs
 

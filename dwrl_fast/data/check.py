@@ -18,14 +18,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dwrl_fast.data.agreement import Agreement, agreement
+from dwrl_fast.data.counts import Counts, Measure, characters, count_rows
 from dwrl_fast.data.formats import FORMATS, SINGLE, Format, check_first, recognise
 from dwrl_fast.data.jsonl import GZIP, JsonLines
-from dwrl_fast.data.opening import open_rows
+from dwrl_fast.data.label_agreement import Agreement, agreement
+from dwrl_fast.data.locations import open_rows
 from dwrl_fast.data.preference import Rankings, Ties
 from dwrl_fast.data.reading import Reader
-from dwrl_fast.data.sources import Position, RowSource
-from dwrl_fast.data.tally import Measure, Tally, characters, tally
+from dwrl_fast.data.row_source import Position, RowSource
 from dwrl_fast.errors import DataError
 
 STRETCH = 16 * 2**20  # bytes that a process reads at a time
@@ -35,8 +35,8 @@ MIX, THREE = np.uint64(0x9E3779B97F4A7C15), np.uint64(3)
 Progress = Callable[[int], None]
 
 
-class Lengths(NamedTuple):
-    """In `Report.unit`: the least, percentiles, the most."""
+class Percentiles(NamedTuple):
+    """In `FileReport.unit`: the least, percentiles, the most."""
 
     least: int
     p5: int
@@ -47,7 +47,7 @@ class Lengths(NamedTuple):
 
 
 @dataclass
-class Report:
+class FileReport:
     """One file. rows = used + dropped. `dropped` has the lines of each reason, `advice` what the reader
     said of the first of them.
 
@@ -65,7 +65,7 @@ class Report:
     advice: dict[str, str]
     notes: dict[str, int]
     unit: str
-    lengths: dict[str, Lengths]
+    lengths: dict[str, Percentiles]
     prompts: int
     shared_prompts: list[int]
     repeated: list[int]
@@ -73,11 +73,11 @@ class Report:
     pairs: int
     longer_wins: float
     agreement: Agreement | None
-    tally: Tally
+    counts: Counts
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: everything but the tally; NaN as null."""
-        values = {name: value for name, value in vars(self).items() if name != "tally"}
+        """For JSON: everything but the counts; NaN as null."""
+        values = {name: value for name, value in vars(self).items() if name != "counts"}
         values["lengths"] = {name: found._asdict() for name, found in self.lengths.items()}
         values["longer_wins"] = None if math.isnan(self.longer_wins) else self.longer_wins
         values["agreement"] = _plain(self.agreement)
@@ -109,7 +109,7 @@ def check(
     processes: int | None = None,
     stretch: int = STRETCH,
     progress: Progress | None = None,
-) -> Report:
+) -> FileReport:
     """Read the whole of a file or data set (see `open_rows`) and say what is in it.
 
     columns, ties, rankings: as the options of the same names. measure: lengths in tokens; characters without it.
@@ -126,11 +126,13 @@ def check(
     if found is None:
         reader = settings.reader(source)
         told = _difference(progress, isinstance(source, JsonLines)) if progress is not None else None
-        whole = tally(reader, measure=measure or characters, progress=told)
+        whole = count_rows(reader, measure=measure or characters, progress=told)
         form = reader.format
     else:
         whole = found[1]
-    return report(whole, source.name, "" if form is None else form.name, "characters" if measure is None else "tokens")
+    return summarise(
+        whole, source.name, "" if form is None else form.name, "characters" if measure is None else "tokens"
+    )
 
 
 class Settings(NamedTuple):
@@ -154,24 +156,24 @@ class Stretch(NamedTuple):
     end: int
 
 
-def _tally_stretch(stretch: Stretch) -> Tally:
+def _count_stretch(stretch: Stretch) -> Counts:
     reader = stretch.settings.reader(JsonLines(stretch.settings.name))
     reader.format = next(form for form in FORMATS if form.name == stretch.format)
-    return tally(reader, Position(0, stretch.start), stretch.end)
+    return count_rows(reader, Position(0, stretch.start), stretch.end)
 
 
 def _in_parallel(
     source: JsonLines, settings: Settings, processes: int, size: int, progress: Progress | None
-) -> tuple[Format, Tally] | None:
-    """The format, and the tally of all stretches; None where one process must read the file."""
+) -> tuple[Format, Counts] | None:
+    """The format, and the counts of all stretches; None where one process must read the file."""
     bounds = list(_bounds(source.name, size))
     form = _format(source, settings) if len(bounds) > 2 else None
     if form is None or form is SINGLE:  # SINGLE compares rows that may stand anywhere
         return None
     stretches = [Stretch(settings, form.name, *ends) for ends in itertools.pairwise(bounds)]
-    whole = Tally()
+    whole = Counts()
     with _pool(min(processes, len(stretches))) as pool:
-        for stretch, found in zip(stretches, pool.imap(_tally_stretch, stretches), strict=True):
+        for stretch, found in zip(stretches, pool.imap(_count_stretch, stretches), strict=True):
             whole.extend(found)
             if progress is not None:
                 progress(stretch.end - stretch.start)
@@ -242,8 +244,8 @@ def _difference(progress: Progress, in_bytes: bool) -> Callable[[Position], None
     return told
 
 
-def report(found: Tally, path: str, form: str, unit: str) -> Report:
-    """What the tally of a whole file says."""
+def summarise(found: Counts, path: str, form: str, unit: str) -> FileReport:
+    """What the counts of a whole file say."""
     rows, comparisons = found.rows.all, found.comparisons.all
     longer = np.sign(comparisons["first_length"] - comparisons["second_length"])[comparisons["strength"] != 0]
     keys, strengths = _labels(comparisons)
@@ -252,7 +254,7 @@ def report(found: Tally, path: str, form: str, unit: str) -> Report:
     winners = np.sign(strengths)
     contradicted = np.isin(keys, np.intersect1d(keys[winners > 0], keys[winners < 0]))
     later = _later(rows["prompt"])
-    return Report(
+    return FileReport(
         path=path,
         format=form,
         rows=found.read,
@@ -272,24 +274,24 @@ def report(found: Tally, path: str, form: str, unit: str) -> Report:
         pairs=len(longer),
         longer_wins=float((1 + longer.mean()) / 2) if len(longer) else math.nan,
         agreement=agreement(keys, strengths),
-        tally=found,
+        counts=found,
     )
 
 
-def lengths_of(found: Tally) -> dict[str, np.ndarray]:
+def lengths_of(found: Counts) -> dict[str, np.ndarray]:
     """The lengths of prompts, of responses, and of each prompt with the longest response to it."""
     rows = found.rows.all
     whole = rows["length"] + rows["longest"]
     return {"prompt": rows["length"], "response": found.responses.all, "prompt + longest response": whole}
 
 
-def compare(first: Report, second: Report) -> Overlap:
+def find_overlap(first: FileReport, second: FileReport) -> Overlap:
     """What two files have in common."""
-    one, two = first.tally.rows.all, second.tally.rows.all
+    one, two = first.counts.rows.all, second.counts.rows.all
     in_one, in_two = np.isin(one["prompt"], two["prompt"]), np.isin(two["prompt"], one["prompt"])
     labels = []
     for found in (first, second):
-        keys, strengths = _labels(found.tally.comparisons.all)
+        keys, strengths = _labels(found.counts.comparisons.all)
         keys, places = np.unique(keys, return_index=True)
         labels.append((keys, strengths[places]))
     keys, strengths = (np.concatenate(parts) for parts in zip(*labels, strict=True))
@@ -327,8 +329,8 @@ def _lines(lines: np.ndarray) -> list[int]:
     return np.unique(lines).tolist()
 
 
-def _lengths(values: np.ndarray) -> Lengths:
-    return Lengths(*map(int, np.percentile(values, PERCENTILES)))
+def _lengths(values: np.ndarray) -> Percentiles:
+    return Percentiles(*map(int, np.percentile(values, PERCENTILES)))
 
 
 def _plain(found: Agreement | None) -> dict[str, Any] | None:

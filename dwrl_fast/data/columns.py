@@ -59,7 +59,7 @@ class Columns:
         if default is not REQUIRED and name not in self.mapping:
             return default
         raise DataError(
-            f"{self.source}: no column '{key}' among {listed(self.values)}; say which it is with --columns "
+            f"{self.source}: no column '{key}' among {quoted(self.values)}; say which it is with --columns "
             f"{name}={nearest(key, self.values) or 'NAME'}"
         )
 
@@ -134,7 +134,7 @@ class Columns:
         return DataError(f"{self.source}: '{name}' should hold {wanted}, not the {kind} {SHORT.repr(value)[:60]}")
 
 
-def listed(names: Mapping[str, Any]) -> str:
+def quoted(names: Mapping[str, Any]) -> str:
     """Column names for a message, of which a row may have any number."""
     shown = ", ".join(repr(name[:40]) for name in list(names)[:12])
     return (shown + ", ..." if len(names) > 12 else shown) or "none"

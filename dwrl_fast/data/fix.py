@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from dwrl_fast.data.check import Report
+from dwrl_fast.data.check import FileReport
 from dwrl_fast.data.jsonl import BOM, JsonLines
-from dwrl_fast.data.opening import open_rows
-from dwrl_fast.data.sources import RowSource
+from dwrl_fast.data.locations import open_rows
+from dwrl_fast.data.row_source import RowSource
 from dwrl_fast.errors import ConfigError, DataError
 
 
@@ -36,7 +36,7 @@ def refuse_existing(out: Path) -> None:
         raise ConfigError(f"--fix {out}: its folder does not exist; make it first")
 
 
-def fix(path: str | Path, report: Report, out: Path) -> Fixed:
+def fix(path: str | Path, report: FileReport, out: Path) -> Fixed:
     """Write the rows that `report` has as used to `out`, as they stand, and the others to OUT.quarantine.jsonl.
 
     A row of a JSONL file keeps its bytes, but for a byte-order mark and the end of the line; one of another source is

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from dwrl_fast.data.columns import listed, nearest
+from dwrl_fast.data.columns import nearest, quoted
 from dwrl_fast.errors import DataError
 
 
@@ -66,7 +66,7 @@ def check_first(form: Format, values: Mapping[str, object], mapping: Mapping[str
         if theirs not in values:
             near = nearest(theirs, values) or "NAME"
             raise DataError(
-                f"{source}: no column '{theirs}' among {listed(values)}; say which it is with --columns {ours}={near}"
+                f"{source}: no column '{theirs}' among {quoted(values)}; say which it is with --columns {ours}={near}"
             )
         if ours not in form.columns:
             raise DataError(
@@ -80,6 +80,6 @@ def unrecognised(values: Mapping[str, object], source: str) -> DataError:
         " and ".join(sorted(needs)) for form in FORMATS if form is not BINARYMAGN for needs in form.needs
     )
     return DataError(
-        f"{source}: the columns {listed(values)} are those of no format. Needed are {wanted}. Where they have other "
+        f"{source}: the columns {quoted(values)} are those of no format. Needed are {wanted}. Where they have other "
         "names, say so: --columns chosen=THEIR_NAME"
     )

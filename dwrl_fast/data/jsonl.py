@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from dwrl_fast.data.sources import START, Position, Row
+from dwrl_fast.data.row_source import START, Position, Row
 from dwrl_fast.errors import DataError
 
 GZIP = b"\x1f\x8b"

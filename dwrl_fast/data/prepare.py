@@ -8,18 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dwrl_fast.data.columns import Unusable, listed
+from dwrl_fast.data.columns import Unusable, quoted
+from dwrl_fast.data.counts import prompt_digest, used_lines
 from dwrl_fast.data.published import DATA_SETS, DataSet
 from dwrl_fast.data.reading import Reader
-from dwrl_fast.data.sources import START, Position, Row
+from dwrl_fast.data.row_source import START, Position, Row
 from dwrl_fast.data.tables import library, readable
-from dwrl_fast.data.tally import prompt_digest, used_lines
 from dwrl_fast.errors import ConfigError, DataError
 
 FILES = ("train.jsonl", "test.jsonl", "prepared.json")
 REMEDY = "can it be reached from here? --source names a copy on disk"
 
-Published = Iterable[Mapping[str, Any]]
+PublishedRows = Iterable[Mapping[str, Any]]
 
 
 @dataclass
@@ -56,14 +56,14 @@ class Split:
         return {name: value for name, value in vars(self).items() if name != "prompts"}
 
 
-def refuse_used(folder: Path) -> None:
+def refuse_written(folder: Path) -> None:
     """Raises ConfigError where a file that will be written is there already."""
     for name in FILES:
         if (folder / name).exists():
             raise ConfigError(f"--output_dir {folder} holds {name} already, and nothing is overwritten; name another")
 
 
-def prepare(
+def prepare_data_set(
     name: str,
     folder: Path,
     *,
@@ -79,7 +79,7 @@ def prepare(
     time: as many as the papers took, or as `train_rows` and `test_rows` say. Raises DataError where the files cannot be
     read, are of another schema, or leave nothing.
     """
-    refuse_used(folder)
+    refuse_written(folder)
     data, where = DATA_SETS[name], source or str(DATA_SETS[name].repository)
     found = {split: _read(rows, data, f"{name}:{split}") for split, rows in _load(name, source).items()}
     train, test = found["train"], found.get("test")
@@ -110,7 +110,7 @@ def _count(prompts: Mapping[int, list[str]]) -> int:
     return sum(map(len, prompts.values()))
 
 
-def _load(name: str, source: str | None) -> dict[str, Published]:
+def _load(name: str, source: str | None) -> dict[str, PublishedRows]:
     """The published rows of each split, read as they are asked for."""
     data = DATA_SETS[name]
     path, files = source or data.repository, dict(data.files)
@@ -132,7 +132,7 @@ def _load(name: str, source: str | None) -> dict[str, Published]:
     return {split: _rows(splits[split], where) for split in files}
 
 
-def _rows(split: Published, name: str) -> Iterator[Mapping[str, Any]]:
+def _rows(split: PublishedRows, name: str) -> Iterator[Mapping[str, Any]]:
     with readable(name, REMEDY):
         yield from split
 
@@ -140,7 +140,7 @@ def _rows(split: Published, name: str) -> Iterator[Mapping[str, Any]]:
 class Converted:
     """A RowSource of the rows that published ones make. `made` has each with the number of the published one."""
 
-    def __init__(self, published: Published, data: DataSet, name: str) -> None:
+    def __init__(self, published: PublishedRows, data: DataSet, name: str) -> None:
         self.published, self.data, self.name = published, data, name
         self.read = 0
         self.made: dict[int, tuple[int, dict[str, Any]]] = {}
@@ -165,11 +165,11 @@ class Converted:
         except (LookupError, TypeError, AttributeError, ValueError) as error:
             raise DataError(
                 f"{self.name}, row {self.read}: not as the data set is published ({type(error).__name__}: {error}); "
-                f"its columns are {listed(row)}. Is it the right file?"
+                f"its columns are {quoted(row)}. Is it the right file?"
             ) from error
 
 
-def _read(published: Published, data: DataSet, name: str) -> Split:
+def _read(published: PublishedRows, data: DataSet, name: str) -> Split:
     """Every published row, judged by the reader that will read the files."""
     source, found = Converted(published, data, name), Split()
     reader = Reader(source)

@@ -56,7 +56,7 @@ def ranking(row: Columns, ties: Ties, rankings: Rankings) -> Groups:
     if rankings == "plackett_luce" and len(found) > 2 and not best_of_n and not too_many:
         return Groups([_group(found, like, ties)], {})
     two = _best_against_each(found) if best_of_n else itertools.combinations(found, 2)
-    pairs, notes = compare(two, replace(like, row=row.source), ties)
+    pairs, notes = compare_ranked(two, replace(like, row=row.source), ties)
     if not pairs:
         raise Unusable(_no_pair(found))
     if best_of_n:
@@ -66,7 +66,7 @@ def ranking(row: Columns, ties: Ties, rankings: Rankings) -> Groups:
     return Groups(pairs, notes)
 
 
-def compare(
+def compare_ranked(
     two: Iterable[tuple[Ranked, Ranked]], like: Preference, ties: Ties
 ) -> tuple[list[Preference], Counter[str]]:
     """Pairs, the better first, as preferences with the prompt, aspect and row of `like`; their sources begin with its.

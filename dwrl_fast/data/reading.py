@@ -5,8 +5,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
+from dwrl_fast.data.binary import pair, pair_with_magnitude
 from dwrl_fast.data.columns import Columns, Unusable
-from dwrl_fast.data.demonstrations import demonstration
 from dwrl_fast.data.formats import (
     BINARYMAGN,
     DEMONSTRATION,
@@ -19,12 +19,12 @@ from dwrl_fast.data.formats import (
     recognise,
     unrecognised,
 )
-from dwrl_fast.data.opening import open_rows
-from dwrl_fast.data.pairs import pair, pair_with_magnitude
+from dwrl_fast.data.judgements import demonstration
+from dwrl_fast.data.locations import open_rows
 from dwrl_fast.data.preference import Dataset, Preference, Rankings, Ties
 from dwrl_fast.data.rankings import Groups, ranking
+from dwrl_fast.data.row_source import START, Position, Row, RowSource
 from dwrl_fast.data.singles import Key, Single, compare_singles, single
-from dwrl_fast.data.sources import START, Position, Row, RowSource
 from dwrl_fast.errors import DataError
 from dwrl_fast.log import info_once
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from dwrl_fast.data.columns import REQUIRED, Columns, conversation
 from dwrl_fast.data.preference import Message, Preference, Ties
-from dwrl_fast.data.rankings import Groups, Ranked, compare, ranks_of
+from dwrl_fast.data.rankings import Groups, Ranked, compare_ranked, ranks_of
 
 Key = tuple[tuple[tuple[str, str], ...], str | None]  # the prompt's roles and contents, and the aspect
 
@@ -45,7 +45,7 @@ def compare_singles(rows: Sequence[Single], name: str, ties: Ties) -> tuple[Grou
     found = [Ranked(row.completion, rank, row.score, row.line) for row, rank in zip(rows, ranks, strict=True)]
     found.sort(key=lambda response: response.rank)
     like = replace(rows[0].preference(name), row=f"{name}:{rows[0].line}")
-    pairs, notes = compare(itertools.combinations(found, 2), like, ties)
+    pairs, notes = compare_ranked(itertools.combinations(found, 2), like, ties)
     used = {line for pair in pairs for line in pair.lines}
     reason = "no other score for its prompt" if len(rows) > 1 else "the only completion of its prompt"
     return Groups(pairs, notes), [(reason, row.line) for row in rows if row.line not in used]

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dwrl_fast.data.sources import START, Position, Row
+from dwrl_fast.data.row_source import START, Position, Row
 from dwrl_fast.errors import DataError
 
 BATCH = 64  # rows turned into Python objects at once

@@ -14,7 +14,7 @@ import numpy as np
 
 from dwrl_fast.dialog import Dialog, SingleTurn
 from dwrl_fast.embedded import attributes
-from dwrl_fast.embedded.formats import EVALUATE, RATE, warmup_arrays
+from dwrl_fast.embedded.arrays import EVALUATE, RATE, warmup_arrays
 from dwrl_fast.embedded.task import draw_claims, prompts, write_pairs
 from dwrl_fast.embedded.templates import RATIONALIZER, TEMPLATES, UNTRAINED
 from dwrl_fast.embedded.tokenizer import make_tokenizer
@@ -110,7 +110,7 @@ def prepare(
             write_pairs(path, *draw_claims(prompts(split), count, share, data_rng))
 
     model = draw_model(plan, seed)
-    draw = attributes.warmup_arrays if task == "attributes" else warmup_arrays
+    draw = attributes.attribute_arrays if task == "attributes" else warmup_arrays
     warm_up(model, plan, prompts("train"), warmup_rng, progress, draw)
     state = state_reached(model, prompts("dev"), 1024, seed) if task == "sums" else {}
     made = Embedded(folder / "model", **paths, seconds=time.perf_counter() - started, state=state)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dwrl_fast.embedded.formats import EVALUATE, RATE, digit_ids, either, interleave, join
+from dwrl_fast.embedded.arrays import EVALUATE, RATE, digit_ids, either, interleave, join
 from dwrl_fast.embedded.task import MODULUS, Array, Noise, prompts
 from dwrl_fast.embedded.tokenizer import IDS, WORDS
 
@@ -80,11 +80,11 @@ def _said(texts: Array, noise: Noise, rng: np.random.Generator) -> Array:
     return np.where(slip, np.clip(said + rng.choice([-1, 1], said.shape), 0, LENGTH), said)
 
 
-def warmup_arrays(
+def attribute_arrays(
     pool: Array, count: int, easy_fraction: float, noise: Noise, rng: np.random.Generator
 ) -> tuple[Array, Array]:
     """Ids and targets [B, W], padded on the right, of `count` (a multiple of 3) sequences in the three formats, as
-    `formats.warmup_arrays` gives those of the first task; nothing here is easy.
+    `arrays.warmup_arrays` gives those of the first task; nothing here is easy.
     """
     each = count // 3
     digits = digit_ids(pool[rng.integers(0, len(pool), (3, each))])

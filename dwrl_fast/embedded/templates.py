@@ -7,7 +7,7 @@ folder, and stay there when it is trained and saved.
 from pathlib import Path
 
 from dwrl_fast.dialog import Template
-from dwrl_fast.embedded.formats import EVALUATE, RATE
+from dwrl_fast.embedded.arrays import EVALUATE, RATE
 
 _COMPARE = "compare {prompt} A {response_a} B {response_b}"
 TEMPLATES = {

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dwrl_fast.embedded.formats import IGNORED, dialog, warmup_arrays
+from dwrl_fast.embedded.arrays import IGNORED, dialog, warmup_arrays
 from dwrl_fast.embedded.task import Array, Claims, Noise, Thoughts, draw_claims
 from dwrl_fast.embedded.tokenizer import IDS
 
@@ -24,7 +24,7 @@ THOUGHT_TOKENS = 12  # of a well-formed thought, with its end-of-turn
 
 
 @dataclass(frozen=True)
-class Stage:
+class WarmupStage:
     name: str
     steps: int
     learning_rate: float
@@ -42,10 +42,10 @@ class Warmup:
     heads: int = 4
     intermediate_size: int = 256
     batch_size: int = 96
-    stages: tuple[Stage, ...] = field(
+    stages: tuple[WarmupStage, ...] = field(
         default=(
-            Stage("clean", 400, 4e-3, Noise()),
-            Stage("noisy", 250, 1.5e-3, Noise(step_error=0.2, sycophancy=0.55, flip=0.1, lazy=0.3)),
+            WarmupStage("clean", 400, 4e-3, Noise()),
+            WarmupStage("noisy", 250, 1.5e-3, Noise(step_error=0.2, sycophancy=0.55, flip=0.1, lazy=0.3)),
         )
     )
 
@@ -70,7 +70,7 @@ def draw_model(plan: Warmup, seed: int) -> LlamaForCausalLM:
         return LlamaForCausalLM(config)
 
 
-def _factor(step: int, stage: Stage) -> float:
+def _factor(step: int, stage: WarmupStage) -> float:
     """Linear warm-up, then a cosine to a tenth."""
     if step < stage.warmup_steps:
         return (step + 1) / stage.warmup_steps

@@ -1,21 +1,31 @@
-"""Preferences and a dialog become what is asked: contexts to sample thoughts for, or sequences to score; and sampled
-thoughts close their contexts to groups. Nothing here samples, writes or runs a model.
+"""Preferences and a dialog become what is asked: requests to sample thoughts for, or sequences to score; and sampled
+thoughts close their requests to groups. Pure functions and immutable records: nothing here samples, writes or runs a
+model.
 """
 
-from dwrl_fast.encode.comparisons import Comparison, both_orders, comparison_contexts, drawn_orders, label_groups
+from dwrl_fast.encode.comparisons import Comparison, both_orders, drawn_orders
+from dwrl_fast.encode.completions import completion_groups, plain_groups
 from dwrl_fast.encode.demonstrations import demonstration_group
 from dwrl_fast.encode.fitting import drop_long, fit
 from dwrl_fast.encode.group import Group
-from dwrl_fast.encode.responses import closed_groups, completion_groups, plain_groups, response_contexts
+from dwrl_fast.encode.request import (
+    Request,
+    closed_groups,
+    comparison_requests,
+    label_groups,
+    read_thoughts,
+    response_requests,
+)
 from dwrl_fast.encode.thought import Thought
 
 __all__ = [
     "Comparison",
     "Group",
+    "Request",
     "Thought",
     "both_orders",
     "closed_groups",
-    "comparison_contexts",
+    "comparison_requests",
     "completion_groups",
     "demonstration_group",
     "drawn_orders",
@@ -23,5 +33,6 @@ __all__ = [
     "fit",
     "label_groups",
     "plain_groups",
-    "response_contexts",
+    "read_thoughts",
+    "response_requests",
 ]

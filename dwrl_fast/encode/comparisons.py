@@ -7,8 +7,6 @@ from itertools import combinations, permutations
 import numpy as np
 
 from dwrl_fast.data import Preference
-from dwrl_fast.dialog import SingleTurn
-from dwrl_fast.encode.group import Group
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +21,7 @@ class Comparison:
 
     @property
     def places(self) -> tuple[int, int]:
+        """Both, in the order in which they are shown."""
         return self.first, self.second
 
 
@@ -45,22 +44,3 @@ def drawn_orders(rows: Sequence[Preference], seed: int) -> list[list[Comparison]
 def _comparison(row: Preference, i: int, j: int) -> Comparison:
     ranks = row.ranks or range(len(row.responses))
     return Comparison(i, j, None if ranks[i] == ranks[j] else int(ranks[i] > ranks[j]))
-
-
-def comparison_contexts(
-    rows: Sequence[Preference], asked: Sequence[Sequence[Comparison]], dialog: SingleTurn
-) -> list[list]:
-    """The contexts of each row's comparisons."""
-    return [
-        [dialog.context(row.prompt, [row.responses[k] for k in each.places], row.aspect) for each in comparisons]
-        for row, comparisons in zip(rows, asked, strict=True)
-    ]
-
-
-def label_groups(rows: Sequence[Preference], asked: Sequence[Sequence[Comparison]], dialog: SingleTurn) -> list[Group]:
-    """One group a row with a sequence for each comparison, at whose end the label is read; nothing is sampled."""
-    contexts = comparison_contexts(rows, asked, dialog)
-    return [
-        Group(row, [[dialog.sequence(context, [])] for context in of_row])
-        for row, of_row in zip(rows, contexts, strict=True)
-    ]

@@ -12,7 +12,7 @@ FORMS: Forms = {"pairwise": (write_choice, read_choice), "pointwise": (write_sco
 
 
 def demonstration_group(row: Demonstration, dialog: Dialog | SingleTurn) -> Group:
-    """The thought in `thought`; the verdict in it too, or where the template has labels in `right`.
+    """The thought in `thought`; the verdict in it too, or where the template has labels in `labels`.
 
     Raises TemplateError where the template shows another number of responses, or does not know the verdict.
     """
@@ -32,7 +32,7 @@ def demonstration_group(row: Demonstration, dialog: Dialog | SingleTurn) -> Grou
         ids = dialog.thought_ids(_with_verdict(row.thought, row.verdict, kind))
         return Group(row, [[dialog.sequence(context, ids)]])
     ids = dialog.thought_ids(row.thought) if isinstance(dialog, Dialog) else []
-    return Group(row, [[dialog.sequence(context, ids)]], right=[labels.index(row.verdict)])
+    return Group(row, [[dialog.sequence(context, ids)]], labels=[labels.index(row.verdict)])
 
 
 def _with_verdict(thought: str, verdict: str, kind: str) -> str:

@@ -1,14 +1,18 @@
-"""A sampled thought."""
+"""A thought that a model wrote."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class Thought:
-    """ids: the sampled tokens, with the stop token when one was sampled. logprobs: nats, one a token, under the
-    sampling distribution. ended: whether a stop token was sampled before the limit.
+    """ids: its tokens, with the stop token when one was sampled. logprobs: nats, one a token, under the policy that the
+    trained one's ratio is taken to: as sampled, or as computed again; empty where no ratio is taken. ended: whether a
+    stop token was sampled before the limit. reward: what a method gives for it; None where it gives none.
+
+    Of a policy that is trained on responses, the response stands in its place.
     """
 
     ids: list[int]
     logprobs: list[float]
     ended: bool
+    reward: float | None = None

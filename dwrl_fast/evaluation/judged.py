@@ -8,20 +8,19 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from dwrl_fast.api import Scorer
-from dwrl_fast.encode import Group, both_orders
 from dwrl_fast.evaluation.pairs import PairReport, full_report
 from dwrl_fast.evaluation.units import Units
-from dwrl_fast.scoring import marginal_scores
+from dwrl_fast.scoring import ScoredGroup, marginal_scores
+from dwrl_fast.scoring.scorer import Scorer
 
 
 @dataclass(frozen=True, slots=True)
 class Judged:
     """One group of K responses, best first: a pair, or a ranking that is read as one.
 
-    scores: K, in nats, the log of the mean over the response's thoughts or contests. verdicts: as of `Group`, or the
-    scores of each thought. comparisons: C, which two are shown, in this order. thoughts, ended: their texts, in the
-    shape of `verdicts`, and whether they closed themselves. unparsable, first_shares, token_scores: as of `Group`.
+    scores: K, in nats, the log of the mean over the response's thoughts or comparisons. verdicts: as of `ScoredGroup`,
+    or the scores of each thought. comparisons: C, which two are shown, in this order. thoughts, ended: their texts, in
+    the shape of `verdicts`, and whether they closed themselves. The rest is as of `ScoredGroup`.
     """
 
     source: str
@@ -47,14 +46,15 @@ class Judged:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
 
-def judged(scorer: Scorer, groups: Sequence[Group]) -> list[Judged]:
+def judged(scorer: Scorer, groups: Sequence[ScoredGroup]) -> list[Judged]:
     """What `scorer` gave for each of `groups`."""
     scores = marginal_scores(groups).tolist()
     return [_judged(scorer, group, row) for group, row in zip(groups, scores, strict=True)]
 
 
-def _judged(scorer: Scorer, group: Group, scores: list[float]) -> Judged:
-    row, decode = group.preference, scorer.dialog.tokenizer.decode
+def _judged(scorer: Scorer, found: ScoredGroup, scores: list[float]) -> Judged:
+    group, decode = found.group, scorer.dialog.tokenizer.decode
+    row = group.preference
     count = len(row.responses)
     return Judged(
         source=row.source,
@@ -62,13 +62,13 @@ def _judged(scorer: Scorer, group: Group, scores: list[float]) -> Judged:
         id=row.id,
         ranks=group.ranks,
         scores=scores[:count],
-        verdicts=[list(some) for some in group.verdicts or group.scores],
-        comparisons=[each.places for each in both_orders(row)] if scorer.compares else [],
-        thoughts=[[decode(one.ids[one.thought]) for one in each] for each in group.sequences] if group.ended else [],
-        ended=group.ended,
-        unparsable=group.unparsable,
-        first_shares=group.first_shares,
-        token_scores=[each[0] for each in group.token_scores],
+        verdicts=[list(some) for some in found.verdicts or found.scores],
+        comparisons=[each.places for each in found.comparisons],
+        thoughts=[[decode(one.ids[one.thought]) for one in each] for each in group.sequences] if group.thoughts else [],
+        ended=[[thought.ended for thought in some] for some in group.thoughts],
+        unparsable=found.unparsable,
+        first_shares=found.first_shares,
+        token_scores=found.token_scores,
     )
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dwrl_fast.api import Scorer
 from dwrl_fast.data import Cluster, Preference
 from dwrl_fast.dialog import Dialog, SingleTurn
 from dwrl_fast.dialog.chat import user
@@ -19,6 +18,7 @@ from dwrl_fast.errors import DataError
 from dwrl_fast.evaluation.scoring import Score, Steps
 from dwrl_fast.evaluation.units import Units
 from dwrl_fast.scoring import Progress, marginal_scores
+from dwrl_fast.scoring.scorer import Scorer
 from dwrl_fast.templates import fill
 
 

@@ -53,7 +53,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON: null stands for what is not finite."""
-        return plain(dataclasses.asdict(self))
+        return finite(dataclasses.asdict(self))
 
 
 def make_report(
@@ -250,10 +250,10 @@ def _cell(value: Any) -> str:
     return "".join(f"\\{c}" if c in r"\|`*_<>[]#" else c for c in text)
 
 
-def plain(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no inf and no nan: null stands for them, however deep."""
     if isinstance(value, Mapping):
-        return {name: plain(each) for name, each in value.items()}
+        return {name: finite(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(each) for each in value]
+        return [finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -8,17 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 
-from dwrl_fast.api import Scorer
 from dwrl_fast.compute import step_seed
 from dwrl_fast.data import Preference
-from dwrl_fast.encode import Group
 from dwrl_fast.errors import ConfigError
 from dwrl_fast.evaluation.judged import Judged, judged
 from dwrl_fast.lock import hold
-from dwrl_fast.scoring import Progress
+from dwrl_fast.scoring import Progress, ScoredGroup
+from dwrl_fast.scoring.scorer import Scorer
 
 Item = TypeVar("Item")
-Score = Callable[[Sequence[Preference]], list[Group]]
+Score = Callable[[Sequence[Preference]], list[ScoredGroup]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from dwrl_fast.data import Preference
 from dwrl_fast.data.mixture import short_names
 from dwrl_fast.data.preference import LINES
-from dwrl_fast.encode import Group
 from dwrl_fast.evaluation.pairs import PairReport, full_report
 from dwrl_fast.evaluation.units import Units
 from dwrl_fast.log import warn_once
 from dwrl_fast.objectives.agreement import order_accuracy, rank_grid
-from dwrl_fast.scoring import marginal_scores
+from dwrl_fast.scoring import ScoredGroup, marginal_scores
 
 
 def source_of(row: Preference) -> str:
@@ -19,51 +18,51 @@ def source_of(row: Preference) -> str:
     return LINES.sub("", row.source)
 
 
-def source_accuracy(groups: Sequence[Group], names: Mapping[str, str]) -> dict[str, float]:
+def source_accuracy(groups: Sequence[ScoredGroup], names: Mapping[str, str]) -> dict[str, float]:
     """Mean accuracy of the scores that `groups` hold, by the name that `names` gives to their source.
 
     A source is left out if it has no group here, or none with an ordered pair; so is a group that holds no score of
     each response, as with methods that only compare them.
     """
-    found = {}
-    scored = [group for group in groups if len(group.scores) == len(group.preference.responses)]
+    accuracies = {}
+    scored = [found for found in groups if len(found.scores) == len(found.group.preference.responses)]
     for name, part in _parts(scored, names).items():
-        credit = order_accuracy(marginal_scores(part), rank_grid([group.ranks for group in part]))
+        credit = order_accuracy(marginal_scores(part), rank_grid([each.group.ranks for each in part]))
         if len(credit):
-            found[name] = credit.mean().item()
-    return found
+            accuracies[name] = credit.mean().item()
+    return accuracies
 
 
-def source_reports(groups: Sequence[Group], seed: int) -> dict[str, PairReport]:
+def source_reports(groups: Sequence[ScoredGroup], seed: int) -> dict[str, PairReport]:
     """The report over all `groups`, which hold their scores, as ""; of each of several sources under its short name.
 
     DataError as from `pair_report`; a source that alone would raise it is said, and left out.
     """
     found = {"": _report(groups, seed)}
-    sources = dict.fromkeys(source_of(group.preference) for group in groups)
+    sources = dict.fromkeys(source_of(each.group.preference) for each in groups)
     for name, part in _parts(groups, short_names(list(sources))).items() if len(sources) > 1 else ():
-        if any(len(set(group.ranks)) > 1 for group in part):
+        if any(len(set(each.group.ranks)) > 1 for each in part):
             found[name] = _report(part, seed)
         else:
             warn_once(f"{name} has no accuracy of its own: the responses of each of its rows all tie.")
     return found
 
 
-def _parts(groups: Sequence[Group], names: Mapping[str, str]) -> dict[str, list[Group]]:
-    found: dict[str, list[Group]] = {name: [] for name in names.values()}
-    for group in groups:
-        found[names[source_of(group.preference)]].append(group)
+def _parts(groups: Sequence[ScoredGroup], names: Mapping[str, str]) -> dict[str, list[ScoredGroup]]:
+    found: dict[str, list[ScoredGroup]] = {name: [] for name in names.values()}
+    for each in groups:
+        found[names[source_of(each.group.preference)]].append(each)
     return {name: part for name, part in found.items() if part}
 
 
-def _report(groups: Sequence[Group], seed: int) -> PairReport:
-    a_token = [dataclasses.replace(group, scores=group.token_scores) for group in groups if group.token_scores]
+def _report(groups: Sequence[ScoredGroup], seed: int) -> PairReport:
+    a_token = [dataclasses.replace(each, scores=[[score] for score in each.token_scores]) for each in groups]
     return full_report(
         marginal_scores(groups),
-        [group.ranks for group in groups],
+        [each.group.ranks for each in groups],
         seed,
-        Units.of([group.preference for group in groups]),
-        unparsable=sum(group.unparsable for group in groups),
-        first_shares=[share for group in groups for share in group.first_shares],
-        token_scores=marginal_scores(a_token) if a_token else None,
+        Units.of([each.group.preference for each in groups]),
+        unparsable=sum(each.unparsable for each in groups),
+        first_shares=[share for each in groups for share in each.first_shares],
+        token_scores=marginal_scores(a_token) if groups[0].token_scores else None,
     )

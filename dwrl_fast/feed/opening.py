@@ -16,6 +16,7 @@ from dwrl_fast.feed.memory import Shuffled
 from dwrl_fast.feed.source import Source, with_aspect
 from dwrl_fast.feed.stream import Streamed
 from dwrl_fast.log import logger
+from dwrl_fast.methods import METHODS
 from dwrl_fast.progress import Display
 
 Read = Callable[..., Dataset]  # (name of the file, columns, limit)
@@ -25,7 +26,7 @@ def open_feed(config: TrainConfig, dialog: Dialog | SingleTurn, display: Display
     """The rows to train on, and the most tokens that a sequence of them has with an empty thought (of a stream, which
     is not known beforehand, --max_length). DataError where a file cannot be read or has no usable row.
     """
-    demonstrated = config.method == "sft"
+    demonstrated = METHODS[config.method].demonstrations
     parts = config.dataset_mixture or (Part(str(config.dataset_name), 1.0),)
     streams = ["order", *(f"order {i}" for i in range(1, len(parts)))]
     sources: list[Source] = []

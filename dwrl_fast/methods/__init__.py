@@ -1,11 +1,12 @@
-"""The methods behind `--method`. A method is one file that says what it samples, what it trains and how it gives a
-verdict; loop, batches, rollout, checkpoints and evaluation are shared. registry.py names them.
+"""The methods behind `--method`. A method is one file that says what it asks, how it rewards, what its loss is, which
+options it has, and by which traits the other rooms know it. None of them holds a model. registry.py names them.
 """
 
 from importlib import import_module
 
-from dwrl_fast.methods.method import Method, Tally
-from dwrl_fast.registry import REGISTRY
+from dwrl_fast.methods.method import Method
+from dwrl_fast.methods.metrics import StepMetrics
+from dwrl_fast.methods.registry import WHERE
 
 
 def _load(where: str) -> type[Method]:
@@ -14,6 +15,6 @@ def _load(where: str) -> type[Method]:
     return found
 
 
-METHODS: dict[str, type[Method]] = {name: _load(entry.where) for name, entry in REGISTRY.items()}
+METHODS: dict[str, type[Method]] = {method.name: method for method in map(_load, WHERE)}
 
-__all__ = ["METHODS", "Method", "Tally"]
+__all__ = ["METHODS", "Method", "StepMetrics"]

@@ -5,44 +5,68 @@ head reads with it: its last token is then the one after which `dwrl` reads its 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from dwrl_fast.batching.batch import Batch, Size
-from dwrl_fast.compute import Compute
-from dwrl_fast.config import TrainConfig
 from dwrl_fast.data import Preference
-from dwrl_fast.dialog import Dialog
-from dwrl_fast.encode import Group
-from dwrl_fast.errors import ModelError
-from dwrl_fast.methods.method import Method, Tally
-from dwrl_fast.models.model import load_generative, place
+from dwrl_fast.encode import Group, plain_groups
+from dwrl_fast.errors import ConfigError
+from dwrl_fast.methods.method import Method
+from dwrl_fast.methods.metrics import StepMetrics
+from dwrl_fast.methods.options import method_option
 from dwrl_fast.objectives.agreement import order_credit, rank_grid
 from dwrl_fast.objectives.likelihood import preference_likelihood
-from dwrl_fast.sampling.transformers import TransformersSampler
-from dwrl_fast.scoring import PrefilledThoughts, Progress, Runtime, ScalarScorer, fill_scores
+from dwrl_fast.options import Options
 
-PREFILLED = "prefilled.jsonl"  # in the run's folder
+
+@dataclass(frozen=True, kw_only=True)
+class PrefilledOptions(Options):
+    """Of `bt` alone."""
+
+    prefilled_thoughts: bool = method_option(
+        False,
+        "Each response is read with one greedy thought about it, written by the model as it was before training. The "
+        "thoughts are kept in prefilled.jsonl in --output_dir; to score later, that model must stay where it is.",
+    )
 
 
 class BradleyTerry(Method):
+    """A scalar reward, trained by the likelihood of the preferences."""
+
     name = "bt"
+    summary = "a scalar head under the Bradley-Terry loss, without thoughts"
+    options = (PrefilledOptions,)
     scalar = True
-    scorer: ScalarScorer
+    verdict = "reward"
     preparation = "prepare inputs"
 
-    def __init__(self, config: TrainConfig, dialog: Dialog, compute: Compute):
-        super().__init__(config, dialog, compute)
-        if self.scorer.thoughts is not None and config.output_dir is not None:
-            self.scorer.thoughts.keep_in(Path(config.output_dir) / PREFILLED)
+    @classmethod
+    def validate(cls, config: Any) -> None:
+        if config.prefilled_thoughts and config.model_config is not None:
+            raise ConfigError(
+                "prefilled_thoughts with model_config: the thoughts are written by the model before training, which "
+                "must be found again to score later. Give it as --model_name_or_path."
+            )
 
     @classmethod
-    def make_scorer(cls, runtime: Runtime, card: dict[str, Any]) -> ScalarScorer:
-        if "prefilled_by" not in card:
-            return ScalarScorer(runtime)
-        return ScalarScorer(runtime, _prefilled(runtime, card["prefilled_by"], card["max_completion_length"]))
+    def takes(cls, config: Any) -> frozenset[str]:
+        return frozenset(("max_completion_length", "generation_batch_size") if config.prefilled_thoughts else ())
+
+    @classmethod
+    def embedded_recipe(cls, given: dict[str, Any]) -> str:
+        return "bt-prefilled" if given.get("prefilled_thoughts") else cls.name
+
+    @property
+    def thoughts_each(self) -> int:
+        return int(self.config.prefilled_thoughts)
+
+    @property
+    def sampling_temperature(self) -> float:
+        return 0.0
 
     def card(self) -> dict[str, Any]:
         if not self.config.prefilled_thoughts:
@@ -57,37 +81,23 @@ class BradleyTerry(Method):
     def phases(self) -> tuple[str, ...]:
         return ("score",)
 
-    def rollout(
-        self, rows: Sequence[Preference], seed: int, progress: Progress
-    ) -> tuple[list[Group], dict[str, float]]:
-        return self.scorer.groups(rows, progress), {}
+    def groups(self, rows: Sequence[Preference], seed: int) -> list[Group]:
+        return plain_groups(rows, self.dialog)
 
-    def loss(self, phase: str, batch: Batch, minibatch: Size, tally: Tally) -> Tensor:
-        flat = self.model(batch)
-        fill_scores(batch, flat)
-        rewards = batch.grid(flat)[..., 0]
-        ranks = [group.ranks for group in batch.groups]
-        losses = preference_likelihood(ranks, [group.preference.margin for group in batch.groups])(rewards)
-        grid = rank_grid(ranks).to(rewards.device, non_blocking=True)
-        tally.add("loss", losses)
-        accuracy, ordered = order_credit(rewards, grid)
-        tally.add("reward_chosen", rewards, where=grid == 1)
-        tally.add("reward_rejected", rewards, where=grid > 1)
-        tally.add("train_accuracy", accuracy, where=ordered)
-        return losses.sum() / minibatch.groups
+    def loss(self, phase: str, model: Any, batch: Batch, minibatch: Size, metrics: StepMetrics) -> Tensor:
+        return reward_loss(batch, model(batch), metrics) / minibatch.groups
 
 
-def _prefilled(runtime: Runtime, writer: str, max_tokens: int) -> PrefilledThoughts:
-    """Thoughts of the language model `writer`, which stands beside the one of `runtime` and stays as it is."""
-    try:
-        model = place(load_generative(writer, None, 0), runtime.compute, runtime.layout, thinks=True)
-    except ModelError as error:
-        raise ModelError(f"this model reads thoughts that {writer} writes, which must be there too. {error}") from error
-    sampler = TransformersSampler(
-        model.requires_grad_(False).lm,
-        runtime.dialog.stop_ids,
-        runtime.dialog.pad_id,
-        batch_size=runtime.sampling_batch,
-        autocast=runtime.compute.autocast,
-    )
-    return PrefilledThoughts(sampler, runtime.dialog, max_tokens)
+def reward_loss(batch: Batch, flat: Tensor, metrics: StepMetrics) -> Tensor:
+    """The likelihood (docs/method.md, 2.1) of rewards [S], one a response, in nats: a scalar, summed over groups."""
+    metrics.add_scores(batch, flat)
+    rewards = batch.grid(flat)[..., 0]
+    ranks = [group.ranks for group in batch.groups]
+    losses = preference_likelihood(ranks, [group.preference.margin for group in batch.groups])(rewards)
+    grid = rank_grid(ranks).to(rewards.device, non_blocking=True)
+    metrics.add("loss", losses)
+    accuracy, ordered = order_credit(rewards, grid)
+    metrics.add("reward_chosen", rewards, where=grid == 1)
+    metrics.add("reward_rejected", rewards, where=grid > 1)
+    metrics.add("train_accuracy", accuracy, where=ordered)
+    return losses.sum()

@@ -2,19 +2,19 @@
 jointly.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from dwrl_fast import ops
 from dwrl_fast.batching.batch import Batch, Size
-from dwrl_fast.data import Preference
-from dwrl_fast.encode import Group, response_contexts
-from dwrl_fast.methods.generative import GenerativeMethod
-from dwrl_fast.methods.method import Tally
-from dwrl_fast.models.model import HeadInputs
+from dwrl_fast.errors import ConfigError
+from dwrl_fast.methods.generative import ClippedMethod
+from dwrl_fast.methods.metrics import StepMetrics
+from dwrl_fast.models.heads import HeadInputs
 from dwrl_fast.objectives.agreement import order_credit, rank_grid
 from dwrl_fast.objectives.dual_weighted import (
     centred_reward,
@@ -25,52 +25,108 @@ from dwrl_fast.objectives.dual_weighted import (
 )
 from dwrl_fast.objectives.likelihood import preference_likelihood
 from dwrl_fast.ops import PreferenceWeights
-from dwrl_fast.sampling import sample_groups
-from dwrl_fast.scoring import GenerativeScorer, Progress, Runtime, Scorer, fill_scores, read_scores
+from dwrl_fast.options import POSITIVE, Options, option
+
+dwrl_option = partial(option, group="DWRL")
+optimizer_option = partial(option, group="Optimizer")
 
 
-class DualWeightedRL(GenerativeMethod):
+@dataclass(frozen=True, kw_only=True)
+class DualOptions(Options):
+    """The options of `dwrl` and `btpo`. The defaults are the paper's."""
+
+    alternate: Literal["minibatch", "rollout", "joint"] = dwrl_option(
+        "minibatch",
+        "How the two updates take turns, A (scores) and B (thoughts). minibatch: A then B on each minibatch. rollout:"
+        " every A of the rollout batch, then every B. joint: both in one update.",
+    )
+    joint_reward: Literal["centred", "standardised"] = dwrl_option(
+        "standardised",
+        "The thoughts' advantages: their weights less 1/n, or divided by their spread as well.",
+        needs=("alternate", "joint"),
+    )
+    misalignment_weight: bool = dwrl_option(
+        True,
+        "Weight each pair by the probability that the model has it the wrong way round. off is the paper's ablation.",
+    )
+    score_normalization: Literal["vocab", "yes_no"] = dwrl_option(
+        "vocab",
+        "The score is the log-probability of Yes: over the whole vocabulary (the paper's), or over Yes and No alone.",
+    )
+    thought_normalization: Literal["paper", "likelihood"] = dwrl_option(
+        "paper",
+        "paper: thoughts are averaged over n and over their tokens. likelihood: plain sums; A and B together are then"
+        " the consistent estimator of the marginal likelihood's gradient, and B is far larger.",
+    )
+    score_learning_rate: float | None = optimizer_option(
+        None, "For update A alone. none: --learning_rate.", bound=POSITIVE
+    )
+    thought_learning_rate: float | None = optimizer_option(
+        None, "For update B alone. none: --learning_rate.", bound=POSITIVE
+    )
+    optimizer_state: Literal["shared", "per_phase"] = optimizer_option(
+        "shared",
+        "Gradients of A are often ten times those of B, and in a shared state A's second moment then starves B. "
+        "per_phase keeps AdamW's moments twice: 8 bytes a parameter more.",
+    )
+
+
+class DualWeightedRL(ClippedMethod):
+    """Scores and thoughts are trained in turn, or jointly, by the weights of DWRL Eq. 12."""
+
     name = "dwrl"
-    card_options = (*GenerativeMethod.card_options, "score_normalization")
+    summary = "thoughts and scores are learnt together, weighted by how far the model is from the preference"
+    options = (*ClippedMethod.options, DualOptions)
+    card_options = (*ClippedMethod.card_options, "score_normalization")
+    verdict = "label after a thought"
 
     @classmethod
-    def make_scorer(cls, runtime: Runtime, card: dict[str, Any]) -> Scorer:
-        return GenerativeScorer(
-            runtime, card["score_normalization"], card["temperature"], card["max_completion_length"]
-        )
+    def validate(cls, config: Any) -> None:
+        super().validate(config)
+        phased = [
+            name for name in ("score_learning_rate", "thought_learning_rate") if getattr(config, name) is not None
+        ]
+        phased += ["optimizer_state = per_phase"] if config.optimizer_state == "per_phase" else []
+        if config.alternate == "joint" and phased:
+            raise ConfigError(
+                f"{' and '.join(phased)} with alternate = joint: its one update holds both terms, and has one"
+                " learning rate and one optimizer state. Use --learning_rate and --optimizer_state shared, or another"
+                " --alternate."
+            )
+
+    @classmethod
+    def embedded_recipe(cls, given: dict[str, Any]) -> str:
+        return "btpo" if given.get("alternate") == "joint" else cls.name
 
     @property
     def phases(self) -> tuple[str, ...]:
         return ("joint",) if self.config.alternate == "joint" else ("score", "thought")
 
+    @property
+    def phase_by_phase(self) -> bool:
+        return self.config.alternate == "rollout"
+
+    @property
+    def separate_states(self) -> bool:
+        return self.config.optimizer_state == "per_phase"
+
     def learning_rate(self, phase: str) -> float:
         own = {"score": self.config.score_learning_rate, "thought": self.config.thought_learning_rate}.get(phase)
         return self.config.learning_rate if own is None else own
 
-    def rollout(
-        self, rows: Sequence[Preference], seed: int, progress: Progress
-    ) -> tuple[list[Group], dict[str, float]]:
-        config = self.config
-        groups = sample_groups(
-            rows,
-            response_contexts(rows, self.dialog),
-            self.dialog,
-            self.sampler,
-            config.num_generations,
-            max_tokens=config.max_completion_length,
-            temperature=config.temperature,
-            seed=seed,
-            progress=progress,
-        )
-        return groups, self.sampled(groups)
-
-    def loss(self, phase: str, batch: Batch, minibatch: Size, tally: Tally) -> Tensor:
+    def loss(self, phase: str, model: Any, batch: Batch, minibatch: Size, metrics: StepMetrics) -> Tensor:
+        """Phase `score` is DWRL Eq. 13, `thought` Eq. 14, `joint` their sum; the mean over preference groups."""
         groups = minibatch.groups
-        head = self.model(batch, tokens=phase != "score")
-        # Phase B reads the recomputed weights from its own forward, but does not train the score.
-        with torch.set_grad_enabled(phase != "thought"):
-            scores, mass = read_scores(head, self.dialog, self.config.score_normalization, mass=phase != "thought")
-            grid = batch.grid(scores)
+        head = model(batch, tokens=phase != "score")
+        labels, normalization = self.dialog.label_ids, self.config.score_normalization
+        if phase == "thought":  # it reads the recomputed weights from its own forward, but does not train the score
+            with torch.no_grad():
+                scores = head.scores(labels, normalization)
+        else:
+            scores, mass = head.scores_and_mass(labels, normalization)
+            metrics.add("label_mass", mass)
+            metrics.add_scores(batch, scores)
+        grid = batch.grid(scores)
         ranks = [group.ranks for group in batch.groups]
         likelihood = preference_likelihood(ranks, [group.preference.margin for group in batch.groups])
         weights = ops.preference_weights(likelihood, grid, batch.valid)
@@ -78,19 +134,16 @@ class DualWeightedRL(GenerativeMethod):
         total = grid.new_zeros(())
         if phase != "thought":
             total = total + score_objective(grid, c, weights.weights, batch.valid) / groups
-            tally.add("score_loss", total * groups, count=len(batch.groups))
-            self._tally_scores(tally, weights, c, rank_grid(ranks).to(c.device, non_blocking=True))
-            assert mass is not None
-            tally.add("label_mass", mass)
-            fill_scores(batch, scores)
+            metrics.add("score_loss", total * groups, count=len(batch.groups))
+            self._add_scores(metrics, weights, c, rank_grid(ranks).to(c.device, non_blocking=True))
         if phase != "score":
-            thought = self._thought_loss(head, batch, c, weights.weights, groups, tally)
-            tally.add("thought_loss", thought * groups, count=len(batch.groups))
+            thought = self._thought_loss(head, batch, c, weights.weights, groups, metrics)
+            metrics.add("thought_loss", thought * groups, count=len(batch.groups))
             total = total + thought
         return total
 
     def _thought_loss(
-        self, head: HeadInputs, batch: Batch, c: Tensor, weights: Tensor, groups: int, tally: Tally
+        self, head: HeadInputs, batch: Batch, c: Tensor, weights: Tensor, groups: int, metrics: StepMetrics
     ) -> Tensor:
         config = self.config
         standardised = config.alternate == "joint" and config.joint_reward == "standardised"
@@ -99,17 +152,17 @@ class DualWeightedRL(GenerativeMethod):
             c, reward, batch.grid(batch.lengths), batch.valid, batch.grid(batch.trained), config.thought_normalization
         )
         advantage, weight = batch.flat(signal.advantage), batch.flat(signal.token_weight) / groups
-        tally.add("advantage", advantage.abs())
-        return self.clipped_loss(head, batch, advantage, weight, tally)
+        metrics.add("advantage", advantage.abs())
+        return self.clipped_loss(head, batch, advantage, weight, metrics)
 
-    def _tally_scores(self, tally: Tally, weights: PreferenceWeights, c: Tensor, ranks: Tensor) -> None:
+    def _add_scores(self, metrics: StepMetrics, weights: PreferenceWeights, c: Tensor, ranks: Tensor) -> None:
         best = ranks == 1
-        tally.add("loss", weights.losses)
-        tally.add("p_chosen", weights.marginals.exp(), where=best)
-        tally.add("p_rejected", weights.marginals.exp(), where=ranks > 1)
-        tally.add("misalignment", (weights.coefficients * best).sum(-1))
+        metrics.add("loss", weights.losses)
+        metrics.add("p_chosen", weights.marginals.exp(), where=best)
+        metrics.add("p_rejected", weights.marginals.exp(), where=ranks > 1)
+        metrics.add("misalignment", (weights.coefficients * best).sum(-1))
         pull = c.abs().sum(-1) / 2  # |c| of either side of a pair
-        tally.add("pair_weight", pull)
-        tally.add("pair_weight_squared", pull.square())
+        metrics.add("pair_weight", pull)
+        metrics.add("pair_weight_squared", pull.square())
         accuracy, ordered = order_credit(weights.marginals, ranks)
-        tally.add("train_accuracy", accuracy, where=ordered)
+        metrics.add("train_accuracy", accuracy, where=ordered)

@@ -1,100 +1,84 @@
 """What the methods that train a language model on its own thoughts have in common."""
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from dwrl_fast import ops
 from dwrl_fast.batching.batch import Batch
-from dwrl_fast.compute import Compute
-from dwrl_fast.config import TrainConfig
-from dwrl_fast.dialog import Dialog, SingleTurn
-from dwrl_fast.encode import Group
+from dwrl_fast.data import Preference
+from dwrl_fast.encode import Group, Request
 from dwrl_fast.errors import ConfigError
-from dwrl_fast.methods.method import Method, Tally
-from dwrl_fast.models.model import HeadInputs
-from dwrl_fast.scoring import fill_logprobs
+from dwrl_fast.methods.method import Method
+from dwrl_fast.methods.metrics import StepMetrics
+from dwrl_fast.methods.options import RatioOptions, SamplingOptions, WritingOptions
+from dwrl_fast.models.heads import HeadInputs
+from dwrl_fast.options import Options
 
 
 class GenerativeMethod(Method):
-    thinks = True
+    """n thoughts a context, sampled by the model as it stands."""
+
+    options: ClassVar[tuple[type[Options], ...]] = (WritingOptions, SamplingOptions)
     card_options: ClassVar[tuple[str, ...]] = ("temperature", "max_completion_length")
+    preparation = "sample thoughts"
+    thinks = True
 
-    def __init__(self, config: TrainConfig, dialog: Dialog | SingleTurn, compute: Compute):
-        if config.old_logprobs == "sampler" and not compute.float32:
+    @classmethod
+    def validate(cls, config: Any) -> None:
+        if cls.contrasts and config.num_generations < 2:
             raise ConfigError(
-                "--old_logprobs sampler needs a sampler that computes in float32, and this one computes in "
-                f"{compute.dtype}: its rounding would pass for a change of the policy. Use recompute, or --dtype fp32."
+                "num_generations = 1: with one thought there is nothing to compare it with (its weight is 1 and its "
+                "advantage 0), so that no thought would be learnt. Give at least 2 (the papers use 4)."
             )
-        super().__init__(config, dialog, compute)
-        assert self.runtime.sampler is not None
-        self.sampler = self.runtime.sampler
 
-    def sampled(self, groups: list[Group]) -> dict[str, float]:
-        """What is worth logging of thoughts just sampled; their old log-probs become the trainer's where they must."""
-        logs = thought_figures(groups)
-        source = self.config.old_logprobs
-        if source == "recompute" or (source == "auto" and not self.sampler.float32):
-            logs |= self.recompute_old_logprobs(groups)
-        return logs
+    @property
+    def thoughts_each(self) -> int:
+        return self.config.num_generations if self.trains else 0
 
-    @torch.no_grad()
-    def recompute_old_logprobs(self, groups: Sequence[Group]) -> dict[str, float]:
-        """The trainer's own log-probs in place of the sampler's, before anything is updated; how far the two were
-        apart, in nats.
-        """
-        gaps = []
-        for batch in self.layout.batches(groups):
-            with self.compute.autocast():
-                fresh = self.token_logprobs(self.model(batch, tokens=True), batch)
-            assert batch.old_logprob is not None
-            gaps.append((fresh - batch.old_logprob).abs())
-            fill_logprobs(batch, fresh)
-        gap = torch.cat(gaps)
-        return {"sampler_gap_mean": gap.mean().item(), "sampler_gap_max": gap.max().item()}
+    def figures(
+        self, rows: Sequence[Preference], requests: Sequence[Request], sampled: list[Group], kept: list[Group],
+        unread: int,
+    ) -> dict[str, float]:  # fmt: skip
+        """How long thoughts are, in tokens, and how many were cut at the limit."""
+        ended = [thought.ended for group in sampled for some in group.thoughts for thought in some]
+        sizes = [one.thought.stop - one.thought.start for group in sampled for one in group.flat]
+        if not sizes:
+            return {}
+        return {
+            "thought_length": sum(sizes) / len(sizes),
+            "thought_tokens": float(sum(sizes)),
+            "truncation_rate": 1 - sum(ended) / len(ended),
+        }
 
-    def token_logprobs(self, head: HeadInputs, batch: Batch) -> Tensor:
-        """log pi(o_t | .) of every thought token, [T], differentiable in the head's inputs."""
-        return ops.linear_logprob(
-            head.token,
-            head.weight,
-            batch.targets,
-            bias=head.bias,
-            temperature=self.config.temperature,
-            softcap=head.softcap,
-        )
+
+class ClippedMethod(GenerativeMethod):
+    """With the clipped objective over the thoughts' tokens, its ratio taken to what sampled them."""
+
+    options = (*GenerativeMethod.options, RatioOptions)
+    contrasts = True
+    old_policy = "sampler"
+
+    @property
+    def trained_temperature(self) -> float:
+        return self.config.temperature
 
     def clipped_loss(
-        self, head: HeadInputs, batch: Batch, advantage: Tensor, token_weight: Tensor, tally: Tally
+        self, head: HeadInputs, batch: Batch, advantage: Tensor, token_weight: Tensor, metrics: StepMetrics
     ) -> Tensor:
-        """-sum_t weight min(g A, clip(g) A), from the advantage and the token weight of each sequence, both [S]."""
+        """-sum_t weight min(g A, clip(g) A) (DWRL Eq. 14), from the advantage and the token weight of each sequence,
+        both [S]; a scalar.
+        """
         config = self.config
         assert batch.old_logprob is not None
-        result = ops.linear_policy_loss(
-            head.token,
-            head.weight,
+        result = head.policy_loss(
             batch.targets,
             batch.old_logprob,
             advantage[batch.owner],
             token_weight[batch.owner],
             clip_low=config.epsilon,
             clip_high=config.epsilon if config.epsilon_high is None else config.epsilon_high,
-            temperature=config.temperature,
-            softcap=head.softcap,
-            bias=head.bias,
+            temperature=self.trained_temperature,
         )
-        tally.policy.append(result.stats)
+        metrics.policy.append(result.stats)
         return result.loss
-
-
-def thought_figures(groups: Sequence[Group]) -> dict[str, float]:
-    """How long thoughts are, in tokens, and how many were cut at the limit."""
-    ended = [e for group in groups for response in group.ended for e in response]
-    sizes = [sequence.thought.stop - sequence.thought.start for group in groups for sequence in group.flat]
-    return {
-        "thought_length": sum(sizes) / len(sizes),
-        "thought_tokens": float(sum(sizes)),
-        "truncation_rate": 1 - sum(ended) / len(ended),
-    }

@@ -7,5 +7,8 @@ from dwrl_fast.methods.gram import Gram
 
 
 class GenRM(Gram):
+    """`gram` with the whole target on the right label."""
+
     name = "genrm"
+    summary = "gram with a plain target"
     smoothing = 0.0

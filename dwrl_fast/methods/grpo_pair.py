@@ -2,17 +2,13 @@
 (docs/method.md, 3). Every pair is shown in one order, drawn from the seed.
 """
 
-from collections.abc import Sequence
-
-from dwrl_fast.data import Preference
-from dwrl_fast.encode import Group
 from dwrl_fast.methods.grpo import GroupRelative
 from dwrl_fast.methods.verdicts import PairwiseVerdicts
-from dwrl_fast.scoring import Progress
 
 
 class PairwiseGroupRelative(PairwiseVerdicts, GroupRelative):
-    name = "grpo-pair"
+    """A verdict on two responses, rewarded where it is right."""
 
-    def sample(self, rows: Sequence[Preference], seed: int, progress: Progress) -> list[Group]:
-        return self.sample_verdicts(self.ask(rows, seed), seed, progress)
+    name = "grpo-pair"
+    summary = "a thought about both responses that ends with a verdict, rewarded where it is right"
+    options = GroupRelative.options

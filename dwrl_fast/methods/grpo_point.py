@@ -3,39 +3,28 @@ the numbers of the other responses it is on the right side of (docs/method.md, 3
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 from dwrl_fast.data import Preference
-from dwrl_fast.encode import Group, response_contexts
+from dwrl_fast.dialog import read_score
+from dwrl_fast.encode import Group, Request, read_thoughts
 from dwrl_fast.methods.grpo import GroupRelative
 from dwrl_fast.objectives.group_relative import point_rewards
-from dwrl_fast.sampling import sample_groups
-from dwrl_fast.scoring import PointScorer, Progress, Runtime, Scorer, read_points
 
 
 class PointwiseGroupRelative(GroupRelative):
+    """A number for each response, rewarded by the numbers of the others."""
+
     name = "grpo-point"
+    summary = "a thought about one response that ends with a number, rewarded by the numbers of the other"
     template = "pointwise"
+    verdict = "number after a thought"
 
-    @classmethod
-    def make_scorer(cls, runtime: Runtime, card: dict[str, Any]) -> Scorer:
-        return PointScorer(runtime, card["temperature"], card["max_completion_length"])
+    def requests(self, rows: Sequence[Preference], seed: int) -> list[Request]:
+        """Of responses that all tie nothing can be right."""
+        return super().requests([row for row in rows if len(set(row.ranks)) != 1], seed)
 
-    def sample(self, rows: Sequence[Preference], seed: int, progress: Progress) -> list[Group]:
-        kept = [row for row in rows if len(set(row.ranks)) != 1]  # of responses that all tie nothing can be right
-        groups = sample_groups(
-            kept,
-            response_contexts(kept, self.dialog),
-            self.dialog,
-            self.sampler,
-            self.config.num_generations,
-            max_tokens=self.config.max_completion_length,
-            temperature=self.config.temperature,
-            seed=seed,
-            progress=progress,
-        )
-        for group in groups:
-            points = read_points(group, self.dialog)
-            group.unparsable = sum(row.count(None) for row in points)
-            group.rewards = point_rewards(points, group.ranks)
-        return groups
+    def reward(self, requests: Sequence[Request], groups: list[Group]) -> tuple[list[Group], int]:
+        points = [read_thoughts(group, self.dialog, read_score) for group in groups]
+        unread = sum(each.count(None) for some in points for each in some)
+        rewarded = zip(groups, points, strict=True)
+        return [group.with_rewards(point_rewards(some, group.ranks)) for group, some in rewarded], unread

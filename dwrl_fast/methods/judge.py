@@ -4,26 +4,25 @@ A model that judges in a form of its own is asked by a template of its own (--te
 same where it ends with `<answer>[[A]]</answer>` or B, as RM-R1's does.
 """
 
-from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from dwrl_fast.batching.batch import Batch, Size
-from dwrl_fast.data import Preference
-from dwrl_fast.methods.method import Tally
+from dwrl_fast.methods.metrics import StepMetrics
+from dwrl_fast.methods.options import WritingOptions
 from dwrl_fast.methods.verdicts import PairwiseVerdicts
-from dwrl_fast.scoring import Progress
 
 
 class Judge(PairwiseVerdicts):
+    """A model that judges two responses as it is."""
+
     name = "judge"
+    summary = "nothing is trained; the model is evaluated as it is, and saved so that evaluate can use it"
+    options = (WritingOptions,)
     trains = False
 
     @property
     def phases(self) -> tuple[str, ...]:
         return ()
 
-    def rollout(self, rows: Sequence[Preference], seed: int, progress: Progress) -> NoReturn:
-        raise NotImplementedError("a judge is not trained")
-
-    def loss(self, phase: str, batch: Batch, minibatch: Size, tally: Tally) -> NoReturn:
+    def loss(self, phase: str, model: Any, batch: Batch, minibatch: Size, metrics: StepMetrics) -> NoReturn:
         raise NotImplementedError("a judge is not trained")

@@ -1,177 +1,158 @@
-"""What every method is to the trainer, and the tally in which a step's figures add up over its micro-batches."""
+"""What every method is to the other rooms."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
-from dwrl_fast import ops
 from dwrl_fast.batching.batch import Batch, Size
-from dwrl_fast.batching.layout import Layout
-from dwrl_fast.compute import Compute
-from dwrl_fast.config import TrainConfig
 from dwrl_fast.data import Preference
 from dwrl_fast.dialog import Dialog, SingleTurn
-from dwrl_fast.encode import Group
-from dwrl_fast.models.adapters import Lora
-from dwrl_fast.models.liger import use_liger
-from dwrl_fast.models.model import load_generative, load_scalar, place
-from dwrl_fast.models.pretrained import save_pretrained, try_saving
-from dwrl_fast.sampling.transformers import TransformersSampler
-from dwrl_fast.scoring import Progress, Runtime, Scorer
+from dwrl_fast.encode import Group, Request, response_requests
+from dwrl_fast.methods.metrics import StepMetrics
+from dwrl_fast.options import Options
 
-
-@dataclass(slots=True)
-class Tally:
-    """Sums with their counts, kept on the device; means are taken once a step, so that they do not depend on
-    micro-batches.
-    """
-
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    counts: dict[str, int | Tensor] = field(default_factory=dict)
-    policy: list[Tensor] = field(default_factory=list)
-
-    def add(self, name: str, values: Tensor, count: int | None = None, where: Tensor | None = None) -> None:
-        """Each of `values` counts once, or each where `where` is true, unless they are a sum over `count` already."""
-        taken = values.detach().double()
-        total = taken.sum() if where is None else torch.where(where, taken, 0).sum()
-        more = where.sum() if where is not None else values.numel() if count is None else count
-        self.sums[name] = self.sums[name] + total if name in self.sums else total
-        self.counts[name] = self.counts.get(name, 0) + more
-
-    def means(self) -> dict[str, float]:
-        """Means by name, nan where nothing was counted, and what the policy loss counted. Synchronises."""
-        counts = {name: int(count) for name, count in self.counts.items()}
-        found = {name: total.item() / counts[name] if counts[name] else math.nan for name, total in self.sums.items()}
-        if self.policy:
-            stats = ops.read_stats(ops.combine_stats(self.policy))
-            found |= {"ratio": stats["ratio"], "ratio_max": stats["ratio_max"], "clip_fraction": stats["clipped"]}
-            found |= {"entropy": stats["entropy"], "trained_tokens": stats["tokens"], "invalid": stats["invalid"]}
-        return found
+OldPolicy = Literal["sampler", "itself", "start"]
+"""Whose log-probs a ratio is taken to: what sampled the thoughts (or the same model, as the trainer computes it); the
+model as it is before the step's updates; the model that the run started from.
+"""
 
 
 class Method(ABC):
-    """One way to train a preference model: what it samples, what it trains, how the model gives its verdict.
+    """One way to train a preference model. It holds no model: what a step needs of one is handed to it.
 
+    Traits, by which the other rooms know a method:
+
+    name, summary: in `--method` and in its help. preparation: what a rollout does, for the progress bar.
+    options: the classes of options that have an effect under it. card_options: those that the model's card holds.
     template: the kind of template that it judges by; other_templates: those that it takes too where one is given.
-    scalar: whether its model has a scalar head in place of a language model's. thinks: whether the model writes
-    thoughts. trains: whether it does; otherwise the model is evaluated and saved. phases: the updates that one
-    minibatch gets, in order; each has its own learning rate. card_options: the options that its card holds.
+    scalar: the model has a scalar head in place of a language model's.
+    verdict: how the model gives its verdict, a name of `scoring.VERDICTS`.
+    thinks: a thought precedes the verdict. contrasts: one thought alone about a context would teach nothing.
+    trains: False where the model is only evaluated and saved. demonstrations: it takes rows with thought and verdict.
+    old_policy: whose log-probs its ratio is taken to; None without a ratio.
+    selects: only some of what is sampled is trained.
     """
 
     name: ClassVar[str]
+    summary: ClassVar[str]
+    preparation: ClassVar[str] = "encode"
+    options: ClassVar[tuple[type[Options], ...]] = ()
+    card_options: ClassVar[tuple[str, ...]] = ()
     template: ClassVar[str] = "dialog"
     other_templates: ClassVar[tuple[str, ...]] = ()
     scalar: ClassVar[bool] = False
+    verdict: ClassVar[str]
     thinks: ClassVar[bool] = False
+    contrasts: ClassVar[bool] = False
     trains: ClassVar[bool] = True
-    card_options: ClassVar[tuple[str, ...]] = ()
-    preparation: ClassVar[str] = "sample thoughts"  # what a rollout does, for the bar
+    demonstrations: ClassVar[bool] = False
+    old_policy: ClassVar[OldPolicy | None] = None
+    selects: ClassVar[bool] = False
+
+    config: Any  # a TrainConfig
     dialog: Any  # a Dialog or SingleTurn, as `template` says
 
-    def __init__(self, config: TrainConfig, dialog: Dialog | SingleTurn, compute: Compute):
-        self.config, self.dialog, self.compute = config, dialog, compute
-        self.layout = Layout(
-            config.packing,
-            config.token_budget,
-            dialog.pad_id,
-            compute.device,
-            mask_truncated=config.truncated_thoughts == "mask",
-        )
-        self.runtime = self.load(
-            config.model_name_or_path,
-            config.model_config,
-            config.seed,
-            dialog,
-            compute,
-            self.layout,
-            config.generation_batch_size,
-            lora_of(config, compute),
-            new_head=True,
-        )
-        self.model = self.runtime.model
-        if config.use_liger_kernel:
-            use_liger(self.model.lm)
-        self.scorer = self.make_scorer(self.runtime, self.card())
+    def __init__(self, config: Any, dialog: Dialog | SingleTurn):
+        self.config, self.dialog = config, dialog
 
     @classmethod
-    def load(
-        cls,
-        name_or_path: str | None,
-        config_path: str | None,
-        seed: int,
-        dialog: Dialog | SingleTurn,
-        compute: Compute,
-        layout: Layout,
-        sampling_batch: int,
-        lora: Lora | None = None,
-        *,
-        new_head: bool = False,
-    ) -> Runtime:
-        """The model from a folder or hub name, or drawn from a configuration, ready to run on `compute.device`.
+    def validate(cls, config: Any) -> None:
+        """Raise ConfigError where options contradict each other under this method."""
+        return
 
-        new_head: a scalar head that the folder does not hold is drawn, to be trained.
+    @classmethod
+    def takes(cls, config: Any) -> frozenset[str]:
+        """Options that have an effect here, by name, beside those of `options`."""
+        return frozenset()
+
+    @classmethod
+    def embedded_recipe(cls, given: dict[str, Any]) -> str:
+        """The file of its options on the embedded task, under what the user gave."""
+        return cls.name
+
+    # What is asked
+
+    @property
+    def thoughts_each(self) -> int:
+        """Thoughts that a step samples for each context; 0 where it samples none."""
+        return 0
+
+    @property
+    def sampling_temperature(self) -> float:
+        """That they are sampled at; 0 is greedy."""
+        return self.config.temperature
+
+    @property
+    def writer(self) -> str | None:
+        """Another model, a folder or a hub name, that writes them. None: the one that is trained."""
+        return None
+
+    @property
+    def question(self) -> Any:
+        """The Dialog or SingleTurn in which they are asked for."""
+        return self.dialog
+
+    def requests(self, rows: Sequence[Preference], seed: int) -> list[Request]:
+        """What thoughts are sampled for, in the dialog `question`; rows in which nothing can be judged are left out."""
+        return response_requests(rows, self.question)
+
+    def groups(self, rows: Sequence[Preference], seed: int) -> list[Group]:
+        """What is trained on, of a method that samples no thoughts."""
+        raise NotImplementedError(f"{self.name} samples its thoughts")
+
+    # How it is rewarded
+
+    def reward(self, requests: Sequence[Request], groups: list[Group]) -> tuple[list[Group], int]:
+        """The sampled groups with a reward for each thought, where the method gives one; and how many of the verdicts
+        could not be read.
         """
-        if cls.scalar:
-            scalar = load_scalar(name_or_path, config_path, seed, dialog.pad_id, lora, new_head=new_head)
-            return Runtime(place(scalar, compute, layout), dialog, compute, layout, sampling_batch=sampling_batch)
-        generative = load_generative(name_or_path, config_path, seed, lora)
-        model = place(generative, compute, layout, thinks=cls.thinks)
-        sampler = TransformersSampler(
-            model.lm,
-            dialog.stop_ids,
-            dialog.pad_id,
-            batch_size=sampling_batch,
-            autocast=compute.autocast,
-            float32=compute.float32,
-        )
-        return Runtime(model, dialog, compute, layout, sampler, sampling_batch)
+        return groups, 0
 
-    @classmethod
-    @abstractmethod
-    def make_scorer(cls, runtime: Runtime, card: dict[str, Any]) -> Scorer:
-        """How the model, as it stands, scores responses; `card` as `card()` gave it."""
+    def keep(self, groups: list[Group], seed: int) -> list[Group]:
+        """The groups that are trained on, of those that were sampled and rewarded."""
+        return groups
+
+    def figures(
+        self, rows: Sequence[Preference], requests: Sequence[Request], sampled: list[Group], kept: list[Group],
+        unread: int,
+    ) -> dict[str, float]:  # fmt: skip
+        """What is worth logging of a rollout. unread: verdicts that could not be read."""
+        return {}
+
+    # What is trained
 
     @property
     @abstractmethod
-    def phases(self) -> tuple[str, ...]: ...
+    def phases(self) -> tuple[str, ...]:
+        """The updates that one minibatch gets, in order; each has its own learning rate."""
 
-    @abstractmethod
-    def rollout(
-        self, rows: Sequence[Preference], seed: int, progress: Progress
-    ) -> tuple[list[Group], dict[str, float]]:
-        """Encode the rows, sampling what the method needs (`progress` counts responses); the groups and what is worth
-        logging.
-        """
+    @property
+    def phase_by_phase(self) -> bool:
+        """Whether a phase goes through the whole rollout batch before the next begins."""
+        return False
 
-    @abstractmethod
-    def loss(self, phase: str, batch: Batch, minibatch: Size, tally: Tally) -> Tensor:
-        """The phase's loss over one micro-batch, a scalar divided by what the whole `minibatch` holds, so that it does
-        not depend on micro-batches.
-        """
+    @property
+    def separate_states(self) -> bool:
+        """Whether each phase has an optimizer state of its own."""
+        return False
+
+    @property
+    def trained_temperature(self) -> float:
+        """The temperature of the log-probs that a ratio is made of."""
+        return 1.0
 
     def learning_rate(self, phase: str) -> float:
+        """The peak learning rate of a phase."""
         return self.config.learning_rate
+
+    @abstractmethod
+    def loss(self, phase: str, model: Any, batch: Batch, minibatch: Size, metrics: StepMetrics) -> Tensor:
+        """The phase's loss over one micro-batch, a scalar divided by what the whole `minibatch` holds, so that it does
+        not depend on micro-batches. model: a `GenerativeModel` or `ScalarModel`, as `scalar` says.
+        """
 
     def card(self) -> dict[str, Any]:
         """What the JSON beside the saved model must hold so that it can be scored later."""
         return {"method": self.name} | {name: getattr(self.config, name) for name in self.card_options}
-
-    def save_model(self, folder: Path) -> None:
-        """A plain Hugging Face folder: weights as safetensors, tokenizer, and the card."""
-        save_pretrained(folder, self.model, self.dialog, self.card())
-
-    def try_saving(self, folder: Path) -> None:
-        """`save_model` on trial, before anything is trained."""
-        try_saving(folder, self.model, self.dialog, self.card())
-
-
-def lora_of(config: TrainConfig, compute: Compute) -> Lora | None:
-    if not config.use_peft:
-        return None
-    return Lora(config.lora_r, config.lora_alpha, config.lora_target_modules, config.load_in_4bit, compute)

@@ -8,47 +8,42 @@ from torch import Tensor
 
 from dwrl_fast.batching.batch import Batch, Size
 from dwrl_fast.data import Preference
-from dwrl_fast.encode import Group, both_orders, label_groups
-from dwrl_fast.methods.method import Method, Tally
+from dwrl_fast.encode import Group, both_orders, comparison_requests, label_groups
+from dwrl_fast.methods.method import Method
+from dwrl_fast.methods.metrics import StepMetrics
 from dwrl_fast.objectives.likelihood import preference_likelihood
-from dwrl_fast.scoring import ContestScorer, Progress, Runtime, Scorer
 
 RANKS = {0: (1, 2), 1: (2, 1), None: (1, 1)}  # by which of the two is right
 
 
 class PairRM(Method):
+    """A scalar head that says by how much the first of two responses leads."""
+
     name = "pairrm"
+    summary = "both responses in one prompt, with a scalar head"
     template = "direct"
     scalar = True
-    preparation = "encode"
-
-    @classmethod
-    def make_scorer(cls, runtime: Runtime, card: dict[str, Any]) -> Scorer:
-        return ContestScorer(runtime)
+    verdict = "lead"
 
     @property
     def phases(self) -> tuple[str, ...]:
         return ("score",)
 
-    def rollout(
-        self, rows: Sequence[Preference], seed: int, progress: Progress
-    ) -> tuple[list[Group], dict[str, float]]:
-        groups = label_groups(rows, [both_orders(row) for row in rows], self.dialog)
-        progress(sum(len(row.responses) for row in rows))
-        return groups, {}
+    def groups(self, rows: Sequence[Preference], seed: int) -> list[Group]:
+        return label_groups(comparison_requests(rows, [both_orders(row) for row in rows], self.dialog), self.dialog)
 
-    def loss(self, phase: str, batch: Batch, minibatch: Size, tally: Tally) -> Tensor:
+    def loss(self, phase: str, model: Any, batch: Batch, minibatch: Size, metrics: StepMetrics) -> Tensor:
         """h is by how much the first response leads the second, in nats: the likelihood of a pair of scores h and 0,
         with the pair's margin, for a tie of it; the mean over all comparisons.
         """
-        leads = self.model(batch)
+        leads = model(batch)
         asked = [
             (each.right, group.preference.margin) for group in batch.groups for each in both_orders(group.preference)
         ]
         likelihood = preference_likelihood([RANKS[right] for right, _ in asked], [margin for _, margin in asked])
         losses = likelihood(torch.stack([leads, torch.zeros_like(leads)], -1))
-        tally.add("loss", losses)
+        metrics.add("loss", losses)
         sign = torch.tensor([0 if right is None else 1 - 2 * right for right, _ in asked], device=leads.device)
         told = (leads * sign)[sign != 0]
-        tally.add("train_accuracy", (told > 0).double() + 0.5 * (told == 0))
+        metrics.add("train_accuracy", (told > 0).double() + 0.5 * (told == 0))
         return losses.sum() / minibatch.sequences

@@ -2,54 +2,54 @@
 (docs/methods.md).
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dwrl_fast import ops
 from dwrl_fast.batching.batch import Batch, Size
 from dwrl_fast.data import Demonstration, Preference
-from dwrl_fast.encode import Group, demonstration_group
-from dwrl_fast.methods.method import Method, Tally
-from dwrl_fast.scoring import PolicyScorer, Progress, Runtime, Scorer
+from dwrl_fast.encode import Group, completion_groups, demonstration_group
+from dwrl_fast.methods.method import Method
+from dwrl_fast.methods.metrics import StepMetrics
 
 
 class SupervisedFineTuning(Method):
-    name = "sft"
-    other_templates = ("pairwise", "pointwise", "direct")
-    preparation = "encode"
+    """Cross-entropy on responses, or on judgements."""
 
-    @classmethod
-    def make_scorer(cls, runtime: Runtime, card: dict[str, Any]) -> Scorer:
-        return PolicyScorer(runtime)
+    name = "sft"
+    summary = (
+        "a policy: the best response is imitated; also judgements (rows with a thought and a verdict, docs/data.md), "
+        "for another method to start from"
+    )
+    other_templates = ("pairwise", "pointwise", "direct")
+    verdict = "likelihood"
+    demonstrations = True
 
     @property
     def phases(self) -> tuple[str, ...]:
         return ("policy",)
 
-    def rollout(
-        self, rows: Sequence[Preference], seed: int, progress: Progress
-    ) -> tuple[list[Group], dict[str, float]]:
-        groups = []
-        for row in rows:
-            groups.append(demonstration_group(row, self.dialog) if isinstance(row, Demonstration) else self._best(row))
-            progress(len(row.responses))
-        return groups, {}
+    def groups(self, rows: Sequence[Preference], seed: int) -> list[Group]:
+        return [
+            demonstration_group(row, self.dialog) if isinstance(row, Demonstration) else self._best(row) for row in rows
+        ]
 
     def _best(self, row: Preference) -> Group:
-        best = row.responses[: row.ranks.count(1) or 1]
-        return Group(row, [[self.dialog.completion(row.prompt, response)] for response in best])
+        (group,) = completion_groups([row], self.dialog)
+        return dataclasses.replace(group, sequences=group.sequences[: row.ranks.count(1) or 1])
 
-    def loss(self, phase: str, batch: Batch, minibatch: Size, tally: Tally) -> Tensor:
-        """The mean over all trained tokens of the minibatch, labels among them."""
-        head = self.model(batch, tokens=True)
+    def loss(self, phase: str, model: Any, batch: Batch, minibatch: Size, metrics: StepMetrics) -> Tensor:
+        """-log p, the mean over all trained tokens of the minibatch, labels among them."""
+        head = model(batch, tokens=True)
         hidden, targets = head.token, batch.targets
-        if right := [label for group in batch.groups for label in group.right]:
-            labelled = torch.tensor([bool(group.right) for group in batch.groups for _ in group.flat]).to(hidden.device)
+        if right := [label for group in batch.groups for label in group.labels]:
+            labelled = torch.tensor([bool(group.labels) for group in batch.groups for _ in group.flat])
             labels = torch.tensor(self.dialog.label_ids).to(targets)[right]
-            hidden, targets = torch.cat([hidden, head.score[labelled]]), torch.cat([targets, labels])
-        logprob = ops.linear_logprob(hidden, head.weight, targets, bias=head.bias, softcap=head.softcap)
-        tally.add("loss", -logprob)
+            hidden = torch.cat([hidden, head.score[labelled.to(hidden.device)]])
+            targets = torch.cat([targets, labels])
+        logprob = head.logprobs(hidden, targets)
+        metrics.add("loss", -logprob)
         return -logprob.sum() / (minibatch.tokens + minibatch.labels)

@@ -2,85 +2,84 @@
 does not tell it (docs/methods.md). Another model may write them.
 """
 
+import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
-from dwrl_fast.compute import Compute
-from dwrl_fast.config import TrainConfig
+from dwrl_fast.compute import step_seed
 from dwrl_fast.data import Preference
-from dwrl_fast.dialog import Context, SingleTurn
-from dwrl_fast.encode import Group
+from dwrl_fast.dialog import SingleTurn, Template, load_template
+from dwrl_fast.encode import Group, Request, Thought, comparison_requests, drawn_orders
 from dwrl_fast.errors import ConfigError
-from dwrl_fast.methods.generative import GenerativeMethod
-from dwrl_fast.methods.star import select
+from dwrl_fast.methods.options import method_option
 from dwrl_fast.methods.star_sft import StarImitation
-from dwrl_fast.methods.verdicts import Asked
 from dwrl_fast.models.pretrained import load_tokenizer
-from dwrl_fast.sampling import Sampler
-from dwrl_fast.scoring import Progress
-from dwrl_fast.templates import Template, load_template
+from dwrl_fast.options import Options
+
+
+@dataclass(frozen=True, kw_only=True)
+class RationalizerOptions(Options):
+    """Who is asked for the rationales, and how."""
+
+    rationalizer_model: str | None = method_option(
+        None, "Another model, a folder or a hub name, that writes the thoughts to imitate. none: the model itself."
+    )
+    rationalizer_template: str = method_option(
+        "rationalizer",
+        "What it is asked: a template of kind rationalizer, by name or as a YAML file. It must lead to the verdict "
+        "that --template asks for.",
+    )
 
 
 class StarRationalizer(StarImitation):
+    """Imitation of thoughts that were written with the verdict given."""
+
     name = "star-rationalizer"
+    summary = "thoughts written with the verdict given are imitated"
+    options = (*StarImitation.options, RationalizerOptions)
     preparation = "write rationales"
 
-    def __init__(self, config: TrainConfig, dialog: SingleTurn, compute: Compute):
-        super().__init__(config, dialog, compute)
-        template = load_rationalizer(config.rationalizer_template)
-        if config.rationalizer_model is None:
-            self.question = SingleTurn(dialog.tokenizer, template, dialog.aspect, dialog.enable_thinking)
-            self.writer: Sampler = self.sampler
-        else:
-            self.question = SingleTurn(load_tokenizer(config.rationalizer_model), template, dialog.aspect)
-            self.writer = self.load_writer(config, self.question)
+    @property
+    def writer(self) -> str | None:
+        return self.config.rationalizer_model
 
-    def load_writer(self, config: TrainConfig, question: SingleTurn) -> Sampler:
-        runtime = GenerativeMethod.load(
-            config.rationalizer_model, None, 0, question, self.compute, self.layout, config.generation_batch_size
-        )
-        assert runtime.sampler is not None
-        runtime.model.requires_grad_(False)
-        return runtime.sampler
+    @cached_property
+    def question(self) -> SingleTurn:
+        template, dialog = load_rationalizer(self.config.rationalizer_template), self.dialog
+        if self.writer is None:
+            return SingleTurn(dialog.tokenizer, template, dialog.aspect, dialog.enable_thinking)
+        return SingleTurn(load_tokenizer(self.writer), template, dialog.aspect)
 
-    def rollout(
-        self, rows: Sequence[Preference], seed: int, progress: Progress
-    ) -> tuple[list[Group], dict[str, float]]:
-        asked = self.ask(rows, seed)
-        written = self.written(asked, self.given(asked), self.question, self.writer, seed, progress)
-        for group, contexts in zip(written, self.contexts(asked), strict=True):
-            self.ask_anew(group, contexts)
-        kept = [one for group in written for one in select(group, self.judged(group, right=True))]
-        return kept, self.figures(rows, asked, written, kept)
-
-    def given(self, asked: Asked) -> list[list[Context]]:
+    def requests(self, rows: Sequence[Preference], seed: int) -> list[Request]:
         """The questions that tell the verdict."""
-        return [
-            [
-                self.question.context(
-                    row.prompt, [row.responses[k] for k in each.places], row.aspect, "AB"[each.right or 0]
-                )
-                for each in some
-            ]
-            for row, some in asked
-        ]
+        drawn = drawn_orders(rows, step_seed(seed, "order", 0))
+        return comparison_requests(rows, drawn, self.question, tell_verdict=True)
 
-    def ask_anew(self, group: Group, contexts: Sequence[Context]) -> None:
-        """Put the group's thoughts, as they were written, after the questions that do not tell."""
-        group.sequences = [
-            [
-                self.dialog.sequence(context, self.own_ids(sequence.ids[sequence.thought], end))
-                for sequence, end in zip(sequences, ended, strict=True)
-            ]
-            for context, sequences, ended in zip(contexts, group.sequences, group.ended, strict=True)
-        ]
-        group.old_logprobs = []  # those of another question
+    def reward(self, requests: Sequence[Request], groups: list[Group]) -> tuple[list[Group], int]:
+        """Read as they were written; then put after the questions that do not tell."""
+        rewarded, unread = super().reward(requests, groups)
+        asked = zip(requests, rewarded, strict=True)
+        return [self._ask_anew(request, group) for request, group in asked], unread
 
-    def own_ids(self, ids: list[int], ended: bool) -> list[int]:
-        """A thought in the ids of the model that is trained: another model's goes by its text."""
-        if self.config.rationalizer_model is None:
-            return ids
-        own = self.dialog.thought_ids(self.question.tokenizer.decode(ids[: len(ids) - ended]))
-        return own if ended else own[:-1]
+    def _ask_anew(self, request: Request, group: Group) -> Group:
+        (own,) = comparison_requests([request.preference], [request.comparisons], self.dialog)
+        thoughts = [[self._own(thought) for thought in some] for some in group.thoughts]
+        sequences = [
+            [self.dialog.sequence(context, thought.ids) for thought in some]
+            for context, some in zip(own.contexts, thoughts, strict=True)
+        ]
+        return dataclasses.replace(group, sequences=sequences, thoughts=thoughts)
+
+    def _own(self, thought: Thought) -> Thought:
+        """In the ids of the model that is trained: the text of another model is encoded anew. The log-probs go, as they
+        are under another question.
+        """
+        ids = thought.ids
+        if self.writer is not None:
+            own = self.dialog.thought_ids(self.question.tokenizer.decode(ids[: len(ids) - thought.ended]))
+            ids = own if thought.ended else own[:-1]
+        return dataclasses.replace(thought, ids=ids, logprobs=[])
 
 
 def load_rationalizer(name: str) -> Template:

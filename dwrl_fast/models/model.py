@@ -7,7 +7,6 @@ the rest.
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,25 +30,11 @@ from dwrl_fast.models.adapters import (
     switched_off,
 )
 from dwrl_fast.models.backbone import backbone_states, keep_rotary, keep_softcap, refuse_past_rotary, rotary_limit
+from dwrl_fast.models.heads import HeadInputs
 from dwrl_fast.models.trial import admit
 
 Model = TypeVar("Model", "GenerativeModel", "ScalarModel")
 LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier_scale")
-
-
-@dataclass(frozen=True, slots=True)
-class HeadInputs:
-    """What the operators of the head take, for S sequences with T thought tokens.
-
-    score: [S, H], the hidden states at the sequences' last tokens. token: [T, H], the hidden states that predict the
-    thoughts' tokens, or [0, H] where they were not asked for. weight: [V, H]. bias: [V]. softcap: of the logits.
-    """
-
-    score: Tensor
-    token: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    softcap: float | None
 
 
 class PreferenceModel(nn.Module):

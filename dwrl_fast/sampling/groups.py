@@ -1,16 +1,14 @@
-"""From preferences to groups of sampled thoughts."""
+"""From requests to groups of sampled thoughts."""
 
 from collections.abc import Callable, Sequence
 
-from dwrl_fast.data import Preference
-from dwrl_fast.dialog import Context, Dialog, SingleTurn
-from dwrl_fast.encode import Group, closed_groups
+from dwrl_fast.dialog import Dialog, SingleTurn
+from dwrl_fast.encode import Group, Request, closed_groups
 from dwrl_fast.sampling.sampler import Sampler
 
 
 def sample_groups(
-    rows: Sequence[Preference],
-    contexts: Sequence[Sequence[Context]],
+    requests: Sequence[Request],
     dialog: Dialog | SingleTurn,
     sampler: Sampler,
     n: int,
@@ -20,15 +18,15 @@ def sample_groups(
     seed: int,
     progress: Callable[[int], None] | None = None,
 ) -> list[Group]:
-    """One group a row, with `n` thoughts for each of its `contexts`, which `progress` counts; old_logprobs are the
-    sampler's.
+    """One group a request, with `n` thoughts for each of its contexts, which `progress` counts. The contexts are those
+    of `dialog`.
     """
     thoughts = sampler.sample(
-        [context.ids for of_row in contexts for context in of_row],
+        [context.ids for request in requests for context in request.contexts],
         n,
         max_tokens=max_tokens,
         temperature=temperature,
         seed=seed,
         progress=progress,
     )
-    return closed_groups(rows, contexts, thoughts, dialog)
+    return closed_groups(requests, thoughts, dialog)

@@ -1,30 +1,32 @@
-"""How responses are scored under a trained model: a file for each way that a model gives its verdict."""
+"""How responses are scored under a trained model: a file for each way that a model gives its verdict, and the public
+`Scorer` over all of them.
+"""
 
-from dwrl_fast.scoring.comparison import ChoiceScorer, ContestScorer, LabelScorer, read_choices
-from dwrl_fast.scoring.generative import GenerativeScorer, read_scores
-from dwrl_fast.scoring.point import PointScorer, read_points
-from dwrl_fast.scoring.policy import PolicyScorer
-from dwrl_fast.scoring.prefilled import PrefilledThoughts
-from dwrl_fast.scoring.scalar import ScalarScorer
-from dwrl_fast.scoring.scorer import Kind, Progress, Runtime, Scorer, fill_logprobs, fill_scores, marginal_scores
+from dwrl_fast.scoring.comparison import ChoiceJudging, LabelJudging, LeadJudging
+from dwrl_fast.scoring.generative import GenerativeJudging
+from dwrl_fast.scoring.judging import Judging, Kind, Progress
+from dwrl_fast.scoring.point import PointJudging
+from dwrl_fast.scoring.policy import PolicyJudging
+from dwrl_fast.scoring.runtime import Runtime, load_runtime
+from dwrl_fast.scoring.scalar import ScalarJudging
+from dwrl_fast.scoring.scored import ScoredGroup, marginal_scores
+from dwrl_fast.scoring.verdicts import VERDICTS, judging_of
 
 __all__ = [
-    "ChoiceScorer",
-    "ContestScorer",
-    "GenerativeScorer",
+    "VERDICTS",
+    "ChoiceJudging",
+    "GenerativeJudging",
+    "Judging",
     "Kind",
-    "LabelScorer",
-    "PointScorer",
-    "PolicyScorer",
-    "PrefilledThoughts",
+    "LabelJudging",
+    "LeadJudging",
+    "PointJudging",
+    "PolicyJudging",
     "Progress",
     "Runtime",
-    "ScalarScorer",
-    "Scorer",
-    "fill_logprobs",
-    "fill_scores",
+    "ScalarJudging",
+    "ScoredGroup",
+    "judging_of",
+    "load_runtime",
     "marginal_scores",
-    "read_choices",
-    "read_points",
-    "read_scores",
 ]

@@ -2,78 +2,80 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import partial
-from typing import ClassVar
+from typing import Any
 
-from torch import Tensor
-
-from dwrl_fast import ops
 from dwrl_fast.batching.batch import Batch
 from dwrl_fast.data import Preference
-from dwrl_fast.dialog import Dialog, SingleTurn
 from dwrl_fast.encode import Group, completion_groups
+from dwrl_fast.errors import ModelError
+from dwrl_fast.log import warn_once
 from dwrl_fast.models.adapters import adapted
-from dwrl_fast.models.model import GenerativeModel, HeadInputs
 from dwrl_fast.objectives.direct_preference import implicit_reward, sequence_sums
-from dwrl_fast.scoring.scorer import Kind, Progress, Runtime, fill_logprobs, fill_scores
+from dwrl_fast.scoring.judging import Judging, Progress
+from dwrl_fast.scoring.runtime import Runtime, load_runtime
+from dwrl_fast.scoring.scored import ScoredGroup
 
 
-@dataclass(frozen=True, slots=True)
-class Reference:
-    """The model before its training; one with adapters is taken without them."""
-
-    runtime: Runtime
-
-    def fill_logprobs(self, groups: Sequence[Group]) -> None:
-        """The log-probs of the trained tokens under it become the groups' `old_logprobs`."""
-        model = self.runtime.model
-        with model.reference() if adapted(model.lm) else nullcontext():
-            for batch, logprobs in self.runtime.run_batches(groups, partial(_logprobs, model)):
-                fill_logprobs(batch, logprobs)
-
-
-@dataclass(frozen=True, slots=True)
-class PolicyScorer:
-    """log pi(y | x), summed over the response's tokens with its end-of-turn, times `beta`; with a reference, less that
-    one's: the implicit reward. Without a reference `token_scores` are filled too. It has no thoughts, so votes change
-    nothing.
+class PolicyJudging(Judging):
+    """log pi(y | x), summed over the response's tokens with its end-of-turn, times beta; less that of the frozen model
+    that the policy was trained from, where its card names one: the implicit reward. Without it `token_scores` are
+    filled too. It has no thoughts, so votes change nothing.
     """
 
-    thinks: ClassVar[bool] = False
-    kind: ClassVar[Kind] = "score"
-    runtime: Runtime
-    reference: Reference | None = None
-    beta: float = 1.0
+    kind = "score"
 
-    @property
-    def dialog(self) -> Dialog | SingleTurn:
-        return self.runtime.dialog
+    def __init__(self, runtime: Runtime, card: dict[str, Any]):
+        super().__init__(runtime, card)
+        self.beta: float = card.get("beta", 1.0)
+        self.start = _load_start(runtime, card) if "reference" in card else None
+
+    def with_start_logprobs(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups with the log-probs of their trained tokens under the frozen model: a model with adapters is taken
+        without them.
+        """
+        assert self.start is not None
+        model = self.start.model
+        with model.reference() if adapted(model.lm) else nullcontext():
+            logprobs = self.start.logprobs(groups)
+        return [group.with_logprobs(each) for group, each in zip(groups, logprobs, strict=True)]
 
     def score_groups(
         self, rows: Sequence[Preference], *, votes: int = 1, seed: int = 0, progress: Progress | None = None
-    ) -> list[Group]:
+    ) -> list[ScoredGroup]:
         groups = completion_groups(rows, self.dialog)
-        if self.reference is not None:
-            self.reference.fill_logprobs(groups)
-        for batch, logprob in self.runtime.run_batches(groups, partial(_logprobs, self.runtime.model)):
-            if batch.old_logprob is None:
-                sums = self.beta * sequence_sums(logprob, batch.lengths)
-                fill_scores(batch, sums / batch.lengths)
-                for group in batch.groups:
-                    group.token_scores = group.scores
-                fill_scores(batch, sums)
-            else:
-                fill_scores(batch, implicit_reward(logprob, batch.old_logprob, batch.lengths, self.beta))
-            if progress is not None:
-                progress(sum(len(group.sequences) for group in batch.groups))
-        return groups
+        asked = groups if self.start is None else self.with_start_logprobs(groups)
+        found = self.runtime.run_batches(asked, self._read, progress)
+        return [
+            ScoredGroup(group, scores, token_scores=[each[0] for each in token_scores])
+            for group, (scores, token_scores) in zip(groups, found, strict=True)
+        ]
+
+    def _read(self, batch: Batch) -> list[tuple[list[list[float]], list[list[float]]]]:
+        head = self.runtime.model(batch, tokens=True)
+        logprob = head.logprobs(head.token, batch.targets)
+        if batch.old_logprob is not None:
+            rewards = implicit_reward(logprob, batch.old_logprob, batch.lengths, self.beta)
+            return [(scores, []) for scores in batch.by_sequence(rewards.tolist())]
+        sums = self.beta * sequence_sums(logprob, batch.lengths)
+        both = (batch.by_sequence(each.tolist()) for each in (sums, sums / batch.lengths))
+        return list(zip(*both, strict=True))
 
 
-def _logprobs(model: GenerativeModel, batch: Batch) -> Tensor:
-    return token_logprobs(model(batch, tokens=True), batch)
-
-
-def token_logprobs(head: HeadInputs, batch: Batch) -> Tensor:
-    """log pi of every trained token, [T], differentiable in the head's inputs."""
-    return ops.linear_logprob(head.token, head.weight, batch.targets, bias=head.bias, softcap=head.softcap)
+def _load_start(runtime: Runtime, card: dict[str, Any]) -> Runtime | None:
+    """The model that the run started from: the model itself without its adapters, if it has any; otherwise it is loaded
+    again, at the start of a run, when a run goes on, and for evaluation. None, said, where it is not found.
+    """
+    if adapted(runtime.model.lm):
+        return runtime
+    source = card["reference"]
+    named = source["model_name_or_path"], source["model_config"], source["seed"]
+    try:
+        start = load_runtime(card, *named, runtime.dialog, runtime.compute, runtime.layout, sampling_batch=1)
+    except ModelError as error:
+        warn_once(
+            "the model that this one was trained from is not found, so the scores are beta log pi(y | x), without "
+            f"the reference's; accuracy and margin are those of another reward.\n  {error}"
+        )
+        return None
+    start.model.requires_grad_(False)
+    return start

@@ -1,96 +1,379 @@
-"""What every scorer is to training, evaluation and foreign callers, and what it needs of a loaded model."""
+"""`dwrl_fast.Scorer`: a model as a judge, for evaluation and for code that is not ours, as another trainer's loop."""
 
+import asyncio
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import nullcontext
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal, Self, overload
 
 import torch
 from torch import Tensor
 
-from dwrl_fast.batching.batch import Batch
-from dwrl_fast.batching.layout import Layout
+from dwrl_fast.batching.layout import Layout, Packing
 from dwrl_fast.compute import Compute
+from dwrl_fast.config import EvaluateConfig
 from dwrl_fast.data import Preference
-from dwrl_fast.dialog import Dialog, SingleTurn
-from dwrl_fast.encode import Group
-from dwrl_fast.sampling import Sampler
+from dwrl_fast.data.given import Prompt, Response, Turns, as_list, as_prompt, as_responses
+from dwrl_fast.dialog import Dialog, Thinking
+from dwrl_fast.errors import DataError, ModelError, NotFiniteError
+from dwrl_fast.log import warn_once
+from dwrl_fast.models.model import check_positions, positions
+from dwrl_fast.options import given_by
+from dwrl_fast.scoring.generative import GenerativeJudging
+from dwrl_fast.scoring.judging import Judging, Progress
+from dwrl_fast.scoring.loading import load_judge, load_trained
+from dwrl_fast.scoring.reward import Rewards
+from dwrl_fast.scoring.runtime import load_runtime
+from dwrl_fast.scoring.scored import ScoredGroup, marginal_scores
+from dwrl_fast.scoring.verdicts import judging_of
 
-Progress = Callable[[int], None]
-Kind = Literal["score", "number", "comparison"]
-"""What one verdict of a model is: a score in nats, a number in text, or who won among two shown together."""
+Thoughts = list[list[str]]
 
 
-class Scorer(Protocol):
-    """Scores every response of every row under a model as it stands."""
+class Scorer:
+    """Scores responses; `dwrl_fast.evaluate` goes through it too. Prompts are strings or lists of messages, responses
+    strings or lists with one message. The content of a message may be a list of parts that are all text. Where a
+    prompt ends with a turn of the assistant, each response to it goes on with that turn.
 
-    thinks: ClassVar[bool]  # whether a thought precedes the score, so that votes mean something
-    kind: ClassVar[Kind]  # under comparison a response's score depends on those that it is shown with
+    Scores are float32 on the CPU, in the order given: log p(Yes) in nats, r of scalar heads, the number that a thought
+    ends with, the log-prob or implicit reward of policies. With `votes` = 1 a thought is greedy; of more, which are
+    drawn from `seed`, the score is the log of the mean of their p(Yes). Methods that compare two responses give
+    log-odds, in nats, and need `reference`, what each response is compared with; under any other method log-odds are
+    the difference of the two scores. A verdict that cannot be read makes the score nan.
 
-    @property
-    def runtime(self) -> "Runtime": ...
+    The responses of one prompt share it in the forward pass, so many of them go best into one call. What a text with
+    its thought scores does not depend on what is scored beside it. Calls from several threads wait for one another.
 
-    @property
-    def dialog(self) -> Dialog | SingleTurn: ...
+    thinks: whether a thought precedes the verdict, so that votes mean something. kind: what one verdict is; compares:
+    whether it is about two responses. dialog: how the model is asked. tokens: `computed` so far, and `naive`, what one
+    sequence at a time with nothing shared would have taken; padding of the sampler is not counted. unjudged: how many
+    rows got no reward from `as_reward_function`, by reason.
+
+    DataError: prompts or responses are no such lists, or a prompt is no conversation. TemplateError: the chat template
+    cannot carry one.
+    """
+
+    def __init__(self, judging: Judging):
+        card = judging.card
+        self.method: str = card["method"]
+        self.thinks, self.kind, self.dialog = judging.thinks, judging.kind, judging.dialog
+        self.compares = judging.kind == "comparison"
+        self.tokens: Counter[str] = judging.runtime.layout.tokens
+        self.unjudged: Counter[str] = Counter()
+        self._said_past = False  # that sequences pass the model's positions
+        self._judging, self._lock = judging, threading.Lock()
+        self._writes = judging.thinks or "prefilled_by" in card
+        self._thought_tokens: int = card.get("max_completion_length", 0) if self._writes else 0
+        self._calibration: dict[str, Any] = card.get("calibration", {"temperature": 1.0})
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        method: str | None = None,
+        template: str | None = None,
+        enable_thinking: Thinking = "auto",
+        aspect: str | None = None,
+        dtype: Literal["auto", "fp32", "bf16"] = "auto",
+        packing: Packing = "tree",
+        token_budget: int = 16384,
+        generation_batch_size: int = 256,
+        max_completion_length: int | None = None,
+        temperature: float | None = None,
+    ) -> Self:
+        """From a folder that `dwrl_fast.train` wrote (OUTPUT_DIR/model); or, as a "judge" that is asked for a verdict
+        in text, from any causal language model, by folder, hub name or GGUF file. On the GPU if there is one.
+
+        The options are those of `dwrl_fast.evaluate`; None is what the model was trained with. ModelError where it
+        cannot be loaded or was not trained here, ConfigError where an option is wrong.
+        """
+        options: dict[str, Any] = {
+            "method": method,
+            "template": template,
+            "enable_thinking": enable_thinking,
+            "aspect": aspect,
+            "dtype": dtype,
+            "packing": packing,
+            "token_budget": token_budget,
+            "generation_batch_size": generation_batch_size,
+            "max_completion_length": max_completion_length,
+            "temperature": temperature,
+        }
+        given_by(EvaluateConfig, "Scorer.from_pretrained", model_name_or_path=str(path), dataset_name=(), **options)
+        if method is not None:
+            dialog, card = load_judge(
+                method, str(path), template=template, aspect=aspect, enable_thinking=enable_thinking
+            )
+        else:
+            dialog, card = load_trained(path, aspect)
+        limits = {"max_completion_length": max_completion_length, "temperature": temperature}
+        card |= {name: value for name, value in limits.items() if value is not None}
+        compute = Compute.resolve(dtype)
+        layout = Layout(packing, token_budget, dialog.pad_id, compute.device)
+        runtime = load_runtime(card, str(path), None, 0, dialog, compute, layout, generation_batch_size)
+        return cls(judging_of(runtime, card))
 
     def score_groups(
         self, rows: Sequence[Preference], *, votes: int = 1, seed: int = 0, progress: Progress | None = None
-    ) -> list[Group]:
-        """Encoded groups in the order of `rows`, their `scores` filled: K lists of scores in nats, whose mean as
-        probabilities is the response's; and their `verdicts`, where those are something else. `progress` counts
-        responses.
+    ) -> list[ScoredGroup]:
+        """Every response of every row, with all that there is to know of it: scores, verdicts, thoughts as token ids.
+
+        The groups are in the order of `rows`. A verdict that cannot be read is wrong: it counts for the response of the
+        worse rank. `progress` counts responses. This is what everything else here, and evaluation, is made of.
+        NotFiniteError where the model gives NaN.
         """
-        ...
+        if votes < 1:
+            raise DataError(f"votes = {votes}: must be at least 1")
+        device = self._judging.runtime.model.lm.device  # a thread that was just started would take the first GPU
+        with self._lock, torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            groups = self._judging.score_groups(rows, votes=votes, seed=seed, progress=progress)
+            self.tokens.update(_sampled_tokens(groups) if self._writes else {})
+        self.check_positions(max((self._without_thought(group) for group in groups), default=0))
+        for found in groups:
+            if any(math.isnan(score) for scores in found.scores for score in scores):
+                raise NotFiniteError(
+                    f"{found.group.preference.source}: the model's score is not a number (NaN): its weights hold NaN, "
+                    'or its activations overflow. Try dtype "fp32", or a checkpoint from before'
+                )
+        return groups
 
+    def check_positions(self, longest: int) -> None:
+        """Warn, once, where a sequence that has `longest` tokens before its thought may pass the model's positions."""
+        remedy = "shorten the texts (--max_length leaves longer ones out)"
+        remedy += ", or lower max_completion_length" if self._thought_tokens else ""
+        longest += self._thought_tokens
+        self._said_past = self._said_past or check_positions(self._judging.runtime.model, longest, remedy)
 
-@dataclass(frozen=True, slots=True)
-class Runtime:
-    """A loaded model with all that it takes to run it; `sampler` is None where it cannot write. sampling_batch: the
-    thoughts that a sampler writes at once.
-    """
+    @overload
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[Response],
+        votes: int = 1,
+        return_thoughts: Literal[False] = False,
+        *,
+        reference: Sequence[Response] | None = None,
+        seed: int = 0,
+    ) -> Tensor: ...
 
-    model: Any
-    dialog: Any
-    compute: Compute
-    layout: Layout
-    sampler: Sampler | None = None
-    sampling_batch: int = 256
+    @overload
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[Response],
+        votes: int = 1,
+        *,
+        return_thoughts: Literal[True],
+        reference: Sequence[Response] | None = None,
+        seed: int = 0,
+    ) -> tuple[Tensor, Thoughts]: ...
 
-    def run_batches(self, groups: Sequence[Group], read: Callable[[Batch], Tensor]) -> Iterator[tuple[Batch, Tensor]]:
-        """What `read` gives for each micro-batch of `groups`, in an order of the layout's own: the model in its mode
-        for scoring, without gradients, in the run's dtype. To be read to its end.
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[Response],
+        votes: int = 1,
+        return_thoughts: bool = False,
+        *,
+        reference: Sequence[Response] | None = None,
+        seed: int = 0,
+    ) -> Tensor | tuple[Tensor, Thoughts]:
+        """Scores [N] of N responses, each to the prompt at its place; with `reference`, log-odds that it is better than
+        the text at its place there.
+
+        With `return_thoughts`, also the thoughts about each response, as text. ModelError where the method writes none,
+        or needs a `reference`.
         """
-        training = self.model.training
-        self.model.eval()
-        try:
-            with torch.no_grad(), self.compute.autocast():
-                for batch in self.layout.batches(groups):
-                    yield batch, read(batch)
-        finally:
-            self.model.train(training)
+        turns, texts, others = _conversations(prompts, responses, reference)
+        if return_thoughts and not self._writes:
+            raise ModelError(f"the method {self.method} writes no thoughts: leave return_thoughts out")
+        if self.compares:
+            if others is None:
+                raise ModelError(
+                    f"the method {self.method} only compares responses: give reference=, for each response one to "
+                    "compare it with, and the scores are log-odds"
+                )
+            scores, thoughts = self._compared(turns, texts, others, votes, seed)
+        elif others is None:
+            scores, thoughts = self._each(turns, texts, votes, seed)
+        else:
+            both, thoughts = self._each([*turns, *turns], [*texts, *others], votes, seed)
+            scores, thoughts = both[: len(texts)] - both[len(texts) :], thoughts[: len(texts)]
+        return (scores.float(), thoughts) if return_thoughts else scores.float()
+
+    def probability(
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[Response],
+        reference: Sequence[Response] | None = None,
+        *,
+        votes: int = 1,
+        seed: int = 0,
+    ) -> Tensor:
+        """[N]: how probably each response is better than its `reference`, the sigmoid of their log-odds over the
+        temperature that `dwrl_fast.evaluate --calibrate` stored with the model (else 1). Without a `reference`, p(Yes).
+        """
+        if reference is not None:
+            fitted = self._calibration.get("votes", votes)
+            if fitted != votes:
+                warn_once(
+                    f"the stored temperature was fitted to scores of {fitted} thoughts, and these are of {votes}."
+                )
+            scores = self.score(prompts, responses, votes, reference=reference, seed=seed)
+            return (scores / self._calibration["temperature"]).sigmoid()
+        if not isinstance(self._judging, GenerativeJudging):
+            raise ModelError(
+                f"the method {self.method} has no p(Yes): give reference=, for each response one to compare it with, "
+                "for the probability that it is better"
+            )
+        return self.score(prompts, responses, votes, seed=seed).exp()
+
+    def compare(self, prompt: Prompt, a: Response, b: Response, *, votes: int = 1, seed: int = 0) -> float:
+        """How probably `a` is the better response; see `probability`."""
+        return self.probability([prompt], [a], [b], votes=votes, seed=seed).item()
+
+    def rank(self, prompt: Prompt, responses: Sequence[Response], *, votes: int = 1, seed: int = 0) -> list[int]:
+        """The places of `responses`, best first; equal ones as they were given, those without a score last. Methods
+        that compare two let each meet every other.
+        """
+        turns, begun = as_prompt("prompt", prompt)
+        texts = [begun + text for text in as_responses("responses", responses)]
+        if not self.compares:
+            scores, _ = self._each([turns] * len(texts), texts, votes, seed)
+        elif len(texts) == 1:
+            return [0]
+        else:
+            (group,) = self.score_groups([_equals(turns, texts, "prompt")], votes=votes, seed=seed)
+            scores = marginal_scores([group])[0]
+        found = scores.tolist()
+        return sorted(range(len(texts)), key=lambda i: math.inf if math.isnan(found[i]) else -found[i])
+
+    def as_reward_function(
+        self, *, votes: int = 1, probability: bool = False, reference: str = "reference"
+    ) -> Callable[..., Coroutine[Any, Any, list[float | None]]]:
+        """A reward function for TRL's trainers: the score, or with `probability` that in its place.
+
+        reference: the column of the training data that holds what a method that compares needs. A row that cannot be
+        judged gets None, which TRL takes for no reward, is counted in `unjudged`, and the first is said: one with a
+        tool's turns or an image, with no completion, of more tokens than the model has positions for, that the chat
+        template cannot carry, or whose verdict cannot be read. DataError where the lists differ in length or the
+        column is missing, ModelError where log-odds would be infinite as a rule.
+        """
+        scored = partial(self.probability if probability else self.score, votes=votes)
+        most = positions(self._judging.runtime.model) or sys.maxsize
+        rewards = Rewards(scored, self.dialog, most - self._thought_tokens, self.unjudged)
+
+        async def preference_reward(
+            prompts: Sequence[Any], completions: Sequence[Any], completion_ids: Any = None, **columns: Any
+        ) -> list[float | None]:
+            others = columns.get(reference) if self.compares else None
+            if self.compares and others is None:
+                raise DataError(
+                    f"the training data have no column {reference!r}, with which the method {self.method} compares "
+                    "each completion; name it in as_reward_function(reference=...)"
+                )
+            if self.compares and self.thinks and not probability:
+                raise ModelError(
+                    f"the method {self.method} gives log-odds of verdicts in text, infinite log-odds where all agree, "
+                    "which cannot be a reward: use as_reward_function(probability=True)"
+                )
+            return await asyncio.to_thread(rewards, prompts, completions, others)
+
+        return preference_reward
+
+    def _each(self, turns: Sequence[Turns], texts: Sequence[str], votes: int, seed: int) -> tuple[Tensor, Thoughts]:
+        """Scores [N] under a method that judges each response by itself."""
+        places = self._together(turns, texts, votes)
+        rows = [_equals(turns[some[0]], [texts[i] for i in some], f"prompts[{some[0]}]") for some in places]
+        groups = self.score_groups(rows, votes=votes, seed=seed)
+        scores = torch.zeros(len(texts), dtype=torch.float64)
+        thoughts: Thoughts = [[] for _ in texts]
+        for some, group in zip(places, groups, strict=True):
+            scores[some] = marginal_scores([group])[0]
+            for i, written in zip(some, self._thoughts(group), strict=False):
+                thoughts[i] = written
+        # A number that could not be read is -inf there, for responses of which none is the better.
+        return scores.masked_fill(scores == -math.inf, math.nan), thoughts
+
+    def _compared(
+        self, turns: Sequence[Turns], texts: Sequence[str], others: Sequence[str], votes: int, seed: int
+    ) -> tuple[Tensor, Thoughts]:
+        """Log-odds [N] under a method that compares, and the thoughts of both orders, the response being first in the
+        first.
+        """
+        rows = [_equals(turns[i], pair, f"prompts[{i}]") for i, pair in enumerate(zip(texts, others, strict=True))]
+        groups = self.score_groups(rows, votes=votes, seed=seed)
+        scores = marginal_scores(groups)
+        return scores[:, 0] - scores[:, 1], [list(chain(*self._thoughts(group))) for group in groups]
+
+    def _without_thought(self, found: ScoredGroup) -> int:
+        """The tokens of its longest sequence but for what was written."""
+        return max(len(s.ids) - (s.thought.stop - s.thought.start if self._writes else 0) for s in found.group.flat)
+
+    def _thoughts(self, found: ScoredGroup) -> Thoughts:
+        decode = self.dialog.tokenizer.decode
+        if not self._writes:
+            return []
+        return [
+            [decode(sequence.ids[sequence.thought], skip_special_tokens=True) for sequence in sequences]
+            for sequences in found.group.sequences
+        ]
+
+    def _together(self, turns: Sequence[Turns], texts: Sequence[str], votes: int) -> list[list[int]]:
+        """The places of the responses to one prompt, as many together as a forward pass holds whatever is thought."""
+        dialog = self.dialog
+        budget = self._judging.runtime.layout.token_budget
+        found: dict[Any, list[list[int]]] = {}
+        left: dict[Any, int] = {}
+        for i, (prompt, text) in enumerate(zip(turns, texts, strict=True)):
+            key = tuple((turn["role"], turn["content"]) for turn in prompt)
+            size = before = budget
+            if isinstance(dialog, Dialog):
+                sequence = dialog.sequence(dialog.context(prompt, text), [])
+                before = sequence.prompt.stop
+                size = (len(sequence.ids) - before) + (votes if self.thinks else 1) * self._thought_tokens
+            if key not in found or size > left[key]:
+                found.setdefault(key, []).append([])
+                left[key] = budget - before
+            found[key][-1].append(i)
+            left[key] -= size
+        return [some for parts in found.values() for some in parts]
 
 
-def fill_scores(batch: Batch, scores: Tensor) -> None:
-    """Write scores [S] back into the batch's groups."""
-    values = iter(scores.detach().tolist())
-    for group in batch.groups:
-        group.scores = [[next(values) for _ in response] for response in group.sequences]
+def _conversations(
+    prompts: Sequence[Prompt], responses: Sequence[Response], reference: Sequence[Response] | None
+) -> tuple[list[Turns], list[str], list[str] | None]:
+    """Prompts, responses and what these are compared with, each response whole where its prompt began it."""
+    prompts, texts = as_list("prompts", prompts), as_responses("responses", responses)
+    if len(prompts) != len(texts):
+        raise DataError(f"{len(prompts)} prompts and {len(texts)} responses: give each response its prompt")
+    others = None if reference is None else as_responses("reference", reference, len(texts))
+    read = [as_prompt(f"prompts[{i}]", prompt) for i, prompt in enumerate(prompts)]
+
+    def whole(answers: list[str]) -> list[str]:
+        return [begun + answer for (_, begun), answer in zip(read, answers, strict=True)]
+
+    return [turns for turns, _ in read], whole(texts), None if others is None else whole(others)
 
 
-def fill_logprobs(batch: Batch, logprobs: Tensor) -> None:
-    """Write the log-probs [T] of trained tokens back into the batch's groups, as the old ones."""
-    parts = iter(logprobs.cpu().split(batch.lengths.tolist()))
-    for group in batch.groups:
-        group.old_logprobs = [[next(parts) for _ in response] for response in group.sequences]
+def _equals(prompt: Turns, texts: Sequence[str], source: str) -> Preference:
+    """Responses of which none is said to be better: a verdict that cannot be read is then nobody's."""
+    return Preference(prompt, tuple(texts), ranks=(1,) * len(texts), source=source)
 
 
-def marginal_scores(groups: Sequence[Group]) -> Tensor:
-    """Log of the mean of exp(score) over each response's scores: float64 [P, K], nan where a group has fewer
-    responses.
-    """
-    rows = [
-        [torch.tensor(each, dtype=torch.float64).logsumexp(0).item() - math.log(len(each)) for each in g.scores]
-        for g in groups
-    ]
-    width = max(map(len, rows), default=0)
-    return torch.tensor([row + [math.nan] * (width - len(row)) for row in rows], dtype=torch.float64)
+def _sampled_tokens(groups: Sequence[ScoredGroup]) -> Counter[str]:
+    """Of writing thoughts: a context is read once for all of its thoughts; naively once for each."""
+    tokens: Counter[str] = Counter()
+    for sequences in (sequences for found in groups for sequences in found.group.sequences):
+        context = sequences[0].thought.start
+        written = sum(one.thought.stop - one.thought.start for one in sequences)
+        tokens["computed"] += context + written
+        tokens["naive"] += len(sequences) * context + written
+    return tokens

@@ -15,11 +15,11 @@ class Optimizers:
     total: minibatches of the whole run, over which the schedule runs; every phase of a minibatch has its factor.
     """
 
-    def __init__(self, method: Method, config: TrainConfig, total: int):
+    def __init__(self, model: nn.Module, method: Method, config: TrainConfig, total: int):
         self.config, self.total = config, total
         self.rates = {phase: method.learning_rate(phase) for phase in method.phases}
-        self.named = {name: p for name, p in method.model.named_parameters() if p.requires_grad}
-        states = method.phases if config.optimizer_state == "per_phase" or not method.phases else ("shared",)
+        self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        states = method.phases if method.separate_states or not method.phases else ("shared",)
         made = {state: self._adamw() for state in states}
         self.of_phase = {phase: made.get(phase) or made["shared"] for phase in method.phases}
         self.made = made

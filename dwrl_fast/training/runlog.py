@@ -7,15 +7,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from dwrl_fast.encode import Group
 from dwrl_fast.log import logger
+from dwrl_fast.scoring import ScoredGroup
 
 NEAR_ZERO = 1e-3  # a mean advantage, or the labels' probability
 SOLVED = 0.05  # nats: below it there is nothing left to learn
 
 
 class Decoder(Protocol):
-    def decode(self, ids: list[int]) -> str: ...
+    """What makes text of token ids."""
+
+    def decode(self, ids: list[int]) -> str:
+        """The text."""
+        ...
 
 
 class RunLog:
@@ -40,23 +44,26 @@ class RunLog:
                 path.unlink()
 
     def metrics(self, step: int, values: Mapping[str, Any]) -> None:
+        """A line of metrics.jsonl."""
         with self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
-    def thoughts(self, step: int, groups: Sequence[Group], decoder: Decoder) -> None:
+    def thoughts(self, step: int, scored: Sequence[ScoredGroup], decoder: Decoder) -> None:
+        """The thoughts of a rollout batch, as `write_groups` has them."""
         self.thoughts_folder.mkdir(exist_ok=True)
-        write_groups(self.thoughts_folder / f"step-{step:06d}.jsonl", groups, decoder)
+        write_groups(self.thoughts_folder / f"step-{step:06d}.jsonl", scored, decoder)
 
 
-def write_groups(path: Path, groups: Sequence[Group], decoder: Decoder) -> None:
+def write_groups(path: Path, scored: Sequence[ScoredGroup], decoder: Decoder) -> None:
     """One line a sequence: where its row came from, which response it is about (0 is the best; of methods that compare,
     which comparison), the thought where there is one, its score in nats or its reward. Where a score is not one
     sequence's, as of verdicts on two responses, lines with the responses' scores follow.
     """
     with path.open("w", encoding="utf-8") as file:
-        for group in groups:
+        for found in scored:
+            group = found.group
             source = {"source": group.preference.source}
-            values = {"score": group.scores, "reward": group.rewards}
+            values = {"score": found.scores, "reward": group.rewards}
             shape = list(map(len, group.sequences))
             own = {name: each for name, each in values.items() if list(map(len, each)) == shape}
             about = "response" if len(shape) == len(group.preference.responses) else "comparison"
@@ -64,11 +71,12 @@ def write_groups(path: Path, groups: Sequence[Group], decoder: Decoder) -> None:
             for k, sequences in enumerate(group.sequences):
                 for i, sequence in enumerate(sequences):
                     row = source | {about: k} | {name: each[k][i] for name, each in own.items()}
-                    if group.ended:
-                        row |= {"thought": decoder.decode(sequence.ids[sequence.thought]), "ended": group.ended[k][i]}
+                    if group.thoughts:
+                        thought = decoder.decode(sequence.ids[sequence.thought])
+                        row |= {"thought": thought, "ended": group.thoughts[k][i].ended}
                     lines.append(row)
-            if group.scores and "score" not in own:
-                lines += [source | {"response": k, "score": each[0]} for k, each in enumerate(group.scores)]
+            if found.scores and "score" not in own:
+                lines += [source | {"response": k, "score": each[0]} for k, each in enumerate(found.scores)]
             file.writelines(json.dumps(finite(line), ensure_ascii=False) + "\n" for line in lines)
 
 
@@ -98,6 +106,7 @@ class StallWatch:
         self.told: set[str] = set()
 
     def update(self, values: Mapping[str, float], minibatch_size: int) -> None:
+        """Take in the figures of one rollout batch."""
         kind, why = _idle(values)
         if kind:
             self.why = why
@@ -110,6 +119,7 @@ class StallWatch:
             logger.warning("training has stalled: %s.", why)
 
     def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
         return {"trained": self.trained, "why": self.why}
 
     def result(self) -> dict[str, Any]:

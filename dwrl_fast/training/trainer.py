@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dwrl_fast.batching.batch import Batch, Size
+from dwrl_fast.batching.batch import Batch
 from dwrl_fast.compute import step_seed
 from dwrl_fast.config import TrainConfig
 from dwrl_fast.data import Preference
@@ -25,11 +25,14 @@ from dwrl_fast.evaluation.pairs import PairReport
 from dwrl_fast.evaluation.sources import source_accuracy, source_reports
 from dwrl_fast.feed import Feed
 from dwrl_fast.log import logger
-from dwrl_fast.methods import Method, Tally
-from dwrl_fast.models.adapters import adapted, base_fingerprint
+from dwrl_fast.methods import Method
+from dwrl_fast.models.pretrained import save_pretrained
 from dwrl_fast.progress import Display, Stage
+from dwrl_fast.scoring import Judging, ScoredGroup
 from dwrl_fast.training.checkpoint import checkpoints, latest_checkpoint, load_checkpoint, save_checkpoint, set_aside
 from dwrl_fast.training.optimizer import Optimizers
+from dwrl_fast.training.policy import Policy
+from dwrl_fast.training.rollout import Rollout
 from dwrl_fast.training.runlog import RunLog, StallWatch, finite
 
 # Options that say where a run reads and writes; its rows and its dialog are compared by content.
@@ -52,14 +55,17 @@ class Trainer:
         self,
         config: TrainConfig,
         method: Method,
+        judging: Judging,
         feed: Feed,
         held_out: Sequence[Preference],
         folder: Path,
         display: Display,
     ):
-        self.config, self.method, self.feed, self.held_out = config, method, feed, held_out
+        self.config, self.method, self.judging, self.feed, self.held_out = config, method, judging, feed, held_out
         self.folder, self.display = folder, display
-        self.optimizers = Optimizers(method, config, total=self.feed.minibatches(config.minibatch_size))
+        model, minibatches = judging.runtime.model, feed.minibatches(config.minibatch_size)
+        self.policy = Policy(judging.runtime, Optimizers(model, method, config, total=minibatches))
+        self.rollout = Rollout(method, judging)
         self.rows_identity = feed.identity()
         self.step = 0
         self.seconds: dict[str, float] = defaultdict(float)
@@ -68,7 +74,7 @@ class Trainer:
 
     def train(self) -> dict[str, Any]:
         """Every step from where the run stands. Returns what `result.json` holds of it."""
-        self.method.model.train()
+        self.policy.model.train()
         log, first = RunLog(self.folder, self.step), self.step
         self.before = self.before or self.evaluate("before")
         with self.display.stage(f"train {self.method.name}", self.feed.steps, done=self.step) as stage:
@@ -91,7 +97,7 @@ class Trainer:
             logger.info(source.summary)
         after = self.evaluate("after") if self.feed.steps else {}
         with self.timed("save"):
-            self.method.save_model(self.folder / "model")
+            save_pretrained(self.folder / "model", self.policy.model, self.method.dialog, self.method.card())
         return self._result(self.before, after)
 
     def train_step(self, log: RunLog, stage: Stage) -> dict[str, Any]:
@@ -99,27 +105,23 @@ class Trainer:
         started, spent = time.monotonic(), dict(self.seconds)
         with self.timed("feed"):
             rows = self.feed.next()
-        with (
-            self.timed("rollout"),
-            self.display.stage("  " + self.method.preparation, sum(len(row.responses) for row in rows)) as sampling,
-        ):
-            groups, values = self.method.rollout(
-                rows, step_seed(self.config.seed, "rollout", self.step), sampling.advance
-            )
-        tally, norms = Tally(), defaultdict(list)
-        size = self.config.minibatch_size
+        with self.timed("rollout"):
+            groups, values = self.rollout(rows, step_seed(self.config.seed, "rollout", self.step), self.display)
+        norms, size = defaultdict(list), self.config.minibatch_size
         with self.timed("pack"):  # once for all phases
-            minibatches = [self.method.layout.batches(groups[i : i + size]) for i in range(0, len(groups), size)]
+            minibatches = self.policy.pack(groups, size)
         with self.display.stage("  update", len(minibatches) * len(self.method.phases)) as updating:
             for phase, m in self._schedule(len(minibatches)):
-                norms[phase].append(self.update(phase, minibatches[m], m, tally))
+                norms[phase].append(self.update(phase, minibatches[m], m))
                 updating.advance()
-        values |= tally.means()
+        metrics = self.policy.read_metrics()
+        scored = [*map(ScoredGroup, groups, metrics.scores(groups))]
+        values |= metrics.means()
         if len(self.feed.names) > 1:
-            found = source_accuracy(groups, self.feed.names)
+            found = source_accuracy(scored, self.feed.names)
             values |= {f"train_accuracy/{name}": accuracy for name, accuracy in found.items()}
-        if groups and groups[0].ended:
-            log.thoughts(self.step + 1, groups, self.method.dialog.tokenizer)
+        if groups and self.method.thoughts_each:
+            log.thoughts(self.step + 1, scored, self.method.dialog.tokenizer)
         self.step += 1
         values |= counters([batch for minibatch in minibatches for batch in minibatch])
         values |= self._figures(values, norms, len(groups), time.monotonic() - started, spent)
@@ -129,33 +131,19 @@ class Trainer:
 
     def _schedule(self, minibatches: int) -> Iterator[tuple[str, int]]:
         phases = self.method.phases
-        if self.config.alternate == "rollout":
+        if self.method.phase_by_phase:
             yield from ((phase, m) for phase in phases for m in range(minibatches))
         else:
             yield from ((phase, m) for m in range(minibatches) for phase in phases)
 
-    def update(self, phase: str, minibatch: Sequence[Batch], index: int, tally: Tally) -> Tensor:
-        """One optimizer step of `phase` over a minibatch, micro-batch by micro-batch; the gradient's norm before
-        clipping.
-        """
-        size, losses = Size.of(minibatch), []
+    def update(self, phase: str, minibatch: Sequence[Batch], index: int) -> Tensor:
+        """One optimizer step of `phase` over a minibatch; the gradient's norm before clipping."""
+        per_step = self.config.rollout_batch_size // self.config.minibatch_size
         with self.timed(phase):
-            for batch in minibatch:
-                with self.method.compute.autocast():
-                    loss = self.method.loss(phase, batch, size, tally)
-                loss.backward()
-                losses.append(loss.detach())
-            norm = self.optimizers.clip()
-            if not torch.isfinite(torch.stack([*losses, norm])).all():
-                raise NotFiniteError(
-                    f"step {self.step + 1}, minibatch {index + 1}, phase {phase}: losses "
-                    f"{torch.stack(losses).tolist()}, gradient norm {norm.item()}. No step was taken with it. If a "
-                    "checkpoint was saved, resume from it with a lower learning rate, or with --dtype fp32. Rows: "
-                    f"{', '.join(group.preference.source for group in minibatch[0].groups[:8])} ..."
-                )
-            per_step = self.config.rollout_batch_size // self.config.minibatch_size
-            self.optimizers.step(phase, self.step * per_step + index)
-        return norm
+            try:
+                return self.policy.update(phase, minibatch, self.method.loss, self.step * per_step + index)
+            except NotFiniteError as error:
+                raise NotFiniteError(f"step {self.step + 1}, minibatch {index + 1}, {error}") from None
 
     def evaluate(self, name: str) -> dict[str, PairReport]:
         """Reports of the held-out pairs with one greedy thought ("greedy") and with --eval_votes sampled ones
@@ -163,12 +151,12 @@ class Trainer:
         """
         if not self.held_out:
             return {}
-        votes = [1] + [self.config.eval_votes] * (self.config.eval_votes > 1 and self.method.scorer.thinks)
+        votes = [1] + [self.config.eval_votes] * (self.config.eval_votes > 1 and self.judging.thinks)
         total = len(votes) * sum(len(row.responses) for row in self.held_out)
         found: dict[str, PairReport] = {}
         with self.timed("evaluate"), self.display.stage(f"evaluate {name}", total) as stage:
             for k in votes:
-                groups = self.method.scorer.score_groups(
+                groups = self.judging.score_groups(
                     self.held_out, votes=k, seed=self.config.seed, progress=stage.advance
                 )
                 kind = f"{k}_thoughts" if k > 1 else "greedy"
@@ -176,12 +164,13 @@ class Trainer:
                     found[f"{kind}/{source}" if source else kind] = report
         for kind, report in found.items():
             thoughts, _, source = kind.partition("/")
-            thinking = f", {thoughts.replace('_', ' ')}" if self.method.scorer.thinks else ""
+            thinking = f", {thoughts.replace('_', ' ')}" if self.judging.thinks else ""
             logger.info("%s%s%s: accuracy %s", name, thinking, f", {source}" if source else "", report)
         return found
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
+        """Add the time within it to that of `stage`."""
         started = time.monotonic()
         yield
         if torch.cuda.is_available():
@@ -202,7 +191,7 @@ class Trainer:
             size = min(self.config.minibatch_size, groups)
             weight, squared = values.pop("pair_weight"), values.pop("pair_weight_squared")
             found["effective_groups"] = size * weight**2 / squared if squared else 0.0
-        found |= {f"learning_rate_{phase}": rate for phase, rate in self.optimizers.last_rates.items()}
+        found |= {f"learning_rate_{phase}": rate for phase, rate in self.policy.optimizers.last_rates.items()}
         found |= {"seconds": seconds, "tokens_per_second": values["naive_tokens"] / seconds}
         found |= {
             f"share_{k}": (v - before.get(k, 0.0)) / seconds for k, v in self.seconds.items() if v > before.get(k, 0.0)
@@ -220,11 +209,6 @@ class Trainer:
                 result[f"report_{when}{suffix}"] = report.to_dict()
         return result
 
-    def _tensors(self) -> dict[str, Tensor]:
-        """Everything that a step changes, by name; tied weights once, frozen ones not at all."""
-        model = {f"model.{name}": p.detach() for name, p in self.optimizers.named.items()}
-        return model | self.optimizers.tensors()
-
     def save(self) -> Path:
         """A checkpoint of this step in a folder of its own."""
         state = {
@@ -236,15 +220,13 @@ class Trainer:
             "feed": self.feed.state(),
         }
         with self.timed("save"):
-            return save_checkpoint(self.folder, self.step, self._tensors(), state, self.config.save_total_limit)
+            return save_checkpoint(self.folder, self.step, self.policy.state(), state, self.config.save_total_limit)
 
     def _identity(self) -> dict[str, Any]:
         """What makes a run this run: its options (but for where and how often it writes), its rows and its dialog."""
         options = {name: value for name, value in self.config.to_dict().items() if name not in APART}
-        lm = self.method.model.lm
-        base = {"base": base_fingerprint(lm)} if adapted(lm) else {}  # a checkpoint of adapters does not hold it
         content = {"rows": self.rows_identity, "dialog": self.method.dialog.to_dict(), "steps": self.feed.steps}
-        return options | base | content
+        return options | self.policy.identity() | content
 
     def resume(self) -> None:
         """Go on from what --resume_from_checkpoint names, if anything: weights, optimizer, step, first figures."""
@@ -261,7 +243,7 @@ class Trainer:
                 )
             logger.warning("%s holds no checkpoint to resume from: the run starts at its beginning.", self.folder)
             return
-        state = load_checkpoint(path, self._tensors())
+        state = load_checkpoint(path, self.policy.state())
         self._compare(path, state["identity"])
         for later in checkpoints(self.folder, past=state["step"]):
             if wanted != "latest":

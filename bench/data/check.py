@@ -1,0 +1,108 @@
+"""How much longer does `python -m dwrl_fast.data --check` take than reading a JSONL file and parsing it?
+
+    python -m bench.data.check --gigabytes 1
+
+Writes generated pairs of realistic lengths into a temporary folder. "parse" reads the file line by line and gives each
+line to json.loads, the parser that the check uses too, in one process; "check" is the whole check, its report included.
+They take turns, so that a busy machine is busy for both. Prints medians of wall-clock seconds; CPU seconds, of all
+processes together, say what the wall clock would be on so many idle cores.
+"""
+
+import json
+import os
+import random
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from bench import command
+from dwrl_fast.data.check import check
+
+WORDS = 20_000
+TYPOGRAPHY = (" “quoted” ", " — ", "’s ", " é ", " 中文 ")
+
+
+def write_pairs(path: Path, size: int, seed: int = 0) -> int:
+    """Pairs until the file has `size` bytes; returns how many. Lengths are log-normal, the mean row has 2.5 kB: more
+    than one of HH (1.3 kB), less than one of UltraFeedback (3.4 kB).
+    """
+    draw = random.Random(seed)
+    letters = "eeeeetttaaooinnsshrrdlucm"
+    words = ["".join(draw.choices(letters, k=draw.randint(1, 9))) for _ in range(WORDS)]
+
+    def text(median: int) -> str:
+        said = " ".join(draw.choices(words, k=max(1, int(draw.lognormvariate(0, 0.8) * median))))
+        return said + draw.choice(TYPOGRAPHY) + "\n\nSo." if draw.random() < 0.3 else said
+
+    rows, written = 0, 0
+    with open(path, "wb") as file:
+        while written < size:
+            turns = [("user", text(40))]
+            if draw.random() < 0.3:
+                turns += [("assistant", text(60)), ("user", text(15))]
+            row = {
+                "prompt": [{"role": role, "content": said} for role, said in turns],
+                "chosen": [{"role": "assistant", "content": text(110)}],
+                "rejected": [{"role": "assistant", "content": text(110)}],
+                "id": rows,
+            }
+            written += file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            rows += 1
+    return rows
+
+
+def parse(path: Path) -> None:
+    with open(path, "rb") as file:
+        for line in file:
+            json.loads(line)
+
+
+def seconds(run: Callable[[], object]) -> tuple[float, float]:
+    """Wall-clock and CPU seconds, those of child processes too."""
+    before = _cpu()
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started, _cpu() - before
+
+
+def _cpu() -> float:
+    uses = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(use.ru_utime + use.ru_stime for use in uses)
+
+
+def main() -> None:
+    parser = command.parser("data.check", __doc__)
+    parser.add_argument("--gigabytes", type=float, default=0.2)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--processes", type=int, default=None, help="of the check; by default the cores there are")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "pairs.jsonl"
+        rows = write_pairs(path, int(options.gigabytes * 1e9))
+        size = path.stat().st_size
+        taken: dict[str, list[tuple[float, float]]] = {"parse": [], "check": []}
+        for _ in range(options.repeats):
+            taken["parse"].append(seconds(lambda: parse(path)))
+            taken["check"].append(seconds(lambda: check(path, processes=options.processes)))
+    cores = len(os.sched_getaffinity(0))
+    load = os.getloadavg()[0]
+    table = Table(title=f"{size / 1e9:.2f} GB, {rows:,} pairs, {cores} cores, load {load:.1f}", title_justify="left")
+    for name in ("", "seconds", "CPU seconds", "MB a second", "ratio", "ratio of CPU"):
+        table.add_column(name, justify="right" if name else "left")
+    found = {name: [statistics.median(part) for part in zip(*runs, strict=True)] for name, runs in taken.items()}
+    for name, (wall, cpu) in found.items():
+        ratios = [one / other for one, other in zip((wall, cpu), found["parse"], strict=True)]
+        table.add_row(
+            name, f"{wall:.2f}", f"{cpu:.2f}", f"{size / wall / 1e6:.0f}", *(f"{ratio:.2f}" for ratio in ratios)
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

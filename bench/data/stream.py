@@ -1,0 +1,96 @@
+"""A stream of rows: seconds to the first batch, rows a second, seconds to resume, and peak memory.
+
+    python -m bench.data.stream [--rows 10000000] [--kind gzip] [--in_memory]
+
+A file of drawn pairs is written first, then read once through the shuffle buffer as training reads it, less the
+tokenizer. `--in_memory` reads it without streaming, for comparison. Memory is the process's largest, less what it had
+before it opened the file.
+"""
+
+import argparse
+import gzip
+import json
+import random
+import resource
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from bench import command
+from dwrl_fast.data import Preference, Reader, open_rows, read_preferences
+from dwrl_fast.feed import Feed, Shuffled, Source, Streamed
+
+
+def write_rows(path: Path, rows: int, characters: int) -> None:
+    """Pairs whose texts are slices of one drawn text, so that it is not drawing that takes the time."""
+    text = "".join(random.Random(0).choices("etaoin shrdlu", k=characters + 5000))
+    with gzip.open(path, "wt", compresslevel=1) if path.suffix == ".gz" else path.open("w") as file:
+        for i in range(rows):
+            start = i % 4999
+            prompt, chosen, rejected = (text[start + k : start + k + characters] for k in range(3))
+            file.write(json.dumps({"prompt": f"{i} {prompt}", "chosen": chosen, "rejected": rejected}) + "\n")
+
+
+def peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def usable(row: Preference) -> tuple[str, Counter[str]]:
+    return "", Counter()
+
+
+def stream(path: Path, buffer: int) -> Streamed:
+    return Streamed(Reader(open_rows(path), consecutive=True), usable, buffer_size=buffer, seed=0)
+
+
+def make_feed(source: Source, batch: int, steps: int) -> Feed:
+    return Feed([source], [1.0], batch_size=batch, epochs=1, max_steps=steps)
+
+
+def main() -> None:
+    parser = command.parser("data.stream", __doc__)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--characters", type=int, default=100, help="of each of a row's three texts")
+    parser.add_argument("--kind", choices=("plain", "gzip"), default="plain")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--buffer", type=int, default=10_000)
+    parser.add_argument("--in_memory", action="store_true")
+    parser.add_argument("--folder", help="where the file is written, and removed; by default a temporary folder")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        path = Path(folder) / ("rows.jsonl.gz" if options.kind == "gzip" else "rows.jsonl")
+        write_rows(path, options.rows, options.characters)
+        print(f"{options.rows:,} rows, {path.stat().st_size / 2**20:,.0f} MiB, {options.kind}")
+        measure(path, options)
+
+
+def measure(path: Path, options: argparse.Namespace) -> None:
+    steps, before, started, cpu = options.rows // options.batch, peak_mib(), time.perf_counter(), time.process_time()
+    source: Source = (
+        Shuffled(str(path), read_preferences(path).rows, 0) if options.in_memory else stream(path, options.buffer)
+    )
+    feed = make_feed(source, options.batch, steps)
+    feed.next()
+    first, middle = time.perf_counter() - started, steps // 2
+    for step in range(1, steps):
+        if step == middle:
+            state = json.dumps(feed.state())
+        feed.next()
+    seconds, cpu, rows = time.perf_counter() - started, time.process_time() - cpu, steps * options.batch
+    print(f"first batch   {first:8.2f} s")
+    print(f"whole pass    {seconds:8.2f} s   {rows / seconds:,.0f} rows/s, {rows / cpu:,.0f} a second of CPU time")
+    print(f"peak memory   {peak_mib() - before:8.0f} MiB more than before")
+    if options.in_memory:
+        return
+    started = time.perf_counter()
+    again = make_feed(stream(path, options.buffer), options.batch, steps)
+    again.restore(json.loads(state))
+    again.next()
+    print(
+        f"resumed       {time.perf_counter() - started:8.2f} s   half-way; its state has {len(state) / 1024:,.0f} KiB"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Every Triton kernel and CUDA backend once, on shapes so small that a sanitizer can follow.
+
+    python -m bench.gpu.calls [--repeats 100]
+
+With `--repeats N`, on larger shapes, N times more on the same inputs in PyTorch's deterministic mode: every number of
+every result has to be the same, bit for bit. Prints a line a call, and as its last line the results in JSON.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from bench import command
+from bench.operators.tree_attention import Heads, Plan, drawn, going, minibatch
+from dwrl_fast import ops
+from dwrl_fast.ops.varlen import VARLEN
+
+Call = Callable[[], tuple[Tensor, ...]]
+SMALL, LARGE = (37, 64, 1003), (2212, 1024, 151936)  # T, H, V
+SMALL_TREE = Plan(torch.tensor([0, 40, 57, 60]), torch.tensor([40, 57, 60, 75]), torch.tensor([-1, 0, 1, 0]))
+
+
+def calls(large: bool, device: str = "cuda") -> Iterator[tuple[str, Call]]:
+    for dtype in (torch.float32, torch.bfloat16):
+        yield from head_calls(*(LARGE if large else SMALL), dtype, device)
+    yield from loss_calls(100_003 if large else 1500, device)
+    if device == "cuda":
+        yield from attention_calls(minibatch("rmb", 40) if large else SMALL_TREE)
+
+
+def head_calls(t: int, h: int, v: int, dtype: torch.dtype, device: str) -> Iterator[tuple[str, Call]]:
+    """The operators over the kernels of the head: plain, and with all that they can take."""
+    g = torch.Generator(device).manual_seed(0)
+    draw = partial(torch.randn, generator=g, device=device)
+    hidden, weight = draw(t, h).to(dtype).requires_grad_(), (draw(v, h) / h**0.5).to(dtype).requires_grad_()
+    bias = draw(v).to(dtype).requires_grad_()
+    targets = torch.randint(v, (t,), generator=g, device=device)
+    with torch.no_grad():
+        old = ops.linear_logprob(hidden, weight, targets, backend="triton") + 0.3 * draw(t)
+    tokens = old, draw(t), torch.rand(t, generator=g, device=device)
+    name = f"{str(dtype)[6:]}, T {t}, H {h}, V {v}"
+
+    def policy(**options: Tensor | float) -> tuple[Tensor, ...]:
+        inputs = [hidden, weight, *(x for x in [options.get("bias")] if isinstance(x, Tensor))]
+        found = ops.linear_policy_loss(hidden, weight, targets, *tokens, backend="triton", **options)  # type: ignore[arg-type]
+        return found.loss, found.logprob, found.stats, *torch.autograd.grad(found.loss, inputs)
+
+    def logprob(**options: float) -> tuple[Tensor, ...]:
+        found = ops.linear_logprob(
+            hidden, weight, targets, return_entropy=True, backend="triton", **options  # type: ignore[call-overload]
+        )  # fmt: skip
+        return *found, *torch.autograd.grad((found[0] * tokens[1] + found[1]).sum(), (hidden, weight))
+
+    def score(normalization: str) -> tuple[Tensor, ...]:
+        found = ops.yes_no_logprob(
+            hidden, weight, 3, 5, normalization=normalization, return_mass=True, backend="triton"
+        )
+        return *found, *torch.autograd.grad(found[0].sum(), (hidden, weight))
+
+    capped: dict[str, float] = {"softcap": 20.0, "temperature": 0.7}
+    yield f"linear_policy_loss, {name}", policy
+    yield (
+        f"linear_policy_loss with bias, soft-cap, KL, {name}",
+        partial(policy, bias=bias, ref_logprob=old, beta=0.1, **capped),
+    )
+    yield f"linear_logprob, {name}", logprob
+    yield f"linear_logprob with soft-cap, {name}", partial(logprob, **capped)
+    yield from ((f"yes_no_logprob {n}, {name}", partial(score, n)) for n in ("vocab", "yes_no"))
+
+
+def loss_calls(t: int, device: str) -> Iterator[tuple[str, Call]]:
+    g = torch.Generator(device).manual_seed(0)
+    lp, old, a, w = (torch.randn(t, generator=g, device=device) for _ in range(4))
+    lp.requires_grad_()
+
+    def loss() -> tuple[Tensor, ...]:
+        found = ops.policy_loss(lp, old, a, w, ref_logprob=old, beta=0.1, entropy=-old, backend="triton")
+        return found.loss, found.logprob, found.stats, *torch.autograd.grad(found.loss, lp)
+
+    yield f"policy_loss, T {t}", loss
+
+
+def attention_calls(plan: Plan) -> Iterator[tuple[str, Call]]:
+    """Every backend that can run here, by depth, by path and with a window."""
+    flat, gradient = drawn(int(plan.stop[-1]), Heads(28, 4, 128), torch.bfloat16)
+    device = flat[0].device
+
+    def attention(backend: str, by_path: bool, window: int | None) -> tuple[Tensor, ...]:
+        with going(by_path):
+            out = ops.tree_attention(flat[0], flat[1], flat[2], plan, window=window, backend=backend)
+        return out, *torch.autograd.grad(out, flat, gradient)
+
+    for backend, varlen in VARLEN.items():
+        if problem := varlen.problem(device, torch.bfloat16, 128, None):
+            print(f"left out: tree_attention, {backend}: {problem}", flush=True)
+            continue
+        for way, by_path, window in (("by depth", False, None), ("by path", True, None), ("window of 13", True, 13)):
+            yield f"tree_attention, {backend}, {way}, U {len(flat[0])}", partial(attention, backend, by_path, window)
+
+
+def differing(call: Call, repeats: int) -> int:
+    """How many of the repeats differ in any bit from the first run."""
+    first = call()
+    return sum(
+        not all(torch.equal(bits(x), bits(y)) for x, y in zip(call(), first, strict=True)) for _ in range(repeats)
+    )
+
+
+def bits(x: Tensor) -> Tensor:
+    """As integers: NaN is equal to itself, and -0 is not 0."""
+    return x.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+
+
+def main() -> None:
+    parser = command.parser("gpu.calls", __doc__)
+    parser.add_argument("--repeats", type=int, default=0)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("bench.gpu.calls: there is no CUDA device")
+    if args.repeats:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    found: dict[str, int] = {}
+    for name, call in calls(large=args.repeats > 0):
+        found[name] = differing(call, args.repeats)
+        torch.cuda.synchronize()
+        print(f"{name}: {found[name]} of {args.repeats} differ" if args.repeats else f"{name}: ran", flush=True)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

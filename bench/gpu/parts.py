@@ -1,0 +1,296 @@
+"""What is asked of a GPU, part by part.
+
+    python -m bench.gpu PART ...
+
+Each ends within ten minutes, and writes bench/results/<gpu>_<part>.json with machine, versions and commit, and what it
+printed beside it.
+
+`--list` says what there is. Nothing of the GPU's settings is changed. Without a .git, name the commit in --commit.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import command
+from bench.machine import ceilings, machine
+from bench.training import lengths
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "bench" / "results"
+TOOLS = ("memcheck", "racecheck", "initcheck")
+REPEATS = 100
+MISSING_PACKAGE = re.compile(r"(the package flash_attn|liger-kernel) is not installed")
+INSTEAD = """there is no CUDA device, and every part needs one. Without one there are
+    python -m pytest tests/test_ops_triton.py    the kernels through Triton's interpreter, and compiled for three GPUs
+    python -m pytest tests/test_bench_gpu.py     what the parts run, on tiny shapes
+    python -m bench.gpu.roofline                     what to expect, counted"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    ok: bool
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    does: str
+    minutes: int  # after which it is stopped
+    run: Callable[["Job"], Outcome]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One part at work: its log, how long it may take, and where its tables and plots go."""
+
+    name: Path  # without a suffix
+    seconds: float
+
+    def command(self, *args: str, **environment: str) -> tuple[int, str]:
+        """Exit status and output, which is shown and kept; 124 where the time was over."""
+        with self.name.with_suffix(".txt").open("a") as log:
+            process = subprocess.Popen(
+                args, cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                text=True, start_new_session=True,
+            )  # fmt: skip
+            stopped = threading.Event()
+
+            def stop() -> None:
+                stopped.set()
+                os.killpg(process.pid, signal.SIGKILL)  # and all that it started
+
+            timer = threading.Timer(self.seconds, stop)
+            timer.start()
+            assert process.stdout is not None
+            lines = []
+            try:
+                with process.stdout:
+                    for line in process.stdout:
+                        print(line, end="", flush=True)
+                        log.write(line)
+                        lines.append(line)
+                status = process.wait()
+            except BaseException:
+                os.killpg(process.pid, signal.SIGKILL)  # an interrupt does not reach a session of its own
+                raise
+            finally:
+                timer.cancel()
+        return (124 if stopped.is_set() else status), "".join(lines)
+
+
+def table(module: str, *options: str, ours: str = "dwrl_fast") -> Callable[[Job], Outcome]:
+    """A benchmark that writes its own report. It fails where the variant that is `ours` could not run."""
+
+    def run(job: Job) -> Outcome:
+        path = job.name.with_suffix(".json")
+        path.unlink(missing_ok=True)
+        plot = str(job.name.with_suffix(".png"))
+        status, _ = job.command(sys.executable, "-m", module, "--json", str(path), "--plot", plot, *options)
+        report = json.loads(path.read_text()) if path.exists() else {}
+        wrong = [f"{row['case']}: {row['variant']}" for row in report.get("rows", []) if row["disagrees"]]
+        own = [row for row in report.get("rows", []) if row["variant"] == ours]
+        failed = [f"{row['case']}: {row['skipped']}" for row in own if row["skipped"]]
+        return Outcome(
+            status == 0 and bool(own) and not failed, report | {"status": status, "disagree": wrong, "failed": failed}
+        )
+
+    return run
+
+
+def tests(job: Job) -> Outcome:
+    """Every test marked gpu. A skip is a failure, unless it is for a package that is not installed."""
+    files = [str(path) for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text()]
+    with tempfile.TemporaryDirectory() as folder:
+        xml = Path(folder) / "report.xml"
+        status, _ = job.command(
+            sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rs", "-p", "no:cacheprovider", "--durations=10",
+            f"--junitxml={xml}", *files,
+        )  # fmt: skip
+        found = (
+            read_tests(xml.read_text()) if xml.exists() else {"ran": 0, "refused": {}, "failed": ["there is no report"]}
+        )
+    ok = status == 0 and bool(found["ran"]) and not found["failed"] and not found["refused"]
+    return Outcome(ok, found | {"status": status})
+
+
+def read_tests(xml: str) -> dict[str, Any]:
+    """ran, failed, skipped for a missing package, refused: skipped for anything else. All by name."""
+    found: dict[str, Any] = {"ran": 0, "failed": [], "skipped": {}, "refused": {}}
+    for case in ElementTree.fromstring(xml).iter("testcase"):
+        name = f"{case.get('classname')}::{case.get('name')}"
+        skipped = case.find("skipped")
+        if case.find("failure") is not None or case.find("error") is not None:
+            found["failed"].append(name)
+        elif skipped is not None:
+            reason = f"{skipped.get('message')}: {skipped.text}"
+            found["skipped" if MISSING_PACKAGE.search(reason) else "refused"][name] = reason
+        else:
+            found["ran"] += 1
+    return found
+
+
+def sanitizer(job: Job) -> Outcome:
+    """compute-sanitizer over one run of every call, without the caching allocator that would hide an access."""
+    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if tool is None:
+        print(
+            "NOT RUN: compute-sanitizer is not on the PATH, nor in /usr/local/cuda/bin (it comes with CUDA's toolkit)"
+        )
+        return Outcome(False, {"problem": "compute-sanitizer is missing"})
+    share = Job(job.name, job.seconds / len(TOOLS))
+    found = {}
+    for name in TOOLS:
+        status, output = share.command(
+            tool, "--tool", name, "--print-limit", "20", sys.executable, "-m", "bench.gpu.calls",
+            PYTORCH_NO_CUDA_MEMORY_CACHING="1",
+        )  # fmt: skip
+        found[name] = read_sanitizer(output) | {"status": status}
+        print(f"{name}: {'CLEAN' if clean(found[name]) else 'NOT CLEAN'} {found[name]}", flush=True)
+    return Outcome(all(map(clean, found.values())), found)
+
+
+def read_sanitizer(output: str) -> dict[str, Any]:
+    """The count of its summary, None where there is none; the kernels it names; whether it refused the device; how many
+    calls ran to their end.
+    """
+    summary = re.findall(r"(?:ERROR SUMMARY: |RACECHECK SUMMARY: )(\d+)", output)
+    kernels = re.findall(r"=+ +at (?:0x\w+ in )?(?:void )?([\w:<>]+)", output)
+    return {
+        "errors": int(summary[-1]) if summary else None,
+        "kernels": sorted(set(kernels)),
+        "refused": "Device not supported" in output,
+        "calls": len(re.findall(r": ran$", output, re.MULTILINE)),
+    }
+
+
+def clean(found: dict[str, Any]) -> bool:
+    return found["errors"] == 0 and found["status"] == 0 and not found["refused"] and found["calls"] > 0
+
+
+def repeats(job: Job) -> Outcome:
+    """The same inputs again and again in deterministic mode."""
+    status, output = job.command(
+        sys.executable, "-m", "bench.gpu.calls", "--repeats", str(REPEATS), CUBLAS_WORKSPACE_CONFIG=":4096:8"
+    )
+    last = output.strip().rpartition("\n")[2]
+    found = json.loads(last) if status == 0 and last.startswith("{") else {}
+    return Outcome(bool(found) and not any(found.values()), {"repeats": REPEATS, "differing": found, "status": status})
+
+
+def against_cpu(module: str, stored: str, *options: str) -> Callable[[Job], Outcome]:
+    """A run that learns, held against what the CPU's stored runs let one expect of it."""
+
+    def run(job: Job) -> Outcome:
+        if not (RESULTS / stored).exists():
+            print(f"NOT RUN: there is no {RESULTS / stored}, which `python -m {module} --json` writes on a CPU")
+            return Outcome(False, {"missing": [stored]})
+        path = job.name.with_suffix(".json")
+        path.unlink(missing_ok=True)
+        like = ("--against", str(RESULTS / stored))
+        status, output = job.command(sys.executable, "-m", module, "--json", str(path), *like, *options)
+        report = json.loads(path.read_text()) if path.exists() else {}
+        outside = re.findall(r"^.*\bOUTSIDE\b.*$", output, re.MULTILINE)
+        return Outcome(status == 0 and bool(report) and not outside, report | {"status": status, "outside": outside})
+
+    return run
+
+
+def pairs(job: Job) -> Outcome:
+    """bench.learning.overfit on the tokenizers and files of DWRL_FAST_SHARED."""
+    tokenizers = lengths.SHARED / "tokenizers"
+    files = [str(lengths.SHARED / lengths.FILES[name]) for name in ("hh", "gsm8k_real")]
+    missing = [path for path in (str(tokenizers), *files) if not Path(path).exists()]
+    if missing:
+        print(f"NOT RUN: there is no {', '.join(missing)}; name the folder above data/ in DWRL_FAST_SHARED")
+        return Outcome(False, {"missing": missing})
+    run = against_cpu("bench.learning.overfit", "cpu_overfit.json", "--tokenizers", str(tokenizers), "--data", *files)
+    return run(job)
+
+
+PARTS = {
+    "tests": Part("every test that needs a GPU, against float64; a skip for want of one is a failure", 9, tests),
+    "sanitizer": Part("memcheck, racecheck and initcheck over every kernel and backend", 9, sanitizer),
+    "repeats": Part(f"{REPEATS} repeats in deterministic mode, equal bit for bit", 5, repeats),
+    "head": Part(
+        "linear_policy_loss on real heads, its three products and its peers", 9,
+        table("bench.operators.linear_policy_loss", "--seconds", "60"),
+    ),
+    "logprob": Part(
+        "linear_logprob on real heads, and its peers", 5,
+        table("bench.operators.linear_logprob", "--seconds", "40"),
+    ),
+    "attention": Part(
+        "tree_attention on Qwen2.5-7B's heads, and equal work in ordinary sequences", 8,
+        table("bench.operators.tree_attention", "--seconds", "40"),
+    ),
+    "step": Part(
+        "a DWRL minibatch on the shape of Qwen2.5-7B", 9,
+        table("bench.training.step", "--seconds", "30", ours="tree"),
+    ),
+    "train": Part(
+        "what make train runs, and a second seed, against the CPU's seeds", 9,
+        against_cpu("bench.learning.embedded_seeds", "cpu_embedded_seeds.json", "--seeds", "0", "1"),
+    ),
+    "pairs": Part("overfitting real pairs, with real tokenizers, against the CPU's accuracies", 9, pairs),
+}  # fmt: skip
+
+
+def gpu_name() -> str:
+    words = re.findall(r"[a-z0-9]+", torch.cuda.get_device_name().lower())
+    return "_".join(word for word in words if word not in ("nvidia", "geforce", "tesla"))
+
+
+def run_part(name: str, folder: Path) -> bool:
+    part = PARTS[name]
+    job = Job(folder / f"{gpu_name()}_{name}", 60.0 * part.minutes)
+    job.name.with_suffix(".txt").unlink(missing_ok=True)
+    start = time.monotonic()
+    measured = ceilings()
+    torch.cuda.empty_cache()  # the part is another process
+    found = part.run(job)
+    report = {"benchmark": name, "machine": machine(), "ceilings": measured, "ok": found.ok} | found.report
+    report["seconds"] = time.monotonic() - start
+    job.name.with_suffix(".json").write_text(json.dumps(report, indent=1))
+    print(f"{name}: {'ok' if found.ok else 'NOT OK'}, {report['seconds']:.0f} s, {job.name}.json", flush=True)
+    return found.ok
+
+
+def main() -> None:
+    parser = command.parser("gpu", __doc__)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--list", action="store_true", help="what each part does, and after how long it is stopped")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where reports go (default bench/results)")
+    parser.add_argument("--commit", help="of this copy, where there is no .git (or DWRL_FAST_COMMIT)")
+    args = parser.parse_args()
+    if args.list or not args.parts:
+        for name, part in PARTS.items():
+            print(f"{name:10} {part.minutes:2} minutes at most: {part.does}")
+        return
+    if unknown := sorted(set(args.parts) - set(PARTS)):
+        parser.error(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    if not torch.cuda.is_available():
+        parser.error(INSTEAD)
+    if args.commit:
+        os.environ["DWRL_FAST_COMMIT"] = args.commit
+    args.out.mkdir(parents=True, exist_ok=True)
+    outcomes = [run_part(name, args.out.resolve()) for name in args.parts]  # all of them, whatever the first one says
+    raise SystemExit(0 if all(outcomes) else 1)
+
+
+if __name__ == "__main__":
+    main()

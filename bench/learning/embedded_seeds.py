@@ -1,0 +1,101 @@
+"""How far does DWRL lift held-out accuracy on hard pairs over the warmed-up start? The default run, seed by seed.
+
+    python -m bench.learning.embedded_seeds --seeds 0 1 2 3
+
+Prints every seed whatever its figures, the mean, and for how many seeds one greedy thought gained at least 15 points;
+writes the same as JSON. `--against bench/results/cpu_embedded_seeds.json` says of each mean whether it lies where the
+stored seeds let it be expected, as a GPU's should. What follows `--` goes to dwrl_fast.train as it stands:
+`-- --misalignment_weight off` measures an ablation.
+"""
+
+import json
+import shlex
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bench import command
+from bench.learning.intervals import comparison, next_mean
+from bench.machine import machine
+from dwrl_fast.console import set_up_logging
+from dwrl_fast.train import configure, run
+
+WANTED = 0.15
+COLUMNS = {
+    "accuracy_before": "before",
+    "accuracy_after": "after",
+    "accuracy_before_4_thoughts": "before, 4 thoughts",
+    "accuracy_after_4_thoughts": "after, 4 thoughts",
+    "accuracy_bt": "bt",
+    "seconds": "seconds",
+}
+
+
+def seed_row(result: dict[str, Any]) -> dict[str, float]:
+    row = {name: result[name] for name in COLUMNS if result.get(name) is not None}
+    return {"seed": result["seed"], **row, "rise": row["accuracy_after"] - row["accuracy_before"]}
+
+
+def table(rows: list[dict[str, float]]) -> Table:
+    shown = Table(title="Held-out hard pairs, the embedded task")
+    columns = {"seed": "seed", **COLUMNS, "rise": "rise"}
+    for title in columns.values():
+        shown.add_column(title, justify="right")
+    average = {name: mean(row[name] for row in rows) for name in columns if all(name in row for row in rows)}
+    for row in rows:
+        shown.add_row(*(_cell(name, row.get(name)) for name in columns))
+    shown.add_section()
+    shown.add_row("mean", *(_cell(name, average.get(name)) for name in columns if name != "seed"))
+    return shown
+
+
+def compared(rows: list[dict[str, float]], stored: list[dict[str, float]]) -> Table:
+    """Each mean over `rows` beside that of the stored seeds."""
+    found = []
+    for name, title in (COLUMNS | {"rise": "rise"}).items():
+        here, there = ([row[name] for row in some if name in row] for some in (rows, stored))
+        if name != "seconds" and here and len(there) > 1:
+            found.append((title, mean(there), mean(here), next_mean(there, len(here))))
+    return comparison("means over seeds", found)
+
+
+def _cell(name: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.0f}" if name in ("seed", "seconds") else f"{value:+.3f}" if name == "rise" else f"{value:.3f}"
+
+
+def main() -> None:
+    parser = command.parser("learning.embedded_seeds", __doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3])
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/embedded_seeds"), help="where the runs and the JSON go"
+    )
+    parser.add_argument("--json", type=Path, help="where the JSON goes (default FOLDER/embedded_seeds.json)")
+    parser.add_argument("--against", type=Path, help="such a JSON, of another machine")
+    parser.add_argument("options", nargs="*", help="after --: options of dwrl_fast.train")
+    given = parser.parse_args()
+    against = json.loads(given.against.read_text())["seeds"] if given.against else []
+    console = Console()
+    set_up_logging(console)
+
+    rows = []
+    for seed in given.seeds:
+        options = [*given.options, "--seed", str(seed), "--output_dir", str(given.folder / f"seed-{seed}")]
+        rows.append(seed_row(run(configure(options), console)))
+    risen = sum(row["rise"] >= WANTED for row in rows)
+    console.print(table(rows))
+    console.print(f"{risen} of {len(rows)} seeds rose by at least {WANTED:.2f}")
+    if given.against:
+        console.print(compared(rows, against))
+    path = given.json or given.folder / "embedded_seeds.json"
+    report = {"machine": machine(), "options": shlex.join(given.options), "risen": risen, "seeds": rows}
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    console.print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()

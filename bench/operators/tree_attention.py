@@ -1,0 +1,273 @@
+"""Attention, forward and backward, of sequences and of ragged preference trees.
+
+    python -m bench.operators.tree_attention --quick
+
+A tree is a prompt, two responses and the thoughts of either. Padded is what trainers do without a tree: every sequence
+by itself, right-padded to the longest, causal. Counted of each variant, padding and all: the pairs of a query and a key
+that it attends to in a head, and what they cost, of one layer as is the time: seven products of D a pair and a head, of
+which the forward takes two and the backward, which forms the logits again, five.
+
+On a GPU the heads are those of Qwen2.5-7B in bfloat16, the trees minibatches of 32 pairs as long as those of hh and
+rmb, and the floor is "equal work": ordinary causal sequences of one length, through the same kernels, with as many
+queries and as many pairs as the tree. Theirs is the FLOP rate that the tree's is held against. Differences there are
+from attention in float64, sequence by sequence.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor
+
+from bench.harness import Case, Row, Variant, main
+from bench.training import lengths
+from dwrl_fast import ops
+from dwrl_fast.batching.tree import tree_batch
+from dwrl_fast.ops import paths
+from dwrl_fast.ops.varlen import VARLEN
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+REFERENCE_TOKENS = 2048  # the definition holds [heads, U, U] several times over
+EQUAL = "equal work"
+LEAST_RATE = 0.85  # asked of a GPU, of the rate of equal work
+PAIRS = 32
+
+
+class Heads(NamedTuple):
+    query: int
+    key: int
+    channels: int
+
+    def flops(self, pairs: int) -> float:
+        return 7 * 2 * self.channels * self.query * pairs
+
+
+SMALL, QWEN7B = Heads(4, 4, 64), Heads(28, 4, 128)
+
+
+class Plan(NamedTuple):
+    start: Tensor
+    stop: Tensor
+    parent: Tensor
+
+
+def sequences_of(tokens: int, count: int = 1) -> Plan:
+    stop = torch.arange(1, count + 1) * tokens
+    return Plan(stop - tokens, stop, torch.full((count,), -1))
+
+
+def minibatch(data: str, mean: int, pairs: int = PAIRS) -> Plan:
+    """Pairs as long as those of a data set, each response with its thoughts of `mean` tokens on average, as one tree:
+    what begins every prompt is its root.
+    """
+    thoughts = lengths.thought_lengths(mean, 2 * lengths.THOUGHTS * pairs)
+    groups = lengths.groups(lengths.drawn(data, pairs), thoughts, 151936)
+    plan = tree_batch(groups, torch.device("cpu")).plan
+    return Plan(plan.start, plan.stop, plan.parent)
+
+
+def ragged_trees(count: int, thoughts: int = 4) -> Plan:
+    """Thoughts are 40 tokens on average and follow 50 of fixed turns, which go with the response."""
+    g = torch.Generator().manual_seed(0)
+    draw = lambda low, high: int(torch.randint(low, high, (), generator=g))  # noqa: E731
+    sizes: list[int] = []
+    parent: list[int] = []
+    for _ in range(count):
+        root = len(sizes)
+        sizes.append(draw(32, 256))
+        parent.append(-1)
+        for _ in range(2):
+            response = len(sizes)
+            sizes += [draw(66, 210), *(draw(5, 76) for _ in range(thoughts))]
+            parent += [root, *[response] * thoughts]
+    stop = torch.tensor(sizes).cumsum(0)
+    return Plan(stop - torch.tensor(sizes), stop, torch.tensor(parent))
+
+
+def sequences(plan: Plan) -> list[Tensor]:
+    """The tokens from the root to the end of each leaf."""
+    paths: list[Tensor] = []
+    for start, stop, up in zip(*(x.tolist() for x in plan), strict=True):
+        own = torch.arange(start, stop)
+        paths.append(own if up < 0 else torch.cat([paths[up], own]))
+    inner = set(plan.parent.tolist())
+    return [path for node, path in enumerate(paths) if node not in inner]
+
+
+def attended(plan: Plan) -> int:
+    """Pairs of a query and a key in all."""
+    above: list[int] = []  # tokens on the path to each node
+    pairs = 0
+    for start, stop, up in zip(*(x.tolist() for x in plan), strict=True):
+        above.append(0 if up < 0 else above[up] + int(plan.stop[up] - plan.start[up]))
+        own = stop - start
+        pairs += own * above[-1] + own * (own + 1) // 2
+    return pairs
+
+
+def equal_work(plan: Plan) -> Plan:
+    """Causal sequences of one length with about as many tokens and pairs."""
+    tokens = int(plan.stop[-1])
+    length = max(1, round(2 * attended(plan) / tokens - 1))
+    return sequences_of(length, max(1, round(tokens / length)))
+
+
+def drawn(tokens: int, heads: Heads, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    """q, k, v and the gradient of the output."""
+    g = torch.Generator(DEVICE).manual_seed(0)
+    draw = lambda n: torch.randn(tokens, n, heads.channels, generator=g, device=DEVICE).to(dtype)  # noqa: E731
+    return [draw(n).requires_grad_() for n in (heads.query, heads.key, heads.key)], draw(heads.query)
+
+
+def through(run: Callable[[], Tensor], inputs: list[Tensor], gradient: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+    return lambda: torch.autograd.grad(run(), inputs, gradient)
+
+
+def going(by_path: bool) -> AbstractContextManager[Any]:
+    """Within it trees are gone through by path, or by depth, whichever moves fewer bytes."""
+    return patch.object(paths._Layout, "shorter_by_path", lambda self, group: by_path)
+
+
+def variants(plan: Plan, heads: Heads, dtype: torch.dtype) -> list[Variant]:
+    tokens, leaves = int(plan.stop[-1]), sequences(plan)
+    longest, needed = max(map(len, leaves)), attended(plan)
+    flat, gradient = drawn(tokens, heads, dtype)
+
+    def attention(backend: str) -> Tensor:
+        q, k, v = flat
+        return ops.tree_attention(q, k, v, plan, backend=backend)
+
+    def ours(name: str, backend: str, pairs: int, why: str = "") -> Variant:
+        run = None if why else through(lambda: attention(backend), flat, gradient)
+        return Variant(name, run, why, counters=work(pairs, heads), flops=heads.flops(pairs))
+
+    copied = torch.stack([F.pad(path, (0, longest - len(path))) for path in leaves])  # padding repeats token 0
+    q, k, v = (x.detach()[copied].transpose(1, 2).contiguous().requires_grad_() for x in flat)
+    padded = through(
+        lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads.query != heads.key),
+        [q, k, v],
+        gradient[copied].transpose(1, 2),
+    )
+    whole = len(leaves) == 1
+    able = {name: v.problem(DEVICE, dtype, heads.channels, None) or "" for name, v in VARLEN.items()}
+    too_long = f"it would hold [{heads.query}, {tokens}, {tokens}]" if tokens > REFERENCE_TOKENS else ""
+    by_definition = DEVICE.type == "cuda" and all(able.values())  # what "auto" is then
+    pairs_padded = len(leaves) * longest * (longest + 1) // 2
+    found = [
+        ours("dwrl_fast", "auto", needed, too_long if by_definition else ""),
+        *(ours(name, name, needed, why) for name, why in able.items()),
+        Variant(
+            "SDPA" if whole else f"padded SDPA, [{len(leaves)}, {longest}]",
+            lambda: tuple(x.transpose(1, 2).flatten(0, 1) for x in padded()) if whole else padded(),
+            comparable=whole,  # else its gradients are those of the copies
+            counters=work(pairs_padded, heads),
+            flops=heads.flops(pairs_padded),
+        ),
+        ours("definition", "reference", tokens**2, too_long),
+    ]
+    if DEVICE.type == "cuda":
+        found.insert(0, Variant("float64", lambda: exact(plan, flat, gradient), reference=True))
+        found += gpu_variants(plan, heads, dtype, flat, gradient, next((n for n, why in able.items() if not why), ""))
+    return found
+
+
+def gpu_variants(
+    plan: Plan, heads: Heads, dtype: torch.dtype, flat: list[Tensor], gradient: Tensor, backend: str
+) -> list[Variant]:
+    """Both ways through a tree, and equal work: as it is called here, and with its backward as fast as it may be."""
+
+    def way(by_path: bool) -> Tensor:
+        with going(by_path):
+            return ops.tree_attention(flat[0], flat[1], flat[2], plan, backend=backend)
+
+    even = equal_work(plan)
+    inputs, grad = drawn(int(even.stop[-1]), heads, dtype)
+
+    def ordinary() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(
+            ops.tree_attention(inputs[0], inputs[1], inputs[2], even, backend=backend), inputs, grad
+        )
+
+    def free() -> tuple[Tensor, ...]:
+        with patch("dwrl_fast.ops.varlen._deterministic", nullcontext):
+            return ordinary()
+
+    needed, same = attended(plan), attended(even)
+    counted = {"counters": work(needed, heads), "flops": heads.flops(needed)}
+    even_counted = {"counters": work(same, heads), "flops": heads.flops(same), "comparable": False}
+    note = f"{backend}: {len(even.stop)} sequences of {int(even.stop[0])}"
+    why = "" if backend else "no kernels of varlen attention can run here"
+    return [
+        Variant("by depth", None if why else through(lambda: way(False), flat, gradient), why, **counted),  # type: ignore[arg-type]
+        Variant("by path", None if why else through(lambda: way(True), flat, gradient), why, **counted),  # type: ignore[arg-type]
+        Variant(EQUAL, None if why else ordinary, why, note=note, **even_counted),  # type: ignore[arg-type]
+        Variant(
+            f"{EQUAL}, not deterministic", free if backend == "varlen" else None,
+            why or "only of PyTorch's kernels", **even_counted,  # type: ignore[arg-type]
+        ),
+    ]  # fmt: skip
+
+
+def exact(plan: Plan, flat: list[Tensor], gradient: Tensor) -> tuple[Tensor, ...]:
+    """dq, dk, dv in float64: each sequence by itself, with the gradient of a token that it is the first to hold."""
+    group, done = flat[0].shape[1] // flat[1].shape[1], 0
+    total = [torch.zeros_like(x, dtype=torch.float64) for x in flat]
+    for path in sequences(plan):
+        rows = path[path >= done].to(gradient.device)  # depth first: what was met before has a smaller number
+        done, path = int(path[-1]) + 1, path.to(gradient.device)
+        for head in range(flat[1].shape[1]):
+            places: list[Any] = [(rows, slice(head * group, (head + 1) * group)), (path, head), (path, head)]
+            q, k, v = (x.detach()[at].double().requires_grad_() for x, at in zip(flat, places, strict=True))
+            logits = torch.einsum("thd,sd->hts", q, k) * q.shape[-1] ** -0.5
+            weights = logits.masked_fill(path > rows[:, None], -torch.inf).softmax(-1)
+            out = torch.einsum("hts,sd->thd", weights, v)
+            parts = torch.autograd.grad(out, (q, k, v), gradient[places[0]].double())
+            for sums, at, part in zip(total, places, parts, strict=True):
+                sums[at] += part
+    return tuple(x.float() for x in total)
+
+
+def work(pairs: int, heads: Heads) -> dict[str, float]:
+    return {"pairs": pairs, "MFLOP": heads.flops(pairs) / 1e6}
+
+
+def case(name: str, plan: Plan, dtype: torch.dtype = torch.float32, quick: bool = True, heads: Heads = SMALL) -> Case:
+    of = f"{heads.query} heads" if heads.query == heads.key else f"{heads.query} and {heads.key} heads"
+    return Case(
+        f"{name}, U {int(plan.stop[-1])}, {of} of {heads.channels}, {str(dtype)[6:]}",
+        lambda: variants(plan, heads, dtype),
+        quick,
+        floor=EQUAL if DEVICE.type == "cuda" else "",
+    )
+
+
+def cases() -> list[Case]:
+    if DEVICE.type == "cuda":
+        plans = [("one sequence", sequences_of(8192)), ("sequences of 1024", sequences_of(1024, 16))]
+        plans += [(f"{d}, thoughts of {m}", minibatch(d, m)) for d in ("hh", "rmb") for m in (40, 200)]
+        return [case(name, plan, torch.bfloat16, heads=QWEN7B) for name, plan in plans]
+    return [
+        case("one sequence", sequences_of(2048)),
+        case("one sequence", sequences_of(2048), torch.bfloat16),
+        case("2 trees", ragged_trees(2)),
+        case("32 trees", ragged_trees(32)),
+        case("32 trees", ragged_trees(32), torch.bfloat16, quick=False),
+    ]
+
+
+def summary(rows: list[Row], console: Console) -> None:
+    """What was asked of a GPU, beside what was measured."""
+    for name in dict.fromkeys(row.case for row in rows):
+        rates = {row.variant: row.flop_rate for row in rows if row.case == name and row.flop_rate}
+        ours, floor = rates.get("dwrl_fast"), rates.get(EQUAL)
+        if ours and floor:
+            rate = f"{ours / 1e12:.0f} TFLOP/s, {ours / floor:.3f} of the {floor / 1e12:.0f} of equal work"
+            console.print(f"{name}\n  {rate}, asked at least {LEAST_RATE}")
+
+
+if __name__ == "__main__":
+    main("operators.tree_attention", __doc__, cases(), summary)

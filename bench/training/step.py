@@ -1,0 +1,269 @@
+"""One DWRL minibatch, phases A and B, forward and backward, without the optimizer's step.
+
+    python -m bench.training.step --quick
+
+Times are per thought token and pass, A and B counting as two; TRL's update is one. Cases are `model/data` with thoughts
+of 40 tokens on average, `model/data-200` with 200. Models have drawn weights: `trunk-heavy` spends its time in the
+layers, `head-heavy` at the vocabulary. `trunk/X-Y-Oxn` is the backbone alone, where the ratio of time and of memory can
+be held against that of tokens. Counters: positions of one pass, what one sequence at a time would take, rows that meet
+the head, positions computed for nothing, and model FLOPs (flops.py) of a pass and of one that shares nothing.
+
+On a GPU the model has the shape of Qwen2.5-7B, and computes in bfloat16 over float32 masters; the default is as many of
+its layers as fit one sitting, and `--layers 28 --checkpointing` all of them. Seconds are then per pass over the
+minibatch, and utilisation is of what a large matrix product reaches in the same run.
+"""
+
+import argparse
+import gc
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from bench.harness import Case, Row, Variant, main, tensors
+from bench.machine import ceilings
+from bench.training import lengths
+from bench.training.plain_update import plain
+from bench.training.trl_update import liger_installed, trl, trl_missing
+from bench.training.update import Setting, Way, counters, fastest, ours, setting, update
+from dwrl_fast.batching.batch import Batch
+from dwrl_fast.batching.layout import Packing
+from dwrl_fast.models.backbone import backbone_states
+
+PER = "thought token per forward + backward"
+COMMON = {"max_position_embeddings": 8192, "tie_word_embeddings": True, "initializer_range": 0.05}
+MODELS: dict[str, dict[str, Any]] = {
+    "trunk-heavy": COMMON
+    | {"model_type": "llama", "vocab_size": 32003, "hidden_size": 512, "intermediate_size": 1376}
+    | {"num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4},
+    "head-heavy": COMMON
+    | {"model_type": "qwen2", "vocab_size": 151936, "hidden_size": 256, "intermediate_size": 1024}
+    | {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2},
+}
+MEANS = {"": 40, "-200": 200}
+TRUNKS = ((256, 128, 160), (512, 512, 416))
+# Of the GPU's cases. A layer of the 7B keeps .26 MB a token for its backward: with 8 layers 24,576 tokens are 51 GB,
+# beside 12 GB of weights, as much of gradients, and 5 of bfloat16 copies.
+QWEN_7B: dict[str, Any] = {
+    "model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944,
+    "num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 32768, "tie_word_embeddings": False,
+}  # fmt: skip
+LAYERS, TOKEN_BUDGET = 8, 24576
+SYNTHETIC = (512, 512, 416)
+GPU_PAIRS = {"512-512-416": 4, "hh": 16, "hh-200": 8, "rmb": 8, "rmb-200": 8}
+ROUNDED = 0.1  # between gradients of layouts that compute in bfloat16
+ASKED = 2.0  # packed in units of the tree's time, at SYNTHETIC
+
+
+def variants(it: Setting, source: str, times: float) -> list[Variant]:
+    """Of one minibatch; `times` is what a pass counts as."""
+    passes = len(it.method.phases)
+
+    def variant(name: str, way: Way | None, passes: int = passes, note: str = "", **options: Any) -> Variant:
+        if way is None:
+            return Variant(name, None, "one pair does not fit into memory")
+        return Variant(
+            name,
+            way.run,
+            times=passes * times,
+            flops=passes * 1e9 * way.counters["model GFLOP"],
+            note=way.note + note,
+            counters=way.counters,
+            **options,
+        )
+
+    def peer() -> Variant:
+        if problem := trl_missing():
+            return Variant("trl", None, problem)
+        ladders = [trl(it, liger) for liger in (False, True)[: 1 + (torch.cuda.is_available() and liger_installed())]]
+        return variant("trl", fastest(*ladders), passes=1, comparable=False)
+
+    return [
+        variant("tree", ours(it, "tree"), note=f"; {source}"),
+        variant("packed", ours(it, "packed")),
+        variant("padded", fastest(plain(it))),
+        variant("padded-fused", ours(it, "padded"), quick=False),
+        peer(),
+    ]
+
+
+def cpu_variants(shape: Mapping[str, Any], data: str, mean: int) -> list[Variant]:
+    pairs = lengths.pairs(data)
+    it = setting(shape, pairs, lengths.thought_lengths(mean, 2 * lengths.THOUGHTS * len(pairs.contexts)))
+    return variants(it, pairs.source, sum(map(len, it.old)))
+
+
+def gpu_variants(shape: Mapping[str, Any], data: str, count: int, checkpointing: bool) -> list[Variant]:
+    name = data.removesuffix("-200")
+    if name in lengths.FILES:
+        pairs = lengths.pairs(name, count)
+        thoughts = lengths.thought_lengths(MEANS[data.removeprefix(name)], 2 * lengths.THOUGHTS * count)
+    else:
+        prompt, response, thought = SYNTHETIC
+        pairs = lengths.synthetic(count, prompt, response)
+        thoughts = [thought] * (2 * lengths.THOUGHTS * count)
+    it = setting(shape, pairs, thoughts, checkpointing=checkpointing, token_budget=TOKEN_BUDGET)
+    found = [each for each in variants(it, pairs.source, 1) if each.name != "padded-fused"]
+    return [replace(each, run=each.run and partial(gradients, each.run)) for each in found]
+
+
+def gradients(run: Callable[[], object]) -> list[Tensor]:
+    """Without the losses: that of the thoughts is the rest of a sum that cancels, and in bfloat16 mostly rounding."""
+    return [x for x in tensors(run()) if x.dim()]
+
+
+def trunk_variants(shape: Mapping[str, Any], prompt: int, response: int, rest: int) -> list[Variant]:
+    """The backbone alone over one synthetic pair; the gradient comes in where the head reads."""
+    thoughts = [rest] * (2 * lengths.THOUGHTS)
+    it = setting(shape, lengths.synthetic(1, prompt, response), thoughts)
+    lm, runtime = it.runtime.model.lm, it.runtime
+    gradient = torch.Generator().manual_seed(0)
+
+    def variant(packing: Packing) -> Variant:
+        (batch,) = replace(runtime.layout, packing=packing, token_budget=sys.maxsize).batches(it.groups)
+        drawn = torch.randn(len(batch.token_rows), lm.config.hidden_size, generator=gradient.manual_seed(0))
+
+        def states(batch: Batch) -> Tensor:
+            with runtime.compute.autocast():
+                return backbone_states(lm.base_model, batch)[batch.token_rows]
+
+        def phase(batch: Batch) -> Tensor:
+            return (states(batch) * drawn.to(lm.device)).sum()
+
+        held = {"saved MiB": saved_bytes(lambda: states(batch), lm.parameters()) / 2**20}
+        return Variant(packing, lambda: update(lm, [batch], [phase]), counters=counters([batch]) | held)
+
+    return [variant("tree"), variant("packed")]
+
+
+def saved_bytes(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
+    """Bytes that `forward` keeps for its backward: storages, each once, that are not of `parameters`."""
+    known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage  # held, so that no later one takes its address
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        forward()
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def summary(rows: Collection[Row], console: Console) -> None:
+    """How many times as long as the tree the others take; of the trunk alone, beside the ratio of tokens."""
+    seconds = {(row.case, row.variant): row.seconds_median for row in rows}
+    found = {(row.case, row.variant): row.counters for row in rows}
+    names = list(dict.fromkeys(row.case for row in rows))
+
+    def ratio(of: Mapping[tuple[str, str], float | None], case: str, variant: str) -> str:
+        this, tree = of.get((case, variant)), of.get((case, "tree"))
+        return f"{this / tree:.2f}" if this and tree else "-"
+
+    table = Table(title="time in units of the tree's", title_justify="left")
+    for heading in ("case", "packed", "padded", "trl"):
+        table.add_column(heading, justify="left" if heading == "case" else "right")
+    for case in (name for name in names if (name, "tree") in seconds and not name.startswith("trunk/")):
+        table.add_row(case, *(ratio(seconds, case, variant) for variant in ("packed", "padded", "trl")))
+    trunk = Table(title="backbone alone, packed in units of the tree's", title_justify="left")
+    for heading in ("case", "tokens", "time", "activation memory"):
+        trunk.add_column(heading, justify="left" if heading == "case" else "right")
+    for case in (name for name in names if name.startswith("trunk/")):
+        tokens, saved = ({k: x.get(key) for k, x in found.items()} for key in ("trunk tokens", "saved MiB"))
+        trunk.add_row(case, *(ratio(of, case, "packed") for of in (tokens, seconds, saved)))
+    for each in (table, trunk):
+        if each.row_count:
+            console.print(each)
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
+        console.print(utilisation(rows, ceilings()["bf16_flop_per_second"]))
+    for case in (name for name in names if name.endswith("/512-512-416")):
+        times = ratio(seconds, case, "packed")
+        console.print(f"{case}: packed takes {times} times as long as the tree; asked are {ASKED:.1f}")
+
+
+def utilisation(rows: Collection[Row], product: float) -> Table:
+    """Of the FLOP a second of a large product: the model's of what a variant computes, and what one sequence at a time
+    would have computed for the same update.
+    """
+    table = Table(title=f"utilisation, of {product / 1e12:.0f} TFLOP/s of a large product", title_justify="left")
+    for heading in ("case", "variant", "ms a pass", "TFLOP/s", "utilisation", "as naive", "peak GiB beyond weights"):
+        table.add_column(heading, justify="left" if heading in ("case", "variant") else "right")
+    for row in rows:
+        if row.seconds_median and row.flop_rate:
+            naive = row.flop_rate * row.counters["naive GFLOP"] / row.counters["model GFLOP"]
+            cells = [f"{1e3 * row.seconds_median:.1f}", f"{row.flop_rate / 1e12:.0f}"]
+            cells += [f"{each / product:.2f}" for each in (row.flop_rate, naive)]
+            cells += ["" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.1f}"]
+            table.add_row(row.case, row.variant, *cells)
+    return table
+
+
+def head_row(shape: Mapping[str, Any]) -> float:
+    """Multiplications of one row at the head, in which those of all products are counted."""
+    return float(shape["hidden_size"] * shape["vocab_size"])
+
+
+def trunk_case(prompt: int, response: int, rest: int) -> Case:
+    shape = MODELS["trunk-heavy"]
+    return Case(
+        f"trunk/{prompt}-{response}-{rest}x{lengths.THOUGHTS}",
+        lambda: trunk_variants(shape, prompt, response, rest),
+        quick=False,
+        unit=head_row(shape),
+    )
+
+
+def step_case(model: str, data: str, suffix: str) -> Case:
+    return Case(
+        f"{model}/{data}{suffix}",
+        lambda: cpu_variants(MODELS[model], data, MEANS[suffix]),
+        quick=(model, data, suffix) == ("trunk-heavy", "hh", ""),
+        unit=head_row(MODELS[model]),
+        per=PER,
+    )
+
+
+CASES = [step_case(model, data, suffix) for model in MODELS for data in lengths.FILES for suffix in MEANS]
+CASES += [trunk_case(*sizes) for sizes in TRUNKS]
+
+
+def gpu_cases(layers: int, checkpointing: bool) -> list[Case]:
+    shape = QWEN_7B | {"num_hidden_layers": layers}
+    model = f"qwen2.5-7b-{layers}{'-checkpointed' if checkpointing else ''}"
+
+    def case(data: str) -> Case:
+        return Case(
+            f"{model}/{data}",
+            lambda: gpu_variants(shape, data, GPU_PAIRS[data], checkpointing),
+            quick=data == next(iter(GPU_PAIRS)),
+            unit=head_row(shape),
+            per="pass",
+            loose=ROUNDED,
+        )
+
+    return [case(data) for data in GPU_PAIRS]
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--layers", type=int, help=f"of the 7B's 28 layers (default {LAYERS}; a GPU's cases)")
+    parser.add_argument("--checkpointing", action="store_true", help="keep one state a layer (a GPU's cases)")
+
+
+def cases(args: argparse.Namespace) -> list[Case]:
+    if torch.cuda.is_available() or args.layers:
+        return gpu_cases(args.layers or LAYERS, args.checkpointing)
+    return CASES
+
+
+if __name__ == "__main__":
+    main("training.step", __doc__, cases, summary, options)

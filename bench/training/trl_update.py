@@ -1,0 +1,143 @@
+"""TRL's own policy update: `GRPOTrainer`'s loss and backward, on inputs that it would have prepared itself."""
+
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.operators.peers import NEEDS_CUDA
+from bench.training import lengths
+from bench.training.flops import attended_keys, head_flops, trunk_flops
+from bench.training.update import Setting, Way, powers, sharing_weights, without_gradients
+from dwrl_fast.dialog import Sequence as Encoded
+
+PAD = 0
+
+
+def trl_missing() -> str:
+    """Why TRL's update cannot run here, if it cannot."""
+    return "" if find_spec("trl") else "trl is not installed"
+
+
+def trl(it: Setting, liger: bool) -> Iterator[Way]:
+    """TRL's update in micro-batches of 4, 8 ... thoughts; with Liger's layers where a GPU can run them."""
+    sequences = [sequence for group in it.groups for sequence in group.flat]
+    advantages = torch.randn(len(sequences), generator=torch.Generator().manual_seed(0))
+    trainer = grpo_trainer(sharing_weights(it.lm), liger)
+
+    def run(micro_batches: TrlUpdate) -> Tensor:
+        with without_gradients(trainer.model):
+            return micro_batches()
+
+    for size in powers(lengths.THOUGHTS, len(sequences)):
+        found = TrlUpdate(trainer, sequences, it.old, advantages, size)
+        yield Way(f"micro-batches of {size} thoughts, {liger_note(liger)}", partial(run, found), found.counters)
+
+
+def liger_installed() -> bool:
+    return find_spec("liger_kernel") is not None
+
+
+def liger_note(liger: bool) -> str:
+    if liger:
+        return "Liger on"
+    if not torch.cuda.is_available():
+        return f"Liger off: {NEEDS_CUDA}"
+    return "Liger off" if liger_installed() else "Liger off: it is not installed"
+
+
+class TrlUpdate:
+    """One pass of `trainer` over `sequences` in micro-batches of `size`: forward and backward, no step.
+
+    The completion is the thought, the prompt all that precedes it; what follows the thought is left out. Every
+    micro-batch is padded by itself, as TRL pads when it samples each anew (steps_per_generation=1); its default pads
+    the prompts of a whole accumulation window to the longest. Without CUDA its head scores every position, prompts too.
+    """
+
+    def __init__(
+        self, trainer: Any, sequences: Sequence[Encoded], old: Sequence[Tensor], advantages: Tensor, size: int
+    ):
+        self.sequences, self.old, self.advantages, self.size = sequences, old, advantages, size
+        self.trainer = trainer
+        self.inputs = [self._prepare(i) for i in range(0, len(sequences), size)]
+
+    def __call__(self) -> Tensor:
+        """The loss, a mean over sequences of means over tokens."""
+        trainer = self.trainer
+        trainer.current_gradient_accumulation_steps = len(self.inputs)
+        trainer.model.zero_grad(set_to_none=True)
+        losses = []
+        for inputs in self.inputs:
+            loss = trainer.compute_loss(trainer.model, inputs)
+            trainer.accelerator.backward(loss)
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
+
+    @property
+    def counters(self) -> dict[str, float]:
+        rows = [(len(x["prompt_ids"]), x["prompt_ids"].shape[1] + x["completion_ids"].shape[1]) for x in self.inputs]
+        computed, naive = sum(count * width for count, width in rows), sum(s.thought.stop for s in self.sequences)
+        scored = sum(len(o) for o in self.old) if torch.cuda.is_available() else computed - len(self.sequences)
+        made = {"trunk tokens": computed, "naive tokens": naive, "head rows": scored, "padding": computed - naive}
+        lm, stops = self.trainer.model, [s.thought.stop for s in self.sequences]
+        gflop = (trunk_flops(lm, naive, attended_keys(stops)) + head_flops(lm, scored)) / 1e9
+        return made | {"model GFLOP": gflop, "naive GFLOP": gflop}
+
+    def _prepare(self, start: int) -> dict[str, Tensor]:
+        from trl.trainer.utils import pad
+
+        some = self.sequences[start : start + self.size]
+        prompts = [torch.tensor(s.ids[: s.thought.start]) for s in some]
+        completions = [torch.tensor(s.ids[s.thought]) for s in some]
+        found = {
+            "prompt_ids": pad(prompts, padding_value=PAD, padding_side="left"),
+            "prompt_mask": pad([torch.ones_like(x) for x in prompts], padding_value=0, padding_side="left"),
+            "completion_ids": pad(completions, padding_value=PAD, padding_side="right"),
+            "completion_mask": pad([torch.ones_like(x) for x in completions], padding_value=0, padding_side="right"),
+            "old_per_token_logps": pad(self.old[start : start + self.size], padding_value=0.0, padding_side="right"),
+            "advantages": self.advantages[start : start + self.size],
+        }
+        return {key: value.to(self.trainer.model.device) for key, value in found.items()}
+
+
+def grpo_trainer(lm: Any, liger: bool = False) -> Any:
+    """A `GRPOTrainer` of `lm`, which it patches, that stands where its training loop would call `compute_loss`."""
+    from datasets import Dataset
+    from transformers.integrations.liger import apply_liger_kernel
+    from trl import GRPOConfig, GRPOTrainer
+
+    from dwrl_fast.embedded.tokenizer import make_tokenizer
+
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+        warnings.simplefilter("ignore", FutureWarning)
+        arguments = GRPOConfig(
+            output_dir=folder,
+            num_generations=2,  # of its sampling, which is not used; so are its batches
+            beta=0.0,
+            loss_type="grpo",
+            use_liger_kernel=liger,
+            gradient_checkpointing=lm.is_gradient_checkpointing,
+            bf16=torch.cuda.is_available(),
+            use_cpu=not torch.cuda.is_available(),
+            report_to="none",
+        )
+        trainer = GRPOTrainer(
+            model=lm,
+            reward_funcs=_no_reward,
+            args=arguments,
+            train_dataset=Dataset.from_dict({"prompt": [""]}),
+            processing_class=make_tokenizer(),
+        )
+    if liger:
+        apply_liger_kernel(trainer.model, trainer.args.liger_kernel_config)
+    trainer.model.train()
+    return trainer
+
+
+def _no_reward(completions: list[str], **_: object) -> list[float]:
+    return [0.0] * len(completions)

@@ -1,0 +1,187 @@
+"""One minibatch's update on a drawn model: our own losses on a layout, and what peers' updates are made from."""
+
+import copy
+import dataclasses
+import json
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench.harness import timed
+from bench.training import lengths
+from bench.training.flops import attended_keys, head_flops, trunk_flops
+from dwrl_fast.batching.batch import Batch, Size
+from dwrl_fast.batching.layout import Packing
+from dwrl_fast.batching.tree import TreeBatch
+from dwrl_fast.compute import Compute
+from dwrl_fast.config import TrainConfig
+from dwrl_fast.dialog import Dialog, Template
+from dwrl_fast.embedded.arrays import EVALUATE, RATE
+from dwrl_fast.embedded.tokenizer import make_tokenizer
+from dwrl_fast.encode import Group, Thought
+from dwrl_fast.methods import StepMetrics
+from dwrl_fast.methods.dwrl import DualWeightedRL
+from dwrl_fast.scoring import Runtime
+from dwrl_fast.training.policy import load_judging
+from dwrl_fast.training.rollout import Rollout
+
+OFF_POLICY = 0.1  # nats between old log-probs and the model's: some tokens are clipped, as after a few updates
+COUNTERS = ("trunk tokens", "naive tokens", "head rows", "padding")
+
+
+class Setting(NamedTuple):
+    """A model, ours and as Hugging Face loads it with the very same weights, and a minibatch for it."""
+
+    method: DualWeightedRL
+    runtime: Runtime
+    lm: Any
+    groups: list[Group]
+
+    @property
+    def old(self) -> list[Tensor]:
+        return [torch.tensor(one.logprobs) for group in self.groups for some in group.thoughts for one in some]
+
+
+class Way(NamedTuple):
+    """A variant before the best of its micro-batches is known."""
+
+    note: str
+    run: Callable[[], object]
+    counters: dict[str, float]
+
+
+def setting(
+    shape: Mapping[str, Any],
+    pairs: lengths.Pairs,
+    thoughts: Sequence[int],
+    *,
+    checkpointing: bool = False,
+    **options: Any,
+) -> Setting:
+    """`pairs` with thoughts of these lengths, their old log-probs a little off the model's own. options: of the
+    trainer. The weights are drawn where they are used, so that a large model is not drawn on the CPU first.
+    """
+    dialog = Dialog(make_tokenizer(), Template(EVALUATE, RATE))  # its labels stand for any two ids
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.json"
+        path.write_text(json.dumps(shape))
+        # Neither tokenizer nor data are read.
+        config = TrainConfig(model_config=str(path), tokenizer_name_or_path="", dataset_name="", **options)
+        compute = Compute.resolve("auto")
+        method = DualWeightedRL(config, dialog)
+        with compute.device:
+            judging = load_judging(config, method, dialog, compute)
+    model = judging.runtime.model.train()
+    if checkpointing:
+        model.lm.gradient_checkpointing_enable({"use_reentrant": False})
+    lm = sharing_weights(model.lm)
+    lm.set_attn_implementation("sdpa")
+    noise = torch.Generator().manual_seed(0)
+
+    def off(thought: Thought) -> list[float]:
+        old = torch.tensor(thought.logprobs)
+        return (old + OFF_POLICY * torch.randn(old.shape, generator=noise)).tolist()
+
+    groups, _ = Rollout(method, judging).recomputed(lengths.groups(pairs, thoughts, shape["vocab_size"]))
+    groups = [group.with_logprobs([[off(one) for one in some] for some in group.thoughts]) for group in groups]
+    return Setting(method, judging.runtime, lm, groups)
+
+
+def sharing_weights(lm: Any) -> Any:
+    """Another model of the very parameters of `lm`, whose modules can be changed without changing those of `lm`."""
+    return copy.deepcopy(lm, {id(parameter): parameter for parameter in lm.parameters()})
+
+
+def update(lm: Any, batches: Sequence[Batch], phases: Sequence[Callable[[Any], Tensor]]) -> tuple[Tensor, ...]:
+    """Forward and backward of each phase over `batches`; the losses, and the gradients of some weights of `lm`."""
+    layers, found = lm.base_model.layers, []
+    watched = (lm.get_input_embeddings().weight, layers[0].self_attn.q_proj.weight, layers[-1].mlp.down_proj.weight)
+    with without_gradients(lm):
+        for phase in phases:
+            losses = []
+            for batch in batches:
+                loss = phase(batch)
+                loss.backward()
+                losses.append(loss.detach())
+            found += [torch.stack(losses).sum(), *(weight.grad for weight in watched)]
+            lm.zero_grad(set_to_none=True)
+    return tuple(found)
+
+
+@contextmanager
+def without_gradients(lm: Any) -> Iterator[None]:
+    """None is left behind, even where memory runs out: they are part of what is measured."""
+    try:
+        yield
+    finally:
+        lm.zero_grad(set_to_none=True)
+
+
+def ours(it: Setting, packing: Packing) -> Way:
+    """The trainer's own losses over one layout, which is made once a minibatch, within the time."""
+    method, runtime = it.method, it.runtime
+    layout = dataclasses.replace(runtime.layout, packing=packing)
+
+    def loss(phase: str, minibatch: Size, batch: Batch) -> Tensor:
+        with runtime.compute.autocast():
+            return method.loss(phase, runtime.model, batch, minibatch, StepMetrics())
+
+    def run() -> tuple[Tensor, ...]:
+        made = layout.batches(it.groups)
+        return update(runtime.model.lm, made, [partial(loss, phase, Size.of(made)) for phase in method.phases])
+
+    batches = layout.batches(it.groups)
+    note = f"{len(batches)} micro-batch{'es' if len(batches) > 1 else ''}"
+    scores, thoughts = sum(len(b.score_rows) for b in batches), sum(len(b.token_rows) for b in batches)
+    # The score is read in both phases and trained in the first, the thoughts are trained in the second.
+    return Way(note, run, counters(batches) | flops(runtime.model.lm, batches, (scores + scores / 3 + thoughts) / 2))
+
+
+def counters(batches: Iterable[Batch]) -> dict[str, float]:
+    rows = [(b.trunk_tokens, b.naive_tokens, b.head_rows, b.padding) for b in batches]
+    return dict(zip(COUNTERS, map(sum, zip(*rows, strict=True)), strict=True))
+
+
+def flops(lm: Any, batches: Sequence[Batch], rows: float) -> dict[str, float]:
+    """Model GFLOP of a pass over `batches` whose head reads `rows`; of the trunk one sequence at a time, as well."""
+    naive = attended_keys(len(s.ids) for batch in batches for group in batch.groups for s in group.flat)
+    attended = sum(int((b.position_ids + 1).sum()) for b in batches if isinstance(b, TreeBatch)) or naive
+    head = head_flops(lm, rows)
+    found = {
+        "model GFLOP": trunk_flops(lm, sum(b.trunk_tokens - b.padding for b in batches), attended) + head,
+        "naive GFLOP": trunk_flops(lm, sum(b.naive_tokens for b in batches), naive) + head,
+    }
+    return {name: each / 1e9 for name, each in found.items()}
+
+
+def fastest(*ladders: Iterable[Way]) -> Way | None:
+    """The way that takes least, each run once; a ladder of growing micro-batches ends where they no longer gain, or no
+    longer fit into a GPU.
+    """
+    best: tuple[float, Way] | None = None
+    for ladder in ladders:
+        least = math.inf
+        for way in ladder:
+            try:
+                taken = timed(way.run)
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                break
+            if taken >= least:
+                break
+            least = taken
+            best = (taken, way) if best is None or taken < best[0] else best
+    return None if best is None else best[1]
+
+
+def powers(first: int, most: int) -> Iterator[int]:
+    while first <= most:
+        yield first
+        first *= 2

@@ -1,0 +1,122 @@
+"""Reports of files for people: tables and sentences on a terminal, histograms as a PNG."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dwrl_fast.data.check import FileReport, Overlap, lengths_of
+from dwrl_fast.data.label_agreement import Agreement
+
+SHOWN_LINES = 5
+
+
+def print_report(found: FileReport, console: Console) -> None:
+    """Everything that is in one file's report; of line numbers the first."""
+    console.rule(f"[bold]{found.format or 'no format'}[/bold]", align="left", style="dim")
+    left = found.rows - found.used
+    say(console, f"{found.path}: {found.rows:,} rows read = {found.used:,} used + {left:,} dropped")
+    if found.groups:
+        say(console, f"{found.groups:,} preference groups come of the {found.used:,}; {found.prompts:,} prompts")
+    for note, count in found.notes.items():
+        say(console, f"  {count:,} x {note}")
+    if found.dropped:
+        console.print(_dropped(found))
+    if not found.used:
+        return
+    console.print(_lengths(found))
+    if found.pairs:
+        share = f"The longer response wins {found.longer_wins:.1%} of {found.pairs:,} pairs"
+        say(console, f"{share} (equal lengths count one half): what a model must beat to have learnt more than length.")
+    for lines, what, meaning in (
+        (found.shared_prompts, "Rows with the prompt of an earlier one", "keep them on one side of a split"),
+        (
+            found.repeated,
+            "Rows that repeat an earlier comparison, with the same winner",
+            "duplicates count twice in training",
+        ),
+        (found.conflicts, "Rows that contradict others", "the same two responses to the same prompt, either winning"),
+    ):
+        say(console, f"{what}: " + (f"{len(lines):,}, line {_shown(lines)} ({meaning})" if lines else "none"))
+    if found.agreement is not None:
+        say(console, f"Several labels of one comparison: {_agreement(found.agreement)}")
+
+
+def print_overlap(found: Overlap, first: FileReport, second: FileReport, console: Console) -> None:
+    console.rule("[bold]both files[/bold]", align="left", style="dim")
+    if not found.prompts:
+        say(console, "No prompt stands in both files.")
+    else:
+        say(
+            console,
+            f"{found.prompts:,} prompts stand in both files: {len(found.second_lines):,} rows of {second.path} (line "
+            f"{_shown(found.second_lines)}) have been seen in training, in {len(found.first_lines):,} rows of "
+            f"{first.path} (line {_shown(found.first_lines)}). Take them out of one of the two.",
+        )
+    if found.agreement is not None:
+        say(console, f"Comparisons that both files label: {_agreement(found.agreement)}")
+
+
+def say(console: Console, line: str) -> None:
+    """A sentence as it is: file names and reasons are no markup."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _shown(lines: Sequence[int]) -> str:
+    return ", ".join(map(str, lines[:SHOWN_LINES])) + (", ..." if len(lines) > SHOWN_LINES else "")
+
+
+def _dropped(found: FileReport) -> Table:
+    table = Table("rows", "dropped because", "lines", title="Dropped", title_justify="left")
+    table.columns[0].justify = "right"
+    for reason, lines in found.dropped.items():
+        said = found.advice.get(reason, reason)
+        table.add_row(f"{len(lines):,}", Text(said), _shown(lines))
+    return table
+
+
+def _lengths(found: FileReport) -> Table:
+    names = ("least", "5 %", "half", "95 %", "99 %", "most")
+    table = Table("", *names, title=f"Lengths in {found.unit}: so many have at most", title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, lengths in found.lengths.items():
+        table.add_row(name, *(f"{value:,}" for value in lengths))
+    return table
+
+
+def _agreement(found: Agreement) -> str:
+    return (
+        f"{found.comparisons:,} of them, {found.labels:,} labels. Krippendorff's alpha {found.krippendorff_alpha:.3f}; "
+        f"Fleiss' kappa {found.fleiss_kappa:.3f} (the {found.fleiss_comparisons:,} with {found.fleiss_labels} labels); "
+        f"Pearson's r of their strengths {found.pearson_r:.3f}. 1 is full agreement, 0 is chance."
+    )
+
+
+def plot_lengths(reports: Sequence[FileReport], path: Path) -> None:
+    """Histograms of the lengths in all files: prompts, responses, and prompts with their longest response."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    reports = [report for report in reports if report.used]
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4))
+    for axis, name in zip(axes, reports[0].lengths, strict=True):
+        bins = np.geomspace(1, 1 + max(report.lengths[name].most for report in reports), 50)
+        for report in reports:
+            shares = np.full(len(values := lengths_of(report.counts)[name]), 1 / len(values))
+            axis.hist(np.maximum(values, 1), bins, weights=shares, alpha=0.6, label=Path(report.path).name)
+        axis.set_xscale("log")
+        axis.set_title(name, fontsize=9)
+        axis.set_xlabel(report.unit, fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("share", fontsize=8)
+    axes[0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

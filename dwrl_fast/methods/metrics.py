@@ -1,0 +1,53 @@
+"""The figures of a training step, which add up over its micro-batches."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dwrl_fast import ops
+from dwrl_fast.batching.batch import Batch
+from dwrl_fast.encode import Group
+
+
+@dataclass(slots=True)
+class StepMetrics:
+    """Sums with their counts, kept on the device; means are taken once a step, so that they do not depend on
+    micro-batches, and the device is waited for once.
+    """
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, int | Tensor] = field(default_factory=dict)
+    policy: list[Tensor] = field(default_factory=list)
+    scored: list[tuple[Batch, Tensor]] = field(default_factory=list)
+
+    def add(self, name: str, values: Tensor, count: int | None = None, where: Tensor | None = None) -> None:
+        """Each of `values` counts once, or each where `where` is true, unless they are a sum over `count` already."""
+        taken = values.detach().double()
+        total = taken.sum() if where is None else torch.where(where, taken, 0).sum()
+        more = where.sum() if where is not None else values.numel() if count is None else count
+        self.sums[name] = self.sums[name] + total if name in self.sums else total
+        self.counts[name] = self.counts.get(name, 0) + more
+
+    def add_scores(self, batch: Batch, scores: Tensor) -> None:
+        """The scores [S] that the model gave in `batch`, in nats; of a group only the last are kept."""
+        self.scored.append((batch, scores.detach()))
+
+    def means(self) -> dict[str, float]:
+        """Means by name, nan where nothing was counted, and what the policy loss counted. Synchronises."""
+        counts = {name: int(count) for name, count in self.counts.items()}
+        found = {name: total.item() / counts[name] if counts[name] else math.nan for name, total in self.sums.items()}
+        if self.policy:
+            stats = ops.read_stats(ops.combine_stats(self.policy))
+            found |= {"ratio": stats["ratio"], "ratio_max": stats["ratio_max"], "clip_fraction": stats["clipped"]}
+            found |= {"entropy": stats["entropy"], "trained_tokens": stats["tokens"], "invalid": stats["invalid"]}
+        return found
+
+    def scores(self, groups: Sequence[Group]) -> list[list[list[float]]]:
+        """The last scores of each of `groups`: K lists of N, empty where none were given. Synchronises."""
+        found: dict[Group, list[list[float]]] = {}
+        for batch, scores in self.scored:
+            found |= zip(batch.groups, batch.by_sequence(scores.tolist()), strict=True)
+        return [found.get(group, []) for group in groups]

@@ -1,0 +1,79 @@
+"""What the head's operators take, and what is read from them: log-probs of tokens, scores, the clipped loss."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dwrl_fast import ops
+from dwrl_fast.ops import PolicyLoss
+
+
+@dataclass(frozen=True, slots=True)
+class HeadInputs:
+    """The hidden states before the head, and the head, for S sequences with T thought tokens.
+
+    score: [S, H], the hidden states at the sequences' last tokens. token: [T, H], the hidden states that predict the
+    thoughts' tokens, or [0, H] where they were not asked for. weight: [V, H]. bias: [V]. softcap: of the logits.
+    """
+
+    score: Tensor
+    token: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+
+    def logprobs(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+        """[R] log p of the targets [R] after the hidden states [R, H] of either kind, in nats, differentiable."""
+        return ops.linear_logprob(
+            hidden, self.weight, targets, bias=self.bias, temperature=temperature, softcap=self.softcap
+        )
+
+    def scores(self, labels: tuple[int, int], normalization: str) -> Tensor:
+        """[S] the score s, the log-probability of the first of two labels in nats, differentiable.
+
+        See `ops.yes_no_logprob`.
+        """
+        return ops.yes_no_logprob(
+            self.score, self.weight, *labels, normalization=normalization, bias=self.bias, softcap=self.softcap
+        )
+
+    def scores_and_mass(self, labels: tuple[int, int], normalization: str) -> tuple[Tensor, Tensor]:
+        """`scores`, and the probability of both labels together [S], detached."""
+        return ops.yes_no_logprob(
+            self.score,
+            self.weight,
+            *labels,
+            normalization=normalization,
+            bias=self.bias,
+            softcap=self.softcap,
+            return_mass=True,
+        )
+
+    def policy_loss(
+        self,
+        targets: Tensor,
+        old_logprob: Tensor,
+        advantage: Tensor,
+        token_weight: Tensor,
+        *,
+        clip_low: float,
+        clip_high: float,
+        temperature: float,
+    ) -> PolicyLoss:
+        """The clipped policy loss (DWRL Eq. 14) over the T thought tokens; all tensors are [T].
+
+        See `ops.linear_policy_loss`.
+        """
+        return ops.linear_policy_loss(
+            self.token,
+            self.weight,
+            targets,
+            old_logprob,
+            advantage,
+            token_weight,
+            clip_low=clip_low,
+            clip_high=clip_high,
+            temperature=temperature,
+            softcap=self.softcap,
+            bias=self.bias,
+        )

@@ -1,0 +1,73 @@
+"""Thoughts that a model which is not trained writes once, and that are read again and again."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dwrl_fast.encode.thought import Thought
+from dwrl_fast.sampling.sampler import Sampler
+
+
+class KeptThoughts:
+    """A Sampler of one greedy thought a context, written by `writer` when it is first asked for, and kept.
+
+    tokenizer: what makes a thought readable in `file`. stop_ids: what ends a thought.
+    """
+
+    float32 = True
+
+    def __init__(self, writer: Sampler, tokenizer: Any, stop_ids: Sequence[int]):
+        self.writer, self.tokenizer, self.stop_ids = writer, tokenizer, stop_ids
+        self.found: dict[str, list[int]] = {}
+        self.file: Path | None = None
+
+    def keep_in(self, file: Path) -> None:
+        """Take up the thoughts that `file` holds (JSONL, one a line), and add to it what will be written."""
+        self.file = file
+        if not file.exists():
+            return
+        whole, _, _ = file.read_text(encoding="utf-8").rpartition("\n")  # a killed run may leave half a line
+        file.write_text(whole + "\n" * bool(whole), encoding="utf-8")
+        for line in whole.splitlines():
+            row = json.loads(line)
+            self.found[row["context"]] = row["ids"]
+
+    def sample(
+        self,
+        contexts: Sequence[Sequence[int]],
+        n: int,
+        *,
+        max_tokens: int,
+        temperature: float,
+        seed: int,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[list[Thought]]:
+        """See `Sampler.sample`; without log-probs. ValueError but for one greedy thought a context."""
+        if n != 1 or temperature:
+            raise ValueError(f"n = {n}, temperature = {temperature}: one greedy thought a context is kept")
+        keys = [_key(ids) for ids in contexts]
+        missing = {key: ids for key, ids in zip(keys, contexts, strict=True) if key not in self.found}
+        if missing:
+            written = self.writer.sample(
+                list(missing.values()), 1, max_tokens=max_tokens, temperature=0.0, seed=seed, progress=progress
+            )
+            self._keep({key: thought.ids for key, (thought,) in zip(missing, written, strict=True)})
+        if progress is not None:
+            progress(len(keys) - len(missing))
+        return [[Thought(ids, [], ids[-1] in self.stop_ids)] for ids in map(self.found.__getitem__, keys)]
+
+    def _keep(self, written: dict[str, list[int]]) -> None:
+        self.found |= written
+        if self.file is not None:
+            with self.file.open("a", encoding="utf-8") as file:
+                for key, ids in written.items():
+                    row = {"context": key, "ids": ids, "thought": self.tokenizer.decode(ids)}
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _key(ids: Sequence[int]) -> str:
+    return hashlib.blake2b(np.array(ids, dtype=np.int64).tobytes(), digest_size=16).hexdigest()

@@ -1,0 +1,97 @@
+"""How a model is asked: the dialog of a run, of a model that was trained here, and of any other as a judge."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from dwrl_fast.config import TrainConfig
+from dwrl_fast.data.mixture import Part
+from dwrl_fast.dialog import Dialog, SingleTurn, Thinking
+from dwrl_fast.errors import ConfigError, ModelError
+from dwrl_fast.methods import METHODS
+from dwrl_fast.models.pretrained import CARD, has_card, load_card, load_chat, load_tokenizer
+from dwrl_fast.options import check_values
+from dwrl_fast.templates import DEFAULT
+
+
+def load_dialog(config: TrainConfig) -> Dialog | SingleTurn:
+    """What builds the sequences of a run: a model trained here before brings its own, but for what the options say."""
+    method = METHODS[config.method]
+    source = config.tokenizer_name_or_path or config.model_name_or_path
+    if source is None:
+        source = str(Path(config.model_config or "").parent)
+    if has_card(config.model_name_or_path) and (not method.scalar or config.prefilled_thoughts):
+        card = load_card(config.model_name_or_path)
+        if METHODS[card["method"]].scalar:
+            raise ModelError(
+                f"{config.model_name_or_path} was trained by {card['method']} and has a scalar head in place of a "
+                f"language model's, which {'prefilled_thoughts' if method.scalar else config.method} needs: start from "
+                "the model that it started from"
+            )
+    chat = load_chat(
+        config.model_name_or_path,
+        source,
+        method.template,
+        template=config.template,
+        aspect=config.aspect,
+        enable_thinking=config.enable_thinking,
+    )
+    kinds = (method.template, *method.other_templates)
+    if chat.template.kind not in kinds:
+        raise ConfigError(
+            f"template = {config.template}: its kind is {chat.template.kind}, and {config.method} judges by one of "
+            f"kind {' or '.join(kinds)}. Give such a template, or none."
+        )
+    return chat
+
+
+def load_trained(folder: str | Path, aspect: str | None = None) -> tuple[Dialog | SingleTurn, dict[str, Any]]:
+    """How a model that `save_pretrained` wrote is asked, and its card."""
+    card = load_card(folder)
+    try:
+        _check_card(card)
+    except ConfigError as error:
+        raise ModelError(
+            f"the card of {folder} is not as it was saved: {error} Copy {CARD} again from where the model was trained"
+        ) from None
+    saved = card["dialog"] | ({} if aspect is None else {"aspect": aspect})
+    make = Dialog if saved["template"].get("kind", DEFAULT) == "dialog" else SingleTurn
+    return make.from_dict(load_tokenizer(str(folder)), saved), card
+
+
+def _check_card(card: dict[str, Any]) -> None:
+    """ConfigError where a card lacks what its method needs, or a value has a wrong type or is out of range."""
+    if str(card.get("method")) not in METHODS:
+        raise ConfigError(f"its method is {card.get('method')!r}, which is none of {', '.join(METHODS)}.")
+    options = [*METHODS[str(card["method"])].card_options, *["max_completion_length"] * ("prefilled_by" in card)]
+    if absent := [name for name in ("dialog", *options) if card.get(name) is None]:
+        raise ConfigError(f"it has no {', '.join(absent)}.")
+    texts = {name for name in options if isinstance(card[name], str)} - {"score_normalization"}
+    if texts:
+        raise ConfigError(f"{', '.join(sorted(texts))}: must be a number, and is text.")
+    check_values(TrainConfig, {name: card[name] for name in options}, "the card")
+    calibration = card.get("calibration", {"temperature": 1.0})
+    shapes = {"dialog": dict, "prefilled_by": str, "reference": dict, "calibration": dict}
+    for name, kind in shapes.items():
+        if not isinstance(card.get(name, kind()), kind):
+            raise ConfigError(f"{name} = {card[name]!r}: must be {'text' if kind is str else 'a mapping'}.")
+    if not isinstance(card["dialog"].get("template"), dict) or not isinstance(card["dialog"].get("aspect"), str):
+        raise ConfigError("dialog: must hold a template, a mapping, and an aspect, a text.")
+    if not (isinstance(fitted := calibration.get("temperature"), int | float) and 0 < fitted < math.inf):
+        raise ConfigError(f"calibration, temperature = {fitted!r}: must be a number > 0.")
+
+
+def load_judge(
+    method: str, name_or_path: str, *, template: str | None, aspect: str | None, enable_thinking: Thinking
+) -> tuple[Dialog | SingleTurn, dict[str, Any]]:
+    """How any causal language model is asked under `method`, which trains nothing, and a card for it."""
+    config = TrainConfig(
+        method=method,
+        model_name_or_path=name_or_path,
+        eval_dataset_name=(Part(name_or_path),),  # a judge must have something to judge; it is not read here
+        template=template,
+        aspect=aspect,
+        enable_thinking=enable_thinking,
+    )
+    limits = {"max_completion_length": config.max_completion_length, "temperature": config.temperature}
+    return load_dialog(config), {"method": config.method} | limits

@@ -1,0 +1,27 @@
+"""The ways of giving a verdict, by the name that `Method.verdict` has for them."""
+
+from typing import Any
+
+from dwrl_fast.methods import METHODS
+from dwrl_fast.scoring.comparison import ChoiceJudging, LabelJudging, LeadJudging
+from dwrl_fast.scoring.generative import GenerativeJudging
+from dwrl_fast.scoring.judging import Judging
+from dwrl_fast.scoring.point import PointJudging
+from dwrl_fast.scoring.policy import PolicyJudging
+from dwrl_fast.scoring.runtime import Runtime
+from dwrl_fast.scoring.scalar import ScalarJudging
+
+VERDICTS: dict[str, type[Judging]] = {
+    "label after a thought": GenerativeJudging,
+    "number after a thought": PointJudging,
+    "choice after a thought": ChoiceJudging,
+    "label": LabelJudging,
+    "lead": LeadJudging,
+    "reward": ScalarJudging,
+    "likelihood": PolicyJudging,
+}
+
+
+def judging_of(runtime: Runtime, card: dict[str, Any]) -> Judging:
+    """How the model of `runtime` gives its verdict, by the method that its card names."""
+    return VERDICTS[METHODS[card["method"]].verdict](runtime, card)

@@ -1,0 +1,297 @@
+"""`--dry_run`: what a run would be, from its options, rows and templates. Nothing is trained or left written; weights
+that are at hand are loaded and tried on a few tokens.
+
+What stands in the way of the run is collected, so that one look shows all of it.
+"""
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from dwrl_fast.batching.layout import Layout
+from dwrl_fast.compute import Compute
+from dwrl_fast.config import TrainConfig
+from dwrl_fast.data import Dataset, Preference, read_preferences
+from dwrl_fast.data.mixture import Part
+from dwrl_fast.data.published import DATA_SETS
+from dwrl_fast.dialog import Dialog, SingleTurn
+from dwrl_fast.encode import Group, Thought, fit
+from dwrl_fast.errors import DataError, UserError
+from dwrl_fast.feed import Feed, Shuffled
+from dwrl_fast.feed.opening import refuse_demonstration
+from dwrl_fast.feed.source import with_aspect
+from dwrl_fast.methods import METHODS, Method
+from dwrl_fast.models.gguf import is_gguf
+from dwrl_fast.models.model import check_positions, check_vocabulary, load_generative, load_scalar
+from dwrl_fast.models.pretrained import try_saving
+from dwrl_fast.scoring.loading import load_dialog
+from dwrl_fast.training.policy import load_judging
+from dwrl_fast.training.rollout import sample_thoughts
+
+SAMPLE = 256  # rows of each file that are encoded
+THOUGHT = 300  # tokens that a thought is taken to have: nobody knows before one is sampled
+PREPARED = re.compile(r"(?P<name>[a-z0-9]+)(-(?P<train>\d+)-(?P<test>\d+))?")  # a folder that --prepare filled
+
+
+class Findings:
+    """What is said, and what stands in the way."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.obstacles: list[str] = []
+
+    def say(self, what: str, text: str) -> None:
+        """Print one line of the report."""
+        self.console.print(f"{what:<10} {text}", markup=False, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def looking_at(self, what: str) -> Iterator[None]:
+        """Collect the UserError of what is looked at."""
+        try:
+            yield
+        except UserError as error:
+            self.obstacles.append(str(error))
+            self.say(what, "see the error below")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Guessed:
+    """A Sampler whose thoughts have `tokens` tokens, drawn but for the end-of-turn."""
+
+    tokens: int
+    vocabulary: int
+    end_id: int
+    float32 = True
+
+    def sample(
+        self,
+        contexts: Sequence[Sequence[int]],
+        n: int,
+        *,
+        max_tokens: int,
+        temperature: float,
+        seed: int,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[list[Thought]]:
+        """See `Sampler.sample`; `max_tokens` and `temperature` have no say."""
+        drawn = np.random.default_rng(seed).integers(self.vocabulary, size=(len(contexts), n, self.tokens)).tolist()
+        return [
+            [Thought([*ids[:-1], self.end_id], [0.0] * self.tokens, True) for ids in thoughts] for thoughts in drawn
+        ]
+
+
+def dry_run(config: TrainConfig, console: Console) -> None:
+    """Say what the run would be. UserError with all that stands in its way."""
+    found = Findings(console)
+    found.say("dry run", f"{config.method}; nothing is trained, nothing is left written")
+    if not config.own_data:
+        found.say("data", "the embedded task makes its model and its pairs when it runs; the options are valid")
+        return
+    dialog = method = None
+    with found.looking_at("template"):
+        dialog = load_dialog(config)
+        found.say("template", _told(dialog))
+        method = METHODS[config.method](config, dialog)
+        if method.question is not dialog:
+            found.say("", _told(method.question))
+    made = METHODS[config.method]
+    trained: Sequence[Part] = ()
+    if made.trains:
+        trained = config.dataset_mixture or (Part(str(config.dataset_name), 1.0),)
+    training = [_look_at(part, config, dialog, found, made.demonstrations) for part in trained]
+    held_out = [_look_at(part, config, dialog, found, False) for part in config.eval_dataset_name]
+    longest = max((tokens for _, tokens in [*training, *held_out]), default=0)
+    files = [rows for rows, _ in training]
+    if trained and all(files):
+        _say_updates(trained, files, config, found)
+        if method is not None:
+            _say_tokens([row for rows in files for row in _some(rows, SAMPLE // len(files))], config, method, found)
+    with found.looking_at("model"):
+        _say_model(config, method, longest, found)
+        if method is not None and weights_at_hand(config.model_name_or_path):
+            _say_trial(config, method, found)
+    if found.obstacles:
+        raise UserError("\n\nerror: ".join(found.obstacles))
+    found.say("ready", "the same command without --dry_run runs it")
+
+
+def preparation(name: str) -> str:
+    """The command that makes the file `name`; empty where none does.
+
+    The file's folder is called as the data set, or that with the rows of both files: data/ultrafeedback-14407-784.
+    """
+    path = Path(name)
+    match = PREPARED.fullmatch(path.parent.name)
+    if path.name not in ("train.jsonl", "test.jsonl") or match is None or match["name"] not in DATA_SETS:
+        return ""
+    source = " --source COPY" if DATA_SETS[match["name"]].repository is None else ""
+    rows = f" --train_rows {match['train']} --test_rows {match['test']}" if match["train"] else ""
+    return f"python -m dwrl_fast.data --prepare {match['name']}{source}{rows} --output_dir {path.parent}"
+
+
+def _told(dialog: Dialog | SingleTurn) -> str:
+    template, ids = dialog.template, dialog.label_ids
+    parts = [f"of kind {template.kind}", f"aspect: {dialog.aspect}", f"tokenizer: {dialog.tokenizer.name_or_path}"]
+    if template.labels is not None and ids is not None:
+        parts.append("labels: " + ", ".join(f"{label} ({i})" for label, i in zip(template.labels, ids, strict=True)))
+    return "; ".join(parts)
+
+
+def _look_at(
+    part: Part, config: TrainConfig, dialog: Dialog | SingleTurn | None, found: Findings, demonstrated: bool
+) -> tuple[list[Preference], int]:
+    """A file's rows, and the tokens of the longest sequence, with an empty thought, of those that were encoded."""
+    with found.looking_at("data"):
+        dataset = _read(part, config)
+        if not demonstrated:
+            refuse_demonstration(dataset.rows[0])
+        found.say("data", dataset.summary + (" (of a stream, the first)" if config.streaming else ""))
+        if dialog is None:
+            return dataset.rows, 0
+        return dataset.rows, _say_encoded(dataset, config, dialog, found)
+    return [], 0
+
+
+def _read(part: Part, config: TrainConfig) -> Dataset:
+    name = part.dataset_name
+    try:
+        dataset = read_preferences(
+            name,
+            columns=config.columns,
+            limit=max(SAMPLE, config.rollout_batch_size) if config.streaming else None,
+            ties=config.ties,
+            rankings=config.rankings,
+        )
+    except DataError as error:
+        command = preparation(name)
+        remedy = "" if Path(name).exists() or not command else f"\n  This makes it: {command}"
+        raise DataError(f"{error}{remedy}") from error
+    dataset.rows = [with_aspect(row, part.aspect) for row in dataset.rows]
+    return dataset
+
+
+def _some(rows: Sequence[Preference], count: int) -> list[Preference]:
+    """`count` rows from the whole of the file, or all."""
+    return [rows[i] for i in np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)]
+
+
+def _say_encoded(dataset: Dataset, config: TrainConfig, dialog: Dialog | SingleTurn, found: Findings) -> int:
+    some, sizes, reasons = _some(dataset.rows, SAMPLE), [], Counter[str]()
+    dialog.counts.clear()
+    for row in some:
+        tokens, reason = fit(row, dialog, config.max_length)
+        if reason:
+            reasons[reason] += 1
+        else:
+            sizes.append(tokens)
+    left_out = "".join(f"; {count} left out: {reason}" for reason, count in reasons.most_common())
+    if not sizes:
+        raise DataError(f"{dataset.path}: of {len(some)} rows that were encoded none can be used{left_out}")
+    half, most, longest = np.percentile(sizes, (50, 95, 100)).round().astype(int).tolist()
+    notes = "".join(f"; {count} {what}" for what, count in dialog.counts.most_common())
+    found.say(
+        "encoded",
+        f"{len(some):,} of its {len(dataset.rows):,} groups: longest sequence without thought {half} tokens at the "
+        f"median, {most} at 95 %, {longest} at most{left_out}{notes}",
+    )
+    return longest
+
+
+def _say_updates(
+    parts: Sequence[Part], files: Sequence[list[Preference]], config: TrainConfig, found: Findings
+) -> None:
+    """Of files read whole, before over-long rows are left out."""
+    sources = [Shuffled(part.dataset_name, rows, config.seed) for part, rows in zip(parts, files, strict=True)]
+    feed = Feed(
+        sources,
+        [part.weight or 1.0 for part in parts],
+        batch_size=config.rollout_batch_size,
+        epochs=config.num_train_epochs,
+        max_steps=config.max_steps,
+    )
+    found.say(
+        "updates",
+        f"{feed.total:,} groups in {feed.steps:,} rollout batches of up to {config.rollout_batch_size:,}; "
+        f"{feed.minibatches(config.minibatch_size):,} minibatches of {config.minibatch_size}; learning rate "
+        f"{config.learning_rate:g}, {config.lr_scheduler_type}",
+    )
+
+
+def _say_tokens(rows: Sequence[Preference], config: TrainConfig, method: Method, found: Findings) -> None:
+    """The tokens of one rollout batch like `rows`, as they are laid out in minibatches."""
+    length, dialog = min(THOUGHT, config.max_completion_length), method.dialog
+    rows = [row for row in rows if not fit(row, dialog, config.max_length)[1]]
+    groups = guessed_groups(rows, method, length) if rows else []
+    if not groups:
+        found.say("tokens", "not counted: no row that was encoded is trained on")
+        return
+    layout = Layout(config.packing, config.token_budget, dialog.pad_id, torch.device("cpu"))
+    size = config.minibatch_size
+    batches = [b for i in range(0, len(groups), size) for b in layout.batches(groups[i : i + size])]
+    trunk, naive = (sum(getattr(b, name) for b in batches) for name in ("trunk_tokens", "naive_tokens"))
+    scale = config.rollout_batch_size / len(groups)
+    thoughts = f", thoughts guessed at {length} tokens," if method.thoughts_each else ""
+    about = "at most" if method.selects else "about"  # only what was judged rightly is trained
+    found.say(
+        "tokens",
+        f"a rollout batch{thoughts} is {about} {trunk * scale:,.0f} through the trunk ({config.packing}), where each "
+        f"sequence by itself would be {naive * scale:,.0f}: {naive / trunk:.2f} x; about "
+        f"{len(batches) * scale:,.0f} forward passes of at most {config.token_budget:,}",
+    )
+
+
+def guessed_groups(rows: Sequence[Preference], method: Method, length: int) -> list[Group]:
+    """What a rollout would make of the rows, with thoughts of `length` drawn tokens; of the methods that keep only some
+    thoughts, all.
+    """
+    seed = method.config.seed
+    if not method.thoughts_each:
+        return method.groups(rows, seed)
+    question = method.question
+    guessed = Guessed(length, len(question.tokenizer), question.end_id)
+    requests = method.requests(rows, seed)
+    return method.reward(requests, sample_thoughts(method, requests, guessed, seed))[0]
+
+
+def _say_model(config: TrainConfig, method: Method | None, longest: int, found: Findings) -> None:
+    """The model as its config.json says, where that is at hand: on disk, or on a hub that just gave the tokenizer."""
+    name = config.model_name_or_path or str(config.model_config)
+    local = Path(name).exists()
+    reached = method is not None and config.tokenizer_name_or_path in (None, config.model_name_or_path)
+    if not (local or reached):
+        found.say("model", f"{name} is not on this machine, and was not looked for: training needs it")
+        return
+    made = METHODS[config.method]
+    with torch.device("meta"):
+        model = load_scalar(None, name, config.seed, 0) if made.scalar else load_generative(None, name, config.seed)
+    parameters = sum(p.numel() for p in model.parameters())
+    moments = 8 * (len(method.phases) if method is not None and method.separate_states else 1)
+    least = parameters * (4 + 4 + moments) / 2**30
+    trained = "" if config.use_peft or not made.trains else (
+        f"; weights, gradients and AdamW's moments in float32 take {least:.3g} GiB, and activations come on top"
+    )  # fmt: skip
+    found.say("model", f"{name}: {type(model.lm).__name__}, {parameters:,} parameters{trained}")
+    if method is not None:
+        check_vocabulary(model, max(len(method.dialog.tokenizer) - 1, method.dialog.pad_id))
+        writes = method.thinks or bool(method.thoughts_each)
+        check_positions(model, longest + config.max_completion_length * writes)
+
+
+def weights_at_hand(name: str | None) -> bool:
+    """Whether the model's weights, or adapters, lie on this machine."""
+    return name is not None and (is_gguf(name) or any(Path(name).glob("*.safetensors")))
+
+
+def _say_trial(config: TrainConfig, method: Method, found: Findings) -> None:
+    """The model loaded, placed, sampled from, merged and saved as a run would."""
+    judging = load_judging(config, method, method.dialog, Compute.resolve(config.dtype))
+    try_saving(Path(config.output_dir or "."), judging.runtime.model, method.dialog, method.card())
+    does = ["its layout"] + ["sampling"] * method.thinks + ["merging"] * config.use_peft + ["saving"]
+    found.say("trial", f"tried on a few tokens: {', '.join(does)}; all of it works")

@@ -1,0 +1,107 @@
+"""From rows to the groups that a step trains: asked, sampled, rewarded, kept, with the old policy's log-probs."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from dwrl_fast.batching.batch import Batch
+from dwrl_fast.data import Preference
+from dwrl_fast.encode import Group, Request
+from dwrl_fast.errors import ConfigError
+from dwrl_fast.methods import Method
+from dwrl_fast.progress import Display
+from dwrl_fast.sampling import Sampler, sample_groups
+from dwrl_fast.scoring import Judging, PolicyJudging
+from dwrl_fast.scoring.runtime import load_writer
+
+
+class Rollout:
+    """What `method` trains on, under the model of `judging` as it stands at each call.
+
+    ConfigError where the sampler's log-probs are asked for and cannot stand for the trainer's; ModelError where another
+    model writes the thoughts and cannot be loaded.
+    """
+
+    def __init__(self, method: Method, judging: Judging):
+        self.method, self.judging, self.runtime = method, judging, judging.runtime
+        compute, config = self.runtime.compute, method.config
+        if method.thinks and config.old_logprobs == "sampler" and not compute.float32:
+            raise ConfigError(
+                "--old_logprobs sampler needs a sampler that computes in float32, and this one computes in "
+                f"{compute.dtype}: its rounding would pass for a change of the policy. Use recompute, or --dtype fp32."
+            )
+        self.sampler: Sampler | None = self.runtime.sampler
+        if method.writer is not None:
+            self.sampler = load_writer(
+                method.writer, method.question, compute, self.runtime.layout, config.generation_batch_size
+            )
+
+    def __call__(self, rows: Sequence[Preference], seed: int, display: Display) -> tuple[list[Group], dict[str, float]]:
+        """The groups of one rollout batch, and what is worth logging of them."""
+        method = self.method
+        if not method.thoughts_each:
+            with display.stage("  " + method.preparation, len(rows)) as stage:
+                groups = method.groups(rows, seed)
+                groups, figures = self._with_old_logprobs(groups)
+                stage.advance(len(rows))
+            return groups, figures
+        requests = method.requests(rows, seed)
+        assert self.sampler is not None
+        with display.stage("  " + method.preparation, sum(len(each.contexts) for each in requests)) as stage:
+            sampled = sample_thoughts(method, requests, self.sampler, seed, stage.advance)
+        sampled, unread = method.reward(requests, sampled)
+        kept, gaps = self._with_old_logprobs(method.keep(sampled, seed))
+        return kept, method.figures(rows, requests, sampled, kept, unread) | gaps
+
+    def _with_old_logprobs(self, groups: list[Group]) -> tuple[list[Group], dict[str, float]]:
+        method, source = self.method, self.method.config.old_logprobs
+        if method.old_policy is None or not groups:
+            return groups, {}
+        if method.old_policy == "start":
+            assert isinstance(self.judging, PolicyJudging)
+            return self.judging.with_start_logprobs(groups), {}
+        if method.old_policy == "sampler":
+            assert self.sampler is not None
+            if source == "recompute" or (source == "auto" and not self.sampler.float32):
+                return self.recomputed(groups)
+            return groups, {}
+        return self.recomputed(groups)[0], {}
+
+    def recomputed(self, groups: Sequence[Group]) -> tuple[list[Group], dict[str, float]]:
+        """The groups with the trainer's own log-probs in place of the sampler's, before anything is updated; how far
+        the two were apart, in nats.
+        """
+        gaps: list[Tensor] = []
+
+        def read(batch: Batch) -> list[list[list[list[float]]]]:
+            head = self.runtime.model(batch, tokens=True)
+            fresh = head.logprobs(head.token, batch.targets, self.method.trained_temperature)
+            assert batch.old_logprob is not None
+            gaps.append((fresh - batch.old_logprob).abs())
+            return batch.by_token(fresh)
+
+        fresh = self.runtime.run_batches(groups, read)
+        gap = torch.cat(gaps)
+        found = [group.with_logprobs(each) for group, each in zip(groups, fresh, strict=True)]
+        return found, {"sampler_gap_mean": gap.mean().item(), "sampler_gap_max": gap.max().item()}
+
+
+def sample_thoughts(
+    method: Method,
+    requests: Sequence[Request],
+    sampler: Sampler,
+    seed: int,
+    progress: Callable[[int], None] | None = None,
+) -> list[Group]:
+    """One group a request, with as many thoughts a context as the method trains; `progress` counts contexts."""
+    return sample_groups(
+        requests,
+        method.question,
+        sampler,
+        method.thoughts_each,
+        max_tokens=method.config.max_completion_length,
+        temperature=method.sampling_temperature,
+        seed=seed,
+        progress=progress,
+    )
