@@ -1,7 +1,6 @@
 """`python -m dwrl_fast.compare A B`: two trained models on the same pairs, and what they disagree about."""
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +14,7 @@ from dwrl_fast.config import CommonOptions
 from dwrl_fast.config.common import cluster_option
 from dwrl_fast.console import command, set_up_logging
 from dwrl_fast.data import Cluster, Preference
+from dwrl_fast.data.jsonl import finite
 from dwrl_fast.data.mixture import Part, check_evaluated
 from dwrl_fast.dialog.single_turn import transcript
 from dwrl_fast.errors import ConfigError, DataError
@@ -183,8 +183,7 @@ def _json_lines(differ: Sequence[Difference], config: CompareConfig) -> Iterator
         line: dict[str, Any] = {"source": row.source, "prompt": row.prompt, "responses": row.responses}
         line["ranks"] = each.models[0].ranks
         for name, found in zip(("a", "b"), each.models, strict=True):
-            scores = [score if math.isfinite(score) else None for score in found.scores]
-            line[name] = {"scores": scores, "thoughts": found.thoughts}
+            line[name] = {"scores": finite(found.scores), "thoughts": found.thoughts}
             line[name] |= {"comparisons": found.comparisons} if found.comparisons else {}
         yield json.dumps(line, ensure_ascii=False) + "\n"
 

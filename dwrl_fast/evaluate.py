@@ -18,6 +18,7 @@ from dwrl_fast.api import Scorer
 from dwrl_fast.config import VOTE_CURVE, EvaluateConfig, parse_evaluate
 from dwrl_fast.console import command, set_up_logging
 from dwrl_fast.data import Preference
+from dwrl_fast.data.jsonl import finite
 from dwrl_fast.errors import ConfigError
 from dwrl_fast.evaluation.calibration import calibration, fit_temperature
 from dwrl_fast.evaluation.figures import figures
@@ -25,7 +26,7 @@ from dwrl_fast.evaluation.judged import Judged
 from dwrl_fast.evaluation.page import page
 from dwrl_fast.evaluation.pairs import PairReport, check_ordered
 from dwrl_fast.evaluation.probe import ProbeReport, pairs_of, probe, responses_each
-from dwrl_fast.evaluation.report import Report, finite, make_report, markdown, sections
+from dwrl_fast.evaluation.report import Report, make_report, markdown, sections
 from dwrl_fast.evaluation.rewardbench import check_rows, read_best_of, rewardbench, rewardbench2
 from dwrl_fast.evaluation.scoring import PartFile, Scored, Steps, score_rows
 from dwrl_fast.evaluation.table import PairTable

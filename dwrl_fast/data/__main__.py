@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from rich.console import Console
 from rich.markup import escape
-from rich.status import Status
 
 from dwrl_fast.console import command, set_up_logging
 from dwrl_fast.data import Message, Rankings, Ties, open_rows
@@ -144,27 +143,6 @@ python -m dwrl_fast.data --prepare gsm8k --source example_model_solutions.jsonl 
                 raise ConfigError(f"--{name} {path}: its folder does not exist; make it first")
 
 
-class Watch:
-    """Says on a terminal how much is read. Nothing runs before the first call, so that processes can be forked."""
-
-    def __init__(self, console: Console, name: str) -> None:
-        self.console, self.name, self.done = console, name, 0
-        self.unit = "bytes" if isinstance(open_rows(name), JsonLines) else "rows"
-        self.status: Status | None = None
-
-    def __call__(self, by: int) -> None:
-        self.done += by
-        text = f"{escape(self.name)}: {self.done:,} {self.unit} read"
-        if self.status is None:
-            self.status = self.console.status(text)
-            self.status.start()
-        self.status.update(text)
-
-    def stop(self) -> None:
-        if self.status is not None:
-            self.status.stop()
-
-
 def main(argv: list[str]) -> None:
     console = Console()
     set_up_logging(console)
@@ -208,7 +186,14 @@ def run_check(config: DataConfig, console: Console) -> bool:
 
 
 def check_one(name: str, config: DataConfig, console: Console, measure: Measure | None) -> FileReport:
-    watch = Watch(console, name)
+    """Check one file, and show on a terminal how much of it is read."""
+    unit = "bytes" if isinstance(open_rows(name), JsonLines) else "rows"
+    status = console.status("")
+
+    def watch(done: int) -> None:
+        status.update(f"{escape(name)}: {done:,} {unit} read")
+        status.start()  # not before the first call: it starts a thread, and processes can be forked without one
+
     try:
         return check(
             name,
@@ -219,7 +204,7 @@ def check_one(name: str, config: DataConfig, console: Console, measure: Measure 
             progress=watch,
         )
     finally:
-        watch.stop()
+        status.stop()
 
 
 def run_fix(config: DataConfig, found: FileReport, console: Console) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dwrl_fast.data.columns import Unusable, quoted
-from dwrl_fast.data.counts import prompt_digest, used_lines
+from dwrl_fast.data.counts import prompt_digest
 from dwrl_fast.data.published import DATA_SETS, DataSet
 from dwrl_fast.data.reading import Reader
 from dwrl_fast.data.row_source import START, Position, Row
@@ -172,14 +172,13 @@ class Converted:
 def _read(published: PublishedRows, data: DataSet, name: str) -> Split:
     """Every published row, judged by the reader that will read the files."""
     source, found = Converted(published, data, name), Split()
-    reader = Reader(source)
     used: set[int] = set()
-    for outcome in reader.read():
+    for outcome in Reader(source).read():
         if outcome.error is not None:
             raise outcome.error
         for reason, line in outcome.dropped:
             source.unusable.append((reason, source.made.pop(line)[0]))
-        for line in used_lines(outcome, reader):
+        for line in outcome.lines:
             number, values = source.made.pop(line)
             used.add(number)
             lines = found.prompts.setdefault(prompt_digest(outcome.preferences[0].prompt), [])

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dwrl_fast.data import Preference
+from dwrl_fast.data.jsonl import finite
 from dwrl_fast.errors import DataError
 from dwrl_fast.evaluation.units import Floats, Ints, Units
 from dwrl_fast.objectives.agreement import ordered_pairs, rank_grid
@@ -45,7 +46,7 @@ class PairReport:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON, which has no inf and no nan: null stands for them."""
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
+        return finite(asdict(self))
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> Self:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dwrl_fast.data import Preference
+from dwrl_fast.data.jsonl import finite
 from dwrl_fast.evaluation.calibration import Calibration, calibration
 from dwrl_fast.evaluation.judged import Judged, judged_report
 from dwrl_fast.evaluation.pairs import PairReport, credit
@@ -248,12 +249,3 @@ def _cell(value: Any) -> str:
     """One line that Markdown takes as text: names of files and subsets are the user's."""
     text = " ".join(str(value).split())
     return "".join(f"\\{c}" if c in r"\|`*_<>[]#" else c for c in text)
-
-
-def finite(value: Any) -> Any:
-    """JSON has no inf and no nan: null stands for them, however deep."""
-    if isinstance(value, Mapping):
-        return {name: finite(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
