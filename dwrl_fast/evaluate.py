@@ -166,9 +166,10 @@ def extras(
     if config.benchmark == "rewardbench2":
         found["benchmark"] = rewardbench2(judged)
     if config.calibrate:
-        temperature = fit_temperature(table.gap, table.weight)
+        gap, weight = table.gap, table.units.weight
+        temperature = fit_temperature(gap, weight)
         if temperature is not None:
-            found |= {"temperature": temperature, "calibrated": calibration(table.gap, table.weight, temperature)}
+            found |= {"temperature": temperature, "calibrated": calibration(gap, weight, temperature)}
     return found
 
 

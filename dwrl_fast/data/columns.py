@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dwrl_fast.data.preference import Message
+from dwrl_fast.data.preference import Message, Preference
 from dwrl_fast.errors import DataError
 
 TEXTS = (
@@ -75,6 +75,15 @@ class Columns:
         if not isinstance(value, list):
             raise self.mistyped(name, value, "a string or a list of messages")
         return [self._message(name, message) for message in value]
+
+    def prompt(self, responses: Iterable[Any], name: str = "prompt") -> Turns:
+        """The prompt, which need not be there where the responses are all conversations that hold it."""
+        return self.turns(name, "user", REQUIRED if any(isinstance(value, str) for value in responses) else [])
+
+    def preference(self, prompt: tuple[Message, ...], responses: tuple[str, ...], **more: Any) -> Preference:
+        """A group with the row's aspect, source and labels."""
+        subset, name = self.label("subset"), self.label("id")
+        return Preference(prompt, responses, aspect=self.aspect(), source=self.source, subset=subset, id=name, **more)
 
     def sequence(self, name: str) -> list[Any]:
         """A column as a list."""
@@ -147,11 +156,11 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
 
 
 def check_text(text: str) -> None:
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise Unusable("a lone surrogate, which is no text") from None
+    """Raises Unusable where a text cannot be encoded."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise Unusable("a lone surrogate, which is no text") from None
 
 
 def conversation(prompt: Turns, sides: Sequence[Turns]) -> tuple[tuple[Message, ...], tuple[str, ...]]:

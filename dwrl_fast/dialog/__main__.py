@@ -1,7 +1,8 @@
 """`python -m dwrl_fast.dialog --show FILE:N`: one row as the model reads it, and what the chat template did to it."""
 
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, groupby
+from operator import itemgetter
 from typing import ClassVar
 
 from rich.console import Console
@@ -182,12 +183,8 @@ def named(length: int, spans: dict[str, slice]) -> list[str]:
 
 def runs(ids: list[int], names: list[str]) -> list[tuple[str, list[int]]]:
     """Ids side by side that have one name."""
-    found: list[tuple[str, list[int]]] = []
-    for token, name in zip(ids, names, strict=True):
-        if not found or found[-1][0] != name:
-            found.append((name, []))
-        found[-1][1].append(token)
-    return found
+    named_ids = groupby(zip(names, ids, strict=True), itemgetter(0))
+    return [(name, [token for _, token in some]) for name, some in named_ids]
 
 
 def painted(parts: list[tuple[str, list[int]]], chat: Chat) -> Text:
@@ -212,8 +209,7 @@ def remarks(chat: Chat, ids: list[int], length: int, max_length: int) -> list[st
     if not said:
         said.append("the texts stand as they are: nothing trimmed, merged, rewritten or forged")
     bos = chat.tokenizer.bos_token_id
-    count = 0 if bos is None else ids.count(int(bos))
-    said.append(f"BOS: {count} of id {bos}" if bos is not None else "BOS: this tokenizer has none")
+    said.append("BOS: this tokenizer has none" if bos is None else f"BOS: {ids.count(int(bos))} of id {bos}")
     if chat.dated:
         said.append(f"the date that the chat template prints is held at {TODAY:%d %b %Y}")
     if chat.thinking_said:

@@ -76,7 +76,7 @@ def make_report(
         kind,
         pairs,
         slice_of("all", table, np.ones(len(table.gap), dtype=bool), seed),
-        calibration(table.gap, table.weight),
+        calibration(table.gap, table.units.weight),
         {found.by: found.slices(table, seed) for found in partitions(table, judged, rows)},
         orders(judged, units),
     )

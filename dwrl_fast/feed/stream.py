@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from dwrl_fast.compute import step_seed
 from dwrl_fast.data import START, Outcome, Position, Preference, Reader
 from dwrl_fast.data.formats import SINGLE
-from dwrl_fast.data.preference import SHOWN_LINES
+from dwrl_fast.data.preference import SHOWN_LINES, first_lines
 from dwrl_fast.errors import CheckpointError, DataError
 from dwrl_fast.feed.files import StreamedFiles
 from dwrl_fast.feed.source import content_hash, with_aspect
@@ -56,8 +56,8 @@ class Account:
     def __str__(self) -> str:
         parts = [f"{self.used} groups used"]
         for reason, count in sorted(self.counts.items(), key=lambda item: -item[1]):
-            shown = ", ".join(map(str, self.lines[reason])) + ", ..." * (count > SHOWN_LINES)
-            parts.append(f"{count} x {reason}" + f" (line {shown})" * bool(self.lines[reason]))
+            shown = f" (line {first_lines(self.lines[reason], count=count)})" if self.lines[reason] else ""
+            parts.append(f"{count} x {reason}{shown}")
         return "; ".join(parts)
 
 
