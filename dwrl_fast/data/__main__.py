@@ -116,6 +116,7 @@ python -m dwrl_fast.data --prepare gsm8k --source example_model_solutions.jsonl 
     seed: int = _prepare(0, "Of the draw: whole prompts, none of them in both files.", bound=at_least(0))
 
     def validate(self) -> None:
+        """Raises ConfigError where options contradict each other, or a file to write exists."""
         if bool(self.check) == (self.prepare is not None):
             raise ConfigError("give one of --check FILE and --prepare DATA_SET; --help shows what they do")
         self._validate_check()
@@ -144,20 +145,19 @@ python -m dwrl_fast.data --prepare gsm8k --source example_model_solutions.jsonl 
 
 
 def main(argv: list[str]) -> None:
+    """The command. A DataError ends it with status 1."""
     console = Console()
     set_up_logging(console)
     config = parse(DataConfig, argv)
     try:
-        left = run_check(config, console) if config.prepare is None else run_prepare(config, console)
+        (run_check if config.prepare is None else run_prepare)(config, console)
     except DataError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         sys.exit(1)
-    if not left:
-        sys.exit(1)
 
 
-def run_check(config: DataConfig, console: Console) -> bool:
-    """Check the files and write what was asked for; whether each has a row that can be used."""
+def run_check(config: DataConfig, console: Console) -> None:
+    """Check the files and write what was asked for. Raises DataError where one has no row that can be used."""
     dialog = None if config.tokenizer_name_or_path is None else dialog_of(config.tokenizer_name_or_path)
     reports = []
     for name in config.check:
@@ -174,15 +174,13 @@ def run_check(config: DataConfig, console: Console) -> bool:
         found = {"files": [found.to_dict() for found in reports], "overlap": overlap and overlap.to_dict()}
         Path(config.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         say(console, f"All of it: {config.json}")
-    left = all(found.used for found in reports)
     if config.plot is not None and any(found.used for found in reports):
         plot_lengths(reports, Path(config.plot))
         say(console, f"Histograms: {config.plot}")
-    if not left:
-        print("\nerror: nothing is left that can be used; see the reasons above", file=sys.stderr)
-    elif config.fix is not None:
+    if not all(found.used for found in reports):
+        raise DataError("nothing is left that can be used; see the reasons above")
+    if config.fix is not None:
         run_fix(config, reports[0], console)
-    return left
 
 
 def check_one(name: str, config: DataConfig, console: Console, measure: Measure | None) -> FileReport:
@@ -223,7 +221,7 @@ def run_fix(config: DataConfig, found: FileReport, console: Console) -> None:
     )
 
 
-def run_prepare(config: DataConfig, console: Console) -> bool:
+def run_prepare(config: DataConfig, console: Console) -> None:
     """Write the data set's files and say what became of its rows."""
     assert config.prepare is not None and config.output_dir is not None
     folder = Path(config.output_dir)
@@ -239,23 +237,23 @@ def run_prepare(config: DataConfig, console: Console) -> bool:
     for name, split in found.items():
         print_split(name, split, folder, console)
     say(console, f"Look at them: python -m dwrl_fast.data --check {folder / 'train.jsonl'} {folder / 'test.jsonl'}")
-    return True
 
 
 def print_split(name: str, split: Split, folder: Path, console: Console) -> None:
-    dropped = split.read - split.used
+    """What became of the published rows of one split, and how many rows its file has."""
+    dropped = {reason: len(rows) for reason, rows in split.dropped.items()}
     if split.read:
-        say(console, f"{name}: {split.read:,} published rows read = {split.used:,} used + {dropped:,} dropped")
-    for reason, rows in split.dropped.items():
-        say(console, f"  {len(rows):,} x {reason}")
-    for note, count in split.notes.items():
-        say(console, f"  {count:,} x {note}")
+        left_out = split.read - split.used
+        say(console, f"{name}: {split.read:,} published rows read = {split.used:,} used + {left_out:,} dropped")
+    for what, count in (*dropped.items(), *split.notes.items()):
+        say(console, f"  {count:,} x {what}")
     rest = [f"{split.withheld:,} whose prompt the test file has"] if split.withheld else []
     rest += [f"{split.not_drawn:,} not drawn"] if split.not_drawn else []
     say(console, f"  {split.written:,} rows in {folder / name}.jsonl" + "".join(f"; {what}" for what in rest))
 
 
 def dialog_of(tokenizer: str) -> "Dialog":
+    """The dialog of the tokenizer in this folder or of this hub name."""
     from dwrl_fast.dialog import Dialog
     from dwrl_fast.models.pretrained import load_tokenizer  # with torch and transformers, which nothing else here needs
 

@@ -49,6 +49,7 @@ class Columns:
         return self.values.get(self.mapping.get(name, name)) is not None
 
     def column(self, name: str, default: Any = REQUIRED) -> Any:
+        """A column's value; `default` where it is not there. DataError where it must be, Unusable for a null text."""
         key = self.mapping.get(name, name)
         if key in self.values:
             if self.values[key] is not None or name not in TEXTS:
@@ -109,6 +110,7 @@ class Columns:
         return number
 
     def aspect(self) -> str | None:
+        """The column `aspect`, if it is there."""
         value = self.column("aspect", default=None)
         if not isinstance(value, str | None):
             raise self.mistyped("aspect", value, "a string")
@@ -139,6 +141,7 @@ class Columns:
         return {"role": role, "content": content}
 
     def mistyped(self, name: str, value: Any, wanted: str) -> DataError:
+        """That `value`, of column `name`, is of the wrong type."""
         kind = type(value).__name__
         return DataError(f"{self.source}: '{name}' should hold {wanted}, not the {kind} {SHORT.repr(value)[:60]}")
 

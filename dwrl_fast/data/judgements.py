@@ -20,6 +20,7 @@ class Demonstration(Preference):
 
     @property
     def content(self) -> list[Any]:
+        """All that is trained on, as JSON can hold it."""
         return [*Preference.content.fget(self), self.thought, self.verdict]  # type: ignore[attr-defined]
 
 

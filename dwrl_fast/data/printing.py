@@ -51,6 +51,7 @@ def print_report(found: FileReport, console: Console) -> None:
 
 
 def print_overlap(found: Overlap, first: FileReport, second: FileReport, console: Console) -> None:
+    """What a training file and its test file have in common."""
     console.rule("[bold]both files[/bold]", align="left", style="dim")
     if not found.prompts:
         say(console, "No prompt stands in both files.")
