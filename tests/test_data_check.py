@@ -238,10 +238,10 @@ def test_agreement_of_labels() -> None:
 def test_fixed_files_hold_every_line(tmp_path: Path) -> None:
     path = big(tmp_path / "big.jsonl")
     found = check(path)
-    fixed = fix(path, found, tmp_path / "good.jsonl")
+    rows, quarantined = fix(path, found, tmp_path / "good.jsonl")
     good, quarantine = (tmp_path / name for name in ("good.jsonl", "good.quarantine.jsonl"))
-    assert (fixed.rows, fixed.quarantined) == (found.used, found.rows - found.used)
-    assert fixed.rows + fixed.quarantined == _not_blank(path)
+    assert (rows, quarantined) == (found.used, found.rows - found.used)
+    assert rows + quarantined == _not_blank(path)
     texts = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     lost = [json.loads(line) for line in quarantine.read_bytes().splitlines()]
     assert {row["line"] for row in lost} == set(itertools.chain(*found.dropped.values()))
@@ -262,8 +262,8 @@ def test_fix_of_completions_and_of_a_table(tmp_path: Path) -> None:
     """A completion that nothing can be compared with goes; rows of Parquet become JSON."""
     rows = [{"prompt": f"{i // 2}", "completion": f"{i}", "score": i} for i in range(9)]
     path = write(tmp_path / "single.jsonl", rows)
-    fixed = fix(path, check(path), tmp_path / "good.jsonl")
-    assert (fixed.rows, fixed.quarantined) == (8, 1) and check(fixed.good).dropped == {}
+    assert fix(path, check(path), tmp_path / "good.jsonl") == (8, 1)
+    assert check(tmp_path / "good.jsonl").dropped == {}
     import pyarrow
     from pyarrow import parquet
 
@@ -271,9 +271,8 @@ def test_fix_of_completions_and_of_a_table(tmp_path: Path) -> None:
     parquet.write_table(
         pyarrow.Table.from_pylist([pair("é\u2028"), pair("", "x", "y"), pair("c", "same", "same")]), table
     )
-    fixed = fix(table, check(table), tmp_path / "table.jsonl")
-    assert (fixed.rows, fixed.quarantined) == (1, 2)
-    assert json.loads(fixed.good.read_text()) == pair("é\u2028")
+    assert fix(table, check(table), tmp_path / "table.jsonl") == (1, 2)
+    assert json.loads((tmp_path / "table.jsonl").read_text()) == pair("é\u2028")
 
 
 def test_nothing_is_left_of_a_fix_that_fails(tmp_path: Path) -> None:

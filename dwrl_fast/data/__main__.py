@@ -16,7 +16,7 @@ from dwrl_fast.data import Message, Rankings, Ties, open_rows
 from dwrl_fast.data.check import FileReport, check, find_overlap
 from dwrl_fast.data.columns import Unusable
 from dwrl_fast.data.counts import Lengths, Measure
-from dwrl_fast.data.fix import fix, refuse_existing
+from dwrl_fast.data.fix import fix, quarantine_of, refuse_existing
 from dwrl_fast.data.jsonl import JsonLines
 from dwrl_fast.data.prepare import Split, prepare_data_set, refuse_written
 from dwrl_fast.data.printing import plot_lengths, print_overlap, print_report, say
@@ -208,16 +208,16 @@ def check_one(name: str, config: DataConfig, console: Console, measure: Measure 
 def run_fix(config: DataConfig, found: FileReport, console: Console) -> None:
     """Write the two files, and check the good one again."""
     assert config.fix is not None
-    fixed = fix(config.check[0], found, Path(config.fix))
+    good, bad = fix(config.check[0], found, Path(config.fix))
     again = check_one(config.fix, config, console, None)
-    if again.used != fixed.rows or again.dropped:
+    if again.used != good or again.dropped:
         raise DataError(
             f"{config.fix}: {len(again.dropped)} reasons are left in what was written; fix it again, into another file"
         )
     say(
         console,
-        f"{found.rows:,} rows = {fixed.rows:,} in {fixed.good}, which was read again and is clean, + "
-        f"{fixed.quarantined:,} in {fixed.quarantine}",
+        f"{found.rows:,} rows = {good:,} in {Path(config.fix)}, which was read again and is clean, + "
+        f"{bad:,} in {quarantine_of(Path(config.fix))}",
     )
 
 

@@ -38,6 +38,7 @@ def counts(texts: Array) -> tuple[Array, Array]:
 
 
 def value(texts: Array) -> Array:
+    """[B]: the count of `ok` less that of `bad` in texts [B, W]."""
     good, bad = counts(texts)
     return good - bad
 

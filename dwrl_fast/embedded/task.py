@@ -46,6 +46,7 @@ class Claims:
 
     @property
     def truth(self) -> Array:
+        """[B]: the right answers."""
         return self.digits.sum(1) % MODULUS
 
     @property

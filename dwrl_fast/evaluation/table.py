@@ -82,6 +82,7 @@ class Partition:
     place: NDArray[np.int64]
 
     def slices(self, table: PairTable, seed: int) -> list[Slice]:
+        """The figures of each name that some pair has."""
         chosen = [(name, self.place == place) for place, name in enumerate(self.names)]
         return [slice_of(name, table, some, seed) for name, some in chosen if some.any()]
 

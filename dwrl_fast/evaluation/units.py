@@ -52,6 +52,7 @@ class Units:
 
     @property
     def rows(self) -> int:
+        """How many rows the values are of."""
         return len(np.unique(self.row))
 
     @property

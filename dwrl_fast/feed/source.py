@@ -34,7 +34,8 @@ class Source(Protocol):
         where its file is no longer the one that it began with, for then none could.
         """
 
-    def restore(self, state: dict[str, Any]) -> None: ...
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave. Raises CheckpointError where the rows are others now."""
 
 
 def content_hash(rows: Iterable[Preference]) -> str:
