@@ -1,7 +1,6 @@
 """`python -m dwrl_fast.compare A B`: two trained models on the same pairs, and what they disagree about."""
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,13 +13,16 @@ from dwrl_fast.config import CommonOptions
 from dwrl_fast.config.common import cluster_option
 from dwrl_fast.console import command, set_up_logging
 from dwrl_fast.data import Cluster, Preference
+from dwrl_fast.data.jsonl import finite
 from dwrl_fast.data.mixture import Part, check_evaluated
+from dwrl_fast.data.printing import say
 from dwrl_fast.dialog.single_turn import transcript
 from dwrl_fast.errors import ConfigError, DataError
+from dwrl_fast.evaluate import steps_of
 from dwrl_fast.evaluation.judged import Judged, judged_report, score_table
 from dwrl_fast.evaluation.paired import PairedReport, disagreements, paired_report
 from dwrl_fast.evaluation.pairs import check_ordered
-from dwrl_fast.evaluation.scoring import Steps, score_rows
+from dwrl_fast.evaluation.scoring import score_rows
 from dwrl_fast.evaluation.units import Units
 from dwrl_fast.feed import read_rows
 from dwrl_fast.log import logger
@@ -36,6 +38,9 @@ _model = partial(option, group="Model")
 _data = partial(option, group="Data")
 _evaluation = partial(option, group="Evaluation")
 FORMATS = (".jsonl", ".md")
+
+Judgements = dict[str, tuple[Preference, Judged]]  # by the row's source
+Difference = tuple[Preference, tuple[Judged, Judged]]  # a pair, or ranking read as one, with what both made of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +87,7 @@ python -m dwrl_fast.compare runs/dwrl/model runs/bt/model --dataset_name held_ou
     )
 
     def validate(self) -> None:
+        """Raises ConfigError where a file is named twice or has a weight, or the output file cannot be made."""
         check_evaluated("dataset_name", self.dataset_name)
         if self.output_file is None:
             return
@@ -92,14 +98,6 @@ python -m dwrl_fast.compare runs/dwrl/model runs/bt/model --dataset_name held_ou
             raise ConfigError(f"output_file = {path} exists already: name another, or remove it")
         if not path.parent.is_dir():
             raise ConfigError(f"output_file = {path}: its folder does not exist; make it first")
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """One pair, or ranking read as one, with what both models made of it."""
-
-    row: Preference
-    models: tuple[Judged, Judged]
 
 
 def parse_compare(argv: Sequence[str]) -> CompareConfig:
@@ -116,6 +114,7 @@ def parse_compare(argv: Sequence[str]) -> CompareConfig:
 
 
 def main(argv: list[str]) -> None:
+    """The command."""
     console = Console()
     set_up_logging(console)
     run(parse_compare(argv), console)
@@ -129,29 +128,24 @@ def run(config: CompareConfig, console: Console) -> PairedReport:
         load_card(path)  # whether it is there is said before the first one is scored
     with Display(console) as display:
         both = [_judge(config, path, display) for path in (config.model_a, config.model_b)]
-    rows = _shared(*both)
-    first, second = ([found.models[i] for found in rows] for i in (0, 1))
-    units = Units.of([found.row for found in rows], config.cluster)
+    rows, first, second = _shared(*both)
+    units = Units.of(rows, config.cluster)
     for name, model, judgements in (("A", config.model_a, first), ("B", config.model_b, second)):
-        _say(console, f"{name}  {model}: accuracy {judged_report(judgements, config.seed, units)}")
+        say(console, f"{name}  {model}: accuracy {judged_report(judgements, config.seed, units)}")
     scores = score_table(first), score_table(second)
     ranks = [judgement.ranks for judgement in first]
     report = paired_report(*scores, ranks=ranks, seed=config.seed, units=units)
-    _say(console, f"A - B: {report}")
-    differ = [rows[i] for i in disagreements(*scores, ranks=ranks)]
+    say(console, f"A - B: {report}")
+    differ = [(rows[i], (first[i], second[i])) for i in disagreements(*scores, ranks=ranks)]
     if config.output_file is not None:
         write = _markdown if config.output_file.endswith(".md") else _json_lines
         with open(config.output_file, "x", encoding="utf-8") as file:
             file.writelines(write(differ, config))
-        _say(console, f"{len(differ)} disagreements: {config.output_file}")
+        say(console, f"{len(differ)} disagreements: {config.output_file}")
     return report
 
 
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _judge(config: CompareConfig, folder: str, display: Display) -> dict[str, tuple[Preference, Judged]]:
+def _judge(config: CompareConfig, folder: str, display: Display) -> Judgements:
     """What one model made of the rows that it can read, by their source; it is let go of at the end."""
     scorer = Scorer.from_pretrained(
         folder,
@@ -164,45 +158,43 @@ def _judge(config: CompareConfig, folder: str, display: Display) -> dict[str, tu
     rows, longest = read_rows(config.dataset_name, config, scorer.dialog, display, limit=config.limit)
     scorer.check_positions(longest)
     check_ordered(rows)
-    votes = config.votes if scorer.thinks else 1
-    steps = Steps(scorer, votes, config.seed, max(1, config.generation_batch_size // votes))  # as dwrl_fast.evaluate
+    steps = steps_of(config, scorer, config.votes)
     with display.stage(f"score {Path(folder).parent.name}", sum(len(row.responses) for row in rows)) as stage:
         found, _ = score_rows(steps, rows, stage.advance)
     return {row.source: (row, judgement) for row, judgement in zip(rows, found, strict=True)}
 
 
-def _shared(a: dict[str, tuple[Preference, Judged]], b: dict[str, tuple[Preference, Judged]]) -> list[Difference]:
-    found = [Difference(row, (judgement, b[source][1])) for source, (row, judgement) in a.items() if source in b]
+def _shared(a: Judgements, b: Judgements) -> tuple[list[Preference], list[Judged], list[Judged]]:
+    """The rows that both models can read, and what the first and the second made of each."""
+    found = [source for source in a if source in b]
     if not found:
         raise DataError("no row can be read by both models: raise --max_length, or see above what each left out")
     for name, mine in (("A", a), ("B", b)):
         if len(found) < len(mine):
             logger.info("%d pairs or rankings are left out that only %s can read", len(mine) - len(found), name)
-    return found
+    return [a[source][0] for source in found], [a[source][1] for source in found], [b[source][1] for source in found]
 
 
 def _json_lines(differ: Sequence[Difference], config: CompareConfig) -> Iterator[str]:
-    for each in differ:
-        row = each.row
+    for row, models in differ:
         line: dict[str, Any] = {"source": row.source, "prompt": row.prompt, "responses": row.responses}
-        line["ranks"] = each.models[0].ranks
-        for name, found in zip(("a", "b"), each.models, strict=True):
-            scores = [score if math.isfinite(score) else None for score in found.scores]
-            line[name] = {"scores": scores, "thoughts": found.thoughts}
+        line["ranks"] = models[0].ranks
+        for name, found in zip(("a", "b"), models, strict=True):
+            line[name] = {"scores": finite(found.scores), "thoughts": found.thoughts}
             line[name] |= {"comparisons": found.comparisons} if found.comparisons else {}
         yield json.dumps(line, ensure_ascii=False) + "\n"
 
 
 def _markdown(differ: Sequence[Difference], config: CompareConfig) -> Iterator[str]:
     yield f"# {len(differ)} disagreements\n\nA: `{config.model_a}`  \nB: `{config.model_b}`\n"
-    for each in differ:
-        yield f"\n## {each.row.source}\n\n{_quoted(transcript(each.row.prompt))}"
-        for k, response in enumerate(each.row.responses):
-            scores = ", ".join(f"{name} {found.scores[k]:.4f}" for name, found in zip("AB", each.models, strict=True))
-            yield f"\n**Response {k + 1}** (rank {each.models[0].ranks[k]}; {scores})\n\n{_quoted(response)}"
-        for name, found in zip("AB", each.models, strict=True):
+    for row, models in differ:
+        yield f"\n## {row.source}\n\n{_quoted(transcript(row.prompt))}"
+        for k, response in enumerate(row.responses):
+            scores = ", ".join(f"{name} {found.scores[k]:.4f}" for name, found in zip("AB", models, strict=True))
+            yield f"\n**Response {k + 1}** (rank {models[0].ranks[k]}; {scores})\n\n{_quoted(response)}"
+        for name, found in zip("AB", models, strict=True):
             shown = [f"responses {i + 1} and {j + 1}" for i, j in found.comparisons]
-            about = shown or [f"response {k + 1}" for k in range(len(each.row.responses))]
+            about = shown or [f"response {k + 1}" for k in range(len(row.responses))]
             for what, thoughts in zip(about, found.thoughts, strict=False):  # some methods write none
                 for thought in thoughts:
                     yield f"\n{name} on {what}:\n\n{_quoted(thought)}"

@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dwrl_fast.config import VOTE_CURVE, EvaluateConfig, parse_evaluate
+from dwrl_fast.config import VOTE_CURVE, CommonOptions, EvaluateConfig, parse_evaluate
 from dwrl_fast.console import command, set_up_logging
 from dwrl_fast.data import Preference
+from dwrl_fast.data.jsonl import finite
 from dwrl_fast.errors import ConfigError
 from dwrl_fast.evaluation.calibration import calibration, fit_temperature
 from dwrl_fast.evaluation.figures import figures
@@ -24,9 +25,9 @@ from dwrl_fast.evaluation.judged import Judged
 from dwrl_fast.evaluation.page import page
 from dwrl_fast.evaluation.pairs import PairReport, check_ordered
 from dwrl_fast.evaluation.probe import ProbeReport, pairs_of, probe, responses_each
-from dwrl_fast.evaluation.report import Report, finite, make_report, markdown, sections
+from dwrl_fast.evaluation.report import Report, make_report, markdown, sections
 from dwrl_fast.evaluation.rewardbench import check_rows, read_best_of, rewardbench, rewardbench2
-from dwrl_fast.evaluation.scoring import PartFile, Scored, Steps, score_rows
+from dwrl_fast.evaluation.scoring import PartFile, Steps, score_rows
 from dwrl_fast.evaluation.table import PairTable
 from dwrl_fast.evaluation.units import Units
 from dwrl_fast.evaluation.votes import vote_curve
@@ -34,14 +35,16 @@ from dwrl_fast.feed import read_rows
 from dwrl_fast.feed.source import content_hash
 from dwrl_fast.log import logger
 from dwrl_fast.models.pretrained import CARD, has_card, load_card
-from dwrl_fast.progress import Display
+from dwrl_fast.progress import Display, Stage
 from dwrl_fast.scoring.scorer import Scorer
 
 PART = "scores.part.jsonl"
 REPORT = "report.json"
+STAGES = {"rows": ("score", "pairs or rankings were scored"), "probe": ("probe", "pairs were probed")}
 
 
 def main(argv: list[str]) -> None:
+    """The command."""
     console = Console()
     set_up_logging(console)
     run(parse_evaluate(argv), console)
@@ -68,8 +71,9 @@ def run(config: EvaluateConfig, console: Console) -> PairReport:
             check_rows(config.benchmark, rows)
         check_ordered(rows)
         with nullcontext() if folder is None else PartFile(folder / PART, identity(config, rows)) as part:
-            steps = steps_of(config, scorer, part)
-            scored = score(steps, rows, display)
+            steps = steps_of(config, scorer, config.sampled, part)
+            with stage_of(steps, "rows", [len(row.responses) for row in rows], display) as stage:
+                scored = score_rows(steps, rows, stage.advance)
             probed = attack(config, steps, rows, display) if config.probe else None
     units = Units.of(rows, config.cluster)
     report, table = make_report(scored.rows, rows, units, scorer.kind, about(config, scorer, units), config.seed)
@@ -117,26 +121,24 @@ def load(config: EvaluateConfig) -> Scorer:
     )
 
 
-def steps_of(config: EvaluateConfig, scorer: Scorer, part: PartFile | None) -> Steps:
-    """They fill the sampler twice, so that not much is lost where one is interrupted."""
-    votes = config.sampled if scorer.thinks else 1
+def steps_of(config: CommonOptions, scorer: Scorer, votes: int, part: PartFile | None = None) -> Steps:
+    """They fill the sampler, so that not much is lost where one is interrupted. votes: where the model thinks."""
+    votes = votes if scorer.thinks else 1
     return Steps(scorer, votes, config.seed, max(1, config.generation_batch_size // votes), part)
 
 
-def score(steps: Steps, rows: Sequence[Preference], display: Display) -> Scored:
-    done = steps.behind("rows")
-    behind = sum(len(row.responses) for row in rows[:done])
+def stage_of(steps: Steps, name: str, sizes: Sequence[int], display: Display) -> AbstractContextManager[Stage]:
+    """The bar of one of STAGES, whose items have so many responses each; an interrupted run may have done some."""
+    title, done_before = STAGES[name]
+    done = steps.behind(name)
     if done:
-        logger.info("%d of %d pairs or rankings were scored before: going on behind them", done, len(rows))
-    with display.stage("score", sum(len(row.responses) for row in rows), behind) as stage:
-        return score_rows(steps, rows, stage.advance)
+        logger.info("%d of %d %s before: going on behind them", done, len(sizes), done_before)
+    return display.stage(title, sum(sizes), sum(sizes[:done]))
 
 
 def attack(config: EvaluateConfig, steps: Steps, rows: Sequence[Preference], display: Display) -> ProbeReport:
-    done, total, each = steps.behind("probe"), len(pairs_of(rows)), responses_each(steps.scorer)
-    if done:
-        logger.info("%d of %d pairs were probed before: going on behind them", done, total)
-    with display.stage("probe", each * total, each * done) as stage:
+    """The report of the probe: every pair is scored again under each attack."""
+    with stage_of(steps, "probe", [responses_each(steps.scorer)] * len(pairs_of(rows)), display) as stage:
         return probe(steps, rows, stage.advance, config.cluster)
 
 
@@ -165,9 +167,10 @@ def extras(
     if config.benchmark == "rewardbench2":
         found["benchmark"] = rewardbench2(judged)
     if config.calibrate:
-        temperature = fit_temperature(table.gap, table.weight)
+        gap, weight = table.gap, table.units.weight
+        temperature = fit_temperature(gap, weight)
         if temperature is not None:
-            found |= {"temperature": temperature, "calibrated": calibration(table.gap, table.weight, temperature)}
+            found |= {"temperature": temperature, "calibrated": calibration(gap, weight, temperature)}
     return found
 
 

@@ -71,14 +71,14 @@ def test_a_bad_line_among_good_ones(tmp_path: Path, kind: str) -> None:
         return
     dataset = read_preferences(path)
     if bad.dropped:
-        assert dataset.dropped.lines == {bad.dropped: [bad.number]}
+        assert dataset.dropped == {bad.dropped: [bad.number]}
         assert (used, dropped, errors) == (lines - {bad.number}, {bad.number: bad.dropped}, {})
         assert f"1 x {bad.dropped} (line {bad.number})" in dataset.summary
     else:
         [first, *_] = [row for row in dataset.rows if bad.number in row.lines]
         assert first.responses[0] == bad.used
         assert (used, dropped, errors) == (lines, {}, {})
-    assert dataset.used + len(dataset.dropped) == len(lines)
+    assert dataset.used + sum(map(len, dataset.dropped.values())) == len(lines)
 
 
 def test_the_corpus_is_as_large_as_it_should_be() -> None:
@@ -159,9 +159,9 @@ def test_rows_that_are_too_long_are_dropped_whole_and_counted(tmp_path: Path) ->
         assert len(dataset.rows) == left
         assert dataset.rows[-1].responses[0] == SPACES
         dropped = [3] if rankings == "pairs" else [2, 3]
-        assert dataset.dropped.lines == {"longer than --max_length 10 tokens": dropped}
+        assert dataset.dropped == {"longer than --max_length 10 tokens": dropped}
         assert dataset.notes == notes
-        assert dataset.used + len(dataset.dropped) == 4
+        assert dataset.used + sum(map(len, dataset.dropped.values())) == 4
         assert sum(steps) == (10 if rankings == "pairs" else 4)
     with pytest.raises(DataError, match=r"4 rows read, 0 used, 4 dropped; .* Nothing is left: raise --max_length"):
         drop_long(read_preferences(path), Words(), 1, lambda _: None)

@@ -100,6 +100,6 @@ def test_rows_of_several_pairs_count_as_one() -> None:
     preferences = [preference(2), preference(3), preference(2)]
     table = PairTable.of(rows, preferences, Units.of(preferences))
     assert table.group.tolist() == [0, 1, 1] and table.gap.tolist() == [1, -1, -3]
-    assert table.weight.tolist() == [1, 0.5, 0.5] and table.longer.tolist() == [-1, -1, -2]
+    assert table.units.weight.tolist() == [1, 0.5, 0.5] and table.longer.tolist() == [-1, -1, -2]
     by_hand = (sigmoid(np.array(-1.0)) ** 2 + (sigmoid(np.array(1.0)) ** 2 + sigmoid(np.array(3.0)) ** 2) / 2) / 2
-    assert calibration(table.gap, table.weight).brier == pytest.approx(by_hand)
+    assert calibration(table.gap, table.units.weight).brier == pytest.approx(by_hand)

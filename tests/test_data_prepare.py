@@ -161,7 +161,7 @@ def prompts(rows: list[Preference]) -> set[str]:
 def read(folder: Path) -> tuple[list[Preference], list[Preference]]:
     """Both files, of which nothing is dropped."""
     found = [read_preferences(folder / name) for name in ("train.jsonl", "test.jsonl")]
-    assert not any(len(dataset.dropped) for dataset in found)
+    assert not any(sum(map(len, dataset.dropped.values())) for dataset in found)
     return found[0].rows, found[1].rows
 
 

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from rich.console import Console
 from rich.markup import escape
-from rich.status import Status
 
 from dwrl_fast.console import command, set_up_logging
 from dwrl_fast.data import Message, Rankings, Ties, open_rows
 from dwrl_fast.data.check import FileReport, check, find_overlap
 from dwrl_fast.data.columns import Unusable
 from dwrl_fast.data.counts import Lengths, Measure
-from dwrl_fast.data.fix import fix, refuse_existing
+from dwrl_fast.data.fix import fix, quarantine_of, refuse_existing
 from dwrl_fast.data.jsonl import JsonLines
 from dwrl_fast.data.prepare import Split, prepare_data_set, refuse_written
 from dwrl_fast.data.printing import plot_lengths, print_overlap, print_report, say
@@ -117,6 +116,7 @@ python -m dwrl_fast.data --prepare gsm8k --source example_model_solutions.jsonl 
     seed: int = _prepare(0, "Of the draw: whole prompts, none of them in both files.", bound=at_least(0))
 
     def validate(self) -> None:
+        """Raises ConfigError where options contradict each other, or a file to write exists."""
         if bool(self.check) == (self.prepare is not None):
             raise ConfigError("give one of --check FILE and --prepare DATA_SET; --help shows what they do")
         self._validate_check()
@@ -144,42 +144,20 @@ python -m dwrl_fast.data --prepare gsm8k --source example_model_solutions.jsonl 
                 raise ConfigError(f"--{name} {path}: its folder does not exist; make it first")
 
 
-class Watch:
-    """Says on a terminal how much is read. Nothing runs before the first call, so that processes can be forked."""
-
-    def __init__(self, console: Console, name: str) -> None:
-        self.console, self.name, self.done = console, name, 0
-        self.unit = "bytes" if isinstance(open_rows(name), JsonLines) else "rows"
-        self.status: Status | None = None
-
-    def __call__(self, by: int) -> None:
-        self.done += by
-        text = f"{escape(self.name)}: {self.done:,} {self.unit} read"
-        if self.status is None:
-            self.status = self.console.status(text)
-            self.status.start()
-        self.status.update(text)
-
-    def stop(self) -> None:
-        if self.status is not None:
-            self.status.stop()
-
-
 def main(argv: list[str]) -> None:
+    """The command. A DataError ends it with status 1."""
     console = Console()
     set_up_logging(console)
     config = parse(DataConfig, argv)
     try:
-        left = run_check(config, console) if config.prepare is None else run_prepare(config, console)
+        (run_check if config.prepare is None else run_prepare)(config, console)
     except DataError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         sys.exit(1)
-    if not left:
-        sys.exit(1)
 
 
-def run_check(config: DataConfig, console: Console) -> bool:
-    """Check the files and write what was asked for; whether each has a row that can be used."""
+def run_check(config: DataConfig, console: Console) -> None:
+    """Check the files and write what was asked for. Raises DataError where one has no row that can be used."""
     dialog = None if config.tokenizer_name_or_path is None else dialog_of(config.tokenizer_name_or_path)
     reports = []
     for name in config.check:
@@ -196,19 +174,24 @@ def run_check(config: DataConfig, console: Console) -> bool:
         found = {"files": [found.to_dict() for found in reports], "overlap": overlap and overlap.to_dict()}
         Path(config.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         say(console, f"All of it: {config.json}")
-    left = all(found.used for found in reports)
     if config.plot is not None and any(found.used for found in reports):
         plot_lengths(reports, Path(config.plot))
         say(console, f"Histograms: {config.plot}")
-    if not left:
-        print("\nerror: nothing is left that can be used; see the reasons above", file=sys.stderr)
-    elif config.fix is not None:
+    if not all(found.used for found in reports):
+        raise DataError("nothing is left that can be used; see the reasons above")
+    if config.fix is not None:
         run_fix(config, reports[0], console)
-    return left
 
 
 def check_one(name: str, config: DataConfig, console: Console, measure: Measure | None) -> FileReport:
-    watch = Watch(console, name)
+    """Check one file, and show on a terminal how much of it is read."""
+    unit = "bytes" if isinstance(open_rows(name), JsonLines) else "rows"
+    status = console.status("")
+
+    def watch(done: int) -> None:
+        status.update(f"{escape(name)}: {done:,} {unit} read")
+        status.start()  # not before the first call: it starts a thread, and processes can be forked without one
+
     try:
         return check(
             name,
@@ -219,26 +202,26 @@ def check_one(name: str, config: DataConfig, console: Console, measure: Measure 
             progress=watch,
         )
     finally:
-        watch.stop()
+        status.stop()
 
 
 def run_fix(config: DataConfig, found: FileReport, console: Console) -> None:
     """Write the two files, and check the good one again."""
     assert config.fix is not None
-    fixed = fix(config.check[0], found, Path(config.fix))
+    good, bad = fix(config.check[0], found, Path(config.fix))
     again = check_one(config.fix, config, console, None)
-    if again.used != fixed.rows or again.dropped:
+    if again.used != good or again.dropped:
         raise DataError(
             f"{config.fix}: {len(again.dropped)} reasons are left in what was written; fix it again, into another file"
         )
     say(
         console,
-        f"{found.rows:,} rows = {fixed.rows:,} in {fixed.good}, which was read again and is clean, + "
-        f"{fixed.quarantined:,} in {fixed.quarantine}",
+        f"{found.rows:,} rows = {good:,} in {Path(config.fix)}, which was read again and is clean, + "
+        f"{bad:,} in {quarantine_of(Path(config.fix))}",
     )
 
 
-def run_prepare(config: DataConfig, console: Console) -> bool:
+def run_prepare(config: DataConfig, console: Console) -> None:
     """Write the data set's files and say what became of its rows."""
     assert config.prepare is not None and config.output_dir is not None
     folder = Path(config.output_dir)
@@ -254,23 +237,23 @@ def run_prepare(config: DataConfig, console: Console) -> bool:
     for name, split in found.items():
         print_split(name, split, folder, console)
     say(console, f"Look at them: python -m dwrl_fast.data --check {folder / 'train.jsonl'} {folder / 'test.jsonl'}")
-    return True
 
 
 def print_split(name: str, split: Split, folder: Path, console: Console) -> None:
-    dropped = split.read - split.used
+    """What became of the published rows of one split, and how many rows its file has."""
+    dropped = {reason: len(rows) for reason, rows in split.dropped.items()}
     if split.read:
-        say(console, f"{name}: {split.read:,} published rows read = {split.used:,} used + {dropped:,} dropped")
-    for reason, rows in split.dropped.items():
-        say(console, f"  {len(rows):,} x {reason}")
-    for note, count in split.notes.items():
-        say(console, f"  {count:,} x {note}")
+        left_out = split.read - split.used
+        say(console, f"{name}: {split.read:,} published rows read = {split.used:,} used + {left_out:,} dropped")
+    for what, count in (*dropped.items(), *split.notes.items()):
+        say(console, f"  {count:,} x {what}")
     rest = [f"{split.withheld:,} whose prompt the test file has"] if split.withheld else []
     rest += [f"{split.not_drawn:,} not drawn"] if split.not_drawn else []
     say(console, f"  {split.written:,} rows in {folder / name}.jsonl" + "".join(f"; {what}" for what in rest))
 
 
 def dialog_of(tokenizer: str) -> "Dialog":
+    """The dialog of the tokenizer in this folder or of this hub name."""
     from dwrl_fast.dialog import Dialog
     from dwrl_fast.models.pretrained import load_tokenizer  # with torch and transformers, which nothing else here needs
 

@@ -3,7 +3,7 @@
 Strings, message lists, or the prompt inside both.
 """
 
-from dwrl_fast.data.columns import REQUIRED, Columns, Unusable, conversation
+from dwrl_fast.data.columns import Columns, Unusable, conversation
 from dwrl_fast.data.preference import Preference, Ties
 
 MAGNITUDES = (0, 1, 2)
@@ -27,9 +27,8 @@ def pair_with_magnitude(row: Columns, ties: Ties) -> Preference:
 
 def _pair(row: Columns, margin: float, ranks: tuple[int, ...] = ()) -> Preference:
     chosen, rejected = row.turns("chosen", "assistant"), row.turns("rejected", "assistant")
-    prompt = row.turns("prompt", "user", default=REQUIRED if isinstance(row.column("chosen"), str) else [])
+    prompt = row.prompt([row.column("chosen")])
     turns, responses = conversation(prompt, [chosen, rejected])
     if responses[0].strip() == responses[1].strip():
         raise Unusable("identical responses")
-    subset, name = row.label("subset"), row.label("id")
-    return Preference(turns, responses, margin, ranks, row.aspect(), row.source, subset, name)
+    return row.preference(turns, responses, margin=margin, ranks=ranks)

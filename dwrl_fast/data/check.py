@@ -3,6 +3,7 @@
 A JSONL file of some size is read by several processes, each a stretch of it; the result is that of one.
 """
 
+import functools
 import itertools
 import math
 import multiprocessing
@@ -11,21 +12,21 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dwrl_fast.data.counts import Counts, Measure, characters, count_rows
-from dwrl_fast.data.formats import FORMATS, SINGLE, Format, check_first, recognise
-from dwrl_fast.data.jsonl import GZIP, JsonLines
+from dwrl_fast.data.formats import SINGLE, Format, check_first, recognise
+from dwrl_fast.data.jsonl import GZIP, JsonLines, finite
 from dwrl_fast.data.label_agreement import Agreement, agreement
 from dwrl_fast.data.locations import open_rows
 from dwrl_fast.data.preference import Rankings, Ties
 from dwrl_fast.data.reading import Reader
-from dwrl_fast.data.row_source import Position, RowSource
+from dwrl_fast.data.row_source import Position
 from dwrl_fast.errors import DataError
 
 STRETCH = 16 * 2**20  # bytes that a process reads at a time
@@ -79,9 +80,8 @@ class FileReport:
         """For JSON: everything but the counts; NaN as null."""
         values = {name: value for name, value in vars(self).items() if name != "counts"}
         values["lengths"] = {name: found._asdict() for name, found in self.lengths.items()}
-        values["longer_wins"] = None if math.isnan(self.longer_wins) else self.longer_wins
-        values["agreement"] = _plain(self.agreement)
-        return values
+        values["agreement"] = self.agreement and asdict(self.agreement)
+        return finite(values)
 
 
 @dataclass
@@ -96,7 +96,8 @@ class Overlap:
     agreement: Agreement | None
 
     def to_dict(self) -> dict[str, Any]:
-        return vars(self) | {"agreement": _plain(self.agreement)}
+        """For JSON; NaN as null."""
+        return finite(asdict(self))
 
 
 def check(
@@ -114,70 +115,37 @@ def check(
 
     columns, ties, rankings: as the options of the same names. measure: lengths in tokens; characters without it.
     processes: as many as may run at once where lengths are in characters, by default the cores there are. progress is
-    told how much further it is, in bytes of JSONL or else in rows. Raises DataError where it cannot be read to its end.
+    told how far it is, in bytes of JSONL or else in rows. Raises DataError where it cannot be read to its end.
     """
-    source = open_rows(path)
-    settings = Settings(source.name, dict(columns or {}), ties, rankings)
+    reader = Reader(open_rows(path), columns=columns, ties=ties, rankings=rankings)
     processes = processes or _cores()
-    found = None
-    if measure is None and processes > 1 and isinstance(source, JsonLines):
-        found = _in_parallel(source, settings, processes, stretch, progress)
-    form = None if found is None else found[0]
-    if found is None:
-        reader = settings.reader(source)
-        told = _difference(progress, isinstance(source, JsonLines)) if progress is not None else None
-        whole = count_rows(reader, measure=measure or characters, progress=told)
-        form = reader.format
-    else:
-        whole = found[1]
-    return summarise(
-        whole, source.name, "" if form is None else form.name, "characters" if measure is None else "tokens"
-    )
+    counts = None
+    if measure is None and processes > 1 and isinstance(reader.source, JsonLines):
+        counts = _in_parallel(reader, processes, stretch, progress)
+    if counts is None:
+        counts = count_rows(reader, measure=measure or characters, progress=progress)
+    return summarise(counts, reader, "characters" if measure is None else "tokens")
 
 
-class Settings(NamedTuple):
-    """How a file is read; goes to other processes."""
-
-    name: str
-    columns: dict[str, str]
-    ties: Ties
-    rankings: Rankings
-
-    def reader(self, source: RowSource) -> Reader:
-        return Reader(source, columns=self.columns, ties=self.ties, rankings=self.rankings)
+def _count_stretch(reader: Reader, bounds: tuple[int, int]) -> Counts:
+    start, end = bounds
+    return count_rows(reader, Position(0, start), end)
 
 
-class Stretch(NamedTuple):
-    """A part of a JSONL file between two rows' beginnings, and what its rows are."""
-
-    settings: Settings
-    format: str
-    start: int
-    end: int
-
-
-def _count_stretch(stretch: Stretch) -> Counts:
-    reader = stretch.settings.reader(JsonLines(stretch.settings.name))
-    reader.format = next(form for form in FORMATS if form.name == stretch.format)
-    return count_rows(reader, Position(0, stretch.start), stretch.end)
-
-
-def _in_parallel(
-    source: JsonLines, settings: Settings, processes: int, size: int, progress: Progress | None
-) -> tuple[Format, Counts] | None:
-    """The format, and the counts of all stretches; None where one process must read the file."""
-    bounds = list(_bounds(source.name, size))
-    form = _format(source, settings) if len(bounds) > 2 else None
+def _in_parallel(reader: Reader, processes: int, size: int, progress: Progress | None) -> Counts | None:
+    """The counts of all stretches of a JSONL file; None where one process must read the file."""
+    stretches = list(itertools.pairwise(_bounds(reader.source.name, size)))
+    form = _format(reader) if len(stretches) > 1 else None
     if form is None or form is SINGLE:  # SINGLE compares rows that may stand anywhere
         return None
-    stretches = [Stretch(settings, form.name, *ends) for ends in itertools.pairwise(bounds)]
-    whole = Counts()
+    reader.format, whole = form, Counts()
     with _pool(min(processes, len(stretches))) as pool:
-        for stretch, found in zip(stretches, pool.imap(_count_stretch, stretches), strict=True):
+        counted = pool.imap(functools.partial(_count_stretch, reader), stretches)
+        for (_, end), found in zip(stretches, counted, strict=True):
             whole.extend(found)
             if progress is not None:
-                progress(stretch.end - stretch.start)
-    return form, whole
+                progress(end)
+    return whole
 
 
 def _bounds(name: str, size: int) -> Iterator[int]:
@@ -201,30 +169,27 @@ def _bounds(name: str, size: int) -> Iterator[int]:
         return  # reading it in one go will say why
 
 
-def _format(source: JsonLines, settings: Settings) -> Format | None:
+def _format(reader: Reader) -> Format | None:
     """What the rows are, which the first that is of any format says; None where the reader would have it otherwise."""
-    for row in source.rows():
+    for row in reader.source.rows():
         if isinstance(row.values, DataError):
             continue
-        form = recognise(tuple(row.values), tuple(settings.columns.items()))
-        if form is not None:
+        if form := recognise(tuple(row.values), reader.mapping):
             try:
-                check_first(form, row.values, settings.columns, "")
+                check_first(form, row.values, reader.columns, "")
             except DataError:
                 return None
             return form
     return None
 
 
-@contextmanager
-def _pool(processes: int) -> Iterator[Any]:
+def _pool(processes: int) -> Pool:
     """Forked where that is safe: it takes no time, and starting Python anew is a tenth of reading a gigabyte. An
     interrupt is for the process that waits.
     """
     alone = sys.platform == "linux" and threading.active_count() == 1
     context = multiprocessing.get_context("fork" if alone else "spawn")
-    with context.Pool(processes, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-        yield pool
+    return context.Pool(processes, signal.signal, (signal.SIGINT, signal.SIG_IGN))
 
 
 def _cores() -> int:
@@ -232,41 +197,34 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _difference(progress: Progress, in_bytes: bool) -> Callable[[Position], None]:
-    before = 0
-
-    def told(position: Position) -> None:
-        nonlocal before
-        now = position.offset if in_bytes else position.line
-        progress(now - before)
-        before = now
-
-    return told
-
-
-def summarise(found: Counts, path: str, form: str, unit: str) -> FileReport:
+def summarise(found: Counts, reader: Reader, unit: str) -> FileReport:
     """What the counts of a whole file say."""
     rows, comparisons = found.rows.all, found.comparisons.all
-    longer = np.sign(comparisons["first_length"] - comparisons["second_length"])[comparisons["strength"] != 0]
     keys, strengths = _labels(comparisons)
+    longer = np.sign(comparisons["first_length"] - comparisons["second_length"])[strengths != 0]
     several = np.isin(keys, keys[_later(keys)])  # mostly none, which spares the rest its time
     keys, strengths, lines = keys[several], strengths[several], comparisons["line"][several]
     winners = np.sign(strengths)
     contradicted = np.isin(keys, np.intersect1d(keys[winners > 0], keys[winners < 0]))
     later = _later(rows["prompt"])
     return FileReport(
-        path=path,
-        format=form,
+        path=reader.source.name,
+        format="" if reader.format is None else reader.format.name,
         rows=found.read,
         used=found.used,
         groups=found.groups,
         dropped={
-            reason: found.dropped[reason].tolist() for reason in sorted(found.dropped, key=found.count, reverse=True)
+            reason: lines.tolist()
+            for reason, lines in sorted(found.dropped.items(), key=lambda item: len(item[1]), reverse=True)
         },
         advice={reason: said for reason, said in found.advice.items() if said},
         notes=dict(found.notes.most_common()),
         unit=unit,
-        lengths={name: _lengths(values) for name, values in lengths_of(found).items() if len(values)},
+        lengths={
+            name: Percentiles(*map(int, np.percentile(values, PERCENTILES)))
+            for name, values in lengths_of(found).items()
+            if len(values)
+        },
         prompts=int(len(rows) - later.sum()),
         shared_prompts=_lines(rows["line"][later]),
         repeated=_lines(lines[_later(keys * THREE + (winners + 1).astype(np.uint64))]),
@@ -282,7 +240,7 @@ def lengths_of(found: Counts) -> dict[str, np.ndarray]:
     """The lengths of prompts, of responses, and of each prompt with the longest response to it."""
     rows = found.rows.all
     whole = rows["length"] + rows["longest"]
-    return {"prompt": rows["length"], "response": found.responses.all, "prompt + longest response": whole}
+    return {"prompt": rows["length"], "response": np.array(found.responses), "prompt + longest response": whole}
 
 
 def find_overlap(first: FileReport, second: FileReport) -> Overlap:
@@ -311,29 +269,15 @@ def _labels(comparisons: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     keys = comparisons["key"]
     for part in (np.minimum(first, second), np.maximum(first, second)):
         keys = (keys ^ (keys >> np.uint64(29))) * MIX + part
-    return keys, np.where(first < second, comparisons["strength"], -comparisons["strength"])
+    return keys, np.where(first < second, comparisons["strength"], -comparisons["strength"]).astype("f4")
 
 
 def _later(values: np.ndarray) -> np.ndarray:
     """Where an equal value stands before."""
-    ascending = np.sort(values)  # many times faster than the stable order, which is needed only where some are equal
-    if not (ascending[1:] == ascending[:-1]).any():
-        return np.zeros(len(values), bool)
-    order = np.argsort(values, kind="stable")
-    later = np.zeros(len(values), bool)
-    later[order[1:]] = values[order[1:]] == values[order[:-1]]
+    later = np.ones(len(values), bool)
+    later[np.unique(values, return_index=True)[1]] = False
     return later
 
 
 def _lines(lines: np.ndarray) -> list[int]:
     return np.unique(lines).tolist()
-
-
-def _lengths(values: np.ndarray) -> Percentiles:
-    return Percentiles(*map(int, np.percentile(values, PERCENTILES)))
-
-
-def _plain(found: Agreement | None) -> dict[str, Any] | None:
-    if found is None:
-        return None
-    return {name: None if math.isnan(value) else value for name, value in asdict(found).items()}

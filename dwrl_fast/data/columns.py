@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dwrl_fast.data.preference import Message
+from dwrl_fast.data.preference import Message, Preference
 from dwrl_fast.errors import DataError
 
 TEXTS = (
@@ -49,6 +49,7 @@ class Columns:
         return self.values.get(self.mapping.get(name, name)) is not None
 
     def column(self, name: str, default: Any = REQUIRED) -> Any:
+        """A column's value; `default` where it is not there. DataError where it must be, Unusable for a null text."""
         key = self.mapping.get(name, name)
         if key in self.values:
             if self.values[key] is not None or name not in TEXTS:
@@ -76,6 +77,15 @@ class Columns:
             raise self.mistyped(name, value, "a string or a list of messages")
         return [self._message(name, message) for message in value]
 
+    def prompt(self, responses: Iterable[Any], name: str = "prompt") -> Turns:
+        """The prompt, which need not be there where the responses are all conversations that hold it."""
+        return self.turns(name, "user", REQUIRED if any(isinstance(value, str) for value in responses) else [])
+
+    def preference(self, prompt: tuple[Message, ...], responses: tuple[str, ...], **more: Any) -> Preference:
+        """A group with the row's aspect, source and labels."""
+        subset, name = self.label("subset"), self.label("id")
+        return Preference(prompt, responses, aspect=self.aspect(), source=self.source, subset=subset, id=name, **more)
+
     def sequence(self, name: str) -> list[Any]:
         """A column as a list."""
         value = self.column(name)
@@ -100,6 +110,7 @@ class Columns:
         return number
 
     def aspect(self) -> str | None:
+        """The column `aspect`, if it is there."""
         value = self.column("aspect", default=None)
         if not isinstance(value, str | None):
             raise self.mistyped("aspect", value, "a string")
@@ -130,6 +141,7 @@ class Columns:
         return {"role": role, "content": content}
 
     def mistyped(self, name: str, value: Any, wanted: str) -> DataError:
+        """That `value`, of column `name`, is of the wrong type."""
         kind = type(value).__name__
         return DataError(f"{self.source}: '{name}' should hold {wanted}, not the {kind} {SHORT.repr(value)[:60]}")
 
@@ -147,11 +159,11 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
 
 
 def check_text(text: str) -> None:
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise Unusable("a lone surrogate, which is no text") from None
+    """Raises Unusable where a text cannot be encoded."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise Unusable("a lone surrogate, which is no text") from None
 
 
 def conversation(prompt: Turns, sides: Sequence[Turns]) -> tuple[tuple[Message, ...], tuple[str, ...]]:

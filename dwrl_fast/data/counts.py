@@ -5,31 +5,30 @@ A row of one pair takes about 80 bytes, whatever its length. The counts of the s
 
 import itertools
 import re
+import struct
 from array import array
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
 
 import numpy as np
 from xxhash import xxh3_64_intdigest as digest
 
 from dwrl_fast.data.columns import Unusable
-from dwrl_fast.data.formats import SINGLE
 from dwrl_fast.data.preference import Message, Preference
 from dwrl_fast.data.reading import Outcome, Reader
 from dwrl_fast.data.row_source import START, Position
-from dwrl_fast.errors import DataError
 
 ROLE = {"system": 1, "user": 2, "assistant": 3}
 DETAIL = re.compile(r" \(|; |, not the | among '")  # what follows differs from row to row, or says what to do
 
-ROW = np.dtype([("line", "i8"), ("prompt", "u8"), ("length", "i4"), ("longest", "i4")])
-RESPONSE = np.dtype("i4")
+# The type codes are those of both `struct` and NumPy.
+ROW = np.dtype([("line", "q"), ("prompt", "Q"), ("length", "i"), ("longest", "i")])
 COMPARISON = np.dtype(
     [
-        *(("line", "i8"), ("key", "u8"), ("first", "u8"), ("second", "u8")),
-        *(("first_length", "i4"), ("second_length", "i4"), ("strength", "f4")),
+        *(("line", "q"), ("key", "Q"), ("first", "Q"), ("second", "Q")),
+        *(("first_length", "i"), ("second_length", "i"), ("strength", "d")),
     ]
 )
 
@@ -39,7 +38,7 @@ Measure = Callable[[Sequence[Message], Sequence[str], str | None], Lengths]
 
 
 def characters(prompt: Sequence[Message], responses: Sequence[str], aspect: str | None) -> Lengths:
-    """A Measure."""
+    """Lengths in characters: a Measure."""
     return sum([len(turn["content"]) for turn in prompt]), list(map(len, responses))
 
 
@@ -52,24 +51,20 @@ def prompt_digest(prompt: Sequence[Message]) -> int:
 
 
 class Records:
-    """Records of one type, appended as tuples and kept as arrays."""
+    """Records of one structured dtype, appended one by one and kept as bytes."""
 
     def __init__(self, kind: np.dtype) -> None:
-        self.kind = kind
-        self.parts: list[np.ndarray] = []
-        self.new: list[Any] = []
+        self.kind, self.bytes = kind, bytearray()
+        self.form = "=" + "".join(kind[name].char for name in kind.names or ())
 
-    def pack(self, least: int = 0) -> None:
-        """What was appended becomes an array, where that is more than `least` records."""
-        if len(self.new) > least:
-            self.parts.append(np.array(self.new, self.kind))
-            self.new.clear()
+    def add(self, *values: float) -> None:
+        """Append one record."""
+        self.bytes += struct.pack(self.form, *values)
 
     @property
     def all(self) -> np.ndarray:
-        self.pack()
-        self.parts = [np.concatenate(self.parts)] if self.parts else [np.empty(0, self.kind)]
-        return self.parts[0]
+        """The records as an array over their bytes. While it is held, nothing can be appended."""
+        return np.frombuffer(self.bytes, self.kind)
 
 
 @dataclass
@@ -83,48 +78,36 @@ class Counts:
     lines: int = 0  # that the stretch spans, blank ones too
     used: int = 0
     groups: int = 0
-    dropped: dict[str, array] = field(default_factory=dict)  # reason -> lines
+    dropped: defaultdict[str, array] = field(default_factory=partial(defaultdict, partial(array, "q")))  # their lines
     advice: dict[str, str] = field(default_factory=dict)  # reason -> what the reader said in full, the first time
     notes: Counter[str] = field(default_factory=Counter)
-    rows: Records = field(default_factory=lambda: Records(ROW))
-    responses: Records = field(default_factory=lambda: Records(RESPONSE))
-    comparisons: Records = field(default_factory=lambda: Records(COMPARISON))
+    rows: Records = field(default_factory=partial(Records, ROW))
+    responses: array = field(default_factory=partial(array, "i"))
+    comparisons: Records = field(default_factory=partial(Records, COMPARISON))
 
     @property
     def read(self) -> int:
+        """How many rows were read: used + dropped."""
         return self.used + sum(map(len, self.dropped.values()))
 
-    def count(self, reason: str) -> int:
-        """How many rows are dropped for it."""
-        return len(self.dropped[reason])
-
     def extend(self, other: "Counts") -> None:
-        """Take over what follows: `other`, whose lines count from 1 again."""
+        """Add the counts of the stretch that follows, whose lines count from 1 again."""
         for reason, lines in other.dropped.items():
-            self.dropped.setdefault(reason, array("q")).extend([line + self.lines for line in lines])
+            self.dropped[reason].extend(line + self.lines for line in lines)
             self.advice.setdefault(reason, other.advice[reason])
-        for records in (other.rows, other.comparisons):
-            records.all["line"] += self.lines
-        for mine, new in zip(self._records, other._records, strict=True):
-            mine.parts.append(new.all)
-        self.lines, self.used, self.groups = (
-            self.lines + other.lines,
-            self.used + other.used,
-            self.groups + other.groups,
-        )
+        for records, more in ((self.rows, other.rows), (self.comparisons, other.comparisons)):
+            more.all["line"] += self.lines
+            records.bytes += more.bytes
+        self.responses += other.responses
+        self.lines += other.lines
+        self.used += other.used
+        self.groups += other.groups
         self.notes.update(other.notes)
 
     def drop(self, reason: str, line: int, advice: str = "") -> None:
-        self.dropped.setdefault(reason, array("q")).append(line)
+        """Count a row that is not used."""
+        self.dropped[reason].append(line)
         self.advice.setdefault(reason, advice)
-
-    def pack(self, least: int = 0) -> None:
-        for records in self._records:
-            records.pack(least)
-
-    @property
-    def _records(self) -> tuple[Records, Records, Records]:
-        return self.rows, self.responses, self.comparisons
 
 
 def count_rows(
@@ -132,11 +115,11 @@ def count_rows(
     start: Position = START,
     end: int | None = None,
     measure: Measure = characters,
-    progress: Callable[[Position], None] | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Counts:
     """Of the rows from `start` up to byte `end`, where a row must begin; lines are counted from `start`.
 
-    `progress` is told now and then how far it is.
+    `progress` is told now and then how far it is: in bytes of JSONL or else in rows.
     """
     found = Counts()
     for count, outcome in enumerate(reader.read(start)):
@@ -146,76 +129,52 @@ def count_rows(
             break
         found.lines = after.line
         if outcome.preferences:
-            _use(found, outcome, used_lines(outcome, reader), measure)
+            _use(found, outcome, measure)
         elif outcome.error is not None:
-            _drop_malformed(found, outcome.error, reader.source.name, after.line)
+            said = str(outcome.error).removeprefix(f"{reader.source.name}:{after.line}: ")
+            found.drop(DETAIL.split(said, maxsplit=1)[0], after.line, said)
         for reason, line in outcome.dropped:
             found.drop(reason, line)
-        if count % 4096 == 0:
-            found.pack(least=4096)
-            if progress is not None:
-                progress(after)
-    found.pack()
+        if progress is not None and count % 4096 == 0:
+            progress(after.offset or after.line)
     return found
 
 
-def _drop_malformed(found: Counts, error: DataError, name: str, line: int) -> None:
-    said = str(error).removeprefix(f"{name}:{line}: ")
-    found.drop(DETAIL.split(said, maxsplit=1)[0], line, said)
-
-
-def used_lines(outcome: Outcome, reader: Reader) -> Sequence[int]:
-    """The rows that what came of one row, or of the rows of one prompt, is made of."""
-    if not outcome.preferences:
-        return ()
-    if reader.format is not SINGLE:
-        return (outcome.after.line,)
-    return sorted({line for group in outcome.preferences for line in group.lines})
-
-
-def _use(found: Counts, outcome: Outcome, lines: Sequence[int], measure: Measure) -> None:
+def _use(found: Counts, outcome: Outcome, measure: Measure) -> None:
     """What one row gave, or the rows of one prompt."""
-    groups = outcome.preferences
+    groups, lines = outcome.preferences, outcome.lines
     group = groups[0]
-    prompt, aspect = group.prompt, group.aspect
     texts: Sequence[str] = group.responses
     if len(groups) > 1:
-        texts = list(dict.fromkeys(text for group in groups for text in group.responses))
+        texts = list(dict.fromkeys(text for each in groups for text in each.responses))
     try:
-        size, sizes = measure(prompt, texts, aspect)
+        size, sizes = measure(group.prompt, texts, group.aspect)
     except Unusable as reason:
         for line in lines:
             found.drop(str(reason), line)
         return
-    code = prompt_digest(prompt)
-    key = code if aspect is None else digest(aspect.encode(), code)
+    code = prompt_digest(group.prompt)
+    key = code if group.aspect is None else digest(group.aspect.encode(), code)
     found.used += len(lines)
     found.groups += len(groups)
     if outcome.notes:
         found.notes.update(outcome.notes)
-    found.rows.new.append((lines[0], code, size, max(sizes)))
-    found.responses.new += sizes
+    found.rows.add(lines[0], code, size, max(sizes))
+    found.responses.extend(sizes)
     if type(group) is not Preference:  # a demonstration: its responses stand in no order
         return
     codes = [digest(text.encode()) for text in texts]
-    if len(groups) == 1 and len(texts) == 2:
-        found.comparisons.new.append((lines[0], key, *codes, *sizes, _strength(group)))
-    else:
-        known = dict(zip(texts, zip(codes, sizes, strict=True), strict=True))
-        found.comparisons.new += [(lines[0], key, *two) for two in _comparisons(groups, known)]
+    if len(groups) == 1 and len(texts) == 2:  # most files hold nothing else
+        found.comparisons.add(lines[0], key, *codes, *sizes, _strength(group))
+        return
+    known = dict(zip(texts, zip(codes, sizes, strict=True), strict=True))
+    for each in groups:
+        ranks = each.ranks or range(len(each.responses))
+        for (better, rank), (worse, other) in itertools.combinations(zip(each.responses, ranks, strict=True), 2):
+            strength = _strength(each) if len(ranks) == 2 else other - rank
+            (first, first_length), (second, second_length) = known[better], known[worse]
+            found.comparisons.add(lines[0], key, first, second, first_length, second_length, strength)
 
 
 def _strength(pair: Preference) -> float:
     return 0.0 if pair.ranks else pair.margin or 1.0
-
-
-def _comparisons(
-    groups: Sequence[Preference], known: dict[str, tuple[int, int]]
-) -> Iterator[tuple[int, int, int, int, float]]:
-    """Each two responses that are compared, the better first: their digests, their lengths, by how much."""
-    for group in groups:
-        pair = len(group.responses) == 2
-        ranks = group.ranks or range(len(group.responses))
-        for (better, rank), (worse, other) in itertools.combinations(zip(group.responses, ranks, strict=True), 2):
-            (first, size), (second, size_of_second) = known[better], known[worse]
-            yield first, second, size, size_of_second, _strength(group) if pair else float(other - rank)

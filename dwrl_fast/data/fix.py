@@ -4,22 +4,12 @@ import base64
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 from dwrl_fast.data.check import FileReport
 from dwrl_fast.data.jsonl import BOM, JsonLines
 from dwrl_fast.data.locations import open_rows
 from dwrl_fast.data.row_source import RowSource
 from dwrl_fast.errors import ConfigError, DataError
-
-
-class Fixed(NamedTuple):
-    """How many rows were written where."""
-
-    good: Path
-    rows: int
-    quarantine: Path
-    quarantined: int
 
 
 def quarantine_of(out: Path) -> Path:
@@ -36,8 +26,9 @@ def refuse_existing(out: Path) -> None:
         raise ConfigError(f"--fix {out}: its folder does not exist; make it first")
 
 
-def fix(path: str | Path, report: FileReport, out: Path) -> Fixed:
-    """Write the rows that `report` has as used to `out`, as they stand, and the others to OUT.quarantine.jsonl.
+def fix(path: str | Path, report: FileReport, out: Path) -> tuple[int, int]:
+    """Write the rows that `report` has as used to `out`, as they stand, and the others to OUT.quarantine.jsonl;
+    how many rows each of the two has.
 
     A row of a JSONL file keeps its bytes, but for a byte-order mark and the end of the line; one of another source is
     written as JSON. In quarantine the text of a row is `raw`, or `raw_base64` where it is not UTF-8. Nothing is left
@@ -61,7 +52,7 @@ def fix(path: str | Path, report: FileReport, out: Path) -> Fixed:
         out.unlink(missing_ok=True)
         beside.unlink(missing_ok=True)
         raise
-    return Fixed(out, rows - len(reasons), beside, len(reasons))
+    return rows - len(reasons), len(reasons)
 
 
 def _rows(source: RowSource) -> Iterator[tuple[int, bytes]]:

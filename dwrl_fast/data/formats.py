@@ -17,6 +17,10 @@ class Format:
     columns: frozenset[str]
     hints: frozenset[str] = frozenset()
 
+    def __reduce__(self) -> str:
+        """Pickled as the name of a constant of this module, so that another process has the very same object."""
+        return self.name
+
 
 def _format(name: str, needs: list[str], optional: str, hints: str = "") -> Format:
     sets = tuple(frozenset(words.split()) for words in needs)

@@ -2,8 +2,9 @@
 
 import gzip
 import json
+import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,6 +22,7 @@ class JsonLines:
         self.name = str(path)
 
     def rows(self, start: Position = START) -> Iterator[Row]:
+        """The rows from `start` on, parsed or with what is wrong. Raises DataError where the file cannot be read on."""
         for raw, after in self.lines(start):
             yield Row(after.line, _parse(raw, f"{self.name}:{after.line}"), after)
 
@@ -52,16 +54,14 @@ class JsonLines:
         return gzip.open(self.name) if start == GZIP else open(self.name, "rb")
 
 
-class _TwiceError(ValueError):
-    """A key that an object has more than once."""
-
-
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """json would keep the last of equal keys and say nothing."""
     values = dict(pairs)
     if len(values) != len(pairs):
         keys = [key for key, _ in pairs]
-        raise _TwiceError(next(key for key in keys if keys.count(key) > 1))
+        twice = repr(next(key for key in keys if keys.count(key) > 1))
+        shown = twice if len(twice) <= 60 else twice[:57] + "..."
+        raise DataError(f"the key {shown} stands twice in one object; remove one of the two")
     return values
 
 
@@ -78,8 +78,8 @@ def _parse(raw: bytes, source: str) -> dict[str, Any] | DataError:
             f"{source}: not JSON ({error.msg} at character {error.pos}); each line must be one object, the file no"
             " array"
         )
-    except _TwiceError as error:
-        return DataError(f"{source}: the key {_short(str(error))} stands twice in one object; remove one of the two")
+    except DataError as error:  # of _object
+        return DataError(f"{source}: {error}")
     except (ValueError, RecursionError) as error:
         return DataError(f"{source}: JSON that cannot be read ({error}); remove the line")
     if not isinstance(row, dict):
@@ -87,6 +87,10 @@ def _parse(raw: bytes, source: str) -> dict[str, Any] | DataError:
     return row
 
 
-def _short(text: str) -> str:
-    shown = repr(text)
-    return shown if len(shown) <= 60 else shown[:57] + "..."
+def finite(value: Any) -> Any:
+    """JSON has no inf and no nan: null stands for them, however deep."""
+    if isinstance(value, Mapping):
+        return {name: finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

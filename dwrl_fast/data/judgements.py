@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from dwrl_fast.data.columns import REQUIRED, Columns, Unusable, check_text, conversation
+from dwrl_fast.data.columns import Columns, Unusable, check_text, conversation
 from dwrl_fast.data.preference import Preference
 
 
@@ -20,6 +20,7 @@ class Demonstration(Preference):
 
     @property
     def content(self) -> list[Any]:
+        """All that is trained on, as JSON can hold it."""
         return [*Preference.content.fget(self), self.thought, self.verdict]  # type: ignore[attr-defined]
 
 
@@ -27,7 +28,7 @@ def demonstration(row: Columns) -> Demonstration:
     """Raises DataError or Unusable."""
     name = "response" if row.names("response") else "responses"
     values = [row.column(name)] if name == "response" else row.sequence(name)
-    prompt = row.turns("prompt", "user", default=REQUIRED if any(isinstance(value, str) for value in values) else [])
+    prompt = row.prompt(values)
     if any(value is None for value in values):
         raise Unusable("null response")
     turns, responses = conversation(prompt, [row.as_turns(name, value, "assistant") for value in values])

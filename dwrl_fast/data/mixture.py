@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import PurePath
@@ -123,15 +124,8 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
     it as it takes to tell them apart.
     """
     paths = {name: PurePath(SUFFIXES.sub("", name) or name).parts for name in names}
-
-    def ending(name: str, count: int) -> tuple[str, ...]:
-        return paths[name][-count:]
-
-    found = {}
-    for name in paths:
-        count, most = 1, max(map(len, paths.values()))
-        while count < most and [ending(other, count) for other in paths].count(ending(name, count)) > 1:
-            count += 1
-        alike = [ending(other, count) for other in paths].count(ending(name, count)) > 1
-        found[name] = name if alike else str(PurePath(*ending(name, count)))
+    found = dict(zip(names, names, strict=True))
+    for count in range(max(1, *map(len, paths.values())), 0, -1):  # the shortest ending that is one name's own stays
+        times = Counter(parts[-count:] for parts in paths.values())
+        found |= {name: str(PurePath(*parts[-count:])) for name, parts in paths.items() if times[parts[-count:]] == 1}
     return found

@@ -1,9 +1,10 @@
 """What one group of preference data is, whatever file it came from, and what became of a file's rows."""
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, TypedDict
 
 Ties = Literal["drop", "keep"]  # pairs of equally good responses
@@ -13,6 +14,11 @@ Cluster = Literal["row", "prompt"]  # what is drawn for an interval
 SHOWN_LINES = 3
 # "file:line", "file:line:i-j" (two responses of a row) or "file:line-line" (rows that hold one response each)
 LINES = re.compile(r":(\d+)(?:-(\d+)|:\d+-\d+)?$")
+
+
+def first_lines(lines: Sequence[int], most: int = SHOWN_LINES, count: int | None = None) -> str:
+    """For a message: the first `most` of `lines`, or of `count` lines of which `lines` are only the first."""
+    return ", ".join(map(str, lines[:most])) + (", ..." if (count or len(lines)) > most else "")
 
 
 class Message(TypedDict):
@@ -57,26 +63,9 @@ class Preference:
 
 
 @dataclass
-class Dropped:
-    """Rows that were read and are not used: the lines they stand in, by reason."""
-
-    lines: dict[str, list[int]] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return self.counts.total()
-
-    @property
-    def counts(self) -> Counter[str]:
-        """How many rows for each reason."""
-        return Counter({reason: len(lines) for reason, lines in self.lines.items()})
-
-    def add(self, reason: str, line: int) -> None:
-        self.lines.setdefault(reason, []).append(line)
-
-
-@dataclass
 class Dataset:
-    """One file's preferences: each row that was read is used in one or more of `rows`, or is in `dropped`.
+    """One file's preferences: each row that was read is used in one or more of `rows`, or is in `dropped`,
+    the lines of each reason.
 
     format: what the rows were recognised as. notes: what else became of rows that are used, such as tied pairs left
     out, each with its count.
@@ -84,7 +73,7 @@ class Dataset:
 
     path: str
     rows: list[Preference] = field(default_factory=list)
-    dropped: Dropped = field(default_factory=Dropped)
+    dropped: defaultdict[str, list[int]] = field(default_factory=partial(defaultdict, list))
     format: str = ""
     notes: Counter[str] = field(default_factory=Counter)
 
@@ -96,14 +85,13 @@ class Dataset:
     @property
     def summary(self) -> str:
         """Accounts for every row read, with the first lines of each reason."""
-        used, dropped = self.used, len(self.dropped)
+        used, dropped = self.used, sum(map(len, self.dropped.values()))
         name = f"{self.path} ({self.format})" if self.format else self.path
         parts = [f"{name}: {used + dropped} rows read, {used} used, {dropped} dropped"]
         if len(self.rows) != used:
             parts.append(f"{len(self.rows)} groups come of the {used}")
-        for reason, count in self.dropped.counts.most_common():
-            lines = ", ".join(map(str, self.dropped.lines[reason][:SHOWN_LINES]))
-            parts.append(f"{count} x {reason} (line {lines}{', ...' if count > SHOWN_LINES else ''})")
+        for reason, lines in sorted(self.dropped.items(), key=lambda item: -len(item[1])):
+            parts.append(f"{len(lines)} x {reason} (line {first_lines(lines)})")
         parts += [f"{count} x {note}" for note, count in self.notes.most_common()]
         return "; ".join(parts)
 
@@ -113,7 +101,7 @@ class Dataset:
         """What came of some rows."""
         self.rows += preferences
         for reason, line in dropped:
-            self.dropped.add(reason, line)
+            self.dropped[reason].append(line)
         self.notes.update(notes)
 
     def leave_out(self, unused: Sequence[tuple[Preference, str]]) -> None:
@@ -129,4 +117,4 @@ class Dataset:
             if not lines:
                 self.notes[f"groups left out: {reason}"] += 1
         for line, reason in dropped.items():
-            self.dropped.add(reason, line)
+            self.dropped[reason].append(line)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dwrl_fast.data.columns import Unusable, quoted
-from dwrl_fast.data.counts import prompt_digest, used_lines
+from dwrl_fast.data.counts import prompt_digest
 from dwrl_fast.data.published import DATA_SETS, DataSet
 from dwrl_fast.data.reading import Reader
 from dwrl_fast.data.row_source import START, Position, Row
@@ -53,6 +53,7 @@ class Split:
         return drawn
 
     def to_dict(self) -> dict[str, Any]:
+        """For JSON: everything but the prompts."""
         return {name: value for name, value in vars(self).items() if name != "prompts"}
 
 
@@ -81,7 +82,8 @@ def prepare_data_set(
     """
     refuse_written(folder)
     data, where = DATA_SETS[name], source or str(DATA_SETS[name].repository)
-    found = {split: _read(rows, data, f"{name}:{split}") for split, rows in _load(name, source).items()}
+    published = _load(name, source, where)
+    found = {split: _read(Converted(rows, data, f"{name}:{split}", where)) for split, rows in published.items()}
     train, test = found["train"], found.get("test")
     draw = random.Random(f"{name} {seed}")
     if test is None:  # prompts of the one file are held out
@@ -110,7 +112,7 @@ def _count(prompts: Mapping[int, list[str]]) -> int:
     return sum(map(len, prompts.values()))
 
 
-def _load(name: str, source: str | None) -> dict[str, PublishedRows]:
+def _load(name: str, source: str | None, where: str) -> dict[str, PublishedRows]:
     """The published rows of each split, read as they are asked for."""
     data = DATA_SETS[name]
     path, files = source or data.repository, dict(data.files)
@@ -125,36 +127,31 @@ def _load(name: str, source: str | None) -> dict[str, PublishedRows]:
         path = str(Path(source).resolve())  # a relative name may be that of a reader of `datasets`
     elif source is not None or path.startswith("https://"):
         path, files = "parquet" if path.endswith(".parquet") else "json", {"train": path}
-    where = source or str(data.repository)
     datasets = library("datasets", name)
     with readable(where, REMEDY):
-        splits = datasets.load_dataset(path, data_files=files, streaming=True)
-    return {split: _rows(splits[split], where) for split in files}
-
-
-def _rows(split: PublishedRows, name: str) -> Iterator[Mapping[str, Any]]:
-    with readable(name, REMEDY):
-        yield from split
+        return datasets.load_dataset(path, data_files=files, streaming=True)
 
 
 class Converted:
     """A RowSource of the rows that published ones make. `made` has each with the number of the published one."""
 
-    def __init__(self, published: PublishedRows, data: DataSet, name: str) -> None:
-        self.published, self.data, self.name = published, data, name
+    def __init__(self, published: PublishedRows, data: DataSet, name: str, where: str) -> None:
+        self.published, self.data, self.name, self.where = published, data, name, where
         self.read = 0
         self.made: dict[int, tuple[int, dict[str, Any]]] = {}
         self.unusable: list[tuple[str, int]] = []
         self.notes: Counter[str] = Counter()
 
     def rows(self, start: Position = START) -> Iterator[Row]:
+        """All rows, numbered from 1. Raises DataError where the published ones cannot be read on."""
         line = 0
-        for row in self.published:
-            self.read += 1
-            for values in self._convert(row):
-                line += 1
-                self.made[line] = self.read, values
-                yield Row(line, values, Position(line))
+        with readable(self.where, REMEDY):
+            for row in self.published:
+                self.read += 1
+                for values in self._convert(row):
+                    line += 1
+                    self.made[line] = self.read, values
+                    yield Row(line, values, Position(line))
 
     def _convert(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
         try:
@@ -169,17 +166,15 @@ class Converted:
             ) from error
 
 
-def _read(published: PublishedRows, data: DataSet, name: str) -> Split:
+def _read(source: Converted) -> Split:
     """Every published row, judged by the reader that will read the files."""
-    source, found = Converted(published, data, name), Split()
-    reader = Reader(source)
-    used: set[int] = set()
-    for outcome in reader.read():
+    found, used = Split(), set[int]()
+    for outcome in Reader(source).read():
         if outcome.error is not None:
             raise outcome.error
         for reason, line in outcome.dropped:
             source.unusable.append((reason, source.made.pop(line)[0]))
-        for line in used_lines(outcome, reader):
+        for line in outcome.lines:
             number, values = source.made.pop(line)
             used.add(number)
             lines = found.prompts.setdefault(prompt_digest(outcome.preferences[0].prompt), [])

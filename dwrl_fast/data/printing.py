@@ -1,6 +1,7 @@
 """Reports of files for people: tables and sentences on a terminal, histograms as a PNG."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ from rich.text import Text
 
 from dwrl_fast.data.check import FileReport, Overlap, lengths_of
 from dwrl_fast.data.label_agreement import Agreement
+from dwrl_fast.data.preference import first_lines
 
-SHOWN_LINES = 5
+_shown = partial(first_lines, most=5)
 
 
 def print_report(found: FileReport, console: Console) -> None:
@@ -40,12 +42,16 @@ def print_report(found: FileReport, console: Console) -> None:
         ),
         (found.conflicts, "Rows that contradict others", "the same two responses to the same prompt, either winning"),
     ):
-        say(console, f"{what}: " + (f"{len(lines):,}, line {_shown(lines)} ({meaning})" if lines else "none"))
+        say(
+            console,
+            f"{what}: " + (f"{len(lines):,}, line {_shown(lines)} ({meaning})" if lines else "none"),
+        )
     if found.agreement is not None:
         say(console, f"Several labels of one comparison: {_agreement(found.agreement)}")
 
 
 def print_overlap(found: Overlap, first: FileReport, second: FileReport, console: Console) -> None:
+    """What a training file and its test file have in common."""
     console.rule("[bold]both files[/bold]", align="left", style="dim")
     if not found.prompts:
         say(console, "No prompt stands in both files.")
@@ -63,10 +69,6 @@ def print_overlap(found: Overlap, first: FileReport, second: FileReport, console
 def say(console: Console, line: str) -> None:
     """A sentence as it is: file names and reasons are no markup."""
     console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _shown(lines: Sequence[int]) -> str:
-    return ", ".join(map(str, lines[:SHOWN_LINES])) + (", ..." if len(lines) > SHOWN_LINES else "")
 
 
 def _dropped(found: FileReport) -> Table:

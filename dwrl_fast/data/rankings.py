@@ -4,6 +4,7 @@
 `scores`, the highest the best, or both: the ranks are then the order and the scores the margins.
 """
 
+import bisect
 import itertools
 import math
 from collections import Counter
@@ -48,14 +49,13 @@ def ranking(row: Columns, ties: Ties, rankings: Rankings) -> Groups:
     margins = [-float(rank) for rank in order] if scores is None else scores
     found = [Ranked(*values) for values in zip(texts, order, margins, itertools.count(1), strict=False)]
     found.sort(key=lambda response: response.rank)
-    subset, name = row.label("subset"), row.label("id")
-    like = Preference(turns, (), aspect=row.aspect(), source=row.source, subset=subset, id=name)
+    like = row.preference(turns, ())
     # One winner among responses without scores: nobody says that the losers are equally good.
     best_of_n = scores is None and len(found) > 2 and found[0].rank < found[1].rank == found[-1].rank
     too_many = len(found) > MOST_TIED and len(set(order)) < len(order)
     if rankings == "plackett_luce" and len(found) > 2 and not best_of_n and not too_many:
         return Groups([_group(found, like, ties)], {})
-    two = _best_against_each(found) if best_of_n else itertools.combinations(found, 2)
+    two = zip(itertools.repeat(found[0]), found[1:]) if best_of_n else itertools.combinations(found, 2)
     pairs, notes = compare_ranked(two, replace(like, row=row.source), ties)
     if not pairs:
         raise Unusable(_no_pair(found))
@@ -91,14 +91,8 @@ def compare_ranked(
 
 def ranks_of(scores: Sequence[float]) -> list[int]:
     """1 and how many score higher."""
-    place: dict[float, int] = {}
-    for rank, score in enumerate(sorted(scores, reverse=True), start=1):
-        place.setdefault(score, rank)
-    return [place[score] for score in scores]
-
-
-def _best_against_each(found: Sequence[Ranked]) -> Iterable[tuple[Ranked, Ranked]]:
-    return ((found[0], loser) for loser in found[1:])
+    ascending = sorted(scores)
+    return [1 + len(scores) - bisect.bisect_right(ascending, score) for score in scores]
 
 
 def _no_pair(found: Sequence[Ranked]) -> str:
@@ -108,7 +102,7 @@ def _no_pair(found: Sequence[Ranked]) -> str:
 
 
 def _group(found: Sequence[Ranked], like: Preference, ties: Ties) -> Preference:
-    texts, ranks = tuple(response.text for response in found), tuple(response.rank for response in found)
+    texts, ranks, *_ = zip(*found, strict=True)
     if len({text.strip() for text in texts}) < len(texts):
         raise Unusable("identical responses")
     if ranks[0] == ranks[-1] and ties == "drop":
@@ -127,7 +121,7 @@ def _completions(row: Columns) -> Parts:
             raise row.mistyped("completions", item, "objects with 'rank' and 'completion'")
         sides.append(_side(row, "completions", item["completion"]))
         ranks.append(_rank(row, "completions", item["rank"]) + 1)
-    return _prompt(row, "context", [item["completion"] for item in row.sequence("completions")]), sides, ranks, None
+    return row.prompt([item["completion"] for item in row.sequence("completions")], "context"), sides, ranks, None
 
 
 def _responses(row: Columns) -> Parts:
@@ -141,12 +135,7 @@ def _responses(row: Columns) -> Parts:
     if ranks is None and scores is None:
         row.column("ranks", default=None if row.names("scores") else REQUIRED)  # says that it is not there
         raise Unusable("null ranks and scores")
-    return _prompt(row, "prompt", values), [_side(row, "responses", value) for value in values], ranks, scores
-
-
-def _prompt(row: Columns, name: str, values: Sequence[Any]) -> Turns:
-    """The prompt, which need not be there where the responses are conversations that hold it."""
-    return row.turns(name, "user", default=REQUIRED if any(isinstance(value, str) for value in values) else [])
+    return row.prompt(values), [_side(row, "responses", value) for value in values], ranks, scores
 
 
 def _side(row: Columns, name: str, value: Any) -> Turns:

@@ -44,6 +44,7 @@ class Outcome(NamedTuple):
     dropped: Sequence[tuple[str, int]] = ()
     notes: Mapping[str, int] = NONE
     error: DataError | None = None
+    lines: Sequence[int] = ()  # of the rows that `preferences` are made of
 
 
 class Reader:
@@ -67,7 +68,7 @@ class Reader:
         self.consecutive = consecutive
         self.format: Format | None = None
         check_mapping(self.columns)
-        self._mapping = tuple(self.columns.items())
+        self.mapping = tuple(self.columns.items())
 
     def read(self, start: Position = START) -> Iterator[Outcome]:
         """What became of each row, in order. Raises DataError where the source cannot be read on."""
@@ -84,7 +85,7 @@ class Reader:
                     prompts.setdefault(completion.key, []).append(completion)
                 else:
                     groups = self._groups(form, columns)
-                    yield Outcome(row.after, groups.preferences, notes=groups.notes)
+                    yield Outcome(row.after, groups.preferences, notes=groups.notes, lines=(row.line,))
             except Unusable as reason:
                 dropped = (str(reason), row.line)
                 if prompts:
@@ -117,7 +118,7 @@ class Reader:
         if isinstance(row.values, DataError):
             raise row.values
         source = f"{self.source.name}:{row.line}"
-        form = recognise(tuple(row.values), self._mapping)
+        form = recognise(tuple(row.values), self.mapping)
         if form is None:  # reading it as what it was meant to be says which column it lacks
             form = self.format or guess(row.values, self.columns)
             if form is None:
@@ -148,7 +149,8 @@ class Reader:
         while prompts:
             rows = prompts.pop(next(iter(prompts)))
             groups, alone = compare_singles(rows, self.source.name, self.ties)
-            yield Outcome(after, groups.preferences, [*dropped, *alone], groups.notes)
+            lines = sorted({row.line for row in rows}.difference(line for _, line in alone))
+            yield Outcome(after, groups.preferences, [*dropped, *alone], groups.notes, lines=lines)
             dropped.clear()
 
 

@@ -34,4 +34,3 @@ class RowSource(Protocol):
 
     def rows(self, start: Position = START) -> Iterator[Row]:
         """The rows from `start` on. Raises DataError where nothing more can be read."""
-        ...

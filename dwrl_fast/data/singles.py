@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from dwrl_fast.data.columns import REQUIRED, Columns, conversation
+from dwrl_fast.data.columns import Columns, conversation
 from dwrl_fast.data.preference import Message, Preference, Ties
 from dwrl_fast.data.rankings import Groups, Ranked, compare_ranked, ranks_of
 
@@ -31,8 +31,7 @@ class Single(NamedTuple):
 def single(row: Columns, line: int) -> Single:
     """The row as it will be compared with others. Raises DataError or Unusable."""
     value = row.column("completion")
-    prompt = row.turns("prompt", "user", default=REQUIRED if isinstance(value, str) else [])
-    turns, (completion,) = conversation(prompt, [row.as_turns("completion", value, "assistant")])
+    turns, (completion,) = conversation(row.prompt([value]), [row.as_turns("completion", value, "assistant")])
     key = tuple((turn["role"], turn["content"]) for turn in turns)
     return Single((key, row.aspect()), completion, row.number("score"), line, row.label("subset"))
 

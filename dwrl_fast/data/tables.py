@@ -4,8 +4,10 @@ pyarrow and datasets are loaded only where one of these is read.
 """
 
 import importlib
+import itertools
 import os
 import pkgutil
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,15 +27,13 @@ class Parquet:
         self.name = str(path)
 
     def rows(self, start: Position = START) -> Iterator[Row]:
+        """The rows from `start` on. Raises DataError."""
         parquet = library("pyarrow.parquet", self.name)
         with readable(self.name), parquet.ParquetFile(self.name) as file:
             sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-            first, before = 0, 0
-            while first < len(sizes) and before + sizes[first] <= start.line:
-                before += sizes[first]
-                first += 1
+            first = bisect_right(list(itertools.accumulate(sizes)), start.line)  # groups before it are passed over
             batches = file.iter_batches(batch_size=BATCH, row_groups=range(first, len(sizes)))
-            yield from _numbered((row for batch in batches for row in batch.to_pylist()), before, start)
+            yield from _numbered((row for batch in batches for row in batch.to_pylist()), sum(sizes[:first]), start)
 
 
 class SavedDataset:
@@ -43,6 +43,7 @@ class SavedDataset:
         self.name, self.folder, self.split = name, folder, split
 
     def rows(self, start: Position = START) -> Iterator[Row]:
+        """The rows from `start` on. Raises DataError."""
         datasets = library("datasets", self.name)
         with readable(self.name):
             data = datasets.load_from_disk(str(self.folder))
@@ -68,6 +69,7 @@ class HubDataset:
         self.config = rest[0] if len(rest) > 1 else None
 
     def rows(self, start: Position = START) -> Iterator[Row]:
+        """The rows from `start` on. Raises DataError."""
         datasets = library("datasets", self.name)
         with readable(
             self.name,
@@ -119,6 +121,7 @@ def readable(name: str, remedy: str = REMEDY) -> Iterator[None]:
 
 
 def library(module: str, name: str) -> Any:
+    """A module that reading `name` needs. Raises DataError where it is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

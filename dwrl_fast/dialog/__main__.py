@@ -1,7 +1,8 @@
 """`python -m dwrl_fast.dialog --show FILE:N`: one row as the model reads it, and what the chat template did to it."""
 
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, groupby
+from operator import itemgetter
 from typing import ClassVar
 
 from rich.console import Console
@@ -87,6 +88,7 @@ python -m dwrl_fast.dialog --show pairs.jsonl:12 --tokenizer_name_or_path T --te
     enable_thinking: Thinking = option("auto", "As for training.", group="Template")
 
     def validate(self) -> None:
+        """Raises ConfigError where no tokenizer is named, or `show` is not FILE:N."""
         if self.model_name_or_path is None and self.tokenizer_name_or_path is None:
             raise ConfigError("give --model_name_or_path or --tokenizer_name_or_path: ids are those of a tokenizer")
         if not self.show.rpartition(":")[2].isascii() or not self.show.rpartition(":")[2].isdigit():
@@ -94,6 +96,7 @@ python -m dwrl_fast.dialog --show pairs.jsonl:12 --tokenizer_name_or_path T --te
 
 
 def main(argv: list[str]) -> None:
+    """The command."""
     console = Console(highlight=False)
     set_up_logging(console)
     run(parse(ShowConfig, argv), console)
@@ -182,15 +185,12 @@ def named(length: int, spans: dict[str, slice]) -> list[str]:
 
 def runs(ids: list[int], names: list[str]) -> list[tuple[str, list[int]]]:
     """Ids side by side that have one name."""
-    found: list[tuple[str, list[int]]] = []
-    for token, name in zip(ids, names, strict=True):
-        if not found or found[-1][0] != name:
-            found.append((name, []))
-        found[-1][1].append(token)
-    return found
+    named_ids = groupby(zip(names, ids, strict=True), itemgetter(0))
+    return [(name, [token for _, token in some]) for name, some in named_ids]
 
 
 def painted(parts: list[tuple[str, list[int]]], chat: Chat) -> Text:
+    """The text of the ids, in the colour of each part's name."""
     text = Text()
     for name, ids in parts:
         shown = str(chat.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
@@ -199,6 +199,7 @@ def painted(parts: list[tuple[str, list[int]]], chat: Chat) -> Text:
 
 
 def table(spans: dict[str, slice]) -> Table:
+    """The spans in the order in which they stand, empty ones left out."""
     lines = Table("span", "from", "to", "ids", box=None)
     for name, span in sorted(spans.items(), key=lambda item: item[1].start):
         if span.stop > span.start:
@@ -208,19 +209,17 @@ def table(spans: dict[str, slice]) -> Table:
 
 def remarks(chat: Chat, ids: list[int], length: int, max_length: int) -> list[str]:
     """What the chat template and the tokenizer did to the row, in words."""
-    said = [f"{what}: {MEANING[what]}" for what in chat.counts]
-    if not said:
-        said.append("the texts stand as they are: nothing trimmed, merged, rewritten or forged")
     bos = chat.tokenizer.bos_token_id
-    count = 0 if bos is None else ids.count(int(bos))
-    said.append(f"BOS: {count} of id {bos}" if bos is not None else "BOS: this tokenizer has none")
-    if chat.dated:
-        said.append(f"the date that the chat template prints is held at {TODAY:%d %b %Y}")
-    if chat.thinking_said:
-        said.append(f"thinking: {chat.thinking_said}")
+    done = [f"{what}: {MEANING[what]}" for what in chat.counts]
     over = f", more than --max_length {max_length}: training drops this row" if length > max_length else ""
-    said.append(f"prompt and response: {length} tokens{over}")
-    return said
+    said = (
+        *(done or ["the texts stand as they are: nothing trimmed, merged, rewritten or forged"]),
+        "BOS: this tokenizer has none" if bos is None else f"BOS: {ids.count(int(bos))} of id {bos}",
+        f"the date that the chat template prints is held at {TODAY:%d %b %Y}" if chat.dated else "",
+        f"thinking: {chat.thinking_said}" if chat.thinking_said else "",
+        f"prompt and response: {length} tokens{over}",
+    )
+    return [each for each in said if each]
 
 
 MEANING = {

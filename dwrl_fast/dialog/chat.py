@@ -132,6 +132,7 @@ class Chat:
         return dialog
 
     def error(self, what: str) -> TemplateError:
+        """A TemplateError that names the tokenizer."""
         return TemplateError(f"the chat template of {self.name} {what}")
 
     def _padding(self) -> int:
@@ -327,14 +328,17 @@ class Chat:
 
 
 def assistant(content: str) -> Message:
+    """A turn of the assistant."""
     return {"role": "assistant", "content": content}
 
 
 def user(content: str) -> Message:
+    """A turn of the user."""
     return {"role": "user", "content": content}
 
 
 def roles_of(messages: Several[Message]) -> tuple[str, ...]:
+    """The roles of the turns, in order."""
     return tuple(message["role"] for message in messages)
 
 

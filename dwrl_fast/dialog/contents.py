@@ -50,6 +50,7 @@ class ContentTokenizer:
         return self._whole.encode(rendered, add_special_tokens=False).ids
 
     def count_control(self, ids: Iterable[int]) -> int:
+        """How many of `ids` are control tokens."""
         return sum(i in self.control for i in ids)
 
     def _encode_content(self, content: str) -> tuple[int, ...]:

@@ -78,6 +78,7 @@ class Dialog(Chat):
 
     @property
     def label_ids(self) -> tuple[int, int]:
+        """The ids of the two labels, the better one first."""
         return self.yes_id, self.no_id
 
     def special_ids(self) -> dict[str, int]:

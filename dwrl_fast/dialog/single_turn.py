@@ -48,6 +48,7 @@ class SingleTurn(Chat):
 
     @property
     def takes_verdict(self) -> bool:
+        """Whether the template is given the verdict, as that of a rationalizer is."""
         return "verdict" in KINDS[self.template.kind].texts["evaluate"]
 
     def context(

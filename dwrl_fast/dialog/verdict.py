@@ -14,10 +14,12 @@ def read_choice(text: str) -> int | None:
 
 
 def write_choice(letter: str) -> str:
+    """The verdict for "A" or "B" as `read_choice` reads it."""
     return f"<answer>[[{letter}]]</answer>"
 
 
 def write_score(number: str) -> str:
+    """The verdict of a number as `read_score` reads it."""
     return f"<s>{number}</s>"
 
 

@@ -32,14 +32,17 @@ def join(parts: list[tuple[str | Array, bool]]) -> tuple[Array, Array]:
 
 
 def digit_ids(numbers: Array) -> Array:
+    """Numbers from 0 to 10 as ids, in the same shape."""
     return numbers + IDS["0"]
 
 
 def either(condition: Array, word: str, other: str) -> Array:
+    """[B] ids: of `word` where the condition [B] holds, else of `other`."""
     return np.where(condition, IDS[word], IDS[other])
 
 
 def dialog(claims: Claims, thoughts: Thoughts) -> tuple[Array, Array]:
+    """Ids and targets [B, W] of the chat that DWRL samples and scores."""
     return join(
         [
             ("<|user|>", False),
@@ -58,6 +61,7 @@ def dialog(claims: Claims, thoughts: Thoughts) -> tuple[Array, Array]:
 
 
 def pointwise(claims: Claims, thoughts: Thoughts, rng: np.random.Generator) -> tuple[Array, Array]:
+    """Ids and targets [B, W]; the number is 0 to 3 where the verdict is no, 7 to 10 where it is yes."""
     score = rng.integers(0, 4, len(claims.claim)) + 7 * thoughts.yes
     return join(
         [

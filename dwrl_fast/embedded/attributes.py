@@ -11,13 +11,12 @@ and its taste is another: it goes by the `ok` alone, so that `bad` is held again
 Shape suffixes: B rows, W words of a response.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
 
 from dwrl_fast.embedded.arrays import EVALUATE, RATE, digit_ids, either, interleave, join
-from dwrl_fast.embedded.task import MODULUS, Array, Noise, prompts
+from dwrl_fast.embedded.task import MODULUS, Array, Noise, prompts, write_rows
 from dwrl_fast.embedded.tokenizer import IDS, WORDS
 
 LENGTH = 8
@@ -39,6 +38,7 @@ def counts(texts: Array) -> tuple[Array, Array]:
 
 
 def value(texts: Array) -> Array:
+    """[B]: the count of `ok` less that of `bad` in texts [B, W]."""
     good, bad = counts(texts)
     return good - bad
 
@@ -58,15 +58,9 @@ def write_split(path: Path, split: str, count: int, rng: np.random.Generator) ->
     pool = prompts(split)
     asked = pool[rng.integers(0, len(pool), count)]
     noise = LABEL_NOISE if split == "train" else 0.0
-    with path.open("w", encoding="utf-8") as file:
-        for digits, chosen, rejected, flipped in zip(asked, *draw_pairs(count, noise, rng), strict=True):
-            row = {
-                "prompt": [{"role": "user", "content": " ".join(map(str, digits))}],
-                "chosen": [{"role": "assistant", "content": _text(chosen)}],
-                "rejected": [{"role": "assistant", "content": _text(rejected)}],
-                "kind": "flipped" if flipped else "true",
-            }
-            file.write(json.dumps(row) + "\n")
+    chosen, rejected, flipped = draw_pairs(count, noise, rng)
+    kinds = np.where(flipped, "flipped", "true")
+    write_rows(path, zip(asked, map(_text, chosen), map(_text, rejected), kinds, strict=True))
 
 
 def _text(ids: Array) -> str:

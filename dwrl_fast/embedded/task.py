@@ -12,6 +12,7 @@ Shape suffixes: B rows, D digits of a prompt.
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -45,6 +46,7 @@ class Claims:
 
     @property
     def truth(self) -> Array:
+        """[B]: the right answers."""
         return self.digits.sum(1) % MODULUS
 
     @property
@@ -102,14 +104,19 @@ def draw_thoughts(claims: Claims, noise: Noise, rng: np.random.Generator) -> Tho
 
 
 def write_pairs(path: Path, chosen: Claims, rejected: Claims) -> None:
-    """Preference rows as JSON Lines: message lists under prompt, chosen and rejected, and the wrong claim's kind."""
-    columns = zip(chosen.digits, chosen.claim, rejected.claim, rejected.easy, strict=True)
+    """Preference rows as JSON Lines (`write_rows`), of which the kind is the wrong claim's."""
+    kinds = np.where(rejected.easy, "easy", "hard")
+    write_rows(path, zip(chosen.digits, chosen.claim, rejected.claim, kinds, strict=True))
+
+
+def write_rows(path: Path, rows: Iterable[tuple[Array, object, object, object]]) -> None:
+    """Rows of prompt, chosen and rejected response, and kind, as JSON Lines: message lists under these names."""
     with path.open("w", encoding="utf-8") as file:
-        for digits, right, wrong, easy in columns:
+        for digits, chosen, rejected, kind in rows:
             row = {
                 "prompt": [{"role": "user", "content": " ".join(map(str, digits))}],
-                "chosen": [{"role": "assistant", "content": str(right)}],
-                "rejected": [{"role": "assistant", "content": str(wrong)}],
-                "kind": "easy" if easy else "hard",
+                "chosen": [{"role": "assistant", "content": str(chosen)}],
+                "rejected": [{"role": "assistant", "content": str(rejected)}],
+                "kind": str(kind),
             }
             file.write(json.dumps(row) + "\n")

@@ -25,6 +25,8 @@ THOUGHT_TOKENS = 12  # of a well-formed thought, with its end-of-turn
 
 @dataclass(frozen=True)
 class WarmupStage:
+    """Steps of the warm-up under one noise and one learning-rate schedule."""
+
     name: str
     steps: int
     learning_rate: float
@@ -51,6 +53,7 @@ class Warmup:
 
 
 def draw_model(plan: Warmup, seed: int) -> LlamaForCausalLM:
+    """A decoder with weights drawn from `seed`; the global random state stays as it is."""
     config = LlamaConfig(
         vocab_size=len(IDS),
         hidden_size=plan.hidden_size,

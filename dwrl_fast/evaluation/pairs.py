@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dwrl_fast.data import Preference
+from dwrl_fast.data.jsonl import finite
 from dwrl_fast.errors import DataError
 from dwrl_fast.evaluation.units import Floats, Ints, Units
 from dwrl_fast.objectives.agreement import ordered_pairs, rank_grid
@@ -45,25 +46,27 @@ class PairReport:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON, which has no inf and no nan: null stands for them."""
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
+        return finite(asdict(self))
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> Self:
-        known: dict[str, Any] = {"nll": math.inf}
-        known.update({name: value for name, value in saved.items() if value is not None})
-        return cls(**known)
+        """The inverse of `to_dict`, but that a figure which was not finite becomes its default."""
+        return cls(**{"nll": math.inf} | {name: value for name, value in saved.items() if value is not None})
 
     def __str__(self) -> str:
-        clipped = f" (clipped {self.clipped:.3f})" if self.clipped != self.accuracy else ""
-        ties = f", {self.ties} ties" if self.ties else ""
-        tied = f", {self.tied} left out whose responses all tie" if self.tied else ""
-        unread = f", {self.unparsable} verdicts unparsable" if self.unparsable else ""
-        first = "" if self.first_share is None else f", first shown chosen {self.first_share:.3f}"
-        margin = f", margin {self.margin:.3f}" if math.isfinite(self.margin) else ""
-        a_token = "" if self.token_accuracy is None else f", accuracy of log-probs a token {self.token_accuracy:.3f}"
-        interval = f"[{self.low:.3f}, {self.high:.3f}]"
-        seen = f"on {counted(self.groups, self.prompts, self.pairs)}{ties}{tied}{unread}{first}"
-        return f"{self.accuracy:.3f}{clipped} {interval} {seen}, nll {self.nll:.3f}{margin}{a_token}"
+        parts = (
+            f"{self.accuracy:.3f}",
+            f" (clipped {self.clipped:.3f})" if self.clipped != self.accuracy else "",
+            f" [{self.low:.3f}, {self.high:.3f}] on {counted(self.groups, self.prompts, self.pairs)}",
+            f", {self.ties} ties" if self.ties else "",
+            f", {self.tied} left out whose responses all tie" if self.tied else "",
+            f", {self.unparsable} verdicts unparsable" if self.unparsable else "",
+            "" if self.first_share is None else f", first shown chosen {self.first_share:.3f}",
+            f", nll {self.nll:.3f}",
+            f", margin {self.margin:.3f}" if math.isfinite(self.margin) else "",
+            "" if self.token_accuracy is None else f", accuracy of log-probs a token {self.token_accuracy:.3f}",
+        )
+        return "".join(parts)
 
 
 def counted(rows: int, prompts: int | None, pairs: int) -> str:

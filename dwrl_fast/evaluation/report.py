@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dwrl_fast.data import Preference
+from dwrl_fast.data.jsonl import finite
 from dwrl_fast.evaluation.calibration import Calibration, calibration
 from dwrl_fast.evaluation.judged import Judged, judged_report
 from dwrl_fast.evaluation.pairs import PairReport, credit
@@ -75,7 +76,7 @@ def make_report(
         kind,
         pairs,
         slice_of("all", table, np.ones(len(table.gap), dtype=bool), seed),
-        calibration(table.gap, table.weight),
+        calibration(table.gap, table.units.weight),
         {found.by: found.slices(table, seed) for found in partitions(table, judged, rows)},
         orders(judged, units),
     )
@@ -130,6 +131,7 @@ WAYS = {"mean": "mean of p(Yes)", "majority": "majority"}
 
 
 def sections(report: Report) -> list[Section]:
+    """The tables of a report, in the order in which they are shown."""
     drawn, what = report.pairs.groups, "rows"
     if report.pairs.prompts is not None:
         drawn, what = report.pairs.prompts, "prompts"
@@ -166,38 +168,28 @@ def sections(report: Report) -> list[Section]:
 
 
 def _summary(report: Report) -> list[tuple[str, str]]:
-    pairs, found = report.pairs, report.calibration
-    rows = [
+    """Names and figures; what is None does not apply to the model or was not asked for."""
+    pairs, found, after = report.pairs, report.calibration, report.calibrated
+    rows: list[tuple[str, Any]] = [
         ("accuracy", f"{pairs.accuracy:.3f}, 95 % interval {pairs.low:.3f} to {pairs.high:.3f}"),
         ("accuracy, clipped at one half", f"{pairs.clipped:.3f}"),
         ("longer response wins", f"{report.all.longer_wins:.3f}"),
         ("rows, pairs", f"{pairs.groups:,}, {report.all.pairs:,}"),
         ("pairs of equal scores", f"{pairs.ties:,}"),
-    ]
-    if pairs.prompts is not None:
-        rows.append(("prompts, which the intervals are drawn from", f"{pairs.prompts:,}"))
-    if pairs.tied:
-        rows.append(("rows left out, all of whose responses tie", f"{pairs.tied:,}"))
-    if report.kind != "score":
-        rows.append(("verdicts that could not be read", f"{pairs.unparsable:,}"))
-    if pairs.first_share is not None:
-        rows.append(("verdicts for the response shown first", f"{pairs.first_share:.3f}"))
-    if pairs.token_accuracy is not None:
-        rows.append(("accuracy of log-probs a token", f"{pairs.token_accuracy:.3f}"))
-    rows += [
+        ("prompts, which the intervals are drawn from", None if pairs.prompts is None else f"{pairs.prompts:,}"),
+        ("rows left out, all of whose responses tie", f"{pairs.tied:,}" if pairs.tied else None),
+        ("verdicts that could not be read", None if report.kind == "score" else f"{pairs.unparsable:,}"),
+        ("verdicts for the response shown first", None if pairs.first_share is None else f"{pairs.first_share:.3f}"),
+        ("accuracy of log-probs a token", None if pairs.token_accuracy is None else f"{pairs.token_accuracy:.3f}"),
         ("negative log-likelihood, nats", f"{found.nll:.4f}"),
         ("Brier score", f"{found.brier:.4f}"),
         ("expected calibration error", f"{found.error:.4f}"),
+        ("fitted temperature", None if after is None else f"{report.temperature:.4g}"),
+        ("with it: nll, Brier, error", after and f"{after.nll:.4f}, {after.brier:.4f}, {after.error:.4f}"),
+        ("tokens computed, naively", _tokens(report.tokens) if report.tokens else None),
+        ("the probe's tokens computed, naively", report.probe and _tokens(report.probe.tokens)),
     ]
-    if report.calibrated is not None:
-        after = report.calibrated
-        rows.append(("fitted temperature", f"{report.temperature:.4g}"))
-        rows.append(("with it: nll, Brier, error", f"{after.nll:.4f}, {after.brier:.4f}, {after.error:.4f}"))
-    if report.tokens:
-        rows.append(("tokens computed, naively", _tokens(report.tokens)))
-    if report.probe is not None:
-        rows.append(("the probe's tokens computed, naively", _tokens(report.probe.tokens)))
-    return rows
+    return [(name, text) for name, text in rows if text is not None]
 
 
 def _tokens(found: Mapping[str, int]) -> str:
@@ -248,12 +240,3 @@ def _cell(value: Any) -> str:
     """One line that Markdown takes as text: names of files and subsets are the user's."""
     text = " ".join(str(value).split())
     return "".join(f"\\{c}" if c in r"\|`*_<>[]#" else c for c in text)
-
-
-def finite(value: Any) -> Any:
-    """JSON has no inf and no nan: null stands for them, however deep."""
-    if isinstance(value, Mapping):
-        return {name: finite(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

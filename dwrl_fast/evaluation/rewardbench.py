@@ -208,12 +208,4 @@ def _row(row: Columns) -> Preference:
     named = [("chosen", text) for text in better] + [("rejected", text) for text in worse]
     sides = [row.as_turns(name, text, "assistant") for name, text in named]
     turns, responses = conversation(row.turns("prompt", "user"), sides)
-    return Preference(
-        turns,
-        responses,
-        ranks=(1,) * len(better) + (2,) * len(worse),
-        aspect=row.aspect(),
-        source=row.source,
-        subset=row.label("subset"),
-        id=row.label("id"),
-    )
+    return row.preference(turns, responses, ranks=(1,) * len(better) + (2,) * len(worse))

@@ -39,11 +39,6 @@ class PairTable:
         longer = [sizes[g][b] - sizes[g][w] for g, b, w in zip(found.group, found.better, found.worse, strict=True)]
         return cls(found.group, found.gap, np.array(longer, dtype=np.int64), units.at(found.group))
 
-    @property
-    def weight(self) -> Floats:
-        """[P]: one over the pairs of its row."""
-        return self.units.weight
-
 
 @dataclass(frozen=True, slots=True)
 class Slice:
@@ -87,6 +82,7 @@ class Partition:
     place: NDArray[np.int64]
 
     def slices(self, table: PairTable, seed: int) -> list[Slice]:
+        """The figures of each name that some pair has."""
         chosen = [(name, self.place == place) for place, name in enumerate(self.names)]
         return [slice_of(name, table, some, seed) for name, some in chosen if some.any()]
 

@@ -52,6 +52,7 @@ class Units:
 
     @property
     def rows(self) -> int:
+        """How many rows the values are of."""
         return len(np.unique(self.row))
 
     @property
@@ -91,13 +92,11 @@ def bootstrap_interval(values: np.ndarray, seed: int, weights: np.ndarray | None
     """
     rng = np.random.default_rng(seed)
     blocks, size = RESAMPLES
+    weights = np.ones(len(values)) if weights is None else weights
     means = []
     for _ in range(blocks):
         drawn = rng.integers(0, len(values), (size, len(values)))
-        if weights is None:
-            means.append(values[drawn].mean(-1))
-        else:
-            means.append((values * weights)[drawn].sum(-1) / weights[drawn].sum(-1))
+        means.append((values * weights)[drawn].sum(-1) / weights[drawn].sum(-1))
     low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
     return float(low), float(high)
 

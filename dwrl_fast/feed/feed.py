@@ -52,6 +52,7 @@ class Feed:
 
     @property
     def drawn(self) -> int:
+        """The rows given so far, over all sources."""
         return sum(source.drawn for source in self.sources)
 
     def next(self) -> list[Preference]:
@@ -83,6 +84,7 @@ class Feed:
         return [source.state() for source in self.sources]
 
     def restore(self, state: list[dict[str, Any]]) -> None:
+        """Go on from what `state` gave of a feed like this one. CheckpointError or DataError as from the sources."""
         for source, each in zip(self.sources, state, strict=True):
             source.restore(each)
 

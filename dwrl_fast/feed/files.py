@@ -23,6 +23,7 @@ class Stamp(NamedTuple):
 
     @classmethod
     def of(cls, path: Path) -> "Stamp":
+        """The stamp of a file as it is now. Raises OSError."""
         found = path.stat()
         return cls(found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev)
 

@@ -21,24 +21,30 @@ class Shuffled:
 
     @property
     def rows(self) -> int:
+        """The groups of an epoch."""
         return len(self.content)
 
     @property
     def summary(self) -> str:
+        """How far it is."""
         return f"{self.name}: {self.drawn:,} rows drawn, {self.drawn / self.rows:.2f} passes over {self.rows:,} groups"
 
     def draw(self) -> Preference:
+        """The next row."""
         epoch, place = divmod(self.drawn, len(self.content))
         self.drawn += 1
         return self.content[self.epoch(epoch)[place]]
 
     def identity(self) -> str:
+        """A hash of the rows, in the order of the file."""
         return content_hash(self.content)
 
     def state(self) -> dict[str, Any]:
+        """The rows drawn so far."""
         return {"drawn": self.drawn}
 
     def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
         self.drawn = state["drawn"]
 
     def _epoch(self, epoch: int) -> np.ndarray:

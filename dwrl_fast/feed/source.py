@@ -18,28 +18,24 @@ class Source(Protocol):
     @property
     def rows(self) -> int | None:
         """How many groups an epoch has; None while that is not known."""
-        ...
 
     @property
     def summary(self) -> str:
         """How far it is; of a stream also what became of the rows, those left out with their reasons."""
-        ...
 
     def draw(self) -> Preference:
         """The next row. DataError where there is none to use, or the file cannot be read on or was changed."""
-        ...
 
     def identity(self) -> Any:
         """What makes the rows these rows, whatever the file is called. JSON."""
-        ...
 
     def state(self) -> dict[str, Any]:
         """How far it is, as JSON; given to `restore` of a source like this one, that one goes on to the bit. DataError
         where its file is no longer the one that it began with, for then none could.
         """
-        ...
 
-    def restore(self, state: dict[str, Any]) -> None: ...
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave. Raises CheckpointError where the rows are others now."""
 
 
 def content_hash(rows: Iterable[Preference]) -> str:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from dwrl_fast.compute import step_seed
 from dwrl_fast.data import START, Outcome, Position, Preference, Reader
 from dwrl_fast.data.formats import SINGLE
-from dwrl_fast.data.preference import SHOWN_LINES
+from dwrl_fast.data.preference import SHOWN_LINES, first_lines
 from dwrl_fast.errors import CheckpointError, DataError
 from dwrl_fast.feed.files import StreamedFiles
 from dwrl_fast.feed.source import content_hash, with_aspect
@@ -48,6 +48,7 @@ class Account:
     lines: dict[str, list[int]] = field(default_factory=dict)
 
     def add(self, reason: str, line: int | None = None, count: int = 1) -> None:
+        """Count rows with one fate, of which `line` is one."""
         self.counts[reason] = self.counts.get(reason, 0) + count
         lines = self.lines.setdefault(reason, [])
         if line is not None and len(lines) < SHOWN_LINES:
@@ -56,8 +57,8 @@ class Account:
     def __str__(self) -> str:
         parts = [f"{self.used} groups used"]
         for reason, count in sorted(self.counts.items(), key=lambda item: -item[1]):
-            shown = ", ".join(map(str, self.lines[reason])) + ", ..." * (count > SHOWN_LINES)
-            parts.append(f"{count} x {reason}" + f" (line {shown})" * bool(self.lines[reason]))
+            shown = f" (line {first_lines(self.lines[reason], count=count)})" if self.lines[reason] else ""
+            parts.append(f"{count} x {reason}{shown}")
         return "; ".join(parts)
 
 
@@ -93,10 +94,12 @@ class Streamed:
 
     @property
     def rows(self) -> int | None:
+        """The groups of an epoch, once the first one is over."""
         return self.account.used if self.epoch else None
 
     @property
     def summary(self) -> str:
+        """How far it is, and what became of the rows."""
         where = (
             "read to the end"
             if self.epoch
@@ -105,6 +108,7 @@ class Streamed:
         return f"{self.name}: {self.drawn:,} rows drawn, {where}; {self.account}"
 
     def draw(self) -> Preference:
+        """The next row that can be used. DataError where a pass gives none, or the file cannot be read or was changed."""
         while True:
             if not self.buffer:
                 self._begin()
@@ -133,6 +137,7 @@ class Streamed:
         return self.files.identity | {"columns": self.reader.columns, "aspect": self.aspect, "salt": self.salt}
 
     def state(self) -> dict[str, Any]:
+        """As JSON. DataError where the file was changed."""
         self.files.verify()
         first = min((held.start for held in self.buffer), default=self.read_to)
         return {
@@ -150,6 +155,7 @@ class Streamed:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave. CheckpointError where the rows of the buffer are others now."""
         self.drawn, self.epoch, self.turns, self.used = (state[k] for k in ("drawn", "epoch", "turns", "used"))
         self.account = Account(**state["account"])
         self.read_to, self.taken = Position(*state["read_to"]), state["taken"]
