@@ -18,7 +18,7 @@ from collections import Counter
 from pathlib import Path
 
 from bench import command
-from dwrl_fast.data import Preference, Reader, open_rows, read_preferences
+from dwrl_fast.data import Reader, open_rows, read_preferences
 from dwrl_fast.feed import Feed, Shuffled, Source, Streamed
 
 
@@ -36,12 +36,10 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def usable(row: Preference) -> tuple[str, Counter[str]]:
-    return "", Counter()
-
-
 def stream(path: Path, buffer: int) -> Streamed:
-    return Streamed(Reader(open_rows(path), consecutive=True), usable, buffer_size=buffer, seed=0)
+    """`path` through a shuffle buffer of so many rows; every row can be used."""
+    rows = Reader(open_rows(path), consecutive=True)
+    return Streamed(rows, lambda row: ("", Counter()), buffer_size=buffer, seed=0)
 
 
 def make_feed(source: Source, batch: int, steps: int) -> Feed:
@@ -72,10 +70,11 @@ def measure(path: Path, options: argparse.Namespace) -> None:
     )
     feed = make_feed(source, options.batch, steps)
     feed.next()
-    first, middle = time.perf_counter() - started, steps // 2
-    for step in range(1, steps):
-        if step == middle:
-            state = json.dumps(feed.state())
+    first = time.perf_counter() - started
+    for _ in range(1, steps // 2):
+        feed.next()
+    state = json.dumps(feed.state())
+    for _ in range(steps // 2, steps):
         feed.next()
     seconds, cpu, rows = time.perf_counter() - started, time.process_time() - cpu, steps * options.batch
     print(f"first batch   {first:8.2f} s")
@@ -87,9 +86,8 @@ def measure(path: Path, options: argparse.Namespace) -> None:
     again = make_feed(stream(path, options.buffer), options.batch, steps)
     again.restore(json.loads(state))
     again.next()
-    print(
-        f"resumed       {time.perf_counter() - started:8.2f} s   half-way; its state has {len(state) / 1024:,.0f} KiB"
-    )
+    seconds = time.perf_counter() - started
+    print(f"resumed       {seconds:8.2f} s   half-way; its state has {len(state) / 1024:,.0f} KiB")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bench import command
+from bench.operators.heads import drawn_head
 from bench.operators.tree_attention import Heads, Plan, drawn, going, minibatch
 from dwrl_fast import ops
 from dwrl_fast.ops.varlen import VARLEN
@@ -34,11 +35,9 @@ def calls(large: bool, device: str = "cuda") -> Iterator[tuple[str, Call]]:
 
 def head_calls(t: int, h: int, v: int, dtype: torch.dtype, device: str) -> Iterator[tuple[str, Call]]:
     """The operators over the kernels of the head: plain, and with all that they can take."""
-    g = torch.Generator(device).manual_seed(0)
+    g, hidden, weight, targets = drawn_head(t, h, v, dtype, device)
     draw = partial(torch.randn, generator=g, device=device)
-    hidden, weight = draw(t, h).to(dtype).requires_grad_(), (draw(v, h) / h**0.5).to(dtype).requires_grad_()
     bias = draw(v).to(dtype).requires_grad_()
-    targets = torch.randint(v, (t,), generator=g, device=device)
     with torch.no_grad():
         old = ops.linear_logprob(hidden, weight, targets, backend="triton") + 0.3 * draw(t)
     tokens = old, draw(t), torch.rand(t, generator=g, device=device)

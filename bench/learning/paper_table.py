@@ -93,19 +93,17 @@ def _each(
     console: Console,
     done: Callable[[Any], None],
 ) -> None:
-    if not arguments:
-        return
     started = time.monotonic()
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         pending = {pool.submit(function, *each): each[0] for each in arguments}
         for count, future in enumerate(as_completed(pending), 1):
-            what, spent = pending[future], time.monotonic() - started
-            left = spent / count * (len(pending) - count)
-            if future.exception() is not None:
-                console.print(f"{name} FAILED: {what}: {future.exception()!r}", markup=False, highlight=False)
-                continue
-            done(future.result())
-            line = f"{name} {count}/{len(pending)}  {spent:.0f} s, {left:.0f} s left  {what}"
+            spent = time.monotonic() - started
+            if error := future.exception():
+                line = f"{name} FAILED: {pending[future]}: {error!r}"
+            else:
+                done(future.result())
+                left = spent / count * (len(pending) - count)
+                line = f"{name} {count}/{len(pending)}  {spent:.0f} s, {left:.0f} s left  {pending[future]}"
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -117,19 +115,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--methods", nargs="+", default=list(VARIANTS), choices=VARIANTS, metavar="METHOD")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--folder", type=Path, help="where runs and results go [runs/paper_table]")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/paper_table"), help="where runs and results go [%(default)s]"
+    )
     parser.add_argument("--json", type=Path, help="write the table's figures here too")
     given = parser.parse_args()
     console = Console()
-    root = given.folder or Path("runs/paper_table")
+    root = given.folder
     root.mkdir(parents=True, exist_ok=True)
     results = Results(root / "results.jsonl")
 
-    swept: list[Swept] = []
-    if given.full:
-        tried = swept_runs(given.methods)
-        carry_out(tried, results, root, given.jobs, console)
-        swept = sweep(results.of(tried))
+    tried = swept_runs(given.methods) if given.full else []
+    carry_out(tried, results, root, given.jobs, console)
+    swept = sweep(results.of(tried))
     final = final_runs(cells(given.seeds, given.full), given.methods, swept)
     carry_out(final, results, root, given.jobs, console)
 

@@ -142,6 +142,5 @@ def judged(model: Path, pairs: Path, seed: int) -> list[float]:
 
 def prefilled_tokens(folder: Path) -> int:
     path = folder / "prefilled.jsonl"
-    if not path.exists():
-        return 0
-    return sum(len(json.loads(line)["ids"]) for line in path.read_text(encoding="utf-8").splitlines())
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else ()
+    return sum(len(json.loads(line)["ids"]) for line in lines)

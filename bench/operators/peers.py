@@ -62,9 +62,9 @@ def _quack(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return -linear_cross_entropy_func(hidden, weight, None, targets, reduction="none")
 
 
-def logprob_peers(device: str) -> list[tuple[str, Logprob | None, str]]:
+def logprob_peers() -> list[tuple[str, Logprob | None, str]]:
     """(name, function or None, why not) of every implementation that is not ours."""
-    cuda = device == "cuda"
+    cuda = torch.cuda.is_available()
     return [
         ("plain PyTorch", plain_logprob, ""),
         ("plain PyTorch, chunked", chunked_logprob, ""),

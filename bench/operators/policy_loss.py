@@ -6,9 +6,8 @@ python -m bench.operators.policy_loss --quick
 import torch
 
 from bench.harness import Case, Variant, main
+from bench.operators.heads import DEVICE
 from dwrl_fast import ops
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def variants(t: int) -> list[Variant]:

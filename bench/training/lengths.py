@@ -73,7 +73,7 @@ def real(name: str, count: int = PAIRS) -> Pairs:
 
 def drawn(name: str, count: int = PAIRS) -> Pairs:
     """The lengths of `LENGTHS` in turn."""
-    header, evaluate, tail = (_ids(size) for size in (HEADER, EVALUATE, TAIL))
+    header, evaluate, tail = (list(range(1, size + 1)) for size in (HEADER, EVALUATE, TAIL))
     rng = np.random.default_rng(0)
     lengths = islice(cycle(LENGTHS[name]), count)
     contexts = [draw(rng, *each, header, evaluate) for each in lengths]
@@ -144,7 +144,3 @@ def _close(context: Context, thought: list[int], tail: list[int], vocabulary: in
 
 def _random(rng: np.random.Generator, size: int) -> list[int]:
     return rng.integers(1000, 150_000, size).tolist()
-
-
-def _ids(size: int) -> list[int]:
-    return list(range(1, size + 1))

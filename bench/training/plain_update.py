@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.harness import proc_bytes
 from bench.training.update import Setting, Way, counters, flops, powers, update
 from dwrl_fast.batching.padded import PaddedBatch, padded_batch
 from dwrl_fast.reference import dual_weights, policy_loss
@@ -22,7 +21,8 @@ def plain(it: Setting) -> Iterator[Way]:
 
     def loss(phase: Callable[..., Tensor], batch: PaddedBatch) -> Tensor:
         with method.compute.autocast():
-            return phase(it.lm, batch, method.dialog.yes_id, len(it.groups))
+            logits = it.lm(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+            return phase(logits, batch, method.dialog.yes_id, len(it.groups))
 
     phases = [partial(loss, phase) for phase in (score_loss, thought_loss)]
     for size in powers(1, len(ordered)):
@@ -39,18 +39,16 @@ def plain(it: Setting) -> Iterator[Way]:
         )
 
 
-def score_loss(lm: Any, batch: PaddedBatch, yes_id: int, pairs: int) -> Tensor:
+def score_loss(logits: Tensor, batch: PaddedBatch, yes_id: int, pairs: int) -> Tensor:
     """Phase A (DWRL Eq. 13) over the pairs of `batch`, divided by `pairs`."""
-    logits = lm(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
     chosen, rejected = _scores(logits, batch, yes_id)
     weights = dual_weights(chosen, rejected)
     gain = (weights.chosen * chosen).sum(-1) - (weights.rejected * rejected).sum(-1)
     return -(weights.misalignment * gain).sum() / pairs
 
 
-def thought_loss(lm: Any, batch: PaddedBatch, yes_id: int, pairs: int) -> Tensor:
+def thought_loss(logits: Tensor, batch: PaddedBatch, yes_id: int, pairs: int) -> Tensor:
     """Phase B (DWRL Eq. 14) over the pairs of `batch`, divided by `pairs`."""
-    logits = lm(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
     with torch.no_grad():
         weights = dual_weights(*_scores(logits, batch, yes_id))
         n = weights.chosen.shape[-1]
@@ -75,7 +73,7 @@ def _scores(logits: Tensor, batch: PaddedBatch, yes_id: int) -> tuple[Tensor, Te
 
 
 def free_memory() -> int:
+    """Bytes that can be had on the device that is computed on."""
     if torch.cuda.is_available():  # what PyTorch keeps for itself is free to it
         return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    return proc_bytes("/proc/meminfo", "MemAvailable")

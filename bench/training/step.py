@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from bench import command
 from bench.harness import Case, Row, Variant, main, tensors
 from bench.machine import ceilings
 from bench.training import lengths
@@ -161,27 +162,25 @@ def saved_bytes(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> 
 def summary(rows: Collection[Row], console: Console) -> None:
     """How many times as long as the tree the others take; of the trunk alone, beside the ratio of tokens."""
     seconds = {(row.case, row.variant): row.seconds_median for row in rows}
-    found = {(row.case, row.variant): row.counters for row in rows}
+    tokens, saved = (
+        {(row.case, row.variant): row.counters.get(key) for row in rows} for key in ("trunk tokens", "saved MiB")
+    )
     names = list(dict.fromkeys(row.case for row in rows))
 
     def ratio(of: Mapping[tuple[str, str], float | None], case: str, variant: str) -> str:
         this, tree = of.get((case, variant)), of.get((case, "tree"))
         return f"{this / tree:.2f}" if this and tree else "-"
 
-    table = Table(title="time in units of the tree's", title_justify="left")
-    for heading in ("case", "packed", "padded", "trl"):
-        table.add_column(heading, justify="left" if heading == "case" else "right")
-    for case in (name for name in names if (name, "tree") in seconds and not name.startswith("trunk/")):
-        table.add_row(case, *(ratio(seconds, case, variant) for variant in ("packed", "padded", "trl")))
-    trunk = Table(title="backbone alone, packed in units of the tree's", title_justify="left")
-    for heading in ("case", "tokens", "time", "activation memory"):
-        trunk.add_column(heading, justify="left" if heading == "case" else "right")
-    for case in (name for name in names if name.startswith("trunk/")):
-        tokens, saved = ({k: x.get(key) for k, x in found.items()} for key in ("trunk tokens", "saved MiB"))
-        trunk.add_row(case, *(ratio(of, case, "packed") for of in (tokens, seconds, saved)))
-    for each in (table, trunk):
-        if each.row_count:
-            console.print(each)
+    peers = ("packed", "padded", "trl")
+    whole = [case for case in names if (case, "tree") in seconds and not case.startswith("trunk/")]
+    lines = [(case, *(ratio(seconds, case, variant) for variant in peers)) for case in whole]
+    if lines:
+        console.print(command.table("time in units of the tree's", ("case", *peers), lines))
+    trunks = [case for case in names if case.startswith("trunk/")]
+    lines = [(case, *(ratio(of, case, "packed") for of in (tokens, seconds, saved))) for case in trunks]
+    if lines:
+        headings = ("case", "tokens", "time", "activation memory")
+        console.print(command.table("backbone alone, packed in units of the tree's", headings, lines))
     if torch.cuda.is_available():
         gc.collect()
         torch.cuda.empty_cache()
@@ -195,17 +194,16 @@ def utilisation(rows: Collection[Row], product: float) -> Table:
     """Of the FLOP a second of a large product: the model's of what a variant computes, and what one sequence at a time
     would have computed for the same update.
     """
-    table = Table(title=f"utilisation, of {product / 1e12:.0f} TFLOP/s of a large product", title_justify="left")
-    for heading in ("case", "variant", "ms a pass", "TFLOP/s", "utilisation", "as naive", "peak GiB beyond weights"):
-        table.add_column(heading, justify="left" if heading in ("case", "variant") else "right")
+    lines = []
     for row in rows:
         if row.seconds_median and row.flop_rate:
             naive = row.flop_rate * row.counters["naive GFLOP"] / row.counters["model GFLOP"]
-            cells = [f"{1e3 * row.seconds_median:.1f}", f"{row.flop_rate / 1e12:.0f}"]
-            cells += [f"{each / product:.2f}" for each in (row.flop_rate, naive)]
-            cells += ["" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.1f}"]
-            table.add_row(row.case, row.variant, *cells)
-    return table
+            rates = (f"{row.flop_rate / 1e12:.0f}", *(f"{each / product:.2f}" for each in (row.flop_rate, naive)))
+            peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.1f}"
+            lines.append((row.case, row.variant, f"{1e3 * row.seconds_median:.1f}", *rates, peak))
+    headings = ("case", "variant", "ms a pass", "TFLOP/s", "utilisation", "as naive", "peak GiB beyond weights")
+    title = f"utilisation, of {product / 1e12:.0f} TFLOP/s of a large product"
+    return command.table(title, headings, lines, left=2)
 
 
 def head_row(shape: Mapping[str, Any]) -> float:
@@ -240,18 +238,17 @@ CASES += [trunk_case(*sizes) for sizes in TRUNKS]
 def gpu_cases(layers: int, checkpointing: bool) -> list[Case]:
     shape = QWEN_7B | {"num_hidden_layers": layers}
     model = f"qwen2.5-7b-{layers}{'-checkpointed' if checkpointing else ''}"
-
-    def case(data: str) -> Case:
-        return Case(
+    return [
+        Case(
             f"{model}/{data}",
-            lambda: gpu_variants(shape, data, GPU_PAIRS[data], checkpointing),
+            partial(gpu_variants, shape, data, count, checkpointing),
             quick=data == next(iter(GPU_PAIRS)),
             unit=head_row(shape),
             per="pass",
             loose=ROUNDED,
         )
-
-    return [case(data) for data in GPU_PAIRS]
+        for data, count in GPU_PAIRS.items()
+    ]
 
 
 def options(parser: argparse.ArgumentParser) -> None:

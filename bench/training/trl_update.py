@@ -13,7 +13,7 @@ from torch import Tensor
 from bench.operators.peers import NEEDS_CUDA
 from bench.training import lengths
 from bench.training.flops import attended_keys, head_flops, trunk_flops
-from bench.training.update import Setting, Way, powers, sharing_weights, without_gradients
+from bench.training.update import Setting, Way, accumulated, powers, sharing_weights, without_gradients
 from dwrl_fast.dialog import Sequence as Encoded
 
 PAD = 0
@@ -40,15 +40,14 @@ def trl(it: Setting, liger: bool) -> Iterator[Way]:
 
 
 def liger_installed() -> bool:
+    """Whether Liger's layers can be had."""
     return find_spec("liger_kernel") is not None
 
 
 def liger_note(liger: bool) -> str:
-    if liger:
-        return "Liger on"
-    if not torch.cuda.is_available():
-        return f"Liger off: {NEEDS_CUDA}"
-    return "Liger off" if liger_installed() else "Liger off: it is not installed"
+    """What a variant says of Liger's layers: whether they are on, and if not, why they cannot be."""
+    installed = "" if liger_installed() else ": it is not installed"
+    return "Liger on" if liger else f"Liger off{installed if torch.cuda.is_available() else f': {NEEDS_CUDA}'}"
 
 
 class TrlUpdate:
@@ -62,21 +61,18 @@ class TrlUpdate:
     def __init__(
         self, trainer: Any, sequences: Sequence[Encoded], old: Sequence[Tensor], advantages: Tensor, size: int
     ):
-        self.sequences, self.old, self.advantages, self.size = sequences, old, advantages, size
-        self.trainer = trainer
-        self.inputs = [self._prepare(i) for i in range(0, len(sequences), size)]
+        self.trainer, self.sequences, self.old = trainer, sequences, old
+        starts = range(0, len(sequences), size)
+        chunks = [(sequences[i : i + size], old[i : i + size], advantages[i : i + size]) for i in starts]
+        self.inputs = [prepared(*chunk, trainer.model.device) for chunk in chunks]
 
     def __call__(self) -> Tensor:
         """The loss, a mean over sequences of means over tokens."""
         trainer = self.trainer
         trainer.current_gradient_accumulation_steps = len(self.inputs)
         trainer.model.zero_grad(set_to_none=True)
-        losses = []
-        for inputs in self.inputs:
-            loss = trainer.compute_loss(trainer.model, inputs)
-            trainer.accelerator.backward(loss)
-            losses.append(loss.detach())
-        return torch.stack(losses).sum()
+        losses = (trainer.compute_loss(trainer.model, inputs) for inputs in self.inputs)
+        return accumulated(losses, trainer.accelerator.backward)
 
     @property
     def counters(self) -> dict[str, float]:
@@ -88,21 +84,24 @@ class TrlUpdate:
         gflop = (trunk_flops(lm, naive, attended_keys(stops)) + head_flops(lm, scored)) / 1e9
         return made | {"model GFLOP": gflop, "naive GFLOP": gflop}
 
-    def _prepare(self, start: int) -> dict[str, Tensor]:
-        from trl.trainer.utils import pad
 
-        some = self.sequences[start : start + self.size]
-        prompts = [torch.tensor(s.ids[: s.thought.start]) for s in some]
-        completions = [torch.tensor(s.ids[s.thought]) for s in some]
-        found = {
-            "prompt_ids": pad(prompts, padding_value=PAD, padding_side="left"),
-            "prompt_mask": pad([torch.ones_like(x) for x in prompts], padding_value=0, padding_side="left"),
-            "completion_ids": pad(completions, padding_value=PAD, padding_side="right"),
-            "completion_mask": pad([torch.ones_like(x) for x in completions], padding_value=0, padding_side="right"),
-            "old_per_token_logps": pad(self.old[start : start + self.size], padding_value=0.0, padding_side="right"),
-            "advantages": self.advantages[start : start + self.size],
-        }
-        return {key: value.to(self.trainer.model.device) for key, value in found.items()}
+def prepared(
+    sequences: Sequence[Encoded], old: Sequence[Tensor], advantages: Tensor, device: torch.device
+) -> dict[str, Tensor]:
+    """A micro-batch as TRL would have made it."""
+    from trl.trainer.utils import pad
+
+    prompts = [torch.tensor(s.ids[: s.thought.start]) for s in sequences]
+    completions = [torch.tensor(s.ids[s.thought]) for s in sequences]
+    found = {
+        "prompt_ids": pad(prompts, padding_value=PAD, padding_side="left"),
+        "prompt_mask": pad([torch.ones_like(x) for x in prompts], padding_value=0, padding_side="left"),
+        "completion_ids": pad(completions, padding_value=PAD, padding_side="right"),
+        "completion_mask": pad([torch.ones_like(x) for x in completions], padding_value=0, padding_side="right"),
+        "old_per_token_logps": pad(old, padding_value=0.0, padding_side="right"),
+        "advantages": advantages,
+    }
+    return {key: value.to(device) for key, value in found.items()}
 
 
 def grpo_trainer(lm: Any, liger: bool = False) -> Any:
@@ -128,7 +127,7 @@ def grpo_trainer(lm: Any, liger: bool = False) -> Any:
         )
         trainer = GRPOTrainer(
             model=lm,
-            reward_funcs=_no_reward,
+            reward_funcs=lambda completions, **_: [0.0] * len(completions),  # of its sampling, too
             args=arguments,
             train_dataset=Dataset.from_dict({"prompt": [""]}),
             processing_class=make_tokenizer(),
@@ -137,7 +136,3 @@ def grpo_trainer(lm: Any, liger: bool = False) -> Any:
         apply_liger_kernel(trainer.model, trainer.args.liger_kernel_config)
     trainer.model.train()
     return trainer
-
-
-def _no_reward(completions: list[str], **_: object) -> list[float]:
-    return [0.0] * len(completions)

@@ -99,14 +99,18 @@ def update(lm: Any, batches: Sequence[Batch], phases: Sequence[Callable[[Any], T
     watched = (lm.get_input_embeddings().weight, layers[0].self_attn.q_proj.weight, layers[-1].mlp.down_proj.weight)
     with without_gradients(lm):
         for phase in phases:
-            losses = []
-            for batch in batches:
-                loss = phase(batch)
-                loss.backward()
-                losses.append(loss.detach())
-            found += [torch.stack(losses).sum(), *(weight.grad for weight in watched)]
+            found += [accumulated(map(phase, batches)), *(weight.grad for weight in watched)]
             lm.zero_grad(set_to_none=True)
     return tuple(found)
+
+
+def accumulated(losses: Iterable[Tensor], backward: Callable[[Tensor], object] = Tensor.backward) -> Tensor:
+    """The sum of `losses`, each with its backward before the next one is computed."""
+    found = []
+    for loss in losses:
+        backward(loss)
+        found.append(loss.detach())
+    return torch.stack(found).sum()
 
 
 @contextmanager
@@ -139,6 +143,7 @@ def ours(it: Setting, packing: Packing) -> Way:
 
 
 def counters(batches: Iterable[Batch]) -> dict[str, float]:
+    """The COUNTERS of a pass over `batches`."""
     rows = [(b.trunk_tokens, b.naive_tokens, b.head_rows, b.padding) for b in batches]
     return dict(zip(COUNTERS, map(sum, zip(*rows, strict=True)), strict=True))
 
@@ -175,7 +180,6 @@ def fastest(*ladders: Iterable[Way]) -> Way | None:
     return None if best is None else best[1]
 
 
-def powers(first: int, most: int) -> Iterator[int]:
-    while first <= most:
-        yield first
-        first *= 2
+def powers(first: int, most: int) -> list[int]:
+    """`first` and its doubles, up to `most`."""
+    return [first << i for i in range((most // first).bit_length())]
