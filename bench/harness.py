@@ -239,13 +239,11 @@ def _cells(row: Row, own: Iterable[str]) -> dict[str, str]:
 
 def plot(rows: list[Row], path: Path) -> None:
     """A PNG: one line of panels a case, time on the left, memory on the right."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     cases = list(dict.fromkeys(row.case for row in rows))
-    figure, axes = pyplot.subplots(len(cases), 2, figsize=(11, 1 + 2.4 * len(cases)), squeeze=False)
+    figure = Figure(figsize=(11, 1 + 2.4 * len(cases)), layout="tight")
+    axes = figure.subplots(len(cases), 2, squeeze=False)
     for line, case in zip(axes, cases, strict=True):
         some = [r for r in rows if r.case == case and r.seconds_median is not None][::-1]
         names = [r.variant for r in some]
@@ -255,15 +253,14 @@ def plot(rows: list[Row], path: Path) -> None:
         line[1].barh(names, [(r.peak_bytes or 0) / 2**20 for r in some], color="tab:orange")
         line[0].set(title=case, xlabel=f"milli{some[0].unit if some else 'seconds'} (median, IQR)")
         line[1].set(xlabel="peak MiB beyond the inputs", yticklabels=[])
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
 
 
 def main(
     name: str,
     about: str | None,
-    cases: list[Case] | Callable[[argparse.Namespace], list[Case]],
-    summary: Callable[[list[Row], Console], None] | None = None,
+    cases: Callable[[argparse.Namespace], list[Case]],
+    summary: Callable[[list[Row], Console], None] = lambda rows, console: None,
     options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
 ) -> None:
     """Measure what the command line of `python -m bench.<name>` asks of `cases`; `summary` prints what holds over all.
@@ -285,13 +282,11 @@ def main(
     repeats, seconds = (3, 4.0) if args.quick else (args.repeats, args.seconds)
     console = Console(width=180)
     rows: list[Row] = []
-    found_cases = cases if isinstance(cases, list) else cases(args)
-    for case in (c for c in found_cases if args.case in c.name and (c.quick or not args.quick)):
+    for case in (c for c in cases(args) if args.case in c.name and (c.quick or not args.quick)):
         found = list(measure(case, repeats, seconds, args.quick, args.only))
         show(found, console)
         rows += found
-    if summary is not None:
-        summary(rows, console)
+    summary(rows, console)
     if args.json:
         report = {"benchmark": name.rpartition(".")[2], "machine": machine(), "rows": [asdict(r) for r in rows]}
         if torch.cuda.is_available():

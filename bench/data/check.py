@@ -31,8 +31,7 @@ def write_pairs(path: Path, size: int, seed: int = 0) -> int:
     than one of HH (1.3 kB), less than one of UltraFeedback (3.4 kB).
     """
     draw = random.Random(seed)
-    letters = "eeeeetttaaooinnsshrrdlucm"
-    words = ["".join(draw.choices(letters, k=draw.randint(1, 9))) for _ in range(WORDS)]
+    words = ["".join(draw.choices("eeeeetttaaooinnsshrrdlucm", k=draw.randint(1, 9))) for _ in range(WORDS)]
 
     def text(median: int) -> str:
         said = " ".join(draw.choices(words, k=max(1, int(draw.lognormvariate(0, 0.8) * median))))

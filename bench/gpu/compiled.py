@@ -70,14 +70,13 @@ def _assembled(ptx: str, capability: int) -> tuple[int, int, int]:
     """Registers, bytes of spill stores and of spill loads, as the assembler that Triton bundles reports them."""
     from triton.backends import nvidia
 
-    name = "ptxas-blackwell" if capability >= 100 else "ptxas"
     target = re.search(r"\.target (\w+)", ptx)
     assert target
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        ptxas = Path(nvidia.__file__).parent / "bin" / name
-        command = [str(ptxas), "-v", "--gpu-name", target[1], file.name, "-o", os.devnull]
+        assembler = Path(nvidia.__file__).parent / "bin" / ("ptxas-blackwell" if capability >= 100 else "ptxas")
+        command = [str(assembler), "-v", "--gpu-name", target[1], file.name, "-o", os.devnull]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers = re.search(r"Used (\d+) registers", report)
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)

@@ -204,8 +204,9 @@ def pairs(job: Job) -> Outcome:
     if missing:
         print(f"NOT RUN: there is no {', '.join(missing)}; name the folder above data/ in DWRL_FAST_SHARED")
         return {"ok": False, "missing": missing}
-    given = ("--tokenizers", str(tokenizers), "--data", *files)
-    return against_cpu("bench.learning.overfit", "cpu_overfit.json", *given)(job)
+    return against_cpu("bench.learning.overfit", "cpu_overfit.json", "--tokenizers", str(tokenizers), "--data", *files)(
+        job
+    )
 
 
 PARTS = {
@@ -276,7 +277,3 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     outcomes = [run_part(name, args.out.resolve()) for name in args.parts]  # all of them, whatever the first one says
     raise SystemExit(0 if all(outcomes) else 1)
-
-
-if __name__ == "__main__":
-    main()

@@ -69,22 +69,29 @@ def tree_line(name: str, plan: Plan, heads: Heads, at: Ceilings) -> tuple[str, .
 
 def print_head(console: Console, at: Ceilings) -> None:
     """What linear_policy_loss has to do, for the shapes that bench.operators.linear_policy_loss runs on a GPU."""
-    headings = ("T, H, V", "chunk", "3 products", "logits", "dHidden", "dWeight", "its sum", "rows", "rounding",
-                "times 3 products", "workspace MB")  # fmt: skip
     wanted = [(round(t * (1 - untrained)), h, v, 0) for t, h, v, untrained in GPU_SHAPES]
-    lines = [head_line(*shape, at) for shape in (*wanted, (*wanted[0][:3], 1024), (*wanted[0][:3], 512))]
-    console.print(command.table("linear_policy_loss in bfloat16, milliseconds", headings, lines, left=0))
+    table = command.table(
+        "linear_policy_loss in bfloat16, milliseconds",
+        ("T, H, V", "chunk", "3 products", "logits", "dHidden", "dWeight", "its sum", "rows", "rounding",
+         "times 3 products", "workspace MB"),
+        [head_line(*shape, at) for shape in (*wanted, (*wanted[0][:3], 1024), (*wanted[0][:3], 512))],
+        left=0,
+    )  # fmt: skip
+    console.print(table)
     console.print(f"asked: at most {MOST_FLOORS} times the three products; the last two lines are smaller chunks\n")
 
 
 def print_trees(console: Console, at: Ceilings) -> None:
     """What tree_attention has to do, for one sequence and for minibatches as long as real ones."""
-    headings = ("", "tokens", "mean keys", "flash attention", "by path", "by depth", "taken", "share of its rate")
     plans = [("one sequence", sequences_of(8192))]
     plans += [(f"{data}, thoughts of {mean}", minibatch(data, mean)) for data in ("hh", "rmb") for mean in (40, 200)]
-    lines = [tree_line(name, plan, QWEN7B, at) for name, plan in plans]
-    title = "tree_attention, Qwen2.5-7B's heads in bfloat16, milliseconds a layer"
-    console.print(command.table(title, headings, lines, left=0))
+    table = command.table(
+        "tree_attention, Qwen2.5-7B's heads in bfloat16, milliseconds a layer",
+        ("", "tokens", "mean keys", "flash attention", "by path", "by depth", "taken", "share of its rate"),
+        [tree_line(name, plan, QWEN7B, at) for name, plan in plans],
+        left=0,
+    )
+    console.print(table)
     console.print(f"asked: at least {LEAST_RATE} of the rate of equal work\n")
 
 
@@ -98,9 +105,13 @@ def print_kernels(console: Console) -> None:
         name = kernel.__name__ + " with soft-cap" * bool(constants.get("HAS_CAP"))
         counts = (size, it.registers, it.spill_stores + it.spill_loads, it.shared)
         lines.append((name, *map(str, counts), f"{it.occupancy:.0%}"))
-    headings = ("kernel", "V or H", "registers", "spilled bytes", "shared bytes", "warps held")
-    title = "Triton kernels compiled for sm_90, float32 logits, bfloat16 gradient"
-    console.print(command.table(title, headings, lines, left=0))
+    table = command.table(
+        "Triton kernels compiled for sm_90, float32 logits, bfloat16 gradient",
+        ("kernel", "V or H", "registers", "spilled bytes", "shared bytes", "warps held"),
+        lines,
+        left=0,
+    )
+    console.print(table)
 
 
 def main() -> None:

@@ -82,7 +82,8 @@ def main() -> None:
     parser.add_argument("--against", type=Path, help="such a JSON, of another machine")
     options = parser.parse_args()
 
-    against = json.loads(options.against.read_text())["rows"] if options.against else []
+    against = json.loads(options.against.read_text()) if options.against else {"rows": []}
+    stored = {row["case"]: row["after"] for row in against["rows"]}
     rows = []
     console = Console()
     work = Path(tempfile.mkdtemp(prefix="overfit-"))
@@ -129,7 +130,6 @@ def main() -> None:
             f"{row['case']:<36} {row['pairs']} pairs  {row['before']:.3f} -> {row['after']:.3f}  {row['seconds']:.0f} s"
         )
     if options.against:
-        stored = {row["case"]: row["after"] for row in against}
         found = [
             (row["case"], stored[row["case"]], row["after"], next_share(stored[row["case"]], row["pairs"]))
             for row in rows

@@ -58,11 +58,9 @@ class Results:
     """The lines of one file, by run."""
 
     def __init__(self, path: Path):
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else ()
         self.path = path
-        self.found: dict[Run, Record] = {}
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-            record = json.loads(line)
-            self.found[run_of(record)] = record
+        self.found: dict[Run, Record] = {run_of(record): record for record in map(json.loads, lines)}
 
     def add(self, record: Record) -> None:
         self.found[run_of(record)] = record
@@ -80,8 +78,8 @@ def run_of(record: Record) -> Run:
 def carry_out(runs: Sequence[Run], results: Results, root: Path, jobs: int, console: Console) -> None:
     """All of `runs` that have no result yet. One that fails is said, and has none."""
     left = [run for run in runs if run not in results.found]
-    needed = sorted({run.cell for run in left})
-    _each("backbone", backbone, [(cell, root) for cell in needed], jobs, console, lambda made: None)
+    cells = sorted({run.cell for run in left})
+    _each("backbone", backbone, [(cell, root) for cell in cells], jobs, console, lambda made: None)
     _each("run", execute, [(run, root) for run in left], jobs, console, results.add)
 
 
@@ -135,6 +133,8 @@ def main() -> None:
     text = markdown(table, swept)
     console.print(text, markup=False, highlight=False, soft_wrap=True)
     (root / "paper_table.md").write_text(text, encoding="utf-8")
+    path = given.json or root / "paper_table.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "machine": machine(),
         "versions": versions(),
@@ -142,8 +142,6 @@ def main() -> None:
         "lines": [asdict(line) for line in table],
         "sweep": [asdict(each) for each in swept],
     }
-    path = given.json or root / "paper_table.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     console.print(f"{len(results.of(final))} of {len(final)} runs; written: {path}", markup=False, highlight=False)
 

@@ -120,12 +120,14 @@ def overview(found: Sequence[Line]) -> str:
     """Variants by tasks, in a table: the mean over seeds, and the least and the most of them."""
     tasks = list(dict.fromkeys(line.task for line in found))
     cells = {(line.variant, line.task): line for line in found}
-    rows = [
-        (variant, *(_spread(cells.get((variant, task))) for task in tasks))
-        for variant in VARIANTS
-        if any(variant == line.variant for line in found)
-    ]
-    return _table(("method", *tasks), rows)
+    return _table(
+        ("method", *tasks),
+        [
+            (variant, *(_spread(cells.get((variant, task))) for task in tasks))
+            for variant in VARIANTS
+            if any(variant == line.variant for line in found)
+        ],
+    )
 
 
 def _spread(line: Line | None) -> str:

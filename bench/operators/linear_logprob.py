@@ -48,4 +48,4 @@ def case(t: int, h: int, v: int, dtype: torch.dtype, quick: bool) -> Case:
 CASES = [case(*shape) for shape in (GPU_SHAPES if DEVICE == "cuda" else SHAPES)]
 
 if __name__ == "__main__":
-    main("operators.linear_logprob", __doc__, CASES)
+    main("operators.linear_logprob", __doc__, lambda args: CASES)

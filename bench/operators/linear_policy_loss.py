@@ -122,9 +122,13 @@ def case(
     t: int, h: int, v: int, dtype: torch.dtype, quick: bool, untrained: float = 0.25, clipped: float = 0.05,
     gpu: bool = False,
 ) -> Case:  # fmt: skip
-    name = f"T {t}, H {h}, V {v}, {str(dtype)[6:]}, {untrained:.0%} untrained, {clipped:.0%} clipped"
-    build = partial(variants, t, h, v, dtype, untrained, clipped, gpu)
-    return Case(name, build, quick, unit=h * v, floor=PRODUCTS if gpu else "")
+    return Case(
+        f"T {t}, H {h}, V {v}, {str(dtype)[6:]}, {untrained:.0%} untrained, {clipped:.0%} clipped",
+        partial(variants, t, h, v, dtype, untrained, clipped, gpu),
+        quick,
+        unit=h * v,
+        floor=PRODUCTS if gpu else "",
+    )
 
 
 def cases() -> list[Case]:
@@ -141,9 +145,9 @@ def summary(rows: list[Row], console: Console) -> None:
             continue
         peers = [r for n, r in some.items() if n not in ("bare products", PRODUCTS) and not r.disagrees]
         nearest = min(peers, key=lambda r: r.seconds_median or 0, default=None)
-        space = ours.counters.get("workspace MB", 0.0)
         console.print(f"{name}\n  times of the three products: {ours.floors:.3f}, asked at most {MOST_FLOORS}")
-        console.print(f"  workspace: {space:,.0f} MB, asked at most {MOST_WORKSPACE / 1e6:,.0f} MB")
+        space = f"{ours.counters.get('workspace MB', 0.0):,.0f} MB, asked at most {MOST_WORKSPACE / 1e6:,.0f} MB"
+        console.print(f"  workspace: {space}")
         if nearest and nearest.seconds_median and ours.seconds_median:
             ahead = nearest.seconds_median / ours.seconds_median
             console.print(
@@ -152,4 +156,4 @@ def summary(rows: list[Row], console: Console) -> None:
 
 
 if __name__ == "__main__":
-    main("operators.linear_policy_loss", __doc__, cases(), summary)
+    main("operators.linear_policy_loss", __doc__, lambda args: cases(), summary)

@@ -1,6 +1,7 @@
 """Others' ways to the same numbers, each under its own name, or the reason why it does not run here."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +24,9 @@ def chunked_logprob(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return torch.cat([checkpoint(plain_logprob, h, weight, t, use_reentrant=False) for h, t in chunks])
 
 
-def torch_linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return -F.linear_cross_entropy(hidden, weight, targets, reduction="none")
-
-
-def torch_linear_cross_entropy_chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    options = torch.nn.LinearCrossEntropyOptions()
+def torch_linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunked: bool = False) -> Tensor:
+    """PyTorch's own, whole or in chunks of its default size."""
+    options = torch.nn.LinearCrossEntropyOptions() if chunked else None
     return -F.linear_cross_entropy(hidden, weight, targets, reduction="none", options=options)
 
 
@@ -69,7 +67,7 @@ def logprob_peers() -> list[tuple[str, Logprob | None, str]]:
         ("plain PyTorch", plain_logprob, ""),
         ("plain PyTorch, chunked", chunked_logprob, ""),
         ("F.linear_cross_entropy", torch_linear_cross_entropy, ""),
-        ("F.linear_cross_entropy, chunked", torch_linear_cross_entropy_chunked, ""),
+        ("F.linear_cross_entropy, chunked", partial(torch_linear_cross_entropy, chunked=True), ""),
         ("TRL chunked log-prob", _trl, ""),
         ("Liger fused_linear_cross_entropy", _liger if cuda else None, NEEDS_CUDA),
         ("Liger fused_linear_scaled_cross_entropy", _liger_scaled, ""),
@@ -88,8 +86,7 @@ def liger_grpo(
     loss = LigerFusedLinearGRPOLoss(
         beta=0.0, compiled=compiled, use_ref_model=False, chunk_size=256, loss_type="dr_grpo", max_completion_length=1
     )
-    found = loss(
+    return loss(
         hidden[:, None], weight, targets[:, None], (token_weight != 0).float()[:, None], advantage,
         old_per_token_logps=old[:, None],
-    )  # fmt: skip
-    return found[0]  # a sum over len(hidden): the token weights of the benchmark
+    )[0]  # fmt: skip  # a sum over len(hidden): the token weights of the benchmark

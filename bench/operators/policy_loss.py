@@ -28,4 +28,4 @@ def variants(t: int) -> list[Variant]:
 CASES = [Case(f"T {t}", lambda t=t: variants(t)) for t in (1024, 65536, 1048576)]  # type: ignore[misc]
 
 if __name__ == "__main__":
-    main("operators.policy_loss", __doc__, CASES)
+    main("operators.policy_loss", __doc__, lambda args: CASES)

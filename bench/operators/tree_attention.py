@@ -247,4 +247,4 @@ def summary(rows: list[Row], console: Console) -> None:
 
 
 if __name__ == "__main__":
-    main("operators.tree_attention", __doc__, cases(), summary)
+    main("operators.tree_attention", __doc__, lambda args: cases(), summary)

@@ -39,4 +39,4 @@ def case(b: int, h: int, v: int, quick: bool, normalization: str) -> Case:
 CASES = [case(*shape, normalization=n) for shape in SHAPES for n in ("vocab", "yes_no")]
 
 if __name__ == "__main__":
-    main("operators.yes_no_logprob", __doc__, CASES)
+    main("operators.yes_no_logprob", __doc__, lambda args: CASES)

@@ -75,8 +75,7 @@ def drawn(name: str, count: int = PAIRS) -> Pairs:
     """The lengths of `LENGTHS` in turn."""
     header, evaluate, tail = (list(range(1, size + 1)) for size in (HEADER, EVALUATE, TAIL))
     rng = np.random.default_rng(0)
-    lengths = islice(cycle(LENGTHS[name]), count)
-    contexts = [draw(rng, *each, header, evaluate) for each in lengths]
+    contexts = [draw(rng, *each, header, evaluate) for each in islice(cycle(LENGTHS[name]), count)]
     return Pairs(contexts, tail, f"{count} pairs as long as those of {Path(FILES[name]).name}, which is not here")
 
 

@@ -26,16 +26,15 @@ def plain(it: Setting) -> Iterator[Way]:
 
     phases = [partial(loss, phase) for phase in (score_loss, thought_loss)]
     for size in powers(1, len(ordered)):
-        micro = [ordered[i : i + size] for i in range(0, len(ordered), size)]
+        micro = (ordered[i : i + size] for i in range(0, len(ordered), size))
         batches = [padded_batch(some, method.dialog.pad_id, method.compute.device) for some in micro]
         if max(logit_bytes(batch, it.lm.config.vocab_size) for batch in batches) > free_memory():
             return
-        positions = sum(batch.trunk_tokens for batch in batches)
-        rows = {"head rows": positions} | flops(it.lm, batches, sum(batch.naive_tokens for batch in batches))
+        rows = {"head rows": sum(batch.trunk_tokens for batch in batches)}
         yield Way(
             f"micro-batches of {size} pair{'s' if size > 1 else ''}",
             partial(update, it.lm, batches, phases),
-            counters(batches) | rows,
+            counters(batches) | rows | flops(it.lm, batches, sum(batch.naive_tokens for batch in batches)),
         )
 
 

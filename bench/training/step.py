@@ -79,18 +79,16 @@ def variants(it: Setting, source: str, times: float) -> list[Variant]:
             **options,
         )
 
-    def peer() -> Variant:
-        if problem := trl_missing():
-            return Variant("trl", None, problem)
-        ladders = [trl(it, liger) for liger in (False, True)[: 1 + (torch.cuda.is_available() and liger_installed())]]
-        return variant("trl", fastest(*ladders), passes=1, comparable=False)
-
+    problem = trl_missing()
+    liger = (False, True) if torch.cuda.is_available() and liger_installed() else (False,)
     return [
         variant("tree", ours(it, "tree"), note=f"; {source}"),
         variant("packed", ours(it, "packed")),
         variant("padded", fastest(plain(it))),
         variant("padded-fused", ours(it, "padded"), quick=False),
-        peer(),
+        Variant("trl", None, problem)
+        if problem
+        else variant("trl", fastest(*(trl(it, on) for on in liger)), passes=1, comparable=False),
     ]
 
 
@@ -106,9 +104,8 @@ def gpu_variants(shape: Mapping[str, Any], data: str, count: int, checkpointing:
         pairs = lengths.pairs(name, count)
         thoughts = lengths.thought_lengths(MEANS[data.removeprefix(name)], 2 * lengths.THOUGHTS * count)
     else:
-        prompt, response, thought = SYNTHETIC
-        pairs = lengths.synthetic(count, prompt, response)
-        thoughts = [thought] * (2 * lengths.THOUGHTS * count)
+        pairs = lengths.synthetic(count, *SYNTHETIC[:2])
+        thoughts = [SYNTHETIC[2]] * (2 * lengths.THOUGHTS * count)
     it = setting(shape, pairs, thoughts, checkpointing=checkpointing, token_budget=TOKEN_BUDGET)
     found = [each for each in variants(it, pairs.source, 1) if each.name != "padded-fused"]
     return [replace(each, run=each.run and partial(gradients, each.run)) for each in found]
@@ -121,21 +118,20 @@ def gradients(run: Callable[[], object]) -> list[Tensor]:
 
 def trunk_variants(shape: Mapping[str, Any], prompt: int, response: int, rest: int) -> list[Variant]:
     """The backbone alone over one synthetic pair; the gradient comes in where the head reads."""
-    thoughts = [rest] * (2 * lengths.THOUGHTS)
-    it = setting(shape, lengths.synthetic(1, prompt, response), thoughts)
+    it = setting(shape, lengths.synthetic(1, prompt, response), [rest] * (2 * lengths.THOUGHTS))
     lm, method = it.method.model.lm, it.method
-    gradient = torch.Generator().manual_seed(0)
 
     def variant(packing: Packing) -> Variant:
         (batch,) = Layout(packing, sys.maxsize, method.dialog.pad_id, method.compute.device).batches(it.groups)
-        drawn = torch.randn(len(batch.token_rows), lm.config.hidden_size, generator=gradient.manual_seed(0))
+        g = torch.Generator().manual_seed(0)
+        gradient = torch.randn(len(batch.token_rows), lm.config.hidden_size, generator=g).to(lm.device)
 
         def states(batch: Batch) -> Tensor:
             with method.compute.autocast():
                 return backbone_states(lm.base_model, batch)[batch.token_rows]
 
         def phase(batch: Batch) -> Tensor:
-            return (states(batch) * drawn.to(lm.device)).sum()
+            return (states(batch) * gradient).sum()
 
         held = {"saved MiB": saved_bytes(lambda: states(batch), lm.parameters()) / 2**20}
         return Variant(packing, lambda: update(lm, [batch], [phase]), counters=counters([batch]) | held)
@@ -145,18 +141,16 @@ def trunk_variants(shape: Mapping[str, Any], prompt: int, response: int, rest: i
 
 def saved_bytes(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
     """Bytes that `forward` keeps for its backward: storages, each once, that are not of `parameters`."""
-    known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-    kept: dict[int, torch.UntypedStorage] = {}
+    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no later one takes its address
 
     def pack(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage  # held, so that no later one takes its address
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         forward()
-    return sum(storage.nbytes() for storage in kept.values())
+    known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    return sum(storage.nbytes() for address, storage in kept.items() if address not in known)
 
 
 def summary(rows: Collection[Row], console: Console) -> None:
@@ -176,8 +170,11 @@ def summary(rows: Collection[Row], console: Console) -> None:
     lines = [(case, *(ratio(seconds, case, variant) for variant in peers)) for case in whole]
     if lines:
         console.print(command.table("time in units of the tree's", ("case", *peers), lines))
-    trunks = [case for case in names if case.startswith("trunk/")]
-    lines = [(case, *(ratio(of, case, "packed") for of in (tokens, seconds, saved))) for case in trunks]
+    lines = [
+        (case, *(ratio(of, case, "packed") for of in (tokens, seconds, saved)))
+        for case in names
+        if case.startswith("trunk/")
+    ]
     if lines:
         headings = ("case", "tokens", "time", "activation memory")
         console.print(command.table("backbone alone, packed in units of the tree's", headings, lines))
@@ -186,8 +183,9 @@ def summary(rows: Collection[Row], console: Console) -> None:
         torch.cuda.empty_cache()
         console.print(utilisation(rows, ceilings()["bf16_flop_per_second"]))
     for case in (name for name in names if name.endswith("/512-512-416")):
-        times = ratio(seconds, case, "packed")
-        console.print(f"{case}: packed takes {times} times as long as the tree; asked are {ASKED:.1f}")
+        console.print(
+            f"{case}: packed takes {ratio(seconds, case, 'packed')} times as long as the tree; asked are {ASKED:.1f}"
+        )
 
 
 def utilisation(rows: Collection[Row], product: float) -> Table:
@@ -201,9 +199,12 @@ def utilisation(rows: Collection[Row], product: float) -> Table:
             rates = (f"{row.flop_rate / 1e12:.0f}", *(f"{each / product:.2f}" for each in (row.flop_rate, naive)))
             peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.1f}"
             lines.append((row.case, row.variant, f"{1e3 * row.seconds_median:.1f}", *rates, peak))
-    headings = ("case", "variant", "ms a pass", "TFLOP/s", "utilisation", "as naive", "peak GiB beyond weights")
-    title = f"utilisation, of {product / 1e12:.0f} TFLOP/s of a large product"
-    return command.table(title, headings, lines, left=2)
+    return command.table(
+        f"utilisation, of {product / 1e12:.0f} TFLOP/s of a large product",
+        ("case", "variant", "ms a pass", "TFLOP/s", "utilisation", "as naive", "peak GiB beyond weights"),
+        lines,
+        left=2,
+    )
 
 
 def head_row(shape: Mapping[str, Any]) -> float:
@@ -212,12 +213,11 @@ def head_row(shape: Mapping[str, Any]) -> float:
 
 
 def trunk_case(prompt: int, response: int, rest: int) -> Case:
-    shape = MODELS["trunk-heavy"]
     return Case(
         f"trunk/{prompt}-{response}-{rest}x{lengths.THOUGHTS}",
-        lambda: trunk_variants(shape, prompt, response, rest),
+        lambda: trunk_variants(MODELS["trunk-heavy"], prompt, response, rest),
         quick=False,
-        unit=head_row(shape),
+        unit=head_row(MODELS["trunk-heavy"]),
     )
 
 

@@ -153,11 +153,10 @@ def flops(lm: Any, batches: Sequence[Batch], rows: float) -> dict[str, float]:
     naive = attended_keys(len(s.ids) for batch in batches for group in batch.groups for s in group.flat)
     attended = sum(int((b.position_ids + 1).sum()) for b in batches if isinstance(b, TreeBatch)) or naive
     head = head_flops(lm, rows)
-    found = {
-        "model GFLOP": trunk_flops(lm, sum(b.trunk_tokens - b.padding for b in batches), attended) + head,
-        "naive GFLOP": trunk_flops(lm, sum(b.naive_tokens for b in batches), naive) + head,
+    return {
+        "model GFLOP": (trunk_flops(lm, sum(b.trunk_tokens - b.padding for b in batches), attended) + head) / 1e9,
+        "naive GFLOP": (trunk_flops(lm, sum(b.naive_tokens for b in batches), naive) + head) / 1e9,
     }
-    return {name: each / 1e9 for name, each in found.items()}
 
 
 def fastest(*ladders: Iterable[Way]) -> Way | None:
