@@ -45,6 +45,8 @@ class Variant:
 
 @dataclass(frozen=True)
 class Case:
+    """One set of inputs, on which variants are compared."""
+
     name: str
     variants: Callable[[], list[Variant]]  # made when it is the case's turn, so that one case is in memory at a time
     quick: bool = True
@@ -56,6 +58,8 @@ class Case:
 
 @dataclass
 class Row:
+    """What was measured of one variant of one case, as `--json` writes it."""
+
     case: str
     variant: str
     seconds_median: float | None
@@ -179,6 +183,7 @@ def measure(
 
 
 def tensors(returned: object) -> list[torch.Tensor]:
+    """The tensors among what a variant returned."""
     some = returned if isinstance(returned, tuple | list) else (returned,)
     return [x for x in some if isinstance(x, torch.Tensor)]
 

@@ -25,6 +25,7 @@ QUERY = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperatu
 
 
 def machine() -> dict[str, Any]:
+    """What a report says of where it was made."""
     models = [x.split(":")[1].strip() for x in _lines("/proc/cpuinfo") if x.startswith("model name")]
     found: dict[str, Any] = {
         "cpu": models[0] if models else platform.processor(),
@@ -46,6 +47,7 @@ def commit() -> str | None:
 
 
 def gpu() -> dict[str, Any]:
+    """What a report says of the first GPU and of how PyTorch uses it."""
     properties = torch.cuda.get_device_properties(0)
     return {
         "compute_capability": f"{properties.major}.{properties.minor}",

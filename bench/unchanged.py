@@ -119,6 +119,7 @@ def compare(case: str, before: dict[str, str], after: dict[str, str]) -> bool:
 
 
 def main() -> None:
+    """The command: run every case in both checkouts, and end with status 1 where anything differs."""
     parser = command.parser("unchanged", __doc__)
     parser.add_argument("--before", type=Path, required=True, help="a checkout with its operators built")
     parser.add_argument("--after", type=Path, default=ROOT, help="the other one (default: this one)")

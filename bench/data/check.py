@@ -55,6 +55,7 @@ def write_pairs(path: Path, size: int, seed: int = 0) -> int:
 
 
 def parse(path: Path) -> None:
+    """Every line of `path` through `json.loads`, the result of which is dropped."""
     with open(path, "rb") as file:
         for line in file:
             json.loads(line)
@@ -68,6 +69,7 @@ def seconds(run: Callable[[], object]) -> tuple[float, float]:
 
 
 def main() -> None:
+    """The command: write pairs, then parse and check them in turn, and print the medians."""
     parser = command.parser("data.check", __doc__)
     parser.add_argument("--gigabytes", type=float, default=0.2)
     parser.add_argument("--repeats", type=int, default=5)

@@ -33,6 +33,7 @@ def write_rows(path: Path, rows: int, characters: int) -> None:
 
 
 def peak_mib() -> float:
+    """The largest resident memory of this process so far, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -43,10 +44,12 @@ def stream(path: Path, buffer: int) -> Streamed:
 
 
 def make_feed(source: Source, batch: int, steps: int) -> Feed:
+    """`source` as training is fed from it: once through, in batches of `batch` rows."""
     return Feed([source], [1.0], batch_size=batch, epochs=1, max_steps=steps)
 
 
 def main() -> None:
+    """The command: write the file, then measure how it is read."""
     parser = command.parser("data.stream", __doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--characters", type=int, default=100, help="of each of a row's three texts")
@@ -64,6 +67,7 @@ def main() -> None:
 
 
 def measure(path: Path, options: argparse.Namespace) -> None:
+    """Print how fast `path` is read, in how much memory, and how long it takes to resume half-way."""
     steps, before, started, cpu = options.rows // options.batch, peak_mib(), time.perf_counter(), time.process_time()
     source: Source = (
         Shuffled(str(path), read_preferences(path).rows, 0) if options.in_memory else stream(path, options.buffer)

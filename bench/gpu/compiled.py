@@ -61,8 +61,11 @@ def compiled(variant: int, capability: int, logits: str, gradient: str) -> Compi
     # PyTorch's memory is aligned to 16 bytes, and Triton then compiles wide loads, which take more registers.
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
     constants = {name: value for name, value in constants.items() if name in signature}
-    source = ASTSource(kernel, signature, constants, aligned)
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    made = triton.compile(
+        ASTSource(kernel, signature, constants, aligned),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": warps},
+    )
     return Compiled(made.asm["ptx"], *_assembled(made.asm["ptx"], capability), made.metadata.shared, warps)
 
 

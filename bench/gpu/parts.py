@@ -87,18 +87,14 @@ class Part(NamedTuple):
     run: Callable[[Job], Outcome]
 
 
-def table(module: str, *options: str, ours: str = "dwrl_fast") -> Callable[[Job], Outcome]:
+def table(job: Job, module: str, *options: str, ours: str = "dwrl_fast") -> Outcome:
     """A benchmark that writes its own report. It fails where the variant that is `ours` could not run."""
-
-    def run(job: Job) -> Outcome:
-        report, _ = job.benchmark(module, "--plot", str(job.name.with_suffix(".png")), *options)
-        rows = report.get("rows", [])
-        own = [row for row in rows if row["variant"] == ours]
-        failed = [f"{row['case']}: {row['skipped']}" for row in own if row["skipped"]]
-        wrong = [f"{row['case']}: {row['variant']}" for row in rows if row["disagrees"]]
-        return report | {"ok": report["ok"] and bool(own) and not failed, "disagree": wrong, "failed": failed}
-
-    return run
+    report, _ = job.benchmark(module, "--plot", str(job.name.with_suffix(".png")), *options)
+    rows = report.get("rows", [])
+    own = [row for row in rows if row["variant"] == ours]
+    failed = [f"{row['case']}: {row['skipped']}" for row in own if row["skipped"]]
+    wrong = [f"{row['case']}: {row['variant']}" for row in rows if row["disagrees"]]
+    return report | {"ok": report["ok"] and bool(own) and not failed, "disagree": wrong, "failed": failed}
 
 
 def tests(job: Job) -> Outcome:
@@ -168,6 +164,7 @@ def read_sanitizer(output: str) -> dict[str, Any]:
 
 
 def clean(found: dict[str, Any]) -> bool:
+    """Whether a report of `read_sanitizer` says that all calls ran, and nothing was found."""
     return found["errors"] == 0 and found["status"] == 0 and not found["refused"] and found["calls"] > 0
 
 
@@ -182,18 +179,14 @@ def repeats(job: Job) -> Outcome:
     return {"ok": ok, "repeats": REPEATS, "differing": found, "status": status}
 
 
-def against_cpu(module: str, stored: str, *options: str) -> Callable[[Job], Outcome]:
+def against_cpu(job: Job, module: str, stored: str, *options: str) -> Outcome:
     """A run that learns, held against what the CPU's stored runs let one expect of it."""
-
-    def run(job: Job) -> Outcome:
-        if not (RESULTS / stored).exists():
-            print(f"NOT RUN: there is no {RESULTS / stored}, which `python -m {module} --json` writes on a CPU")
-            return {"ok": False, "missing": [stored]}
-        report, output = job.benchmark(module, "--against", str(RESULTS / stored), *options)
-        outside = re.findall(r"^.*\bOUTSIDE\b.*$", output, re.MULTILINE)
-        return report | {"ok": report["ok"] and not outside, "outside": outside}
-
-    return run
+    if not (RESULTS / stored).exists():
+        print(f"NOT RUN: there is no {RESULTS / stored}, which `python -m {module} --json` writes on a CPU")
+        return {"ok": False, "missing": [stored]}
+    report, output = job.benchmark(module, "--against", str(RESULTS / stored), *options)
+    outside = re.findall(r"^.*\bOUTSIDE\b.*$", output, re.MULTILINE)
+    return report | {"ok": report["ok"] and not outside, "outside": outside}
 
 
 def pairs(job: Job) -> Outcome:
@@ -204,9 +197,8 @@ def pairs(job: Job) -> Outcome:
     if missing:
         print(f"NOT RUN: there is no {', '.join(missing)}; name the folder above data/ in DWRL_FAST_SHARED")
         return {"ok": False, "missing": missing}
-    return against_cpu("bench.learning.overfit", "cpu_overfit.json", "--tokenizers", str(tokenizers), "--data", *files)(
-        job
-    )
+    given = ("--tokenizers", str(tokenizers), "--data", *files)
+    return against_cpu(job, "bench.learning.overfit", "cpu_overfit.json", *given)
 
 
 PARTS = {
@@ -215,34 +207,36 @@ PARTS = {
     "repeats": Part(f"{REPEATS} repeats in deterministic mode, equal bit for bit", 5, repeats),
     "head": Part(
         "linear_policy_loss on real heads, its three products and its peers", 9,
-        table("bench.operators.linear_policy_loss", "--seconds", "60"),
+        lambda job: table(job, "bench.operators.linear_policy_loss", "--seconds", "60"),
     ),
     "logprob": Part(
         "linear_logprob on real heads, and its peers", 5,
-        table("bench.operators.linear_logprob", "--seconds", "40"),
+        lambda job: table(job, "bench.operators.linear_logprob", "--seconds", "40"),
     ),
     "attention": Part(
         "tree_attention on Qwen2.5-7B's heads, and equal work in ordinary sequences", 8,
-        table("bench.operators.tree_attention", "--seconds", "40"),
+        lambda job: table(job, "bench.operators.tree_attention", "--seconds", "40"),
     ),
     "step": Part(
         "a DWRL minibatch on the shape of Qwen2.5-7B", 9,
-        table("bench.training.step", "--seconds", "30", ours="tree"),
+        lambda job: table(job, "bench.training.step", "--seconds", "30", ours="tree"),
     ),
     "train": Part(
         "what make train runs, and a second seed, against the CPU's seeds", 9,
-        against_cpu("bench.learning.embedded_seeds", "cpu_embedded_seeds.json", "--seeds", "0", "1"),
+        lambda job: against_cpu(job, "bench.learning.embedded_seeds", "cpu_embedded_seeds.json", "--seeds", "0", "1"),
     ),
     "pairs": Part("overfitting real pairs, with real tokenizers, against the CPU's accuracies", 9, pairs),
 }  # fmt: skip
 
 
 def gpu_name() -> str:
+    """The name of the GPU in lower case, as it stands in file names."""
     words = re.findall(r"[a-z0-9]+", torch.cuda.get_device_name().lower())
     return "_".join(word for word in words if word not in ("nvidia", "geforce", "tesla"))
 
 
 def run_part(name: str, folder: Path) -> bool:
+    """Run one part, write its report into `folder`, and say whether it was in order."""
     part = PARTS[name]
     job = Job(folder / f"{gpu_name()}_{name}", 60.0 * part.minutes)
     job.name.with_suffix(".txt").unlink(missing_ok=True)
@@ -258,6 +252,7 @@ def run_part(name: str, folder: Path) -> bool:
 
 
 def main() -> None:
+    """The command: run the parts named, or list what there is."""
     parser = command.parser("gpu", __doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--list", action="store_true", help="what each part does, and after how long it is stopped")

@@ -96,6 +96,7 @@ def print_trees(console: Console, at: Ceilings) -> None:
 
 
 def print_kernels(console: Console) -> None:
+    """What each Triton kernel takes of a multiprocessor of sm_90."""
     from bench.gpu.compiled import VARIANTS, compiled
 
     lines = []
@@ -115,6 +116,7 @@ def print_kernels(console: Console) -> None:
 
 
 def main() -> None:
+    """The command: print the tables at the ceilings that the command line gives."""
     parser = command.parser("gpu.roofline", __doc__)
     parser.add_argument("--flops", type=float, default=790e12, help="of bfloat16 products, a second (default 790e12)")
     parser.add_argument("--bytes", type=float, default=4.3e12, help="read and written, a second (default 4.3e12)")

@@ -35,11 +35,13 @@ COLUMNS = {
 
 
 def seed_row(result: dict[str, Any]) -> dict[str, float]:
+    """The figures of one run, from the result of `dwrl_fast.train`; rise is in fractions of 1."""
     row = {name: result[name] for name in COLUMNS if result.get(name) is not None}
     return {"seed": result["seed"], **row, "rise": row["accuracy_after"] - row["accuracy_before"]}
 
 
 def table(rows: list[dict[str, float]]) -> Table:
+    """A line for each seed, and their mean."""
     columns = {"seed": "seed", **COLUMNS, "rise": "rise"}
     average = {name: mean(row[name] for row in rows) for name in columns if all(name in row for row in rows)}
     shown = Table(*(Column(title, justify="right") for title in columns.values()), title=TITLE)
@@ -65,6 +67,7 @@ def _cell(name: str, value: float | None) -> str:
 
 
 def main() -> None:
+    """The command: train seed by seed, print the table and write the JSON."""
     parser = command.parser("learning.embedded_seeds", __doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument(

@@ -70,6 +70,7 @@ def write_first(source: Path, target: Path, dialog: Dialog, pairs: int, longest:
 
 
 def main() -> None:
+    """The command: train and evaluate every combination, print a line for each and write the JSON."""
     parser = command.parser("learning.overfit", __doc__)
     parser.add_argument("--tokenizers", type=Path, required=True, help="a folder of tokenizer folders: qwen2.5, llama3")
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="pair files")

@@ -31,6 +31,7 @@ FACTORS = (1 / 9, 1 / 3, 1.0, 3.0, 9.0)
 
 
 def cells(seeds: Sequence[int], full: bool) -> list[Cell]:
+    """The cells of `--full`, or the one of `--quick`, each with all `seeds`."""
     if not full:
         return [Cell("sums", EASY_FRACTIONS[-1], seed) for seed in seeds]
     sums = [Cell("sums", share, seed) for share in EASY_FRACTIONS for seed in seeds]
@@ -63,15 +64,18 @@ class Results:
         self.found: dict[Run, Record] = {run_of(record): record for record in map(json.loads, lines)}
 
     def add(self, record: Record) -> None:
+        """Keep `record`, in the file too."""
         self.found[run_of(record)] = record
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def of(self, runs: Iterable[Run]) -> list[Record]:
+        """The records of those of `runs` that have ended."""
         return [self.found[run] for run in runs if run in self.found]
 
 
 def run_of(record: Record) -> Run:
+    """The run that `record` is the result of."""
     return Run(Cell(**record["cell"]), record["variant"], record["factor"], record["split"])
 
 
@@ -106,6 +110,7 @@ def _each(
 
 
 def main() -> None:
+    """The command: sweep, run, and write the table."""
     parser = command.parser("learning.paper_table", __doc__)
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--quick", action="store_true")

@@ -105,6 +105,7 @@ class Swept:
 
 
 def sweep(records: Sequence[Record]) -> list[Swept]:
+    """Of the runs on dev: a `Swept` for each task and variant."""
     found: dict[tuple[str, str], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         if record["split"] == "dev":

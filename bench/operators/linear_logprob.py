@@ -20,6 +20,7 @@ GPU_SHAPES = [(8192, 2048, 151936, torch.bfloat16, True), (8192, 4096, 151936, t
 
 
 def variants(t: int, h: int, v: int, dtype: torch.dtype) -> list[Variant]:
+    """Of T rows and a head of [V, H]: ours, with gradients and without, and those of others."""
     g, hidden, weight, targets = drawn_head(t, h, v, dtype)
     factor = torch.randn(t, generator=g, device=DEVICE)
 
@@ -41,11 +42,10 @@ def variants(t: int, h: int, v: int, dtype: torch.dtype) -> list[Variant]:
     return found
 
 
-def case(t: int, h: int, v: int, dtype: torch.dtype, quick: bool) -> Case:
-    return Case(f"T {t}, H {h}, V {v}, {str(dtype)[6:]}", lambda: variants(t, h, v, dtype), quick, unit=h * v)
-
-
-CASES = [case(*shape) for shape in (GPU_SHAPES if DEVICE == "cuda" else SHAPES)]
+CASES = [
+    Case(f"T {t}, H {h}, V {v}, {str(dtype)[6:]}", partial(variants, t, h, v, dtype), quick, unit=h * v)
+    for t, h, v, dtype, quick in (GPU_SHAPES if DEVICE == "cuda" else SHAPES)
+]
 
 if __name__ == "__main__":
     main("operators.linear_logprob", __doc__, lambda args: CASES)

@@ -35,6 +35,10 @@ PRODUCTS, ALL = "three products", slice(None)
 
 
 def inputs(t: int, h: int, v: int, dtype: torch.dtype, untrained: float, clipped: float) -> tuple[Tensor, ...]:
+    """Hidden states [T, H], weight [V, H], targets, old log-probs, advantages and token weights, [T] each.
+
+    untrained: the share of rows whose weight is 0. clipped: the share whose ratio lies outside the clipping range.
+    """
     g, hidden, weight, targets = drawn_head(t, h, v, dtype)
     old = ops.linear_logprob(hidden.detach(), weight.detach(), targets)
     advantage = torch.randn(t, generator=g, device=DEVICE)
@@ -45,6 +49,7 @@ def inputs(t: int, h: int, v: int, dtype: torch.dtype, untrained: float, clipped
 
 
 def gradients(loss: Tensor, hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    """dHidden [T, H] and dWeight [V, H]."""
     return torch.autograd.grad(loss, (hidden, weight))
 
 
@@ -83,6 +88,7 @@ def exact(x: tuple[Tensor, ...], rows: int = 1024) -> tuple[Tensor, ...]:
 def variants(
     t: int, h: int, v: int, dtype: torch.dtype, untrained: float, clipped: float, gpu: bool = False
 ) -> list[Variant]:
+    """Ours, its bare products and those of others. gpu: with a reference in float64, and more of them."""
     x = inputs(t, h, v, dtype, untrained, clipped)
     hidden, weight, targets, old, advantage, token_weight = x
     trained = token_weight.nonzero().squeeze(-1)
@@ -122,6 +128,7 @@ def case(
     t: int, h: int, v: int, dtype: torch.dtype, quick: bool, untrained: float = 0.25, clipped: float = 0.05,
     gpu: bool = False,
 ) -> Case:  # fmt: skip
+    """The case of these shapes; untrained and clipped as `inputs` takes them."""
     return Case(
         f"T {t}, H {h}, V {v}, {str(dtype)[6:]}, {untrained:.0%} untrained, {clipped:.0%} clipped",
         partial(variants, t, h, v, dtype, untrained, clipped, gpu),
@@ -132,6 +139,7 @@ def case(
 
 
 def cases() -> list[Case]:
+    """All that are measured on the device at hand."""
     if DEVICE == "cuda":
         return [case(t, h, v, torch.bfloat16, True, untrained, 0, gpu=True) for t, h, v, untrained in GPU_SHAPES]
     return [case(*shape) for shape in SHAPES] + [case(*shape, untrained=0, clipped=0) for shape in SHAPES]

@@ -13,6 +13,7 @@ SLOW = {"F.linear_cross_entropy, chunked"}  # minutes on a CPU: its default chun
 
 
 def plain_logprob(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The definition, over whole logits."""
     return F.linear(hidden, weight).float().log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
 
 

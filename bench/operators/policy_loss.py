@@ -11,6 +11,7 @@ from dwrl_fast import ops
 
 
 def variants(t: int) -> list[Variant]:
+    """Of `t` tokens: ours, and the definition."""
     g = torch.Generator().manual_seed(0)
     logprob = (-torch.rand(t, generator=g)).to(DEVICE).requires_grad_()
     old = logprob.detach() + 0.2 * torch.randn(t, generator=g).to(DEVICE)

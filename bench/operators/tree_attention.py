@@ -39,11 +39,14 @@ PAIRS = 32
 
 
 class Heads(NamedTuple):
+    """Of an attention layer: query heads, key and value heads, and channels of each."""
+
     query: int
     key: int
     channels: int
 
     def flops(self, pairs: int) -> float:
+        """Of forward and backward over so many pairs of a query and a key."""
         return 7 * 2 * self.channels * self.query * pairs
 
 
@@ -51,12 +54,15 @@ SMALL, QWEN7B = Heads(4, 4, 64), Heads(28, 4, 128)
 
 
 class Plan(NamedTuple):
+    """A forest, as `ops.tree_attention` takes it: first and last token and parent of each node, [M] int64."""
+
     start: Tensor
     stop: Tensor
     parent: Tensor
 
 
 def sequences_of(tokens: int, count: int = 1) -> Plan:
+    """`count` sequences of so many tokens each, which share nothing."""
     stop = torch.arange(1, count + 1) * tokens
     return Plan(stop - tokens, stop, torch.full((count,), -1))
 
@@ -137,6 +143,7 @@ def attention(
 
 
 def variants(plan: Plan, heads: Heads, dtype: torch.dtype) -> list[Variant]:
+    """Ours through each of its backends, padded SDPA and the definition; on a GPU those of `gpu_variants` too."""
     tokens, leaves, needed = int(plan.stop[-1]), sequences(plan), attended(plan)
     longest, whole = max(map(len, leaves)), len(leaves) == 1
     flat, gradient = drawn(tokens, heads, dtype)
@@ -213,6 +220,7 @@ def exact(plan: Plan, flat: list[Tensor], gradient: Tensor) -> tuple[Tensor, ...
 
 
 def case(name: str, plan: Plan, dtype: torch.dtype = torch.float32, quick: bool = True, heads: Heads = SMALL) -> Case:
+    """The case of this plan."""
     of = f"{heads.query} heads" if heads.query == heads.key else f"{heads.query} and {heads.key} heads"
     return Case(
         f"{name}, U {int(plan.stop[-1])}, {of} of {heads.channels}, {str(dtype)[6:]}",
@@ -223,6 +231,7 @@ def case(name: str, plan: Plan, dtype: torch.dtype = torch.float32, quick: bool 
 
 
 def cases() -> list[Case]:
+    """All that are measured on the device at hand."""
     if DEVICE.type == "cuda":
         plans = [("one sequence", sequences_of(8192)), ("sequences of 1024", sequences_of(1024, 16))]
         plans += [(f"{d}, thoughts of {m}", minibatch(d, m)) for d in ("hh", "rmb") for m in (40, 200)]

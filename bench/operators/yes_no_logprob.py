@@ -3,6 +3,8 @@
 python -m bench.operators.yes_no_logprob --quick
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
@@ -17,6 +19,7 @@ YES, NO = 7, 11
 
 
 def variants(b: int, h: int, v: int, normalization: str) -> list[Variant]:
+    """Of B hidden states and a head of [V, H]: ours, and plain PyTorch."""
     _, hidden, weight, _ = drawn_head(b, h, v, DTYPE)
 
     def plain() -> object:
@@ -32,11 +35,11 @@ def variants(b: int, h: int, v: int, normalization: str) -> list[Variant]:
     return [Variant("dwrl_fast", ours), Variant("plain PyTorch", plain)]
 
 
-def case(b: int, h: int, v: int, quick: bool, normalization: str) -> Case:
-    return Case(f"B {b}, H {h}, V {v}, {normalization}", lambda: variants(b, h, v, normalization), quick, unit=h * v)
-
-
-CASES = [case(*shape, normalization=n) for shape in SHAPES for n in ("vocab", "yes_no")]
+CASES = [
+    Case(f"B {b}, H {h}, V {v}, {n}", partial(variants, b, h, v, n), quick, unit=h * v)
+    for b, h, v, quick in SHAPES
+    for n in ("vocab", "yes_no")
+]
 
 if __name__ == "__main__":
     main("operators.yes_no_logprob", __doc__, lambda args: CASES)

@@ -56,6 +56,7 @@ def pairs(name: str, count: int = PAIRS) -> Pairs:
 
 @functools.cache  # one model after another
 def real(name: str, count: int = PAIRS) -> Pairs:
+    """Rows of the file of `name`, at evenly spaced quantiles of length, under the template of Qwen2.5."""
     from dwrl_fast.models.pretrained import load_tokenizer
 
     dialog = Dialog(load_tokenizer(str(SHARED / "tokenizers" / "qwen2.5")))

@@ -93,12 +93,14 @@ def variants(it: Setting, source: str, times: float) -> list[Variant]:
 
 
 def cpu_variants(shape: Mapping[str, Any], data: str, mean: int) -> list[Variant]:
+    """On the lengths of `data`, with thoughts of `mean` tokens; seconds count per thought token."""
     pairs = lengths.pairs(data)
     it = setting(shape, pairs, lengths.thought_lengths(mean, 2 * lengths.THOUGHTS * len(pairs.contexts)))
     return variants(it, pairs.source, sum(map(len, it.old)))
 
 
 def gpu_variants(shape: Mapping[str, Any], data: str, count: int, checkpointing: bool) -> list[Variant]:
+    """On `count` pairs of `data`, a key of GPU_PAIRS; seconds count per pass."""
     name = data.removesuffix("-200")
     if name in lengths.FILES:
         pairs = lengths.pairs(name, count)
@@ -213,6 +215,7 @@ def head_row(shape: Mapping[str, Any]) -> float:
 
 
 def trunk_case(prompt: int, response: int, rest: int) -> Case:
+    """The backbone alone, at these lengths of prompt, response, and thought with fixed turns."""
     return Case(
         f"trunk/{prompt}-{response}-{rest}x{lengths.THOUGHTS}",
         lambda: trunk_variants(MODELS["trunk-heavy"], prompt, response, rest),
@@ -222,6 +225,7 @@ def trunk_case(prompt: int, response: int, rest: int) -> Case:
 
 
 def step_case(model: str, data: str, suffix: str) -> Case:
+    """A minibatch of `model` on the lengths of `data`; suffix: of the mean of the thoughts, in MEANS."""
     return Case(
         f"{model}/{data}{suffix}",
         lambda: cpu_variants(MODELS[model], data, MEANS[suffix]),
@@ -236,6 +240,7 @@ CASES += [trunk_case(*sizes) for sizes in TRUNKS]
 
 
 def gpu_cases(layers: int, checkpointing: bool) -> list[Case]:
+    """Those of a GPU, on so many layers of the 7B."""
     shape = QWEN_7B | {"num_hidden_layers": layers}
     model = f"qwen2.5-7b-{layers}{'-checkpointed' if checkpointing else ''}"
     return [
@@ -252,11 +257,13 @@ def gpu_cases(layers: int, checkpointing: bool) -> list[Case]:
 
 
 def options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that a GPU's cases are made from."""
     parser.add_argument("--layers", type=int, help=f"of the 7B's 28 layers (default {LAYERS}; a GPU's cases)")
     parser.add_argument("--checkpointing", action="store_true", help="keep one state a layer (a GPU's cases)")
 
 
 def cases(args: argparse.Namespace) -> list[Case]:
+    """Those of a GPU where there is one, or where --layers asks for them; else those of a CPU."""
     if torch.cuda.is_available() or args.layers:
         return gpu_cases(args.layers or LAYERS, args.checkpointing)
     return CASES

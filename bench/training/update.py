@@ -41,6 +41,7 @@ class Setting(NamedTuple):
 
     @property
     def old(self) -> list[Tensor]:
+        """The old log-probs of every thought, [tokens] each."""
         return [old for group in self.groups for response in group.old_logprobs for old in response]
 
 
@@ -136,10 +137,10 @@ def ours(it: Setting, packing: Packing) -> Way:
         return update(method.model.lm, made, [partial(loss, phase, Size.of(made)) for phase in method.phases])
 
     batches = layout.batches(it.groups)
-    note = f"{len(batches)} micro-batch{'es' if len(batches) > 1 else ''}"
     scores, thoughts = sum(len(b.score_rows) for b in batches), sum(len(b.token_rows) for b in batches)
     # The score is read in both phases and trained in the first, the thoughts are trained in the second.
-    return Way(note, run, counters(batches) | flops(method.model.lm, batches, (scores + scores / 3 + thoughts) / 2))
+    counted = counters(batches) | flops(method.model.lm, batches, (scores + scores / 3 + thoughts) / 2)
+    return Way(f"{len(batches)} micro-batch{'es' if len(batches) > 1 else ''}", run, counted)
 
 
 def counters(batches: Iterable[Batch]) -> dict[str, float]:
