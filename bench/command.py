@@ -1,6 +1,9 @@
-"""What the commands of this folder share: a help text that names the command and says what it measures."""
+"""What the commands of this folder share: a help text that names the command, and tables."""
 
 import argparse
+from collections.abc import Iterable
+
+from rich.table import Column, Table
 
 
 def parser(name: str, about: str | None) -> argparse.ArgumentParser:
@@ -8,3 +11,12 @@ def parser(name: str, about: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         prog=f"python -m bench.{name}", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+
+
+def table(title: str, headings: Iterable[str], rows: Iterable[Iterable[str]], left: int = 1) -> Table:
+    """A table of `rows` of cells. left: how many of the first columns are text; the others are aligned right."""
+    columns = (Column(heading, justify="right" if i >= left else "left") for i, heading in enumerate(headings))
+    made = Table(*columns, title=title, title_justify="left")
+    for row in rows:
+        made.add_row(*row)
+    return made

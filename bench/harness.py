@@ -15,13 +15,12 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 from bench import command
@@ -46,6 +45,8 @@ class Variant:
 
 @dataclass(frozen=True)
 class Case:
+    """One set of inputs, on which variants are compared."""
+
     name: str
     variants: Callable[[], list[Variant]]  # made when it is the case's turn, so that one case is in memory at a time
     quick: bool = True
@@ -57,6 +58,8 @@ class Case:
 
 @dataclass
 class Row:
+    """What was measured of one variant of one case, as `--json` writes it."""
+
     case: str
     variant: str
     seconds_median: float | None
@@ -73,6 +76,7 @@ class Row:
     floors: float | None = None  # the time, in times of the case's floor
 
 
+HEADINGS = ("variant", "ms", "± iqr", "peak MiB", "beyond gradients", "products", "rows", "MiB moved")
 MEASURED = ("products", "rows", "bytes")  # the counters of every row; a variant's own come beside them
 ELEMENT_BYTES = {"double": 8, "float": 4, "c10::BFloat16": 2, "c10::Half": 2}
 LOOSE = {torch.bfloat16: 0.1}  # relative differences that rounding explains; of other dtypes 0.01
@@ -82,20 +86,19 @@ def matrix_products(run: Callable[[], object], unit: float = 1.0) -> dict[str, f
     """How many matrix products `run` takes, their multiplications in `unit`s, and the bytes they read and write."""
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as trace:
         run()
-    count, work, moved = 0, 0.0, 0.0
+    found = {"products": 0, "rows": 0.0, "bytes": 0.0}
     assert trace.profiler is not None
     for event in trace.profiler.kineto_results.events():
         first = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::addmm_": 1}.get(event.name())
-        if first is None or len(event.shapes()) < first + 2:
-            continue
-        a, b = event.shapes()[first], event.shapes()[first + 1]
-        size = ELEMENT_BYTES[event.dtypes()[first]]  # the result's too, but for bfloat16 into float32 on CUDA
-        batch = a[0] if len(a) == 3 else 1
-        m, k, n = a[-2], a[-1], b[-1]
-        count += 1
-        work += batch * m * k * n
-        moved += size * batch * (m * k + k * n + m * n)
-    return {"products": count, "rows": work / unit, "bytes": moved}
+        if first is not None and len(event.shapes()) >= first + 2:
+            a, b = event.shapes()[first : first + 2]
+            size = ELEMENT_BYTES[event.dtypes()[first]]  # the result's too, but for bfloat16 into float32 on CUDA
+            batch = a[0] if len(a) == 3 else 1
+            m, k, n = a[-2], a[-1], b[-1]
+            found["products"] += 1
+            found["rows"] += batch * m * k * n / unit
+            found["bytes"] += size * batch * (m * k + k * n + m * n)
+    return found
 
 
 def peak_memory(run: Callable[[], object]) -> int | None:
@@ -112,13 +115,14 @@ def peak_memory(run: Callable[[], object]) -> int | None:
         Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory starts again from here
     except (OSError, AttributeError):
         return None
-    before = _status("VmRSS")
+    before = proc_bytes("/proc/self/status", "VmRSS")
     run()
-    return max(0, _status("VmHWM") - before)
+    return max(0, proc_bytes("/proc/self/status", "VmHWM") - before)
 
 
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+def proc_bytes(path: str, key: str) -> int:
+    """What such a file of the kernel says of `key` in kB, in bytes."""
+    lines = Path(path).read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
 
 
@@ -129,30 +133,27 @@ def measure(
 
     Stops repeating when the case has taken `seconds`, after three rounds at least.
     """
-    rows: dict[str, Row] = {}
-    times: dict[str, list[float]] = {}
-    able: list[Variant] = []
+    rows: list[Row] = []
+    able: list[tuple[Variant, Callable[[], object], Row, list[float]]] = []  # with the seconds of each repeat
     expected: list[torch.Tensor] = []
     gc.collect()  # the case before
     for variant in (v for v in case.variants() if only is None or v.name in only):
-        row = rows[variant.name] = Row(
-            case.name, variant.name, None, None, None, skipped="" if variant.run else variant.why, note=variant.note
-        )
+        left_out = "it takes longer than --quick may" if quick and not variant.quick else ""
+        row = Row(case.name, variant.name, None, None, None, note=variant.note)
+        row.skipped = left_out or ("" if variant.run else variant.why)
         row.unit = f"seconds per {case.per}" if case.per else "seconds"
-        if quick and not variant.quick:
-            row.skipped = "it takes longer than --quick may"
-        if variant.run is None or row.skipped:
+        rows.append(row)
+        if variant.run is None or left_out:
             continue
         try:
             returned = tensors(variant.run())
             expected = expected or returned
             if variant.reference:
-                del rows[variant.name]
+                rows.pop()
                 continue
             size = sum(x.nbytes for x in returned)
             if variant.comparable:
-                row.difference, agrees = furthest(returned, expected, case.loose)
-                row.disagrees = not agrees
+                row.difference, row.disagrees = furthest(returned, expected, case.loose)
             del returned
             row.peak_bytes = peak_memory(variant.run)
             row.beyond_bytes = None if row.peak_bytes is None else max(0, row.peak_bytes - size)
@@ -160,43 +161,40 @@ def measure(
         except Exception as error:  # a peer that breaks is a row of the table, not the end of it
             row.skipped = f"{type(error).__name__}: {str(error).splitlines()[0][:90] if str(error) else ''}"
             continue
-        able.append(variant)
-        times[variant.name] = []
+        able.append((variant, variant.run, row, []))
     # What ran before leaves its caches and its free memory behind: no variant may always follow the same one.
     order = random.Random(0)
     start = time.perf_counter()
     for done in range(repeats):
         if done >= 3 and time.perf_counter() - start > seconds:
             break
-        for variant in order.sample(able, len(able)):
-            assert variant.run is not None
-            times[variant.name].append(timed(variant.run))
-    for variant in able:
-        taken = [seconds / variant.times for seconds in times[variant.name]]
-        rows[variant.name].seconds_median = statistics.median(taken)
-        low, _, high = statistics.quantiles(taken, n=4) if len(taken) > 1 else (taken[0],) * 3
-        rows[variant.name].seconds_iqr = high - low
-        if variant.flops:
-            rows[variant.name].flop_rate = variant.flops / statistics.median(times[variant.name])
-    least = rows[case.floor].seconds_median if case.floor in rows else None
-    for row in rows.values():
+        for _, run, _, taken in order.sample(able, len(able)):
+            taken.append(timed(run))
+    for variant, _, row, taken in able:
+        each = [seconds / variant.times for seconds in taken]
+        row.seconds_median = statistics.median(each)
+        low, _, high = statistics.quantiles(each, n=4) if len(each) > 1 else (each[0],) * 3
+        row.seconds_iqr = high - low
+        row.flop_rate = variant.flops / statistics.median(taken) if variant.flops else None
+    least = next((row.seconds_median for row in rows if row.variant == case.floor), None)
+    for row in rows:
         row.floors = row.seconds_median / least if least and row.seconds_median else None
-    yield from rows.values()
+    yield from rows
 
 
 def tensors(returned: object) -> list[torch.Tensor]:
+    """The tensors among what a variant returned."""
     some = returned if isinstance(returned, tuple | list) else (returned,)
     return [x for x in some if isinstance(x, torch.Tensor)]
 
 
 def furthest(found: list[torch.Tensor], like: list[torch.Tensor], loose: float | None = None) -> tuple[float, bool]:
-    """The largest relative difference, in the 2-norm, and whether every one is within what rounding explains."""
+    """The largest relative difference, in the 2-norm, and whether any is beyond what rounding explains."""
     if [x.shape for x in found] != [x.shape for x in like]:
-        return math.inf, False
+        return math.inf, True
     each = [((x.double() - y.double()).norm() / y.double().norm()).item() for x, y in zip(found, like, strict=True)]
     limits = [LOOSE.get(x.dtype, 0.01) if loose is None else loose for x in found]
-    agrees = all(d <= limit for d, limit in zip(each, limits, strict=True))  # and no NaN is
-    return max(each), agrees
+    return max(each), not all(d <= limit for d, limit in zip(each, limits, strict=True))  # so is a NaN
 
 
 def timed(run: Callable[[], object]) -> float:
@@ -211,60 +209,46 @@ def timed(run: Callable[[], object]) -> float:
 
 
 def show(rows: Collection[Row], console: Console) -> None:
+    """Prints a table for each case."""
     for case in dict.fromkeys(row.case for row in rows):
         some = [row for row in rows if row.case == case]
-        own = list(dict.fromkeys(key for row in some for key in row.counters if key not in MEASURED))
-        rates, floors = any(row.flop_rate for row in some), any(row.floors for row in some)
-        table = Table(title=f"{case}: milli{some[0].unit}", title_justify="left")
-        for heading in (
-            "variant",
-            "ms",
-            "± iqr",
-            "peak MiB",
-            "beyond gradients",
-            "products",
-            "rows",
-            "MiB moved",
-            *own,
-            *(["TFLOP/s"] if rates else []),
-            *(["floors"] if floors else []),
-            "differs by",
-        ):
-            table.add_column(heading, justify="left" if heading == "variant" else "right")
-        for row in some:
-            if row.seconds_median is None or row.seconds_iqr is None:
-                table.add_row(row.variant, f"[dim]skipped: {row.skipped}[/]")
-                continue
-            memory = ("?" if x is None else f"{x / 2**20:.0f}" for x in (row.peak_bytes, row.beyond_bytes))
-            counters = [f"{row.counters[k]:.6g}" for k in ("products", "rows")]
-            counters.append(f"{row.counters['bytes'] / 2**20:.0f}")
-            own_cells = [f"{row.counters[k]:,.0f}" if k in row.counters else "" for k in own]
-            own_cells += ([f"{row.flop_rate / 1e12:.2f}" if row.flop_rate else ""]) if rates else []
-            own_cells += ([f"{row.floors:.3f}" if row.floors else ""]) if floors else []
-            difference = "" if row.difference is None else f"{row.difference:.0e}"
-            if row.disagrees:
-                difference = f"[bold red]DISAGREES {difference}[/]"
-            table.add_row(
-                f"{row.variant}\n[dim]{row.note}[/]" if row.note else row.variant,
-                f"{row.seconds_median * 1e3:.2f}",
-                f"{row.seconds_iqr * 1e3:.2f}",
-                *memory,
-                *counters,
-                *own_cells,
-                difference,
-            )
-        console.print(table)
+        own = dict.fromkeys(key for row in some for key in row.counters if key not in MEASURED)
+        lines = [_cells(row, own) for row in some]
+        optional = (heading for heading in ("TFLOP/s", "floors") if any(line.get(heading) for line in lines))
+        headings = (*HEADINGS, *own, *optional, "differs by")
+        cells = ([line.get(heading, "") for heading in headings] for line in lines)
+        console.print(command.table(f"{case}: milli{some[0].unit}", headings, cells))
+
+
+def _cells(row: Row, own: Iterable[str]) -> dict[str, str]:
+    """By heading."""
+    if row.seconds_median is None or row.seconds_iqr is None:
+        return {"variant": row.variant, "ms": f"[dim]skipped: {row.skipped}[/]"}
+    peak, beyond = ("?" if x is None else f"{x / 2**20:.0f}" for x in (row.peak_bytes, row.beyond_bytes))
+    difference = "" if row.difference is None else f"{row.difference:.0e}"
+    return {
+        "variant": f"{row.variant}\n[dim]{row.note}[/]" if row.note else row.variant,
+        "ms": f"{row.seconds_median * 1e3:.2f}",
+        "± iqr": f"{row.seconds_iqr * 1e3:.2f}",
+        "peak MiB": peak,
+        "beyond gradients": beyond,
+        "products": f"{row.counters['products']:.6g}",
+        "rows": f"{row.counters['rows']:.6g}",
+        "MiB moved": f"{row.counters['bytes'] / 2**20:.0f}",
+        **{key: f"{row.counters[key]:,.0f}" for key in own if key in row.counters},
+        "TFLOP/s": f"{row.flop_rate / 1e12:.2f}" if row.flop_rate else "",
+        "floors": f"{row.floors:.3f}" if row.floors else "",
+        "differs by": f"[bold red]DISAGREES {difference}[/]" if row.disagrees else difference,
+    }
 
 
 def plot(rows: list[Row], path: Path) -> None:
     """A PNG: one line of panels a case, time on the left, memory on the right."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     cases = list(dict.fromkeys(row.case for row in rows))
-    figure, axes = pyplot.subplots(len(cases), 2, figsize=(11, 1 + 2.4 * len(cases)), squeeze=False)
+    figure = Figure(figsize=(11, 1 + 2.4 * len(cases)), layout="tight")
+    axes = figure.subplots(len(cases), 2, squeeze=False)
     for line, case in zip(axes, cases, strict=True):
         some = [r for r in rows if r.case == case and r.seconds_median is not None][::-1]
         names = [r.variant for r in some]
@@ -274,15 +258,14 @@ def plot(rows: list[Row], path: Path) -> None:
         line[1].barh(names, [(r.peak_bytes or 0) / 2**20 for r in some], color="tab:orange")
         line[0].set(title=case, xlabel=f"milli{some[0].unit if some else 'seconds'} (median, IQR)")
         line[1].set(xlabel="peak MiB beyond the inputs", yticklabels=[])
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
 
 
 def main(
     name: str,
     about: str | None,
-    cases: list[Case] | Callable[[argparse.Namespace], list[Case]],
-    summary: Callable[[list[Row], Console], None] | None = None,
+    cases: Callable[[argparse.Namespace], list[Case]],
+    summary: Callable[[list[Row], Console], None] = lambda rows, console: None,
     options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
 ) -> None:
     """Measure what the command line of `python -m bench.<name>` asks of `cases`; `summary` prints what holds over all.
@@ -304,13 +287,11 @@ def main(
     repeats, seconds = (3, 4.0) if args.quick else (args.repeats, args.seconds)
     console = Console(width=180)
     rows: list[Row] = []
-    found_cases = cases if isinstance(cases, list) else cases(args)
-    for case in (c for c in found_cases if args.case in c.name and (c.quick or not args.quick)):
+    for case in (c for c in cases(args) if args.case in c.name and (c.quick or not args.quick)):
         found = list(measure(case, repeats, seconds, args.quick, args.only))
         show(found, console)
         rows += found
-    if summary is not None:
-        summary(rows, console)
+    summary(rows, console)
     if args.json:
         report = {"benchmark": name.rpartition(".")[2], "machine": machine(), "rows": [asdict(r) for r in rows]}
         if torch.cuda.is_available():

@@ -3,7 +3,6 @@
 import functools
 import os
 import platform
-import statistics
 import subprocess
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -26,6 +25,7 @@ QUERY = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperatu
 
 
 def machine() -> dict[str, Any]:
+    """What a report says of where it was made."""
     models = [x.split(":")[1].strip() for x in _lines("/proc/cpuinfo") if x.startswith("model name")]
     found: dict[str, Any] = {
         "cpu": models[0] if models else platform.processor(),
@@ -47,6 +47,7 @@ def commit() -> str | None:
 
 
 def gpu() -> dict[str, Any]:
+    """What a report says of the first GPU and of how PyTorch uses it."""
     properties = torch.cuda.get_device_properties(0)
     return {
         "compute_capability": f"{properties.major}.{properties.minor}",
@@ -74,7 +75,7 @@ def state() -> dict[str, str]:
 @functools.cache  # once a run, however many ask
 def ceilings(side: int = 8192, copied: int = 4 << 30) -> dict[str, float]:
     """What this GPU reaches here and now: bytes a second of a copy, read and written, and FLOP a second of a product
-    [side, side] x [side, side] in bfloat16, of random numbers. Medians of ten.
+    [side, side] x [side, side] in bfloat16, of random numbers.
     """
     a, b = (torch.randn(side, side, device="cuda", dtype=torch.bfloat16) for _ in "ab")
     flops = 2 * side**3 / seconds(lambda: a @ b)
@@ -83,19 +84,11 @@ def ceilings(side: int = 8192, copied: int = 4 << 30) -> dict[str, float]:
     return {"bytes_per_second": 2 * copied / seconds(lambda: target.copy_(source)), "bf16_flop_per_second": flops}
 
 
-def seconds(run: Callable[[], object], repeats: int = 10) -> float:
-    """The median, by the device's events, after three runs that are not counted."""
-    for _ in range(3):
-        run()
-    found = []
-    for _ in range(repeats):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        stop.record()
-        stop.synchronize()
-        found.append(start.elapsed_time(stop) / 1e3)
-    return statistics.median(found)
+def seconds(run: Callable[[], object]) -> float:
+    """The median of as many runs as a tenth of a second takes, by the device's events and from a cold cache."""
+    from triton.testing import do_bench
+
+    return float(do_bench(run, return_mode="median")) / 1e3
 
 
 def _version(name: str) -> str | None:

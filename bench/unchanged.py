@@ -77,9 +77,13 @@ def train(checkout: Path, options: Mapping[str, Any], folder: Path) -> None:
     file = folder.with_suffix(".yaml")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(yaml.safe_dump({**options, "output_dir": str(folder)}))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(checkout)}
-    arguments = [sys.executable, "-m", "dwrl_fast.train", "--config", str(file)]
-    run = subprocess.run(arguments, cwd=checkout, env=environment, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-m", "dwrl_fast.train", "--config", str(file)],
+        cwd=checkout,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(checkout)},
+        capture_output=True,
+        text=True,
+    )
     if run.returncode not in (0, 3):
         sys.exit(f"{checkout}, {folder.name}:\n{run.stdout[-2000:]}\n{run.stderr[-2000:]}")
 
@@ -135,6 +139,7 @@ def compare(case: str, before: dict[str, str], after: dict[str, str]) -> bool:
 
 
 def main() -> None:
+    """The command: run every case in both checkouts, and end with status 1 where anything differs."""
     parser = command.parser("unchanged", __doc__)
     parser.add_argument("--before", type=Path, required=True, help="a checkout with its operators built")
     parser.add_argument("--after", type=Path, default=ROOT, help="the other one (default: this one)")
@@ -154,8 +159,9 @@ def main() -> None:
             runs = overfitted(options.tokenizers.resolve(), options.pairs, work)
         else:
             train(checkouts["before"], SMALL | {"max_steps": 1}, work / "made")
-            made = work / "made" / "embedded"
-            runs = {case: options_of(CASES[case], checkouts["before"], made) for case in options.cases}
+            runs = {
+                case: options_of(CASES[case], checkouts["before"], work / "made" / "embedded") for case in options.cases
+            }
         same = []
         for case, given in runs.items():
             for when, checkout in checkouts.items():

@@ -16,7 +16,7 @@ from bench.training import lengths, step
 from bench.training.flops import head_flops, trunk_flops
 from bench.training.plain_update import plain
 from bench.training.step import CASES, saved_bytes, trunk_variants
-from bench.training.trl_update import TrlUpdate, grpo_trainer
+from bench.training.trl_update import grpo_trainer, trl_update
 from bench.training.update import Setting, Way, fastest, ours, setting
 from dwrl_fast import ops
 from dwrl_fast.batching.layout import Layout
@@ -118,8 +118,8 @@ def test_trl_computes_the_clipped_objective_of_ours(tiny: Setting, size: int) ->
     sequences = [sequence for group in tiny.groups for sequence in group.flat]
     advantages = torch.randn(len(sequences), generator=torch.Generator().manual_seed(1))
     theirs = copy.deepcopy(tiny.lm)
-    found = TrlUpdate(grpo_trainer(theirs), sequences, tiny.old, advantages, size)
-    loss = found()
+    found = trl_update(grpo_trainer(theirs), sequences, tiny.old, advantages, size)
+    loss = found.run()
     counted = found.counters
     assert counted["naive tokens"] == sum(sequence.thought.stop for sequence in sequences)
     assert counted["trunk tokens"] == counted["naive tokens"] + counted["padding"]

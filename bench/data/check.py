@@ -11,7 +11,6 @@ processes together, say what the wall clock would be on so many idle cores.
 import json
 import os
 import random
-import resource
 import statistics
 import tempfile
 import time
@@ -19,7 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from bench import command
 from dwrl_fast.data.check import check
@@ -33,8 +31,7 @@ def write_pairs(path: Path, size: int, seed: int = 0) -> int:
     than one of HH (1.3 kB), less than one of UltraFeedback (3.4 kB).
     """
     draw = random.Random(seed)
-    letters = "eeeeetttaaooinnsshrrdlucm"
-    words = ["".join(draw.choices(letters, k=draw.randint(1, 9))) for _ in range(WORDS)]
+    words = ["".join(draw.choices("eeeeetttaaooinnsshrrdlucm", k=draw.randint(1, 9))) for _ in range(WORDS)]
 
     def text(median: int) -> str:
         said = " ".join(draw.choices(words, k=max(1, int(draw.lognormvariate(0, 0.8) * median))))
@@ -58,6 +55,7 @@ def write_pairs(path: Path, size: int, seed: int = 0) -> int:
 
 
 def parse(path: Path) -> None:
+    """Every line of `path` through `json.loads`, the result of which is dropped."""
     with open(path, "rb") as file:
         for line in file:
             json.loads(line)
@@ -65,18 +63,13 @@ def parse(path: Path) -> None:
 
 def seconds(run: Callable[[], object]) -> tuple[float, float]:
     """Wall-clock and CPU seconds, those of child processes too."""
-    before = _cpu()
-    started = time.perf_counter()
+    before, started = sum(os.times()[:4]), time.perf_counter()
     run()
-    return time.perf_counter() - started, _cpu() - before
-
-
-def _cpu() -> float:
-    uses = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(use.ru_utime + use.ru_stime for use in uses)
+    return time.perf_counter() - started, sum(os.times()[:4]) - before
 
 
 def main() -> None:
+    """The command: write pairs, then parse and check them in turn, and print the medians."""
     parser = command.parser("data.check", __doc__)
     parser.add_argument("--gigabytes", type=float, default=0.2)
     parser.add_argument("--repeats", type=int, default=5)
@@ -86,22 +79,17 @@ def main() -> None:
         path = Path(folder) / "pairs.jsonl"
         rows = write_pairs(path, int(options.gigabytes * 1e9))
         size = path.stat().st_size
-        taken: dict[str, list[tuple[float, float]]] = {"parse": [], "check": []}
-        for _ in range(options.repeats):
-            taken["parse"].append(seconds(lambda: parse(path)))
-            taken["check"].append(seconds(lambda: check(path, processes=options.processes)))
-    cores = len(os.sched_getaffinity(0))
-    load = os.getloadavg()[0]
-    table = Table(title=f"{size / 1e9:.2f} GB, {rows:,} pairs, {cores} cores, load {load:.1f}", title_justify="left")
-    for name in ("", "seconds", "CPU seconds", "MB a second", "ratio", "ratio of CPU"):
-        table.add_column(name, justify="right" if name else "left")
-    found = {name: [statistics.median(part) for part in zip(*runs, strict=True)] for name, runs in taken.items()}
-    for name, (wall, cpu) in found.items():
-        ratios = [one / other for one, other in zip((wall, cpu), found["parse"], strict=True)]
-        table.add_row(
-            name, f"{wall:.2f}", f"{cpu:.2f}", f"{size / wall / 1e6:.0f}", *(f"{ratio:.2f}" for ratio in ratios)
-        )
-    Console().print(table)
+        runs = {"parse": lambda: parse(path), "check": lambda: check(path, processes=options.processes)}
+        taken = [[seconds(run) for run in runs.values()] for _ in range(options.repeats)]
+    found = [[statistics.median(part) for part in zip(*times, strict=True)] for times in zip(*taken, strict=True)]
+    lines = []
+    for name, (wall, cpu) in zip(runs, found, strict=True):
+        ratios = (f"{one / other:.2f}" for one, other in zip((wall, cpu), found[0], strict=True))
+        lines.append((name, f"{wall:.2f}", f"{cpu:.2f}", f"{size / wall / 1e6:.0f}", *ratios))
+    cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
+    title = f"{size / 1e9:.2f} GB, {rows:,} pairs, {cores} cores, load {load:.1f}"
+    headings = ("", "seconds", "CPU seconds", "MB a second", "ratio", "ratio of CPU")
+    Console().print(command.table(title, headings, lines))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from collections import Counter
 from pathlib import Path
 
 from bench import command
-from dwrl_fast.data import Preference, Reader, open_rows, read_preferences
+from dwrl_fast.data import Reader, open_rows, read_preferences
 from dwrl_fast.feed import Feed, Shuffled, Source, Streamed
 
 
@@ -33,22 +33,23 @@ def write_rows(path: Path, rows: int, characters: int) -> None:
 
 
 def peak_mib() -> float:
+    """The largest resident memory of this process so far, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def usable(row: Preference) -> tuple[str, Counter[str]]:
-    return "", Counter()
-
-
 def stream(path: Path, buffer: int) -> Streamed:
-    return Streamed(Reader(open_rows(path), consecutive=True), usable, buffer_size=buffer, seed=0)
+    """`path` through a shuffle buffer of so many rows; every row can be used."""
+    rows = Reader(open_rows(path), consecutive=True)
+    return Streamed(rows, lambda row: ("", Counter()), buffer_size=buffer, seed=0)
 
 
 def make_feed(source: Source, batch: int, steps: int) -> Feed:
+    """`source` as training is fed from it: once through, in batches of `batch` rows."""
     return Feed([source], [1.0], batch_size=batch, epochs=1, max_steps=steps)
 
 
 def main() -> None:
+    """The command: write the file, then measure how it is read."""
     parser = command.parser("data.stream", __doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--characters", type=int, default=100, help="of each of a row's three texts")
@@ -66,16 +67,18 @@ def main() -> None:
 
 
 def measure(path: Path, options: argparse.Namespace) -> None:
+    """Print how fast `path` is read, in how much memory, and how long it takes to resume half-way."""
     steps, before, started, cpu = options.rows // options.batch, peak_mib(), time.perf_counter(), time.process_time()
     source: Source = (
         Shuffled(str(path), read_preferences(path).rows, 0) if options.in_memory else stream(path, options.buffer)
     )
     feed = make_feed(source, options.batch, steps)
     feed.next()
-    first, middle = time.perf_counter() - started, steps // 2
-    for step in range(1, steps):
-        if step == middle:
-            state = json.dumps(feed.state())
+    first = time.perf_counter() - started
+    for _ in range(1, steps // 2):
+        feed.next()
+    state = json.dumps(feed.state())
+    for _ in range(steps // 2, steps):
         feed.next()
     seconds, cpu, rows = time.perf_counter() - started, time.process_time() - cpu, steps * options.batch
     print(f"first batch   {first:8.2f} s")
@@ -87,9 +90,8 @@ def measure(path: Path, options: argparse.Namespace) -> None:
     again = make_feed(stream(path, options.buffer), options.batch, steps)
     again.restore(json.loads(state))
     again.next()
-    print(
-        f"resumed       {time.perf_counter() - started:8.2f} s   half-way; its state has {len(state) / 1024:,.0f} KiB"
-    )
+    seconds = time.perf_counter() - started
+    print(f"resumed       {seconds:8.2f} s   half-way; its state has {len(state) / 1024:,.0f} KiB")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bench import command
+from bench.operators.heads import drawn_head
 from bench.operators.tree_attention import Heads, Plan, drawn, going, minibatch
 from dwrl_fast import ops
 from dwrl_fast.ops.varlen import VARLEN
@@ -25,6 +26,7 @@ SMALL_TREE = Plan(torch.tensor([0, 40, 57, 60]), torch.tensor([40, 57, 60, 75]),
 
 
 def calls(large: bool, device: str = "cuda") -> Iterator[tuple[str, Call]]:
+    """Every call by its name. large: on the shapes of a real model, in place of those that a sanitizer can follow."""
     for dtype in (torch.float32, torch.bfloat16):
         yield from head_calls(*(LARGE if large else SMALL), dtype, device)
     yield from loss_calls(100_003 if large else 1500, device)
@@ -34,11 +36,9 @@ def calls(large: bool, device: str = "cuda") -> Iterator[tuple[str, Call]]:
 
 def head_calls(t: int, h: int, v: int, dtype: torch.dtype, device: str) -> Iterator[tuple[str, Call]]:
     """The operators over the kernels of the head: plain, and with all that they can take."""
-    g = torch.Generator(device).manual_seed(0)
+    g, hidden, weight, targets = drawn_head(t, h, v, dtype, device)
     draw = partial(torch.randn, generator=g, device=device)
-    hidden, weight = draw(t, h).to(dtype).requires_grad_(), (draw(v, h) / h**0.5).to(dtype).requires_grad_()
     bias = draw(v).to(dtype).requires_grad_()
-    targets = torch.randint(v, (t,), generator=g, device=device)
     with torch.no_grad():
         old = ops.linear_logprob(hidden, weight, targets, backend="triton") + 0.3 * draw(t)
     tokens = old, draw(t), torch.rand(t, generator=g, device=device)
@@ -62,19 +62,20 @@ def head_calls(t: int, h: int, v: int, dtype: torch.dtype, device: str) -> Itera
         return *found, *torch.autograd.grad(found[0].sum(), (hidden, weight))
 
     capped: dict[str, float] = {"softcap": 20.0, "temperature": 0.7}
-    yield f"linear_policy_loss, {name}", policy
-    yield (
-        f"linear_policy_loss with bias, soft-cap, KL, {name}",
-        partial(policy, bias=bias, ref_logprob=old, beta=0.1, **capped),
-    )
-    yield f"linear_logprob, {name}", logprob
-    yield f"linear_logprob with soft-cap, {name}", partial(logprob, **capped)
-    yield from ((f"yes_no_logprob {n}, {name}", partial(score, n)) for n in ("vocab", "yes_no"))
+    found: dict[str, Call] = {
+        "linear_policy_loss": policy,
+        "linear_policy_loss with bias, soft-cap, KL": partial(policy, bias=bias, ref_logprob=old, beta=0.1, **capped),
+        "linear_logprob": logprob,
+        "linear_logprob with soft-cap": partial(logprob, **capped),
+        **{f"yes_no_logprob {n}": partial(score, n) for n in ("vocab", "yes_no")},
+    }
+    for what, call in found.items():
+        yield f"{what}, {name}", call
 
 
 def loss_calls(t: int, device: str) -> Iterator[tuple[str, Call]]:
-    g = torch.Generator(device).manual_seed(0)
-    lp, old, a, w = (torch.randn(t, generator=g, device=device) for _ in range(4))
+    """`policy_loss` of `t` tokens, with the KL term and the entropy."""
+    lp, old, a, w = torch.randn(4, t, generator=torch.Generator(device).manual_seed(0), device=device)
     lp.requires_grad_()
 
     def loss() -> tuple[Tensor, ...]:
@@ -87,7 +88,6 @@ def loss_calls(t: int, device: str) -> Iterator[tuple[str, Call]]:
 def attention_calls(plan: Plan) -> Iterator[tuple[str, Call]]:
     """Every backend that can run here, by depth, by path and with a window."""
     flat, gradient = drawn(int(plan.stop[-1]), Heads(28, 4, 128), torch.bfloat16)
-    device = flat[0].device
 
     def attention(backend: str, by_path: bool, window: int | None) -> tuple[Tensor, ...]:
         with going(by_path):
@@ -95,7 +95,7 @@ def attention_calls(plan: Plan) -> Iterator[tuple[str, Call]]:
         return out, *torch.autograd.grad(out, flat, gradient)
 
     for backend, varlen in VARLEN.items():
-        if problem := varlen.problem(device, torch.bfloat16, 128, None):
+        if problem := varlen.problem(flat[0].device, torch.bfloat16, 128, None):
             print(f"left out: tree_attention, {backend}: {problem}", flush=True)
             continue
         for way, by_path, window in (("by depth", False, None), ("by path", True, None), ("window of 13", True, 13)):
@@ -116,6 +116,7 @@ def bits(x: Tensor) -> Tensor:
 
 
 def main() -> None:
+    """The command: run every call, or with --repeats compare its repeats, and print a line for each."""
     parser = command.parser("gpu.calls", __doc__)
     parser.add_argument("--repeats", type=int, default=0)
     args = parser.parse_args()

@@ -61,8 +61,11 @@ def compiled(variant: int, capability: int, logits: str, gradient: str) -> Compi
     # PyTorch's memory is aligned to 16 bytes, and Triton then compiles wide loads, which take more registers.
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
     constants = {name: value for name, value in constants.items() if name in signature}
-    source = ASTSource(kernel, signature, constants, aligned)
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    made = triton.compile(
+        ASTSource(kernel, signature, constants, aligned),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": warps},
+    )
     return Compiled(made.asm["ptx"], *_assembled(made.asm["ptx"], capability), made.metadata.shared, warps)
 
 
@@ -70,14 +73,13 @@ def _assembled(ptx: str, capability: int) -> tuple[int, int, int]:
     """Registers, bytes of spill stores and of spill loads, as the assembler that Triton bundles reports them."""
     from triton.backends import nvidia
 
-    name = "ptxas-blackwell" if capability >= 100 else "ptxas"
     target = re.search(r"\.target (\w+)", ptx)
     assert target
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        ptxas = Path(nvidia.__file__).parent / "bin" / name
-        command = [str(ptxas), "-v", "--gpu-name", target[1], file.name, "-o", os.devnull]
+        assembler = Path(nvidia.__file__).parent / "bin" / ("ptxas-blackwell" if capability >= 100 else "ptxas")
+        command = [str(assembler), "-v", "--gpu-name", target[1], file.name, "-o", os.devnull]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers = re.search(r"Used (\d+) registers", report)
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)

@@ -16,13 +16,11 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -41,75 +39,62 @@ INSTEAD = """there is no CUDA device, and every part needs one. Without one ther
     python -m bench.gpu.roofline                     what to expect, counted"""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    ok: bool
-    report: dict[str, Any]
+Outcome = dict[str, Any]  # what the part's report says: "ok", and what it found
 
 
-@dataclass(frozen=True)
-class Part:
-    does: str
-    minutes: int  # after which it is stopped
-    run: Callable[["Job"], Outcome]
-
-
-@dataclass(frozen=True)
-class Job:
-    """One part at work: its log, how long it may take, and where its tables and plots go."""
+class Job(NamedTuple):
+    """One part at work: where its log, tables and plots go, and after how long a command of it is stopped."""
 
     name: Path  # without a suffix
     seconds: float
 
     def command(self, *args: str, **environment: str) -> tuple[int, str]:
         """Exit status and output, which is shown and kept; 124 where the time was over."""
-        with self.name.with_suffix(".txt").open("a") as log:
-            process = subprocess.Popen(
-                args, cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        started, lines = time.monotonic(), []
+        limited = ("timeout", "--signal=KILL", str(self.seconds), *args)  # it stops all that was started
+        with (
+            self.name.with_suffix(".txt").open("a") as log,
+            subprocess.Popen(
+                limited, cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                 text=True, start_new_session=True,
-            )  # fmt: skip
-            stopped = threading.Event()
-
-            def stop() -> None:
-                stopped.set()
-                os.killpg(process.pid, signal.SIGKILL)  # and all that it started
-
-            timer = threading.Timer(self.seconds, stop)
-            timer.start()
+            ) as process,
+        ):  # fmt: skip
             assert process.stdout is not None
-            lines = []
             try:
-                with process.stdout:
-                    for line in process.stdout:
-                        print(line, end="", flush=True)
-                        log.write(line)
-                        lines.append(line)
-                status = process.wait()
+                for line in process.stdout:
+                    print(line, end="", flush=True)
+                    log.write(line)
+                    lines.append(line)
             except BaseException:
                 os.killpg(process.pid, signal.SIGKILL)  # an interrupt does not reach a session of its own
                 raise
-            finally:
-                timer.cancel()
-        return (124 if stopped.is_set() else status), "".join(lines)
+        return (124 if time.monotonic() - started >= self.seconds else process.returncode), "".join(lines)
 
-
-def table(module: str, *options: str, ours: str = "dwrl_fast") -> Callable[[Job], Outcome]:
-    """A benchmark that writes its own report. It fails where the variant that is `ours` could not run."""
-
-    def run(job: Job) -> Outcome:
-        path = job.name.with_suffix(".json")
+    def benchmark(self, module: str, *options: str) -> tuple[Outcome, str]:
+        """What `python -m module --json` reports, "ok" where it ended well and wrote that, and what it printed."""
+        path = self.name.with_suffix(".json")
         path.unlink(missing_ok=True)
-        plot = str(job.name.with_suffix(".png"))
-        status, _ = job.command(sys.executable, "-m", module, "--json", str(path), "--plot", plot, *options)
+        status, output = self.command(sys.executable, "-m", module, "--json", str(path), *options)
         report = json.loads(path.read_text()) if path.exists() else {}
-        wrong = [f"{row['case']}: {row['variant']}" for row in report.get("rows", []) if row["disagrees"]]
-        own = [row for row in report.get("rows", []) if row["variant"] == ours]
-        failed = [f"{row['case']}: {row['skipped']}" for row in own if row["skipped"]]
-        return Outcome(
-            status == 0 and bool(own) and not failed, report | {"status": status, "disagree": wrong, "failed": failed}
-        )
+        return report | {"ok": status == 0 and bool(report), "status": status}, output
 
-    return run
+
+class Part(NamedTuple):
+    """What is asked of a GPU in one go."""
+
+    does: str
+    minutes: int  # after which it is stopped
+    run: Callable[[Job], Outcome]
+
+
+def table(job: Job, module: str, *options: str, ours: str = "dwrl_fast") -> Outcome:
+    """A benchmark that writes its own report. It fails where the variant that is `ours` could not run."""
+    report, _ = job.benchmark(module, "--plot", str(job.name.with_suffix(".png")), *options)
+    rows = report.get("rows", [])
+    own = [row for row in rows if row["variant"] == ours]
+    failed = [f"{row['case']}: {row['skipped']}" for row in own if row["skipped"]]
+    wrong = [f"{row['case']}: {row['variant']}" for row in rows if row["disagrees"]]
+    return report | {"ok": report["ok"] and bool(own) and not failed, "disagree": wrong, "failed": failed}
 
 
 def tests(job: Job) -> Outcome:
@@ -125,7 +110,7 @@ def tests(job: Job) -> Outcome:
             read_tests(xml.read_text()) if xml.exists() else {"ran": 0, "refused": {}, "failed": ["there is no report"]}
         )
     ok = status == 0 and bool(found["ran"]) and not found["failed"] and not found["refused"]
-    return Outcome(ok, found | {"status": status})
+    return found | {"ok": ok, "status": status}
 
 
 def read_tests(xml: str) -> dict[str, Any]:
@@ -151,7 +136,7 @@ def sanitizer(job: Job) -> Outcome:
         print(
             "NOT RUN: compute-sanitizer is not on the PATH, nor in /usr/local/cuda/bin (it comes with CUDA's toolkit)"
         )
-        return Outcome(False, {"problem": "compute-sanitizer is missing"})
+        return {"ok": False, "problem": "compute-sanitizer is missing"}
     share = Job(job.name, job.seconds / len(TOOLS))
     found = {}
     for name in TOOLS:
@@ -161,7 +146,7 @@ def sanitizer(job: Job) -> Outcome:
         )  # fmt: skip
         found[name] = read_sanitizer(output) | {"status": status}
         print(f"{name}: {'CLEAN' if clean(found[name]) else 'NOT CLEAN'} {found[name]}", flush=True)
-    return Outcome(all(map(clean, found.values())), found)
+    return {"ok": all(map(clean, found.values())), **found}
 
 
 def read_sanitizer(output: str) -> dict[str, Any]:
@@ -179,6 +164,7 @@ def read_sanitizer(output: str) -> dict[str, Any]:
 
 
 def clean(found: dict[str, Any]) -> bool:
+    """Whether a report of `read_sanitizer` says that all calls ran, and nothing was found."""
     return found["errors"] == 0 and found["status"] == 0 and not found["refused"] and found["calls"] > 0
 
 
@@ -189,25 +175,18 @@ def repeats(job: Job) -> Outcome:
     )
     last = output.strip().rpartition("\n")[2]
     found = json.loads(last) if status == 0 and last.startswith("{") else {}
-    return Outcome(bool(found) and not any(found.values()), {"repeats": REPEATS, "differing": found, "status": status})
+    ok = bool(found) and not any(found.values())
+    return {"ok": ok, "repeats": REPEATS, "differing": found, "status": status}
 
 
-def against_cpu(module: str, stored: str, *options: str) -> Callable[[Job], Outcome]:
+def against_cpu(job: Job, module: str, stored: str, *options: str) -> Outcome:
     """A run that learns, held against what the CPU's stored runs let one expect of it."""
-
-    def run(job: Job) -> Outcome:
-        if not (RESULTS / stored).exists():
-            print(f"NOT RUN: there is no {RESULTS / stored}, which `python -m {module} --json` writes on a CPU")
-            return Outcome(False, {"missing": [stored]})
-        path = job.name.with_suffix(".json")
-        path.unlink(missing_ok=True)
-        like = ("--against", str(RESULTS / stored))
-        status, output = job.command(sys.executable, "-m", module, "--json", str(path), *like, *options)
-        report = json.loads(path.read_text()) if path.exists() else {}
-        outside = re.findall(r"^.*\bOUTSIDE\b.*$", output, re.MULTILINE)
-        return Outcome(status == 0 and bool(report) and not outside, report | {"status": status, "outside": outside})
-
-    return run
+    if not (RESULTS / stored).exists():
+        print(f"NOT RUN: there is no {RESULTS / stored}, which `python -m {module} --json` writes on a CPU")
+        return {"ok": False, "missing": [stored]}
+    report, output = job.benchmark(module, "--against", str(RESULTS / stored), *options)
+    outside = re.findall(r"^.*\bOUTSIDE\b.*$", output, re.MULTILINE)
+    return report | {"ok": report["ok"] and not outside, "outside": outside}
 
 
 def pairs(job: Job) -> Outcome:
@@ -217,9 +196,9 @@ def pairs(job: Job) -> Outcome:
     missing = [path for path in (str(tokenizers), *files) if not Path(path).exists()]
     if missing:
         print(f"NOT RUN: there is no {', '.join(missing)}; name the folder above data/ in DWRL_FAST_SHARED")
-        return Outcome(False, {"missing": missing})
-    run = against_cpu("bench.learning.overfit", "cpu_overfit.json", "--tokenizers", str(tokenizers), "--data", *files)
-    return run(job)
+        return {"ok": False, "missing": missing}
+    given = ("--tokenizers", str(tokenizers), "--data", *files)
+    return against_cpu(job, "bench.learning.overfit", "cpu_overfit.json", *given)
 
 
 PARTS = {
@@ -228,34 +207,36 @@ PARTS = {
     "repeats": Part(f"{REPEATS} repeats in deterministic mode, equal bit for bit", 5, repeats),
     "head": Part(
         "linear_policy_loss on real heads, its three products and its peers", 9,
-        table("bench.operators.linear_policy_loss", "--seconds", "60"),
+        lambda job: table(job, "bench.operators.linear_policy_loss", "--seconds", "60"),
     ),
     "logprob": Part(
         "linear_logprob on real heads, and its peers", 5,
-        table("bench.operators.linear_logprob", "--seconds", "40"),
+        lambda job: table(job, "bench.operators.linear_logprob", "--seconds", "40"),
     ),
     "attention": Part(
         "tree_attention on Qwen2.5-7B's heads, and equal work in ordinary sequences", 8,
-        table("bench.operators.tree_attention", "--seconds", "40"),
+        lambda job: table(job, "bench.operators.tree_attention", "--seconds", "40"),
     ),
     "step": Part(
         "a DWRL minibatch on the shape of Qwen2.5-7B", 9,
-        table("bench.training.step", "--seconds", "30", ours="tree"),
+        lambda job: table(job, "bench.training.step", "--seconds", "30", ours="tree"),
     ),
     "train": Part(
         "what make train runs, and a second seed, against the CPU's seeds", 9,
-        against_cpu("bench.learning.embedded_seeds", "cpu_embedded_seeds.json", "--seeds", "0", "1"),
+        lambda job: against_cpu(job, "bench.learning.embedded_seeds", "cpu_embedded_seeds.json", "--seeds", "0", "1"),
     ),
     "pairs": Part("overfitting real pairs, with real tokenizers, against the CPU's accuracies", 9, pairs),
 }  # fmt: skip
 
 
 def gpu_name() -> str:
+    """The name of the GPU in lower case, as it stands in file names."""
     words = re.findall(r"[a-z0-9]+", torch.cuda.get_device_name().lower())
     return "_".join(word for word in words if word not in ("nvidia", "geforce", "tesla"))
 
 
 def run_part(name: str, folder: Path) -> bool:
+    """Run one part, write its report into `folder`, and say whether it was in order."""
     part = PARTS[name]
     job = Job(folder / f"{gpu_name()}_{name}", 60.0 * part.minutes)
     job.name.with_suffix(".txt").unlink(missing_ok=True)
@@ -263,14 +244,15 @@ def run_part(name: str, folder: Path) -> bool:
     measured = ceilings()
     torch.cuda.empty_cache()  # the part is another process
     found = part.run(job)
-    report = {"benchmark": name, "machine": machine(), "ceilings": measured, "ok": found.ok} | found.report
-    report["seconds"] = time.monotonic() - start
+    seconds = time.monotonic() - start
+    report: Outcome = {"benchmark": name, "machine": machine(), "ceilings": measured} | found | {"seconds": seconds}
     job.name.with_suffix(".json").write_text(json.dumps(report, indent=1))
-    print(f"{name}: {'ok' if found.ok else 'NOT OK'}, {report['seconds']:.0f} s, {job.name}.json", flush=True)
-    return found.ok
+    print(f"{name}: {'ok' if found['ok'] else 'NOT OK'}, {seconds:.0f} s, {job.name}.json", flush=True)
+    return bool(found["ok"])
 
 
 def main() -> None:
+    """The command: run the parts named, or list what there is."""
     parser = command.parser("gpu", __doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--list", action="store_true", help="what each part does, and after how long it is stopped")
@@ -290,7 +272,3 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     outcomes = [run_part(name, args.out.resolve()) for name in args.parts]  # all of them, whatever the first one says
     raise SystemExit(0 if all(outcomes) else 1)
-
-
-if __name__ == "__main__":
-    main()

@@ -15,7 +15,7 @@ from statistics import mean
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from bench import command
 from bench.learning.intervals import comparison, next_mean
@@ -23,7 +23,7 @@ from bench.machine import machine
 from dwrl_fast.console import set_up_logging
 from dwrl_fast.train import configure, run
 
-WANTED = 0.15
+WANTED, TITLE = 0.15, "Held-out hard pairs, the embedded task"
 COLUMNS = {
     "accuracy_before": "before",
     "accuracy_after": "after",
@@ -35,19 +35,18 @@ COLUMNS = {
 
 
 def seed_row(result: dict[str, Any]) -> dict[str, float]:
+    """The figures of one run, from the result of `dwrl_fast.train`; rise is in fractions of 1."""
     row = {name: result[name] for name in COLUMNS if result.get(name) is not None}
     return {"seed": result["seed"], **row, "rise": row["accuracy_after"] - row["accuracy_before"]}
 
 
 def table(rows: list[dict[str, float]]) -> Table:
-    shown = Table(title="Held-out hard pairs, the embedded task")
+    """A line for each seed, and their mean."""
     columns = {"seed": "seed", **COLUMNS, "rise": "rise"}
-    for title in columns.values():
-        shown.add_column(title, justify="right")
     average = {name: mean(row[name] for row in rows) for name in columns if all(name in row for row in rows)}
+    shown = Table(*(Column(title, justify="right") for title in columns.values()), title=TITLE)
     for row in rows:
-        shown.add_row(*(_cell(name, row.get(name)) for name in columns))
-    shown.add_section()
+        shown.add_row(*(_cell(name, row.get(name)) for name in columns), end_section=row is rows[-1])
     shown.add_row("mean", *(_cell(name, average.get(name)) for name in columns if name != "seed"))
     return shown
 
@@ -63,12 +62,12 @@ def compared(rows: list[dict[str, float]], stored: list[dict[str, float]]) -> Ta
 
 
 def _cell(name: str, value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.0f}" if name in ("seed", "seconds") else f"{value:+.3f}" if name == "rise" else f"{value:.3f}"
+    shape = {"seed": ".0f", "seconds": ".0f", "rise": "+.3f"}.get(name, ".3f")
+    return "" if value is None else format(value, shape)
 
 
 def main() -> None:
+    """The command: train seed by seed, print the table and write the JSON."""
     parser = command.parser("learning.embedded_seeds", __doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument(

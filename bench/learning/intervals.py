@@ -7,7 +7,10 @@ from statistics import mean, stdev
 from rich.table import Table
 from scipy import stats
 
+from bench import command
+
 LEVEL = 0.95
+INSIDE = {True: "within", False: "[bold red]OUTSIDE[/]"}
 Interval = tuple[float, float]
 
 
@@ -27,10 +30,8 @@ def next_share(share: float, pairs: int) -> Interval:
 
 def comparison(title: str, rows: Sequence[tuple[str, float, float, Interval]]) -> Table:
     """rows: a figure's name, its value stored and found, and the interval."""
-    table = Table(title=title, title_justify="left")
-    for heading in ("", "stored", "here", "95 % interval of a run here", ""):
-        table.add_column(heading, justify="left" if not heading else "right")
-    for name, stored, found, (low, high) in rows:
-        inside = "within" if low <= found <= high else "[bold red]OUTSIDE[/]"
-        table.add_row(name, f"{stored:.3f}", f"{found:.3f}", f"{low:.3f} to {high:.3f}", inside)
-    return table
+    lines = [
+        (name, f"{stored:.3f}", f"{found:.3f}", f"{low:.3f} to {high:.3f}", INSIDE[low <= found <= high])
+        for name, stored, found, (low, high) in rows
+    ]
+    return command.table(title, ("", "stored", "here", "95 % interval of a run here", ""), lines)

@@ -70,6 +70,7 @@ def write_first(source: Path, target: Path, dialog: Dialog, pairs: int, longest:
 
 
 def main() -> None:
+    """The command: train and evaluate every combination, print a line for each and write the JSON."""
     parser = command.parser("learning.overfit", __doc__)
     parser.add_argument("--tokenizers", type=Path, required=True, help="a folder of tokenizer folders: qwen2.5, llama3")
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="pair files")
@@ -82,7 +83,8 @@ def main() -> None:
     parser.add_argument("--against", type=Path, help="such a JSON, of another machine")
     options = parser.parse_args()
 
-    against = json.loads(options.against.read_text())["rows"] if options.against else []
+    against = json.loads(options.against.read_text()) if options.against else {"rows": []}
+    stored = {row["case"]: row["after"] for row in against["rows"]}
     rows = []
     console = Console()
     work = Path(tempfile.mkdtemp(prefix="overfit-"))
@@ -129,7 +131,6 @@ def main() -> None:
             f"{row['case']:<36} {row['pairs']} pairs  {row['before']:.3f} -> {row['after']:.3f}  {row['seconds']:.0f} s"
         )
     if options.against:
-        stored = {row["case"]: row["after"] for row in against}
         found = [
             (row["case"], stored[row["case"]], row["after"], next_share(stored[row["case"]], row["pairs"]))
             for row in rows

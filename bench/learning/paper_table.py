@@ -31,6 +31,7 @@ FACTORS = (1 / 9, 1 / 3, 1.0, 3.0, 9.0)
 
 
 def cells(seeds: Sequence[int], full: bool) -> list[Cell]:
+    """The cells of `--full`, or the one of `--quick`, each with all `seeds`."""
     if not full:
         return [Cell("sums", EASY_FRACTIONS[-1], seed) for seed in seeds]
     sums = [Cell("sums", share, seed) for share in EASY_FRACTIONS for seed in seeds]
@@ -58,30 +59,31 @@ class Results:
     """The lines of one file, by run."""
 
     def __init__(self, path: Path):
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else ()
         self.path = path
-        self.found: dict[Run, Record] = {}
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-            record = json.loads(line)
-            self.found[run_of(record)] = record
+        self.found: dict[Run, Record] = {run_of(record): record for record in map(json.loads, lines)}
 
     def add(self, record: Record) -> None:
+        """Keep `record`, in the file too."""
         self.found[run_of(record)] = record
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def of(self, runs: Iterable[Run]) -> list[Record]:
+        """The records of those of `runs` that have ended."""
         return [self.found[run] for run in runs if run in self.found]
 
 
 def run_of(record: Record) -> Run:
+    """The run that `record` is the result of."""
     return Run(Cell(**record["cell"]), record["variant"], record["factor"], record["split"])
 
 
 def carry_out(runs: Sequence[Run], results: Results, root: Path, jobs: int, console: Console) -> None:
     """All of `runs` that have no result yet. One that fails is said, and has none."""
     left = [run for run in runs if run not in results.found]
-    needed = sorted({run.cell for run in left})
-    _each("backbone", backbone, [(cell, root) for cell in needed], jobs, console, lambda made: None)
+    cells = sorted({run.cell for run in left})
+    _each("backbone", backbone, [(cell, root) for cell in cells], jobs, console, lambda made: None)
     _each("run", execute, [(run, root) for run in left], jobs, console, results.add)
 
 
@@ -93,23 +95,22 @@ def _each(
     console: Console,
     done: Callable[[Any], None],
 ) -> None:
-    if not arguments:
-        return
     started = time.monotonic()
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         pending = {pool.submit(function, *each): each[0] for each in arguments}
         for count, future in enumerate(as_completed(pending), 1):
-            what, spent = pending[future], time.monotonic() - started
-            left = spent / count * (len(pending) - count)
-            if future.exception() is not None:
-                console.print(f"{name} FAILED: {what}: {future.exception()!r}", markup=False, highlight=False)
-                continue
-            done(future.result())
-            line = f"{name} {count}/{len(pending)}  {spent:.0f} s, {left:.0f} s left  {what}"
+            spent = time.monotonic() - started
+            if error := future.exception():
+                line = f"{name} FAILED: {pending[future]}: {error!r}"
+            else:
+                done(future.result())
+                left = spent / count * (len(pending) - count)
+                line = f"{name} {count}/{len(pending)}  {spent:.0f} s, {left:.0f} s left  {pending[future]}"
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def main() -> None:
+    """The command: sweep, run, and write the table."""
     parser = command.parser("learning.paper_table", __doc__)
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--quick", action="store_true")
@@ -117,19 +118,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--methods", nargs="+", default=list(VARIANTS), choices=VARIANTS, metavar="METHOD")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--folder", type=Path, help="where runs and results go [runs/paper_table]")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/paper_table"), help="where runs and results go [%(default)s]"
+    )
     parser.add_argument("--json", type=Path, help="write the table's figures here too")
     given = parser.parse_args()
     console = Console()
-    root = given.folder or Path("runs/paper_table")
+    root = given.folder
     root.mkdir(parents=True, exist_ok=True)
     results = Results(root / "results.jsonl")
 
-    swept: list[Swept] = []
-    if given.full:
-        tried = swept_runs(given.methods)
-        carry_out(tried, results, root, given.jobs, console)
-        swept = sweep(results.of(tried))
+    tried = swept_runs(given.methods) if given.full else []
+    carry_out(tried, results, root, given.jobs, console)
+    swept = sweep(results.of(tried))
     final = final_runs(cells(given.seeds, given.full), given.methods, swept)
     carry_out(final, results, root, given.jobs, console)
 
@@ -137,6 +138,8 @@ def main() -> None:
     text = markdown(table, swept)
     console.print(text, markup=False, highlight=False, soft_wrap=True)
     (root / "paper_table.md").write_text(text, encoding="utf-8")
+    path = given.json or root / "paper_table.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "machine": machine(),
         "versions": versions(),
@@ -144,8 +147,6 @@ def main() -> None:
         "lines": [asdict(line) for line in table],
         "sweep": [asdict(each) for each in swept],
     }
-    path = given.json or root / "paper_table.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     console.print(f"{len(results.of(final))} of {len(final)} runs; written: {path}", markup=False, highlight=False)
 

@@ -105,6 +105,7 @@ class Swept:
 
 
 def sweep(records: Sequence[Record]) -> list[Swept]:
+    """Of the runs on dev: a `Swept` for each task and variant."""
     found: dict[tuple[str, str], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         if record["split"] == "dev":
@@ -120,31 +121,31 @@ def overview(found: Sequence[Line]) -> str:
     """Variants by tasks, in a table: the mean over seeds, and the least and the most of them."""
     tasks = list(dict.fromkeys(line.task for line in found))
     cells = {(line.variant, line.task): line for line in found}
-    rows = [
-        _cells([variant, *(_spread(cells.get((variant, task))) for task in tasks)])
-        for variant in VARIANTS
-        if any(variant == line.variant for line in found)
-    ]
-    return "\n".join([*_head(["method", *tasks]), *rows])
+    return _table(
+        ("method", *tasks),
+        [
+            (variant, *(_spread(cells.get((variant, task))) for task in tasks))
+            for variant in VARIANTS
+            if any(variant == line.variant for line in found)
+        ],
+    )
 
 
 def _spread(line: Line | None) -> str:
-    if line is None:
-        return ""
-    return f"{line.accuracy:.3f} ({min(line.seeds.values()):.3f} to {max(line.seeds.values()):.3f})"
+    seeds = line.seeds.values() if line else ()
+    return f"{line.accuracy:.3f} ({min(seeds):.3f} to {max(seeds):.3f})" if line else ""
 
 
 def markdown(found: Sequence[Line], swept: Sequence[Swept] = ()) -> str:
     """All tasks at a glance, a table a task, and the sweep where there was one."""
     parts = [overview(found)]
     for task in dict.fromkeys(line.task for line in found):
-        rows = [_row(line) for line in found if line.task == task]
-        parts.append(f"**{task}**\n\n" + "\n".join([*_head(COLUMNS), *rows]))
+        parts.append(f"**{task}**\n\n" + _table(COLUMNS, [_row(line) for line in found if line.task == task]))
     if swept:
         factors = sorted({factor for each in swept for factor in each.accuracy})
-        rows = [_cells([each.task, each.variant, *(_swept(each, factor) for factor in factors)]) for each in swept]
-        head = _head(["task", "method", *(f"x {factor:.3g}" for factor in factors)])
-        parts.append("**Learning rates, times the stored ones: dev accuracy**\n\n" + "\n".join([*head, *rows]))
+        rows = [(each.task, each.variant, *(_swept(each, factor) for factor in factors)) for each in swept]
+        table = _table(("task", "method", *(f"x {factor:.3g}" for factor in factors)), rows)
+        parts.append("**Learning rates, times the stored ones: dev accuracy**\n\n" + table)
     return "\n\n".join(parts) + "\n"
 
 
@@ -154,42 +155,29 @@ COLUMNS = (
 )
 
 
-def _cells(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    head, *lines = ("| " + " | ".join(cells) + " |" for cells in (titles, *rows))
+    return "\n".join([head, "|" + "---|" * len(titles), *lines])
 
 
-def _head(titles: Sequence[str]) -> list[str]:
-    return [_cells(titles), "|" + "---|" * len(titles)]
-
-
-def _row(line: Line) -> str:
-    low, high = line.interval
-    gap, paired = "", ""
-    if line.difference is not None and line.difference_interval is not None:
-        gap = f"{line.difference:+.3f}"
-        paired = f"{line.difference_interval[0]:+.3f} to {line.difference_interval[1]:+.3f}"
-    spread = " ".join(f"{accuracy:.3f}" for accuracy in line.seeds.values())
-    return _cells(
-        [
-            line.variant,
-            f"{line.before:.3f}",
-            f"{line.accuracy:.3f}",
-            f"{low:.3f} to {high:.3f}",
-            gap,
-            paired,
-            spread,
-            f"{line.learnt} of {len(line.seeds)}",
-            "" if line.train_accuracy is None else f"{line.train_accuracy:.3f}",
-            f"{line.unparsable:.3f}" if line.unparsable else "",
-            f"{line.seconds:.0f}",
-            f"{line.sampled_tokens / 1e3:,.0f}k" if line.sampled_tokens else "",
-            f"{line.trained_tokens / 1e3:,.0f}k" if line.trained_tokens else "",
-        ]
+def _row(line: Line) -> tuple[str, ...]:
+    return (
+        line.variant,
+        f"{line.before:.3f}",
+        f"{line.accuracy:.3f}",
+        "{:.3f} to {:.3f}".format(*line.interval),
+        "" if line.difference is None else f"{line.difference:+.3f}",
+        "" if line.difference_interval is None else "{:+.3f} to {:+.3f}".format(*line.difference_interval),
+        " ".join(f"{accuracy:.3f}" for accuracy in line.seeds.values()),
+        f"{line.learnt} of {len(line.seeds)}",
+        "" if line.train_accuracy is None else f"{line.train_accuracy:.3f}",
+        f"{line.unparsable:.3f}" if line.unparsable else "",
+        f"{line.seconds:.0f}",
+        f"{line.sampled_tokens / 1e3:,.0f}k" if line.sampled_tokens else "",
+        f"{line.trained_tokens / 1e3:,.0f}k" if line.trained_tokens else "",
     )
 
 
 def _swept(each: Swept, factor: float) -> str:
-    if factor not in each.accuracy:
-        return ""
-    shown = f"{each.accuracy[factor]:.3f}"
+    shown = f"{each.accuracy[factor]:.3f}" if factor in each.accuracy else ""
     return f"**{shown}**" if factor == each.best else shown

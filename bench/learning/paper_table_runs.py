@@ -56,10 +56,12 @@ class Cell:
 
     @property
     def name(self) -> str:
+        """As the table calls the task."""
         return self.task if self.task == "attributes" else f"{self.task}, easy {self.easy_fraction:g}"
 
     @property
     def folder(self) -> str:
+        """The name of the folder that holds the cell."""
         return f"{self.name.replace(', ', '-').replace(' ', '-')}-seed-{self.seed}"
 
 
@@ -74,6 +76,7 @@ class Run:
 
     @property
     def folder(self) -> str:
+        """The name of the folder below that of the cell."""
         return f"{self.variant.replace(', ', '-').replace(' ', '-')}-x{self.factor:.3g}-{self.split}"
 
 
@@ -141,7 +144,7 @@ def judged(model: Path, pairs: Path, seed: int) -> list[float]:
 
 
 def prefilled_tokens(folder: Path) -> int:
+    """How many tokens of thoughts were written before training, 0 where none were."""
     path = folder / "prefilled.jsonl"
-    if not path.exists():
-        return 0
-    return sum(len(json.loads(line)["ids"]) for line in path.read_text(encoding="utf-8").splitlines())
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else ()
+    return sum(len(json.loads(line)["ids"]) for line in lines)

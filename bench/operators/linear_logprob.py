@@ -6,56 +6,46 @@ On a GPU the shapes are those of real heads in bfloat16.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from bench.harness import Case, Variant, main
+from bench.operators.heads import DEVICE, SHAPES, drawn_head
 from bench.operators.peers import SLOW, logprob_peers
 from dwrl_fast import ops
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SHAPES = [  # T, H, V, dtype, quick
-    (512, 64, 8192, torch.float32, True),
-    (2048, 64, 32768, torch.float32, False),
-    (2048, 128, 32768, torch.float32, False),
-    (2048, 512, 32003, torch.float32, False),
-    (2048, 896, 151936, torch.float32, False),
-    (2048, 896, 151936, torch.bfloat16, False),
-]
 GPU_SHAPES = [(8192, 2048, 151936, torch.bfloat16, True), (8192, 4096, 151936, torch.bfloat16, True)]
 
 
 def variants(t: int, h: int, v: int, dtype: torch.dtype) -> list[Variant]:
-    g = torch.Generator(DEVICE).manual_seed(0)
-    hidden = torch.randn(t, h, generator=g, device=DEVICE).to(dtype).requires_grad_()
-    weight = (torch.randn(v, h, generator=g, device=DEVICE) / h**0.5).to(dtype).requires_grad_()
-    targets = torch.randint(v, (t,), generator=g, device=DEVICE)
+    """Of T rows and a head of [V, H]: ours, with gradients and without, and those of others."""
+    g, hidden, weight, targets = drawn_head(t, h, v, dtype)
     factor = torch.randn(t, generator=g, device=DEVICE)
 
-    def through(logprob: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[], object]:
-        return lambda: torch.autograd.grad((logprob(hidden, weight, targets) * factor).sum(), (hidden, weight))
+    def through(logprob: Callable[[Tensor, Tensor, Tensor], Tensor]) -> object:
+        return torch.autograd.grad((logprob(hidden, weight, targets) * factor).sum(), (hidden, weight))
 
+    @torch.no_grad()
     def forward_only() -> object:
-        with torch.no_grad():
-            return ops.linear_logprob(hidden, weight, targets)
+        return ops.linear_logprob(hidden, weight, targets)
 
     found = [
-        Variant("dwrl_fast", through(ops.linear_logprob), flops=8.0 * t * h * v),
+        Variant("dwrl_fast", partial(through, ops.linear_logprob), flops=8.0 * t * h * v),
         Variant("dwrl_fast, no gradient", forward_only, comparable=False, flops=2.0 * t * h * v),
     ]
-    for name, logprob, why in logprob_peers(DEVICE):
+    for name, logprob, why in logprob_peers():
         if DEVICE == "cuda" and name in SLOW:
             logprob, why = None, "it takes seconds; bench.operators.linear_policy_loss has it"
-        found.append(Variant(name, through(logprob) if logprob else None, why, name not in SLOW))
+        found.append(Variant(name, partial(through, logprob) if logprob else None, why, name not in SLOW))
     return found
 
 
-def case(t: int, h: int, v: int, dtype: torch.dtype, quick: bool) -> Case:
-    return Case(f"T {t}, H {h}, V {v}, {str(dtype)[6:]}", lambda: variants(t, h, v, dtype), quick, unit=h * v)
-
-
-CASES = [case(*shape) for shape in (GPU_SHAPES if DEVICE == "cuda" else SHAPES)]
+CASES = [
+    Case(f"T {t}, H {h}, V {v}, {str(dtype)[6:]}", partial(variants, t, h, v, dtype), quick, unit=h * v)
+    for t, h, v, dtype, quick in (GPU_SHAPES if DEVICE == "cuda" else SHAPES)
+]
 
 if __name__ == "__main__":
-    main("operators.linear_logprob", __doc__, CASES)
+    main("operators.linear_logprob", __doc__, lambda args: CASES)

@@ -18,21 +18,13 @@ from rich.console import Console
 from torch import Tensor
 
 from bench.harness import Case, Row, Variant, main, peak_memory
+from bench.operators.heads import DEVICE, SHAPES, drawn_head
 from bench.operators.peers import SLOW, liger_grpo, logprob_peers, plain_logprob
 from dwrl_fast import ops
 from dwrl_fast.ops import oracle
 from dwrl_fast.ops.oracle import policy_loss
 from dwrl_fast.ops.products import Products
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SHAPES = [  # T, H, V, dtype, quick
-    (512, 64, 8192, torch.float32, True),
-    (2048, 64, 32768, torch.float32, False),
-    (2048, 128, 32768, torch.float32, False),
-    (2048, 512, 32003, torch.float32, False),
-    (2048, 896, 151936, torch.float32, False),
-    (2048, 896, 151936, torch.bfloat16, False),
-]
 GPU_SHAPES = [  # T, H, V, share of the rows that is not trained
     (8192, 4096, 151936, 0.0),
     (8192, 4096, 151936, 0.73),
@@ -40,48 +32,44 @@ GPU_SHAPES = [  # T, H, V, share of the rows that is not trained
     (8192, 4096, 128256, 0.0),  # Llama-3-8B
 ]
 MOST_FLOORS, MOST_WORKSPACE = 1.2, 1.3e9  # asked of the first GPU shape
-PRODUCTS = "three products"
+PRODUCTS, ALL = "three products", slice(None)
 
 
 def inputs(t: int, h: int, v: int, dtype: torch.dtype, untrained: float, clipped: float) -> tuple[Tensor, ...]:
-    g = torch.Generator(DEVICE).manual_seed(0)
-    hidden = torch.randn(t, h, generator=g, device=DEVICE).to(dtype)
-    weight = (torch.randn(v, h, generator=g, device=DEVICE) / h**0.5).to(dtype)
-    targets = torch.randint(v, (t,), generator=g, device=DEVICE)
-    old = ops.linear_logprob(hidden, weight, targets)
+    """Hidden states [T, H], weight [V, H], targets, old log-probs, advantages and token weights, [T] each.
+
+    untrained: the share of rows whose weight is 0. clipped: the share whose ratio lies outside the clipping range.
+    """
+    g, hidden, weight, targets = drawn_head(t, h, v, dtype)
+    old = ops.linear_logprob(hidden.detach(), weight.detach(), targets)
     advantage = torch.randn(t, generator=g, device=DEVICE)
     outside = torch.rand(t, generator=g, device=DEVICE) < clipped
     old = torch.where(outside, old - advantage.sign(), old)
     token_weight = (torch.rand(t, generator=g, device=DEVICE) >= untrained).float() / t
-    return hidden.requires_grad_(), weight.requires_grad_(), targets, old, advantage, token_weight
+    return hidden, weight, targets, old, advantage, token_weight
 
 
 def gradients(loss: Tensor, hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    """dHidden [T, H] and dWeight [V, H]."""
     return torch.autograd.grad(loss, (hidden, weight))
 
 
-def bare_products(hidden: Tensor, weight: Tensor, token_weight: Tensor) -> Callable[[], object]:
-    """Three products of the trained rows through the very chunks and buffers of ours, without any row work."""
-    trained = token_weight.nonzero().squeeze(-1)
-
-    def run() -> object:
-        with torch.no_grad():
-            products = Products(hidden, weight, None, (True, True, False))
-            for index in products.split(trained):
-                some = hidden[index]
-                logits = products.logits(some)
-                gradient = products.gradient_buffer(logits)
-                products.backward(gradient, some, index, torch.ones_like(index, dtype=torch.bool))
-            return products.gradients(wide_weight=True)
-
-    return run
+@torch.no_grad()
+def bare_products(hidden: Tensor, weight: Tensor, trained: Tensor) -> object:
+    """Three products of the rows `trained` through the very chunks and buffers of ours, without any row work."""
+    products = Products(hidden, weight, None, (True, True, False))
+    for index in products.split(trained):
+        some = hidden[index]
+        logits = products.logits(some)
+        gradient = products.gradient_buffer(logits)
+        products.backward(gradient, some, index, torch.ones_like(index, dtype=torch.bool))
+    return products.gradients(wide_weight=True)
 
 
-def whole_products(hidden: Tensor, weight: Tensor, token_weight: Tensor) -> Callable[[], object]:
-    """Logits, dHidden and dWeight of the trained rows, three products in the inputs' dtype, of random factors."""
-    some = hidden.detach()[token_weight != 0]
+def whole_products(hidden: Tensor, weight: Tensor, trained: Tensor) -> Callable[[], object]:
+    """Logits, dHidden and dWeight of the rows `trained`, three products in the inputs' dtype, of random factors."""
+    some, head = hidden.detach()[trained], weight.detach()
     d_logits = torch.randn(len(some), len(weight), device=DEVICE, dtype=weight.dtype) / len(weight)
-    head = weight.detach()
     return lambda: (some @ head.t(), d_logits @ head, d_logits.t() @ some)
 
 
@@ -101,35 +89,30 @@ def exact(x: tuple[Tensor, ...], rows: int = 1024) -> tuple[Tensor, ...]:
 def variants(
     t: int, h: int, v: int, dtype: torch.dtype, untrained: float, clipped: float, gpu: bool = False
 ) -> list[Variant]:
+    """Ours, its bare products and those of others. gpu: with a reference in float64, and more of them."""
     x = inputs(t, h, v, dtype, untrained, clipped)
     hidden, weight, targets, old, advantage, token_weight = x
-    trained = int((token_weight != 0).sum())
+    trained = token_weight.nonzero().squeeze(-1)
 
-    def through(
-        logprob: Callable[[Tensor, Tensor, Tensor], Tensor], trained_only: bool = False
-    ) -> Callable[[], object]:
-        def run() -> object:
-            rows = token_weight.nonzero().squeeze(-1) if trained_only else slice(None)
-            found = logprob(hidden[rows], weight, targets[rows]).float()
-            loss = policy_loss(found, old[rows], advantage[rows], token_weight[rows]).loss
-            return gradients(loss, hidden, weight)
+    def through(logprob: Callable[[Tensor, Tensor, Tensor], Tensor], rows: Tensor | slice = ALL) -> object:
+        found = logprob(hidden[rows], weight, targets[rows]).float()
+        loss = policy_loss(found, old[rows], advantage[rows], token_weight[rows]).loss
+        return gradients(loss, hidden, weight)
 
-        return run
-
-    variant = partial(Variant, flops=6.0 * trained * h * v)
+    variant = partial(Variant, flops=6.0 * len(trained) * h * v)
     counted = {"workspace MB": workspace(x) / 1e6} if DEVICE == "cuda" else {}
     found = [
         variant("dwrl_fast", lambda: gradients(ops.linear_policy_loss(*x).loss, hidden, weight), counters=counted),
-        variant("bare products", bare_products(hidden, weight, token_weight), comparable=False),
-        variant("plain PyTorch, trained rows", through(plain_logprob, trained_only=True)),
+        variant("bare products", partial(bare_products, hidden, weight, trained), comparable=False),
+        variant("plain PyTorch, trained rows", lambda: through(plain_logprob, token_weight.nonzero().squeeze(-1))),
     ]
     if gpu:
         found.insert(0, Variant("float64", lambda: exact(x), reference=True))
-        found.append(variant(PRODUCTS, whole_products(hidden, weight, token_weight), comparable=False))
-    for name, logprob, why in logprob_peers(DEVICE):
+        found.append(variant(PRODUCTS, whole_products(hidden, weight, trained), comparable=False))
+    for name, logprob, why in logprob_peers():
         if gpu and name in SLOW and h > 2048:
             logprob, why = None, "it takes seconds: only at H 2048"
-        found.append(variant(name, through(logprob) if logprob else None, why, gpu or name not in SLOW))
+        found.append(variant(name, partial(through, logprob) if logprob else None, why, gpu or name not in SLOW))
     for compiled in (False, True)[: 1 + gpu]:
         grpo = partial(liger_grpo, compiled=compiled)
         name = "Liger fused_linear_grpo" + ", compiled" * compiled
@@ -146,12 +129,18 @@ def case(
     t: int, h: int, v: int, dtype: torch.dtype, quick: bool, untrained: float = 0.25, clipped: float = 0.05,
     gpu: bool = False,
 ) -> Case:  # fmt: skip
-    name = f"T {t}, H {h}, V {v}, {str(dtype)[6:]}, {untrained:.0%} untrained, {clipped:.0%} clipped"
-    build = partial(variants, t, h, v, dtype, untrained, clipped, gpu)
-    return Case(name, build, quick, unit=h * v, floor=PRODUCTS if gpu else "")
+    """The case of these shapes; untrained and clipped as `inputs` takes them."""
+    return Case(
+        f"T {t}, H {h}, V {v}, {str(dtype)[6:]}, {untrained:.0%} untrained, {clipped:.0%} clipped",
+        partial(variants, t, h, v, dtype, untrained, clipped, gpu),
+        quick,
+        unit=h * v,
+        floor=PRODUCTS if gpu else "",
+    )
 
 
 def cases() -> list[Case]:
+    """All that are measured on the device at hand."""
     if DEVICE == "cuda":
         return [case(t, h, v, torch.bfloat16, True, untrained, 0, gpu=True) for t, h, v, untrained in GPU_SHAPES]
     return [case(*shape) for shape in SHAPES] + [case(*shape, untrained=0, clipped=0) for shape in SHAPES]
@@ -165,9 +154,9 @@ def summary(rows: list[Row], console: Console) -> None:
             continue
         peers = [r for n, r in some.items() if n not in ("bare products", PRODUCTS) and not r.disagrees]
         nearest = min(peers, key=lambda r: r.seconds_median or 0, default=None)
-        space = ours.counters.get("workspace MB", 0.0)
         console.print(f"{name}\n  times of the three products: {ours.floors:.3f}, asked at most {MOST_FLOORS}")
-        console.print(f"  workspace: {space:,.0f} MB, asked at most {MOST_WORKSPACE / 1e6:,.0f} MB")
+        space = f"{ours.counters.get('workspace MB', 0.0):,.0f} MB, asked at most {MOST_WORKSPACE / 1e6:,.0f} MB"
+        console.print(f"  workspace: {space}")
         if nearest and nearest.seconds_median and ours.seconds_median:
             ahead = nearest.seconds_median / ours.seconds_median
             console.print(
@@ -176,4 +165,4 @@ def summary(rows: list[Row], console: Console) -> None:
 
 
 if __name__ == "__main__":
-    main("operators.linear_policy_loss", __doc__, cases(), summary)
+    main("operators.linear_policy_loss", __doc__, lambda args: cases(), summary)

@@ -1,6 +1,7 @@
 """Others' ways to the same numbers, each under its own name, or the reason why it does not run here."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ SLOW = {"F.linear_cross_entropy, chunked"}  # minutes on a CPU: its default chun
 
 
 def plain_logprob(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The definition, over whole logits."""
     return F.linear(hidden, weight).float().log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
 
 
@@ -23,12 +25,9 @@ def chunked_logprob(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return torch.cat([checkpoint(plain_logprob, h, weight, t, use_reentrant=False) for h, t in chunks])
 
 
-def torch_linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return -F.linear_cross_entropy(hidden, weight, targets, reduction="none")
-
-
-def torch_linear_cross_entropy_chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    options = torch.nn.LinearCrossEntropyOptions()
+def torch_linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunked: bool = False) -> Tensor:
+    """PyTorch's own, whole or in chunks of its default size."""
+    options = torch.nn.LinearCrossEntropyOptions() if chunked else None
     return -F.linear_cross_entropy(hidden, weight, targets, reduction="none", options=options)
 
 
@@ -62,14 +61,14 @@ def _quack(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return -linear_cross_entropy_func(hidden, weight, None, targets, reduction="none")
 
 
-def logprob_peers(device: str) -> list[tuple[str, Logprob | None, str]]:
+def logprob_peers() -> list[tuple[str, Logprob | None, str]]:
     """(name, function or None, why not) of every implementation that is not ours."""
-    cuda = device == "cuda"
+    cuda = torch.cuda.is_available()
     return [
         ("plain PyTorch", plain_logprob, ""),
         ("plain PyTorch, chunked", chunked_logprob, ""),
         ("F.linear_cross_entropy", torch_linear_cross_entropy, ""),
-        ("F.linear_cross_entropy, chunked", torch_linear_cross_entropy_chunked, ""),
+        ("F.linear_cross_entropy, chunked", partial(torch_linear_cross_entropy, chunked=True), ""),
         ("TRL chunked log-prob", _trl, ""),
         ("Liger fused_linear_cross_entropy", _liger if cuda else None, NEEDS_CUDA),
         ("Liger fused_linear_scaled_cross_entropy", _liger_scaled, ""),
@@ -88,8 +87,7 @@ def liger_grpo(
     loss = LigerFusedLinearGRPOLoss(
         beta=0.0, compiled=compiled, use_ref_model=False, chunk_size=256, loss_type="dr_grpo", max_completion_length=1
     )
-    found = loss(
+    return loss(
         hidden[:, None], weight, targets[:, None], (token_weight != 0).float()[:, None], advantage,
         old_per_token_logps=old[:, None],
-    )  # fmt: skip
-    return found[0]  # a sum over len(hidden): the token weights of the benchmark
+    )[0]  # fmt: skip  # a sum over len(hidden): the token weights of the benchmark

@@ -6,12 +6,12 @@ python -m bench.operators.policy_loss --quick
 import torch
 
 from bench.harness import Case, Variant, main
+from bench.operators.heads import DEVICE
 from dwrl_fast import ops
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def variants(t: int) -> list[Variant]:
+    """Of `t` tokens: ours, and the definition."""
     g = torch.Generator().manual_seed(0)
     logprob = (-torch.rand(t, generator=g)).to(DEVICE).requires_grad_()
     old = logprob.detach() + 0.2 * torch.randn(t, generator=g).to(DEVICE)
@@ -29,4 +29,4 @@ def variants(t: int) -> list[Variant]:
 CASES = [Case(f"T {t}", lambda t=t: variants(t)) for t in (1024, 65536, 1048576)]  # type: ignore[misc]
 
 if __name__ == "__main__":
-    main("operators.policy_loss", __doc__, CASES)
+    main("operators.policy_loss", __doc__, lambda args: CASES)

@@ -15,6 +15,7 @@ from attention in float64, sequence by sequence.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -38,11 +39,14 @@ PAIRS = 32
 
 
 class Heads(NamedTuple):
+    """Of an attention layer: query heads, key and value heads, and channels of each."""
+
     query: int
     key: int
     channels: int
 
     def flops(self, pairs: int) -> float:
+        """Of forward and backward over so many pairs of a query and a key."""
         return 7 * 2 * self.channels * self.query * pairs
 
 
@@ -50,12 +54,15 @@ SMALL, QWEN7B = Heads(4, 4, 64), Heads(28, 4, 128)
 
 
 class Plan(NamedTuple):
+    """A forest, as `ops.tree_attention` takes it: first and last token and parent of each node, [M] int64."""
+
     start: Tensor
     stop: Tensor
     parent: Tensor
 
 
 def sequences_of(tokens: int, count: int = 1) -> Plan:
+    """`count` sequences of so many tokens each, which share nothing."""
     stop = torch.arange(1, count + 1) * tokens
     return Plan(stop - tokens, stop, torch.full((count,), -1))
 
@@ -73,19 +80,12 @@ def minibatch(data: str, mean: int, pairs: int = PAIRS) -> Plan:
 def ragged_trees(count: int, thoughts: int = 4) -> Plan:
     """Thoughts are 40 tokens on average and follow 50 of fixed turns, which go with the response."""
     g = torch.Generator().manual_seed(0)
-    draw = lambda low, high: int(torch.randint(low, high, (), generator=g))  # noqa: E731
-    sizes: list[int] = []
-    parent: list[int] = []
-    for _ in range(count):
-        root = len(sizes)
-        sizes.append(draw(32, 256))
-        parent.append(-1)
-        for _ in range(2):
-            response = len(sizes)
-            sizes += [draw(66, 210), *(draw(5, 76) for _ in range(thoughts))]
-            parent += [root, *[response] * thoughts]
-    stop = torch.tensor(sizes).cumsum(0)
-    return Plan(stop - torch.tensor(sizes), stop, torch.tensor(parent))
+    sizes_of_one = [(32, 256), *2 * [(66, 210), *thoughts * [(5, 76)]]]  # least and most, depth first
+    parents_of_one = [-1, *(up for response in (1, 2 + thoughts) for up in (0, *thoughts * [response]))]
+    sizes = torch.tensor([int(torch.randint(*bounds, (), generator=g)) for bounds in count * sizes_of_one])
+    parent = [up if up < 0 else up + i * len(sizes_of_one) for i in range(count) for up in parents_of_one]
+    stop = sizes.cumsum(0)
+    return Plan(stop - sizes, stop, torch.tensor(parent))
 
 
 def sequences(plan: Plan) -> list[Tensor]:
@@ -100,13 +100,10 @@ def sequences(plan: Plan) -> list[Tensor]:
 
 def attended(plan: Plan) -> int:
     """Pairs of a query and a key in all."""
-    above: list[int] = []  # tokens on the path to each node
-    pairs = 0
-    for start, stop, up in zip(*(x.tolist() for x in plan), strict=True):
-        above.append(0 if up < 0 else above[up] + int(plan.stop[up] - plan.start[up]))
-        own = stop - start
-        pairs += own * above[-1] + own * (own + 1) // 2
-    return pairs
+    place = torch.zeros(int(plan.stop[-1]), dtype=torch.int64)  # of each token in its sequence
+    for path in sequences(plan):
+        place[path] = torch.arange(len(path))
+    return int((place + 1).sum())
 
 
 def equal_work(plan: Plan) -> Plan:
@@ -123,50 +120,55 @@ def drawn(tokens: int, heads: Heads, dtype: torch.dtype) -> tuple[list[Tensor], 
     return [draw(n).requires_grad_() for n in (heads.query, heads.key, heads.key)], draw(heads.query)
 
 
-def through(run: Callable[[], Tensor], inputs: list[Tensor], gradient: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-    return lambda: torch.autograd.grad(run(), inputs, gradient)
-
-
 def going(by_path: bool) -> AbstractContextManager[Any]:
     """Within it trees are gone through by path, or by depth, whichever moves fewer bytes."""
     return patch.object(paths._Layout, "shorter_by_path", lambda self, group: by_path)
 
 
-def variants(plan: Plan, heads: Heads, dtype: torch.dtype) -> list[Variant]:
-    tokens, leaves = int(plan.stop[-1]), sequences(plan)
-    longest, needed = max(map(len, leaves)), attended(plan)
-    flat, gradient = drawn(tokens, heads, dtype)
+def variant(name: str, run: Callable[[], object], heads: Heads, pairs: int, why: str = "", **options: Any) -> Variant:
+    """One that attends to so many pairs; `why` says what keeps it from running."""
+    work = heads.flops(pairs)
+    return Variant(
+        name, None if why else run, why, counters={"pairs": pairs, "MFLOP": work / 1e6}, flops=work, **options
+    )
 
-    def attention(backend: str) -> Tensor:
-        q, k, v = flat
-        return ops.tree_attention(q, k, v, plan, backend=backend)
+
+def attention(
+    plan: Plan, inputs: list[Tensor], gradient: Tensor, backend: str, by_path: bool | None = None
+) -> tuple[Tensor, ...]:
+    """Forward and backward of ours: dq, dk, dv. by_path: which way a tree is gone through, None as ours chooses."""
+    with nullcontext() if by_path is None else going(by_path):
+        out = ops.tree_attention(inputs[0], inputs[1], inputs[2], plan, backend=backend)
+    return torch.autograd.grad(out, inputs, gradient)
+
+
+def variants(plan: Plan, heads: Heads, dtype: torch.dtype) -> list[Variant]:
+    """Ours through each of its backends, padded SDPA and the definition; on a GPU those of `gpu_variants` too."""
+    tokens, leaves, needed = int(plan.stop[-1]), sequences(plan), attended(plan)
+    longest, whole = max(map(len, leaves)), len(leaves) == 1
+    flat, gradient = drawn(tokens, heads, dtype)
+    copied = torch.stack([F.pad(path, (0, longest - len(path))) for path in leaves])  # padding repeats token 0
+    inputs = [x.detach()[copied].transpose(1, 2).contiguous().requires_grad_() for x in flat]
+    copied_gradient = gradient[copied].transpose(1, 2)
+
+    def padded() -> tuple[Tensor, ...]:
+        q, k, v = inputs
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads.query != heads.key)
+        found = torch.autograd.grad(out, inputs, copied_gradient)
+        return tuple(x.transpose(1, 2).flatten(0, 1) for x in found) if whole else found
 
     def ours(name: str, backend: str, pairs: int, why: str = "") -> Variant:
-        run = None if why else through(lambda: attention(backend), flat, gradient)
-        return Variant(name, run, why, counters=work(pairs, heads), flops=heads.flops(pairs))
+        return variant(name, partial(attention, plan, flat, gradient, backend), heads, pairs, why)
 
-    copied = torch.stack([F.pad(path, (0, longest - len(path))) for path in leaves])  # padding repeats token 0
-    q, k, v = (x.detach()[copied].transpose(1, 2).contiguous().requires_grad_() for x in flat)
-    padded = through(
-        lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads.query != heads.key),
-        [q, k, v],
-        gradient[copied].transpose(1, 2),
-    )
-    whole = len(leaves) == 1
     able = {name: v.problem(DEVICE, dtype, heads.channels, None) or "" for name, v in VARLEN.items()}
     too_long = f"it would hold [{heads.query}, {tokens}, {tokens}]" if tokens > REFERENCE_TOKENS else ""
     by_definition = DEVICE.type == "cuda" and all(able.values())  # what "auto" is then
-    pairs_padded = len(leaves) * longest * (longest + 1) // 2
+    name = "SDPA" if whole else f"padded SDPA, [{len(leaves)}, {longest}]"
     found = [
         ours("dwrl_fast", "auto", needed, too_long if by_definition else ""),
         *(ours(name, name, needed, why) for name, why in able.items()),
-        Variant(
-            "SDPA" if whole else f"padded SDPA, [{len(leaves)}, {longest}]",
-            lambda: tuple(x.transpose(1, 2).flatten(0, 1) for x in padded()) if whole else padded(),
-            comparable=whole,  # else its gradients are those of the copies
-            counters=work(pairs_padded, heads),
-            flops=heads.flops(pairs_padded),
-        ),
+        # The gradients of padded copies are not those of the tokens.
+        variant(name, padded, heads, len(leaves) * longest * (longest + 1) // 2, comparable=whole),
         ours("definition", "reference", tokens**2, too_long),
     ]
     if DEVICE.type == "cuda":
@@ -179,37 +181,23 @@ def gpu_variants(
     plan: Plan, heads: Heads, dtype: torch.dtype, flat: list[Tensor], gradient: Tensor, backend: str
 ) -> list[Variant]:
     """Both ways through a tree, and equal work: as it is called here, and with its backward as fast as it may be."""
-
-    def way(by_path: bool) -> Tensor:
-        with going(by_path):
-            return ops.tree_attention(flat[0], flat[1], flat[2], plan, backend=backend)
-
-    even = equal_work(plan)
-    inputs, grad = drawn(int(even.stop[-1]), heads, dtype)
-
-    def ordinary() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(
-            ops.tree_attention(inputs[0], inputs[1], inputs[2], even, backend=backend), inputs, grad
-        )
+    even, needed = equal_work(plan), attended(plan)
+    ordinary = partial(attention, even, *drawn(int(even.stop[-1]), heads, dtype), backend)
 
     def free() -> tuple[Tensor, ...]:
         with patch("dwrl_fast.ops.varlen._deterministic", nullcontext):
             return ordinary()
 
-    needed, same = attended(plan), attended(even)
-    counted = {"counters": work(needed, heads), "flops": heads.flops(needed)}
-    even_counted = {"counters": work(same, heads), "flops": heads.flops(same), "comparable": False}
+    same = attended(even)
     note = f"{backend}: {len(even.stop)} sequences of {int(even.stop[0])}"
     why = "" if backend else "no kernels of varlen attention can run here"
+    only = why or ("" if backend == "varlen" else "only of PyTorch's kernels")
+    ways = [partial(attention, plan, flat, gradient, backend, by_path) for by_path in (False, True)]
     return [
-        Variant("by depth", None if why else through(lambda: way(False), flat, gradient), why, **counted),  # type: ignore[arg-type]
-        Variant("by path", None if why else through(lambda: way(True), flat, gradient), why, **counted),  # type: ignore[arg-type]
-        Variant(EQUAL, None if why else ordinary, why, note=note, **even_counted),  # type: ignore[arg-type]
-        Variant(
-            f"{EQUAL}, not deterministic", free if backend == "varlen" else None,
-            why or "only of PyTorch's kernels", **even_counted,  # type: ignore[arg-type]
-        ),
-    ]  # fmt: skip
+        *(variant(name, way, heads, needed, why) for name, way in zip(("by depth", "by path"), ways, strict=True)),
+        variant(EQUAL, ordinary, heads, same, why, note=note, comparable=False),
+        variant(f"{EQUAL}, not deterministic", free, heads, same, only, comparable=False),
+    ]
 
 
 def exact(plan: Plan, flat: list[Tensor], gradient: Tensor) -> tuple[Tensor, ...]:
@@ -231,11 +219,8 @@ def exact(plan: Plan, flat: list[Tensor], gradient: Tensor) -> tuple[Tensor, ...
     return tuple(x.float() for x in total)
 
 
-def work(pairs: int, heads: Heads) -> dict[str, float]:
-    return {"pairs": pairs, "MFLOP": heads.flops(pairs) / 1e6}
-
-
 def case(name: str, plan: Plan, dtype: torch.dtype = torch.float32, quick: bool = True, heads: Heads = SMALL) -> Case:
+    """The case of this plan."""
     of = f"{heads.query} heads" if heads.query == heads.key else f"{heads.query} and {heads.key} heads"
     return Case(
         f"{name}, U {int(plan.stop[-1])}, {of} of {heads.channels}, {str(dtype)[6:]}",
@@ -246,6 +231,7 @@ def case(name: str, plan: Plan, dtype: torch.dtype = torch.float32, quick: bool 
 
 
 def cases() -> list[Case]:
+    """All that are measured on the device at hand."""
     if DEVICE.type == "cuda":
         plans = [("one sequence", sequences_of(8192)), ("sequences of 1024", sequences_of(1024, 16))]
         plans += [(f"{d}, thoughts of {m}", minibatch(d, m)) for d in ("hh", "rmb") for m in (40, 200)]
@@ -270,4 +256,4 @@ def summary(rows: list[Row], console: Console) -> None:
 
 
 if __name__ == "__main__":
-    main("operators.tree_attention", __doc__, cases(), summary)
+    main("operators.tree_attention", __doc__, lambda args: cases(), summary)

@@ -3,24 +3,24 @@
 python -m bench.operators.yes_no_logprob --quick
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
 from bench.harness import Case, Variant, main
+from bench.operators.heads import DEVICE, drawn_head
 from dwrl_fast import ops
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SHAPES = [(64, 64, 8192, True), (64, 896, 151936, True), (256, 896, 151936, False)]  # B, H, V, quick
-if DEVICE == "cuda":
-    SHAPES = [(256, 4096, 151936, True)]
+CPU_SHAPES = [(64, 64, 8192, True), (64, 896, 151936, True), (256, 896, 151936, False)]  # B, H, V, quick
+SHAPES = [(256, 4096, 151936, True)] if DEVICE == "cuda" else CPU_SHAPES
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 YES, NO = 7, 11
 
 
 def variants(b: int, h: int, v: int, normalization: str) -> list[Variant]:
-    g = torch.Generator(DEVICE).manual_seed(0)
-    hidden = torch.randn(b, h, generator=g, device=DEVICE).to(DTYPE).requires_grad_()
-    weight = (torch.randn(v, h, generator=g, device=DEVICE) / h**0.5).to(DTYPE).requires_grad_()
+    """Of B hidden states and a head of [V, H]: ours, and plain PyTorch."""
+    _, hidden, weight, _ = drawn_head(b, h, v, DTYPE)
 
     def plain() -> object:
         logits = F.linear(hidden, weight).float()
@@ -35,11 +35,11 @@ def variants(b: int, h: int, v: int, normalization: str) -> list[Variant]:
     return [Variant("dwrl_fast", ours), Variant("plain PyTorch", plain)]
 
 
-def case(b: int, h: int, v: int, quick: bool, normalization: str) -> Case:
-    return Case(f"B {b}, H {h}, V {v}, {normalization}", lambda: variants(b, h, v, normalization), quick, unit=h * v)
-
-
-CASES = [case(*shape, normalization=n) for shape in SHAPES for n in ("vocab", "yes_no")]
+CASES = [
+    Case(f"B {b}, H {h}, V {v}, {n}", partial(variants, b, h, v, n), quick, unit=h * v)
+    for b, h, v, quick in SHAPES
+    for n in ("vocab", "yes_no")
+]
 
 if __name__ == "__main__":
-    main("operators.yes_no_logprob", __doc__, CASES)
+    main("operators.yes_no_logprob", __doc__, lambda args: CASES)

@@ -55,6 +55,7 @@ def pairs(name: str, count: int = PAIRS) -> Pairs:
 
 @functools.cache  # one model after another
 def real(name: str, count: int = PAIRS) -> Pairs:
+    """Rows of the file of `name`, at evenly spaced quantiles of length, under the template of Qwen2.5."""
     from dwrl_fast.models.pretrained import load_tokenizer
 
     dialog = Dialog(load_tokenizer(str(SHARED / "tokenizers" / "qwen2.5")))
@@ -72,10 +73,9 @@ def real(name: str, count: int = PAIRS) -> Pairs:
 
 def drawn(name: str, count: int = PAIRS) -> Pairs:
     """The lengths of `LENGTHS` in turn."""
-    header, evaluate, tail = (_ids(size) for size in (HEADER, EVALUATE, TAIL))
+    header, evaluate, tail = (list(range(1, size + 1)) for size in (HEADER, EVALUATE, TAIL))
     rng = np.random.default_rng(0)
-    lengths = islice(cycle(LENGTHS[name]), count)
-    contexts = [draw(rng, *each, header, evaluate) for each in lengths]
+    contexts = [draw(rng, *each, header, evaluate) for each in islice(cycle(LENGTHS[name]), count)]
     return Pairs(contexts, tail, f"{count} pairs as long as those of {Path(FILES[name]).name}, which is not here")
 
 
@@ -143,7 +143,3 @@ def _close(context: Context, thought: list[int], tail: list[int], vocabulary: in
 
 def _random(rng: np.random.Generator, size: int) -> list[int]:
     return rng.integers(1000, 150_000, size).tolist()
-
-
-def _ids(size: int) -> list[int]:
-    return list(range(1, size + 1))

@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.harness import proc_bytes
 from bench.training.update import Setting, Way, counters, flops, powers, update
 from dwrl_fast.batching.padded import PaddedBatch, padded_batch
 from dwrl_fast.ops.oracle import dual_weights, policy_loss
@@ -21,6 +20,7 @@ def plain(it: Setting) -> Iterator[Way]:
     runtime, ordered = it.runtime, sorted(it.groups, key=lambda group: group.longest, reverse=True)
 
     def loss(phase: Callable[..., Tensor], batch: PaddedBatch) -> Tensor:
+<<<<<<< HEAD
         with runtime.compute.autocast():
             return phase(it.lm, batch, runtime.dialog.yes_id, len(it.groups))
 
@@ -28,29 +28,36 @@ def plain(it: Setting) -> Iterator[Way]:
     for size in powers(1, len(ordered)):
         micro = [ordered[i : i + size] for i in range(0, len(ordered), size)]
         batches = [padded_batch(some, runtime.dialog.pad_id, runtime.compute.device) for some in micro]
+=======
+        with method.compute.autocast():
+            logits = it.lm(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+            return phase(logits, batch, method.dialog.yes_id, len(it.groups))
+
+    phases = [partial(loss, phase) for phase in (score_loss, thought_loss)]
+    for size in powers(1, len(ordered)):
+        micro = (ordered[i : i + size] for i in range(0, len(ordered), size))
+        batches = [padded_batch(some, method.dialog.pad_id, method.compute.device) for some in micro]
+>>>>>>> w-bench
         if max(logit_bytes(batch, it.lm.config.vocab_size) for batch in batches) > free_memory():
             return
-        positions = sum(batch.trunk_tokens for batch in batches)
-        rows = {"head rows": positions} | flops(it.lm, batches, sum(batch.naive_tokens for batch in batches))
+        rows = {"head rows": sum(batch.trunk_tokens for batch in batches)}
         yield Way(
             f"micro-batches of {size} pair{'s' if size > 1 else ''}",
             partial(update, it.lm, batches, phases),
-            counters(batches) | rows,
+            counters(batches) | rows | flops(it.lm, batches, sum(batch.naive_tokens for batch in batches)),
         )
 
 
-def score_loss(lm: Any, batch: PaddedBatch, yes_id: int, pairs: int) -> Tensor:
+def score_loss(logits: Tensor, batch: PaddedBatch, yes_id: int, pairs: int) -> Tensor:
     """Phase A (DWRL Eq. 13) over the pairs of `batch`, divided by `pairs`."""
-    logits = lm(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
     chosen, rejected = _scores(logits, batch, yes_id)
     weights = dual_weights(chosen, rejected)
     gain = (weights.chosen * chosen).sum(-1) - (weights.rejected * rejected).sum(-1)
     return -(weights.misalignment * gain).sum() / pairs
 
 
-def thought_loss(lm: Any, batch: PaddedBatch, yes_id: int, pairs: int) -> Tensor:
+def thought_loss(logits: Tensor, batch: PaddedBatch, yes_id: int, pairs: int) -> Tensor:
     """Phase B (DWRL Eq. 14) over the pairs of `batch`, divided by `pairs`."""
-    logits = lm(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
     with torch.no_grad():
         weights = dual_weights(*_scores(logits, batch, yes_id))
         n = weights.chosen.shape[-1]
@@ -75,7 +82,7 @@ def _scores(logits: Tensor, batch: PaddedBatch, yes_id: int) -> tuple[Tensor, Te
 
 
 def free_memory() -> int:
+    """Bytes that can be had on the device that is computed on."""
     if torch.cuda.is_available():  # what PyTorch keeps for itself is free to it
         return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    return proc_bytes("/proc/meminfo", "MemAvailable")

@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from bench import command
 from bench.harness import Case, Row, Variant, main, tensors
 from bench.machine import ceilings
 from bench.training import lengths
@@ -78,36 +79,35 @@ def variants(it: Setting, source: str, times: float) -> list[Variant]:
             **options,
         )
 
-    def peer() -> Variant:
-        if problem := trl_missing():
-            return Variant("trl", None, problem)
-        ladders = [trl(it, liger) for liger in (False, True)[: 1 + (torch.cuda.is_available() and liger_installed())]]
-        return variant("trl", fastest(*ladders), passes=1, comparable=False)
-
+    problem = trl_missing()
+    liger = (False, True) if torch.cuda.is_available() and liger_installed() else (False,)
     return [
         variant("tree", ours(it, "tree"), note=f"; {source}"),
         variant("packed", ours(it, "packed")),
         variant("padded", fastest(plain(it))),
         variant("padded-fused", ours(it, "padded"), quick=False),
-        peer(),
+        Variant("trl", None, problem)
+        if problem
+        else variant("trl", fastest(*(trl(it, on) for on in liger)), passes=1, comparable=False),
     ]
 
 
 def cpu_variants(shape: Mapping[str, Any], data: str, mean: int) -> list[Variant]:
+    """On the lengths of `data`, with thoughts of `mean` tokens; seconds count per thought token."""
     pairs = lengths.pairs(data)
     it = setting(shape, pairs, lengths.thought_lengths(mean, 2 * lengths.THOUGHTS * len(pairs.contexts)))
     return variants(it, pairs.source, sum(map(len, it.old)))
 
 
 def gpu_variants(shape: Mapping[str, Any], data: str, count: int, checkpointing: bool) -> list[Variant]:
+    """On `count` pairs of `data`, a key of GPU_PAIRS; seconds count per pass."""
     name = data.removesuffix("-200")
     if name in lengths.FILES:
         pairs = lengths.pairs(name, count)
         thoughts = lengths.thought_lengths(MEANS[data.removeprefix(name)], 2 * lengths.THOUGHTS * count)
     else:
-        prompt, response, thought = SYNTHETIC
-        pairs = lengths.synthetic(count, prompt, response)
-        thoughts = [thought] * (2 * lengths.THOUGHTS * count)
+        pairs = lengths.synthetic(count, *SYNTHETIC[:2])
+        thoughts = [SYNTHETIC[2]] * (2 * lengths.THOUGHTS * count)
     it = setting(shape, pairs, thoughts, checkpointing=checkpointing, token_budget=TOKEN_BUDGET)
     found = [each for each in variants(it, pairs.source, 1) if each.name != "padded-fused"]
     return [replace(each, run=each.run and partial(gradients, each.run)) for each in found]
@@ -120,6 +120,7 @@ def gradients(run: Callable[[], object]) -> list[Tensor]:
 
 def trunk_variants(shape: Mapping[str, Any], prompt: int, response: int, rest: int) -> list[Variant]:
     """The backbone alone over one synthetic pair; the gradient comes in where the head reads."""
+<<<<<<< HEAD
     thoughts = [rest] * (2 * lengths.THOUGHTS)
     it = setting(shape, lengths.synthetic(1, prompt, response), thoughts)
     lm, runtime = it.runtime.model.lm, it.runtime
@@ -128,13 +129,22 @@ def trunk_variants(shape: Mapping[str, Any], prompt: int, response: int, rest: i
     def variant(packing: Packing) -> Variant:
         (batch,) = replace(runtime.layout, packing=packing, token_budget=sys.maxsize).batches(it.groups)
         drawn = torch.randn(len(batch.token_rows), lm.config.hidden_size, generator=gradient.manual_seed(0))
+=======
+    it = setting(shape, lengths.synthetic(1, prompt, response), [rest] * (2 * lengths.THOUGHTS))
+    lm, method = it.method.model.lm, it.method
+
+    def variant(packing: Packing) -> Variant:
+        (batch,) = Layout(packing, sys.maxsize, method.dialog.pad_id, method.compute.device).batches(it.groups)
+        g = torch.Generator().manual_seed(0)
+        gradient = torch.randn(len(batch.token_rows), lm.config.hidden_size, generator=g).to(lm.device)
+>>>>>>> w-bench
 
         def states(batch: Batch) -> Tensor:
             with runtime.compute.autocast():
                 return backbone_states(lm.base_model, batch)[batch.token_rows]
 
         def phase(batch: Batch) -> Tensor:
-            return (states(batch) * drawn.to(lm.device)).sum()
+            return (states(batch) * gradient).sum()
 
         held = {"saved MiB": saved_bytes(lambda: states(batch), lm.parameters()) / 2**20}
         return Variant(packing, lambda: update(lm, [batch], [phase]), counters=counters([batch]) | held)
@@ -144,68 +154,70 @@ def trunk_variants(shape: Mapping[str, Any], prompt: int, response: int, rest: i
 
 def saved_bytes(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
     """Bytes that `forward` keeps for its backward: storages, each once, that are not of `parameters`."""
-    known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-    kept: dict[int, torch.UntypedStorage] = {}
+    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no later one takes its address
 
     def pack(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage  # held, so that no later one takes its address
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         forward()
-    return sum(storage.nbytes() for storage in kept.values())
+    known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    return sum(storage.nbytes() for address, storage in kept.items() if address not in known)
 
 
 def summary(rows: Collection[Row], console: Console) -> None:
     """How many times as long as the tree the others take; of the trunk alone, beside the ratio of tokens."""
     seconds = {(row.case, row.variant): row.seconds_median for row in rows}
-    found = {(row.case, row.variant): row.counters for row in rows}
+    tokens, saved = (
+        {(row.case, row.variant): row.counters.get(key) for row in rows} for key in ("trunk tokens", "saved MiB")
+    )
     names = list(dict.fromkeys(row.case for row in rows))
 
     def ratio(of: Mapping[tuple[str, str], float | None], case: str, variant: str) -> str:
         this, tree = of.get((case, variant)), of.get((case, "tree"))
         return f"{this / tree:.2f}" if this and tree else "-"
 
-    table = Table(title="time in units of the tree's", title_justify="left")
-    for heading in ("case", "packed", "padded", "trl"):
-        table.add_column(heading, justify="left" if heading == "case" else "right")
-    for case in (name for name in names if (name, "tree") in seconds and not name.startswith("trunk/")):
-        table.add_row(case, *(ratio(seconds, case, variant) for variant in ("packed", "padded", "trl")))
-    trunk = Table(title="backbone alone, packed in units of the tree's", title_justify="left")
-    for heading in ("case", "tokens", "time", "activation memory"):
-        trunk.add_column(heading, justify="left" if heading == "case" else "right")
-    for case in (name for name in names if name.startswith("trunk/")):
-        tokens, saved = ({k: x.get(key) for k, x in found.items()} for key in ("trunk tokens", "saved MiB"))
-        trunk.add_row(case, *(ratio(of, case, "packed") for of in (tokens, seconds, saved)))
-    for each in (table, trunk):
-        if each.row_count:
-            console.print(each)
+    peers = ("packed", "padded", "trl")
+    whole = [case for case in names if (case, "tree") in seconds and not case.startswith("trunk/")]
+    lines = [(case, *(ratio(seconds, case, variant) for variant in peers)) for case in whole]
+    if lines:
+        console.print(command.table("time in units of the tree's", ("case", *peers), lines))
+    lines = [
+        (case, *(ratio(of, case, "packed") for of in (tokens, seconds, saved)))
+        for case in names
+        if case.startswith("trunk/")
+    ]
+    if lines:
+        headings = ("case", "tokens", "time", "activation memory")
+        console.print(command.table("backbone alone, packed in units of the tree's", headings, lines))
     if torch.cuda.is_available():
         gc.collect()
         torch.cuda.empty_cache()
         console.print(utilisation(rows, ceilings()["bf16_flop_per_second"]))
     for case in (name for name in names if name.endswith("/512-512-416")):
-        times = ratio(seconds, case, "packed")
-        console.print(f"{case}: packed takes {times} times as long as the tree; asked are {ASKED:.1f}")
+        console.print(
+            f"{case}: packed takes {ratio(seconds, case, 'packed')} times as long as the tree; asked are {ASKED:.1f}"
+        )
 
 
 def utilisation(rows: Collection[Row], product: float) -> Table:
     """Of the FLOP a second of a large product: the model's of what a variant computes, and what one sequence at a time
     would have computed for the same update.
     """
-    table = Table(title=f"utilisation, of {product / 1e12:.0f} TFLOP/s of a large product", title_justify="left")
-    for heading in ("case", "variant", "ms a pass", "TFLOP/s", "utilisation", "as naive", "peak GiB beyond weights"):
-        table.add_column(heading, justify="left" if heading in ("case", "variant") else "right")
+    lines = []
     for row in rows:
         if row.seconds_median and row.flop_rate:
             naive = row.flop_rate * row.counters["naive GFLOP"] / row.counters["model GFLOP"]
-            cells = [f"{1e3 * row.seconds_median:.1f}", f"{row.flop_rate / 1e12:.0f}"]
-            cells += [f"{each / product:.2f}" for each in (row.flop_rate, naive)]
-            cells += ["" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.1f}"]
-            table.add_row(row.case, row.variant, *cells)
-    return table
+            rates = (f"{row.flop_rate / 1e12:.0f}", *(f"{each / product:.2f}" for each in (row.flop_rate, naive)))
+            peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.1f}"
+            lines.append((row.case, row.variant, f"{1e3 * row.seconds_median:.1f}", *rates, peak))
+    return command.table(
+        f"utilisation, of {product / 1e12:.0f} TFLOP/s of a large product",
+        ("case", "variant", "ms a pass", "TFLOP/s", "utilisation", "as naive", "peak GiB beyond weights"),
+        lines,
+        left=2,
+    )
 
 
 def head_row(shape: Mapping[str, Any]) -> float:
@@ -214,16 +226,17 @@ def head_row(shape: Mapping[str, Any]) -> float:
 
 
 def trunk_case(prompt: int, response: int, rest: int) -> Case:
-    shape = MODELS["trunk-heavy"]
+    """The backbone alone, at these lengths of prompt, response, and thought with fixed turns."""
     return Case(
         f"trunk/{prompt}-{response}-{rest}x{lengths.THOUGHTS}",
-        lambda: trunk_variants(shape, prompt, response, rest),
+        lambda: trunk_variants(MODELS["trunk-heavy"], prompt, response, rest),
         quick=False,
-        unit=head_row(shape),
+        unit=head_row(MODELS["trunk-heavy"]),
     )
 
 
 def step_case(model: str, data: str, suffix: str) -> Case:
+    """A minibatch of `model` on the lengths of `data`; suffix: of the mean of the thoughts, in MEANS."""
     return Case(
         f"{model}/{data}{suffix}",
         lambda: cpu_variants(MODELS[model], data, MEANS[suffix]),
@@ -238,28 +251,30 @@ CASES += [trunk_case(*sizes) for sizes in TRUNKS]
 
 
 def gpu_cases(layers: int, checkpointing: bool) -> list[Case]:
+    """Those of a GPU, on so many layers of the 7B."""
     shape = QWEN_7B | {"num_hidden_layers": layers}
     model = f"qwen2.5-7b-{layers}{'-checkpointed' if checkpointing else ''}"
-
-    def case(data: str) -> Case:
-        return Case(
+    return [
+        Case(
             f"{model}/{data}",
-            lambda: gpu_variants(shape, data, GPU_PAIRS[data], checkpointing),
+            partial(gpu_variants, shape, data, count, checkpointing),
             quick=data == next(iter(GPU_PAIRS)),
             unit=head_row(shape),
             per="pass",
             loose=ROUNDED,
         )
-
-    return [case(data) for data in GPU_PAIRS]
+        for data, count in GPU_PAIRS.items()
+    ]
 
 
 def options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that a GPU's cases are made from."""
     parser.add_argument("--layers", type=int, help=f"of the 7B's 28 layers (default {LAYERS}; a GPU's cases)")
     parser.add_argument("--checkpointing", action="store_true", help="keep one state a layer (a GPU's cases)")
 
 
 def cases(args: argparse.Namespace) -> list[Case]:
+    """Those of a GPU where there is one, or where --layers asks for them; else those of a CPU."""
     if torch.cuda.is_available() or args.layers:
         return gpu_cases(args.layers or LAYERS, args.checkpointing)
     return CASES

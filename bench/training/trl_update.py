@@ -13,7 +13,7 @@ from torch import Tensor
 from bench.operators.peers import NEEDS_CUDA
 from bench.training import lengths
 from bench.training.flops import attended_keys, head_flops, trunk_flops
-from bench.training.update import Setting, Way, powers, sharing_weights, without_gradients
+from bench.training.update import COUNTERS, Setting, Way, accumulated, powers, sharing_weights, without_gradients
 from dwrl_fast.dialog import Sequence as Encoded
 
 PAD = 0
@@ -30,79 +30,71 @@ def trl(it: Setting, liger: bool) -> Iterator[Way]:
     advantages = torch.randn(len(sequences), generator=torch.Generator().manual_seed(0))
     trainer = grpo_trainer(sharing_weights(it.lm), liger)
 
-    def run(micro_batches: TrlUpdate) -> Tensor:
+    def run(found: Way) -> object:
         with without_gradients(trainer.model):
-            return micro_batches()
+            return found.run()
 
     for size in powers(lengths.THOUGHTS, len(sequences)):
-        found = TrlUpdate(trainer, sequences, it.old, advantages, size)
-        yield Way(f"micro-batches of {size} thoughts, {liger_note(liger)}", partial(run, found), found.counters)
+        found = trl_update(trainer, sequences, it.old, advantages, size)
+        yield found._replace(note=f"{found.note}, {liger_note(liger)}", run=partial(run, found))
 
 
 def liger_installed() -> bool:
+    """Whether Liger's layers can be had."""
     return find_spec("liger_kernel") is not None
 
 
 def liger_note(liger: bool) -> str:
-    if liger:
-        return "Liger on"
-    if not torch.cuda.is_available():
-        return f"Liger off: {NEEDS_CUDA}"
-    return "Liger off" if liger_installed() else "Liger off: it is not installed"
+    """What a variant says of Liger's layers: whether they are on, and if not, why they cannot be."""
+    installed = "" if liger_installed() else ": it is not installed"
+    return "Liger on" if liger else f"Liger off{installed if torch.cuda.is_available() else f': {NEEDS_CUDA}'}"
 
 
-class TrlUpdate:
-    """One pass of `trainer` over `sequences` in micro-batches of `size`: forward and backward, no step.
+def trl_update(trainer: Any, sequences: Sequence[Encoded], old: Sequence[Tensor], advantages: Tensor, size: int) -> Way:
+    """One pass of `trainer` over `sequences` in micro-batches of `size`: forward and backward, no step. It returns the
+    loss, a mean over sequences of means over tokens.
 
     The completion is the thought, the prompt all that precedes it; what follows the thought is left out. Every
     micro-batch is padded by itself, as TRL pads when it samples each anew (steps_per_generation=1); its default pads
     the prompts of a whole accumulation window to the longest. Without CUDA its head scores every position, prompts too.
     """
+    lm = trainer.model
+    micro_batches = [
+        prepared(sequences[i : i + size], old[i : i + size], advantages[i : i + size], lm.device)
+        for i in range(0, len(sequences), size)
+    ]
 
-    def __init__(
-        self, trainer: Any, sequences: Sequence[Encoded], old: Sequence[Tensor], advantages: Tensor, size: int
-    ):
-        self.sequences, self.old, self.advantages, self.size = sequences, old, advantages, size
-        self.trainer = trainer
-        self.inputs = [self._prepare(i) for i in range(0, len(sequences), size)]
+    def run() -> Tensor:
+        trainer.current_gradient_accumulation_steps = len(micro_batches)
+        lm.zero_grad(set_to_none=True)
+        losses = (trainer.compute_loss(lm, inputs) for inputs in micro_batches)
+        return accumulated(losses, trainer.accelerator.backward)
 
-    def __call__(self) -> Tensor:
-        """The loss, a mean over sequences of means over tokens."""
-        trainer = self.trainer
-        trainer.current_gradient_accumulation_steps = len(self.inputs)
-        trainer.model.zero_grad(set_to_none=True)
-        losses = []
-        for inputs in self.inputs:
-            loss = trainer.compute_loss(trainer.model, inputs)
-            trainer.accelerator.backward(loss)
-            losses.append(loss.detach())
-        return torch.stack(losses).sum()
+    stops = [sequence.thought.stop for sequence in sequences]
+    computed = sum(x["prompt_ids"].numel() + x["completion_ids"].numel() for x in micro_batches)
+    scored = sum(map(len, old)) if torch.cuda.is_available() else computed - len(sequences)
+    gflop = (trunk_flops(lm, sum(stops), attended_keys(stops)) + head_flops(lm, scored)) / 1e9
+    counters = dict(zip(COUNTERS, (computed, sum(stops), scored, computed - sum(stops)), strict=True))
+    return Way(f"micro-batches of {size} thoughts", run, counters | {"model GFLOP": gflop, "naive GFLOP": gflop})
 
-    @property
-    def counters(self) -> dict[str, float]:
-        rows = [(len(x["prompt_ids"]), x["prompt_ids"].shape[1] + x["completion_ids"].shape[1]) for x in self.inputs]
-        computed, naive = sum(count * width for count, width in rows), sum(s.thought.stop for s in self.sequences)
-        scored = sum(len(o) for o in self.old) if torch.cuda.is_available() else computed - len(self.sequences)
-        made = {"trunk tokens": computed, "naive tokens": naive, "head rows": scored, "padding": computed - naive}
-        lm, stops = self.trainer.model, [s.thought.stop for s in self.sequences]
-        gflop = (trunk_flops(lm, naive, attended_keys(stops)) + head_flops(lm, scored)) / 1e9
-        return made | {"model GFLOP": gflop, "naive GFLOP": gflop}
 
-    def _prepare(self, start: int) -> dict[str, Tensor]:
-        from trl.trainer.utils import pad
+def prepared(
+    sequences: Sequence[Encoded], old: Sequence[Tensor], advantages: Tensor, device: torch.device
+) -> dict[str, Tensor]:
+    """A micro-batch as TRL would have made it."""
+    from trl.trainer.utils import pad
 
-        some = self.sequences[start : start + self.size]
-        prompts = [torch.tensor(s.ids[: s.thought.start]) for s in some]
-        completions = [torch.tensor(s.ids[s.thought]) for s in some]
-        found = {
-            "prompt_ids": pad(prompts, padding_value=PAD, padding_side="left"),
-            "prompt_mask": pad([torch.ones_like(x) for x in prompts], padding_value=0, padding_side="left"),
-            "completion_ids": pad(completions, padding_value=PAD, padding_side="right"),
-            "completion_mask": pad([torch.ones_like(x) for x in completions], padding_value=0, padding_side="right"),
-            "old_per_token_logps": pad(self.old[start : start + self.size], padding_value=0.0, padding_side="right"),
-            "advantages": self.advantages[start : start + self.size],
-        }
-        return {key: value.to(self.trainer.model.device) for key, value in found.items()}
+    prompts = [torch.tensor(s.ids[: s.thought.start]) for s in sequences]
+    completions = [torch.tensor(s.ids[s.thought]) for s in sequences]
+    found = {
+        "prompt_ids": pad(prompts, padding_value=PAD, padding_side="left"),
+        "prompt_mask": pad([torch.ones_like(x) for x in prompts], padding_value=0, padding_side="left"),
+        "completion_ids": pad(completions, padding_value=PAD, padding_side="right"),
+        "completion_mask": pad([torch.ones_like(x) for x in completions], padding_value=0, padding_side="right"),
+        "old_per_token_logps": pad(old, padding_value=0.0, padding_side="right"),
+        "advantages": advantages,
+    }
+    return {key: value.to(device) for key, value in found.items()}
 
 
 def grpo_trainer(lm: Any, liger: bool = False) -> Any:
@@ -128,7 +120,7 @@ def grpo_trainer(lm: Any, liger: bool = False) -> Any:
         )
         trainer = GRPOTrainer(
             model=lm,
-            reward_funcs=_no_reward,
+            reward_funcs=lambda completions, **_: [0.0] * len(completions),  # of its sampling, too
             args=arguments,
             train_dataset=Dataset.from_dict({"prompt": [""]}),
             processing_class=make_tokenizer(),
@@ -137,7 +129,3 @@ def grpo_trainer(lm: Any, liger: bool = False) -> Any:
         apply_liger_kernel(trainer.model, trainer.args.liger_kernel_config)
     trainer.model.train()
     return trainer
-
-
-def _no_reward(completions: list[str], **_: object) -> list[float]:
-    return [0.0] * len(completions)

@@ -46,7 +46,12 @@ class Setting(NamedTuple):
 
     @property
     def old(self) -> list[Tensor]:
+<<<<<<< HEAD
         return [torch.tensor(one.logprobs) for group in self.groups for some in group.thoughts for one in some]
+=======
+        """The old log-probs of every thought, [tokens] each."""
+        return [old for group in self.groups for response in group.old_logprobs for old in response]
+>>>>>>> w-bench
 
 
 class Way(NamedTuple):
@@ -105,14 +110,18 @@ def update(lm: Any, batches: Sequence[Batch], phases: Sequence[Callable[[Any], T
     watched = (lm.get_input_embeddings().weight, layers[0].self_attn.q_proj.weight, layers[-1].mlp.down_proj.weight)
     with without_gradients(lm):
         for phase in phases:
-            losses = []
-            for batch in batches:
-                loss = phase(batch)
-                loss.backward()
-                losses.append(loss.detach())
-            found += [torch.stack(losses).sum(), *(weight.grad for weight in watched)]
+            found += [accumulated(map(phase, batches)), *(weight.grad for weight in watched)]
             lm.zero_grad(set_to_none=True)
     return tuple(found)
+
+
+def accumulated(losses: Iterable[Tensor], backward: Callable[[Tensor], object] = Tensor.backward) -> Tensor:
+    """The sum of `losses`, each with its backward before the next one is computed."""
+    found = []
+    for loss in losses:
+        backward(loss)
+        found.append(loss.detach())
+    return torch.stack(found).sum()
 
 
 @contextmanager
@@ -138,13 +147,18 @@ def ours(it: Setting, packing: Packing) -> Way:
         return update(runtime.model.lm, made, [partial(loss, phase, Size.of(made)) for phase in method.phases])
 
     batches = layout.batches(it.groups)
-    note = f"{len(batches)} micro-batch{'es' if len(batches) > 1 else ''}"
     scores, thoughts = sum(len(b.score_rows) for b in batches), sum(len(b.token_rows) for b in batches)
     # The score is read in both phases and trained in the first, the thoughts are trained in the second.
+<<<<<<< HEAD
     return Way(note, run, counters(batches) | flops(runtime.model.lm, batches, (scores + scores / 3 + thoughts) / 2))
+=======
+    counted = counters(batches) | flops(method.model.lm, batches, (scores + scores / 3 + thoughts) / 2)
+    return Way(f"{len(batches)} micro-batch{'es' if len(batches) > 1 else ''}", run, counted)
+>>>>>>> w-bench
 
 
 def counters(batches: Iterable[Batch]) -> dict[str, float]:
+    """The COUNTERS of a pass over `batches`."""
     rows = [(b.trunk_tokens, b.naive_tokens, b.head_rows, b.padding) for b in batches]
     return dict(zip(COUNTERS, map(sum, zip(*rows, strict=True)), strict=True))
 
@@ -154,11 +168,10 @@ def flops(lm: Any, batches: Sequence[Batch], rows: float) -> dict[str, float]:
     naive = attended_keys(len(s.ids) for batch in batches for group in batch.groups for s in group.flat)
     attended = sum(int((b.position_ids + 1).sum()) for b in batches if isinstance(b, TreeBatch)) or naive
     head = head_flops(lm, rows)
-    found = {
-        "model GFLOP": trunk_flops(lm, sum(b.trunk_tokens - b.padding for b in batches), attended) + head,
-        "naive GFLOP": trunk_flops(lm, sum(b.naive_tokens for b in batches), naive) + head,
+    return {
+        "model GFLOP": (trunk_flops(lm, sum(b.trunk_tokens - b.padding for b in batches), attended) + head) / 1e9,
+        "naive GFLOP": (trunk_flops(lm, sum(b.naive_tokens for b in batches), naive) + head) / 1e9,
     }
-    return {name: each / 1e9 for name, each in found.items()}
 
 
 def fastest(*ladders: Iterable[Way]) -> Way | None:
@@ -181,7 +194,6 @@ def fastest(*ladders: Iterable[Way]) -> Way | None:
     return None if best is None else best[1]
 
 
-def powers(first: int, most: int) -> Iterator[int]:
-    while first <= most:
-        yield first
-        first *= 2
+def powers(first: int, most: int) -> list[int]:
+    """`first` and its doubles, up to `most`."""
+    return [first << i for i in range((most // first).bit_length())]
