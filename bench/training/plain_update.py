@@ -20,24 +20,14 @@ def plain(it: Setting) -> Iterator[Way]:
     runtime, ordered = it.runtime, sorted(it.groups, key=lambda group: group.longest, reverse=True)
 
     def loss(phase: Callable[..., Tensor], batch: PaddedBatch) -> Tensor:
-<<<<<<< HEAD
         with runtime.compute.autocast():
-            return phase(it.lm, batch, runtime.dialog.yes_id, len(it.groups))
-
-    phases = [partial(loss, phase) for phase in (score_loss, thought_loss)]
-    for size in powers(1, len(ordered)):
-        micro = [ordered[i : i + size] for i in range(0, len(ordered), size)]
-        batches = [padded_batch(some, runtime.dialog.pad_id, runtime.compute.device) for some in micro]
-=======
-        with method.compute.autocast():
             logits = it.lm(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-            return phase(logits, batch, method.dialog.yes_id, len(it.groups))
+            return phase(logits, batch, runtime.dialog.yes_id, len(it.groups))
 
     phases = [partial(loss, phase) for phase in (score_loss, thought_loss)]
     for size in powers(1, len(ordered)):
         micro = (ordered[i : i + size] for i in range(0, len(ordered), size))
-        batches = [padded_batch(some, method.dialog.pad_id, method.compute.device) for some in micro]
->>>>>>> w-bench
+        batches = [padded_batch(some, runtime.dialog.pad_id, runtime.compute.device) for some in micro]
         if max(logit_bytes(batch, it.lm.config.vocab_size) for batch in batches) > free_memory():
             return
         rows = {"head rows": sum(batch.trunk_tokens for batch in batches)}

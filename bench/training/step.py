@@ -120,24 +120,13 @@ def gradients(run: Callable[[], object]) -> list[Tensor]:
 
 def trunk_variants(shape: Mapping[str, Any], prompt: int, response: int, rest: int) -> list[Variant]:
     """The backbone alone over one synthetic pair; the gradient comes in where the head reads."""
-<<<<<<< HEAD
-    thoughts = [rest] * (2 * lengths.THOUGHTS)
-    it = setting(shape, lengths.synthetic(1, prompt, response), thoughts)
+    it = setting(shape, lengths.synthetic(1, prompt, response), [rest] * (2 * lengths.THOUGHTS))
     lm, runtime = it.runtime.model.lm, it.runtime
-    gradient = torch.Generator().manual_seed(0)
 
     def variant(packing: Packing) -> Variant:
         (batch,) = replace(runtime.layout, packing=packing, token_budget=sys.maxsize).batches(it.groups)
-        drawn = torch.randn(len(batch.token_rows), lm.config.hidden_size, generator=gradient.manual_seed(0))
-=======
-    it = setting(shape, lengths.synthetic(1, prompt, response), [rest] * (2 * lengths.THOUGHTS))
-    lm, method = it.method.model.lm, it.method
-
-    def variant(packing: Packing) -> Variant:
-        (batch,) = Layout(packing, sys.maxsize, method.dialog.pad_id, method.compute.device).batches(it.groups)
         g = torch.Generator().manual_seed(0)
         gradient = torch.randn(len(batch.token_rows), lm.config.hidden_size, generator=g).to(lm.device)
->>>>>>> w-bench
 
         def states(batch: Batch) -> Tensor:
             with runtime.compute.autocast():

@@ -46,12 +46,8 @@ class Setting(NamedTuple):
 
     @property
     def old(self) -> list[Tensor]:
-<<<<<<< HEAD
-        return [torch.tensor(one.logprobs) for group in self.groups for some in group.thoughts for one in some]
-=======
         """The old log-probs of every thought, [tokens] each."""
-        return [old for group in self.groups for response in group.old_logprobs for old in response]
->>>>>>> w-bench
+        return [torch.tensor(one.logprobs) for group in self.groups for some in group.thoughts for one in some]
 
 
 class Way(NamedTuple):
@@ -149,12 +145,8 @@ def ours(it: Setting, packing: Packing) -> Way:
     batches = layout.batches(it.groups)
     scores, thoughts = sum(len(b.score_rows) for b in batches), sum(len(b.token_rows) for b in batches)
     # The score is read in both phases and trained in the first, the thoughts are trained in the second.
-<<<<<<< HEAD
-    return Way(note, run, counters(batches) | flops(runtime.model.lm, batches, (scores + scores / 3 + thoughts) / 2))
-=======
-    counted = counters(batches) | flops(method.model.lm, batches, (scores + scores / 3 + thoughts) / 2)
+    counted = counters(batches) | flops(runtime.model.lm, batches, (scores + scores / 3 + thoughts) / 2)
     return Way(f"{len(batches)} micro-batch{'es' if len(batches) > 1 else ''}", run, counted)
->>>>>>> w-bench
 
 
 def counters(batches: Iterable[Batch]) -> dict[str, float]:
