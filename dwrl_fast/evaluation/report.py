@@ -85,30 +85,24 @@ def make_report(
 
 def orders(judged: Sequence[Judged], units: Units) -> Orders | None:
     """None for methods that judge responses one by one. units: of `judged`."""
-    found: dict[str, list[float]] = {"first": [], "second": [], "agree": []}
-    places = []
-    for place, row in enumerate(judged):
-        won = dict(zip(row.comparisons, map(_better_by, row.verdicts), strict=bool(row.comparisons)))
-        for (i, j), first in won.items():
-            if row.ranks[i] < row.ranks[j]:
-                lead, other = first, won[j, i]
-                places.append(place)
-                found["first"].append(_credit(lead))
-                found["second"].append(_credit(None if other is None else -other))
-                found["agree"].append(0.0 if None in (lead, other) else _credit(-float(lead or 0) * float(other or 0)))
-    if not places:
+    leads = [
+        (place, lead, won[j, i])
+        for place, row in enumerate(judged)
+        for won in [dict(zip(row.comparisons, map(_better_by, row.verdicts), strict=bool(row.comparisons)))]
+        for (i, j), lead in won.items()
+        if row.ranks[i] < row.ranks[j]
+    ]
+    if not leads:
         return None
-    return Orders(*map(units.at(np.array(places)).mean, found.values()))
+    places, first, second = np.array(leads, dtype=np.float64).T  # None becomes nan, which has no credit
+    mean = units.at(places.astype(np.int64)).mean
+    return Orders(mean(credit(first)), mean(credit(-second)), mean(credit(-first * second)))
 
 
 def _better_by(verdicts: Sequence[float | None]) -> float | None:
     """1 where the verdicts are for the response shown first, -1 for the other, 0 a draw; None: none can be read."""
     read = [value for value in verdicts if value is not None]
     return float(np.sign(sum(read) / len(read) - 0.5)) if read else None
-
-
-def _credit(lead: float | None) -> float:
-    return 0.0 if lead is None else float(credit(np.array(lead)))
 
 
 class Section(NamedTuple):
@@ -138,9 +132,8 @@ def sections(report: Report) -> list[Section]:
     few = f"The interval is drawn from {drawn} {what}: too few to believe it." if drawn < FEW else ""
     found = [Section("Summary", few, ("figure", "value"), _summary(report))]
     if report.orders is not None:
-        values = dataclasses.asdict(report.orders)
         names = ("better one shown first", "better one shown second", "both orders name the same")
-        rows = [(name, f"{value:.3f}") for name, value in zip(names, values.values(), strict=True)]
+        rows = [(name, f"{value:.3f}") for name, value in zip(names, dataclasses.astuple(report.orders), strict=True)]
         found.append(Section("Order", "Accuracy in either order; without bias the two are equal.", ("", "share"), rows))
     if report.benchmark is not None:
         found.append(_benchmark(report.benchmark))
