@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 from dwrl_fast.batching.padded import padded_batch
 from dwrl_fast.data import Preference
 from dwrl_fast.dialog import Dialog
-from dwrl_fast.encode import Group, Thought, response_contexts
+from dwrl_fast.encode import Group, Thought, response_requests
 from dwrl_fast.ops import linear_logprob
 from dwrl_fast.sampling import sample_groups
 from dwrl_fast.sampling.transformers import TransformersSampler
@@ -37,7 +37,7 @@ def sample(engine: TransformersSampler, n: int = 12, temperature: float = 1.0, s
 
 
 def sampled(rows: list[Preference], dialog: Dialog, engine: TransformersSampler, n: int, **how: Any) -> list[Group]:
-    return sample_groups(rows, response_contexts(rows, dialog), dialog, engine, n, **how)
+    return sample_groups(response_requests(rows, dialog), dialog, engine, n, **how)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
