@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dwrl_fast.config import VOTE_CURVE, CommonOptions, EvaluateConfig, parse_evaluate
+from dwrl_fast.config import VOTE_CURVE, EvaluateConfig, JudgingOptions, parse_evaluate
 from dwrl_fast.console import command, set_up_logging
 from dwrl_fast.data import Preference
 from dwrl_fast.data.jsonl import finite
@@ -120,7 +120,7 @@ def load(config: EvaluateConfig) -> Scorer:
     )
 
 
-def steps_of(config: CommonOptions, scorer: Scorer, votes: int, part: PartFile | None = None) -> Steps:
+def steps_of(config: JudgingOptions, scorer: Scorer, votes: int, part: PartFile | None = None) -> Steps:
     """They fill the sampler, so that not much is lost where one is interrupted. votes: where the model thinks."""
     votes = votes if scorer.thinks else 1
     return Steps(scorer, votes, config.seed, max(1, config.generation_batch_size // votes), part)
