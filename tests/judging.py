@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fakes import FakePolicy
 from tiny import tiny_config
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from dwrl_fast.dialog import SingleTurn
 from dwrl_fast.embedded.tokenizer import make_tokenizer
 from dwrl_fast.encode import Group, Thought
 from dwrl_fast.methods import METHODS, Method, StepMetrics
-from dwrl_fast.scoring.loading import load_dialog
+from dwrl_fast.models.pretrained import save_pretrained
 from dwrl_fast.templates import Template
 
 PAIRWISE = Template("compare {prompt} A {response_a} B {response_b}", labels=None, kind="pairwise")
@@ -61,12 +62,11 @@ def saved_model(folder: Path, name: str) -> Path:
     if name == "dwrl":
         return folder / "tiny"
     if not (folder / name).exists():
-        config = tiny_config(folder, method=name)
         template = TEMPLATES.get(name)
-        dialog = SingleTurn(make_tokenizer(), template, "correctness") if template else load_dialog(config)
-        method = METHODS[name](config, dialog, Compute.resolve("fp32"))
-        shake(method)
-        method.save_model(folder / name)
+        dialog = SingleTurn(make_tokenizer(), template, "correctness") if template else None
+        policy = FakePolicy(tiny_config(folder, method=name, dtype="fp32"), dialog)
+        shake(policy)
+        save_pretrained(folder / name, policy.model, policy.dialog, policy.method.card())
     return folder / name
 
 
@@ -100,9 +100,9 @@ def logprobs(method: Method, sequence: Ids) -> Tensor:
     return torch.stack([logits[i - 1, sequence.ids[i]] for i in t])
 
 
-def shake(method: Method, by: float = 0.05) -> None:
+def shake(policy: FakePolicy, by: float = 0.05) -> None:
     """Move the weights, as training would."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for p in method.model.parameters():
+        for p in policy.model.parameters():
             p.add_(by * torch.randn(p.shape, generator=generator))
