@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from judging import A, B, Says, saved_model
+from fakes import FakeSampler
+from judging import A, B, saved_model
 from tiny import tiny_folder, tiny_pairs, tiny_rows
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -30,11 +31,8 @@ RESPONSES = ["5", "2 7 1", "5", "8 8", "", "1 1 1 0 4"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("api")
-    tiny_folder(folder / "tiny")
-    tiny_pairs(folder / "pairs.jsonl")
-    return folder
+def folder(module_folder: Path) -> Path:
+    return module_folder
 
 
 def scorer_of(folder: Path, name: str, **options: Any) -> Scorer:
@@ -43,8 +41,8 @@ def scorer_of(folder: Path, name: str, **options: Any) -> Scorer:
 
 def says(scorer: Scorer, said: Callable[[str, int], str]) -> None:
     """Let the thoughts be what they are told to be."""
-    runtime = scorer._scorer.runtime
-    object.__setattr__(runtime, "sampler", Says(runtime.dialog, said))
+    runtime = scorer._judging.runtime
+    object.__setattr__(runtime, "sampler", FakeSampler(runtime.dialog, said))
 
 
 def user(text: str) -> Any:
@@ -64,7 +62,7 @@ def alone(lm: Any, dialog: Any, prompt: str, response: str) -> tuple[float, list
 @torch.no_grad()
 def test_scores_are_log_p_yes_after_a_greedy_thought(folder: Path) -> None:
     scorer = dwrl_fast.Scorer.from_pretrained(str(folder / "tiny"), dtype="fp32")
-    lm, dialog = AutoModelForCausalLM.from_pretrained(folder / "tiny"), scorer._scorer.dialog
+    lm, dialog = AutoModelForCausalLM.from_pretrained(folder / "tiny"), scorer._judging.dialog
     found, thoughts = scorer.score(PROMPTS, RESPONSES, return_thoughts=True)
     expected = [alone(lm, dialog, *each) for each in zip(PROMPTS, RESPONSES, strict=True)]
     assert found.dtype == torch.float32 and found.device.type == "cpu"
@@ -113,7 +111,7 @@ def test_many_responses_of_a_prompt_take_several_passes(folder: Path, caplog: py
 def test_votes_are_the_log_of_the_mean_of_p_yes(folder: Path) -> None:
     scorer = scorer_of(folder, "dwrl")
     row = tiny_rows(folder)[0]
-    (group,) = scorer._scorer.score_groups([row], votes=5, seed=3)
+    (group,) = scorer._judging.score_groups([row], votes=5, seed=3)
     prompt = row.prompt[0]["content"]
     found, thoughts = scorer.score([prompt] * 2, row.responses, 5, seed=3, return_thoughts=True)
     expected = [math.log(sum(map(math.exp, scores)) / 5) for scores in group.scores]
@@ -133,7 +131,7 @@ def test_prompts_as_messages(folder: Path) -> None:
 def test_a_scalar_head_gives_its_reward(folder: Path) -> None:
     scorer = scorer_of(folder, "bt")
     lm = AutoModelForSequenceClassification.from_pretrained(folder / "bt")
-    dialog: Any = scorer._scorer.dialog
+    dialog: Any = scorer._judging.dialog
     ids = [dialog.plain(user(p), r).ids for p, r in zip(PROMPTS, RESPONSES, strict=True)]
     expected = torch.tensor([lm(torch.tensor([each])).logits.item() for each in ids])
     torch.testing.assert_close(scorer.score(PROMPTS, RESPONSES, votes=3), expected, rtol=0, atol=1e-5)
@@ -147,7 +145,7 @@ def test_a_scalar_head_gives_its_reward(folder: Path) -> None:
 def test_a_method_that_compares_gives_log_odds(folder: Path) -> None:
     scorer = scorer_of(folder, "gram")
     lm = AutoModelForCausalLM.from_pretrained(folder / "gram")
-    dialog: Any = scorer._scorer.dialog
+    dialog: Any = scorer._judging.dialog
     references = ["7", "5", "0", "8 8", "2", "1"]
     expected = []
     for prompt, response, other in zip(PROMPTS, RESPONSES, references, strict=True):
