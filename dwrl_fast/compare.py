@@ -168,8 +168,12 @@ def _shared(a: Judgements, b: Judgements) -> tuple[list[Preference], list[Judged
 
 def _json_lines(differ: Sequence[Difference], config: CompareConfig) -> Iterator[str]:
     for row, models in differ:
-        line: dict[str, Any] = {"source": row.source, "prompt": row.prompt, "responses": row.responses}
-        line["ranks"] = models[0].ranks
+        line: dict[str, Any] = {
+            "source": row.source,
+            "prompt": row.prompt,
+            "responses": row.responses,
+            "ranks": models[0].ranks,
+        }
         for name, found in zip(("a", "b"), models, strict=True):
             line[name] = {"scores": finite(found.scores), "thoughts": found.thoughts}
             line[name] |= {"comparisons": found.comparisons} if found.comparisons else {}

@@ -17,13 +17,13 @@ MOST_SLICES = 24  # more would not be read
 
 def figures(report: Report, gap: NDArray[np.float64]) -> dict[str, str]:
     """Title to SVG; gap [P]: scores of the better response less those of the worse."""
-    found = {"Reliability": _svg(partial(_reliability, report)), "Score differences": _svg(partial(_gaps, gap))}
-    if report.votes:
-        found["Accuracy by votes"] = _svg(partial(_votes, report))
-    for by, slices in report.slices.items():
-        shown = slices[:MOST_SLICES]
-        found[SLICED[by][0]] = _svg(partial(_slices, shown), 1.0 + 0.3 * len(shown))
-    return found
+    shown = {SLICED[by][0]: slices[:MOST_SLICES] for by, slices in report.slices.items()}
+    return {
+        "Reliability": _svg(partial(_reliability, report)),
+        "Score differences": _svg(partial(_gaps, gap)),
+        **({"Accuracy by votes": _svg(partial(_votes, report))} if report.votes else {}),
+        **{title: _svg(partial(_slices, some), 1.0 + 0.3 * len(some)) for title, some in shown.items()},
+    }
 
 
 def _svg(draw: Callable[[Any], None], height: float = 3.6) -> str:
