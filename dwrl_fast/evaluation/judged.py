@@ -38,6 +38,7 @@ class Judged:
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> Self:
+        """From what `to_dict` gave."""
         pairs = [(first, second) for first, second in saved["comparisons"]]
         return cls(**(saved | {"ranks": tuple(saved["ranks"]), "comparisons": pairs}))
 

@@ -28,6 +28,7 @@ class Found:
     tokens: Counter[str] = field(default_factory=Counter)
 
     def add(self, results: Sequence[Any], tokens: Mapping[str, int]) -> None:
+        """Those of one more step."""
         self.results.extend(results)
         self.tokens.update(tokens)
 
@@ -57,6 +58,7 @@ class PartFile:
         self._file.close()
 
     def add(self, stage: str, results: Sequence[Any], tokens: Mapping[str, int]) -> None:
+        """Write one more step of `stage`."""
         self._append({"stage": stage, "results": results, "tokens": tokens})
 
     def _take_up(self, path: Path, identity: dict[str, Any]) -> None:
