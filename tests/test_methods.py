@@ -3,7 +3,6 @@
 The oracle runs the model on one sequence at a time, and writes out every order of a ranking.
 """
 
-import dataclasses
 import json
 import math
 from pathlib import Path
@@ -11,18 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fakes import FakePolicy
 from orders import mean_order_loss
-from tiny import tiny_config, tiny_folder
+from tiny import tiny_config
 from torch import Tensor
 
-from dwrl_fast.batching.batch import Size
-from dwrl_fast.compute import Compute
 from dwrl_fast.data import Preference, read_preferences
-from dwrl_fast.encode import Group
 from dwrl_fast.feed import Feed, Shuffled
-from dwrl_fast.methods import METHODS, Method, StepMetrics
 from dwrl_fast.progress import Display
-from dwrl_fast.scoring.loading import load_dialog
 from dwrl_fast.training.runlog import read_metrics
 from dwrl_fast.training.trainer import Trainer
 
@@ -35,22 +30,6 @@ ROWS = [
     Preference(({"role": "user", "content": prompt},), tuple("52718"[:size]), margin=margin, ranks=ranks)
     for prompt, ranks, size, margin in zip(PROMPTS, RANKS, SIZES, MARGINS, strict=True)
 ]
-
-
-def make_method(folder: Path, name: str, packing: str) -> Method:
-    tiny_folder(folder / "tiny")
-    config = tiny_config(folder, method=name, packing=packing)
-    return METHODS[name](config, load_dialog(config), Compute.resolve(config.dtype))
-
-
-def step(method: Method, phase: str, groups: list[Group], budget: int) -> tuple[list[Tensor], dict[str, float]]:
-    """Gradients of one minibatch in micro-batches of `budget`, and its figures."""
-    method.model.zero_grad()
-    tally = StepMetrics()
-    batches = dataclasses.replace(method.layout, token_budget=budget).batches(groups)
-    for batch in batches:
-        method.loss(phase, batch, Size.of(batches), tally).backward()
-    return [p.grad.clone() for p in method.model.parameters() if p.grad is not None], tally.means()
 
 
 def oracle_losses(marginals: list[Tensor]) -> Tensor:
@@ -69,24 +48,25 @@ def shares(marginals: list[Tensor]) -> list[float]:
     return found
 
 
-def compare(ours: list[Tensor], method: Method, loss: Tensor) -> None:
-    expected = torch.autograd.grad(loss, list(method.model.parameters()), retain_graph=True)
-    for one, other in zip(ours, expected, strict=True):
+def compare(ours: dict[str, Tensor], policy: FakePolicy, loss: Tensor) -> None:
+    expected = torch.autograd.grad(loss, list(policy.model.parameters()), retain_graph=True)
+    for one, other in zip(ours.values(), expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=5e-6 * other.abs().max().item() + 1e-8)
-    assert max(g.abs().max() for g in ours) > 1e-4
+    assert max(g.abs().max() for g in ours.values()) > 1e-4
 
 
 @pytest.mark.parametrize(("packing", "budget"), [("tree", 10**6), ("tree", 1), ("padded", 10**6)])
-def test_bt_on_mixed_groups(tmp_path: Path, packing: str, budget: int) -> None:
-    method = make_method(tmp_path, "bt", packing)
-    groups = method.rollout(ROWS, 0, lambda n: None)[0]
-    ours, figures = step(method, "score", groups, budget)
+def test_bt_on_mixed_groups(folder: Path, packing: str, budget: int) -> None:
+    policy = FakePolicy(tiny_config(folder, method="bt", packing=packing))
+    groups, _ = policy.rollout(ROWS)
+    _, ours, metrics = policy.step(groups, "score", budget)
+    figures = metrics.means()
     rewards = [
-        torch.stack([method.model.lm(torch.tensor([q.ids])).logits[0, 0] for (q,) in group.sequences])
+        torch.stack([policy.model.lm(torch.tensor([q.ids])).logits[0, 0] for (q,) in group.sequences])
         for group in groups
     ]
     losses = oracle_losses(rewards)
-    compare(ours, method, losses.mean())
+    compare(ours, policy, losses.mean())
     best = torch.cat(
         [r[:1] if not row.ranks else r[: row.ranks.count(1)] for r, row in zip(rewards, ROWS, strict=True)]
     )
@@ -98,18 +78,18 @@ def test_bt_on_mixed_groups(tmp_path: Path, packing: str, budget: int) -> None:
 
 
 @pytest.mark.parametrize(("packing", "budget"), [("tree", 10**6), ("tree", 1), ("padded", 10**6)])
-def test_dwrl_on_mixed_groups(tmp_path: Path, packing: str, budget: int) -> None:
+def test_dwrl_on_mixed_groups(folder: Path, packing: str, budget: int) -> None:
     """Phase A against autograd of the likelihood; phase B, on the policy, against -c_k (w_ki - 1/n) / (n |o|)."""
-    method = make_method(tmp_path, "dwrl", packing)
-    groups = method.rollout(ROWS, 0, lambda n: None)[0]
+    policy = FakePolicy(tiny_config(folder, method="dwrl", packing=packing))
+    groups, _ = policy.rollout(ROWS)
     logps = [
         [
-            [method.model.lm(torch.tensor([q.ids])).logits[0].log_softmax(-1) for q in response]
+            [policy.model.lm(torch.tensor([q.ids])).logits[0].log_softmax(-1) for q in response]
             for response in g.sequences
         ]
         for g in groups
     ]
-    scores = [torch.stack([torch.stack([x[-1, method.dialog.yes_id] for x in r]) for r in group]) for group in logps]
+    scores = [torch.stack([torch.stack([x[-1, policy.dialog.yes_id] for x in r]) for r in group]) for group in logps]
     marginals = [s.exp().mean(-1).log() for s in scores]
     losses = oracle_losses(marginals)
 
@@ -124,8 +104,9 @@ def test_dwrl_on_mixed_groups(tmp_path: Path, packing: str, budget: int) -> None
                 rows = logp[k][i][sequence.thought.start - 1 : sequence.thought.stop - 1]
                 thought = thought + slope[k] * (w[i] - 1 / 3) / 3 * rows.gather(-1, ids[:, None]).mean()
 
-    ours, figures = step(method, "score", groups, budget)
-    compare(ours, method, losses.mean())
+    _, ours, metrics = policy.step(groups, "score", budget)
+    figures = metrics.means()
+    compare(ours, policy, losses.mean())
     p = [m.exp().detach() for m in marginals]
     best = [1 if not row.ranks else row.ranks.count(1) for row in ROWS]
     assert figures["loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
@@ -136,38 +117,37 @@ def test_dwrl_on_mixed_groups(tmp_path: Path, packing: str, budget: int) -> None
     pulls = [-slope[:b].sum().item() for slope, b in zip(slopes, best, strict=True)]
     assert figures["misalignment"] == pytest.approx(sum(pulls) / 6, rel=1e-4)
     assert figures["train_accuracy"] == pytest.approx(sum(shares(marginals)) / 4)
-    ours, _ = step(method, "thought", groups, budget)
-    compare(ours, method, thought / len(groups))
+    _, ours, _ = policy.step(groups, "thought", budget)
+    compare(ours, policy, thought / len(groups))
 
 
 @pytest.mark.parametrize("name", ["bt", "dpo", "dwrl"])
-def test_nothing_to_compare_is_not_known_rather_than_wrong(tmp_path: Path, name: str) -> None:
-    method = make_method(tmp_path, name, "tree")
-    groups = method.rollout([ROWS[2], ROWS[5]], 0, lambda n: None)[0]
-    _, figures = step(method, "score", groups, 10**6)
+def test_nothing_to_compare_is_not_known_rather_than_wrong(folder: Path, name: str) -> None:
+    policy = FakePolicy(tiny_config(folder, method=name))
+    groups, _ = policy.rollout([ROWS[2], ROWS[5]])
+    figures = policy.step(groups)[2].means()
     assert figures["train_accuracy"] != figures["train_accuracy"] and figures["loss"] > 0
 
 
 @pytest.mark.parametrize("name", ["bt", "dwrl"])
-def test_a_file_of_rankings_trains_and_is_learned(tmp_path: Path, name: str) -> None:
+def test_a_file_of_rankings_trains_and_is_learned(folder: Path, name: str) -> None:
     """Rankings of five responses with a tie, from the file to the report: one group each."""
     rng = np.random.default_rng(0)
-    with (tmp_path / "rankings.jsonl").open("w", encoding="utf-8") as file:
+    with (folder / "rankings.jsonl").open("w", encoding="utf-8") as file:
         for _ in range(24):
             responses = [str(digit) for digit in rng.choice(10, 5, replace=False)]
             order = sorted(RULE.index(digit) for digit in responses)
             ranks = [max(1, order.index(RULE.index(digit))) for digit in responses]  # the first two tie
             row = {"prompt": " ".join(map(str, rng.integers(0, 7, 5))), "responses": responses, "ranks": ranks}
             file.write(json.dumps(row) + "\n")
-    tiny_folder(tmp_path / "tiny")
-    config = tiny_config(tmp_path, method=name, max_steps=24, minibatch_size=4, learning_rate=2e-2)
-    rows = read_preferences(tmp_path / "rankings.jsonl", rankings="plackett_luce").rows
+    config = tiny_config(folder, method=name, max_steps=24, minibatch_size=4, learning_rate=2e-2)
+    rows = read_preferences(folder / "rankings.jsonl", rankings="plackett_luce").rows
     assert len(rows) == 24 and {row.ranks for row in rows} == {(1, 1, 2, 3, 4)}
-    run = tmp_path / "run"
+    run = folder / "run"
     run.mkdir()
-    method = METHODS[name](config, load_dialog(config), Compute.resolve(config.dtype))
+    policy = FakePolicy(config)
     feed = Feed([Shuffled("rankings", rows, 0)], [1.0], batch_size=4, epochs=1, max_steps=24)
-    trainer = Trainer(config, method, feed, rows[:8], run, Display())
+    trainer = Trainer(config, policy.method, policy.judging, feed, rows[:8], run, Display())
     trainer.resume()
     result = trainer.train()
     before, after = result["report_before"], result["report_after"]
