@@ -11,16 +11,16 @@ import pytest
 import torch
 import yaml
 from chats import applied, encoded, real_tokenizer
-from test_methods import ROWS, SIZES, compare, oracle_losses, shares, step
-from tiny import tiny_config, tiny_dialog, tiny_folder, tiny_rows
-from torch import Tensor
+from fakes import FakePolicy
+from judging import DIRECT, PAIRWISE, POINTWISE, logprobs, save, shake, single_turn
+from test_methods import ROWS, SIZES, compare, oracle_losses, shares
+from tiny import tiny_config, tiny_dialog, tiny_rows
 
 from dwrl_fast import Scorer
-from dwrl_fast.compute import Compute
 from dwrl_fast.config import TrainConfig
 from dwrl_fast.data import Demonstration, Message, Preference, read_preferences
 from dwrl_fast.data.mixture import Part
-from dwrl_fast.dialog import Dialog, Sequence, SingleTurn, read_score, write_score
+from dwrl_fast.dialog import Dialog, read_score, write_score
 from dwrl_fast.embedded.task import draw_claims, prompts, write_pairs
 from dwrl_fast.embedded.tokenizer import make_tokenizer
 from dwrl_fast.encode import Group, demonstration_group, fit
@@ -28,7 +28,6 @@ from dwrl_fast.errors import ConfigError, DataError
 from dwrl_fast.evaluation.sources import source_reports
 from dwrl_fast.feed import Feed, Shuffled, open_feed, read_rows
 from dwrl_fast.feed.source import content_hash
-from dwrl_fast.methods import METHODS, Method
 from dwrl_fast.progress import Display
 from dwrl_fast.scoring.loading import load_dialog
 from dwrl_fast.templates import Template
@@ -36,48 +35,26 @@ from dwrl_fast.training.checkpoint import checkpoints
 from dwrl_fast.training.runlog import read_metrics
 from dwrl_fast.training.trainer import Trainer
 
-PAIRWISE = Template("compare {prompt} A {response_a} B {response_b}", labels=None, kind="pairwise")
-POINTWISE = Template("score {prompt} {response}", labels=None, kind="pointwise")
-DIRECT = Template("compare {prompt} A {response_a} B {response_b}", labels=("A", "B"), kind="direct")
 LAYOUTS = [("tree", 10**6), ("tree", 1), ("padded", 10**6)]
 ASKED: tuple[Message, ...] = ({"role": "user", "content": "3 5 0 0 4"},)
 GOOD = Demonstration(ASKED, ("7",), thought="3 5 ok", verdict="Yes")
 BAD = Demonstration(ASKED, ("2 1",), thought="bad", verdict="No", source="x:2")
 
 
-def make_method(folder: Path, name: str, packing: str = "tree", **changes: Any) -> Method:
-    tiny_folder(folder / "tiny")
-    config = tiny_config(folder, method=name, packing=packing, **changes)
-    return METHODS[name](config, load_dialog(config), Compute.resolve("fp32"))
-
-
-def shake(method: Method) -> None:
-    g = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in method.model.parameters():
-            p += 0.05 * torch.randn(p.shape, generator=g)
-
-
-def logprobs(method: Method, sequence: Sequence) -> Tensor:
-    """Of the trained tokens, by the model itself, on this sequence alone."""
-    rows = method.model.lm(torch.tensor([sequence.ids])).logits[0].log_softmax(-1)
-    span = sequence.thought
-    return rows[span.start - 1 : span.stop - 1].gather(-1, torch.tensor(sequence.ids[span])[:, None])[:, 0]
-
-
 @pytest.mark.parametrize(("packing", "budget"), LAYOUTS)
-def test_dpo_on_mixed_groups(tmp_path: Path, packing: str, budget: int) -> None:
+def test_dpo_on_mixed_groups(folder: Path, packing: str, budget: int) -> None:
     """Pairs, a margin, ties and rankings: their likelihoods at beta log (pi / pi_ref)."""
-    method = make_method(tmp_path, "dpo", packing)
-    groups = method.rollout(ROWS, 0, lambda n: None)[0]
+    policy = FakePolicy(tiny_config(folder, method="dpo", packing=packing))
+    groups, _ = policy.rollout(ROWS)
     with torch.no_grad():
-        before = [torch.stack([logprobs(method, q).sum() for q in group.flat]) for group in groups]
-    shake(method)
-    after = [torch.stack([logprobs(method, q).sum() for q in group.flat]) for group in groups]
+        before = [torch.stack([logprobs(policy.model, q).sum() for q in group.flat]) for group in groups]
+    shake(policy.model)
+    after = [torch.stack([logprobs(policy.model, q).sum() for q in group.flat]) for group in groups]
     rewards = [0.22 * (a - b) for a, b in zip(after, before, strict=True)]
     losses = oracle_losses(rewards)
-    ours, figures = step(method, "policy", groups, budget)
-    compare(ours, method, losses.mean())
+    _, ours, metrics = policy.step(groups, budget=budget)
+    figures = metrics.means()
+    compare(ours, policy, losses.mean())
     assert figures["loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
     assert figures["train_accuracy"] == pytest.approx(sum(shares(rewards)) / 4)
     best = torch.cat([r[: row.ranks.count(1) or 1] for r, row in zip(rewards, ROWS, strict=True)])
@@ -100,49 +77,49 @@ def test_completions_of_real_tokenizers(shared: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(("packing", "budget"), LAYOUTS)
-def test_sft_on_mixed_groups(tmp_path: Path, packing: str, budget: int) -> None:
+def test_sft_on_mixed_groups(folder: Path, packing: str, budget: int) -> None:
     """The best response of each row, or all of them where several are; the mean is over tokens."""
     rows = [replace(row, responses=("7 1 3", *row.responses[1:])) for row in ROWS]  # of more than one token
-    method = make_method(tmp_path, "sft", packing)
-    groups = method.rollout(rows, 0, lambda n: None)[0]
+    policy = FakePolicy(tiny_config(folder, method="sft", packing=packing))
+    groups, _ = policy.rollout(rows)
     assert [len(group.flat) for group in groups] == [1, 1, 2, 1, 1, 3]
-    decoded = [method.dialog.tokenizer.decode(q.ids[q.thought]) for q in groups[2].flat]
+    decoded = [policy.dialog.tokenizer.decode(q.ids[q.thought]) for q in groups[2].flat]
     assert [text.split() for text in decoded] == [["7", "1", "3", "<|end|>"], ["2", "<|end|>"]]
-    mean = torch.cat([logprobs(method, q) for group in groups for q in group.flat]).mean()
-    ours, figures = step(method, "policy", groups, budget)
-    compare(ours, method, -mean)
-    assert figures["loss"] == pytest.approx(-mean.item(), rel=1e-5)
+    mean = torch.cat([logprobs(policy.model, q) for group in groups for q in group.flat]).mean()
+    _, ours, metrics = policy.step(groups, budget=budget)
+    compare(ours, policy, -mean)
+    assert metrics.means()["loss"] == pytest.approx(-mean.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(("packing", "budget"), LAYOUTS)
-def test_sft_on_demonstrations_and_pairs(tmp_path: Path, packing: str, budget: int) -> None:
+def test_sft_on_demonstrations_and_pairs(folder: Path, packing: str, budget: int) -> None:
     """Thought, end-of-turn and label of each demonstration, the best response of each pair: one mean over all."""
-    method = make_method(tmp_path, "sft", packing)
-    groups = method.rollout([GOOD, ROWS[0], BAD], 0, lambda n: None)[0]
-    dialog, decode = method.dialog, method.dialog.tokenizer.decode
+    policy = FakePolicy(tiny_config(folder, method="sft", packing=packing))
+    groups, _ = policy.rollout([GOOD, ROWS[0], BAD])
+    dialog, decode = policy.dialog, policy.dialog.tokenizer.decode
     assert [decode(g.flat[0].ids[g.flat[0].thought]).split() for g in groups] == [
         ["3", "5", "ok", "<|end|>"],
         ["5", "<|end|>"],
         ["bad", "<|end|>"],
     ]
-    terms = [logprobs(method, group.flat[0]) for group in groups]
+    terms = [logprobs(policy.model, group.flat[0]) for group in groups]
     for group, label in ((groups[0], dialog.yes_id), (groups[2], dialog.no_id)):
-        terms.append(method.model.lm(torch.tensor([group.flat[0].ids])).logits[0, -1].log_softmax(-1)[label][None])
+        terms.append(policy.model.lm(torch.tensor([group.flat[0].ids])).logits[0, -1].log_softmax(-1)[label][None])
     assert sum(map(len, terms)) == 10
-    ours, _ = step(method, "policy", groups, budget)
-    compare(ours, method, -torch.cat(terms).mean())
+    _, ours, _ = policy.step(groups, budget=budget)
+    compare(ours, policy, -torch.cat(terms).mean())
 
 
 def test_demonstrations_of_single_turns() -> None:
     """The verdict is written in the form in which it is read; where a label is read at once there is no thought."""
-    tokenizer = make_tokenizer()
+    decode = make_tokenizer().decode
 
     def group(template: Template, row: Demonstration) -> Group:
-        return demonstration_group(row, SingleTurn(tokenizer, template, "correctness"))
+        return demonstration_group(row, single_turn(template))
 
     def written(template: Template, row: Demonstration) -> list[str]:
         (sequence,) = group(template, row).flat
-        return tokenizer.decode(sequence.ids[sequence.thought]).split()
+        return decode(sequence.ids[sequence.thought]).split()
 
     two = replace(GOOD, responses=("7", "2"), verdict="B")
     assert written(PAIRWISE, two) == ["3", "5", "ok", "<answer>[[B]]</answer>", "<|end|>"]
@@ -152,7 +129,7 @@ def test_demonstrations_of_single_turns() -> None:
     assert written(POINTWISE, number) == ["ok", "<s>", "7", "</s>", "<|end|>"]
     assert read_score(write_score("7.5")) == 7.5
     direct = group(DIRECT, replace(two, thought=""))
-    assert direct.right == [1] and direct.flat[0].thought.start == direct.flat[0].thought.stop
+    assert direct.labels == [1] and direct.flat[0].thought.start == direct.flat[0].thought.stop
 
 
 @pytest.mark.parametrize(
@@ -167,10 +144,8 @@ def test_demonstrations_of_single_turns() -> None:
         (DIRECT, {"responses": ("7", "2"), "verdict": "A"}, "a thought, where a template of kind direct has none"),
     ],
 )
-def test_demonstrations_that_do_not_fit(
-    tmp_path: Path, template: Template | None, changes: dict[str, Any], reason: str
-) -> None:
-    dialog = tiny_dialog() if template is None else SingleTurn(make_tokenizer(), template, "correctness")
+def test_demonstrations_that_do_not_fit(template: Template | None, changes: dict[str, Any], reason: str) -> None:
+    dialog = tiny_dialog() if template is None else single_turn(template)
     tokens, said = fit(replace(GOOD, **changes), dialog, 40)
     assert tokens == 0 and said.startswith(reason)
 
@@ -211,13 +186,12 @@ def test_reading_demonstrations(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_only_sft_takes_demonstrations(tmp_path: Path, streaming: bool) -> None:
-    tiny_folder(tmp_path / "tiny")
+def test_only_sft_takes_demonstrations(folder: Path, streaming: bool) -> None:
     rows = [{"prompt": "3 5", "response": "7", "thought": "ok", "verdict": "Yes"}] * 4
-    path = str(write(tmp_path / "pairs.jsonl", *rows))
+    path = str(write(folder / "pairs.jsonl", *rows))
 
     def first(method: str) -> Preference:
-        config = tiny_config(tmp_path, method=method, streaming=streaming, shuffle_buffer_size=2)
+        config = tiny_config(folder, method=method, streaming=streaming, shuffle_buffer_size=2)
         return open_feed(config, load_dialog(config), Display())[0].next()[0]
 
     assert isinstance(first("sft"), Demonstration)
@@ -226,115 +200,110 @@ def test_only_sft_takes_demonstrations(tmp_path: Path, streaming: bool) -> None:
             DataError, match=r"pairs.jsonl:1: a judgement with its thought and verdict. Only --method sft"
         ):
             first(method)
-    config = tiny_config(tmp_path, method="sft")
+    config = tiny_config(folder, method="sft")
     with pytest.raises(DataError, match="no model is evaluated on them"):
         read_rows((Part(path),), config, load_dialog(config), Display())
 
 
 def run(folder: Path, config: TrainConfig, rows: list[Preference], held_out: list[Preference]) -> dict[str, Any]:
     folder.mkdir()
-    method = METHODS[config.method](config, load_dialog(config), Compute.resolve("fp32"))
+    policy = FakePolicy(config)
     size, steps = config.rollout_batch_size, config.max_steps
     feed = Feed([Shuffled("rows", rows, 0)], [1.0], batch_size=size, epochs=1, max_steps=steps)
-    trainer = Trainer(config, method, feed, held_out, folder, Display())
+    trainer = Trainer(config, policy.method, policy.judging, feed, held_out, folder, Display())
     trainer.resume()
     return trainer.train()
 
 
-def test_dpo_goes_on_from_a_checkpoint_with_the_first_reference(tmp_path: Path) -> None:
-    tiny_folder(tmp_path / "tiny")
-    rows = list(tiny_rows(tmp_path))
-    config = tiny_config(tmp_path, method="dpo", save_steps=2)
-    run(tmp_path / "whole", config, rows, [])
-    checkpoint = checkpoints(tmp_path / "whole")[0]
-    run(tmp_path / "later", replace(config, resume_from_checkpoint=str(checkpoint)), rows, [])
-    whole, later = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "later"))
+def test_dpo_goes_on_from_a_checkpoint_with_the_first_reference(folder: Path) -> None:
+    rows = list(tiny_rows(folder))
+    config = tiny_config(folder, method="dpo", save_steps=2)
+    run(folder / "whole", config, rows, [])
+    checkpoint = checkpoints(folder / "whole")[0]
+    run(folder / "later", replace(config, resume_from_checkpoint=str(checkpoint)), rows, [])
+    whole, later = (read_metrics(folder / name / "metrics.jsonl") for name in ("whole", "later"))
     assert [row["step"] for row in later] == [3, 4] and later[-1]["reward_chosen"] != 0
     for one, other in zip(whole[2:], later, strict=True):
         assert all(one[name] == other[name] for name in ("loss", "reward_chosen", "grad_norm_policy"))
-    weights = [(tmp_path / name / "model/model.safetensors").read_bytes() for name in ("whole", "later")]
+    weights = [(folder / name / "model/model.safetensors").read_bytes() for name in ("whole", "later")]
     assert weights[0] == weights[1]
 
 
 @pytest.mark.parametrize(("kind", "after"), [("dialog", "dwrl"), ("pairwise", "grpo-pair")])
-def test_a_judge_warmed_up_and_trained_on(tmp_path: Path, kind: str, after: str) -> None:
+def test_a_judge_warmed_up_and_trained_on(folder: Path, kind: str, after: str) -> None:
     """sft on judgements, then another method from its folder, which finds the template in it."""
-    tiny_folder(tmp_path / "tiny")
-    template = tmp_path / "template.yaml"
+    template = folder / "template.yaml"
     rows = [GOOD, BAD] * 4
     if kind == "pairwise":
         asks = f"{PAIRWISE.evaluate} {{aspect}} <answer>[[A]]</answer> <answer>[[B]]</answer>"
         template.write_text(yaml.safe_dump({"kind": kind, "evaluate": asks}), encoding="utf-8")
         rows = [replace(row, responses=("7", "2"), verdict=v) for row, v in zip(rows, "AB" * 4, strict=True)]
     options = {"template": str(template)} if kind == "pairwise" else {}
-    config = tiny_config(tmp_path, method="sft", max_steps=12, learning_rate=2e-2, **options)
-    run(tmp_path / "sft", config, list(rows), [])
-    losses = [row["loss"] for row in read_metrics(tmp_path / "sft/metrics.jsonl")]
+    config = tiny_config(folder, method="sft", max_steps=12, learning_rate=2e-2, **options)
+    run(folder / "sft", config, list(rows), [])
+    losses = [row["loss"] for row in read_metrics(folder / "sft/metrics.jsonl")]
     assert losses[-1] < losses[0] / 2
-    config = tiny_config(tmp_path, method=after, model_name_or_path=str(tmp_path / "sft/model"))
+    config = tiny_config(folder, method=after, model_name_or_path=str(folder / "sft/model"))
     assert load_dialog(config).template.kind == kind
-    METHODS[after](config, load_dialog(config), Compute.resolve("fp32"))
+    FakePolicy(config)
 
 
-def test_the_template_is_one_that_sft_can_learn(tmp_path: Path) -> None:
-    tiny_folder(tmp_path / "tiny")
+def test_the_template_is_one_that_sft_can_learn(folder: Path) -> None:
     with pytest.raises(ConfigError, match="kind dialog or pairwise or pointwise or direct"):
-        load_dialog(tiny_config(tmp_path, method="sft", template="rationalizer"))
+        load_dialog(tiny_config(folder, method="sft", template="rationalizer"))
 
 
-def test_dpo_scores_are_implicit_rewards(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_dpo_scores_are_implicit_rewards(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     """All 0 before training; after it as written out, from the saved folder too; and without the reference, said so."""
-    method = make_method(tmp_path, "dpo", beta=0.5)
-    groups = method.scorer.score_groups(ROWS)
+    policy = FakePolicy(tiny_config(folder, method="dpo", beta=0.5))
+    groups = policy.judging.score_groups(ROWS)
     assert all(score == 0 for group in groups for (score,) in group.scores)
-    shake(method)
-    method.save_model(tmp_path / "model")
-    after = method.scorer.score_groups(ROWS)
-    base = make_method(tmp_path, "sft")
-    for group in after:
-        for (score,), q in zip(group.scores, group.flat, strict=True):
-            wanted = 0.5 * (logprobs(method, q).sum() - logprobs(base, q).sum())
+    shake(policy.model)
+    save(folder / "model", policy)
+    after = policy.judging.score_groups(ROWS)
+    base = FakePolicy(tiny_config(folder, method="sft"))
+    for found in after:
+        for (score,), q in zip(found.scores, found.group.flat, strict=True):
+            wanted = 0.5 * (logprobs(policy.model, q).sum() - logprobs(base.model, q).sum())
             assert score == pytest.approx(wanted.item(), rel=1e-4, abs=1e-5)
-    assert not any(group.token_scores for group in after)
+    assert not any(found.token_scores for found in after)
 
     def saved() -> list[list[list[float]]]:
-        scorer = Scorer.from_pretrained(tmp_path / "model", dtype="fp32", token_budget=10**6)
+        scorer = Scorer.from_pretrained(folder / "model", dtype="fp32", token_budget=10**6)
         return [group.scores for group in scorer.score_groups(ROWS)]
 
     for one, other in zip(saved(), after, strict=True):
         assert [score for (score,) in one] == pytest.approx([score for (score,) in other.scores])
-    shutil.rmtree(tmp_path / "tiny")
+    shutil.rmtree(folder / "tiny")
     for one, other in zip(saved(), after, strict=True):
-        for (score,), q in zip(one, other.flat, strict=True):
-            assert score == pytest.approx(0.5 * logprobs(method, q).sum().item(), rel=1e-4)
+        for (score,), q in zip(one, other.group.flat, strict=True):
+            assert score == pytest.approx(0.5 * logprobs(policy.model, q).sum().item(), rel=1e-4)
     assert "the model that this one was trained from is not found" in caplog.text
 
 
-def test_with_adapters_the_reference_is_the_model_without_them(tmp_path: Path) -> None:
-    method, base = make_method(tmp_path, "dpo", use_peft=True, lora_r=2), make_method(tmp_path, "sft")
-    assert all(score == 0 for group in method.scorer.score_groups(ROWS) for (score,) in group.scores)
-    g = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in method.model.parameters():
-            p += 0.2 * torch.randn(p.shape, generator=g) * p.requires_grad
-    method.save_model(tmp_path / "model")
-    merged = Scorer.from_pretrained(tmp_path / "model", dtype="fp32", token_budget=10**6)
-    for group, again in zip(method.scorer.score_groups(ROWS), merged.score_groups(ROWS), strict=True):
-        for (score,), (other,), q in zip(group.scores, again.scores, group.flat, strict=True):
-            wanted = 0.22 * (logprobs(method, q).sum() - logprobs(base, q).sum()).item()
+def test_with_adapters_the_reference_is_the_model_without_them(folder: Path) -> None:
+    policy = FakePolicy(tiny_config(folder, method="dpo", use_peft=True, lora_r=2))
+    base = FakePolicy(tiny_config(folder, method="sft"))
+    assert all(score == 0 for group in policy.judging.score_groups(ROWS) for (score,) in group.scores)
+    shake(policy.model, 0.2)
+    save(folder / "model", policy)
+    merged = Scorer.from_pretrained(folder / "model", dtype="fp32", token_budget=10**6)
+    for found, again in zip(policy.judging.score_groups(ROWS), merged.score_groups(ROWS), strict=True):
+        for (score,), (other,), q in zip(found.scores, again.scores, found.group.flat, strict=True):
+            wanted = 0.22 * (logprobs(policy.model, q).sum() - logprobs(base.model, q).sum()).item()
             assert score == pytest.approx(wanted, rel=1e-4, abs=1e-5) == other
             assert abs(score) > 1e-3
 
 
-def test_sft_scores_are_log_probs_summed_and_a_token(tmp_path: Path) -> None:
+def test_sft_scores_are_log_probs_summed_and_a_token(folder: Path) -> None:
     """The longer response is the less likely one, and the more likely one a token: the report has both."""
-    method = make_method(tmp_path, "sft")
+    policy = FakePolicy(tiny_config(folder, method="sft"))
     rows = [Preference(ASKED, ("7 7 7 7 7 7", "7"), source=f"x:{i}") for i in range(3)]
-    groups = method.scorer.score_groups(rows)
-    sums = torch.stack([logprobs(method, q).sum() for q in groups[0].flat])
-    means = torch.stack([logprobs(method, q).mean() for q in groups[0].flat])
+    groups = policy.judging.score_groups(rows)
+    sums = torch.stack([logprobs(policy.model, q).sum() for q in groups[0].group.flat])
+    means = torch.stack([logprobs(policy.model, q).mean() for q in groups[0].group.flat])
     assert [score for (score,) in groups[0].scores] == pytest.approx(sums.tolist(), rel=1e-4)
-    assert [score for (score,) in groups[0].token_scores] == pytest.approx(means.tolist(), rel=1e-4)
+    assert groups[0].token_scores == pytest.approx(means.tolist(), rel=1e-4)
     report = source_reports(groups, 0)[""]
     assert report.accuracy == (sums[0] > sums[1]).item()
     assert report.token_accuracy == (means[0] > means[1]).item() != report.accuracy
@@ -343,18 +312,17 @@ def test_sft_scores_are_log_probs_summed_and_a_token(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["sft", "dpo"])
-def test_policies_learn(tmp_path: Path, name: str) -> None:
+def test_policies_learn(folder: Path, name: str) -> None:
     """On the embedded task's pairs: the loss falls, held-out reward accuracy rises beyond its interval."""
-    tiny_folder(tmp_path / "tiny")
     data = {"train": 512, "test": 128}
     for seed, (split, count) in enumerate(data.items()):
         claims = draw_claims(prompts(split), count, 0.7, np.random.default_rng(seed))
-        write_pairs(tmp_path / f"{split}.jsonl", *claims)
-    rows, held_out = (read_preferences(tmp_path / f"{split}.jsonl").rows for split in data)
+        write_pairs(folder / f"{split}.jsonl", *claims)
+    rows, held_out = (read_preferences(folder / f"{split}.jsonl").rows for split in data)
     sizes = {"rollout_batch_size": 64, "minibatch_size": 64, "max_steps": 30, "token_budget": 4096}
-    config = tiny_config(tmp_path, method=name, learning_rate=1e-2, **sizes)
-    result = run(tmp_path / "run", config, rows, held_out)
+    config = tiny_config(folder, method=name, learning_rate=1e-2, **sizes)
+    result = run(folder / "run", config, rows, held_out)
     before, after = result["report_before"], result["report_after"]
     assert after["low"] > before["high"] and after["margin"] > before["margin"] + 1
-    losses = [row["loss"] for row in read_metrics(tmp_path / "run/metrics.jsonl")]
+    losses = [row["loss"] for row in read_metrics(folder / "run/metrics.jsonl")]
     assert losses[-1] < losses[0] / 2
