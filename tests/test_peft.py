@@ -1,5 +1,6 @@
 """LoRA in the trained path: what the adapters compute, what trains, what is written, what is refused."""
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -7,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from fakes import FakePolicy
 from safetensors.torch import load_file
 from test_layouts import apart, drawn
 from tiny import tiny_config, tiny_dialog, tiny_folder, tiny_pairs
 from torch import Tensor
 
 from bench.harness import matrix_products
-from dwrl_fast import ops
 from dwrl_fast.batching.batch import Size
 from dwrl_fast.compute import Compute
 from dwrl_fast.config import TrainConfig
@@ -22,12 +23,11 @@ from dwrl_fast.data.mixture import Part
 from dwrl_fast.encode import Group
 from dwrl_fast.errors import CheckpointError, ConfigError, ModelError, UserError
 from dwrl_fast.feed import open_feed
-from dwrl_fast.methods import METHODS, Method, StepMetrics
+from dwrl_fast.methods import METHODS, StepMetrics
 from dwrl_fast.models.adapters import Lora, plain
 from dwrl_fast.models.model import GenerativeModel, load_generative, place
 from dwrl_fast.models.pretrained import save_pretrained
 from dwrl_fast.progress import Display
-from dwrl_fast.scoring.loading import load_dialog
 from dwrl_fast.training.runlog import read_metrics
 from dwrl_fast.training.trainer import Trainer
 
@@ -37,71 +37,66 @@ LORA: dict[str, Any] = {"use_peft": True, "lora_r": 3, "lora_alpha": 4, "dtype":
 PACKINGS = ["tree", "packed", "padded"]
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    tiny_folder(tmp_path / "tiny")
-    tiny_pairs(tmp_path / "pairs.jsonl")
-    return tmp_path
-
-
-def make_method(config: TrainConfig, loud: bool = True) -> Method:
+def make_policy(config: TrainConfig, loud: bool = True) -> FakePolicy:
     """loud: with adapters that say something, as after training."""
-    method = METHODS[config.method](config, load_dialog(config), Compute.resolve(config.dtype))
+    policy = FakePolicy(config)
     generator = torch.Generator().manual_seed(1)
-    for name, parameter in method.model.named_parameters():
+    for name, parameter in policy.model.named_parameters():
         if loud and ".lora_B." in name:
             drawn = torch.randn(parameter.shape, generator=generator)
             parameter.data.copy_(0.2 * drawn)
-    return method
+    return policy
 
 
-def of_family(folder: Path, family: str, **changes: Any) -> Method:
+def of_family(folder: Path, family: str, **changes: Any) -> FakePolicy:
     """A method on a drawn model of `family`: Qwen2's projections have biases, Gemma 2's logits a soft-cap."""
     card = {"method": "dwrl", "score_normalization": "vocab", "temperature": 1.0, "max_completion_length": 6}
     save_pretrained(folder / family, GenerativeModel(drawn(family)), tiny_dialog(), card)
     paths = {"model_name_or_path": str(folder / family), "tokenizer_name_or_path": str(folder / "tiny")}
-    return make_method(tiny_config(folder, **paths, **LORA | JOINT | changes))
+    return make_policy(tiny_config(folder, **paths, **LORA | JOINT | changes))
 
 
 JOINT: dict[str, Any] = {"alternate": "joint", "joint_reward": "centred"}
 
 
-def groups_of(method: Method, count: int = 3) -> list[Group]:
-    rows = read_preferences(str(method.config.dataset_name)).rows[:count]
-    return method.rollout(rows, 0, lambda n: None)[0]
+def groups_of(policy: FakePolicy, count: int = 3) -> list[Group]:
+    return policy.rollout(read_preferences(str(policy.method.config.dataset_name)).rows[:count])[0]
 
 
-def outcome(method: Method, groups: list[Group], packing: Any, phase: str) -> dict[str, Tensor]:
-    """Scores, log-probs, loss, and every gradient."""
-    method.model.zero_grad()
-    batches = dataclasses.replace(method.layout, packing=packing, token_budget=10**6).batches(groups)
-    found: dict[str, Tensor] = {}
-    with method.compute.autocast():
-        for batch in batches:
-            loss = method.loss(phase, batch, Size.of(batches), StepMetrics())
-            loss.backward()
-            if isinstance(method.model, GenerativeModel):
-                head = method.model(batch, tokens=True)
-                found["logprobs"] = ops.linear_logprob(head.token, head.weight, batch.targets, softcap=head.softcap)
-    found["loss"] = loss
-    found["scores"] = torch.tensor([s for group in groups for response in group.scores for s in response])
-    found |= {name: p.grad for name, p in method.model.named_parameters() if p.grad is not None}
-    return {name: value.detach().clone() for name, value in found.items()}
-
-
-def merged(method: Method) -> Method:
-    """The same method over the plain model that the adapters merge into, trained in full."""
-    other = METHODS[method.name](
-        dataclasses.replace(method.config, use_peft=False, load_in_4bit=False), method.dialog, method.compute
-    )
-    other.model = place(type(method.model)(plain(method.model.lm)), method.compute, method.layout)
+def on(policy: FakePolicy, model: Any, **layout: Any) -> FakePolicy:
+    """The same policy over another model or layout. It samples nothing."""
+    other, runtime = copy.copy(policy), policy.runtime
+    other.model = model
+    other.runtime = dataclasses.replace(runtime, model=model, layout=dataclasses.replace(runtime.layout, **layout))
     return other
 
 
-def expected_gradients(method: Method, full: dict[str, Tensor]) -> dict[str, Tensor]:
+def outcome(policy: FakePolicy, groups: list[Group], packing: Any, phase: str) -> dict[str, Tensor]:
+    """Scores, log-probs, loss, and every gradient."""
+    policy = on(policy, policy.model, packing=packing)
+    loss, found, metrics = policy.step(groups, phase)
+    found |= {"loss": torch.tensor(loss), "scores": flat(metrics.scores(groups))}
+    if isinstance(policy.model, GenerativeModel):
+        found["logprobs"] = flat(policy.runtime.logprobs(groups))
+    return found
+
+
+def flat(values: Any) -> Tensor:
+    """Of nested lists."""
+    return torch.cat([flat(each) for each in values]) if isinstance(values, list) else torch.tensor([values])
+
+
+def merged(policy: FakePolicy) -> FakePolicy:
+    """The same method over the plain model that the adapters merge into, trained in full."""
+    model = type(policy.model)(plain(policy.model.lm))
+    return on(policy, place(model, policy.runtime.compute, policy.runtime.layout))
+
+
+def expected_gradients(policy: FakePolicy, full: dict[str, Tensor]) -> dict[str, Tensor]:
     """From the whole weights' gradients: W = base + s B A, so dB = s dW A^T and dA = s B^T dW."""
-    found, scale = {}, method.config.lora_alpha / method.config.lora_r
-    parameters = dict(method.model.named_parameters())
+    found, config = {}, policy.method.config
+    scale = config.lora_alpha / config.lora_r
+    parameters = dict(policy.model.named_parameters())
     for name in parameters:
         if ".lora_A." in name:
             other = name.replace(".lora_A.", ".lora_B.")
@@ -114,27 +109,27 @@ def expected_gradients(method: Method, full: dict[str, Tensor]) -> dict[str, Ten
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("family", ["Llama", "Qwen2", "Gemma2"])
 def test_against_the_full_rank_merge(folder: Path, family: str, packing: str) -> None:
-    method = of_family(folder, family)
-    whole, groups = merged(method), groups_of(method)
-    found, full = outcome(method, groups, packing, "joint"), outcome(whole, groups, packing, "joint")
-    frozen = {name for name, p in method.model.named_parameters() if not p.requires_grad}
+    policy = of_family(folder, family)
+    whole, groups = merged(policy), groups_of(policy)
+    found, full = outcome(policy, groups, packing, "joint"), outcome(whole, groups, packing, "joint")
+    frozen = {name for name, p in policy.model.named_parameters() if not p.requires_grad}
     assert not frozen & found.keys() and len(frozen) > 20
-    like = {name: full[name] for name in ("logprobs", "scores", "loss")} | expected_gradients(method, full)
+    like = {name: full[name] for name in ("logprobs", "scores", "loss")} | expected_gradients(policy, full)
     assert found.keys() == like.keys() and len(like) == 3 + 2 * 7 * 3
     far = {name: d for name, d in apart(found, like).items() if not d <= 1e-5}
     assert not far, far
-    base = outcome(merged(make_method(method.config, loud=False)), groups, packing, "joint")
+    base = outcome(merged(make_policy(policy.method.config, loud=False)), groups, packing, "joint")
     assert apart(base, full)["logprobs"] > 1e-2  # the adapters do say something
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_bt_against_the_full_rank_merge(folder: Path, packing: str) -> None:
     """The head trains whole, in float32, and its gradient is the merged model's."""
-    method = make_method(tiny_config(folder, method="bt", **LORA))
-    whole, groups = merged(method), groups_of(method)
-    found, full = outcome(method, groups, packing, "score"), outcome(whole, groups, packing, "score")
+    policy = make_policy(tiny_config(folder, method="bt", **LORA))
+    whole, groups = merged(policy), groups_of(policy)
+    found, full = outcome(policy, groups, packing, "score"), outcome(whole, groups, packing, "score")
     head = {"lm.score.modules_to_save.default.weight": full["lm.score.weight"]}
-    like = {name: full[name] for name in ("scores", "loss")} | head | expected_gradients(method, full)
+    like = {name: full[name] for name in ("scores", "loss")} | head | expected_gradients(policy, full)
     assert found.keys() == like.keys()
     far = {name: d for name, d in apart(found, like).items() if not d <= 1e-5}
     assert not far, far
@@ -143,14 +138,15 @@ def test_bt_against_the_full_rank_merge(folder: Path, packing: str) -> None:
 @pytest.mark.parametrize(("phase", "saved"), [("score", 1), ("thought", 1), ("joint", 2)])
 def test_a_frozen_head_takes_no_product_for_its_weight(folder: Path, phase: str, saved: int) -> None:
     """One in linear_logprob, one in linear_policy_loss; nothing else of the step changes."""
-    method = of_family(folder, "Qwen2")  # whose head is not tied to the embedding
-    (batch,) = dataclasses.replace(method.layout, token_budget=10**6).batches(groups_of(method))
-    head = method.model.lm.get_output_embeddings().weight
+    policy = of_family(folder, "Qwen2")  # whose head is not tied to the embedding
+    (batch,) = policy.batches(groups_of(policy))
+    size = Size.of([batch])
+    head = policy.model.lm.get_output_embeddings().weight
     taken = {}
     for trained in (False, True):
         head.requires_grad_(trained)
         taken[trained] = matrix_products(
-            lambda: method.loss(phase, batch, Size.of([batch]), StepMetrics()).backward(), unit=head.numel()
+            lambda: policy.method.loss(phase, policy.model, batch, size, StepMetrics()).backward(), unit=head.numel()
         )
         assert (head.grad is not None) == trained
     assert taken[True]["products"] - taken[False]["products"] == saved
@@ -160,11 +156,11 @@ def test_a_frozen_head_takes_no_product_for_its_weight(folder: Path, phase: str,
 
 
 def make_trainer(config: TrainConfig, run: Path, held_out: int = 0) -> Trainer:
-    method = make_method(config, loud=False)
+    policy = make_policy(config, loud=False)
     run.mkdir(exist_ok=True)
-    feed, _ = open_feed(config, method.dialog, Display())
+    feed, _ = open_feed(config, policy.dialog, Display())
     rows = read_preferences(str(config.dataset_name)).rows[:held_out]
-    trainer = Trainer(config, method, feed, rows, run, Display())
+    trainer = Trainer(config, policy.method, policy.judging, feed, rows, run, Display())
     trainer.resume()
     return trainer
 
@@ -172,13 +168,13 @@ def make_trainer(config: TrainConfig, run: Path, held_out: int = 0) -> Trainer:
 @pytest.mark.parametrize("name", ["dwrl", "bt"])
 def test_the_base_stays_and_checkpoints_hold_the_adapters_alone(folder: Path, name: str) -> None:
     trainer = make_trainer(tiny_config(folder, method=name, save_steps=2, **LORA), folder / "run")
-    frozen = {n: p.detach().clone() for n, p in trainer.method.model.named_parameters() if not p.requires_grad}
-    trained = {n: p.detach().clone() for n, p in trainer.method.model.named_parameters() if p.requires_grad}
+    frozen = {n: p.detach().clone() for n, p in trainer.policy.model.named_parameters() if not p.requires_grad}
+    trained = {n: p.detach().clone() for n, p in trainer.policy.model.named_parameters() if p.requires_grad}
     trainer.train()
-    now = dict(trainer.method.model.named_parameters())
+    now = dict(trainer.policy.model.named_parameters())
     assert all(torch.equal(now[n], p) for n, p in frozen.items())
     assert all(not torch.equal(now[n], p) for n, p in trained.items())
-    tensors = trainer._tensors()
+    tensors = trainer.policy.state()
     assert {n for n in tensors if n.startswith("model.")} == {f"model.{n}" for n in trained}
     elements = sum(p.numel() for p in trained.values())
     assert sum(t.nbytes for t in tensors.values()) == 12 * elements + 4 * len(trained)  # AdamW counts its steps
@@ -189,9 +185,9 @@ def test_the_base_stays_and_checkpoints_hold_the_adapters_alone(folder: Path, na
 @pytest.mark.parametrize("name", sorted(METHODS.keys() - {"judge"}))
 def test_every_method_trains_adapters(folder: Path, name: str) -> None:
     trainer = make_trainer(tiny_config(folder, method=name, max_steps=1, save_steps=0, **LORA), folder / "run", 2)
-    before = {n: p.detach().clone() for n, p in trainer.method.model.named_parameters()}
+    before = {n: p.detach().clone() for n, p in trainer.policy.model.named_parameters()}
     trainer.train()
-    moved = {n for n, p in trainer.method.model.named_parameters() if not torch.equal(before[n], p)}
+    moved = {n for n, p in trainer.policy.model.named_parameters() if not torch.equal(before[n], p)}
     assert moved or name == "grpo-point"  # the numbers that it rewards are beyond this model
     assert all(".lora_" in n or ".modules_to_save." in n for n in moved)
     assert (folder / "run" / "adapter" / "adapter_model.safetensors").exists()
@@ -223,39 +219,38 @@ def test_a_checkpoint_of_adapters_belongs_to_its_base(folder: Path) -> None:
 
 
 def test_the_reference_is_the_model_without_its_adapters(folder: Path) -> None:
-    method = make_method(tiny_config(folder, **LORA))
+    policy = make_policy(tiny_config(folder, **LORA))
     base = load_generative(str(folder / "tiny"), None, 0).lm
     ids = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
-    trained = {n for n, p in method.model.named_parameters() if p.requires_grad}
-    adapted = method.model.lm(ids).logits
-    with method.model.reference(), torch.no_grad():
-        assert torch.equal(method.model.lm(ids).logits, base(ids).logits)
-    assert torch.equal(method.model.lm(ids).logits, adapted) and not torch.allclose(adapted, base(ids).logits)
-    assert {n for n, p in method.model.named_parameters() if p.requires_grad} == trained
+    trained = {n for n, p in policy.model.named_parameters() if p.requires_grad}
+    adapted = policy.model.lm(ids).logits
+    with policy.model.reference(), torch.no_grad():
+        assert torch.equal(policy.model.lm(ids).logits, base(ids).logits)
+    assert torch.equal(policy.model.lm(ids).logits, adapted) and not torch.allclose(adapted, base(ids).logits)
+    assert {n for n, p in policy.model.named_parameters() if p.requires_grad} == trained
     with pytest.raises(ModelError, match=r"no adapters to switch off.*--use_peft"), GenerativeModel(base).reference():
         pass
 
 
 def test_thoughts_are_sampled_with_the_adapters_on(folder: Path) -> None:
-    method = make_method(tiny_config(folder, **LORA))
-    groups = groups_of(method)
-    assert method.recompute_old_logprobs(groups)["sampler_gap_max"] < 1e-4  # type: ignore[attr-defined]
-    groups = groups_of(method)
-    with method.model.reference():
-        assert method.recompute_old_logprobs(groups)["sampler_gap_max"] > 0.1  # type: ignore[attr-defined]
+    policy = make_policy(tiny_config(folder, **LORA))
+    groups = groups_of(policy)
+    assert policy.roll_out.recomputed(groups)[1]["sampler_gap_max"] < 1e-4
+    with policy.model.reference():
+        assert policy.roll_out.recomputed(groups)[1]["sampler_gap_max"] > 0.1
 
 
 @pytest.mark.parametrize("packing", ["tree", "padded"])
 def test_gradient_checkpointing_changes_nothing(folder: Path, packing: str) -> None:
     """Where the embedding is frozen, a layer that is computed again must still pass its gradients on."""
-    method = of_family(folder, "Llama")
-    groups = groups_of(method)
-    expected = outcome(method, groups, packing, "joint")
-    method.model.lm.gradient_checkpointing_enable({"use_reentrant": False})
-    method.model.train()
+    policy = of_family(folder, "Llama")
+    groups = groups_of(policy)
+    expected = outcome(policy, groups, packing, "joint")
+    policy.model.lm.gradient_checkpointing_enable({"use_reentrant": False})
+    policy.model.train()
     calls: list[int] = []
-    method.model.lm.base_model.layers[0].register_forward_hook(lambda *_: calls.append(1))
-    found = outcome(method, groups, packing, "joint")
+    policy.model.lm.base_model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    found = outcome(policy, groups, packing, "joint")
     assert len(calls) >= 2
     assert found.keys() == expected.keys() and all(torch.equal(found[n], y) for n, y in expected.items())
 
@@ -266,22 +261,22 @@ def test_bfloat16(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     groups = groups_of(exact)
     truth = outcome(exact, groups, "tree", "joint")
     monkeypatch.setattr(Lora, "base_options", lambda lora: {"dtype": torch.bfloat16})
-    method = of_family(folder, "Llama", dtype="bf16")
-    dtypes = {p.requires_grad: p.dtype for p in method.model.parameters()}
+    policy = of_family(folder, "Llama", dtype="bf16")
+    dtypes = {p.requires_grad: p.dtype for p in policy.model.parameters()}
     assert dtypes == {True: torch.float32, False: torch.bfloat16}
-    found = outcome(method, groups, "tree", "joint")
+    found = outcome(policy, groups, "tree", "joint")
     assert apart(found, truth)["logprobs"] < 0.02 and found.keys() == truth.keys()
     assert all(torch.isfinite(value).all() for value in found.values())
-    base, whole = dict(method.model.lm.named_parameters()), dict(plain(method.model.lm).named_parameters())
+    base, whole = dict(policy.model.lm.named_parameters()), dict(plain(policy.model.lm).named_parameters())
     name = "model.layers.1.mlp.up_proj"
     a, b = (base[f"{name}.lora_{x}.default.weight"] for x in "AB")
     torch.testing.assert_close(
         whole[f"{name}.weight"], base[f"{name}.base_layer.weight"].float() + 4 / 3 * b @ a, rtol=1e-6, atol=1e-7
     )
     assert {p.dtype for p in whole.values()} == {torch.float32}
-    scalar = make_method(tiny_config(folder, method="bt", **LORA | {"dtype": "bf16"}))
-    (batch,) = dataclasses.replace(scalar.layout, token_budget=10**6).batches(groups_of(scalar))
-    with scalar.compute.autocast():
+    scalar = make_policy(tiny_config(folder, method="bt", **LORA | {"dtype": "bf16"}))
+    (batch,) = scalar.batches(groups_of(scalar))
+    with scalar.runtime.compute.autocast():
         assert scalar.model(batch).dtype == torch.float32
 
 
@@ -321,7 +316,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_what_is_refused(folder: Path, case: str) -> None:
     changes, said = REFUSED[case]
     with pytest.raises(ConfigError, match=said):
-        make_method(tiny_config(folder, **LORA | changes))
+        make_policy(tiny_config(folder, **LORA | changes))
 
 
 @pytest.mark.parametrize(
@@ -340,17 +335,16 @@ def test_what_is_not_there_is_named(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == lacking else object())
     with pytest.raises(UserError, match=said):
-        make_method(tiny_config(folder, **LORA | changes))
+        make_policy(tiny_config(folder, **LORA | changes))
 
 
 @pytest.mark.skipif(not CUDA, reason="no CUDA device")
 def test_in_4_bits(folder: Path) -> None:
     """A base whose weights are those of 4 bits already is the same in 4 bits."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    method = make_method(tiny_config(folder, **LORA | {"load_in_4bit": True, "dtype": "bf16"}))
-    groups = groups_of(method)
-    whole = place(GenerativeModel(plain(method.model.lm)), method.compute, method.layout)
-    found = outcome(method, groups, "tree", "joint")
-    assert {p.dtype for p in method.model.parameters() if p.requires_grad} == {torch.float32}
-    method.model = whole
-    assert apart(found, outcome(method, groups, "tree", "joint"))["logprobs"] < 0.02
+    policy = make_policy(tiny_config(folder, **LORA | {"load_in_4bit": True, "dtype": "bf16"}))
+    groups = groups_of(policy)
+    whole = merged(policy)
+    found = outcome(policy, groups, "tree", "joint")
+    assert {p.dtype for p in policy.model.parameters() if p.requires_grad} == {torch.float32}
+    assert apart(found, outcome(whole, groups, "tree", "joint"))["logprobs"] < 0.02
