@@ -39,7 +39,7 @@ if TYPE_CHECKING:  # mypy reads no bases that are computed; what it must know of
 
 else:
     MethodName = Literal[tuple(METHODS)]
-    MethodOptions = dataclasses.make_dataclass("MethodOptions", (), bases=OWNERS, frozen=True, kw_only=True)
+    MethodOptions = dataclasses.make_dataclass("MethodOptions", (), bases=OWNERS[::-1], frozen=True, kw_only=True)
 
 
 @dataclass(frozen=True, kw_only=True)
