@@ -24,7 +24,7 @@ from dwrl_fast.evaluation.sources import source_accuracy, source_of, source_repo
 from dwrl_fast.feed import open_feed
 from dwrl_fast.log import warn_once
 from dwrl_fast.progress import Display
-from dwrl_fast.scoring import marginal_scores
+from dwrl_fast.scoring import ScoredGroup, marginal_scores
 from dwrl_fast.scoring.loading import load_dialog
 from dwrl_fast.training.runlog import read_metrics
 
@@ -193,9 +193,9 @@ def test_evaluate_reports_each_of_several_files(folder: Path, capsys: pytest.Cap
         )
 
 
-def scored(source: str, scores: list[float], ranks: tuple[int, ...] = ()) -> Group:
+def scored(source: str, scores: list[float], ranks: tuple[int, ...] = ()) -> ScoredGroup:
     row = Preference(({"role": "user", "content": "?"},), ("y", "n"), ranks=ranks, source=source)
-    return Group(row, [[], []], scores=[[score] for score in scores])
+    return ScoredGroup(Group(row, [[], []]), [[score] for score in scores])
 
 
 def test_reports_are_those_of_each_sources_groups(caplog: pytest.LogCaptureFixture) -> None:
@@ -206,7 +206,7 @@ def test_reports_are_those_of_each_sources_groups(caplog: pytest.LogCaptureFixtu
     found = source_reports(groups, seed=3)
     assert list(found) == ["", "a", "b"] and "c has no accuracy of its own" in caplog.text
     for name, part in (("", groups), ("a", groups[:5]), ("b", groups[5:9])):
-        assert found[name] == pair_report(marginal_scores(part), [group.ranks for group in part], 3)
+        assert found[name] == pair_report(marginal_scores(part), [found.group.ranks for found in part], 3)
     assert list(source_reports(groups[:5], 3)) == [""], "one source is no list of sources"
     names = {"x/a.jsonl": "a", "b.parquet": "b", "c.jsonl": "c", "d.jsonl": "d"}
     assert source_accuracy(groups, names) == {"a": pytest.approx(0.5), "b": pytest.approx(0.375)}

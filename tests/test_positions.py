@@ -7,20 +7,13 @@ from typing import Any
 import pytest
 from judging import saved_model
 from rich.console import Console
-from tiny import tiny_folder, tiny_pairs, tiny_rows
+from tiny import tiny_rows
 
 from dwrl_fast import compare, evaluate
 from dwrl_fast.log import logger
 from dwrl_fast.scoring.scorer import Scorer
 
 SAID = "and the model was made for"
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    tiny_folder(tmp_path / "tiny")
-    tiny_pairs(tmp_path / "pairs.jsonl")
-    return tmp_path
 
 
 def with_positions(model: Path, count: int) -> Path:
@@ -44,7 +37,7 @@ def test_a_scorer_warns_once(
     groups = whole.score_groups(rows)
     limit = 6 if whole.thinks else 0
     longest = max(
-        len(s.ids) + limit - (s.thought.stop - s.thought.start if limit else 0) for g in groups for s in g.flat
+        len(s.ids) + limit - (s.thought.stop - s.thought.start if limit else 0) for g in groups for s in g.group.flat
     )
     assert not said(caplog)
     for count, expected in ((longest, []), (longest - 1, [f"may reach {longest} tokens, {SAID} {longest - 1}:"])):

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from judging import DIRECT, PAIRWISE, A, B, Says, make_method
-from tiny import tiny_dialog, tiny_folder, tiny_pairs, tiny_rows
+from fakes import FakePolicy, FakeSampler
+from judging import DIRECT, PAIRWISE, A, B
+from tiny import tiny_config, tiny_dialog, tiny_rows
 
 from dwrl_fast import Scorer, evaluate
 from dwrl_fast.data import Preference
@@ -22,18 +23,15 @@ from dwrl_fast.errors import DataError
 from dwrl_fast.evaluation.probe import ATTACKS, attack_texts, forged_turns, pairs_of, probe, responses_each
 from dwrl_fast.evaluation.scoring import Steps
 from dwrl_fast.models.pretrained import load_tokenizer
-from dwrl_fast.scoring import ChoiceJudging, Runtime, marginal_scores
+from dwrl_fast.scoring import ScoredGroup, marginal_scores
 from dwrl_fast.templates import Template, load_template
 
 NAMES = [attack.name for attack in ATTACKS]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("probe")
-    tiny_folder(folder / "tiny")
-    tiny_pairs(folder / "pairs.jsonl")
-    return folder
+def folder(module_folder: Path) -> Path:
+    return module_folder
 
 
 class Fixed:
@@ -46,12 +44,12 @@ class Fixed:
         self.rows: list[Preference] = []
         self.tokens: Counter[str] = Counter()
 
-    def score_groups(self, rows: Sequence[Preference], *, progress: Any = None, **options: Any) -> list[Group]:
+    def score_groups(self, rows: Sequence[Preference], *, progress: Any = None, **options: Any) -> list[ScoredGroup]:
         self.rows += rows
         self.tokens["computed"] += len(rows)
         for row in rows:
             progress(len(row.responses)) if progress else None
-        return [Group(row, [], scores=self._scores(row)) for row in rows]
+        return [ScoredGroup(Group(row, []), self._scores(row)) for row in rows]
 
     def _scores(self, row: Preference) -> list[list[float]]:
         if not self.compares:
@@ -164,7 +162,8 @@ def test_the_shift_is_that_of_the_scores(folder: Path) -> None:
 
 def test_a_judge_in_text_is_probed(folder: Path) -> None:
     """One that is taken in by padding, which no judge of ours would read as a verdict."""
-    method = make_method(folder, "judge")
+    dialog = SingleTurn(make_tokenizer(), PAIRWISE, "correctness")
+    judging = FakePolicy(tiny_config(folder, method="judge", dtype="fp32"), dialog).judging
     row = pair("5", "4")
 
     def says(text: str, i: int) -> str:
@@ -172,8 +171,8 @@ def test_a_judge_in_text_is_probed(folder: Path) -> None:
         padded = [part.count("unk") > 30 for part in (shown[0], shown[2])]
         return (A if padded[0] else B) if any(padded) else A if shown[0].strip().startswith("5") else B
 
-    runtime = Runtime(method.model, method.dialog, method.compute, method.layout, Says(method.dialog, says))
-    report = probe(Steps(Scorer(ChoiceJudging(runtime, 1.0, 8), method.card())), [row])
+    object.__setattr__(judging.runtime, "sampler", FakeSampler(dialog, says))
+    report = probe(Steps(Scorer(judging)), [row])
     flipped = {each.name: each.flipped for each in report.attacks}
     assert report.accuracy == 1 and flipped["padding"] == 1 and flipped["flattery"] == 0
 

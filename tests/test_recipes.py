@@ -14,12 +14,11 @@ import torch
 import yaml
 from chats import contents_of, real_tokenizer
 from conftest import ROOT
+from fakes import FakePolicy
 from rich.console import Console
-from tiny import tiny_folder, tiny_pairs
 
 from dwrl_fast import train
 from dwrl_fast.batching.layout import Layout
-from dwrl_fast.compute import Compute
 from dwrl_fast.config import TrainConfig, parse_train
 from dwrl_fast.data import read_preferences
 from dwrl_fast.dialog import Dialog
@@ -156,13 +155,6 @@ def test_dry_run_of_all_others(name: str, stand_ins: Path, shared: Path, monkeyp
 # --dry_run itself
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    tiny_folder(tmp_path / "tiny")
-    tiny_pairs(tmp_path / "pairs.jsonl", 12)
-    return tmp_path
-
-
 def tiny_arguments(folder: Path, *more: str) -> list[str]:
     own = ["--model_name_or_path", f"{folder}/tiny", "--dataset_name", f"{folder}/pairs.jsonl"]
     sizes = ["--rollout_batch_size", "8", "--minibatch_size", "4", "--max_completion_length", "6"]
@@ -191,10 +183,10 @@ SAMPLING = ("dwrl", "btpo", "grpo-pair", "grpo-point")
 @pytest.mark.parametrize("method", [*SAMPLING, "bt", "gram", "genrm", "pairrm", "sft", "dpo"])
 def test_tokens_are_those_of_the_rollout(folder: Path, method: str) -> None:
     """Against the method's own rollout; of one that samples, without the thoughts and what closes them."""
-    config = parse_train([*tiny_arguments(folder), "--method", method])
-    dialog, rows = load_dialog(config), read_preferences(folder / "pairs.jsonl").rows[:4]
-    made, _ = METHODS[method](config, dialog, Compute.resolve("fp32")).rollout(rows, 0, lambda responses: None)
-    guessed = guessed_groups(rows, config, dialog, 6)
+    policy = FakePolicy(parse_train([*tiny_arguments(folder), "--method", method, "--dtype", "fp32"]))
+    rows = read_preferences(folder / "pairs.jsonl").rows[:4]
+    made, _ = policy.rollout(rows)
+    guessed = guessed_groups(rows, policy.method, 6)
     assert [len(group.flat) for group in guessed] == [len(group.flat) for group in made]
     counted = contexts if method in SAMPLING else naive
     assert counted(made) == counted(guessed)
@@ -210,7 +202,7 @@ def test_tokens_of_prefilled_thoughts(folder: Path) -> None:
         for row in rows
         for response in row.responses
     )
-    assert naive(guessed_groups(rows, config, dialog, 5)) == wanted
+    assert naive(guessed_groups(rows, METHODS["bt"](config, dialog), 5)) == wanted
 
 
 def contexts(groups: list[Group]) -> int:

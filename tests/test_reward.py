@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from judging import A, Says, saved_model
-from tiny import tiny_folder, tiny_pairs
+from fakes import FakeSampler
+from judging import A, saved_model
 from transformers import AutoModelForCausalLM
 
 from dwrl_fast.embedded.tokenizer import make_tokenizer
@@ -25,11 +25,8 @@ Row = tuple[Any, Any]  # prompt and completion
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("reward")
-    tiny_folder(folder / "tiny")
-    tiny_pairs(folder / "pairs.jsonl")
-    return folder
+def folder(module_folder: Path) -> Path:
+    return module_folder
 
 
 def scorer_of(folder: Path, name: str) -> Scorer:
@@ -37,8 +34,7 @@ def scorer_of(folder: Path, name: str) -> Scorer:
 
 
 def says(scorer: Scorer, said: Callable[[str, int], str]) -> None:
-    runtime: Any = scorer._scorer.runtime
-    object.__setattr__(runtime, "sampler", Says(runtime.dialog, said))
+    object.__setattr__(scorer._judging.runtime, "sampler", FakeSampler(scorer.dialog, said))
 
 
 def rewards(scorer: Scorer, rows: list[Row], columns: dict[str, Any] | None = None, **options: Any) -> Any:
@@ -204,9 +200,7 @@ def test_programming_errors_end_the_batch(folder: Path) -> None:
 
 def test_references_and_verdicts_that_cannot_be_read(folder: Path) -> None:
     scorer = scorer_of(folder, "judge")
-    object.__setattr__(
-        scorer._scorer.runtime, "sampler", Says(scorer.dialog, lambda text, i: "ok" if "8" in text else A)
-    )
+    says(scorer, lambda text, i: "ok" if "8" in text else A)
     rows = [("1", "5"), ("1", "4"), ("1", "8"), ("1", None)]
     found = rewards(scorer, rows, {"reference": ["2", None, "3", "4"]}, probability=True)
     assert found == [0.5, None, None, None]

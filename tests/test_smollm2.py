@@ -15,20 +15,18 @@ import pytest
 import torch
 from conftest import ROOT
 from conversations import PAIRS
+from fakes import FakePolicy
 from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dwrl_fast import Scorer, ops, train
-from dwrl_fast.compute import Compute
+from dwrl_fast import Scorer, train
+from dwrl_fast.batching.batch import Batch
 from dwrl_fast.config import TrainConfig
 from dwrl_fast.data import Preference, read_preferences
 from dwrl_fast.dialog import Dialog
 from dwrl_fast.encode import Group
-from dwrl_fast.methods import METHODS
 from dwrl_fast.scoring import Runtime
-from dwrl_fast.scoring.generative import read_scores
-from dwrl_fast.scoring.loading import load_dialog
 from dwrl_fast.training.trainer import Trainer
 
 pytestmark = pytest.mark.slow
@@ -47,7 +45,7 @@ def smollm2() -> Path:
 @pytest.fixture(scope="module")
 def runtime(smollm2: Path) -> Runtime:
     config = TrainConfig(model_name_or_path=str(smollm2), dataset_name="", dtype="fp32", token_budget=1024)
-    return METHODS["dwrl"](config, load_dialog(config), Compute.resolve("fp32")).runtime
+    return FakePolicy(config).runtime
 
 
 @pytest.fixture(scope="module")
@@ -73,19 +71,16 @@ def groups_of(pairs: list[Preference], dialog: Dialog) -> list[Group]:
 
 def computed(runtime: Runtime, groups: list[Group], packing: Any = "tree") -> tuple[Tensor, Tensor]:
     """Ours: the log-probs of all thoughts' tokens, and the scores, in the order of `groups`."""
-    layout = dataclasses.replace(runtime.layout, packing=packing)
-    logprobs, scores = {}, {}
-    runtime.model.eval()
-    with torch.no_grad():
-        for batch in layout.batches(groups):
-            head = runtime.model(batch, tokens=True)
-            each = ops.linear_logprob(head.token, head.weight, batch.targets).split(batch.lengths.tolist())
-            score = iter(read_scores(head, runtime.dialog, "vocab")[0].tolist())
-            parts = iter(each)
-            for group in batch.groups:
-                logprobs[id(group)] = torch.cat([next(parts) for _ in group.flat])
-                scores[id(group)] = [next(score) for _ in group.flat]
-    return torch.cat([logprobs[id(g)] for g in groups]), torch.tensor([s for g in groups for s in scores[id(g)]])
+    packed = dataclasses.replace(runtime, layout=dataclasses.replace(runtime.layout, packing=packing))
+
+    def read(batch: Batch) -> list[list[list[float]]]:
+        return batch.by_sequence(runtime.model(batch, tokens=False).scores(runtime.dialog.label_ids, "vocab").tolist())
+
+    logprobs, scores = packed.logprobs(groups), packed.run_batches(groups, read)
+    return (
+        torch.tensor([p for group in logprobs for each in group for one in each for p in one]),
+        torch.tensor([s for group in scores for each in group for s in each]),
+    )
 
 
 @torch.no_grad()
@@ -167,7 +162,7 @@ def test_its_adapters_train_and_are_loaded_again(
     pytest.importorskip("peft", reason="peft is not installed (pip install peft)")
     more = ["--use_peft", "--lora_r", "4", "--learning_rate", "1e-3"]
     scores = trained_twice(smollm2, runtime, run, monkeypatch, *more)
-    again = Scorer.from_pretrained(run / "adapter", dtype="fp32")._scorer.runtime
+    again = Scorer.from_pretrained(run / "adapter", dtype="fp32")._judging.runtime
     found = computed(again, groups_of(PAIRS[:2], again.dialog))[1]
     torch.testing.assert_close(found, scores, rtol=0, atol=1e-4)
 
@@ -195,9 +190,9 @@ def trained_twice(smollm2: Path, runtime: Runtime, run: Path, monkeypatch: pytes
     result = train.run(train.configure(argv), Console(quiet=True))
     assert result["seed"] == 0 and len((run / "metrics.jsonl").read_text().splitlines()) == 2
     groups = groups_of(PAIRS[:2], runtime.dialog)
-    before, after = computed(runtime, groups), computed(kept[0].method.runtime, groups)
+    before, after = computed(runtime, groups), computed(kept[0].policy.runtime, groups)
     assert (after[1] - before[1]).abs().max() > 1e-3
-    loaded = Scorer.from_pretrained(run / "model", dtype="fp32")._scorer.runtime
+    loaded = Scorer.from_pretrained(run / "model", dtype="fp32")._judging.runtime
     lm = AutoModelForCausalLM.from_pretrained(run / "model")
     for again in (computed(loaded, groups), expected(lm, groups, runtime.dialog.yes_id)):
         for found, right in zip(again, after, strict=True):

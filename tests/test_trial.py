@@ -10,18 +10,15 @@ import transformers
 from drawn_groups import make_group, make_sequence
 from safetensors.torch import load_file, save_file
 from test_layouts import COMPUTE, CPU, SHARED, drawn
-from tiny import tiny_config, tiny_dialog, tiny_folder, tiny_pairs
+from tiny import tiny_dialog, tiny_folder, tiny_pairs
 
 from dwrl_fast import train
 from dwrl_fast.batching.layout import Layout
-from dwrl_fast.compute import Compute
 from dwrl_fast.errors import ConfigError, ModelError, NotFiniteError, UserError
-from dwrl_fast.methods import METHODS
 from dwrl_fast.models.adapters import Lora, add_adapters, plain
 from dwrl_fast.models.model import GenerativeModel, check_positions, load_generative, place
 from dwrl_fast.models.pretrained import save_pretrained, try_saving
 from dwrl_fast.sampling.transformers import TransformersSampler
-from dwrl_fast.scoring.loading import load_dialog
 
 SMALL: dict[str, Any] = SHARED | {"vocab_size": 64, "num_hidden_layers": 2, "eos_token_id": 2, "pad_token_id": 0}
 STATES = {"layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4}
@@ -214,19 +211,17 @@ def test_targets_that_cannot_be_merged_are_refused_before_training() -> None:
 
 def test_what_cannot_be_saved_is_known_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_folder(tmp_path / "tiny")
-    tiny_pairs(tmp_path / "pairs.jsonl")
-    config = tiny_config(tmp_path)
-    method = METHODS["dwrl"](config, load_dialog(config), Compute.resolve("fp32"))
+    model = load_generative(str(tmp_path / "tiny"), None, 0)
     (tmp_path / "run").mkdir()
-    method.try_saving(tmp_path / "run")
+    try_saving(tmp_path / "run", model, tiny_dialog(), {})
     assert list((tmp_path / "run").iterdir()) == []
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(method.model.lm, "save_pretrained", full)
+    monkeypatch.setattr(model.lm, "save_pretrained", full)
     with pytest.raises(ConfigError, match=r"model can.* be saved in .*run: .*No space left on device"):
-        method.try_saving(tmp_path / "run")
+        try_saving(tmp_path / "run", model, tiny_dialog(), {})
     assert list((tmp_path / "run").iterdir()) == []
 
 

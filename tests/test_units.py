@@ -32,6 +32,7 @@ from dwrl_fast.evaluation.scoring import Steps
 from dwrl_fast.evaluation.sources import source_reports
 from dwrl_fast.evaluation.units import Units
 from dwrl_fast.evaluation.votes import vote_curve
+from dwrl_fast.scoring import ScoredGroup
 
 CLUSTERS: tuple[Cluster, ...] = ("row", "prompt")
 READINGS: tuple[Rankings, ...] = ("pairs", "plackett_luce")
@@ -204,7 +205,7 @@ def test_two_models_differ_by_rows(path: Path) -> None:
     for rankings in READINGS:
         rows = read(path, rankings)
         one, other = (score_table(list(map(model.judged, rows))) for model in (first, second))
-        found.append(paired_report(one, other, [scored(row).ranks for row in rows], units=Units.of(rows)))
+        found.append(paired_report(one, other, [scored(row).group.ranks for row in rows], units=Units.of(rows)))
     assert found[0] == found[1]
     assert found[0].difference == pytest.approx(leads.mean()) and found[0].groups == len(leads)
     assert near((found[0].low, found[0].high), oracle(leads.tolist()))
@@ -212,8 +213,8 @@ def test_two_models_differ_by_rows(path: Path) -> None:
     assert found[0].p_value == pytest.approx(stats.binomtest(only[0], sum(only)).pvalue)
 
 
-def scored(row: Preference, scores: Sequence[float] = ()) -> Group:
-    return Group(row, [], scores=[[score] for score in scores])
+def scored(row: Preference, scores: Sequence[float] = ()) -> ScoredGroup:
+    return ScoredGroup(Group(row, []), [[score] for score in scores])
 
 
 def right(scores: Scores, row: Preference) -> float:
