@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from dwrl_fast.dry_run import preparation
+from dwrl_fast.training.dry_run import preparation
 
 FOLDER = Path(__file__).resolve().parent
 CHOSEN = "chosen: the paper does not say"
