@@ -9,10 +9,9 @@ from typing import Any, ClassVar
 
 from rich.console import Console
 
-from dwrl_fast.config import CommonOptions
-from dwrl_fast.config.common import cluster_option
+from dwrl_fast.config import JudgingOptions
 from dwrl_fast.console import command, set_up_logging
-from dwrl_fast.data import Cluster, Preference
+from dwrl_fast.data import Preference
 from dwrl_fast.data.jsonl import finite
 from dwrl_fast.data.mixture import Part, check_evaluated
 from dwrl_fast.data.printing import say
@@ -26,13 +25,10 @@ from dwrl_fast.evaluation.scoring import score_rows
 from dwrl_fast.evaluation.units import Units
 from dwrl_fast.feed import read_rows
 from dwrl_fast.log import logger
-from dwrl_fast.methods.options import thoughts_option
 from dwrl_fast.models.pretrained import load_card
 from dwrl_fast.options import at_least, option, parse
 from dwrl_fast.progress import Display
 from dwrl_fast.scoring.scorer import Scorer
-
-# ruff: noqa: RUF009 - what option() returns is a dataclass field
 
 _model = partial(option, group="Model")
 _data = partial(option, group="Data")
@@ -44,7 +40,7 @@ Difference = tuple[Preference, tuple[Judged, Judged]]  # a pair, or ranking read
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareConfig(CommonOptions):
+class CompareConfig(JudgingOptions):
     """The options of `python -m dwrl_fast.compare`."""
 
     command: ClassVar[str] = "python -m dwrl_fast.compare A B"
@@ -70,14 +66,9 @@ python -m dwrl_fast.compare runs/dwrl/model runs/bt/model --dataset_name held_ou
     aspect: str | None = _data(
         None, "What the models are asked to judge. none: what each was trained on. A column named aspect goes first."
     )
-    limit: int | None = _data(None, "Use only so many of a file's first rows. none: all of them.", bound=at_least(1))
-    generation_batch_size: int = thoughts_option(
-        256, "Thoughts generated at once. Lower it when generation runs out of memory.", bound=at_least(1)
-    )
     votes: int = _evaluation(
         1, "1: one greedy thought. More: so many sampled ones, for models that write any.", bound=at_least(1)
     )
-    cluster: Cluster = cluster_option()
     output_file: str | None = option(
         None,
         "Write what they disagree about, where their probabilities differ most first, with the thoughts and scores of "
@@ -177,8 +168,12 @@ def _shared(a: Judgements, b: Judgements) -> tuple[list[Preference], list[Judged
 
 def _json_lines(differ: Sequence[Difference], config: CompareConfig) -> Iterator[str]:
     for row, models in differ:
-        line: dict[str, Any] = {"source": row.source, "prompt": row.prompt, "responses": row.responses}
-        line["ranks"] = models[0].ranks
+        line: dict[str, Any] = {
+            "source": row.source,
+            "prompt": row.prompt,
+            "responses": row.responses,
+            "ranks": models[0].ranks,
+        }
         for name, found in zip(("a", "b"), models, strict=True):
             line[name] = {"scores": finite(found.scores), "thoughts": found.thoughts}
             line[name] |= {"comparisons": found.comparisons} if found.comparisons else {}

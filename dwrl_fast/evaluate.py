@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dwrl_fast.config import VOTE_CURVE, CommonOptions, EvaluateConfig, parse_evaluate
+from dwrl_fast.config import VOTE_CURVE, EvaluateConfig, JudgingOptions, parse_evaluate
 from dwrl_fast.console import command, set_up_logging
 from dwrl_fast.data import Preference
 from dwrl_fast.data.jsonl import finite
@@ -77,9 +77,8 @@ def run(config: EvaluateConfig, console: Console) -> PairReport:
             probed = attack(config, steps, rows, display) if config.probe else None
     units = Units.of(rows, config.cluster)
     report, table = make_report(scored.rows, rows, units, scorer.kind, about(config, scorer, units), config.seed)
-    report = dataclasses.replace(
-        report, tokens=dict(scored.tokens), probe=probed, **extras(config, report, table, scored.rows, units)
-    )
+    report = dataclasses.replace(report, tokens=dict(scored.tokens), probe=probed)
+    report = with_extras(config, report, table, scored.rows, units)
     say_unread(report, sum(len(each) for row in scored.rows for each in row.verdicts))
     if config.calibrate:
         calibrate(config, report)
@@ -121,7 +120,7 @@ def load(config: EvaluateConfig) -> Scorer:
     )
 
 
-def steps_of(config: CommonOptions, scorer: Scorer, votes: int, part: PartFile | None = None) -> Steps:
+def steps_of(config: JudgingOptions, scorer: Scorer, votes: int, part: PartFile | None = None) -> Steps:
     """They fill the sampler, so that not much is lost where one is interrupted. votes: where the model thinks."""
     votes = votes if scorer.thinks else 1
     return Steps(scorer, votes, config.seed, max(1, config.generation_batch_size // votes), part)
@@ -154,24 +153,23 @@ def say_unread(report: Report, verdicts: int) -> None:
         )
 
 
-def extras(
+def with_extras(
     config: EvaluateConfig, report: Report, table: PairTable, judged: Sequence[Judged], units: Units
-) -> dict[str, Any]:
-    """What the options ask for beyond what every report has."""
-    found: dict[str, Any] = {}
-    if config.vote_curve:
-        ks = sorted({k for k in VOTE_CURVE if k < config.sampled} | {config.sampled})
-        found["votes"] = vote_curve(judged, report.kind, ks, config.seed, units)
-    if config.benchmark == "rewardbench":
-        found["benchmark"] = rewardbench(judged, report.kind)
-    if config.benchmark == "rewardbench2":
-        found["benchmark"] = rewardbench2(judged)
-    if config.calibrate:
-        gap, weight = table.gap, table.units.weight
-        temperature = fit_temperature(gap, weight)
-        if temperature is not None:
-            found |= {"temperature": temperature, "calibrated": calibration(gap, weight, temperature)}
-    return found
+) -> Report:
+    """The report with what the options ask for beyond what every report has."""
+    ks = sorted({k for k in VOTE_CURVE if k < config.sampled} | {config.sampled})
+    gap, weight = table.gap, table.units.weight
+    temperature = fit_temperature(gap, weight) if config.calibrate else None
+    benchmark = None
+    if config.benchmark is not None:
+        benchmark = rewardbench(judged, report.kind) if config.benchmark == "rewardbench" else rewardbench2(judged)
+    return dataclasses.replace(
+        report,
+        votes=vote_curve(judged, report.kind, ks, config.seed, units) if config.vote_curve else [],
+        benchmark=benchmark,
+        temperature=temperature,
+        calibrated=None if temperature is None else calibration(gap, weight, temperature),
+    )
 
 
 def calibrate(config: EvaluateConfig, report: Report) -> None:

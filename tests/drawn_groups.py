@@ -15,13 +15,12 @@ def make_sequence(ids: list[int], start: int, stop: int) -> Sequence:
 def make_group(responses: list[list[Sequence]]) -> Group:
     """Old log-probs and flags that differ from thought to thought, so that no two can be exchanged unseen."""
     count = iter(range(1000))
-    thoughts = [
-        [
-            Thought(s.ids[s.thought], [-float(next(count))] * (s.thought.stop - s.thought.start), s.ids[-1] % 2 == 0)
-            for s in row
-        ]
-        for row in responses
-    ]
+
+    def thought(s: Sequence) -> Thought:
+        ids = s.ids[s.thought]
+        return Thought(ids, [-float(next(count))] * len(ids), s.ids[-1] % 2 == 0)
+
+    thoughts = [[thought(s) for s in row] for row in responses]
     return Group(Preference((), tuple("abcdefgh"[: len(responses)])), responses, thoughts)
 
 

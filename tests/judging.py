@@ -1,8 +1,8 @@
-"""What the tests of methods share that judge two responses in text: templates, a sampler that says what it is told to,
-and the log-probs of a sequence by itself.
+"""What the tests of methods share that judge two responses in text: templates, policies that judge by them, and the
+log-probs of a sequence by itself.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,8 @@ from fakes import FakePolicy
 from tiny import tiny_config
 from torch import Tensor
 
-from dwrl_fast.batching.batch import Size
-from dwrl_fast.compute import Compute
-from dwrl_fast.dialog import Sequence as Ids
-from dwrl_fast.dialog import SingleTurn
+from dwrl_fast.dialog import Sequence, SingleTurn
 from dwrl_fast.embedded.tokenizer import make_tokenizer
-from dwrl_fast.encode import Group, Thought
-from dwrl_fast.methods import METHODS, Method, StepMetrics
 from dwrl_fast.models.pretrained import save_pretrained
 from dwrl_fast.templates import Template
 
@@ -32,29 +27,18 @@ evaluate: |-
   {prompt} A {response_a} B {response_b}
   ok <answer>[[A]]</answer> ok <answer>[[B]]</answer>
 """
-TEMPLATES = {"gram": DIRECT, "pairrm": DIRECT, "judge": PAIRWISE, "grpo-point": POINTWISE}
+TEMPLATES = {"gram": DIRECT, "genrm": DIRECT, "pairrm": DIRECT, "grpo-point": POINTWISE}
 A, B = "<answer>[[A]]</answer>", "<answer>[[B]]</answer>"
-CUT = " cut"  # at the end of what is said: the limit came before the end of the turn
 
 
-class Says:
-    """A sampler. says(context as text, i) is the i-th thought about it."""
+def single_turn(template: Template) -> SingleTurn:
+    return SingleTurn(make_tokenizer(), template, "correctness")
 
-    float32 = True
 
-    def __init__(self, dialog: SingleTurn, says: Callable[[str, int], str]) -> None:
-        self.dialog, self.says = dialog, says
-
-    def sample(self, contexts: Sequence[Sequence[int]], n: int, **options: Any) -> list[list[Thought]]:
-        asked = [self.dialog.tokenizer.decode(list(ids)) for ids in contexts]
-        if options.get("progress") is not None:
-            options["progress"](len(asked))
-        return [[self._thought(self.says(text, i)) for i in range(n)] for text in asked]
-
-    def _thought(self, text: str) -> Thought:
-        ids = self.dialog.tokenizer.encode(text.removesuffix(CUT))
-        ids += [] if text.endswith(CUT) else [self.dialog.end_id]
-        return Thought(ids, [0.0] * len(ids), not text.endswith(CUT))
+def make_policy(folder: Path, name: str, says: Callable[[str, int], str] | None = None, **changes: Any) -> FakePolicy:
+    """A method that judges by the template of TEMPLATES, otherwise by PAIRWISE; see FakePolicy."""
+    config = tiny_config(folder, method=name, **changes)
+    return FakePolicy(config, single_turn(TEMPLATES.get(name, PAIRWISE)), says)
 
 
 def saved_model(folder: Path, name: str) -> Path:
@@ -62,47 +46,33 @@ def saved_model(folder: Path, name: str) -> Path:
     if name == "dwrl":
         return folder / "tiny"
     if not (folder / name).exists():
-        template = TEMPLATES.get(name)
-        dialog = SingleTurn(make_tokenizer(), template, "correctness") if template else None
-        policy = FakePolicy(tiny_config(folder, method=name, dtype="fp32"), dialog)
-        shake(policy)
-        save_pretrained(folder / name, policy.model, policy.dialog, policy.method.card())
+        asked = name == "judge" or name in TEMPLATES
+        policy = make_policy(folder, name) if asked else FakePolicy(tiny_config(folder, method=name))
+        shake(policy.model)
+        save(folder / name, policy)
     return folder / name
 
 
-def make_method(folder: Path, name: str, template: Template = PAIRWISE, **changes: Any) -> Any:
-    dialog = SingleTurn(make_tokenizer(), template, "correctness")
-    return METHODS[name](tiny_config(folder, method=name, **changes), dialog, Compute.resolve("fp32"))
+def save(folder: Path, policy: FakePolicy) -> None:
+    save_pretrained(folder, policy.model, policy.dialog, policy.method.card())
 
 
-def backward(method: Method, groups: list[Group], budget: int = 10**6) -> tuple[float, Tensor, dict[str, float]]:
-    """Loss, gradient and figures of one minibatch, in micro-batches of whatever fits into `budget`."""
-    tally, total = StepMetrics(), 0.0
-    object.__setattr__(method.layout, "token_budget", budget)
-    batches = method.layout.batches(groups)
-    for batch in batches:
-        loss = method.loss(method.phases[0], batch, Size.of(batches), tally)
-        loss.backward()
-        total += loss.item()
-    return total, taken_gradient(method), tally.means()
+def taken_gradients(model: Any) -> dict[str, Tensor]:
+    """By name; the model is left without."""
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
 
 
-def taken_gradient(method: Method) -> Tensor:
-    gradient = torch.cat([p.grad.flatten() for p in method.model.parameters() if p.grad is not None])
-    method.model.zero_grad()
-    return gradient
+def logprobs(model: Any, sequence: Sequence) -> Tensor:
+    """log pi of each of the trained tokens, the sequence by itself and its logits whole."""
+    rows, span = model.lm(torch.tensor([sequence.ids])).logits[0].log_softmax(-1), sequence.thought
+    return rows[span.start - 1 : span.stop - 1].gather(-1, torch.tensor(sequence.ids[span])[:, None])[:, 0]
 
 
-def logprobs(method: Method, sequence: Ids) -> Tensor:
-    """log pi of each of the thought's tokens, the sequence by itself and its logits whole."""
-    logits = method.model.lm(torch.tensor([sequence.ids])).logits[0].log_softmax(-1)
-    t = range(sequence.thought.start, sequence.thought.stop)
-    return torch.stack([logits[i - 1, sequence.ids[i]] for i in t])
-
-
-def shake(policy: FakePolicy, by: float = 0.05) -> None:
-    """Move the weights, as training would."""
+def shake(model: Any, by: float = 0.05) -> None:
+    """Move the weights that are trained, as training would."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for p in policy.model.parameters():
-            p.add_(by * torch.randn(p.shape, generator=generator))
+        for p in model.parameters():
+            p.add_(by * torch.randn(p.shape, generator=generator) * p.requires_grad)

@@ -55,20 +55,20 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> HostReads:
     return found
 
 
-def test_a_step_reads_the_scores_and_nothing_else(reads: HostReads) -> None:
-    """Once a micro-batch. The policy loss has its own waits, which it documents; the scale it reads on the CPU only."""
+def test_a_step_waits_for_nothing_that_is_ours(reads: HostReads) -> None:
+    """The policy loss has its own waits, which it documents; the scale it reads on the CPU only."""
     it = setting(SHAPE, lengths.synthetic(4, 7, 5), lengths.thought_lengths(6, 32), token_budget=120)
-    batches = it.method.layout.batches(it.groups)
+    batches = it.runtime.layout.batches(it.groups)
     assert len(batches) > 1
     expected = {
-        "score": {"scorer.py: fill_scores": len(batches)},
+        "score": {},
         "thought": {"policy.py: backward": len(batches)},
     }
     for phase, allowed in expected.items():
         reads.seen.clear()
         with reads:
             for batch in batches:
-                it.method.loss(phase, batch, Size.of(batches), StepMetrics()).backward()
+                it.method.loss(phase, it.runtime.model, batch, Size.of(batches), StepMetrics()).backward()
         assert reads.seen == allowed, phase
 
 

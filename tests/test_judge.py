@@ -1,5 +1,6 @@
 """`judge`, which trains nothing, and votes; `btpo`, which is a setting of `dwrl`."""
 
+import dataclasses
 import json
 import textwrap
 from pathlib import Path
@@ -7,33 +8,24 @@ from typing import Any
 
 import pytest
 import torch
-from judging import CUT, PAIRWISE, RUBRIC, A, B, Says, make_method
+from fakes import CUT, FakePolicy, FakeSampler
+from judging import RUBRIC, A, B, make_policy
 from rich.console import Console
-from tiny import tiny_config, tiny_folder, tiny_pairs, tiny_rows
+from tiny import tiny_config, tiny_rows
 
 from dwrl_fast import evaluate, train
-from dwrl_fast.batching.batch import Size
-from dwrl_fast.compute import Compute
 from dwrl_fast.config import TrainConfig, parse_evaluate, parse_train
 from dwrl_fast.dialog import load_template, read_choice
 from dwrl_fast.errors import ConfigError
 from dwrl_fast.evaluation.pairs import PairReport
 from dwrl_fast.evaluation.sources import source_reports
-from dwrl_fast.methods import METHODS, StepMetrics
-from dwrl_fast.scoring import ChoiceJudging, Runtime
-from dwrl_fast.scoring.loading import load_dialog
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    tiny_folder(tmp_path / "tiny")
-    tiny_pairs(tmp_path / "pairs.jsonl")
-    (tmp_path / "rubric.yaml").write_text(RUBRIC)
-    return tmp_path
+from dwrl_fast.methods import METHODS
+from dwrl_fast.scoring import ChoiceJudging
 
 
 def test_it_is_evaluated_and_saved_and_nothing_is_trained(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, pairs = folder / "run", f"{folder}/pairs.jsonl"
+    (folder / "rubric.yaml").write_text(RUBRIC)
     argv = ["--method", "judge", "--model_name_or_path", f"{folder}/tiny", "--eval_dataset_name", pairs]
     train.main([*argv, "--template", f"{folder}/rubric.yaml", "--output_dir", str(run), "--max_completion_length", "6"])
     said = capsys.readouterr().out
@@ -79,30 +71,26 @@ def test_what_a_judge_needs_is_said() -> None:
     ],
 )
 def test_votes_of_both_orders_count_together(folder: Path, says: list[str], accuracy: float) -> None:
-    method = make_method(folder, "judge")
+    policy = make_policy(folder, "judge")
     row = tiny_rows(folder)[0]
-    first = method.dialog.tokenizer.decode(method.dialog.context(row.prompt, row.responses).ids)
-    sampler = Says(method.dialog, lambda text, i: says[i if text == first else 3 + i])
-    runtime = Runtime(method.model, method.dialog, method.compute, method.layout, sampler)
-    groups = ChoiceJudging(runtime, 1.0, 8).score_groups([row], votes=3)
+    first = policy.dialog.tokenizer.decode(policy.dialog.context(row.prompt, row.responses).ids)
+    sampler = FakeSampler(policy.dialog, lambda text, i: says[i if text == first else 3 + i])
+    runtime = dataclasses.replace(policy.runtime, sampler=sampler)
+    groups = ChoiceJudging(runtime, policy.method.card()).score_groups([row], votes=3)
     assert source_reports(groups, 0)[""].accuracy == accuracy
     assert groups[0].unparsable == says.count("ok")
 
 
 def test_a_judge_has_nothing_to_train(folder: Path) -> None:
-    method = make_method(folder, "judge", PAIRWISE)
+    method = make_policy(folder, "judge").method
     assert method.phases == () and not method.trains and [m.trains for m in METHODS.values()].count(False) == 1
 
 
 def joint(folder: Path, name: str, **changes: Any) -> dict[str, torch.Tensor]:
-    config = tiny_config(folder, method=name, **changes)
-    method = METHODS[name](config, load_dialog(config), Compute.resolve("fp32"))
-    groups, _ = method.rollout(tiny_rows(folder)[:4], 0, lambda n: None)
-    assert method.phases == ("joint",)
-    batches = method.layout.batches(groups)
-    for batch in batches:
-        method.loss("joint", batch, Size.of(batches), StepMetrics()).backward()
-    return {name: p.grad for name, p in method.model.named_parameters() if p.grad is not None}
+    policy = FakePolicy(tiny_config(folder, method=name, **changes))
+    groups, _ = policy.rollout(tiny_rows(folder)[:4])
+    assert policy.method.phases == ("joint",)
+    return policy.step(groups, "joint", policy.runtime.layout.token_budget)[1]
 
 
 def test_btpo_is_dwrl_with_one_joint_update(folder: Path) -> None:

@@ -10,8 +10,9 @@ import pytest
 import torch
 import transformers
 from drawn_groups import drawn_groups, make_group, make_sequence
+from fakes import FakePolicy
 from hypothesis import given, settings
-from tiny import tiny_config, tiny_dialog, tiny_folder, tiny_pairs
+from tiny import tiny_config, tiny_dialog
 from torch import Tensor
 
 from dwrl_fast import ops
@@ -23,11 +24,10 @@ from dwrl_fast.data import read_preferences
 from dwrl_fast.embedded.tokenizer import IDS
 from dwrl_fast.encode import Group
 from dwrl_fast.errors import ModelError
-from dwrl_fast.methods import METHODS, Method, StepMetrics
+from dwrl_fast.methods import StepMetrics
 from dwrl_fast.models.backbone import attend_over_trees
 from dwrl_fast.models.model import GenerativeModel, place
 from dwrl_fast.models.pretrained import save_pretrained
-from dwrl_fast.scoring.loading import load_dialog
 
 CPU = torch.device("cpu")
 COMPUTE = Compute(CPU, torch.float32)
@@ -71,44 +71,38 @@ def drawn(family: str, seed: int = 0) -> Any:
         return getattr(transformers, f"{family}ForCausalLM")(config)
 
 
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("layouts")
-    tiny_folder(folder / "tiny")
-    tiny_pairs(folder / "pairs.jsonl")
-    return folder
-
-
-def make_method(pairs: Path, lm: Any, **changes: Any) -> Method:
+def make(folder: Path, lm: Any, **changes: Any) -> FakePolicy:
     """dwrl on `lm`, both phases at once so that one backward holds all gradients."""
-    config = tiny_config(pairs, alternate="joint", joint_reward="centred", **changes)
-    method = METHODS["dwrl"](config, load_dialog(config), Compute.resolve(config.dtype))
+    policy = FakePolicy(tiny_config(folder, alternate="joint", joint_reward="centred", **changes))
+    runtime = policy.runtime
     in_use = lm.dtype == torch.float32  # padding on the left makes eager attention in float64 give NaN
-    method.model = place(GenerativeModel(lm), method.compute, method.layout, thinks=in_use)
-    return method
+    policy.model = place(GenerativeModel(lm), runtime.compute, runtime.layout, thinks=in_use)
+    policy.roll_out.runtime = dataclasses.replace(runtime, model=policy.model)
+    return policy
 
 
-def outcome(method: Method, groups: list[Group], packing: Any, budget: int = 10**6) -> dict[str, Tensor]:
+def outcome(policy: FakePolicy, groups: list[Group], packing: Any, budget: int = 10**6) -> dict[str, Tensor]:
     """Log-probs and scores in the order of `groups`, the loss, and the gradient of every parameter."""
-    layout = dataclasses.replace(method.layout, packing=packing, token_budget=budget)
-    method.model.zero_grad()
+    layout = dataclasses.replace(policy.runtime.layout, packing=packing, token_budget=budget)
+    model, metrics = policy.model, StepMetrics()
+    model.zero_grad()
     found: dict[str, Tensor] = {"loss": torch.zeros((), dtype=torch.float64)}
     logprobs: dict[int, list[Tensor]] = {}
     batches = layout.batches(groups)
     minibatch = Size.of(batches)
     for batch in batches:
-        with method.compute.autocast():
-            loss = method.loss("joint", batch, minibatch, StepMetrics())
+        with policy.runtime.compute.autocast():
+            loss = policy.method.loss("joint", model, batch, minibatch, metrics)
             loss.backward()
-            head = method.model(batch, tokens=True)
-            each = ops.linear_logprob(head.token, head.weight, batch.targets, bias=head.bias, softcap=head.softcap)
+            head = model(batch, tokens=True)
+            each = head.logprobs(head.token, batch.targets)
         parts = iter(each.detach().split(batch.lengths.tolist()))
         logprobs |= {id(group): [next(parts) for _ in group.flat] for group in batch.groups}
         found["loss"] += loss.detach()
     found["logprobs"] = torch.cat([o for group in groups for o in logprobs[id(group)]])
-    found["scores"] = torch.tensor([s for group in groups for response in group.scores for s in response])
-    gradients = {name: p.grad.clone() for name, p in method.model.named_parameters() if p.grad is not None}
-    assert len(gradients) == len(list(method.model.parameters()))
+    found["scores"] = torch.tensor([s for group in metrics.scores(groups) for response in group for s in response])
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert len(gradients) == len(list(model.parameters()))
     return found | gradients
 
 
@@ -130,8 +124,8 @@ def assert_within(found: dict[str, Tensor], like: dict[str, Tensor], bound: floa
     assert not far, far
 
 
-def sampled(method: Method, pairs: Path, rows: int = 3) -> list[Group]:
-    return method.rollout(read_preferences(pairs / "pairs.jsonl").rows[:rows], 0, lambda n: None)[0]
+def sampled(policy: FakePolicy, module_folder: Path, rows: int = 3) -> list[Group]:
+    return policy.rollout(read_preferences(module_folder / "pairs.jsonl").rows[:rows])[0]
 
 
 def made(shape: list[list[list[int]]], x: list[int], seed: int = 0) -> Group:
@@ -142,8 +136,9 @@ def made(shape: list[list[list[int]]], x: list[int], seed: int = 0) -> Group:
         context = [*x, 5 + k, 6, 7 + k]
         responses.append([make_sequence([*context, *t, 3, 4], len(context), len(context) + len(t)) for t in thoughts])
     group = make_group(responses)
-    group.old_logprobs = [[-3 + 0.3 * torch.randn(len(o), generator=g) for o in row] for row in group.old_logprobs]
-    return group
+    return group.with_logprobs(
+        [[(-3 + 0.3 * torch.randn(len(t.ids), generator=g)).tolist() for t in row] for row in group.thoughts]
+    )
 
 
 X = [8, 9, 10, 11, 9, 8]
@@ -159,38 +154,38 @@ CASES: dict[str, Callable[[], list[Group]]] = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_families(pairs: Path, family: str) -> None:
+def test_families(module_folder: Path, family: str) -> None:
     """Sampled thoughts of real dialogs: windows of 9 tokens end inside the thought, the response and the prompt."""
-    method = make_method(pairs, drawn(family))
-    groups = sampled(method, pairs)
-    padded = outcome(method, groups, "padded")
+    policy = make(module_folder, drawn(family))
+    groups = sampled(policy, module_folder)
+    padded = outcome(policy, groups, "padded")
     for packing in ("tree", "packed"):
-        assert_within(outcome(method, groups, packing), padded, 1e-5)
-    assert_within(outcome(method, groups, "tree", budget=1), padded, 1e-5)
+        assert_within(outcome(policy, groups, packing), padded, 1e-5)
+    assert_within(outcome(policy, groups, "tree", budget=1), padded, 1e-5)
 
 
 @pytest.mark.parametrize("family", ["Llama", "Gemma2"])
 @pytest.mark.parametrize("case", CASES)
-def test_cases(pairs: Path, family: str, case: str) -> None:
-    method, groups = make_method(pairs, drawn(family)), CASES[case]()
-    padded = outcome(method, groups, "padded")
+def test_cases(module_folder: Path, family: str, case: str) -> None:
+    policy, groups = make(module_folder, drawn(family)), CASES[case]()
+    padded = outcome(policy, groups, "padded")
     for packing in ("tree", "packed"):
-        assert_within(outcome(method, groups, packing), padded, 1e-5)
+        assert_within(outcome(policy, groups, packing), padded, 1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_float64_models(pairs: Path, family: str) -> None:
+def test_float64_models(module_folder: Path, family: str) -> None:
     """Hugging Face's norms compute in float32 whatever the model's dtype: hence 1e-6."""
-    method = make_method(pairs, drawn(family))
-    groups = sampled(method, pairs, 2)
-    method.model.double()
-    padded = outcome(method, groups, "padded")
+    policy = make(module_folder, drawn(family))
+    groups = sampled(policy, module_folder, 2)
+    policy.model.double()
+    padded = outcome(policy, groups, "padded")
     for packing in ("tree", "packed"):
-        assert_within(outcome(method, groups, packing), padded, 1e-6)
+        assert_within(outcome(policy, groups, packing), padded, 1e-6)
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen3", "Gemma2"])
-def test_bfloat16_is_as_good_as_plain_bfloat16(pairs: Path, family: str) -> None:
+def test_bfloat16_is_as_good_as_plain_bfloat16(module_folder: Path, family: str) -> None:
     """Root mean squares over drawn models; the truth is the same model in float64.
 
     Each is over thousands of numbers, but for the loss: one number, whose error in plain bfloat16 may be next to
@@ -198,12 +193,12 @@ def test_bfloat16_is_as_good_as_plain_bfloat16(pairs: Path, family: str) -> None
     """
     errors: dict[str, list[dict[str, float]]] = {"tree": [], "packed": [], "padded": []}
     for seed in range(12):
-        method = make_method(pairs, drawn(family, seed), dtype="bf16")
-        groups = sampled(method, pairs, 2)
-        exact = make_method(pairs, copy.deepcopy(method.model.lm).double())
+        policy = make(module_folder, drawn(family, seed), dtype="bf16")
+        groups = sampled(policy, module_folder, 2)
+        exact = make(module_folder, copy.deepcopy(policy.model.lm).double())
         truth = outcome(exact, groups, "padded")
         for packing, found in errors.items():
-            found.append(apart(outcome(method, groups, packing), truth))
+            found.append(apart(outcome(policy, groups, packing), truth))
     rms = {
         packing: {name: torch.tensor([e[name] for e in found]).square().mean().sqrt().item() for name in found[0]}
         for packing, found in errors.items()
@@ -214,7 +209,7 @@ def test_bfloat16_is_as_good_as_plain_bfloat16(pairs: Path, family: str) -> None
         assert not far, far
 
 
-def test_a_ranking_of_five_is_one_tree(pairs: Path) -> None:
+def test_a_ranking_of_five_is_one_tree(module_folder: Path) -> None:
     """Five responses under one prompt, each with its thoughts, through a likelihood of all five."""
     model = place(GenerativeModel(drawn("Qwen2")), COMPUTE, Layout("tree", 1, 0, CPU))
     group = made([[[12 + k, 13], [14], [15, 16, 12]] for k in range(5)], X)
@@ -282,16 +277,16 @@ def test_no_cross_talk(family: str, packing: Any) -> None:
 
 @pytest.mark.parametrize("family", ["Llama", "Gemma2"])
 @pytest.mark.parametrize("packing", ["tree", "packed", "padded"])
-def test_gradient_checkpointing_changes_nothing(pairs: Path, family: str, packing: str) -> None:
+def test_gradient_checkpointing_changes_nothing(module_folder: Path, family: str, packing: str) -> None:
     """Layers are computed again in the backward pass, where nothing but what they were given tells them of the tree."""
-    method = make_method(pairs, drawn(family))
-    groups = sampled(method, pairs, 2)
-    plain = outcome(method, groups, packing)
-    method.model.lm.gradient_checkpointing_enable({"use_reentrant": False})
-    method.model.train()
+    policy = make(module_folder, drawn(family))
+    groups = sampled(policy, module_folder, 2)
+    plain = outcome(policy, groups, packing)
+    policy.model.lm.gradient_checkpointing_enable({"use_reentrant": False})
+    policy.model.train()
     calls = []
-    method.model.lm.base_model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
-    again = outcome(method, groups, packing)
+    policy.model.lm.base_model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
+    again = outcome(policy, groups, packing)
     assert len(calls) == 3  # the loss's, its backward's and the log-probs'
     for name, y in plain.items():
         assert torch.equal(again[name], y), name

@@ -3,7 +3,6 @@
 The oracle runs the model on one sequence at a time, and writes out every order of a ranking.
 """
 
-import dataclasses
 import json
 import math
 from pathlib import Path
@@ -11,18 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fakes import FakePolicy
 from orders import mean_order_loss
 from tiny import tiny_config, tiny_folder
 from torch import Tensor
 
-from dwrl_fast.batching.batch import Size
-from dwrl_fast.compute import Compute
 from dwrl_fast.data import Preference, read_preferences
 from dwrl_fast.encode import Group
 from dwrl_fast.feed import Feed, Shuffled
-from dwrl_fast.methods import METHODS, Method, StepMetrics
 from dwrl_fast.progress import Display
-from dwrl_fast.scoring.loading import load_dialog
 from dwrl_fast.training.runlog import read_metrics
 from dwrl_fast.training.trainer import Trainer
 
@@ -37,20 +33,15 @@ ROWS = [
 ]
 
 
-def make_method(folder: Path, name: str, packing: str) -> Method:
+def make(folder: Path, name: str, packing: str) -> FakePolicy:
     tiny_folder(folder / "tiny")
-    config = tiny_config(folder, method=name, packing=packing)
-    return METHODS[name](config, load_dialog(config), Compute.resolve(config.dtype))
+    return FakePolicy(tiny_config(folder, method=name, packing=packing))
 
 
-def step(method: Method, phase: str, groups: list[Group], budget: int) -> tuple[list[Tensor], dict[str, float]]:
+def step(policy: FakePolicy, phase: str, groups: list[Group], budget: int) -> tuple[list[Tensor], dict[str, float]]:
     """Gradients of one minibatch in micro-batches of `budget`, and its figures."""
-    method.model.zero_grad()
-    tally = StepMetrics()
-    batches = dataclasses.replace(method.layout, token_budget=budget).batches(groups)
-    for batch in batches:
-        method.loss(phase, batch, Size.of(batches), tally).backward()
-    return [p.grad.clone() for p in method.model.parameters() if p.grad is not None], tally.means()
+    _, gradients, metrics = policy.step(groups, phase, budget)
+    return list(gradients.values()), metrics.means()
 
 
 def oracle_losses(marginals: list[Tensor]) -> Tensor:
@@ -69,8 +60,8 @@ def shares(marginals: list[Tensor]) -> list[float]:
     return found
 
 
-def compare(ours: list[Tensor], method: Method, loss: Tensor) -> None:
-    expected = torch.autograd.grad(loss, list(method.model.parameters()), retain_graph=True)
+def compare(ours: list[Tensor], policy: FakePolicy, loss: Tensor) -> None:
+    expected = torch.autograd.grad(loss, list(policy.model.parameters()), retain_graph=True)
     for one, other in zip(ours, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=5e-6 * other.abs().max().item() + 1e-8)
     assert max(g.abs().max() for g in ours) > 1e-4
@@ -78,15 +69,15 @@ def compare(ours: list[Tensor], method: Method, loss: Tensor) -> None:
 
 @pytest.mark.parametrize(("packing", "budget"), [("tree", 10**6), ("tree", 1), ("padded", 10**6)])
 def test_bt_on_mixed_groups(tmp_path: Path, packing: str, budget: int) -> None:
-    method = make_method(tmp_path, "bt", packing)
-    groups = method.rollout(ROWS, 0, lambda n: None)[0]
-    ours, figures = step(method, "score", groups, budget)
+    policy = make(tmp_path, "bt", packing)
+    groups = policy.rollout(ROWS)[0]
+    ours, figures = step(policy, "score", groups, budget)
     rewards = [
-        torch.stack([method.model.lm(torch.tensor([q.ids])).logits[0, 0] for (q,) in group.sequences])
+        torch.stack([policy.model.lm(torch.tensor([q.ids])).logits[0, 0] for (q,) in group.sequences])
         for group in groups
     ]
     losses = oracle_losses(rewards)
-    compare(ours, method, losses.mean())
+    compare(ours, policy, losses.mean())
     best = torch.cat(
         [r[:1] if not row.ranks else r[: row.ranks.count(1)] for r, row in zip(rewards, ROWS, strict=True)]
     )
@@ -100,16 +91,16 @@ def test_bt_on_mixed_groups(tmp_path: Path, packing: str, budget: int) -> None:
 @pytest.mark.parametrize(("packing", "budget"), [("tree", 10**6), ("tree", 1), ("padded", 10**6)])
 def test_dwrl_on_mixed_groups(tmp_path: Path, packing: str, budget: int) -> None:
     """Phase A against autograd of the likelihood; phase B, on the policy, against -c_k (w_ki - 1/n) / (n |o|)."""
-    method = make_method(tmp_path, "dwrl", packing)
-    groups = method.rollout(ROWS, 0, lambda n: None)[0]
+    policy = make(tmp_path, "dwrl", packing)
+    groups = policy.rollout(ROWS)[0]
     logps = [
         [
-            [method.model.lm(torch.tensor([q.ids])).logits[0].log_softmax(-1) for q in response]
+            [policy.model.lm(torch.tensor([q.ids])).logits[0].log_softmax(-1) for q in response]
             for response in g.sequences
         ]
         for g in groups
     ]
-    scores = [torch.stack([torch.stack([x[-1, method.dialog.yes_id] for x in r]) for r in group]) for group in logps]
+    scores = [torch.stack([torch.stack([x[-1, policy.dialog.yes_id] for x in r]) for r in group]) for group in logps]
     marginals = [s.exp().mean(-1).log() for s in scores]
     losses = oracle_losses(marginals)
 
@@ -124,8 +115,8 @@ def test_dwrl_on_mixed_groups(tmp_path: Path, packing: str, budget: int) -> None
                 rows = logp[k][i][sequence.thought.start - 1 : sequence.thought.stop - 1]
                 thought = thought + slope[k] * (w[i] - 1 / 3) / 3 * rows.gather(-1, ids[:, None]).mean()
 
-    ours, figures = step(method, "score", groups, budget)
-    compare(ours, method, losses.mean())
+    ours, figures = step(policy, "score", groups, budget)
+    compare(ours, policy, losses.mean())
     p = [m.exp().detach() for m in marginals]
     best = [1 if not row.ranks else row.ranks.count(1) for row in ROWS]
     assert figures["loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
@@ -136,15 +127,15 @@ def test_dwrl_on_mixed_groups(tmp_path: Path, packing: str, budget: int) -> None
     pulls = [-slope[:b].sum().item() for slope, b in zip(slopes, best, strict=True)]
     assert figures["misalignment"] == pytest.approx(sum(pulls) / 6, rel=1e-4)
     assert figures["train_accuracy"] == pytest.approx(sum(shares(marginals)) / 4)
-    ours, _ = step(method, "thought", groups, budget)
-    compare(ours, method, thought / len(groups))
+    ours, _ = step(policy, "thought", groups, budget)
+    compare(ours, policy, thought / len(groups))
 
 
 @pytest.mark.parametrize("name", ["bt", "dpo", "dwrl"])
 def test_nothing_to_compare_is_not_known_rather_than_wrong(tmp_path: Path, name: str) -> None:
-    method = make_method(tmp_path, name, "tree")
-    groups = method.rollout([ROWS[2], ROWS[5]], 0, lambda n: None)[0]
-    _, figures = step(method, "score", groups, 10**6)
+    policy = make(tmp_path, name, "tree")
+    groups = policy.rollout([ROWS[2], ROWS[5]])[0]
+    _, figures = step(policy, "score", groups, 10**6)
     assert figures["train_accuracy"] != figures["train_accuracy"] and figures["loss"] > 0
 
 
@@ -165,9 +156,9 @@ def test_a_file_of_rankings_trains_and_is_learned(tmp_path: Path, name: str) -> 
     assert len(rows) == 24 and {row.ranks for row in rows} == {(1, 1, 2, 3, 4)}
     run = tmp_path / "run"
     run.mkdir()
-    method = METHODS[name](config, load_dialog(config), Compute.resolve(config.dtype))
+    policy = FakePolicy(config)
     feed = Feed([Shuffled("rankings", rows, 0)], [1.0], batch_size=4, epochs=1, max_steps=24)
-    trainer = Trainer(config, method, feed, rows[:8], run, Display())
+    trainer = Trainer(config, policy.method, policy.judging, feed, rows[:8], run, Display())
     trainer.resume()
     result = trainer.train()
     before, after = result["report_before"], result["report_after"]

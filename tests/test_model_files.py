@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from judging import save
 from safetensors.torch import load_file, save_file
-from test_peft import LORA, make_policy, save
+from test_peft import LORA, make_policy
 from tiny import tiny_config
 from transformers import AutoModelForCausalLM
 
@@ -25,7 +26,7 @@ WEIGHTS = "model.safetensors"
 @pytest.fixture(scope="module")
 def trained(module_folder: Path) -> Path:
     for name in ("dwrl", "bt", "dpo"):
-        save(make_policy(tiny_config(module_folder, method=name)), module_folder / name)
+        save(module_folder / name, make_policy(tiny_config(module_folder, method=name)))
     return module_folder
 
 
@@ -97,7 +98,7 @@ def test_a_head_of_its_own_under_a_config_that_says_tied_is_kept(trained: Path, 
     change_weights(folder, with_head)
     assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"]
     policy = make_policy(tiny_config(trained, model_name_or_path=str(folder), **LORA if adapters else {}))
-    save(policy, tmp_path / "run" / "model")
+    save(tmp_path / "run" / "model", policy)
     ids = torch.tensor([[3, 1, 4, 1, 5]])
     expected = policy.model.lm(ids).logits
     plainly = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
@@ -113,7 +114,7 @@ def test_adapters_name_their_base_by_its_whole_path(
 ) -> None:
     monkeypatch.chdir(trained)
     policy = make_policy(tiny_config(trained, model_name_or_path="tiny", **LORA))
-    save(policy, tmp_path / "run" / "model")
+    save(tmp_path / "run" / "model", policy)
     monkeypatch.chdir(tmp_path)
     Scorer.from_pretrained(tmp_path / "run" / "adapter", dtype="fp32")
     written = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
@@ -191,7 +192,7 @@ def test_a_damaged_folder_is_said_without_a_traceback(trained: Path, tmp_path: P
 def test_adapters_without_their_base_say_where_it_is_named(trained: Path, tmp_path: Path) -> None:
     base = copied(trained, "tiny", tmp_path)
     policy = make_policy(tiny_config(trained, model_name_or_path=str(base), **LORA))
-    save(policy, tmp_path / "run" / "model")
+    save(tmp_path / "run" / "model", policy)
     modes = {file.stat().st_mode for file in (tmp_path / "run").rglob("*") if file.is_file()}
     assert len(modes) == 1, "who can read the config can read the weights"
     base.rename(tmp_path / "elsewhere")

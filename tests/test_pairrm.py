@@ -3,12 +3,11 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from judging import DIRECT, backward, make_method, taken_gradient
-from tiny import tiny_folder
+from fakes import FakePolicy
+from judging import make_policy, taken_gradients
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
@@ -30,27 +29,19 @@ RANKING = Preference((user("6 0"),), ("3", "5", "9"), ranks=(1, 2, 2), source="r
 ROWS = [PAIR, MARGIN, TIE, RANKING]
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    tiny_folder(tmp_path / "tiny")
-    return tmp_path
-
-
-def make(folder: Path, **changes: Any) -> Any:
-    return make_method(folder, "pairrm", DIRECT, **changes)
-
-
-def lead(method: Any, row: Preference, i: int, j: int) -> Tensor:
+def lead(policy: FakePolicy, row: Preference, i: int, j: int) -> Tensor:
     """h with response i shown first and j second, the sequence by itself."""
-    context = method.dialog.context(row.prompt, [row.responses[i], row.responses[j]])
-    return method.model.lm(torch.tensor([context.ids])).logits[0, 0]
+    context = policy.dialog.context(row.prompt, [row.responses[i], row.responses[j]])
+    found: Tensor = policy.model.lm(torch.tensor([context.ids])).logits[0, 0]
+    return found
 
 
 @pytest.mark.parametrize("budget", [1, 10**6])
 def test_the_loss_is_the_likelihood_in_both_orders(folder: Path, budget: int) -> None:
-    method = make(folder)
-    groups, _ = method.rollout(ROWS, 0, lambda n: None)
-    loss, gradient, figures = backward(method, groups, budget)
+    policy = make_policy(folder, "pairrm")
+    groups, _ = policy.rollout(ROWS)
+    loss, gradients, metrics = policy.step(groups, budget=budget)
+    figures = metrics.means()
 
     def nll(h: Tensor) -> Tensor:
         return torch.log1p((-h).exp())
@@ -59,7 +50,7 @@ def test_the_loss_is_the_likelihood_in_both_orders(folder: Path, budget: int) ->
         return (nll(h) + nll(-h)) / 2
 
     h = {
-        (n, i, j): lead(method, row, i, j)
+        (n, i, j): lead(policy, row, i, j)
         for n, row in enumerate(ROWS)
         for c in both_orders(row)
         for i, j in [c.places]
@@ -71,20 +62,20 @@ def test_the_loss_is_the_likelihood_in_both_orders(folder: Path, budget: int) ->
     total = torch.stack(losses).mean()
     total.backward()
     assert loss == pytest.approx(total.item(), rel=1e-5) == figures["loss"]
-    torch.testing.assert_close(gradient, taken_gradient(method), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(gradients, taken_gradients(policy.model), rtol=1e-4, atol=1e-6)
     told = [h[0, 0, 1], -h[0, 1, 0], h[1, 0, 1], -h[1, 1, 0], h[3, 0, 1], -h[3, 1, 0], h[3, 0, 2], -h[3, 2, 0]]
     assert figures["train_accuracy"] == sum(x.item() > 0 for x in told) / 8
 
 
 def test_a_verdict_is_of_both_orders(folder: Path) -> None:
-    method = make(folder)
-    groups = method.scorer.score_groups(ROWS)
+    policy = make_policy(folder, "pairrm")
+    groups = policy.judging.score_groups(ROWS)
     scores = marginal_scores(groups)
     for row, group, score in zip(ROWS, groups, scores, strict=True):
         with torch.no_grad():
-            d = {c.places: (lead(method, row, *c.places) - lead(method, row, *c.places[::-1])).item() / 2
+            d = {c.places: (lead(policy, row, *c.places) - lead(policy, row, *c.places[::-1])).item() / 2
                  for c in both_orders(row)}  # fmt: skip
-            first = [lead(method, row, *c.places).sigmoid().item() for c in both_orders(row)]
+            first = [lead(policy, row, *c.places).sigmoid().item() for c in both_orders(row)]
         assert group.first_shares == pytest.approx(first, rel=1e-5)
         for i in range(len(row.responses)):
             won = [1 / (1 + math.exp(-d[i, j])) for j in range(len(row.responses)) if j != i]
@@ -96,18 +87,18 @@ def test_a_verdict_is_of_both_orders(folder: Path) -> None:
 
 
 def test_a_head_that_only_looks_at_the_order_ties(folder: Path) -> None:
-    method = make(folder)
-    for parameter in method.model.parameters():
+    policy = make_policy(folder, "pairrm")
+    for parameter in policy.model.parameters():
         parameter.data.zero_()
-    assert source_reports(method.scorer.score_groups(ROWS[:2]), 0)[""].accuracy == 0.5
+    assert source_reports(policy.judging.score_groups(ROWS[:2]), 0)[""].accuracy == 0.5
 
 
 def test_it_learns_and_loads_as_a_sequence_classifier(folder: Path) -> None:
     rows = [Preference((user(f"{i} 1"),), (str(i), str(i + 1)), source=f"rows:{i}") for i in range(8)]
-    method = make(folder, learning_rate=1e-2, rollout_batch_size=8, minibatch_size=8, max_steps=25)
+    policy = make_policy(folder, "pairrm", learning_rate=1e-2, rollout_batch_size=8, minibatch_size=8, max_steps=25)
     (folder / "run").mkdir()
     feed = Feed([Shuffled("rows", rows, 0)], [1.0], batch_size=8, epochs=1, max_steps=25)
-    trainer = Trainer(method.config, method, feed, rows, folder / "run", Display())
+    trainer = Trainer(policy.method.config, policy.method, policy.judging, feed, rows, folder / "run", Display())
     result = trainer.train()
     log = read_metrics(folder / "run" / "metrics.jsonl")
     assert result["accuracy_after"] == 1 > result["accuracy_before"] and log[-1]["loss"] < 0.4 < log[0]["loss"]
@@ -116,7 +107,7 @@ def test_it_learns_and_loads_as_a_sequence_classifier(folder: Path) -> None:
     ours = scorer.score_groups(rows)
     model = AutoModelForSequenceClassification.from_pretrained(saved)
     for group, row in zip(ours, rows, strict=True):
-        orders = [method.dialog.context(row.prompt, some).ids for some in (row.responses, row.responses[::-1])]
+        orders = [policy.dialog.context(row.prompt, some).ids for some in (row.responses, row.responses[::-1])]
         with torch.no_grad():
             forth, back = (model(torch.tensor([ids])).logits.item() for ids in orders)
         (better,), (worse,) = group.scores

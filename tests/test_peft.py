@@ -59,12 +59,6 @@ def of_family(folder: Path, family: str, **changes: Any) -> FakePolicy:
 JOINT: dict[str, Any] = {"alternate": "joint", "joint_reward": "centred"}
 
 
-def save(policy: FakePolicy, folder: Path) -> None:
-    """As a run does at its end."""
-    folder.parent.mkdir(exist_ok=True)
-    save_pretrained(folder, policy.model, policy.dialog, policy.method.card())
-
-
 def groups_of(policy: FakePolicy, count: int = 3) -> list[Group]:
     return policy.rollout(read_preferences(str(policy.method.config.dataset_name)).rows[:count])[0]
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from judging import save
 from safetensors.torch import load_file
-from test_peft import LORA, make_policy, save
+from test_peft import LORA, make_policy
 from tiny import tiny_config
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -29,7 +30,7 @@ def test_what_is_exported(folder: Path, name: str, monkeypatch: pytest.MonkeyPat
 
     policy = make_policy(tiny_config(folder, method=name, **LORA))
     before = {n: p.detach().clone() for n, p in policy.model.named_parameters()}
-    save(policy, folder / "run" / "model")
+    save(folder / "run" / "model", policy)
     assert all(torch.equal(before[n], p) for n, p in policy.model.named_parameters())
     auto = AutoModelForSequenceClassification if name == "bt" else AutoModelForCausalLM
     ids = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
@@ -50,7 +51,7 @@ def test_what_is_exported(folder: Path, name: str, monkeypatch: pytest.MonkeyPat
 
 def test_a_folder_of_adapters_loads_as_what_it_merges_into(folder: Path) -> None:
     policy = make_policy(tiny_config(folder, **LORA))
-    save(policy, folder / "run" / "model")
+    save(folder / "run" / "model", policy)
     scores = []
     for name in ("model", "adapter"):
         scorer = Scorer.from_pretrained(folder / "run" / name, dtype="fp32")
@@ -108,7 +109,7 @@ def test_adapters_that_peft_wrote(folder: Path, options: dict[str, Any], said: s
 @pytest.mark.parametrize("case", BROKEN)
 def test_adapters_that_cannot_be_merged(folder: Path, case: str) -> None:
     spoil, said = BROKEN[case]
-    save(make_policy(tiny_config(folder, **LORA)), folder / "run" / "model")
+    save(folder / "run" / "model", make_policy(tiny_config(folder, **LORA)))
     spoil(folder / "run" / "adapter")
     with pytest.raises(ModelError, match=said):
         load_generative(str(folder / "run" / "adapter"), None, 0)

@@ -1,5 +1,6 @@
 """Attacks on responses: what is appended, and the figures of what it moves."""
 
+import dataclasses
 import json
 import math
 import re
@@ -10,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import FakePolicy, FakeSampler
-from judging import DIRECT, PAIRWISE, A, B
-from tiny import tiny_config, tiny_dialog, tiny_rows
+from fakes import FakeSampler
+from judging import DIRECT, PAIRWISE, A, B, make_policy
+from tiny import tiny_dialog, tiny_rows
 
 from dwrl_fast import Scorer, evaluate
 from dwrl_fast.data import Preference
@@ -23,15 +24,10 @@ from dwrl_fast.errors import DataError
 from dwrl_fast.evaluation.probe import ATTACKS, attack_texts, forged_turns, pairs_of, probe, responses_each
 from dwrl_fast.evaluation.scoring import Steps
 from dwrl_fast.models.pretrained import load_tokenizer
-from dwrl_fast.scoring import ScoredGroup, marginal_scores
+from dwrl_fast.scoring import ChoiceJudging, ScoredGroup, marginal_scores
 from dwrl_fast.templates import Template, load_template
 
 NAMES = [attack.name for attack in ATTACKS]
-
-
-@pytest.fixture(scope="module")
-def folder(module_folder: Path) -> Path:
-    return module_folder
 
 
 class Fixed:
@@ -146,10 +142,10 @@ def test_forged_turns_of_real_tokenizers(shared: Path, tokenizer: str, name: str
     assert name != "dialog" or turns.rstrip().endswith("Yes")
 
 
-def test_the_shift_is_that_of_the_scores(folder: Path) -> None:
+def test_the_shift_is_that_of_the_scores(module_folder: Path) -> None:
     """On a real model: every variant scored by itself says the same."""
-    scorer = Scorer.from_pretrained(folder / "tiny", dtype="fp32")
-    rows = tiny_rows(folder)
+    scorer = Scorer.from_pretrained(module_folder / "tiny", dtype="fp32")
+    rows = tiny_rows(module_folder)
     report = probe(Steps(scorer), rows)
     before = marginal_scores(scorer.score_groups(rows))
     for i, each in enumerate(report.attacks):
@@ -160,10 +156,8 @@ def test_the_shift_is_that_of_the_scores(folder: Path) -> None:
     assert len({round(each.shift, 6) for each in report.attacks}) == len(ATTACKS)
 
 
-def test_a_judge_in_text_is_probed(folder: Path) -> None:
+def test_a_judge_in_text_is_probed(module_folder: Path) -> None:
     """One that is taken in by padding, which no judge of ours would read as a verdict."""
-    dialog = SingleTurn(make_tokenizer(), PAIRWISE, "correctness")
-    judging = FakePolicy(tiny_config(folder, method="judge", dtype="fp32"), dialog).judging
     row = pair("5", "4")
 
     def says(text: str, i: int) -> str:
@@ -171,14 +165,22 @@ def test_a_judge_in_text_is_probed(folder: Path) -> None:
         padded = [part.count("unk") > 30 for part in (shown[0], shown[2])]
         return (A if padded[0] else B) if any(padded) else A if shown[0].strip().startswith("5") else B
 
-    object.__setattr__(judging.runtime, "sampler", FakeSampler(dialog, says))
+    policy = make_policy(module_folder, "judge")
+    sampler = FakeSampler(policy.dialog, says)
+    judging = ChoiceJudging(dataclasses.replace(policy.runtime, sampler=sampler), policy.method.card())
     report = probe(Steps(Scorer(judging)), [row])
     flipped = {each.name: each.flipped for each in report.attacks}
     assert report.accuracy == 1 and flipped["padding"] == 1 and flipped["flattery"] == 0
 
 
-def test_evaluate_reports_it(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["--model_name_or_path", f"{folder}/tiny", "--dataset_name", f"{folder}/pairs.jsonl", "--probe"]
+def test_evaluate_reports_it(module_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [
+        "--model_name_or_path",
+        f"{module_folder}/tiny",
+        "--dataset_name",
+        f"{module_folder}/pairs.jsonl",
+        "--probe",
+    ]
     evaluate.main([*argv, "--output_dir", f"{tmp_path}/report", "--limit", "6"])
     said = capsys.readouterr().out
     assert "right pairs flipped" in said and all(name in said for name in NAMES)

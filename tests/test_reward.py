@@ -24,17 +24,13 @@ from dwrl_fast.scoring.scorer import Scorer
 Row = tuple[Any, Any]  # prompt and completion
 
 
-@pytest.fixture(scope="module")
-def folder(module_folder: Path) -> Path:
-    return module_folder
-
-
-def scorer_of(folder: Path, name: str) -> Scorer:
-    return Scorer.from_pretrained(saved_model(folder, name), dtype="fp32")
+def scorer_of(module_folder: Path, name: str) -> Scorer:
+    return Scorer.from_pretrained(saved_model(module_folder, name), dtype="fp32")
 
 
 def says(scorer: Scorer, said: Callable[[str, int], str]) -> None:
-    object.__setattr__(scorer._judging.runtime, "sampler", FakeSampler(scorer.dialog, said))
+    runtime: Any = scorer._judging.runtime
+    object.__setattr__(runtime, "sampler", FakeSampler(runtime.dialog, said))
 
 
 def rewards(scorer: Scorer, rows: list[Row], columns: dict[str, Any] | None = None, **options: Any) -> Any:
@@ -131,9 +127,9 @@ PROMPTS, RESPONSES = ["3 5 0", "5 6 2 1", "1 1"], ["5", "2 7 1", "8 8", "1 1 1 0
 
 
 @pytest.mark.parametrize("name", ["dwrl", "bt", "sft", "grpo-point", "gram"])
-def test_any_mixture_of_rows(folder: Path, name: str) -> None:
+def test_any_mixture_of_rows(module_folder: Path, name: str) -> None:
     """Each good row has the score that it has alone, each bad row None, whatever they stand beside."""
-    scorer, dice = scorer_of(folder, name), random.Random(name)
+    scorer, dice = scorer_of(module_folder, name), random.Random(name)
     if name == "grpo-point":
         says(scorer, lambda text, i: f"<s> {len(text) % 10} </s>")
     kinds = [*GOOD, *BAD]
@@ -162,9 +158,9 @@ def test_any_mixture_of_rows(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize("kind", BAD)
 def test_what_cannot_be_judged_is_counted_and_the_first_is_said(
-    folder: Path, kind: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    module_folder: Path, kind: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scorer = scorer_of(folder, "dwrl")
+    scorer = scorer_of(module_folder, "dwrl")
     monkeypatch.setattr(logger, "propagate", True)
     row, reason = BAD[kind]
     with caplog.at_level(logging.WARNING, "dwrl_fast"):
@@ -179,8 +175,8 @@ def test_what_cannot_be_judged_is_counted_and_the_first_is_said(
     assert said.startswith("completion 1 of a batch gets no reward (None): ") and "Scorer.unjudged" in said
 
 
-def test_programming_errors_end_the_batch(folder: Path) -> None:
-    scorer, gram, judge = (scorer_of(folder, name) for name in ("dwrl", "gram", "judge"))
+def test_programming_errors_end_the_batch(module_folder: Path) -> None:
+    scorer, gram, judge = (scorer_of(module_folder, name) for name in ("dwrl", "gram", "judge"))
     good = ("3 5 0", "5")
     call = scorer.as_reward_function()
     with pytest.raises(DataError, match="1 prompts for 2 completions"):
@@ -198,9 +194,11 @@ def test_programming_errors_end_the_batch(folder: Path) -> None:
     assert rewards(scorer, []) == [] and not scorer.unjudged and not gram.unjudged
 
 
-def test_references_and_verdicts_that_cannot_be_read(folder: Path) -> None:
-    scorer = scorer_of(folder, "judge")
-    says(scorer, lambda text, i: "ok" if "8" in text else A)
+def test_references_and_verdicts_that_cannot_be_read(module_folder: Path) -> None:
+    scorer = scorer_of(module_folder, "judge")
+    object.__setattr__(
+        scorer._judging.runtime, "sampler", FakeSampler(scorer.dialog, lambda text, i: "ok" if "8" in text else A)
+    )
     rows = [("1", "5"), ("1", "4"), ("1", "8"), ("1", None)]
     found = rewards(scorer, rows, {"reference": ["2", None, "3", "4"]}, probability=True)
     assert found == [0.5, None, None, None]
@@ -209,8 +207,8 @@ def test_references_and_verdicts_that_cannot_be_read(folder: Path) -> None:
     assert rewards(scorer, same, {"reference": [[assistant(parts("2"))], "2"]}, probability=True) == [0.5, 0.5]
 
 
-def test_an_infinite_log_odds_of_one_row(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scorer = scorer_of(folder, "gram")
+def test_an_infinite_log_odds_of_one_row(module_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = scorer_of(module_folder, "gram")
     whole = scorer.score(["1", "1"], ["5", "4"], reference=["2", "2"])
     monkeypatch.setattr(Scorer, "score", lambda *_, **__: torch.tensor([whole[0], math.inf]))
     assert rewards(scorer, [("1", "5"), ("1", "4")], {"reference": ["2", "2"]}) == [whole[0].item(), None]
@@ -220,8 +218,8 @@ def test_an_infinite_log_odds_of_one_row(folder: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("kind", GOOD)
-def test_scores_read_prompts_and_responses_in_the_same_way(folder: Path, kind: str) -> None:
-    scorer = scorer_of(folder, "dwrl")
+def test_scores_read_prompts_and_responses_in_the_same_way(module_folder: Path, kind: str) -> None:
+    scorer = scorer_of(module_folder, "dwrl")
     (prompt, response), (p, r) = GOOD[kind]("3 5 0", "2 7 1")
     assert scorer.score([prompt], [response]).tolist() == scorer.score([p], [r]).tolist()
     begun = "2" if "prefilled" in kind and "nothing" not in kind else ""
@@ -230,20 +228,20 @@ def test_scores_read_prompts_and_responses_in_the_same_way(folder: Path, kind: s
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_scores_of_what_cannot_be_judged_are_refused(folder: Path, kind: str) -> None:
+def test_scores_of_what_cannot_be_judged_are_refused(module_folder: Path, kind: str) -> None:
     prompt, response = BAD[kind][0]("3 5 0", "2 7 1")
     if "over-long" in kind:
         return
     with pytest.raises(UserError):
-        scorer_of(folder, "dwrl").score(["3 5 0", prompt], ["5", response])
+        scorer_of(module_folder, "dwrl").score(["3 5 0", prompt], ["5", response])
 
 
 @pytest.mark.slow
-def test_a_step_of_trls_grpo_trainer_with_rows_of_all_kinds(folder: Path, tmp_path: Path) -> None:
+def test_a_step_of_trls_grpo_trainer_with_rows_of_all_kinds(module_folder: Path, tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")
     from datasets import Dataset
 
-    scorer = scorer_of(folder, "dwrl")
+    scorer = scorer_of(module_folder, "dwrl")
     inner = scorer.as_reward_function()
     seen: list[Any] = []
 
@@ -256,7 +254,7 @@ def test_a_step_of_trls_grpo_trainer_with_rows_of_all_kinds(folder: Path, tmp_pa
         return seen[-len(prompts) :]
 
     trainer = trl.GRPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(folder / "tiny"),
+        model=AutoModelForCausalLM.from_pretrained(module_folder / "tiny"),
         processing_class=make_tokenizer(),
         reward_funcs=mixed,
         train_dataset=Dataset.from_list([{"prompt": [user("3 5 0")], "other": i} for i in range(4)]),

@@ -1,27 +1,30 @@
 """The star methods: which thoughts are kept, what is computed on them, and rounds that leave little or nothing."""
 
-import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from judging import CUT, A, B, Says, backward, logprobs, make_method, shake, taken_gradient
+from fakes import CUT, FakePolicy, FakeSampler
+from judging import A, B, logprobs, make_policy, shake, taken_gradients
 from tiny import tiny_folder
 
 from dwrl_fast.batching.batch import Size
 from dwrl_fast.data import Preference
 from dwrl_fast.dialog.chat import user
-from dwrl_fast.encode import Group
+from dwrl_fast.encode import Group, comparison_requests
 from dwrl_fast.errors import ConfigError, TemplateError
 from dwrl_fast.feed import Feed, Shuffled
 from dwrl_fast.log import logger
-from dwrl_fast.methods import Method, StepMetrics
+from dwrl_fast.methods import StepMetrics
 from dwrl_fast.methods.star_sft import StarImitation
-from dwrl_fast.progress import Display
+from dwrl_fast.progress import Display, Stage
+from dwrl_fast.training.rollout import sample_thoughts
 from dwrl_fast.training.runlog import StallWatch, read_metrics
 from dwrl_fast.training.trainer import Trainer
 
@@ -39,23 +42,21 @@ evaluate: "compare {verdict} {aspect} {prompt} A {response_a} B {response_b} ok 
 """
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    tiny_folder(tmp_path / "tiny")
-    (tmp_path / "question.yaml").write_text(QUESTION)
-    return tmp_path
+class Watched(Display):
+    """Every stage must be done at its end."""
+
+    @contextmanager
+    def stage(self, name: str, total: int, done: int = 0) -> Iterator[Stage]:
+        with super().stage(name, total, done) as stage:
+            yield stage
+            assert stage.done == total
 
 
-def make(folder: Path, name: str, says: Callable[[str, int], str] | None = None, **changes: Any) -> Any:
+def make(folder: Path, name: str, says: Callable[[str, int], str] | None = None, **changes: Any) -> FakePolicy:
     """The method with a sampler that says what it is told; it judges by its own all the same."""
-    method = make_method(
-        folder, name, **{"num_generations": 4, "rationalizer_template": str(folder / "question.yaml")} | changes
-    )
-    if says is not None:
-        method.sampler = Says(method.dialog, says)
-        if name == "star-rationalizer":
-            method.writer = Says(method.question, says)
-    return method
+    (folder / "question.yaml").write_text(QUESTION)
+    options = {"num_generations": 4, "rationalizer_template": str(folder / "question.yaml")} | changes
+    return make_policy(folder, name, says, **options)
 
 
 def right(text: str) -> str:
@@ -68,29 +69,28 @@ def wrong(text: str) -> str:
     return B if right(text) == A else A
 
 
-def roll(method: Method, rows: list[Preference], seed: int = 0) -> tuple[list[Group], dict[str, float]]:
-    counted: list[int] = []
-    groups, logs = method.rollout(rows, seed, counted.append)
-    assert sum(counted) == sum(len(row.responses) for row in rows if row is not TIE)
-    return groups, logs
+def roll(policy: FakePolicy, rows: list[Preference], seed: int = 0) -> tuple[list[Group], dict[str, float]]:
+    return policy.roll_out(rows, seed, Watched())
 
 
-def texts(method: Any, group: Group) -> list[list[str]]:
-    decode = method.dialog.tokenizer.decode
+def texts(policy: FakePolicy, group: Group) -> list[list[str]]:
+    decode = policy.dialog.tokenizer.decode
     return [[decode(sequence.ids[sequence.thought]) for sequence in each] for each in group.sequences]
 
 
 @pytest.mark.parametrize("name", ["star-sft", "star-rationalizer"])
 def test_thoughts_with_the_right_verdict_are_kept(folder: Path, name: str) -> None:
     says = [lambda text: f"1 {right(text)}", lambda text: f"2 {wrong(text)}", lambda _: "ok", lambda t: right(t) + CUT]
-    method = make(folder, name, lambda text, i: says[i](text))
-    groups, logs = roll(method, [PAIR, TIE, RANKING])
+    policy = make(folder, name, lambda text, i: says[i](text))
+    groups, logs = roll(policy, [PAIR, TIE, RANKING])
     assert [len(group.sequences) for group in groups] == [1, 2] and groups[0].preference is PAIR
     for group in groups:
-        for kept, sequences in zip(texts(method, group), group.sequences, strict=True):
-            verdict = right(method.dialog.tokenizer.decode(sequences[0].ids))
+        for kept, sequences in zip(texts(policy, group), group.sequences, strict=True):
+            verdict = right(policy.dialog.tokenizer.decode(sequences[0].ids))
             assert kept == [f"1 {verdict} <|end|>", verdict] and len({len(s.ids) for s in sequences}) == 2
-        assert group.ended == [[True, False]] * len(group.sequences)
+        assert [[thought.ended for thought in some] for some in group.thoughts] == [[True, False]] * len(
+            group.sequences
+        )
     assert logs["comparisons"] == logs["kept_comparisons"] == 3 and logs["tied_comparisons"] == 2
     assert (logs["kept_thoughts"], logs["dropped_thoughts"]) == (6, 6)
     assert (logs["right_thoughts"], logs["unparsable"], logs["truncation_rate"]) == (0.5, 0.25, 0.25)
@@ -108,49 +108,51 @@ def test_comparisons_that_teach_nothing_are_left_out(folder: Path, name: str) ->
     def about(text: str, i: int) -> str:  # of the ranking's comparisons, only the one with 9 gets a right verdict
         return right(text) if "9" in text and i else wrong(text)
 
-    method = make(folder, name, about)
-    groups, logs = roll(method, [PAIR, RANKING])
+    policy = make(folder, name, about)
+    groups, logs = roll(policy, [PAIR, RANKING])
     (group,) = groups
     assert group.preference is RANKING and len(group.sequences) == 1 and logs["kept_comparisons"] == 1
-    assert "9" in method.dialog.tokenizer.decode(group.flat[0].ids)
+    assert "9" in policy.dialog.tokenizer.decode(group.flat[0].ids)
 
 
 @pytest.mark.parametrize("name", ["star-sft", "star-rationalizer"])
 @pytest.mark.parametrize("budget", [1, 10**6])
 def test_imitation_is_the_mean_over_all_tokens(folder: Path, name: str, budget: int) -> None:
     """Of thoughts of unequal length and number, whatever the temperature that they were sampled with."""
-    method = make(
+    policy = make(
         folder, name, lambda text, i: "3 " * i + (right(text) if "7" in text or i else wrong(text)), temperature=0.7
     )
-    groups, _ = roll(method, [PAIR, RANKING, *ROWS[:2]])
-    loss, gradient, figures = backward(method, groups, budget)
-    tokens = torch.cat([logprobs(method, sequence) for group in groups for sequence in group.flat])
+    groups, _ = roll(policy, [PAIR, RANKING, *ROWS[:2]])
+    loss, gradients, metrics = policy.step(groups, budget=budget)
+    tokens = torch.cat([logprobs(policy.model, sequence) for group in groups for sequence in group.flat])
     (-tokens.mean()).backward()
-    assert loss == pytest.approx(-tokens.mean().item(), rel=1e-5) == figures["loss"]
-    torch.testing.assert_close(gradient, taken_gradient(method), rtol=1e-4, atol=1e-6)
+    assert loss == pytest.approx(-tokens.mean().item(), rel=1e-5) == metrics.means()["loss"]
+    torch.testing.assert_close(gradients, taken_gradients(policy.model), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("budget", [1, 10**6])
 @pytest.mark.parametrize("beta", [None, 0.7])
 def test_contrast_is_dpo_against_the_model_that_sampled(folder: Path, beta: float | None, budget: int) -> None:
-    method = make(
+    policy = make(
         folder, "star-dpo", lambda t, i: "3 " * i + (right(t) if i % 2 else wrong(t)), beta=beta, temperature=0.7
     )
-    groups, logs = roll(method, [PAIR, RANKING, *ROWS[:2]])
+    model = policy.model
+    groups, logs = roll(policy, [PAIR, RANKING, *ROWS[:2]])
     assert logs["kept_thoughts"] == 2 * logs["kept_comparisons"] == 2 * logs["comparisons"] == 10
     pairs = [pair for group in groups for pair in group.sequences]
     with torch.no_grad():
-        reference = [[logprobs(method, sequence).sum() for sequence in pair] for pair in pairs]
-    shake(method)
-    loss, gradient, figures = backward(method, groups, budget)
+        reference = [[logprobs(model, sequence).sum() for sequence in pair] for pair in pairs]
+    shake(model)
+    loss, gradients, metrics = policy.step(groups, budget=budget)
+    figures = metrics.means()
     losses = []
     for (good, bad), (good_before, bad_before) in zip(pairs, reference, strict=True):
-        lead = logprobs(method, good).sum() - good_before - logprobs(method, bad).sum() + bad_before
+        lead = logprobs(model, good).sum() - good_before - logprobs(model, bad).sum() + bad_before
         losses.append(torch.log1p((-(beta or 0.1) * lead).exp()))
     total = torch.stack(losses).mean()
     total.backward()
     assert loss == pytest.approx(total.item(), rel=1e-5) == figures["loss"] and abs(loss - math.log(2)) > 1e-3
-    torch.testing.assert_close(gradient, taken_gradient(method), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(gradients, taken_gradients(model), rtol=1e-3, atol=1e-6)
     assert figures["reward_accuracy"] == sum(each.item() < math.log(2) for each in losses) / 5
 
 
@@ -158,18 +160,18 @@ def test_contrast_draws_one_of_each_kind(folder: Path) -> None:
     def says(text: str, i: int) -> str:
         return ["1 " + right(text), "2 " + right(text), "3 " + wrong(text), "ok"][i]
 
-    method = make(folder, "star-dpo", says)
+    policy = make(folder, "star-dpo", says)
     drawn = set()
     for seed in range(12):
-        groups, logs = roll(method, [PAIR], seed)
-        ((good, bad),) = texts(method, groups[0])
-        assert right(method.dialog.tokenizer.decode(groups[0].flat[0].ids)) in good and groups[0].rewards == [[1, 0]]
+        groups, logs = roll(policy, [PAIR], seed)
+        ((good, bad),) = texts(policy, groups[0])
+        assert right(policy.dialog.tokenizer.decode(groups[0].flat[0].ids)) in good and groups[0].rewards == [[1, 0]]
         drawn.add((good[0], bad[0]))
     assert drawn == {(good, bad) for good in "12" for bad in "3o"}, "one that cannot be read is wrong"
-    assert texts(method, roll(method, [PAIR], 3)[0][0]) == texts(method, roll(method, [PAIR], 3)[0][0])
+    assert texts(policy, roll(policy, [PAIR], 3)[0][0]) == texts(policy, roll(policy, [PAIR], 3)[0][0])
     assert (logs["only_right"], logs["only_wrong"]) == (0, 0)
-    method = make(folder, "star-dpo", lambda text, i: right(text) if "9" in text else wrong(text))
-    groups, logs = roll(method, [PAIR, RANKING])
+    policy = make(folder, "star-dpo", lambda text, i: right(text) if "9" in text else wrong(text))
+    groups, logs = roll(policy, [PAIR, RANKING])
     assert groups == [] and (logs["only_right"], logs["only_wrong"]) == (1, 2)
 
 
@@ -180,36 +182,39 @@ def test_rationales_are_told_the_verdict_and_learnt_without_it(folder: Path) -> 
         told.append(text.split()[2])
         return f"{i} {right(text)}"
 
-    method = make(folder, "star-rationalizer", says)
+    policy = make(folder, "star-rationalizer", says)
     rows = ROWS[:4]
-    groups, _ = method.rollout(rows, 0, lambda n: None)
-    asked = method.ask(rows, 0)
-    assert told[::4] == ["AB"[some[0].right] for _, some in asked] and set(told) == {"A", "B"}
-    for group, contexts in zip(groups, method.contexts(asked), strict=True):
+    groups, _ = policy.rollout(rows)
+    comparisons = [request.comparisons for request in policy.method.requests(rows, 0)]
+    assert told[::4] == ["AB"[some[0].right or 0] for some in comparisons] and set(told) == {"A", "B"}
+    for group, request in zip(groups, comparison_requests(rows, comparisons, policy.dialog), strict=True):
         for sequence in group.flat:
-            assert sequence.ids[: sequence.thought.start] == contexts[0].ids
-        assert group.old_logprobs == [] and len(group.flat) == 4
+            assert sequence.ids[: sequence.thought.start] == request.contexts[0].ids
+        assert not any(thought.logprobs for some in group.thoughts for thought in some) and len(group.flat) == 4
 
 
 def test_another_models_rationales_go_by_their_text(folder: Path) -> None:
     tiny_folder(folder / "stronger", seed=1)
-    method = make(folder, "star-rationalizer", rationalizer_model=str(folder / "stronger"))
-    assert method.writer.lm is not method.model.lm and not any(p.requires_grad for p in method.writer.lm.parameters())
-    method.writer = Says(method.question, lambda text, i: f"{i} {right(text)}" + CUT * (i == 3))
-    groups, _ = method.rollout([PAIR], 0, lambda n: None)
-    verdict = right(method.dialog.tokenizer.decode(groups[0].flat[0].ids))
-    assert texts(method, groups[0]) == [[f"{i} {verdict}" + " <|end|>" * (i < 3) for i in range(4)]]
+    policy = make(folder, "star-rationalizer", rationalizer_model=str(folder / "stronger"))
+    lm = policy.roll_out.sampler.lm  # type: ignore[union-attr]
+    assert lm is not policy.model.lm and not any(p.requires_grad for p in lm.parameters())
+    policy.roll_out.sampler = FakeSampler(policy.method.question, lambda text, i: f"{i} {right(text)}" + CUT * (i == 3))
+    groups, _ = policy.rollout([PAIR])
+    verdict = right(policy.dialog.tokenizer.decode(groups[0].flat[0].ids))
+    assert texts(policy, groups[0]) == [[f"{i} {verdict}" + " <|end|>" * (i < 3) for i in range(4)]]
     with pytest.raises(ConfigError, match="kind rationalizer"):
         make(folder, "star-rationalizer", rationalizer_template="pairwise")
     with pytest.raises(TemplateError, match="--template"):
         make(folder, "star-rationalizer", rationalizer_template="missing.yaml")
 
 
-def train(method: Any, folder: Path, steps: int, rows: list[Preference], size: int = 4, **changes: Any) -> Trainer:
-    method.config = dataclasses.replace(method.config, max_steps=steps, rollout_batch_size=size, **changes)
-    folder.mkdir(exist_ok=True)
-    feed = Feed([Shuffled("rows", rows, 0)], [1.0], batch_size=size, epochs=1, max_steps=steps)
-    trainer = Trainer(method.config, method, feed, rows, folder, Display())
+def make_trainer(policy: FakePolicy, folder: Path, rows: list[Preference]) -> Trainer:
+    """It samples, and is evaluated, by its own sampler; the rollout is that of `policy`."""
+    config = policy.method.config
+    folder.mkdir()
+    feed = Feed([Shuffled("rows", rows, 0)], [1.0], batch_size=len(rows), epochs=1, max_steps=config.max_steps)
+    trainer = Trainer(config, policy.method, policy.judging, feed, rows, folder, Display())
+    trainer.rollout = policy.roll_out
     trainer.resume()
     return trainer
 
@@ -221,26 +226,15 @@ def test_rounds_that_keep_little_or_nothing(folder: Path, name: str) -> None:
     kept_at = {2: 3, 3: 1, 5: 4}  # rows of which something is kept, by step
 
     def go(run: str, **changes: Any) -> list[dict[str, Any]]:
-        method = make(folder, name, eval_votes=0, save_steps=1, minibatch_size=2, **changes)
-        own, calls = method.rollout, {"step": method.config.max_steps}
+        heard: dict[int, list[str]] = defaultdict(list)  # by step
 
-        def rollout(some: list[Preference], seed: int, progress: Any) -> Any:
-            calls["step"] = trainer.step + 1
-            heard: list[str] = []
+        def says(text: str, i: int) -> str:
+            step = trainer.step + 1
+            heard[step].extend([text] * (i == 0))
+            return right(text) if len(heard[step]) <= kept_at.get(step, 0) and i % 2 else wrong(text)
 
-            def says(text: str, i: int) -> str:
-                heard.extend([text] * (i == 0))
-                return right(text) if len(heard) <= kept_at.get(calls["step"], 0) and i % 2 else wrong(text)
-
-            for sampler in (method.sampler, getattr(method, "writer", method.sampler)):
-                sampler.says = says
-            return own(some, seed, progress)
-
-        method.sampler = Says(method.dialog, lambda text, i: "ok")
-        if name == "star-rationalizer":
-            method.writer = Says(method.question, lambda text, i: "ok")
-        method.rollout = rollout
-        trainer = train(method, folder / run, 5, rows)
+        options = {"eval_votes": 0, "save_steps": 1, "minibatch_size": 2, "max_steps": 5} | changes
+        trainer = make_trainer(make(folder, name, says, **options), folder / run, rows)
         result = trainer.train()
         assert result["steps"] == 5
         return read_metrics(folder / run / "metrics.jsonl")
@@ -263,12 +257,13 @@ def test_rounds_that_keep_little_or_nothing(folder: Path, name: str) -> None:
         assert all(ours[k] == v for k, v in theirs.items() if not k.startswith(timed))
 
 
-def learn_the_form(method: Any) -> None:
-    batches = method.layout.batches(method.sample_verdicts(method.ask(ROWS, 0), 0, lambda n: None))
-    optimizer = torch.optim.Adam(method.model.parameters(), 1e-2)
+def learn_the_form(policy: FakePolicy) -> None:
+    method, model = policy.method, policy.model
+    batches = policy.batches(sample_thoughts(method, method.requests(ROWS, 0), policy.roll_out.sampler, 0))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for _ in range(12):
         for batch in batches:
-            StarImitation.loss(method, "thought", batch, Size.of(batches), StepMetrics()).backward()
+            StarImitation.loss(method, "thought", model, batch, Size.of(batches), StepMetrics()).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -276,10 +271,11 @@ def learn_the_form(method: Any) -> None:
 @pytest.mark.parametrize("name", STAR)
 def test_training_makes_greedy_verdicts_right(folder: Path, name: str) -> None:
     """Of thoughts that are right every other time, the model learns the right ones."""
-    method = make(folder, name, lambda text, i: [A, B][i % 2], eval_votes=0, rollout_batch_size=6, minibatch_size=6)
+    sizes = {"max_steps": 40, "rollout_batch_size": 6, "minibatch_size": 6}
+    policy = make(folder, name, lambda text, i: [A, B][i % 2], eval_votes=0, **sizes)
     if name == "star-dpo":  # which needs a model that knows the form: what it prefers is no more than preferred
-        learn_the_form(method)
-    result = train(method, folder / "run", 40, ROWS, size=6).train()
+        learn_the_form(policy)
+    result = make_trainer(policy, folder / "run", ROWS).train()
     assert result["accuracy_before"] < 0.6 and result["accuracy_after"] == 1
     first, *_, last = (row["loss"] for row in read_metrics(folder / "run" / "metrics.jsonl"))
     # With one update a round, the model that star-dpo trains is its own reference.

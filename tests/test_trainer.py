@@ -8,25 +8,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fakes import FakePolicy
 from safetensors.torch import load_file
-from tiny import tiny_config, tiny_folder, tiny_pairs
+from tiny import tiny_config, tiny_pairs
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from dwrl_fast import Scorer
 from dwrl_fast.batching.batch import Size
 from dwrl_fast.batching.padded import padded_batch, split_padded
-from dwrl_fast.compute import Compute
 from dwrl_fast.config import TrainConfig
 from dwrl_fast.data import read_preferences
 from dwrl_fast.encode import Group, plain_groups
 from dwrl_fast.errors import CheckpointError, ConfigError, NotFiniteError
 from dwrl_fast.feed import open_feed
 from dwrl_fast.log import logger
-from dwrl_fast.methods import METHODS, Method, StepMetrics
+from dwrl_fast.methods import StepMetrics
 from dwrl_fast.progress import Display
 from dwrl_fast.scoring import marginal_scores
-from dwrl_fast.scoring.loading import load_dialog
 from dwrl_fast.training.optimizer import Optimizers
 from dwrl_fast.training.plots import plot_curves
 from dwrl_fast.training.runlog import RunLog, StallWatch, read_metrics
@@ -35,45 +34,26 @@ from dwrl_fast.training.trainer import Trainer
 TIMED = ("seconds", "tokens_per_second", "share_")
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    tiny_folder(tmp_path / "tiny")
-    tiny_pairs(tmp_path / "pairs.jsonl")
-    return tmp_path
-
-
-def make_method(config: TrainConfig) -> Method:
-    return METHODS[config.method](config, load_dialog(config), Compute.resolve(config.dtype))
-
-
 def make_trainer(config: TrainConfig, run: Path, held_out: int = 0) -> Trainer:
     rows = read_preferences(str(config.dataset_name)).rows
     run.mkdir(exist_ok=True)
-    method = make_method(config)
-    feed, _ = open_feed(config, method.dialog, Display())
-    trainer = Trainer(config, method, feed, rows[:held_out], run, Display())
+    policy = FakePolicy(config)
+    feed, _ = open_feed(config, policy.dialog, Display())
+    trainer = Trainer(config, policy.method, policy.judging, feed, rows[:held_out], run, Display())
     trainer.resume()
     return trainer
 
 
-def roll(method: Method, count: int = 4) -> list[Group]:
-    rows = read_preferences(str(method.config.dataset_name)).rows[:count]
-    return method.rollout(rows, 0, lambda n: None)[0]
+def roll(policy: FakePolicy, count: int = 4) -> list[Group]:
+    rows = read_preferences(str(policy.method.config.dataset_name)).rows[:count]
+    return policy.rollout(rows)[0]
 
 
 def gradients(
-    method: Method, phase: str, groups: list[Group], budget: int
+    policy: FakePolicy, phase: str, groups: list[Group], budget: int = 10**6
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    method.model.zero_grad()
-    tally = StepMetrics()
-    batches = dataclasses.replace(method.layout, token_budget=budget).batches(groups)
-    minibatch = Size.of(batches)
-    for batch in batches:
-        with method.compute.autocast():
-            loss = method.loss(phase, batch, minibatch, tally)
-        loss.backward()
-    found = {name: p.grad.clone() for name, p in method.model.named_parameters() if p.grad is not None}
-    return found, tally.means()
+    _, found, metrics = policy.step(groups, phase, budget)
+    return found, metrics.means()
 
 
 def weights(run: Path) -> dict[str, Tensor]:
@@ -83,12 +63,12 @@ def weights(run: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize("phase", ["score", "thought", "joint"])
 def test_micro_batches_and_order_change_nothing(folder: Path, phase: str) -> None:
     changes = {"alternate": "joint"} if phase == "joint" else {}
-    method = make_method(tiny_config(folder, **changes))
-    groups = roll(method)
-    whole, figures = gradients(method, phase, groups, 10**6)
+    policy = FakePolicy(tiny_config(folder, **changes))
+    groups = roll(policy)
+    whole, figures = gradients(policy, phase, groups)
     assert whole and max(g.abs().max() for g in whole.values()) > 1e-6
     for cut, budget in ((groups, 1), (groups[::-1], 500)):
-        parts, same = gradients(method, phase, cut, budget)
+        parts, same = gradients(policy, phase, cut, budget)
         for name, expected in whole.items():
             # Sums in another order differ by ulps of what they sum, not of what is left.
             size = expected.abs().max().item()
@@ -98,33 +78,33 @@ def test_micro_batches_and_order_change_nothing(folder: Path, phase: str) -> Non
 
 def test_phase_a_is_bradley_terry_through_the_model(folder: Path) -> None:
     """docs/method.md 2.2, 1, end to end: autograd through the marginals of the model's own scores."""
-    method = make_method(tiny_config(folder))
-    groups = roll(method)
-    ours, figures = gradients(method, "score", groups, 10**6)
-    batch = padded_batch(groups, method.dialog.pad_id, torch.device("cpu"))
-    logits = method.model.lm(batch.input_ids, attention_mask=batch.attention_mask).logits.flatten(0, 1)
-    s = logits[batch.score_rows].log_softmax(-1)[:, method.dialog.yes_id]
+    policy = FakePolicy(tiny_config(folder))
+    groups = roll(policy)
+    ours, figures = gradients(policy, "score", groups)
+    batch = padded_batch(groups, policy.dialog.pad_id, torch.device("cpu"))
+    logits = policy.model.lm(batch.input_ids, attention_mask=batch.attention_mask).logits.flatten(0, 1)
+    s = logits[batch.score_rows].log_softmax(-1)[:, policy.dialog.yes_id]
     marginals = batch.grid(s).logsumexp(-1)
     loss = -torch.nn.functional.logsigmoid(marginals[:, 0] - marginals[:, 1]).mean()
-    method.model.zero_grad()
+    policy.model.zero_grad()
     loss.backward()
     assert figures["loss"] == pytest.approx(loss.item(), rel=1e-5)
-    for name, parameter in method.model.named_parameters():
+    for name, parameter in policy.model.named_parameters():
         torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-4, atol=1e-7)
 
 
 def test_phase_b_is_the_clipped_policy_gradient_through_the_model(folder: Path) -> None:
     """Written anew from docs/method.md, 2, off the policy so that ratios and the clip are at work."""
-    method = make_method(tiny_config(folder, epsilon=0.1, epsilon_high=0.3))
-    groups = roll(method)
+    policy = FakePolicy(tiny_config(folder, epsilon=0.1, epsilon_high=0.3))
+    groups = roll(policy)
     with torch.no_grad():
-        for drawn in method.model.parameters():
+        for drawn in policy.model.parameters():
             drawn.add_(0.05 * torch.randn(drawn.shape, generator=torch.Generator().manual_seed(0)))
-    ours, figures = gradients(method, "thought", groups, 10**6)
+    ours, figures = gradients(policy, "thought", groups)
     total = torch.zeros(())
     for group in groups:
-        logps = [[method.model.lm(torch.tensor([q.ids])).logits[0].log_softmax(-1) for q in r] for r in group.sequences]
-        p = torch.stack([torch.stack([logp[-1, method.dialog.yes_id] for logp in r]) for r in logps]).exp().detach()
+        logps = [[policy.model.lm(torch.tensor([q.ids])).logits[0].log_softmax(-1) for q in r] for r in group.sequences]
+        p = torch.stack([torch.stack([logp[-1, policy.dialog.yes_id] for logp in r]) for r in logps]).exp().detach()
         m = p[1].mean() / p.mean(-1).sum()
         for k, sign in ((0, 1), (1, -1)):
             for i, sequence in enumerate(group.sequences[k]):
@@ -132,48 +112,51 @@ def test_phase_b_is_the_clipped_policy_gradient_through_the_model(folder: Path) 
                 span = sequence.thought
                 ids = torch.tensor(sequence.ids[span])
                 new = logps[k][i][span.start - 1 : span.stop - 1].gather(-1, ids[:, None]).squeeze(-1)
-                g = (new - group.old_logprobs[k][i]).exp()
+                g = (new - torch.tensor(group.thoughts[k][i].logprobs)).exp()
                 gain = torch.minimum(g * advantage, g.clamp(0.9, 1.3) * advantage).mean()
                 total = total - m / 3 * gain / len(groups)
-    method.model.zero_grad()
+    policy.model.zero_grad()
     total.backward()
     assert 0.05 < figures["clip_fraction"] < 0.95
     assert figures["thought_loss"] == pytest.approx(total.item(), rel=1e-4)
-    for name, parameter in method.model.named_parameters():
+    for name, parameter in policy.model.named_parameters():
         torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-3, atol=1e-6)
 
 
 def test_joint_is_both_phases_in_one_when_centred(folder: Path) -> None:
-    groups = roll(make_method(tiny_config(folder)))
+    groups = roll(FakePolicy(tiny_config(folder)))
     joint = gradients(
-        make_method(tiny_config(folder, alternate="joint", joint_reward="centred")), "joint", groups, 10**6
+        FakePolicy(tiny_config(folder, alternate="joint", joint_reward="centred")), "joint", groups, 10**6
     )[0]
-    apart = make_method(tiny_config(folder))
-    a, b = (gradients(apart, phase, groups, 10**6)[0] for phase in ("score", "thought"))
+    apart = FakePolicy(tiny_config(folder))
+    a, b = (gradients(apart, phase, groups)[0] for phase in ("score", "thought"))
     for name, both in joint.items():
         torch.testing.assert_close(both, a[name] + b[name], rtol=1e-4, atol=1e-7)
 
 
 def test_recomputed_old_logprobs_are_the_samplers_in_float32(folder: Path) -> None:
     rows = read_preferences(str(folder / "pairs.jsonl")).rows
-    sampled = make_method(tiny_config(folder, old_logprobs="sampler")).rollout(rows, 0, lambda n: None)[0]
-    again, logs = make_method(tiny_config(folder, old_logprobs="recompute")).rollout(rows, 0, lambda n: None)
-    flat = [torch.cat([o for g in groups for row in g.old_logprobs for o in row]) for groups in (sampled, again)]
+    sampled = FakePolicy(tiny_config(folder, old_logprobs="sampler")).rollout(rows)[0]
+    again, logs = FakePolicy(tiny_config(folder, old_logprobs="recompute")).rollout(rows)
+    flat = [
+        torch.tensor([lp for g in groups for row in g.thoughts for t in row for lp in t.logprobs])
+        for groups in (sampled, again)
+    ]
     gap = (flat[0] - flat[1]).abs().max().item()
     assert logs["sampler_gap_max"] == pytest.approx(gap) and gap < 2e-5
 
 
 def test_truncated_thoughts_are_scored_and_masked(folder: Path) -> None:
-    method = make_method(tiny_config(folder, max_completion_length=2))
-    groups = roll(method)
+    policy = FakePolicy(tiny_config(folder, max_completion_length=2))
+    groups = roll(policy)
     kept, masked = (
-        padded_batch(groups, method.dialog.pad_id, torch.device("cpu"), mask_truncated=mask) for mask in (False, True)
+        padded_batch(groups, policy.dialog.pad_id, torch.device("cpu"), mask_truncated=mask) for mask in (False, True)
     )
-    ended = torch.tensor([e for g in groups for row in g.ended for e in row])
+    ended = torch.tensor([t.ended for g in groups for row in g.thoughts for t in row])
     assert kept.trained.all() and torch.equal(masked.trained, ended) and not ended.all()
     a, b = StepMetrics(), StepMetrics()
-    method.loss("thought", kept, Size.of([kept]), a)
-    method.loss("thought", masked, Size.of([masked]), b)
+    policy.method.loss("thought", policy.model, kept, Size.of([kept]), a)
+    policy.method.loss("thought", policy.model, masked, Size.of([masked]), b)
     assert b.means()["trained_tokens"] < a.means()["trained_tokens"]
     assert a.means()["advantage"] == b.means()["advantage"]
 
@@ -243,13 +226,13 @@ def test_another_runs_checkpoint_is_refused(folder: Path) -> None:
 
 def test_nan_stops_before_the_step(folder: Path) -> None:
     trainer = make_trainer(tiny_config(folder), folder / "run")
-    groups = roll(trainer.method)
+    groups = trainer.rollout(trainer.feed.next(), 0, Display())[0]
     with torch.no_grad():
-        trainer.method.model.lm.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
-    before = {name: p.clone() for name, p in trainer.method.model.named_parameters()}
+        trainer.policy.model.lm.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+    before = {name: p.clone() for name, p in trainer.policy.model.named_parameters()}
     with pytest.raises(NotFiniteError, match=r"step 1, minibatch 1, phase score.*pairs\.jsonl:1"):
-        trainer.update("score", trainer.method.layout.batches(groups), 0, StepMetrics())
-    for name, p in trainer.method.model.named_parameters():
+        trainer.update("score", trainer.policy.pack(groups, 4)[0], 0)
+    for name, p in trainer.policy.model.named_parameters():
         assert torch.equal(p.nan_to_num(), before[name].nan_to_num())
 
 
@@ -289,62 +272,66 @@ def test_dwrl_learns_scores(folder: Path) -> None:
 
 def test_bf16_computes_over_float32_masters(folder: Path) -> None:
     config = tiny_config(folder, dtype="bf16")
-    method = METHODS["dwrl"](config, load_dialog(config), Compute.resolve("bf16"))
-    groups = roll(method)
-    exact = make_method(tiny_config(folder))
-    fine = gradients(exact, "score", groups, 10**6)[0]
-    coarse = gradients(method, "score", groups, 10**6)[0]
-    assert all(p.dtype == torch.float32 for p in method.model.parameters())
+    policy = FakePolicy(config)
+    groups = roll(policy)
+    exact = FakePolicy(tiny_config(folder))
+    fine = gradients(exact, "score", groups)[0]
+    coarse = gradients(policy, "score", groups)[0]
+    assert all(p.dtype == torch.float32 for p in policy.model.parameters())
     norm, gap = (
         torch.cat([g.flatten() for g in each]).norm()
         for each in (fine.values(), [coarse[n] - g for n, g in fine.items()])
     )
     assert 1e-5 < gap / norm < 0.1, "bf16 must be at work, and close"
-    _, logs = method.rollout(read_preferences(str(folder / "pairs.jsonl")).rows, 0, lambda n: None)
+    _, logs = policy.rollout(read_preferences(str(folder / "pairs.jsonl")).rows)
     with pytest.raises(ConfigError, match="--old_logprobs sampler"):
-        make_method(tiny_config(folder, dtype="bf16", old_logprobs="sampler"))
+        FakePolicy(tiny_config(folder, dtype="bf16", old_logprobs="sampler"))
     assert logs["sampler_gap_max"] > 0, "old log-probs are recomputed when the sampler is not float32"
 
 
 def test_rewards_are_float32_under_bf16(folder: Path) -> None:
     """Rounded to bfloat16, different responses would tie."""
     config = tiny_config(folder, method="bt", dtype="bf16")
-    method = make_method(config)
-    method.rollout(read_preferences(str(folder / "pairs.jsonl")).rows, 0, lambda n: None)
+    policy = FakePolicy(config)
+    policy.rollout(read_preferences(str(folder / "pairs.jsonl")).rows)
     batch = padded_batch(
-        plain_groups(read_preferences(str(folder / "pairs.jsonl")).rows, method.dialog), 0, torch.device("cpu")
+        plain_groups(read_preferences(str(folder / "pairs.jsonl")).rows, policy.dialog), 0, torch.device("cpu")
     )
-    with method.compute.autocast(), torch.no_grad():
-        rewards = method.model(batch)
+    with policy.runtime.compute.autocast(), torch.no_grad():
+        rewards = policy.model(batch)
     assert rewards.dtype == torch.float32 and not torch.equal(rewards, rewards.bfloat16().float())
 
 
 def test_dropout_is_off(folder: Path) -> None:
     path = folder / "tiny" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"attention_dropout": 0.5}))
-    method = make_method(tiny_config(folder, old_logprobs="recompute"))
-    method.model.train()
-    logs = method.rollout(read_preferences(str(folder / "pairs.jsonl")).rows, 0, lambda n: None)[1]
+    policy = FakePolicy(tiny_config(folder, old_logprobs="recompute"))
+    policy.model.train()
+    logs = policy.rollout(read_preferences(str(folder / "pairs.jsonl")).rows)[1]
     assert logs["sampler_gap_max"] < 2e-5
 
 
 def test_per_phase_state_and_rates(folder: Path) -> None:
+    def made(config: TrainConfig) -> Optimizers:
+        policy = FakePolicy(config)
+        return Optimizers(policy.model, policy.method, config, total=10)
+
     config = tiny_config(folder, optimizer_state="per_phase", score_learning_rate=1e-3, warmup_steps=2)
-    optimizers = Optimizers(make_method(config), config, total=10)
+    optimizers = made(config)
     assert optimizers.of_phase["score"] is not optimizers.of_phase["thought"]
     assert optimizers.rates == {"score": 1e-3, "thought": 1e-2}
-    shared = Optimizers(make_method(tiny_config(folder)), tiny_config(folder), total=10)
+    shared = made(tiny_config(folder))
     assert shared.of_phase["score"] is shared.of_phase["thought"]
     assert len(optimizers.tensors()) == 2 * len(shared.tensors())
     assert [optimizers.factor(m) for m in (0, 1, 2, 6, 10)] == [0.5, 1.0, 1.0, 0.5, 0.0]
     cosine = dataclasses.replace(config, lr_scheduler_type="cosine", warmup_steps=0, min_learning_rate_ratio=0.1)
-    factors = [Optimizers(make_method(cosine), cosine, total=10).factor(m) for m in (0, 5, 10)]
+    factors = [made(cosine).factor(m) for m in (0, 5, 10)]
     assert factors == pytest.approx([1.0, 0.55, 0.1])
 
 
 def test_groups_are_never_split(folder: Path) -> None:
-    groups = roll(make_method(tiny_config(folder)), 12)
-    for budget in (1, 300, 10**6):
+    groups = roll(FakePolicy(tiny_config(folder)), 12)
+    for budget in (1, 300):
         batches = split_padded(groups, budget)
         assert sorted(id(g) for batch in batches for g in batch) == sorted(map(id, groups))
         for batch in batches:

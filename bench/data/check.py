@@ -87,9 +87,12 @@ def main() -> None:
         ratios = (f"{one / other:.2f}" for one, other in zip((wall, cpu), found[0], strict=True))
         lines.append((name, f"{wall:.2f}", f"{cpu:.2f}", f"{size / wall / 1e6:.0f}", *ratios))
     cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
-    title = f"{size / 1e9:.2f} GB, {rows:,} pairs, {cores} cores, load {load:.1f}"
-    headings = ("", "seconds", "CPU seconds", "MB a second", "ratio", "ratio of CPU")
-    Console().print(command.table(title, headings, lines))
+    table = command.table(
+        f"{size / 1e9:.2f} GB, {rows:,} pairs, {cores} cores, load {load:.1f}",
+        ("", "seconds", "CPU seconds", "MB a second", "ratio", "ratio of CPU"),
+        lines,
+    )
+    Console().print(table)
 
 
 if __name__ == "__main__":

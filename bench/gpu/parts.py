@@ -36,7 +36,7 @@ MISSING_PACKAGE = re.compile(r"(the package flash_attn|liger-kernel) is not inst
 INSTEAD = """there is no CUDA device, and every part needs one. Without one there are
     python -m pytest tests/test_ops_triton.py    the kernels through Triton's interpreter, and compiled for three GPUs
     python -m pytest tests/test_bench_gpu.py     what the parts run, on tiny shapes
-    python -m bench.gpu.roofline                     what to expect, counted"""
+    python -m bench.gpu.roofline                 what to expect, counted"""
 
 
 Outcome = dict[str, Any]  # what the part's report says: "ok", and what it found

@@ -1,6 +1,6 @@
 """What can be set. Names are TRL's where it has one; what an option is for stands in its help."""
 
-from dwrl_fast.config.common import CommonOptions
+from dwrl_fast.config.common import CommonOptions, JudgingOptions
 from dwrl_fast.config.evaluate import VOTE_CURVE, EvaluateConfig, parse_evaluate
 from dwrl_fast.config.train import TrainConfig, parse_train
 
@@ -8,6 +8,7 @@ __all__ = [
     "VOTE_CURVE",
     "CommonOptions",
     "EvaluateConfig",
+    "JudgingOptions",
     "TrainConfig",
     "parse_evaluate",
     "parse_train",

@@ -1,12 +1,12 @@
 """What the commands share: the groups of options, reading rows, the size of a forward pass."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
 
 from dwrl_fast.batching.layout import Packing
 from dwrl_fast.data import Cluster, Rankings, Ties
+from dwrl_fast.methods.options import thoughts_option
 from dwrl_fast.options import Options, at_least, option
 
 # ruff: noqa: RUF009 - what option() returns is a dataclass field
@@ -15,12 +15,6 @@ model_option = partial(option, group="Model")
 data_option = partial(option, group="Data")
 forward_option = partial(option, group="Forward passes")
 evaluation_option = partial(option, group="Evaluation")
-cluster_option: Callable[[], Cluster] = partial(
-    evaluation_option,
-    "row",
-    "What is drawn for an interval, and counted by McNemar's test. row: the rows of the files, each with all its pairs."
-    " prompt: the prompts, each with all its rows, for sets in which several rows share one.",
-)
 run_option = partial(option, group="Run")
 
 
@@ -81,3 +75,23 @@ class CommonOptions(Options):
         bound=at_least(1),
     )
     seed: int = run_option(0, "Of everything drawn: order, thoughts, drawn weights, resampling.", bound=at_least(0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgingOptions(CommonOptions):
+    """What the commands share that judge with trained models."""
+
+    limit: int | None = data_option(
+        None, "Use only so many of a file's first rows. none: all of them.", bound=at_least(1)
+    )
+    generation_batch_size: int = thoughts_option(
+        256,
+        "Thoughts generated at once, and so what one step holds. Lower it when generation runs out of memory. Of an "
+        "evaluation that is interrupted one step is lost.",
+        bound=at_least(1),
+    )
+    cluster: Cluster = evaluation_option(
+        "row",
+        "What is drawn for an interval, and counted by McNemar's test. row: the rows of the files, each with all its "
+        "pairs. prompt: the prompts, each with all its rows, for sets in which several rows share one.",
+    )

@@ -5,14 +5,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from dwrl_fast.config.common import (
-    CommonOptions,
-    cluster_option,
+    JudgingOptions,
     data_option,
     evaluation_option,
     model_option,
     run_option,
 )
-from dwrl_fast.data import Cluster
 from dwrl_fast.data.mixture import Part, check_evaluated
 from dwrl_fast.dialog import Thinking
 from dwrl_fast.errors import ConfigError
@@ -32,7 +30,7 @@ VOTE_CURVE = (1, 4, 16, 32)  # thoughts
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(CommonOptions):
+class EvaluateConfig(JudgingOptions):
     """The options of `python -m dwrl_fast.evaluate`."""
 
     command: ClassVar[str] = "python -m dwrl_fast.evaluate"
@@ -67,9 +65,6 @@ python -m dwrl_fast.evaluate --model_name_or_path runs/mine/model --dataset_name
     aspect: str | None = data_option(
         None, "What the model is asked to judge. none: what it was trained on. A column named aspect goes first."
     )
-    limit: int | None = data_option(
-        None, "Use only so many of a file's first rows. none: all of them.", bound=at_least(1)
-    )
     method: Judge | None = method_option(
         None,
         "judge: the model was not trained to judge, and is asked for a verdict in text. none: what the model was "
@@ -92,12 +87,6 @@ python -m dwrl_fast.evaluate --model_name_or_path runs/mine/model --dataset_name
         None,
         "Of sampled thoughts. none: as the model was trained; 1 for a judge.",
         bound=at_least(0.01),
-    )
-    generation_batch_size: int = thoughts_option(
-        256,
-        "Thoughts generated at once. Lower it when generation runs out of memory. It is also what one step of an "
-        "evaluation holds, which is lost when it is interrupted.",
-        bound=at_least(1),
     )
     votes: int | None = evaluation_option(
         None,
@@ -123,7 +112,6 @@ python -m dwrl_fast.evaluate --model_name_or_path runs/mine/model --dataset_name
     benchmark: Literal["rewardbench", "rewardbench2"] | None = evaluation_option(
         None, "The files are this benchmark's: also its score as its authors weight it, Ties included."
     )
-    cluster: Cluster = cluster_option()
     output_dir: str | None = run_option(
         None,
         "Write report.html, report.md, report.json and scores.jsonl into this folder. An evaluation that was "

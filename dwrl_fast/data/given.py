@@ -79,10 +79,10 @@ def _joined(message: Any) -> Any:
     """A message whose content is a list of parts has the text of them all; Unusable where one is no text."""
     if not isinstance(message, Mapping) or not isinstance(message.get("content"), list | tuple):
         return message
-    texts = []
-    for part in message["content"]:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind != "text" or not isinstance(part.get("text"), str):
-            raise Unusable("a part of a content that is no text")
-        texts.append(part["text"])
+    texts: list[Any] = [
+        part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
+        for part in message["content"]
+    ]
+    if not all(isinstance(text, str) for text in texts):
+        raise Unusable("a part of a content that is no text")
     return {**message, "content": "".join(texts)}

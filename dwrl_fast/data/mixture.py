@@ -125,7 +125,7 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
     """
     paths = {name: PurePath(SUFFIXES.sub("", name) or name).parts for name in names}
     found = dict(zip(names, names, strict=True))
-    for count in range(max(1, *map(len, paths.values())), 0, -1):  # the shortest ending that is one name's own stays
+    for count in range(max((1, *map(len, paths.values()))), 0, -1):  # the shortest ending that is one name's own stays
         times = Counter(parts[-count:] for parts in paths.values())
         found |= {name: str(PurePath(*parts[-count:])) for name, parts in paths.items() if times[parts[-count:]] == 1}
     return found

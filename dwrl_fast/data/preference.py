@@ -87,12 +87,13 @@ class Dataset:
         """Accounts for every row read, with the first lines of each reason."""
         used, dropped = self.used, sum(map(len, self.dropped.values()))
         name = f"{self.path} ({self.format})" if self.format else self.path
-        parts = [f"{name}: {used + dropped} rows read, {used} used, {dropped} dropped"]
-        if len(self.rows) != used:
-            parts.append(f"{len(self.rows)} groups come of the {used}")
-        for reason, lines in sorted(self.dropped.items(), key=lambda item: -len(item[1])):
-            parts.append(f"{len(lines)} x {reason} (line {first_lines(lines)})")
-        parts += [f"{count} x {note}" for note, count in self.notes.most_common()]
+        reasons = sorted(self.dropped.items(), key=lambda item: -len(item[1]))
+        parts = (
+            f"{name}: {used + dropped} rows read, {used} used, {dropped} dropped",
+            *([f"{len(self.rows)} groups come of the {used}"] if len(self.rows) != used else []),
+            *(f"{len(lines)} x {reason} (line {first_lines(lines)})" for reason, lines in reasons),
+            *(f"{count} x {note}" for note, count in self.notes.most_common()),
+        )
         return "; ".join(parts)
 
     def add(

@@ -13,6 +13,11 @@ from dwrl_fast.data.check import FileReport, Overlap, lengths_of
 from dwrl_fast.data.label_agreement import Agreement
 from dwrl_fast.data.preference import first_lines
 
+PLOT = {
+    "axes.titlesize": 9, "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7,
+    "axes.grid": True, "grid.alpha": 0.3,
+}  # fmt: skip
+
 _shown = partial(first_lines, most=5)
 
 
@@ -101,24 +106,19 @@ def _agreement(found: Agreement) -> str:
 def plot_lengths(reports: Sequence[FileReport], path: Path) -> None:
     """Histograms of the lengths in all files: prompts, responses, and prompts with their longest response."""
     import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     reports = [report for report in reports if report.used]
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4))
-    for axis, name in zip(axes, reports[0].lengths, strict=True):
-        bins = np.geomspace(1, 1 + max(report.lengths[name].most for report in reports), 50)
-        for report in reports:
-            shares = np.full(len(values := lengths_of(report.counts)[name]), 1 / len(values))
-            axis.hist(np.maximum(values, 1), bins, weights=shares, alpha=0.6, label=Path(report.path).name)
-        axis.set_xscale("log")
-        axis.set_title(name, fontsize=9)
-        axis.set_xlabel(report.unit, fontsize=8)
-        axis.tick_params(labelsize=7)
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("share", fontsize=8)
-    axes[0].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    with matplotlib.rc_context(PLOT):
+        figure = Figure(figsize=(12, 3.4))
+        axes = figure.subplots(1, 3)
+        for axis, name in zip(axes, reports[0].lengths, strict=True):
+            bins = np.geomspace(1, 1 + max(report.lengths[name].most for report in reports), 50)
+            for report in reports:
+                shares = np.full(len(values := lengths_of(report.counts)[name]), 1 / len(values))
+                axis.hist(np.maximum(values, 1), bins, weights=shares, alpha=0.6, label=Path(report.path).name)
+            axis.set(xscale="log", title=name, xlabel=report.unit)
+        axes[0].set(ylabel="share")
+        axes[0].legend()
+        figure.tight_layout()
+        figure.savefig(path, dpi=110)

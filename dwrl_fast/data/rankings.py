@@ -20,11 +20,8 @@ NO_ORDER = "the ranks are no order (they count from the best on, equal where res
 NO_WINNER = "all responses tie (--ties keep would use them)"
 
 
-class Groups(NamedTuple):
-    """What one row gave, or the rows of one prompt; `notes` are the Dataset's."""
-
-    preferences: list[Preference]
-    notes: Mapping[str, int]
+Groups = tuple[list[Preference], Mapping[str, int]]
+"""What one row gave, or the rows of one prompt: preferences, and notes as those of the Dataset."""
 
 
 class Ranked(NamedTuple):
@@ -54,7 +51,7 @@ def ranking(row: Columns, ties: Ties, rankings: Rankings) -> Groups:
     best_of_n = scores is None and len(found) > 2 and found[0].rank < found[1].rank == found[-1].rank
     too_many = len(found) > MOST_TIED and len(set(order)) < len(order)
     if rankings == "plackett_luce" and len(found) > 2 and not best_of_n and not too_many:
-        return Groups([_group(found, like, ties)], {})
+        return [_group(found, like, ties)], {}
     two = zip(itertools.repeat(found[0]), found[1:]) if best_of_n else itertools.combinations(found, 2)
     pairs, notes = compare_ranked(two, replace(like, row=row.source), ties)
     if not pairs:
@@ -63,7 +60,7 @@ def ranking(row: Columns, ties: Ties, rankings: Rankings) -> Groups:
         notes["pairs left out: losers of a best-of-n row"] = math.comb(len(found) - 1, 2)
     elif rankings == "plackett_luce" and too_many:
         notes[f"tied rankings of more than {MOST_TIED} responses taken as pairs"] = 1
-    return Groups(pairs, notes)
+    return pairs, notes
 
 
 def compare_ranked(

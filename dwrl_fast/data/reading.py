@@ -84,8 +84,8 @@ class Reader:
                         yield from self._compared(prompts, waiting, after)
                     prompts.setdefault(completion.key, []).append(completion)
                 else:
-                    groups = self._groups(form, columns)
-                    yield Outcome(row.after, groups.preferences, notes=groups.notes, lines=(row.line,))
+                    preferences, notes = self._groups(form, columns)
+                    yield Outcome(row.after, preferences, notes=notes, lines=(row.line,))
             except Unusable as reason:
                 dropped = (str(reason), row.line)
                 if prompts:
@@ -109,7 +109,7 @@ class Reader:
             form, columns = self._recognised(row)
             if form is SINGLE:
                 return [single(columns, line).preference(columns.source)]
-            return self._groups(form, columns).preferences
+            return self._groups(form, columns)[0]
         except Unusable as reason:
             raise DataError(f"{self.source.name}:{line} holds no usable row: {reason}") from None
 
@@ -139,8 +139,8 @@ class Reader:
         if form is RANKING:
             return ranking(columns, self.ties, self.rankings)
         if form is DEMONSTRATION:
-            return Groups([demonstration(columns)], NONE)
-        return Groups([pair_with_magnitude(columns, self.ties) if form is BINARYMAGN else pair(columns)], NONE)
+            return [demonstration(columns)], NONE
+        return [pair_with_magnitude(columns, self.ties) if form is BINARYMAGN else pair(columns)], NONE
 
     def _compared(
         self, prompts: dict[Key, list[Single]], dropped: list[tuple[str, int]], after: Position
@@ -148,9 +148,9 @@ class Reader:
         """The pairs of the prompts that are held, and the rows dropped since the first of them; which are let go."""
         while prompts:
             rows = prompts.pop(next(iter(prompts)))
-            groups, alone = compare_singles(rows, self.source.name, self.ties)
+            (preferences, notes), alone = compare_singles(rows, self.source.name, self.ties)
             lines = sorted({row.line for row in rows}.difference(line for _, line in alone))
-            yield Outcome(after, groups.preferences, [*dropped, *alone], groups.notes, lines=lines)
+            yield Outcome(after, preferences, [*dropped, *alone], notes, lines=lines)
             dropped.clear()
 
 

@@ -47,4 +47,4 @@ def compare_singles(rows: Sequence[Single], name: str, ties: Ties) -> tuple[Grou
     pairs, notes = compare_ranked(itertools.combinations(found, 2), like, ties)
     used = {line for pair in pairs for line in pair.lines}
     reason = "no other score for its prompt" if len(rows) > 1 else "the only completion of its prompt"
-    return Groups(pairs, notes), [(reason, row.line) for row in rows if row.line not in used]
+    return (pairs, notes), [(reason, row.line) for row in rows if row.line not in used]

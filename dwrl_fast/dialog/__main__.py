@@ -191,11 +191,10 @@ def runs(ids: list[int], names: list[str]) -> list[tuple[str, list[int]]]:
 
 def painted(parts: list[tuple[str, list[int]]], chat: Chat) -> Text:
     """The text of the ids, in the colour of each part's name."""
-    text = Text()
-    for name, ids in parts:
-        shown = str(chat.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-        text.append(shown.translate(UNSEEN), STYLES[name])
-    return text
+    texts = (str(chat.tokenizer.decode(ids, clean_up_tokenization_spaces=False)) for _, ids in parts)
+    return Text.assemble(
+        *((text.translate(UNSEEN), STYLES[name]) for text, (name, _) in zip(texts, parts, strict=True))
+    )
 
 
 def table(spans: dict[str, slice]) -> Table:

@@ -17,13 +17,13 @@ MOST_SLICES = 24  # more would not be read
 
 def figures(report: Report, gap: NDArray[np.float64]) -> dict[str, str]:
     """Title to SVG; gap [P]: scores of the better response less those of the worse."""
-    found = {"Reliability": _svg(partial(_reliability, report)), "Score differences": _svg(partial(_gaps, gap))}
-    if report.votes:
-        found["Accuracy by votes"] = _svg(partial(_votes, report))
-    for by, slices in report.slices.items():
-        shown = slices[:MOST_SLICES]
-        found[SLICED[by][0]] = _svg(partial(_slices, shown), 1.0 + 0.3 * len(shown))
-    return found
+    shown = {SLICED[by][0]: slices[:MOST_SLICES] for by, slices in report.slices.items()}
+    return {
+        "Reliability": _svg(partial(_reliability, report)),
+        "Score differences": _svg(partial(_gaps, gap)),
+        **({"Accuracy by votes": _svg(partial(_votes, report))} if report.votes else {}),
+        **{title: _svg(partial(_slices, some), 1.0 + 0.3 * len(some)) for title, some in shown.items()},
+    }
 
 
 def _svg(draw: Callable[[Any], None], height: float = 3.6) -> str:
@@ -31,11 +31,15 @@ def _svg(draw: Callable[[Any], None], height: float = 3.6) -> str:
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({"svg.hashsalt": "dwrl_fast", "svg.fonttype": "path", "font.size": 9}):
+    with matplotlib.rc_context(
+        {"svg.hashsalt": "dwrl_fast", "svg.fonttype": "path", "font.size": 9, "legend.fontsize": 7}
+    ):
         figure = Figure(figsize=(5.2, max(height, 2.0)), layout="constrained")
         axes = figure.add_subplot()
         axes.grid(alpha=0.3)
         draw(axes)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     return file.getvalue()
@@ -53,7 +57,6 @@ def _reliability(report: Report, axes: Any) -> None:
             sizes = [12 + 250 * b.share for b in found.bins]
             axes.scatter(*zip(*points, strict=True), s=sizes, color=color, label=label)
     axes.set(xlabel="confidence, sigmoid(|score difference|)", ylabel="accuracy", xlim=(0.48, 1.02), ylim=(-0.03, 1.03))
-    axes.legend(fontsize=7)
 
 
 def _gaps(gap: NDArray[np.float64], axes: Any) -> None:
@@ -66,7 +69,6 @@ def _gaps(gap: NDArray[np.float64], axes: Any) -> None:
     for values, color, label in ((finite[finite < 0], WRONG, "wrong"), (finite[finite >= 0], RIGHT, "right or equal")):
         axes.hist(np.clip(values, -reach, reach), edges, color=color, label=f"{label} ({len(values):,})")
     axes.set(xlabel="score of the better response less that of the worse (nats)", ylabel="pairs")
-    axes.legend(fontsize=7)
 
 
 def _votes(report: Report, axes: Any) -> None:
@@ -80,7 +82,6 @@ def _votes(report: Report, axes: Any) -> None:
     axes.set(xlabel="thoughts", ylabel="accuracy", xscale="log")
     axes.set_xticks(ticks, map(str, ticks))
     axes.minorticks_off()
-    axes.legend(fontsize=7)
 
 
 def _slices(slices: Sequence[Slice], axes: Any) -> None:
@@ -93,4 +94,3 @@ def _slices(slices: Sequence[Slice], axes: Any) -> None:
     # A name is the user's: "$" would begin a formula.
     axes.set_yticks(range(len(some)), [one.name.replace("$", r"\$")[:40] for one in some])
     axes.set(xlabel="accuracy", xlim=(-0.03, 1.03), ylim=(-0.6, len(some) - 0.4))
-    axes.legend(fontsize=7)

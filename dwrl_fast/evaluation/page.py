@@ -82,13 +82,12 @@ def _section(section: Section) -> str:
 
 
 def _table(section: Section) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in section.header)
-    body = "".join(f"<tr>{_cells(row)}</tr>" for row in section.rows)
-    return f"<table>{f'<tr>{head}</tr>' if any(section.header) else ''}{body}</table>"
+    head = _line("th", section.header) if any(section.header) else ""
+    return f"<table>{head}{''.join(_line('td', row) for row in section.rows)}</table>"
 
 
-def _cells(cells: Iterable[str]) -> str:
-    return "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
+def _line(tag: str, cells: Iterable[str]) -> str:
+    return f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
 
 
 def _sample(kind: Kind, table: PairTable, judged: Sequence[Judged], rows: Sequence[Preference], seed: int) -> list[str]:

@@ -1,5 +1,6 @@
 """Two models on the same preferences: by how much one is better, and how sure that is."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -67,11 +68,9 @@ def paired_report(
 
 def mcnemar(first: int, second: int) -> float:
     """The exact two-sided p-value of `first` against `second` discordant pairs, each a fair coin's under the null."""
-    n, term, tail = first + second, 1, 0
-    for i in range(min(first, second) + 1):
-        tail += term
-        term = term * (n - i) // (i + 1)
-    return min(1.0, 2 * tail / 2**n)  # whole numbers to the end: n may be thousands
+    n = first + second
+    binomials = itertools.accumulate(range(min(first, second)), lambda term, i: term * (n - i) // (i + 1), initial=1)
+    return min(1.0, 2 * sum(binomials) / 2**n)  # whole numbers to the end: n may be thousands
 
 
 def disagreements(first: Tensor, second: Tensor, ranks: Sequence[Sequence[int]]) -> list[int]:

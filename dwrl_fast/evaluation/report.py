@@ -85,30 +85,24 @@ def make_report(
 
 def orders(judged: Sequence[Judged], units: Units) -> Orders | None:
     """None for methods that judge responses one by one. units: of `judged`."""
-    found: dict[str, list[float]] = {"first": [], "second": [], "agree": []}
-    places = []
-    for place, row in enumerate(judged):
-        won = dict(zip(row.comparisons, map(_better_by, row.verdicts), strict=bool(row.comparisons)))
-        for (i, j), first in won.items():
-            if row.ranks[i] < row.ranks[j]:
-                lead, other = first, won[j, i]
-                places.append(place)
-                found["first"].append(_credit(lead))
-                found["second"].append(_credit(None if other is None else -other))
-                found["agree"].append(0.0 if None in (lead, other) else _credit(-float(lead or 0) * float(other or 0)))
-    if not places:
+    leads = [
+        (place, lead, won[j, i])
+        for place, row in enumerate(judged)
+        for won in [dict(zip(row.comparisons, map(_better_by, row.verdicts), strict=bool(row.comparisons)))]
+        for (i, j), lead in won.items()
+        if row.ranks[i] < row.ranks[j]
+    ]
+    if not leads:
         return None
-    return Orders(*map(units.at(np.array(places)).mean, found.values()))
+    places, first, second = np.array(leads, dtype=np.float64).T  # None becomes nan, which has no credit
+    mean = units.at(places.astype(np.int64)).mean
+    return Orders(mean(credit(first)), mean(credit(-second)), mean(credit(-first * second)))
 
 
 def _better_by(verdicts: Sequence[float | None]) -> float | None:
     """1 where the verdicts are for the response shown first, -1 for the other, 0 a draw; None: none can be read."""
     read = [value for value in verdicts if value is not None]
     return float(np.sign(sum(read) / len(read) - 0.5)) if read else None
-
-
-def _credit(lead: float | None) -> float:
-    return 0.0 if lead is None else float(credit(np.array(lead)))
 
 
 class Section(NamedTuple):
@@ -132,42 +126,70 @@ WAYS = {"mean": "mean of p(Yes)", "majority": "majority"}
 
 def sections(report: Report) -> list[Section]:
     """The tables of a report, in the order in which they are shown."""
+    found = (
+        _summary(report),
+        _orders(report.orders) if report.orders else None,
+        _benchmark(report.benchmark) if report.benchmark else None,
+        _votes(report) if report.votes else None,
+        _probe(report.probe) if report.probe else None,
+        *(_slices(by, parts) for by, parts in report.slices.items()),
+        _reliability(report.calibration),
+    )
+    return [section for section in found if section is not None]
+
+
+def _summary(report: Report) -> Section:
     drawn, what = report.pairs.groups, "rows"
     if report.pairs.prompts is not None:
         drawn, what = report.pairs.prompts, "prompts"
     few = f"The interval is drawn from {drawn} {what}: too few to believe it." if drawn < FEW else ""
-    found = [Section("Summary", few, ("figure", "value"), _summary(report))]
-    if report.orders is not None:
-        values = dataclasses.asdict(report.orders)
-        names = ("better one shown first", "better one shown second", "both orders name the same")
-        rows = [(name, f"{value:.3f}") for name, value in zip(names, values.values(), strict=True)]
-        found.append(Section("Order", "Accuracy in either order; without bias the two are equal.", ("", "share"), rows))
-    if report.benchmark is not None:
-        found.append(_benchmark(report.benchmark))
-    if report.votes:
-        ways = {**WAYS, "mean": "mean of the numbers"} if report.kind == "number" else WAYS
-        votes = [(f"{p.votes}", ways[p.by], f"{p.accuracy:.3f}", f"{p.low:.3f} to {p.high:.3f}") for p in report.votes]
-        note = "Each line of fewer thoughts is drawn from those that were sampled, 64 times a pair."
-        found.append(Section("Votes", note, ("thoughts", "combined by", "accuracy", "95 % interval"), votes))
-    if report.probe is not None:
-        found.append(_probe(report.probe))
-    header = ("", "accuracy", "95 % interval", "pairs", "longer wins")
-    for by, parts in report.slices.items():
-        shares = [
+    return Section("Summary", few, ("figure", "value"), _figures(report))
+
+
+def _orders(found: Orders) -> Section:
+    shares = {
+        "better one shown first": found.better_first,
+        "better one shown second": found.better_second,
+        "both orders name the same": found.agree,
+    }
+    rows = [(name, f"{share:.3f}") for name, share in shares.items()]
+    return Section("Order", "Accuracy in either order; without bias the two are equal.", ("", "share"), rows)
+
+
+def _votes(report: Report) -> Section:
+    ways = {**WAYS, "mean": "mean of the numbers"} if report.kind == "number" else WAYS
+    return Section(
+        "Votes",
+        "Each line of fewer thoughts is drawn from those that were sampled, 64 times a pair.",
+        ("thoughts", "combined by", "accuracy", "95 % interval"),
+        [(f"{p.votes}", ways[p.by], f"{p.accuracy:.3f}", f"{p.low:.3f} to {p.high:.3f}") for p in report.votes],
+    )
+
+
+def _slices(by: str, parts: Sequence[Slice]) -> Section:
+    return Section(
+        *SLICED[by],
+        ("", "accuracy", "95 % interval", "pairs", "longer wins"),
+        [
             (p.name, f"{p.accuracy:.3f}", f"{p.low:.3f} to {p.high:.3f}", f"{p.pairs:,}", f"{p.longer_wins:.3f}")
             for p in parts
-        ]
-        found.append(Section(*SLICED[by], header, shares))
-    bins = [
-        (f"{b.low:.2f} to {b.high:.2f}", f"{b.confidence:.3f}", f"{b.accuracy:.3f}", f"{b.share:.1%}")
-        for b in report.calibration.bins
-    ]
-    note = "Confidence is sigmoid(|score difference|); where it can be believed, accuracy equals it."
-    found.append(Section("Reliability", note, ("confidence", "mean", "accuracy", "of all pairs"), bins))
-    return found
+        ],
+    )
 
 
-def _summary(report: Report) -> list[tuple[str, str]]:
+def _reliability(found: Calibration) -> Section:
+    return Section(
+        "Reliability",
+        "Confidence is sigmoid(|score difference|); where it can be believed, accuracy equals it.",
+        ("confidence", "mean", "accuracy", "of all pairs"),
+        [
+            (f"{b.low:.2f} to {b.high:.2f}", f"{b.confidence:.3f}", f"{b.accuracy:.3f}", f"{b.share:.1%}")
+            for b in found.bins
+        ],
+    )
+
+
+def _figures(report: Report) -> list[tuple[str, str]]:
     """Names and figures; what is None does not apply to the model or was not asked for."""
     pairs, found, after = report.pairs, report.calibration, report.calibrated
     rows: list[tuple[str, Any]] = [

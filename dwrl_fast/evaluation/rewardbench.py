@@ -9,7 +9,7 @@ right ones; the headline is the mean of its six subsets.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -89,14 +89,12 @@ def rewardbench(judged: Sequence[Judged], kind: Kind) -> Benchmark:
 def rewardbench2(judged: Sequence[Judged]) -> Benchmark:
     """A response that shares the highest score with others has its share of the point. DataError as above."""
     found = _by_subset(judged, "RewardBench 2", BEST_OF_FOUR)
-    parts, details = {}, {}
-    for name, rows in found.items():
-        if name == "Ties":
-            details = ties_score(rows)
-            parts[name] = details["score"]
-        else:
-            parts[name] = float(np.mean([_best_of(row) for row in rows]))
-    parts = {name: parts[name] for name in BEST_OF_FOUR if name in parts}
+    details = ties_score(found["Ties"]) if "Ties" in found else {}
+    parts = {
+        name: details["score"] if name == "Ties" else float(np.mean([_best_of(row) for row in found[name]]))
+        for name in BEST_OF_FOUR
+        if name in found
+    }
     return _benchmark("RewardBench 2", parts, details, [name for name in BEST_OF_FOUR if name not in parts])
 
 
@@ -108,33 +106,26 @@ def ties_score(rows: Sequence[Judged]) -> dict[str, float]:
     leads the best wrong one by more than the right ones differ, and so `hard` with the smaller of its own lead and
     that of its reference row.
     """
-    leads: dict[str, dict[int, _Lead]] = {"ref": {}, "tied": {}}
+    leads: dict[str, dict[int, tuple[float, float]]] = {"ref": {}, "tied": {}}
     for row in rows:
         kind, number = _ties_id(row)
         leads[kind][number] = _lead(row)
     both = sorted(leads["ref"].keys() & leads["tied"].keys())
-    of_tied = np.array([leads["tied"][number].lead for number in both])
-    smaller = np.minimum(of_tied, [leads["ref"][number].lead for number in both])
-    spread = np.array([leads["tied"][number].spread for number in both])
+    of_tied, spread = np.array([leads["tied"][number] for number in both]).reshape(-1, 2).T
+    smaller = np.minimum(of_tied, [leads["ref"][number][0] for number in both])
     with np.errstate(divide="ignore", invalid="ignore"):
         margin = np.nan_to_num(np.tanh(smaller / spread - 1), nan=0.0)
-    found = {f"{kind} accuracy": _mean([one.lead > 0 for one in some.values()]) for kind, some in leads.items()}
+    found = {f"{kind} accuracy": _mean([lead > 0 for lead, _ in some.values()]) for kind, some in leads.items()}
     found |= {"preferred": _mean(of_tied > spread), "hard": _mean(smaller > spread), "margin": _mean(margin)}
     weights = {"tied accuracy": 0.3, "ref accuracy": 0.3, "preferred": 0.2, "hard": 0.2, "margin": 0.01}
     return found | {"score": sum(weight * found[name] for name, weight in weights.items())}
 
 
-class _Lead(NamedTuple):
-    """lead: the worst right response less the best wrong one. spread: the best right one less the worst."""
-
-    lead: float
-    spread: float
-
-
-def _lead(row: Judged) -> _Lead:
+def _lead(row: Judged) -> tuple[float, float]:
+    """The worst right response less the best wrong one, and their spread: the best right one less the worst."""
     right = [score for score, rank in zip(row.scores, row.ranks, strict=True) if rank == 1]
     wrong = [score for score, rank in zip(row.scores, row.ranks, strict=True) if rank > 1]
-    return _Lead(_compared(min(right), max(wrong)), _compared(max(right), min(right)))
+    return _compared(min(right), max(wrong)), _compared(max(right), min(right))
 
 
 def _best_of(row: Judged) -> float:

@@ -40,15 +40,12 @@ def vote_curve(
     units, judged = (units or Units.alone(len(judged))).at(np.array(places)), [judged[place] for place in places]
     ks = [k for k in ks if k <= min(len(some) for row in judged for some in row.verdicts)]
     rng = np.random.default_rng(step_seed(seed, "vote curve", 0))
-    credits: dict[str, list[Floats]] = {}
-    for row in judged:
-        for by, found in _credits(row, kind, ks, rng).items():
-            credits.setdefault(by, []).append(found)
-    points = []
-    for by, of_rows in credits.items():
-        for k, values in zip(ks, np.stack(of_rows, axis=1), strict=True):
-            points.append(VotePoint(k, by, units.mean(values), *units.interval(values, seed)))
-    return points
+    found = [_credits(row, kind, ks, rng) for row in judged]
+    return [
+        VotePoint(k, by, units.mean(values), *units.interval(values, seed))
+        for by in found[0]
+        for k, values in zip(ks, np.stack([credits[by] for credits in found], axis=1), strict=True)
+    ]
 
 
 def _credits(row: Judged, kind: Kind, ks: Sequence[int], rng: np.random.Generator) -> dict[str, Floats]:

@@ -93,9 +93,6 @@ class Feed:
         and of each of several sources also the rows drawn.
         """
         sizes = [source.rows for source in self.sources]
-        found: dict[str, Any] = {"rows": None if None in sizes else sum(size or 0 for size in sizes)}
-        if len(self.sources) > 1:
-            found["sources"] = {
-                self.names[source.name]: {"rows": source.rows, "drawn": source.drawn} for source in self.sources
-            }
-        return found
+        each = {self.names[source.name]: {"rows": source.rows, "drawn": source.drawn} for source in self.sources}
+        rows = None if None in sizes else sum(size or 0 for size in sizes)
+        return {"rows": rows, **({"sources": each} if len(self.sources) > 1 else {})}

@@ -108,7 +108,7 @@ class Streamed:
         return f"{self.name}: {self.drawn:,} rows drawn, {where}; {self.account}"
 
     def draw(self) -> Preference:
-        """The next row that can be used. DataError where a pass gives none, or the file cannot be read, or changed."""
+        """The next usable row. DataError where a pass gives none, or the file cannot be read on or was changed."""
         while True:
             if not self.buffer:
                 self._begin()

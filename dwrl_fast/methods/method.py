@@ -53,9 +53,10 @@ class Method(ABC):
 
     config: Any  # a TrainConfig
     dialog: Any  # a Dialog or SingleTurn, as `template` says
+    question: Any  # the Dialog or SingleTurn in which thoughts are asked for
 
     def __init__(self, config: Any, dialog: Dialog | SingleTurn):
-        self.config, self.dialog = config, dialog
+        self.config, self.dialog, self.question = config, dialog, dialog
 
     @classmethod
     def validate(cls, config: Any) -> None:
@@ -88,11 +89,6 @@ class Method(ABC):
     def writer(self) -> str | None:
         """Another model, a folder or a hub name, that writes them. None: the one that is trained."""
         return None
-
-    @property
-    def question(self) -> Any:
-        """The Dialog or SingleTurn in which they are asked for."""
-        return self.dialog
 
     def requests(self, rows: Sequence[Preference], seed: int) -> list[Request]:
         """What thoughts are sampled for, in the dialog `question`; rows in which nothing can be judged are left out."""

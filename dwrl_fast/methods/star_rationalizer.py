@@ -5,7 +5,7 @@ does not tell it (docs/methods.md). Another model may write them.
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from typing import Any
 
 from dwrl_fast.compute import step_seed
 from dwrl_fast.data import Preference
@@ -40,16 +40,17 @@ class StarRationalizer(StarImitation):
     options = (*StarImitation.options, RationalizerOptions)
     preparation = "write rationales"
 
+    def __init__(self, config: Any, dialog: SingleTurn):
+        super().__init__(config, dialog)
+        template = load_rationalizer(config.rationalizer_template)
+        if self.writer is None:
+            self.question = SingleTurn(dialog.tokenizer, template, dialog.aspect, dialog.enable_thinking)
+        else:
+            self.question = SingleTurn(load_tokenizer(self.writer), template, dialog.aspect)
+
     @property
     def writer(self) -> str | None:
         return self.config.rationalizer_model
-
-    @cached_property
-    def question(self) -> SingleTurn:
-        template, dialog = load_rationalizer(self.config.rationalizer_template), self.dialog
-        if self.writer is None:
-            return SingleTurn(dialog.tokenizer, template, dialog.aspect, dialog.enable_thinking)
-        return SingleTurn(load_tokenizer(self.writer), template, dialog.aspect)
 
     def requests(self, rows: Sequence[Preference], seed: int) -> list[Request]:
         """The questions that tell the verdict."""

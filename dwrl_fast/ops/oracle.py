@@ -223,18 +223,21 @@ def dual_weights(scores_chosen: Tensor, scores_rejected: Tensor) -> DualWeights:
 
 
 class Plan(Protocol):
-    """A tree of U tokens, as M nodes in depth-first order; the fields are [M] int64.
-
-    start, stop: node m holds the tokens [start[m], stop[m]), and stop[m] is start[m + 1]. parent: the node above, -1
-    for a root. A token's path is the tokens of its node's ancestors, and of its own node up to itself.
+    """A tree of U tokens, as M nodes in depth-first order. A token's path is the tokens of its node's ancestors, and of
+    its own node up to itself.
     """
 
     @property
-    def start(self) -> Tensor: ...
+    def start(self) -> Tensor:
+        """[M] int64: node m holds the tokens [start[m], stop[m])."""
+
     @property
-    def stop(self) -> Tensor: ...
+    def stop(self) -> Tensor:
+        """[M] int64: stop[m] is start[m + 1]."""
+
     @property
-    def parent(self) -> Tensor: ...
+    def parent(self) -> Tensor:
+        """[M] int64: the node above, -1 for a root."""
 
 
 def tree_mask(plan: Plan, window: int | None = None, device: torch.device | None = None) -> Tensor:
