@@ -13,7 +13,6 @@ import yaml
 from conftest import ROOT
 from rich.console import Console
 from test_embedded import SIZES, TINY
-from tiny import tiny_folder, tiny_pairs
 from transformers import AutoModelForCausalLM
 
 import dwrl_fast
@@ -45,13 +44,6 @@ def small_embedded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def silent() -> Console:
     return Console(quiet=True)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    tiny_folder(tmp_path / "tiny")
-    tiny_pairs(tmp_path / "pairs.jsonl")
-    return tmp_path
 
 
 def own_data(folder: Path) -> list[str]:

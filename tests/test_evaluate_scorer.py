@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from judging import RUBRIC, A, B, Says, saved_model
+from fakes import FakeSampler
+from judging import RUBRIC, A, B, saved_model
 from rich.console import Console
-from tiny import tiny_folder, tiny_pairs, tiny_rows
+from tiny import tiny_rows
 from transformers import AutoModelForCausalLM
 
 from dwrl_fast import Scorer, compare, evaluate
@@ -23,10 +24,8 @@ from dwrl_fast.scoring import GenerativeJudging, marginal_scores
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("scorer")
-    tiny_folder(folder / "tiny")
-    tiny_pairs(folder / "pairs.jsonl")
+def folder(module_folder: Path) -> Path:
+    folder = module_folder
     lm = AutoModelForCausalLM.from_pretrained(folder / "tiny")
     lm.save_pretrained(folder / "plain")
     make_tokenizer().save_pretrained(folder / "plain")
@@ -54,8 +53,8 @@ def test_a_report_has_the_scores_of_the_public_class(
     model = saved_model(folder, name)
     scorer = Scorer.from_pretrained(model, dtype="fp32")
     if name in ("judge", "grpo-point"):
-        says = Says(scorer.dialog, said)  # type: ignore[arg-type]
-        monkeypatch.setattr("dwrl_fast.methods.method.TransformersSampler", lambda *args, **options: says)
+        says = FakeSampler(scorer.dialog, said)
+        monkeypatch.setattr("dwrl_fast.scoring.runtime.TransformersSampler", lambda *args, **options: says)
         scorer = Scorer.from_pretrained(model, dtype="fp32")
     lines = evaluated(folder, model, tmp_path / "out", "--generation_batch_size", "3")
     rows = tiny_rows(folder)
@@ -123,10 +122,10 @@ def test_any_causal_model_is_a_judge(folder: Path, tmp_path: Path) -> None:
     lines = evaluated(folder, folder / "plain", tmp_path / "out", "--method", "judge", *more)
     found = scorer.score_groups(tiny_rows(folder))
     assert [group.unparsable for group in found] == [line["unparsable"] for line in lines]
-    thoughts = [[decoded(scorer, one) for one in each] for group in found for each in group.sequences]
+    thoughts = [[decoded(scorer, one) for one in each] for one in found for each in one.group.sequences]
     assert thoughts == [some for line in lines for some in line["thoughts"]]
-    runtime = scorer._scorer.runtime
-    object.__setattr__(runtime, "sampler", Says(runtime.dialog, said))
+    runtime = scorer._judging.runtime
+    object.__setattr__(runtime, "sampler", FakeSampler(runtime.dialog, said))
     assert scorer.probability(["3 5 0"], ["5"], ["7"], votes=2).item() in (0.0, 0.5, 1.0)
 
 
@@ -173,7 +172,7 @@ def test_a_card_that_is_none(folder: Path, tmp_path: Path, card: str, words: str
 def test_a_model_of_nans_is_said_at_once(folder: Path, tmp_path: Path, name: str) -> None:
     scorer = Scorer.from_pretrained(saved_model(folder, name), dtype="fp32")
     with torch.no_grad():
-        next(scorer._scorer.runtime.model.parameters()).fill_(math.nan)
+        next(scorer._judging.runtime.model.parameters()).fill_(math.nan)
     with pytest.raises(NotFiniteError, match=r"prompts\[0\]: the model's score is not a number"):
         scorer.score(["3 5 0"], ["5"], reference=["7"])
 

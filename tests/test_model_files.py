@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from judging import save
 from safetensors.torch import load_file, save_file
-from test_peft import LORA, make_method
-from tiny import tiny_config, tiny_folder, tiny_pairs
+from test_peft import LORA, make_policy
+from tiny import tiny_config
 from transformers import AutoModelForCausalLM
 
 from dwrl_fast import Scorer
@@ -23,13 +24,10 @@ WEIGHTS = "model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("files")
-    tiny_folder(folder / "tiny")
-    tiny_pairs(folder / "pairs.jsonl")
+def trained(module_folder: Path) -> Path:
     for name in ("dwrl", "bt", "dpo"):
-        make_method(tiny_config(folder, method=name)).save_model(folder / name)
-    return folder
+        save(module_folder / name, make_policy(tiny_config(module_folder, method=name)))
+    return module_folder
 
 
 def copied(trained: Path, name: str, to: Path) -> Path:
@@ -81,7 +79,7 @@ def test_a_new_scalar_head_is_drawn_only_to_be_trained(trained: Path, tmp_path: 
     """Over a language model with a head of its own, which then makes room."""
     folder = copied(trained, "dwrl", tmp_path)
     change_weights(folder, with_head)
-    make_method(tiny_config(trained, method="bt", model_name_or_path=str(folder)))
+    make_policy(tiny_config(trained, method="bt", model_name_or_path=str(folder)))
     card = json.loads((folder / CARD).read_text())
     (folder / CARD).write_text(json.dumps(card | {"method": "bt"}))
     with pytest.raises(ModelError, match=r"not those of LlamaForSequenceClassification: .*lacks score\.weight"):
@@ -99,11 +97,10 @@ def test_a_head_of_its_own_under_a_config_that_says_tied_is_kept(trained: Path, 
     folder = copied(trained, "dwrl", tmp_path)
     change_weights(folder, with_head)
     assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"]
-    method = make_method(tiny_config(trained, model_name_or_path=str(folder), **LORA if adapters else {}))
-    (tmp_path / "run").mkdir()
-    method.save_model(tmp_path / "run" / "model")
+    policy = make_policy(tiny_config(trained, model_name_or_path=str(folder), **LORA if adapters else {}))
+    save(tmp_path / "run" / "model", policy)
     ids = torch.tensor([[3, 1, 4, 1, 5]])
-    expected = method.model.lm(ids).logits
+    expected = policy.model.lm(ids).logits
     plainly = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
     assert adapters or torch.equal(expected, plainly)
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
@@ -116,9 +113,8 @@ def test_adapters_name_their_base_by_its_whole_path(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(trained)
-    method = make_method(tiny_config(trained, model_name_or_path="tiny", **LORA))
-    (tmp_path / "run").mkdir()
-    method.save_model(tmp_path / "run" / "model")
+    policy = make_policy(tiny_config(trained, model_name_or_path="tiny", **LORA))
+    save(tmp_path / "run" / "model", policy)
     monkeypatch.chdir(tmp_path)
     Scorer.from_pretrained(tmp_path / "run" / "adapter", dtype="fp32")
     written = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
@@ -195,9 +191,8 @@ def test_a_damaged_folder_is_said_without_a_traceback(trained: Path, tmp_path: P
 
 def test_adapters_without_their_base_say_where_it_is_named(trained: Path, tmp_path: Path) -> None:
     base = copied(trained, "tiny", tmp_path)
-    method = make_method(tiny_config(trained, model_name_or_path=str(base), **LORA))
-    (tmp_path / "run").mkdir()
-    method.save_model(tmp_path / "run" / "model")
+    policy = make_policy(tiny_config(trained, model_name_or_path=str(base), **LORA))
+    save(tmp_path / "run" / "model", policy)
     modes = {file.stat().st_mode for file in (tmp_path / "run").rglob("*") if file.is_file()}
     assert len(modes) == 1, "who can read the config can read the weights"
     base.rename(tmp_path / "elsewhere")

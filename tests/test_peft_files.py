@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from judging import save
 from safetensors.torch import load_file
-from test_peft import LORA, make_method
-from tiny import tiny_config, tiny_folder, tiny_pairs
+from test_peft import LORA, make_policy
+from tiny import tiny_config
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from dwrl_fast import Scorer
@@ -22,26 +23,18 @@ from dwrl_fast.models.model import load_generative
 from dwrl_fast.scoring import marginal_scores
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    tiny_folder(tmp_path / "tiny")
-    tiny_pairs(tmp_path / "pairs.jsonl")
-    return tmp_path
-
-
 @pytest.mark.parametrize("name", ["dwrl", "bt"])
 def test_what_is_exported(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """model/ is a plain folder, which loads without peft; adapter/ is peft's, on the base."""
     from peft import PeftModel
 
-    method = make_method(tiny_config(folder, method=name, **LORA))
-    before = {n: p.detach().clone() for n, p in method.model.named_parameters()}
-    (folder / "run").mkdir()
-    method.save_model(folder / "run" / "model")
-    assert all(torch.equal(before[n], p) for n, p in method.model.named_parameters())
+    policy = make_policy(tiny_config(folder, method=name, **LORA))
+    before = {n: p.detach().clone() for n, p in policy.model.named_parameters()}
+    save(folder / "run" / "model", policy)
+    assert all(torch.equal(before[n], p) for n, p in policy.model.named_parameters())
     auto = AutoModelForSequenceClassification if name == "bt" else AutoModelForCausalLM
     ids = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
-    expected = method.model.lm(ids).logits
+    expected = policy.model.lm(ids).logits
 
     base = auto.from_pretrained(folder / "tiny", **{"num_labels": 1} if name == "bt" else {})
     with_peft = PeftModel.from_pretrained(base, folder / "run" / "adapter").eval()
@@ -57,9 +50,8 @@ def test_what_is_exported(folder: Path, name: str, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_folder_of_adapters_loads_as_what_it_merges_into(folder: Path) -> None:
-    method = make_method(tiny_config(folder, **LORA))
-    (folder / "run").mkdir()
-    method.save_model(folder / "run" / "model")
+    policy = make_policy(tiny_config(folder, **LORA))
+    save(folder / "run" / "model", policy)
     scores = []
     for name in ("model", "adapter"):
         scorer = Scorer.from_pretrained(folder / "run" / name, dtype="fp32")
@@ -67,7 +59,7 @@ def test_a_folder_of_adapters_loads_as_what_it_merges_into(folder: Path) -> None
         scores.append(marginal_scores(scorer.score_groups(rows)))
     assert torch.equal(*scores)
     with pytest.raises(ModelError, match="is an adapter, and --use_peft trains a new one"):
-        make_method(dataclasses.replace(method.config, model_name_or_path=str(folder / "run" / "adapter")))
+        make_policy(dataclasses.replace(policy.method.config, model_name_or_path=str(folder / "run" / "adapter")))
 
 
 BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
@@ -117,8 +109,7 @@ def test_adapters_that_peft_wrote(folder: Path, options: dict[str, Any], said: s
 @pytest.mark.parametrize("case", BROKEN)
 def test_adapters_that_cannot_be_merged(folder: Path, case: str) -> None:
     spoil, said = BROKEN[case]
-    (folder / "run").mkdir()
-    make_method(tiny_config(folder, **LORA)).save_model(folder / "run" / "model")
+    save(folder / "run" / "model", make_policy(tiny_config(folder, **LORA)))
     spoil(folder / "run" / "adapter")
     with pytest.raises(ModelError, match=said):
         load_generative(str(folder / "run" / "adapter"), None, 0)

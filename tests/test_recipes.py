@@ -183,8 +183,8 @@ SAMPLING = ("dwrl", "btpo", "grpo-pair", "grpo-point")
 @pytest.mark.parametrize("method", [*SAMPLING, "bt", "gram", "genrm", "pairrm", "sft", "dpo"])
 def test_tokens_are_those_of_the_rollout(folder: Path, method: str) -> None:
     """Against the method's own rollout; of one that samples, without the thoughts and what closes them."""
-    config = parse_train([*tiny_arguments(folder), "--method", method])
-    policy, rows = FakePolicy(config), read_preferences(folder / "pairs.jsonl").rows[:4]
+    policy = FakePolicy(parse_train([*tiny_arguments(folder), "--method", method, "--dtype", "fp32"]))
+    rows = read_preferences(folder / "pairs.jsonl").rows[:4]
     made, _ = policy.rollout(rows)
     guessed = guessed_groups(rows, policy.method, 6)
     assert [len(group.flat) for group in guessed] == [len(group.flat) for group in made]

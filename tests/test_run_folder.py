@@ -18,7 +18,7 @@ from conftest import ROOT
 from rich.console import Console
 from safetensors.torch import load_file
 from test_checkpoint import flip_byte
-from tiny import tiny_config, tiny_folder, tiny_pairs
+from tiny import tiny_config
 
 from dwrl_fast import compare, evaluate, train
 from dwrl_fast.config import TrainConfig
@@ -36,13 +36,6 @@ with sole_writer(Path(sys.argv[1]), "its run"):
     print("held", flush=True)
     time.sleep(600)
 """
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    tiny_folder(tmp_path / "tiny")
-    tiny_pairs(tmp_path / "pairs.jsonl")
-    return tmp_path
 
 
 def config_of(folder: Path, run: str = "run", **changes: Any) -> TrainConfig:

@@ -20,7 +20,8 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dwrl_fast import Scorer, ops, train
+from dwrl_fast import Scorer, train
+from dwrl_fast.batching.batch import Batch
 from dwrl_fast.config import TrainConfig
 from dwrl_fast.data import Preference, read_preferences
 from dwrl_fast.dialog import Dialog
@@ -70,19 +71,16 @@ def groups_of(pairs: list[Preference], dialog: Dialog) -> list[Group]:
 
 def computed(runtime: Runtime, groups: list[Group], packing: Any = "tree") -> tuple[Tensor, Tensor]:
     """Ours: the log-probs of all thoughts' tokens, and the scores, in the order of `groups`."""
-    layout = dataclasses.replace(runtime.layout, packing=packing)
-    logprobs, scores = {}, {}
-    runtime.model.eval()
-    with torch.no_grad():
-        for batch in layout.batches(groups):
-            head = runtime.model(batch, tokens=True)
-            each = ops.linear_logprob(head.token, head.weight, batch.targets).split(batch.lengths.tolist())
-            score = iter(head.scores(runtime.dialog.label_ids, "vocab").tolist())
-            parts = iter(each)
-            for group in batch.groups:
-                logprobs[id(group)] = torch.cat([next(parts) for _ in group.flat])
-                scores[id(group)] = [next(score) for _ in group.flat]
-    return torch.cat([logprobs[id(g)] for g in groups]), torch.tensor([s for g in groups for s in scores[id(g)]])
+    packed = dataclasses.replace(runtime, layout=dataclasses.replace(runtime.layout, packing=packing))
+
+    def read(batch: Batch) -> list[list[list[float]]]:
+        return batch.by_sequence(runtime.model(batch, tokens=False).scores(runtime.dialog.label_ids, "vocab").tolist())
+
+    logprobs, scores = packed.logprobs(groups), packed.run_batches(groups, read)
+    return (
+        torch.tensor([p for group in logprobs for each in group for one in each for p in one]),
+        torch.tensor([s for group in scores for each in group for s in each]),
+    )
 
 
 @torch.no_grad()

@@ -8,10 +8,9 @@ import pytest
 import torch
 import transformers
 from drawn_groups import make_group, make_sequence
-from fakes import FakePolicy
 from safetensors.torch import load_file, save_file
 from test_layouts import COMPUTE, CPU, SHARED, drawn
-from tiny import tiny_config, tiny_dialog, tiny_folder, tiny_pairs
+from tiny import tiny_dialog, tiny_folder, tiny_pairs
 
 from dwrl_fast import train
 from dwrl_fast.batching.layout import Layout
@@ -212,20 +211,17 @@ def test_targets_that_cannot_be_merged_are_refused_before_training() -> None:
 
 def test_what_cannot_be_saved_is_known_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_folder(tmp_path / "tiny")
-    tiny_pairs(tmp_path / "pairs.jsonl")
-    config = tiny_config(tmp_path)
-    policy = FakePolicy(config)
-    saved = policy.model, policy.dialog, policy.method.card()
+    model = load_generative(str(tmp_path / "tiny"), None, 0)
     (tmp_path / "run").mkdir()
-    try_saving(tmp_path / "run", *saved)
+    try_saving(tmp_path / "run", model, tiny_dialog(), {})
     assert list((tmp_path / "run").iterdir()) == []
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(policy.model.lm, "save_pretrained", full)
+    monkeypatch.setattr(model.lm, "save_pretrained", full)
     with pytest.raises(ConfigError, match=r"model can.* be saved in .*run: .*No space left on device"):
-        try_saving(tmp_path / "run", *saved)
+        try_saving(tmp_path / "run", model, tiny_dialog(), {})
     assert list((tmp_path / "run").iterdir()) == []
 
 
