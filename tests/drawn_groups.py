@@ -3,20 +3,20 @@
 from hypothesis import strategies as st
 
 from dwrl_fast.data import Preference
-from dwrl_fast.dialog import Sequence
+from dwrl_fast.dialog import TokenSequence
 from dwrl_fast.encode import Group, Thought
 
 
-def make_sequence(ids: list[int], start: int, stop: int) -> Sequence:
+def make_sequence(ids: list[int], start: int, stop: int) -> TokenSequence:
     """`ids` with the thought at [start, stop); the other spans are of no interest here."""
-    return Sequence(ids, slice(0, 1), slice(1, start), slice(start, stop), slice(stop, len(ids)))
+    return TokenSequence(ids, slice(0, 1), slice(1, start), slice(start, stop), slice(stop, len(ids)))
 
 
-def make_group(responses: list[list[Sequence]]) -> Group:
+def make_group(responses: list[list[TokenSequence]]) -> Group:
     """Old log-probs and flags that differ from thought to thought, so that no two can be exchanged unseen."""
     count = iter(range(1000))
 
-    def thought(s: Sequence) -> Thought:
+    def thought(s: TokenSequence) -> Thought:
         ids = s.ids[s.thought]
         return Thought(ids, [-float(next(count))] * len(ids), s.ids[-1] % 2 == 0)
 

@@ -11,7 +11,7 @@ from fakes import FakePolicy
 from tiny import tiny_config
 from torch import Tensor
 
-from dwrl_fast.dialog import Sequence, SingleTurn
+from dwrl_fast.dialog import SingleTurn, TokenSequence
 from dwrl_fast.embedded.tokenizer import make_tokenizer
 from dwrl_fast.models.pretrained import save_pretrained
 from dwrl_fast.templates import Template
@@ -64,7 +64,7 @@ def taken_gradients(model: Any) -> dict[str, Tensor]:
     return found
 
 
-def logprobs(model: Any, sequence: Sequence) -> Tensor:
+def logprobs(model: Any, sequence: TokenSequence) -> Tensor:
     """log pi of each of the trained tokens, the sequence by itself and its logits whole."""
     rows, span = model.lm(torch.tensor([sequence.ids])).logits[0].log_softmax(-1), sequence.thought
     return rows[span.start - 1 : span.stop - 1].gather(-1, torch.tensor(sequence.ids[span])[:, None])[:, 0]

@@ -173,7 +173,7 @@ def grpo_inputs(groups: list[Group], pad_id: int) -> dict[str, Tensor]:
     for sequence, logprob in zip(sequences, old, strict=True):
         prompt, completion = sequence.ids[: sequence.thought.start], sequence.ids[sequence.thought]
         before, after = start - len(prompt), stop - len(completion)
-        made: dict[str, list[float]] = {
+        made: dict[str, list[Any]] = {
             "prompt_ids": [pad_id] * before + prompt,
             "prompt_mask": [0] * before + [1] * len(prompt),
             "completion_ids": completion + [pad_id] * after,

@@ -130,9 +130,9 @@ def test_trl_computes_the_clipped_objective_of_ours(tiny: Setting, size: int) ->
     place = {id(sequence): i for i, sequence in enumerate(sequences)}
     order = torch.tensor([place[id(sequence)] for group in batch.groups for sequence in group.flat])
     head = model(batch, tokens=True)
-    each = (1 / (len(sequences) * batch.lengths))[batch.owner]
+    each = (1 / (len(sequences) * batch.lengths))[batch.segment_ids]
     result = ops.linear_policy_loss(
-        head.token, head.weight, batch.targets, batch.old_logprob, advantages[order][batch.owner], each
+        head.token, head.weight, batch.targets, batch.old_logprob, advantages[order][batch.segment_ids], each
     )
     assert ops.read_stats(result.stats)["clipped"] > 0
     weight = model.lm.get_input_embeddings().weight

@@ -62,7 +62,7 @@ def test_a_step_waits_for_nothing_that_is_ours(reads: HostReads) -> None:
     assert len(batches) > 1
     expected = {
         "score": {},
-        "thought": {"policy.py: backward": len(batches)},
+        "thought": {"clipped.py: backward": len(batches)},
     }
     for phase, allowed in expected.items():
         reads.seen.clear()

@@ -170,7 +170,7 @@ def test_saturated_scores(ranks: tuple[int, ...], dtype: torch.dtype) -> None:
         spread = max(row) - min(row)  # exp of a difference keeps as many digits as the difference does absolutely
         assert abs(value - exact) <= eps * (8 + spread) * exact + tiny
         for one, other in zip(slope, slopes, strict=True):
-            # The slope of a response that both wins and loses contests is a difference, known to an absolute eps.
+            # The slope of a response that both wins and loses comparisons is a difference, known to an absolute eps.
             scale = abs(other) * (8 + spread) if ranks == PAIR else 8
             assert abs(one - other) <= eps * scale + tiny
 

@@ -194,9 +194,9 @@ def test_phase_b_on_policy_is_its_analytic_gradient(normalization: str) -> None:
     signal = thought_signal(
         found.coefficients, centred_reward(found.weights, valid), lengths, valid, valid, normalization
     )
-    owner = torch.repeat_interleave(torch.arange(lengths.numel()), lengths.flatten())
+    segment_ids = torch.repeat_interleave(torch.arange(lengths.numel()), lengths.flatten())
     loss = ops.policy_loss(
-        logprob, logprob.detach(), signal.advantage.flatten()[owner], signal.token_weight.flatten()[owner]
+        logprob, logprob.detach(), signal.advantage.flatten()[segment_ids], signal.token_weight.flatten()[segment_ids]
     ).loss
 
     expected, t = torch.zeros(tokens, dtype=torch.float64), 0

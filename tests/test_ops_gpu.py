@@ -15,7 +15,7 @@ from ops_cases import assert_accurate, every_operator, in_float64, inputs, on_de
 from torch import Tensor
 
 from dwrl_fast import ops
-from dwrl_fast.ops import logprob, oracle, policy
+from dwrl_fast.ops import clipped, logprob, oracle
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -255,8 +255,8 @@ def test_registered_operators() -> None:
         trained = tuple(y.clone().requires_grad_() for y in head)
         for needs in ((True, True, True), (True, False, False), (False, False, False)):
             args = (*head, t, old, a, w, old - 0.1, *rule, *scaling, *needs, "triton")
-            torch.library.opcheck(policy._linear_policy_loss, args)
-        torch.library.opcheck(policy._policy_loss, (old, old - 0.1, a, w, old, -old, *rule, "triton"))
+            torch.library.opcheck(clipped._linear_policy_loss, args)
+        torch.library.opcheck(clipped._policy_loss, (old, old - 0.1, a, w, old, -old, *rule, "triton"))
         torch.library.opcheck(logprob._linear_logprob, (*trained, t, *scaling, True, 3, "triton"))
         asked = (True, True, False)
         torch.library.opcheck(logprob._linear_logprob_backward, (a, None, *head, t, *scaling, *asked, "triton"))

@@ -8,7 +8,7 @@ from dwrl_fast.kernels import yes_no
 from ops_cases import inputs
 
 from dwrl_fast import ops
-from dwrl_fast.ops import extension, logprob, oracle, policy
+from dwrl_fast.ops import clipped, extension, logprob, oracle
 
 built = pytest.mark.skipif(extension.problem() is not None, reason="the C++ operators are not built")
 T, H, V = 13, 8, 67
@@ -29,10 +29,10 @@ def arguments(name: str) -> Any:
     z = torch.randn(T, V)
     return {
         "linear_policy_loss": [
-            (policy._linear_policy_loss, (*head, t, old, a, w, old - 0.1, *rule, *scaling, *needs, "cpu"))
+            (clipped._linear_policy_loss, (*head, t, old, a, w, old - 0.1, *rule, *scaling, *needs, "cpu"))
             for needs in ((True, True, True), (True, False, False), (False, False, False))
         ],
-        "policy_loss": [(policy._policy_loss, (old, old - 0.1, a, w, old, -old, *rule, "cpu"))],
+        "policy_loss": [(clipped._policy_loss, (old, old - 0.1, a, w, old, -old, *rule, "cpu"))],
         "linear_logprob": [(logprob._linear_logprob, (*differentiable, t, *scaling, True, 3, "cpu"))],
         "linear_logprob_backward": [
             (logprob._linear_logprob_backward, (a, None, *head, t, *scaling, True, True, False, "cpu"))

@@ -224,11 +224,14 @@ def test_the_reference_is_the_model_without_its_adapters(folder: Path) -> None:
     ids = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
     trained = {n for n, p in policy.model.named_parameters() if p.requires_grad}
     adapted = policy.model.lm(ids).logits
-    with policy.model.reference(), torch.no_grad():
+    with policy.model.without_adapters(), torch.no_grad():
         assert torch.equal(policy.model.lm(ids).logits, base(ids).logits)
     assert torch.equal(policy.model.lm(ids).logits, adapted) and not torch.allclose(adapted, base(ids).logits)
     assert {n for n, p in policy.model.named_parameters() if p.requires_grad} == trained
-    with pytest.raises(ModelError, match=r"no adapters to switch off.*--use_peft"), GenerativeModel(base).reference():
+    with (
+        pytest.raises(ModelError, match=r"no adapters to switch off.*--use_peft"),
+        GenerativeModel(base).without_adapters(),
+    ):
         pass
 
 
@@ -236,7 +239,7 @@ def test_thoughts_are_sampled_with_the_adapters_on(folder: Path) -> None:
     policy = make_policy(tiny_config(folder, **LORA))
     groups = groups_of(policy)
     assert policy.roll_out.recomputed(groups)[1]["sampler_gap_max"] < 1e-4
-    with policy.model.reference():
+    with policy.model.without_adapters():
         assert policy.roll_out.recomputed(groups)[1]["sampler_gap_max"] > 0.1
 
 

@@ -137,7 +137,7 @@ def test_rows_for_the_head_are_the_right_ones() -> None:
     assert flat[batch.score_rows].tolist() == [sequence.ids[-1] for sequence in sequences]
     assert (batch.score_rows // width).tolist() == list(range(len(sequences)))
     assert batch.targets.tolist() == [i for sequence in sequences for i in sequence.ids[sequence.thought]]
-    assert torch.bincount(batch.owner).tolist() == batch.lengths.tolist()
+    assert torch.bincount(batch.segment_ids).tolist() == batch.lengths.tolist()
 
 
 def test_padding_changes_no_hidden_state() -> None:

@@ -16,7 +16,7 @@ from dwrl_fast import log
 from dwrl_fast.batching.padded import padded_batch
 from dwrl_fast.batching.tree import TreeBatch, split_tree, tree_batch
 from dwrl_fast.data import Preference
-from dwrl_fast.dialog import Sequence
+from dwrl_fast.dialog import TokenSequence
 from dwrl_fast.encode import Group, response_requests
 from dwrl_fast.ops.oracle import tree_mask
 from dwrl_fast.sampling import sample_groups
@@ -27,7 +27,7 @@ quick = settings(max_examples=100, deadline=None, derandomize=True)
 Prefix = tuple[int, ...]
 
 
-def flat(groups: list[Group]) -> list[Sequence]:
+def flat(groups: list[Group]) -> list[TokenSequence]:
     return [sequence for group in groups for sequence in group.flat]
 
 
@@ -74,7 +74,7 @@ def test_head_rows_are_those_of_the_sequences(groups: list[Group]) -> None:
     trained = [(n, s.ids, t) for n, s in enumerate(flat(groups)) for t in range(s.thought.start, s.thought.stop)]
     assert [stored[row] for row in batch.token_rows] == [tuple(ids[:t]) for _, ids, t in trained]
     assert batch.targets.tolist() == [ids[t] for _, ids, t in trained]
-    assert batch.owner.tolist() == [number for number, _, _ in trained]
+    assert batch.segment_ids.tolist() == [number for number, _, _ in trained]
     assert batch.head_rows == len(trained) + len(flat(groups))
     assert batch.naive_tokens == sum(len(s.ids) for s in flat(groups)) and batch.padding == 0
 
@@ -103,7 +103,7 @@ def test_nodes(groups: list[Group]) -> None:
 def test_all_else_is_as_in_the_padded_layout(groups: list[Group], mask_truncated: bool) -> None:
     batch = tree_batch(groups, CPU, mask_truncated=mask_truncated)
     padded = padded_batch(groups, 9, CPU, mask_truncated=mask_truncated)
-    for name in ("targets", "owner", "lengths", "trained", "old_logprob", "slots", "valid"):
+    for name in ("targets", "segment_ids", "lengths", "trained", "old_logprob", "slots", "valid"):
         torch.testing.assert_close(getattr(batch, name), getattr(padded, name), rtol=0, atol=0, msg=name)
     for name in ("groups", "naive_tokens", "head_rows"):
         assert getattr(batch, name) == getattr(padded, name), name

@@ -7,7 +7,7 @@ rmb; 9 % for ultrafeedback). Thoughts are drawn: what they say has no bearing on
 
 import functools
 import os
-from collections.abc import Sequence as Several
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from dwrl_fast.data import Preference, read_preferences
-from dwrl_fast.dialog import Context, Dialog, Sequence
+from dwrl_fast.dialog import Context, Dialog, TokenSequence
 from dwrl_fast.encode import Group
 
 SHARED = Path(os.environ.get("DWRL_FAST_SHARED", Path(__file__).resolve().parents[3] / "shared")) / "data"
@@ -111,7 +111,7 @@ def draw(
     return one, other
 
 
-def groups(found: Pairs, thoughts: Several[int], vocabulary: int) -> list[Group]:
+def groups(found: Pairs, thoughts: Sequence[int], vocabulary: int) -> list[Group]:
     """`found` with `THOUGHTS` random thoughts after each response, of the lengths `thoughts` in turn, and all ids
     folded into `vocabulary`. Old log-probs are 0: they are the model's to fill.
     """
@@ -135,10 +135,10 @@ def thought_lengths(mean: float, count: int) -> list[int]:
     return np.maximum(1, np.rint(sizes * mean / sizes.mean())).astype(int).tolist()
 
 
-def _close(context: Context, thought: list[int], tail: list[int], vocabulary: int) -> Sequence:
+def _close(context: Context, thought: list[int], tail: list[int], vocabulary: int) -> TokenSequence:
     ids = [i % vocabulary for i in (*context.ids, *thought, *tail)]
     stop = len(context.ids) + len(thought)
-    return Sequence(ids, context.prompt, context.response, slice(len(context.ids), stop), slice(stop, len(ids)))
+    return TokenSequence(ids, context.prompt, context.response, slice(len(context.ids), stop), slice(stop, len(ids)))
 
 
 def _random(rng: np.random.Generator, size: int) -> list[int]:

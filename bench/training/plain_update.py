@@ -56,7 +56,7 @@ def thought_loss(logits: Tensor, batch: PaddedBatch, yes_id: int, pairs: int) ->
     following = F.pad(batch.input_ids[:, 1:], (0, 1))
     logprob = logits.float().log_softmax(-1).gather(-1, following[..., None]).flatten()[batch.token_rows]
     assert batch.old_logprob is not None
-    return policy_loss(logprob, batch.old_logprob, advantage[batch.owner], each[batch.owner]).loss
+    return policy_loss(logprob, batch.old_logprob, advantage[batch.segment_ids], each[batch.segment_ids]).loss
 
 
 def logit_bytes(batch: PaddedBatch, vocabulary: int, element: int = 4) -> int:

@@ -14,7 +14,7 @@ from bench.operators.peers import NEEDS_CUDA
 from bench.training import lengths
 from bench.training.flops import attended_keys, head_flops, trunk_flops
 from bench.training.update import COUNTERS, Setting, Way, accumulated, powers, sharing_weights, without_gradients
-from dwrl_fast.dialog import Sequence as Encoded
+from dwrl_fast.dialog import TokenSequence
 
 PAD = 0
 
@@ -50,7 +50,9 @@ def liger_note(liger: bool) -> str:
     return "Liger on" if liger else f"Liger off{installed if torch.cuda.is_available() else f': {NEEDS_CUDA}'}"
 
 
-def trl_update(trainer: Any, sequences: Sequence[Encoded], old: Sequence[Tensor], advantages: Tensor, size: int) -> Way:
+def trl_update(
+    trainer: Any, sequences: Sequence[TokenSequence], old: Sequence[Tensor], advantages: Tensor, size: int
+) -> Way:
     """One pass of `trainer` over `sequences` in micro-batches of `size`: forward and backward, no step. It returns the
     loss, a mean over sequences of means over tokens.
 
@@ -79,7 +81,7 @@ def trl_update(trainer: Any, sequences: Sequence[Encoded], old: Sequence[Tensor]
 
 
 def prepared(
-    sequences: Sequence[Encoded], old: Sequence[Tensor], advantages: Tensor, device: torch.device
+    sequences: Sequence[TokenSequence], old: Sequence[Tensor], advantages: Tensor, device: torch.device
 ) -> dict[str, Tensor]:
     """A micro-batch as TRL would have made it."""
     from trl.trainer.utils import pad

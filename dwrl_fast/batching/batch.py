@@ -8,8 +8,7 @@ padded.py's or tree.py's.
 Shapes: P groups, K responses, N thoughts, S sequences, F tokens of all sequences, T thought tokens of the micro-batch.
 """
 
-from collections.abc import Iterable
-from collections.abc import Sequence as Seq
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple, TypeVar
@@ -19,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dwrl_fast.dialog import Sequence
+from dwrl_fast.dialog import TokenSequence
 from dwrl_fast.encode.group import Group
 from dwrl_fast.log import warn_once
 
@@ -34,7 +33,7 @@ class Batch:
     input_ids: the tokens as laid out; rows below are indices into its flattened positions.
     score_rows: [S], the last token of each sequence.
     token_rows: [T], the positions whose hidden state predicts a thought token.
-    targets: [T], the thought tokens.  owner: [T], the sequence of each.  lengths: [S], |o| of each sequence.
+    targets: [T], the thought tokens.  segment_ids: [T], the sequence of each.  lengths: [S], |o| of each sequence.
     trained: [S] bool, whether the thought's tokens are trained.
     old_logprob: [T] float32, or None.
     slots: [P, K, N], the sequence of each thought; valid: [P, K, N] bool, False where a response has fewer thoughts, or
@@ -48,7 +47,7 @@ class Batch:
     score_rows: Tensor
     token_rows: Tensor
     targets: Tensor
-    owner: Tensor
+    segment_ids: Tensor
     lengths: Tensor
     trained: Tensor
     old_logprob: Tensor | None
@@ -101,7 +100,7 @@ class Size(NamedTuple):
     labels: int
 
     @classmethod
-    def of(cls, minibatch: Seq[Batch]) -> "Size":
+    def of(cls, minibatch: Sequence[Batch]) -> "Size":
         """Of all micro-batches of the minibatch."""
         return cls(
             sum(len(batch.groups) for batch in minibatch),
@@ -115,13 +114,13 @@ class Size(NamedTuple):
 class Flat:
     """All sequences end to end, from which layouts are made: ids [F]; where each starts in them and its size, [S]."""
 
-    sequences: list[Sequence]
+    sequences: list[TokenSequence]
     ids: Ints
     starts: Ints
     sizes: Ints
 
     @classmethod
-    def of(cls, groups: Seq[Group]) -> "Flat":
+    def of(cls, groups: Sequence[Group]) -> "Flat":
         """Those of `groups`, group by group."""
         sequences = [sequence for group in groups for sequence in group.flat]
         sizes = np.array([len(sequence.ids) for sequence in sequences], dtype=np.int64)
@@ -136,7 +135,7 @@ def ranges(starts: Ints, sizes: Ints) -> Ints:
 
 
 def head_fields(
-    groups: Seq[Group], flat: Flat, rows: Ints, device: torch.device, *, mask_truncated: bool
+    groups: Sequence[Group], flat: Flat, rows: Ints, device: torch.device, *, mask_truncated: bool
 ) -> dict[str, Any]:
     """All of `Batch` but the tokens, for a layout that puts the tokens of `flat` at `rows` [F]."""
     count = len(flat.sequences)
@@ -155,7 +154,7 @@ def head_fields(
         "score_rows": put(rows[flat.starts + flat.sizes - 1]),
         "token_rows": put(rows[targets - 1]),
         "targets": put(flat.ids[targets]),
-        "owner": put(np.repeat(np.arange(count), lengths)),
+        "segment_ids": put(np.repeat(np.arange(count), lengths)),
         "lengths": put(lengths),
         "trained": torch.tensor(ended if mask_truncated else [True] * count).to(device),
         "old_logprob": put(old) if thoughts and len(old) == len(targets) else None,
@@ -166,7 +165,7 @@ def head_fields(
     }
 
 
-def _slots(groups: Seq[Group]) -> tuple[Tensor, Tensor]:
+def _slots(groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
     responses = max(len(group.sequences) for group in groups)
     thoughts = max(len(response) for group in groups for response in group.sequences)
     slots = torch.full((len(groups), responses, thoughts), -1)

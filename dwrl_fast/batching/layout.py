@@ -1,7 +1,7 @@
 """How groups become micro-batches: `tree` (shared prefixes once), `packed` (end to end) or `padded` (one a row)."""
 
 from collections import Counter
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -31,14 +31,14 @@ class Layout:
     mask_truncated: bool = False
     tokens: Counter[str] = field(default_factory=Counter, compare=False, repr=False)
 
-    def batches(self, groups: Seq[Group]) -> list[Batch]:
+    def batches(self, groups: Sequence[Group]) -> list[Batch]:
         """`groups` in micro-batches of whole groups, in an order of the layout's own."""
         found = self._batches(groups)
         self.tokens["computed"] += sum(batch.trunk_tokens for batch in found)
         self.tokens["naive"] += sum(batch.naive_tokens for batch in found)
         return found
 
-    def _batches(self, groups: Seq[Group]) -> list[Batch]:
+    def _batches(self, groups: Sequence[Group]) -> list[Batch]:
         if self.packing == "padded":
             return [
                 padded_batch(micro, self.pad_id, self.device, mask_truncated=self.mask_truncated)

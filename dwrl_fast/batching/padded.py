@@ -3,7 +3,7 @@
 L: the longest sequence; the other shapes are those of batch.py.
 """
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +25,9 @@ class PaddedBatch(Batch):
         return self.trunk_tokens - self.naive_tokens
 
 
-def padded_batch(groups: Seq[Group], pad_id: int, device: torch.device, *, mask_truncated: bool = False) -> PaddedBatch:
+def padded_batch(
+    groups: Sequence[Group], pad_id: int, device: torch.device, *, mask_truncated: bool = False
+) -> PaddedBatch:
     """Lay `groups` out one sequence a row. With `mask_truncated`, thoughts cut at the limit are scored, not trained."""
     flat = Flat.of(groups)
     shape = len(flat.sizes), int(flat.sizes.max())
@@ -39,7 +41,7 @@ def padded_batch(groups: Seq[Group], pad_id: int, device: torch.device, *, mask_
     )
 
 
-def split_padded(groups: Seq[Group], token_budget: int) -> list[list[Group]]:
+def split_padded(groups: Sequence[Group], token_budget: int) -> list[list[Group]]:
     """Whole groups into micro-batches of at most `token_budget` tokens, padding included, the longest first.
 
     A group larger than the budget is a batch of its own: cutting it would change its weights.

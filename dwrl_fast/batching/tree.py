@@ -9,7 +9,7 @@ met, so that a thought whose tokens change moves no other.
 Shapes: U unique tokens, M nodes; the others are those of batch.py.
 """
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -119,7 +119,7 @@ class _Trie:
 
 
 def tree_batch(
-    groups: Seq[Group], device: torch.device, *, shared: bool = True, mask_truncated: bool = False
+    groups: Sequence[Group], device: torch.device, *, shared: bool = True, mask_truncated: bool = False
 ) -> TreeBatch:
     """Lay `groups` out as a tree; without `shared`, as a forest of which every sequence is a root.
 
@@ -153,7 +153,7 @@ def _lone_nodes(flat: Flat) -> tuple[Ints, list[int], Ints]:
     return flat.sizes, [-1] * len(flat.sizes), np.arange(len(flat.ids))
 
 
-def split_tree(groups: Seq[Group], token_budget: int, *, shared: bool = True) -> list[list[Group]]:
+def split_tree(groups: Sequence[Group], token_budget: int, *, shared: bool = True) -> list[list[Group]]:
     """Whole groups into micro-batches of at most `token_budget` tokens as stored, by first fit, the largest first.
 
     What groups share between them is not counted off, so a batch may come out smaller. A group larger than the budget

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from dwrl_fast.batching.layout import Packing
 from dwrl_fast.data import Cluster, Rankings, Ties
-from dwrl_fast.methods.options import thoughts_option
+from dwrl_fast.methods.method_options import thoughts_option
 from dwrl_fast.options import Options, at_least, option
 
 # ruff: noqa: RUF009 - what option() returns is a dataclass field

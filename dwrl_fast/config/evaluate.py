@@ -15,7 +15,7 @@ from dwrl_fast.data.mixture import Part, check_evaluated
 from dwrl_fast.dialog import Thinking
 from dwrl_fast.errors import ConfigError
 from dwrl_fast.methods import METHODS
-from dwrl_fast.methods.options import method_option, thoughts_option
+from dwrl_fast.methods.method_options import method_option, thoughts_option
 from dwrl_fast.options import at_least, parse
 
 # ruff: noqa: RUF009 - what option() returns is a dataclass field

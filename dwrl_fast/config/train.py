@@ -12,7 +12,7 @@ from dwrl_fast.dialog import Thinking
 from dwrl_fast.errors import ConfigError
 from dwrl_fast.log import warn_once
 from dwrl_fast.methods import METHODS
-from dwrl_fast.methods.options import method_option
+from dwrl_fast.methods.method_options import method_option
 from dwrl_fast.options import FRACTION, OPEN_FRACTION, POSITIVE, Base, at_least, option, parse
 
 # ruff: noqa: RUF009 - what option() returns is a dataclass field
@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # mypy reads no bases that are computed; what it must know of
     from dwrl_fast.methods.bt import PrefilledOptions
     from dwrl_fast.methods.dpo import BetaOptions
     from dwrl_fast.methods.dwrl import DualOptions
-    from dwrl_fast.methods.options import RatioOptions, SamplingOptions, WritingOptions
+    from dwrl_fast.methods.method_options import RatioOptions, SamplingOptions, WritingOptions
     from dwrl_fast.methods.star_rationalizer import RationalizerOptions
 
     MethodName = str

@@ -2,7 +2,7 @@
 
 from dwrl_fast.dialog.chat import Chat, Thinking
 from dwrl_fast.dialog.dialog import Dialog
-from dwrl_fast.dialog.sequence import Context, Sequence
+from dwrl_fast.dialog.sequence import Context, TokenSequence
 from dwrl_fast.dialog.single_turn import SingleTurn
 from dwrl_fast.dialog.verdict import read_choice, read_score, write_choice, write_score
 from dwrl_fast.templates import Template, load_template
@@ -11,10 +11,10 @@ __all__ = [
     "Chat",
     "Context",
     "Dialog",
-    "Sequence",
     "SingleTurn",
     "Template",
     "Thinking",
+    "TokenSequence",
     "load_template",
     "read_choice",
     "read_score",

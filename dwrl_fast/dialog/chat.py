@@ -11,14 +11,14 @@ always read in a turn without one, and reasoning that a template would cut out o
 import functools
 import re
 from collections import Counter
-from collections.abc import Sequence as Several
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from dwrl_fast.data import Message
 from dwrl_fast.dialog.contents import ContentTokenizer
-from dwrl_fast.dialog.sequence import Sequence
+from dwrl_fast.dialog.sequence import TokenSequence
 from dwrl_fast.errors import TemplateError
 from dwrl_fast.log import info_once
 from dwrl_fast.templates import Template, read_template
@@ -91,14 +91,14 @@ class Chat:
         """Whether the chat template prints the date, which is then held."""
         return "strftime_now" in self._chat_template or "date_string" in self._chat_template
 
-    def completion(self, prompt: Several[Message], response: str) -> Sequence:
+    def completion(self, prompt: Sequence[Message], response: str) -> TokenSequence:
         """[prompt, response, end-of-turn], where the response with its end-of-turn is what is trained."""
         ids, spans, _ = self._build([*prompt, assistant(response)], None)
         end = spans[-1].stop
         if ids[end : end + 1] != [self.end_id]:
             raise self.error("ends the last assistant turn differently from earlier ones")
         trained, empty = slice(spans[-1].start, end + 1), slice(end + 1, end + 1)
-        return Sequence(ids[: end + 1], slice(0, spans[-1].start), spans[-1], trained, empty)
+        return TokenSequence(ids[: end + 1], slice(0, spans[-1].start), spans[-1], trained, empty)
 
     def thought_ids(self, text: str) -> list[int]:
         """A thought that was written elsewhere, with the end-of-turn, as if the model had sampled it."""
@@ -218,7 +218,7 @@ class Chat:
             )
         return opened
 
-    def _apply(self, messages: Several[Message], head: Head | None, tokenize: bool) -> Any:
+    def _apply(self, messages: Sequence[Message], head: Head | None, tokenize: bool) -> Any:
         from jinja2.exceptions import TemplateError as JinjaError
 
         thinking = {"enable_thinking": self.enable_thinking == "on" and head == "thought"} if self._switch else {}
@@ -235,11 +235,11 @@ class Chat:
         except JinjaError as error:
             raise self.error(f"refuses the roles ({', '.join(roles_of(messages))}): {error}") from error
 
-    def _render(self, messages: Several[Message], head: Head | None) -> str:
+    def _render(self, messages: Sequence[Message], head: Head | None) -> str:
         text = self._apply(messages, head, tokenize=False)
         return text.removesuffix(self._unclosed) if head == "label" else text
 
-    def _tokenized(self, messages: Several[Message], head: Head | None) -> list[int]:
+    def _tokenized(self, messages: Sequence[Message], head: Head | None) -> list[int]:
         """The ids that the tokenizer itself gives a conversation as a whole."""
         if head == "label" and self._unclosed:
             return self._contents.whole(self._render(messages, head))
@@ -257,7 +257,7 @@ class Chat:
         texts.append(rest)
         return Structure(tuple(texts), tuple(tuple(self._contents.whole(text)) for text in texts))
 
-    def _build(self, messages: Several[Message], head: Head | None) -> tuple[list[int], list[slice], list[str]]:
+    def _build(self, messages: Sequence[Message], head: Head | None) -> tuple[list[int], list[slice], list[str]]:
         """The ids of a conversation, the span of each content in them, and the contents as they are shown."""
         structure = self._structure(roles_of(messages), head)
         ids: list[int] = []
@@ -305,14 +305,14 @@ class Chat:
             "chat template"
         )
 
-    def _label_ids(self, labels: tuple[str, str], messages: Several[Message]) -> tuple[int, int]:
+    def _label_ids(self, labels: tuple[str, str], messages: Sequence[Message]) -> tuple[int, int]:
         """The one id of each label where it is read: after the label's head of a conversation."""
         first, second = (self._label_id(label, messages) for label in labels)
         if first == second:
             raise self.error(f"gives both labels {labels} the id {first}; choose other labels")
         return first, second
 
-    def _label_id(self, label: str, messages: Several[Message]) -> int:
+    def _label_id(self, label: str, messages: Sequence[Message]) -> int:
         rendered = self._render(messages, "label")
         before = self._contents.whole(rendered)
         alone, after = list(self._contents(label)), self._contents.whole(rendered + label)
@@ -337,7 +337,7 @@ def user(content: str) -> Message:
     return {"role": "user", "content": content}
 
 
-def roles_of(messages: Several[Message]) -> tuple[str, ...]:
+def roles_of(messages: Sequence[Message]) -> tuple[str, ...]:
     """The roles of the turns, in order."""
     return tuple(message["role"] for message in messages)
 

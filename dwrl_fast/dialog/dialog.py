@@ -4,13 +4,13 @@ Ids are the truth: a thought is appended as it was sampled, so what the sampler 
 """
 
 import functools
-from collections.abc import Sequence as Several
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dwrl_fast.data import Message
 from dwrl_fast.dialog.chat import Chat, Thinking, assistant, roles_of, user
-from dwrl_fast.dialog.sequence import Context, Sequence
+from dwrl_fast.dialog.sequence import Context, TokenSequence
 from dwrl_fast.errors import TemplateError
 from dwrl_fast.templates import Template, fill, load_template
 
@@ -51,14 +51,14 @@ class Dialog(Chat):
         self.yes_id, self.no_id = self._label_ids(self.template.labels, self._canonical(CANONICAL[0], aspect))
         self.counts.clear()
 
-    def context(self, prompt: Several[Message], response: str, aspect: str | None = None) -> Context:
+    def context(self, prompt: Sequence[Message], response: str, aspect: str | None = None) -> Context:
         """What a thought about `response` is sampled from: [prompt, response, evaluate turn, generation head]."""
         self._check_roles(roles_of(prompt))
         evaluate = _fill(self.template.evaluate, self.aspect if aspect is None else aspect)
         ids, spans, _ = self._build([*prompt, assistant(response), user(evaluate)], "thought")
         return Context(ids, slice(0, spans[-2].start), spans[-2], spans[-1], aspect=aspect)
 
-    def sequence(self, context: Context, thought_ids: Several[int]) -> Sequence:
+    def sequence(self, context: Context, thought_ids: Sequence[int]) -> TokenSequence:
         """`context`, the thought as it was sampled, the rate turn and the generation head.
 
         A thought that does not end with the end-of-turn gets it appended, outside `thought`: that one is not trained.
@@ -69,9 +69,9 @@ class Dialog(Chat):
         thought = slice(len(context.ids), len(context.ids) + len(thought_ids))
         start = thought.stop + len(closing)
         ids = [*context.ids, *thought_ids, *closing, *rate, *head]
-        return Sequence(ids, context.prompt, context.response, thought, slice(start, start + len(rate)))
+        return TokenSequence(ids, context.prompt, context.response, thought, slice(start, start + len(rate)))
 
-    def plain(self, prompt: Several[Message], response: str) -> Sequence:
+    def plain(self, prompt: Sequence[Message], response: str) -> TokenSequence:
         """[prompt, response, end-of-turn]: what a reward head scores. `thought` and `rate` are empty."""
         completion = self.completion(prompt, response)
         return replace(completion, thought=completion.rate)

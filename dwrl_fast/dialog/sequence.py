@@ -20,7 +20,7 @@ class Context:
 
 
 @dataclass(frozen=True, slots=True)
-class Sequence:
+class TokenSequence:
     """What is trained on, or scored at the last id.
 
     `prompt` and `response` are those of the context, `thought` spans the trained ids (with a sampled end-of-turn) and

@@ -5,12 +5,12 @@ read at once (direct). What stands within the turn is text: a response can spell
 but no control token, and no place of the template.
 """
 
-from collections.abc import Sequence as Several
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dwrl_fast.data import Message
 from dwrl_fast.dialog.chat import Chat, Thinking, user
-from dwrl_fast.dialog.sequence import Context, Sequence
+from dwrl_fast.dialog.sequence import Context, TokenSequence
 from dwrl_fast.templates import KINDS, PLACE, Template, fill
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class SingleTurn(Chat):
         return "verdict" in KINDS[self.template.kind].texts["evaluate"]
 
     def context(
-        self, prompt: Several[Message], responses: Several[str], aspect: str | None = None, verdict: str | None = None
+        self, prompt: Sequence[Message], responses: Sequence[str], aspect: str | None = None, verdict: str | None = None
     ) -> Context:
         """The turn that shows `responses`, as many as the template's kind shows and in this order, and the head.
 
@@ -73,10 +73,10 @@ class SingleTurn(Chat):
         second = spans[1] if len(spans) > 1 else None
         return Context(ids, slice(0, spans[0].start), spans[0], turn, second, aspect)
 
-    def sequence(self, context: Context, thought_ids: Several[int]) -> Sequence:
+    def sequence(self, context: Context, thought_ids: Sequence[int]) -> TokenSequence:
         """`context` and the thought as it was sampled, all of it in `thought`; `rate` is empty."""
         ids = [*context.ids, *thought_ids]
-        return Sequence(
+        return TokenSequence(
             ids, context.prompt, context.response, slice(len(context.ids), len(ids)), slice(len(ids), len(ids))
         )
 
@@ -86,14 +86,14 @@ class SingleTurn(Chat):
         return labels | {"end_id": self.end_id}
 
     def _fill(
-        self, prompt: Several[Message], responses: Several[str], aspect: str | None, verdict: str | None
+        self, prompt: Sequence[Message], responses: Sequence[str], aspect: str | None, verdict: str | None
     ) -> tuple[str, dict[str, slice]]:
         contents = {"aspect": self.aspect if aspect is None else aspect, "prompt": transcript(prompt)}
         contents |= dict(zip(self.shows, responses, strict=True)) | ({} if verdict is None else {"verdict": verdict})
         return fill(self.template.evaluate, contents)
 
 
-def transcript(prompt: Several[Message]) -> str:
+def transcript(prompt: Sequence[Message]) -> str:
     """A prompt as text: one user turn as it stands, several with their roles."""
     if [message["role"] for message in prompt] == ["user"]:
         return prompt[0]["content"]

@@ -1,11 +1,11 @@
 """One preference group after encoding."""
 
 import dataclasses
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from dwrl_fast.data import Preference
-from dwrl_fast.dialog import Sequence
+from dwrl_fast.dialog import TokenSequence
 from dwrl_fast.encode.thought import Thought
 
 
@@ -18,7 +18,7 @@ class Group:
     """
 
     preference: Preference
-    sequences: list[list[Sequence]]
+    sequences: list[list[TokenSequence]]
     thoughts: list[list[Thought]] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
 
@@ -28,7 +28,7 @@ class Group:
         return self.preference.ranks or tuple(range(1, len(self.preference.responses) + 1))
 
     @property
-    def flat(self) -> list[Sequence]:
+    def flat(self) -> list[TokenSequence]:
         """All K N sequences, one after another."""
         return [sequence for response in self.sequences for sequence in response]
 
@@ -42,7 +42,7 @@ class Group:
         """Those of its thoughts: K lists of N; K empty ones where they have none."""
         return [[thought.reward for thought in some if thought.reward is not None] for some in self.thoughts]
 
-    def with_logprobs(self, logprobs: Seq[Seq[list[float]]]) -> "Group":
+    def with_logprobs(self, logprobs: Sequence[Sequence[list[float]]]) -> "Group":
         """The same with these log-probs of its trained tokens, in nats: K lists of N lists."""
         if not self.thoughts:
             thoughts = [
@@ -56,7 +56,7 @@ class Group:
             ]
         return dataclasses.replace(self, thoughts=thoughts)
 
-    def with_rewards(self, rewards: Seq[Seq[float]]) -> "Group":
+    def with_rewards(self, rewards: Sequence[Sequence[float]]) -> "Group":
         """The same with these rewards of its thoughts: K lists of N."""
         return dataclasses.replace(
             self,

@@ -124,13 +124,13 @@ def _row(kind: Kind, right: bool, judged: Judged, row: Preference) -> str:
         f"{'' if judged.comparisons else _thoughts(kind, judged, k)}</div>"
         for k, response in enumerate(row.responses)
     )
-    contests = "".join(
+    comparisons = "".join(
         f"<div><h4>shown as A: {i + 1}, as B: {j + 1}</h4>{_thoughts(kind, judged, c)}</div>"
         for c, (i, j) in enumerate(judged.comparisons)
     )
     return (
         f'<details class="row {"right" if right else "wrong"}"><summary>{summary}</summary>{prompt}'
-        f'<div class="sides">{sides}</div><div class="sides">{contests}</div></details>'
+        f'<div class="sides">{sides}</div><div class="sides">{comparisons}</div></details>'
     )
 
 

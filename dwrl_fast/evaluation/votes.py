@@ -56,7 +56,7 @@ def _credits(row: Judged, kind: Kind, ks: Sequence[int], rng: np.random.Generato
     at = np.array(ks) - 1
     pairs = [(i, j) for i, a in enumerate(row.ranks) for j, b in enumerate(row.ranks) if a < b]
     if kind == "comparison":
-        return {"majority": _mean_credit(_contests(row, drawn, at), pairs)}
+        return {"majority": _mean_credit(_comparisons(row, drawn, at), pairs)}
     mean = _mean_scores(drawn, at) if kind == "score" else _mean_numbers(row, drawn, at)
     return {"mean": _mean_credit(mean, pairs), "majority": _majority(drawn, at, pairs)}
 
@@ -74,8 +74,8 @@ def _mean_numbers(row: Judged, drawn: Floats, at: NDArray) -> Floats:
     return np.where(read > 0, sums / np.maximum(read, 1), wrong)
 
 
-def _contests(row: Judged, drawn: Floats, at: NDArray) -> Floats:
-    """The share of its contests that each response wins, where one that cannot be read goes to the worse one."""
+def _comparisons(row: Judged, drawn: Floats, at: NDArray) -> Floats:
+    """The share of its comparisons that each response wins, where one that cannot be read goes to the worse one."""
     ranks = np.array(row.ranks)
     won = np.zeros((len(drawn), len(ranks), len(at)))
     for c, (first, second) in enumerate(row.comparisons):

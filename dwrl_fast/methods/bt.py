@@ -16,8 +16,8 @@ from dwrl_fast.data import Preference
 from dwrl_fast.encode import Group, plain_groups
 from dwrl_fast.errors import ConfigError
 from dwrl_fast.methods.method import Method
+from dwrl_fast.methods.method_options import method_option
 from dwrl_fast.methods.metrics import StepMetrics
-from dwrl_fast.methods.options import method_option
 from dwrl_fast.objectives.agreement import order_credit, rank_grid
 from dwrl_fast.objectives.likelihood import preference_likelihood
 from dwrl_fast.options import Options

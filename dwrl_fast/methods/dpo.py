@@ -16,8 +16,8 @@ from dwrl_fast.data import Preference
 from dwrl_fast.encode import Group, completion_groups
 from dwrl_fast.methods.bt import reward_loss
 from dwrl_fast.methods.method import Method
+from dwrl_fast.methods.method_options import method_option
 from dwrl_fast.methods.metrics import StepMetrics
-from dwrl_fast.methods.options import method_option
 from dwrl_fast.objectives.direct_preference import implicit_reward
 from dwrl_fast.options import POSITIVE, Options
 

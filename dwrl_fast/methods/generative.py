@@ -10,8 +10,8 @@ from dwrl_fast.data import Preference
 from dwrl_fast.encode import Group, Request
 from dwrl_fast.errors import ConfigError
 from dwrl_fast.methods.method import Method
+from dwrl_fast.methods.method_options import RatioOptions, SamplingOptions, WritingOptions
 from dwrl_fast.methods.metrics import StepMetrics
-from dwrl_fast.methods.options import RatioOptions, SamplingOptions, WritingOptions
 from dwrl_fast.models.heads import HeadInputs
 from dwrl_fast.options import Options
 
@@ -74,8 +74,8 @@ class ClippedMethod(GenerativeMethod):
         result = head.policy_loss(
             batch.targets,
             batch.old_logprob,
-            advantage[batch.owner],
-            token_weight[batch.owner],
+            advantage[batch.segment_ids],
+            token_weight[batch.segment_ids],
             clip_low=config.epsilon,
             clip_high=config.epsilon if config.epsilon_high is None else config.epsilon_high,
             temperature=self.trained_temperature,

@@ -3,7 +3,7 @@
 """
 
 from dwrl_fast.methods.grpo import GroupRelative
-from dwrl_fast.methods.verdicts import PairwiseVerdicts
+from dwrl_fast.methods.pairwise import PairwiseVerdicts
 
 
 class PairwiseGroupRelative(PairwiseVerdicts, GroupRelative):

@@ -7,9 +7,9 @@ same where it ends with `<answer>[[A]]</answer>` or B, as RM-R1's does.
 from typing import Any, NoReturn
 
 from dwrl_fast.batching.batch import Batch, Size
+from dwrl_fast.methods.method_options import WritingOptions
 from dwrl_fast.methods.metrics import StepMetrics
-from dwrl_fast.methods.options import WritingOptions
-from dwrl_fast.methods.verdicts import PairwiseVerdicts
+from dwrl_fast.methods.pairwise import PairwiseVerdicts
 
 
 class Judge(PairwiseVerdicts):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from dwrl_fast.data import Preference
 from dwrl_fast.encode import Group, Request
-from dwrl_fast.methods.verdicts import PairwiseVerdicts
+from dwrl_fast.methods.pairwise import PairwiseVerdicts
 
 Places = list[list[int]]  # for each comparison of a group, those among its thoughts
 

@@ -12,7 +12,7 @@ from dwrl_fast.data import Preference
 from dwrl_fast.dialog import SingleTurn, Template, load_template
 from dwrl_fast.encode import Group, Request, Thought, comparison_requests, drawn_orders
 from dwrl_fast.errors import ConfigError
-from dwrl_fast.methods.options import method_option
+from dwrl_fast.methods.method_options import method_option
 from dwrl_fast.methods.star_sft import StarImitation
 from dwrl_fast.models.pretrained import load_tokenizer
 from dwrl_fast.options import Options

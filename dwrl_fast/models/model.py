@@ -48,7 +48,7 @@ class PreferenceModel(nn.Module):
         keep_rotary(lm)
         self.lm = lm
 
-    def reference(self) -> AbstractContextManager[None]:
+    def without_adapters(self) -> AbstractContextManager[None]:
         """A context in which the adapters are off, so that the model computes what it did before training. Take no
         gradient in it.
 

@@ -15,7 +15,7 @@ from dwrl_fast.batching.batch import Batch
 from dwrl_fast.batching.layout import Layout, Packing
 from dwrl_fast.compute import Compute
 from dwrl_fast.data import Preference
-from dwrl_fast.dialog import Sequence
+from dwrl_fast.dialog import TokenSequence
 from dwrl_fast.encode import Group
 from dwrl_fast.errors import ModelError, NotFiniteError, UserError
 from dwrl_fast.models.backbone import attend_over_trees, backbone_states
@@ -124,7 +124,7 @@ def _alone(lm: Any) -> Tensor:
 def _batch(lm: Any, rows: list[list[int]], starts: list[int], packing: Packing, pad_id: int) -> Batch:
     """One micro-batch of `rows`, trained from their `starts`."""
     none = slice(0)
-    spans = [Sequence(row, none, none, slice(at, len(row)), none) for row, at in zip(rows, starts, strict=True)]
+    spans = [TokenSequence(row, none, none, slice(at, len(row)), none) for row, at in zip(rows, starts, strict=True)]
     layout = Layout(packing, 10**6, pad_id, lm.device)
     (batch,) = layout.batches([Group(Preference((), ("",)), [spans])])
     return batch

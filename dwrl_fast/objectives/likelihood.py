@@ -1,15 +1,15 @@
 """Preference likelihoods f: from the log-marginal scores L [P, K] of K responses to a loss [P] in nats.
 
 Every data format is one such function, and `ops.preference_weights` takes it as it is (docs/method.md, 2.1). f is a sum
-of weighted contests. In a contest one response is chosen out of a set, with probability softmax(L). It costs
+of weighted comparisons. In a comparison one response is chosen out of a set, with probability softmax(L). It costs
 
     -log sigmoid(L_winner - logsumexp of the set's others - margin)
 
-A pair is one contest: the Bradley-Terry loss on the marginals, which phase A minimises (DWRL Eq. 13). A Plackett-Luce
-ranking of K has K - 1 contests: each response against all that follow it. The loss of a tie is the mean over the tied
-orders. It depends only on which of the b tied responses are still to be placed: 2^b sets are counted, not b! orders.
+A pair is one comparison: the Bradley-Terry loss on the marginals, which phase A minimises (DWRL Eq. 13). A
+Plackett-Luce ranking of K has K - 1 comparisons: each response against all that follow it. The loss of a tie is the
+mean over the tied orders. It depends only on which of the b tied responses are still to be placed: 2^b sets are counted, not b! orders.
 
-Shapes: P groups, K responses of the largest group, C contests of the largest group, U different patterns of ranks.
+Shapes: P groups, K responses of the largest group, C comparisons of the largest group, U different patterns of ranks.
 """
 
 import functools
@@ -29,8 +29,8 @@ MAX_TIED = 7  # responses of a ranking with ties
 
 
 @dataclass(frozen=True, slots=True)
-class Contests:
-    """The contests of U patterns of ranks. A pattern with fewer than C contests is filled up at weight 0.
+class Comparisons:
+    """The comparisons of U patterns of ranks. A pattern with fewer than C comparisons is filled up at weight 0.
 
     winner: [U, C] int64, the response that is chosen. others: [U, C, K] bool, the responses it is chosen against.
     weight: [U, C] float64.
@@ -55,7 +55,7 @@ def preference_likelihood(ranks: Sequence[Ranks], margins: Sequence[float]) -> L
     for one, margin in zip(ranks, margins, strict=True):
         _check(one, margin)
     places = {pattern: u for u, pattern in enumerate(dict.fromkeys(map(tuple, ranks)))}
-    table = _contests(tuple(places))
+    table = _comparisons(tuple(places))
     rows = torch.tensor([places[tuple(one)] for one in ranks])
     required = torch.tensor(list(margins), dtype=torch.float64)[:, None]
     shape = len(ranks), table.others.shape[-1]
@@ -88,22 +88,22 @@ def _check(ranks: Ranks, margin: float) -> None:
 
 
 @functools.lru_cache
-def _contests(patterns: tuple[tuple[int, ...], ...]) -> Contests:
-    """The contests of U patterns of ranks; a pattern with fewer than the others repeats its first at weight 0."""
-    found = [list(_contests_of(pattern)) for pattern in patterns]
+def _comparisons(patterns: tuple[tuple[int, ...], ...]) -> Comparisons:
+    """The comparisons of U patterns of ranks; a pattern with fewer than the others repeats its first at weight 0."""
+    found = [list(_comparisons_of(pattern)) for pattern in patterns]
     size = max(map(len, found))
     found = [some + [(*some[0][:2], 0.0)] * (size - len(some)) for some in found]
     responses = range(max(map(len, patterns)))
-    return Contests(
+    return Comparisons(
         winner=torch.tensor([[winner for winner, _, _ in some] for some in found]),
         others=torch.tensor([[[k in others for k in responses] for _, others, _ in some] for some in found]),
         weight=torch.tensor([[weight for _, _, weight in some] for some in found], dtype=torch.float64),
     )
 
 
-def _contests_of(ranks: tuple[int, ...]) -> Iterator[tuple[int, frozenset[int], float]]:
-    """(winner, others, weight) of every contest. While b tied responses are placed in random order, the s that remain
-    are each of the comb(b, s) subsets alike, and each of the s is as likely the next.
+def _comparisons_of(ranks: tuple[int, ...]) -> Iterator[tuple[int, frozenset[int], float]]:
+    """(winner, others, weight) of every comparison. While b tied responses are placed in random order, the s that
+    remain are each of the comb(b, s) subsets alike, and each of the s is as likely the next.
     """
     for rank in sorted(set(ranks)):
         tied = [k for k, own in enumerate(ranks) if own == rank]

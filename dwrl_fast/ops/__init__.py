@@ -15,8 +15,8 @@ raises.
 """
 
 from dwrl_fast.ops.attention import tree_attention
+from dwrl_fast.ops.clipped import PolicyLoss, linear_policy_loss, policy_loss
 from dwrl_fast.ops.logprob import linear_logprob, yes_no_logprob
-from dwrl_fast.ops.policy import PolicyLoss, linear_policy_loss, policy_loss
 from dwrl_fast.ops.stats import STAT_MAXIMA, STAT_SUMS, combine_stats, read_stats
 from dwrl_fast.ops.weights import DualWeights, PreferenceWeights, dual_weights, preference_weights
 

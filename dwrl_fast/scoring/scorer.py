@@ -25,13 +25,13 @@ from dwrl_fast.errors import DataError, ModelError, NotFiniteError
 from dwrl_fast.log import warn_once
 from dwrl_fast.models.model import check_positions, positions
 from dwrl_fast.options import given_by
-from dwrl_fast.scoring.generative import GenerativeJudging
 from dwrl_fast.scoring.judging import Judging, Progress
+from dwrl_fast.scoring.kinds import judging_of
 from dwrl_fast.scoring.loading import load_judge, load_trained
 from dwrl_fast.scoring.reward import Rewards
 from dwrl_fast.scoring.runtime import load_runtime
 from dwrl_fast.scoring.scored import ScoredGroup, marginal_scores
-from dwrl_fast.scoring.verdicts import judging_of
+from dwrl_fast.scoring.yes_no import GenerativeJudging
 
 Thoughts = list[list[str]]
 

@@ -35,7 +35,7 @@ class PolicyJudging(Judging):
         """
         assert self.start is not None
         model = self.start.model
-        with model.reference() if adapted(model.lm) else nullcontext():
+        with model.without_adapters() if adapted(model.lm) else nullcontext():
             logprobs = self.start.logprobs(groups)
         return [group.with_logprobs(each) for group, each in zip(groups, logprobs, strict=True)]
 

@@ -4,12 +4,12 @@ from typing import Any
 
 from dwrl_fast.methods import METHODS
 from dwrl_fast.scoring.comparison import ChoiceJudging, LabelJudging, LeadJudging
-from dwrl_fast.scoring.generative import GenerativeJudging
 from dwrl_fast.scoring.judging import Judging
+from dwrl_fast.scoring.log_likelihood import PolicyJudging
 from dwrl_fast.scoring.point import PointJudging
-from dwrl_fast.scoring.policy import PolicyJudging
 from dwrl_fast.scoring.runtime import Runtime
 from dwrl_fast.scoring.scalar import ScalarJudging
+from dwrl_fast.scoring.yes_no import GenerativeJudging
 
 VERDICTS: dict[str, type[Judging]] = {
     "label after a thought": GenerativeJudging,
