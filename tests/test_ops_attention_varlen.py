@@ -23,7 +23,7 @@ from dwrl_fast import log, ops
 from dwrl_fast.errors import UserError
 from dwrl_fast.ops import oracle, paths, varlen
 from dwrl_fast.ops.attention import _able
-from dwrl_fast.ops.varlen import VARLEN, Options
+from dwrl_fast.ops.varlen import VARLEN, VarlenOptions
 
 CUDA = torch.device("cuda")
 
@@ -36,7 +36,7 @@ def kernels() -> Iterator[None]:
 
 def by_calls(x: dict[str, Tensor], plan: Plan, name: str = "flash_attn", **options: Any) -> dict[str, Tensor]:
     q, k, v = x["q"], x["k"], x["v"]
-    how = Options(**{"scale": q.shape[-1] ** -0.5} | options)
+    how = VarlenOptions(**{"scale": q.shape[-1] ** -0.5} | options)
     out = paths.varlen_tree_attention(q, k, v, plan, VARLEN[name], how)
     return {"out": out.detach()} | dict(
         zip(("d_q", "d_k", "d_v"), torch.autograd.grad(out, (q, k, v), x["grad"]), strict=True)
@@ -109,7 +109,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[varlen.Segments]:
     seen: list[varlen.Segments] = []
     forward = varlen.Aten.forward
 
-    def spy(self: varlen.Aten, q: Tensor, k: Tensor, v: Tensor, segments: varlen.Segments, options: Options) -> Any:
+    def spy(
+        self: varlen.Aten, q: Tensor, k: Tensor, v: Tensor, segments: varlen.Segments, options: VarlenOptions
+    ) -> Any:
         seen.append(segments)
         return forward(self, q, k, v, segments, options)
 
@@ -185,7 +187,9 @@ def test_saved_for_the_backward(window: int | None) -> None:
         return y
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda y: y):
-        out = paths.varlen_tree_attention(x["q"], x["k"], x["v"], plan, VARLEN["varlen"], Options(0.3, None, window))
+        out = paths.varlen_tree_attention(
+            x["q"], x["k"], x["v"], plan, VARLEN["varlen"], VarlenOptions(0.3, None, window)
+        )
     lse = (4, len(out))
     assert [tuple(y.shape) for y in kept] == [*(tuple(y.shape) for y in (x["q"], x["k"], x["v"], out)), lse]
 
@@ -193,7 +197,7 @@ def test_saved_for_the_backward(window: int | None) -> None:
 def test_a_double_backward_raises() -> None:
     x = inputs(TREES["a group"], (2, 2), 8, torch.float32)
     given = x["q"], x["k"], x["v"]
-    out = paths.varlen_tree_attention(*given, TREES["a group"], VARLEN["flash_attn"], Options(0.3))
+    out = paths.varlen_tree_attention(*given, TREES["a group"], VARLEN["flash_attn"], VarlenOptions(0.3))
     (d_q,) = torch.autograd.grad(out.square().sum(), x["q"], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         d_q.sum().backward()
@@ -222,10 +226,10 @@ def test_strided_inputs_and_gradients() -> None:
 def test_a_plan_that_is_no_tree(nodes: list[tuple[int, int]], message: str) -> None:
     q, k = torch.zeros(269, 4, 8), torch.zeros(269, 2, 8)
     with pytest.raises(ValueError, match=message):
-        paths.varlen_tree_attention(q, k, k, plan_of(nodes), VARLEN["varlen"], Options(1.0))
+        paths.varlen_tree_attention(q, k, k, plan_of(nodes), VARLEN["varlen"], VarlenOptions(1.0))
     gap = plan_of([(100, -1), (169, 0)])
     with pytest.raises(ValueError, match="must follow one another"):
-        paths.varlen_tree_attention(q, k, k, gap._replace(start=gap.start * 2), VARLEN["varlen"], Options(1.0))
+        paths.varlen_tree_attention(q, k, k, gap._replace(start=gap.start * 2), VARLEN["varlen"], VarlenOptions(1.0))
 
 
 BF16 = torch.bfloat16
@@ -302,7 +306,7 @@ def test_arguments_are_those_of_the_operators() -> None:
 def test_shapes_that_pytorch_says_of_its_kernels(window: int | None) -> None:
     plan = TREES["empty nodes"]
     q, k, v = (torch.empty(15, h, 16, device="meta", dtype=BF16, requires_grad=True) for h in (4, 2, 2))
-    out = paths.varlen_tree_attention(q, k, v, plan, VARLEN["varlen"], Options(0.3, None, window))
+    out = paths.varlen_tree_attention(q, k, v, plan, VARLEN["varlen"], VarlenOptions(0.3, None, window))
     assert (out.shape, out.dtype) == (q.shape, BF16)
     for x, found in zip((q, k, v), torch.autograd.grad(out.sum(), (q, k, v)), strict=True):
         assert (found.shape, found.dtype) == (x.shape, BF16)
@@ -321,7 +325,7 @@ def test_all_that_meets_the_kernels_lies_on_their_device(window: int | None) -> 
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         q, k, v = (torch.empty(int(layout.stop[-1]), h, 16, device=CUDA, dtype=BF16) for h in (4, 2, 2))
         calls = layout._by_depth(q.device) if window is None else [layout._by_path(window, q.device)]
-        out = paths._TreeAttention.forward(kept, q, k, v, calls, VARLEN["varlen"], Options(0.3, None, window))
+        out = paths._TreeAttention.forward(kept, q, k, v, calls, VARLEN["varlen"], VarlenOptions(0.3, None, window))
         gradients = paths._TreeAttention.backward(kept, torch.empty_like(out))
     for x, found in zip((q, q, k, v), (out, *gradients), strict=False):
         assert found is not None and (found.shape, found.dtype, found.device) == (x.shape, BF16, x.device)

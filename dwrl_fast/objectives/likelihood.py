@@ -7,7 +7,8 @@ of weighted comparisons. In a comparison one response is chosen out of a set, wi
 
 A pair is one comparison: the Bradley-Terry loss on the marginals, which phase A minimises (DWRL Eq. 13). A
 Plackett-Luce ranking of K has K - 1 comparisons: each response against all that follow it. The loss of a tie is the
-mean over the tied orders. It depends only on which of the b tied responses are still to be placed: 2^b sets are counted, not b! orders.
+mean over the tied orders. It depends only on which of the b tied responses are still to be placed: 2^b sets are
+counted, not b! orders.
 
 Shapes: P groups, K responses of the largest group, C comparisons of the largest group, U different patterns of ranks.
 """

@@ -12,7 +12,7 @@ from dwrl_fast.ops.backend import autocast, choose_backend
 from dwrl_fast.ops.oracle import Plan
 from dwrl_fast.ops.paths import varlen_tree_attention
 from dwrl_fast.ops.products import wide
-from dwrl_fast.ops.varlen import VARLEN, Options
+from dwrl_fast.ops.varlen import VARLEN, VarlenOptions
 
 BACKENDS = ("auto", "reference", "cpu", *VARLEN)
 
@@ -49,7 +49,7 @@ def tree_attention(
         chosen = choose_backend(chosen, "tree_attention", q)
     if chosen == "reference" or (chosen in VARLEN and len(q) == 0):
         return oracle.tree_attention(q, k, v, plan, scale=scale, softcap=softcap, window=window)
-    options = Options(
+    options = VarlenOptions(
         q.shape[-1] ** -0.5 if scale is None else float(scale),
         None if softcap is None else float(softcap),
         window,

@@ -31,7 +31,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from dwrl_fast.ops.oracle import Plan
 from dwrl_fast.ops.products import wide
-from dwrl_fast.ops.varlen import Gradients, Options, Saved, Segments, Varlen
+from dwrl_fast.ops.varlen import Gradients, Saved, Segments, Varlen, VarlenOptions
 
 Ints = npt.NDArray[np.int64]
 
@@ -57,7 +57,9 @@ class Call:
 
 
 @torch.compiler.disable
-def varlen_tree_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, varlen: Varlen, options: Options) -> Tensor:
+def varlen_tree_attention(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, varlen: Varlen, options: VarlenOptions
+) -> Tensor:
     """`ops.tree_attention` by the kernels of `varlen`: [U, Hq, D], differentiable once. U must be above 0.
 
     Raises ValueError where the plan is no depth-first cover of the U tokens.
@@ -74,7 +76,7 @@ def varlen_tree_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, varlen: V
 class _TreeAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, calls: list[Call], varlen: Varlen, options: Options
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, calls: list[Call], varlen: Varlen, options: VarlenOptions
     ) -> Tensor:
         first, *others = calls
         out, lse = varlen.forward(q, _rows(k, first.keys), _rows(v, first.keys), first.segments, options)
@@ -121,7 +123,7 @@ def _merge(total: Tensor, lse: Tensor, call: Call, part: Tensor, part_lse: Tenso
     lse.index_copy_(1, call.queries, both)
 
 
-def _part(call: Call, grad: Tensor, saved: Saved, varlen: Varlen, options: Options) -> Gradients:
+def _part(call: Call, grad: Tensor, saved: Saved, varlen: Varlen, options: VarlenOptions) -> Gradients:
     q, k, v, out, lse = saved
     lse = lse if call.queries is None else lse.index_select(1, call.queries)
     read = Saved(_rows(q, call.queries), _rows(k, call.keys), _rows(v, call.keys), _rows(out, call.queries), lse)

@@ -34,7 +34,7 @@ class Segments(NamedTuple):
     causal: bool
 
 
-class Options(NamedTuple):
+class VarlenOptions(NamedTuple):
     """The options of `ops.tree_attention`. A window is for causal segments only."""
 
     scale: float
@@ -61,10 +61,12 @@ class Varlen(Protocol):
     def problem(self, device: torch.device, dtype: torch.dtype, channels: int, softcap: float | None) -> str | None:
         """Why it cannot run such tensors, and what helps; None where it can. channels: D."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, options: Options) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, options: VarlenOptions
+    ) -> tuple[Tensor, Tensor]:
         """q [Tq, Hq, D]; k, v [Tk, Hkv, D] -> out [Tq, Hq, D], log-sum-exp [Hq, Tq] float32."""
 
-    def backward(self, grad: Tensor, saved: Saved, segments: Segments, options: Options) -> Gradients:
+    def backward(self, grad: Tensor, saved: Saved, segments: Segments, options: VarlenOptions) -> Gradients:
         """dq, dk, dv, shaped as q, k, v. grad: of out, [Tq, Hq, D]. Where out and lse are over more keys than these,
         the gradients are the part that comes from these keys.
         """
@@ -77,13 +79,15 @@ class FlashAttn:
         """As `Varlen.problem`."""
         return _unfit(device, dtype, channels) or _flash_attn_missing()
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, options: Options) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, options: VarlenOptions
+    ) -> tuple[Tensor, Tensor]:
         """As `Varlen.forward`."""
         given = self._named(segments, options)
         out, lse, *_ = torch.ops.flash_attn._flash_attn_varlen_forward(q=q, k=k, v=v, **given)
         return out, lse
 
-    def backward(self, grad: Tensor, saved: Saved, segments: Segments, options: Options) -> Gradients:
+    def backward(self, grad: Tensor, saved: Saved, segments: Segments, options: VarlenOptions) -> Gradients:
         """As `Varlen.backward`."""
         q, k, v, out, lse = saved
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
@@ -94,7 +98,7 @@ class FlashAttn:
         return dq, dk, dv
 
     @staticmethod
-    def _named(segments: Segments, options: Options) -> dict[str, Any]:
+    def _named(segments: Segments, options: VarlenOptions) -> dict[str, Any]:
         windowed = options.window is not None
         return {
             "cu_seqlens_q": segments.bounds_q,
@@ -120,7 +124,9 @@ class Aten:
             return f"PyTorch's kernel has no soft-cap; that of the package flash_attn has one ({INSTALL})"
         return _unfit(device, dtype, channels) or _aten_missing()
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, options: Options) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, options: VarlenOptions
+    ) -> tuple[Tensor, Tensor]:
         """As `Varlen.forward`."""
         given = self._named(segments, options)
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
@@ -128,7 +134,7 @@ class Aten:
         )
         return out, lse
 
-    def backward(self, grad: Tensor, saved: Saved, segments: Segments, options: Options) -> Gradients:
+    def backward(self, grad: Tensor, saved: Saved, segments: Segments, options: VarlenOptions) -> Gradients:
         """As `Varlen.backward`."""
         q, k, v, out, lse = saved
         no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
@@ -139,7 +145,7 @@ class Aten:
             )  # fmt: skip
 
     @staticmethod
-    def _named(segments: Segments, options: Options) -> dict[str, Any]:
+    def _named(segments: Segments, options: VarlenOptions) -> dict[str, Any]:
         windowed = options.window is not None
         return {
             "cum_seq_q": segments.bounds_q,

@@ -33,7 +33,7 @@ from dwrl_fast.models.model import check_positions, check_vocabulary, load_gener
 from dwrl_fast.models.pretrained import try_saving
 from dwrl_fast.scoring.loading import load_dialog
 from dwrl_fast.training.policy import load_judging
-from dwrl_fast.training.rollout import sample_thoughts
+from dwrl_fast.training.rollout import sampled_groups
 
 SAMPLE = 256  # rows of each file that are encoded
 THOUGHT = 300  # tokens that a thought is taken to have: nobody knows before one is sampled
@@ -257,7 +257,7 @@ def guessed_groups(rows: Sequence[Preference], method: Method, length: int) -> l
     question = method.question
     guessed = Guessed(length, len(question.tokenizer), question.end_id)
     requests = method.requests(rows, seed)
-    return method.reward(requests, sample_thoughts(method, requests, guessed, seed))[0]
+    return method.reward(requests, sampled_groups(method, requests, guessed, seed))[0]
 
 
 def _say_model(config: TrainConfig, method: Method | None, longest: int, found: Findings) -> None:

@@ -49,7 +49,7 @@ class Rollout:
         requests = method.requests(rows, seed)
         assert self.sampler is not None
         with display.stage("  " + method.preparation, sum(len(each.contexts) for each in requests)) as stage:
-            sampled = sample_thoughts(method, requests, self.sampler, seed, stage.advance)
+            sampled = sampled_groups(method, requests, self.sampler, seed, stage.advance)
         sampled, unread = method.reward(requests, sampled)
         kept, gaps = self._with_old_logprobs(method.keep(sampled, seed))
         return kept, method.figures(rows, requests, sampled, kept, unread) | gaps
@@ -87,7 +87,7 @@ class Rollout:
         return found, {"sampler_gap_mean": gap.mean().item(), "sampler_gap_max": gap.max().item()}
 
 
-def sample_thoughts(
+def sampled_groups(
     method: Method,
     requests: Sequence[Request],
     sampler: Sampler,

@@ -1,12 +1,12 @@
 """What a run writes as it goes: metrics.jsonl, a line a rollout batch, and the thoughts with their scores."""
 
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from dwrl_fast.data.jsonl import finite
 from dwrl_fast.log import logger
 from dwrl_fast.scoring import ScoredGroup
 
@@ -178,8 +178,3 @@ def _narrow(values: Mapping[str, float], minibatch_size: int) -> tuple[str, str]
         f"of {minibatch_size} groups in a minibatch about {values['effective_groups']:.1f} carry the gradient; the "
         "others are solved. Raise --minibatch_size, or add harder pairs"
     )) if few else ("", "")  # fmt: skip
-
-
-def finite(values: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has no nan: figures that were not known become null."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}

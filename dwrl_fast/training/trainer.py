@@ -20,6 +20,7 @@ from dwrl_fast.batching.batch import Batch
 from dwrl_fast.compute import step_seed
 from dwrl_fast.config import TrainConfig
 from dwrl_fast.data import Preference
+from dwrl_fast.data.jsonl import finite
 from dwrl_fast.errors import CheckpointError, NotFiniteError
 from dwrl_fast.evaluation.pairs import PairReport
 from dwrl_fast.evaluation.sources import source_accuracy, source_reports
@@ -33,7 +34,7 @@ from dwrl_fast.training.checkpoint import checkpoints, latest_checkpoint, load_c
 from dwrl_fast.training.optimizer import Optimizers
 from dwrl_fast.training.policy import Policy
 from dwrl_fast.training.rollout import Rollout
-from dwrl_fast.training.runlog import RunLog, StallWatch, finite
+from dwrl_fast.training.runlog import RunLog, StallWatch
 
 # Options that say where a run reads and writes; its rows and its dialog are compared by content.
 APART = {
