@@ -24,7 +24,7 @@ from dwrl_fast.log import logger
 from dwrl_fast.methods import StepMetrics
 from dwrl_fast.methods.star_sft import StarImitation
 from dwrl_fast.progress import Display, Stage
-from dwrl_fast.training.rollout import sample_thoughts
+from dwrl_fast.training.rollout import sampled_groups
 from dwrl_fast.training.runlog import StallWatch, read_metrics
 from dwrl_fast.training.trainer import Trainer
 
@@ -259,7 +259,7 @@ def test_rounds_that_keep_little_or_nothing(folder: Path, name: str) -> None:
 
 def learn_the_form(policy: FakePolicy) -> None:
     method, model = policy.method, policy.model
-    batches = policy.batches(sample_thoughts(method, method.requests(ROWS, 0), policy.roll_out.sampler, 0))
+    batches = policy.batches(sampled_groups(method, method.requests(ROWS, 0), policy.roll_out.sampler, 0))
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for _ in range(12):
         for batch in batches:
