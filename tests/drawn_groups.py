@@ -1,11 +1,10 @@
 """Groups made of ids alone, for tests of the layouts."""
 
-import torch
 from hypothesis import strategies as st
 
 from dwrl_fast.data import Preference
 from dwrl_fast.dialog import Sequence
-from dwrl_fast.encode import Group
+from dwrl_fast.encode import Group, Thought
 
 
 def make_sequence(ids: list[int], start: int, stop: int) -> Sequence:
@@ -16,9 +15,13 @@ def make_sequence(ids: list[int], start: int, stop: int) -> Sequence:
 def make_group(responses: list[list[Sequence]]) -> Group:
     """Old log-probs and flags that differ from thought to thought, so that no two can be exchanged unseen."""
     count = iter(range(1000))
-    old = [[torch.full((s.thought.stop - s.thought.start,), -float(next(count))) for s in row] for row in responses]
-    ended = [[s.ids[-1] % 2 == 0 for s in row] for row in responses]
-    return Group(Preference((), tuple("abcdefgh"[: len(responses)])), responses, old, ended)
+
+    def thought(s: Sequence) -> Thought:
+        ids = s.ids[s.thought]
+        return Thought(ids, [-float(next(count))] * len(ids), s.ids[-1] % 2 == 0)
+
+    thoughts = [[thought(s) for s in row] for row in responses]
+    return Group(Preference((), tuple("abcdefgh"[: len(responses)])), responses, thoughts)
 
 
 def whole(*ids: list[int]) -> Group:

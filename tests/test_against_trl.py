@@ -14,19 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_config, tiny_folder
+from fakes import FakePolicy
+from judging import logprobs, make_policy, shake, taken_gradients
+from tiny import tiny_config
 from torch import Tensor
 
-from dwrl_fast.batching.batch import Size
-from dwrl_fast.compute import Compute
 from dwrl_fast.data import Preference
-from dwrl_fast.dialog import SingleTurn
-from dwrl_fast.embedded.tokenizer import make_tokenizer
 from dwrl_fast.encode import Group
-from dwrl_fast.methods import METHODS, Method, StepMetrics
 from dwrl_fast.objectives.group_relative import group_advantage
-from dwrl_fast.scoring.loading import load_dialog
-from dwrl_fast.templates import Template
 
 trl = pytest.importorskip("trl")
 
@@ -41,44 +36,23 @@ ROWS = [
 PLAIN = [Preference(row.prompt, row.responses) for row in ROWS]
 
 
-def make_method(folder: Path, name: str, packing: str) -> Method:
-    tiny_folder(folder / "tiny")
-    config = tiny_config(folder, method=name, packing=packing, token_budget=BUDGETS[packing])
-    return METHODS[name](config, load_dialog(config), Compute.resolve("fp32"))
+def fake_policy(folder: Path, name: str, packing: str) -> FakePolicy:
+    return FakePolicy(tiny_config(folder, method=name, packing=packing))
 
 
-def shake(method: Method) -> None:
-    """Away from the reference and the sampling policy, so that neither ratio is 1."""
-    g = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in method.model.parameters():
-            p += 0.05 * torch.randn(p.shape, generator=g)
+def ours(policy: FakePolicy, groups: list[Group]) -> tuple[float, dict[str, Tensor]]:
+    loss, gradients, _ = policy.step(groups, budget=BUDGETS[policy.runtime.layout.packing])
+    return loss, {name.removeprefix("lm."): gradient for name, gradient in gradients.items()}
 
 
-def gradients(model: Any) -> dict[str, Tensor]:
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return found
-
-
-def ours(method: Method, groups: list[Group]) -> tuple[float, dict[str, Tensor]]:
-    batches = method.layout.batches(groups)
-    loss = 0.0
-    for batch in batches:
-        part = method.loss(method.phases[0], batch, Size.of(batches), StepMetrics())
-        part.backward()
-        loss += part.item()
-    return loss, gradients(method.model.lm)
-
-
-def trainer_of(kind: str, method: Method, folder: Path, data: dict[str, str], **options: Any) -> Any:
+def trainer_of(kind: str, policy: FakePolicy, folder: Path, data: dict[str, str], **options: Any) -> Any:
     """TRL's trainer over a copy of the method's model with Hugging Face's attention; `data` only lets it be built."""
     from datasets import Dataset
 
-    labels = {"num_labels": 1} if method.scalar else {}
-    lm = type(method.model.lm).from_pretrained(folder / "tiny", attn_implementation="eager", **labels)
-    lm.config.pad_token_id = method.dialog.pad_id
-    lm.load_state_dict(method.model.lm.state_dict())
+    labels = {"num_labels": 1} if policy.method.scalar else {}
+    lm = type(policy.model.lm).from_pretrained(folder / "tiny", attn_implementation="eager", **labels)
+    lm.config.pad_token_id = policy.dialog.pad_id
+    lm.load_state_dict(policy.model.lm.state_dict())
     options = {"bf16": False, "use_cpu": True, "report_to": "none"} | options
     config = getattr(trl, f"{kind}Config")(output_dir=str(folder / "trl"), **options)
     extra = {"reward_funcs": lambda completions, **rest: [0.0] * len(completions)} if kind == "GRPO" else {}
@@ -86,16 +60,16 @@ def trainer_of(kind: str, method: Method, folder: Path, data: dict[str, str], **
         model=lm,
         args=config,
         train_dataset=Dataset.from_list([data] * 4),
-        processing_class=method.dialog.tokenizer,
+        processing_class=policy.dialog.tokenizer,
         **extra,
     )
 
 
-def theirs(trainer: Any, method: Method, inputs: dict[str, Any]) -> tuple[float, dict[str, Tensor]]:
-    trainer.model.load_state_dict(method.model.lm.state_dict())
+def theirs(trainer: Any, policy: FakePolicy, inputs: dict[str, Any]) -> tuple[float, dict[str, Tensor]]:
+    trainer.model.load_state_dict(policy.model.lm.state_dict())
     loss = trainer.compute_loss(trainer.model, inputs)
     loss.backward()
-    return loss.item(), gradients(trainer.model)
+    return loss.item(), taken_gradients(trainer.model)
 
 
 def compare(one: tuple[float, dict[str, Tensor]], other: tuple[float, dict[str, Tensor]]) -> None:
@@ -113,78 +87,72 @@ def prompt_and_completion(group: Group, k: int) -> tuple[list[int], list[int]]:
 
 @pytest.mark.parametrize("rows", [PLAIN, ROWS], ids=["pairs", "margins"])
 @pytest.mark.parametrize("packing", ["tree", "padded"])
-def test_bt(tmp_path: Path, rows: list[Preference], packing: str) -> None:
+def test_bt(folder: Path, rows: list[Preference], packing: str) -> None:
     """Rewards are read at the end-of-turn by both: TRL's model takes the last id that is no padding."""
-    method = make_method(tmp_path, "bt", packing)
-    groups = method.rollout(rows, 0, lambda n: None)[0]
-    trainer = trainer_of("Reward", method, tmp_path, {"chosen": "1", "rejected": "2"})
+    policy = fake_policy(folder, "bt", packing)
+    groups = policy.rollout(rows)[0]
+    trainer = trainer_of("Reward", policy, folder, {"chosen": "1", "rejected": "2"})
     examples: list[dict[str, Any]] = [
         {"chosen_ids": group.flat[0].ids, "rejected_ids": group.flat[1].ids} for group in groups
     ]
     if rows is ROWS:
         examples = [e | {"margin": row.margin} for e, row in zip(examples, rows, strict=True)]
-    compare(ours(method, groups), theirs(trainer, method, trainer.data_collator(examples)))
+    compare(ours(policy, groups), theirs(trainer, policy, trainer.data_collator(examples)))
 
 
 @pytest.mark.parametrize("packing", ["tree", "padded"])
-def test_dpo(tmp_path: Path, packing: str) -> None:
-    method = make_method(tmp_path, "dpo", packing)
-    groups = method.rollout(PLAIN, 0, lambda n: None)[0]
-    trainer = trainer_of("DPO", method, tmp_path, {"prompt": "1", "chosen": "1", "rejected": "2"}, beta=0.22)
-    shake(method)
+def test_dpo(folder: Path, packing: str) -> None:
+    policy = fake_policy(folder, "dpo", packing)
+    groups = policy.rollout(PLAIN)[0]
+    trainer = trainer_of("DPO", policy, folder, {"prompt": "1", "chosen": "1", "rejected": "2"}, beta=0.22)
+    shake(policy.model)
     examples = []
     for group in groups:
         (prompt, chosen), (same, rejected) = prompt_and_completion(group, 0), prompt_and_completion(group, 1)
         assert prompt == same
         examples.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
-    compare(ours(method, groups), theirs(trainer, method, trainer.data_collator(examples)))
+    compare(ours(policy, groups), theirs(trainer, policy, trainer.data_collator(examples)))
 
 
 @pytest.mark.parametrize("packing", ["tree", "padded"])
-def test_sft(tmp_path: Path, packing: str) -> None:
-    method = make_method(tmp_path, "sft", packing)
-    groups = method.rollout(PLAIN, 0, lambda n: None)[0]
-    trainer = trainer_of("SFT", method, tmp_path, {"prompt": "1", "completion": "1"})
+def test_sft(folder: Path, packing: str) -> None:
+    policy = fake_policy(folder, "sft", packing)
+    groups = policy.rollout(PLAIN)[0]
+    trainer = trainer_of("SFT", policy, folder, {"prompt": "1", "completion": "1"})
     examples = []
     for group in groups:
         prompt, completion = prompt_and_completion(group, 0)
         examples.append({"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion})
-    compare(ours(method, groups), theirs(trainer, method, trainer.data_collator(examples)))
+    compare(ours(policy, groups), theirs(trainer, policy, trainer.data_collator(examples)))
 
 
 @pytest.mark.parametrize("packing", ["tree", "padded"])
-def test_grpo(tmp_path: Path, packing: str) -> None:
+def test_grpo(folder: Path, packing: str) -> None:
     """Off the policy that sampled, so that the ratio is clipped on both sides for some tokens."""
-    tiny_folder(tmp_path / "tiny")
-    template = Template("compare {prompt} A {response_a} B {response_b}", labels=None, kind="pairwise")
-    config = tiny_config(tmp_path, method="grpo-pair", packing=packing, token_budget=BUDGETS[packing])
-    method = METHODS["grpo-pair"](
-        config, SingleTurn(make_tokenizer(), template, "correctness"), Compute.resolve("fp32")
-    )
-    groups = method.rollout(PLAIN, 0, lambda n: None)[0]
+    policy = make_policy(folder, "grpo-pair", packing=packing)
+    groups = policy.rollout(PLAIN)[0]
     g = torch.Generator().manual_seed(0)
-    for group in groups:  # a drawn model writes no verdicts
-        group.rewards = [torch.rand(len(r), generator=g).tolist() for r in group.rewards]
+    groups = [  # a drawn model writes no verdicts
+        group.with_rewards([torch.rand(len(r), generator=g).tolist() for r in group.rewards]) for group in groups
+    ]
     trainer = trainer_of(
-        "GRPO", method, tmp_path, {"prompt": "1"},
+        "GRPO", policy, folder, {"prompt": "1"},
         loss_type="grpo", beta=0.0, epsilon=0.2, num_generations=3, per_device_train_batch_size=12, temperature=1.0,
     )  # fmt: skip
-    shake(method)
+    shake(policy.model)
     advantage = torch.cat([group_advantage(torch.tensor(r)) for group in groups for r in group.rewards])
-    inputs = grpo_inputs(groups, method.dialog.pad_id) | {"advantages": advantage}
+    inputs = grpo_inputs(groups, policy.dialog.pad_id) | {"advantages": advantage}
     with torch.no_grad():
-        logits = method.model.lm(torch.tensor([groups[0].flat[0].ids])).logits.log_softmax(-1)[0]
-    ids, span = groups[0].flat[0].ids, groups[0].flat[0].thought
-    ratio = torch.stack([logits[t - 1, ids[t]] for t in range(span.start, span.stop)]) - groups[0].old_logprobs[0][0]
+        ratio = logprobs(policy.model, groups[0].flat[0]) - torch.tensor(groups[0].thoughts[0][0].logprobs)
     assert (ratio.exp() - 1).abs().max() > 0.2
     trainer.current_gradient_accumulation_steps = 1
-    compare(ours(method, groups), theirs(trainer, method, inputs))
+    compare(ours(policy, groups), theirs(trainer, policy, inputs))
 
 
 def grpo_inputs(groups: list[Group], pad_id: int) -> dict[str, Tensor]:
     """What TRL's rollout would give: prompts padded on the left, completions on the right."""
     sequences = [sequence for group in groups for sequence in group.flat]
-    old = [logprob for group in groups for each in group.old_logprobs for logprob in each]
+    old = [thought.logprobs for group in groups for some in group.thoughts for thought in some]
     start = max(sequence.thought.start for sequence in sequences)
     stop = max(len(logprob) for logprob in old)
     rows: dict[str, list[list[float]]] = {}
@@ -196,7 +164,7 @@ def grpo_inputs(groups: list[Group], pad_id: int) -> dict[str, Tensor]:
             "prompt_mask": [0] * before + [1] * len(prompt),
             "completion_ids": completion + [pad_id] * after,
             "completion_mask": [1] * len(completion) + [0] * after,
-            "old_per_token_logps": logprob.tolist() + [0.0] * after,
+            "old_per_token_logps": logprob + [0.0] * after,
         }.items():
             rows.setdefault(name, []).append(row)
     return {name: torch.tensor(each) for name, each in rows.items()}

@@ -56,20 +56,23 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> HostReads:
 
 
 def test_a_step_reads_the_scores_and_nothing_else(reads: HostReads) -> None:
-    """Once a micro-batch. The policy loss has its own waits, which it documents; the scale it reads on the CPU only."""
+    """Once a micro-batch, after the updates. The policy loss has its own waits, which it documents; the scale it reads
+    on the CPU only.
+    """
     it = setting(SHAPE, lengths.synthetic(4, 7, 5), lengths.thought_lengths(6, 32), token_budget=120)
-    batches = it.method.layout.batches(it.groups)
+    batches = it.runtime.layout.batches(it.groups)
     assert len(batches) > 1
-    expected = {
-        "score": {"scorer.py: fill_scores": len(batches)},
-        "thought": {"policy.py: backward": len(batches)},
-    }
-    for phase, allowed in expected.items():
+    metrics = StepMetrics()
+    for phase, allowed in {"score": {}, "thought": {"policy.py: backward": len(batches)}}.items():
         reads.seen.clear()
         with reads:
             for batch in batches:
-                it.method.loss(phase, batch, Size.of(batches), StepMetrics()).backward()
+                it.method.loss(phase, it.runtime.model, batch, Size.of(batches), metrics).backward()
         assert reads.seen == allowed, phase
+    reads.seen.clear()
+    with reads:
+        metrics.scores(it.groups)
+    assert reads.seen == {"metrics.py: scores": len(batches)}
 
 
 def test_reads_are_seen(reads: HostReads) -> None:

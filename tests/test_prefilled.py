@@ -8,34 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from judging import backward, taken_gradient
+from fakes import FakePolicy
+from judging import taken_gradients
 from rich.console import Console
-from tiny import tiny_config, tiny_folder, tiny_pairs, tiny_rows
+from tiny import tiny_config, tiny_rows
 
 from dwrl_fast import Scorer, evaluate, train
-from dwrl_fast.compute import Compute
 from dwrl_fast.config import TrainConfig, parse_evaluate
 from dwrl_fast.errors import ConfigError, ModelError
-from dwrl_fast.methods import METHODS
-from dwrl_fast.methods.bt import PREFILLED
 from dwrl_fast.sampling.transformers import TransformersSampler
 from dwrl_fast.scoring import marginal_scores
 from dwrl_fast.scoring.loading import load_dialog
+from dwrl_fast.training.policy import PREFILLED
 
 OPTIONS = ["--rollout_batch_size", "6", "--minibatch_size", "6", "--max_steps", "4", "--learning_rate", "1e-2"]
 OPTIONS += ["--max_completion_length", "5"]
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    tiny_folder(tmp_path / "tiny")
-    tiny_pairs(tmp_path / "pairs.jsonl")
-    return tmp_path
-
-
-def make(folder: Path, **changes: Any) -> Any:
-    config = tiny_config(folder, method="bt", prefilled_thoughts=True, **changes)
-    return METHODS["bt"](config, load_dialog(config), Compute.resolve("fp32"))
 
 
 def go(folder: Path, *more: str) -> dict[str, Any]:
@@ -51,23 +38,23 @@ def kept(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_the_head_reads_a_greedy_thought_of_the_base_model(folder: Path) -> None:
-    method, rows = make(folder), tiny_rows(folder)[:4]
-    groups, _ = method.rollout(rows, 0, lambda n: None)
-    generative: Any = METHODS["dwrl"](tiny_config(folder), method.dialog, Compute.resolve("fp32"))
+    policy, rows = FakePolicy(tiny_config(folder, method="bt", prefilled_thoughts=True)), tiny_rows(folder)[:4]
+    groups, _ = policy.rollout(rows)
+    sampler = FakePolicy(tiny_config(folder)).runtime.sampler
     for row, group in zip(rows, groups, strict=True):
         for response, (sequence,) in zip(row.responses, group.sequences, strict=True):
-            context = method.dialog.context(row.prompt, response)
-            ((thought,),) = generative.sampler.sample([context.ids], 1, max_tokens=6, temperature=0.0, seed=0)
-            assert sequence == method.dialog.sequence(context, thought.ids)
-    loss, gradient, _ = backward(method, groups, 1)
+            context = policy.dialog.context(row.prompt, response)
+            ((thought,),) = sampler.sample([context.ids], 1, max_tokens=6, temperature=0.0, seed=0)
+            assert sequence == policy.dialog.sequence(context, thought.ids)
+    loss, gradients, _ = policy.step(groups, budget=1)
     rewards = [
-        [method.model.lm(torch.tensor([sequence.ids])).logits[0, 0] for (sequence,) in group.sequences]
+        [policy.model.lm(torch.tensor([sequence.ids])).logits[0, 0] for (sequence,) in group.sequences]
         for group in groups
     ]
     total = torch.stack([torch.log1p((bad - good).exp()) for good, bad in rewards]).mean()
     total.backward()
     assert loss == pytest.approx(total.item(), rel=1e-5)
-    torch.testing.assert_close(gradient, taken_gradient(method), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(gradients, taken_gradients(policy.model), rtol=1e-4, atol=1e-6)
 
 
 def test_thoughts_are_written_once_and_stay(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +65,7 @@ def test_thoughts_are_written_once_and_stay(folder: Path, monkeypatch: pytest.Mo
             written.append(len(contexts))
             return super().sample(contexts, *args, **options)
 
-    monkeypatch.setattr("dwrl_fast.methods.bt.TransformersSampler", Counted)
+    monkeypatch.setattr("dwrl_fast.scoring.runtime.TransformersSampler", Counted)
     first = go(folder)
     before = kept(folder / "run")
     assert len({row["context"] for row in before}) == len(before) == sum(written) <= 24

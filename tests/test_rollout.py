@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 from dwrl_fast.batching.padded import padded_batch
 from dwrl_fast.data import Preference
 from dwrl_fast.dialog import Dialog
-from dwrl_fast.encode import Group, Thought, response_contexts
+from dwrl_fast.encode import Group, Thought, response_requests
 from dwrl_fast.ops import linear_logprob
 from dwrl_fast.sampling import sample_groups
 from dwrl_fast.sampling.transformers import TransformersSampler
@@ -37,7 +37,7 @@ def sample(engine: TransformersSampler, n: int = 12, temperature: float = 1.0, s
 
 
 def sampled(rows: list[Preference], dialog: Dialog, engine: TransformersSampler, n: int, **how: Any) -> list[Group]:
-    return sample_groups(rows, response_contexts(rows, dialog), dialog, engine, n, **how)
+    return sample_groups(response_requests(rows, dialog), dialog, engine, n, **how)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
@@ -106,10 +106,10 @@ def test_thoughts_stand_in_the_sequence_as_sampled() -> None:
     groups = sampled(ROWS, dialog, sampler(), 3, max_tokens=5, temperature=1.0, seed=0)
     drawn = iter(sampler().sample(contexts(), 3, max_tokens=5, temperature=1.0, seed=0))
     for group in groups:
-        for sequences, old in zip(group.sequences, group.old_logprobs, strict=True):
-            for sequence, logprob, thought in zip(sequences, old, next(drawn), strict=True):
+        for sequences, kept in zip(group.sequences, group.thoughts, strict=True):
+            for sequence, own, thought in zip(sequences, kept, next(drawn), strict=True):
                 assert sequence.ids[sequence.thought] == thought.ids
-                assert logprob.tolist() == pytest.approx(thought.logprobs)
+                assert own.logprobs == pytest.approx(thought.logprobs)
 
 
 def test_groups_of_any_shape_share_a_batch() -> None:
@@ -146,10 +146,9 @@ def test_padding_changes_no_hidden_state() -> None:
     with torch.no_grad():
         together = model(padded_batch(groups, dialog.pad_id, torch.device("cpu")), tokens=True)
         alone = [
-            model(padded_batch([Group(g.preference, [[s]], [[o]])], dialog.pad_id, torch.device("cpu")), tokens=True)
+            model(padded_batch([Group(g.preference, [[s]])], dialog.pad_id, torch.device("cpu")), tokens=True)
             for g in groups
-            for row, old in zip(g.sequences, g.old_logprobs, strict=True)
-            for s, o in zip(row, old, strict=True)
+            for s in g.flat
         ]
     torch.testing.assert_close(together.score, torch.cat([h.score for h in alone]), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(together.token, torch.cat([h.token for h in alone]), rtol=1e-5, atol=1e-5)

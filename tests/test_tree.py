@@ -17,7 +17,7 @@ from dwrl_fast.batching.padded import padded_batch
 from dwrl_fast.batching.tree import TreeBatch, split_tree, tree_batch
 from dwrl_fast.data import Preference
 from dwrl_fast.dialog import Sequence
-from dwrl_fast.encode import Group, response_contexts
+from dwrl_fast.encode import Group, response_requests
 from dwrl_fast.ops.oracle import tree_mask
 from dwrl_fast.sampling import sample_groups
 from dwrl_fast.sampling.transformers import TransformersSampler
@@ -112,9 +112,10 @@ def test_all_else_is_as_in_the_padded_layout(groups: list[Group], mask_truncated
         assert batch.input_ids[getattr(batch, name)].tolist() == ids.tolist(), name
     assert padded.padding == (padded.input_ids == 9).sum() == (padded.attention_mask == 0).sum()
     assert padded.trunk_tokens - padded.padding == batch.naive_tokens >= batch.trunk_tokens
-    old = [value for g in groups for row in g.old_logprobs for each in row for value in each.tolist()]
+    thoughts = [thought for g in groups for row in g.thoughts for thought in row]
+    old = [value for thought in thoughts for value in thought.logprobs]
     assert batch.old_logprob is not None and batch.old_logprob.tolist() == old
-    ended = [each for g in groups for row in g.ended for each in row]
+    ended = [thought.ended for thought in thoughts]
     assert batch.trained.tolist() == (ended if mask_truncated else [True] * len(ended))
     numbers = torch.arange(len(batch.score_rows))
     assert batch.grid(numbers)[batch.valid].tolist() == numbers.tolist()
@@ -186,9 +187,7 @@ def test_the_plan_says_who_sees_whom() -> None:
     prompts = [("3 1 4", "6", "2 2 2 2"), ("1", "1", "0"), ("3 1 4", "6", "7")]
     rows = [Preference(({"role": "user", "content": x},), (a, b)) for x, a, b in prompts]
     sampler = TransformersSampler(model.lm, dialog.stop_ids, dialog.pad_id, batch_size=64)
-    groups = sample_groups(
-        rows, response_contexts(rows, dialog), dialog, sampler, 4, max_tokens=6, temperature=1.0, seed=0
-    )
+    groups = sample_groups(response_requests(rows, dialog), dialog, sampler, 4, max_tokens=6, temperature=1.0, seed=0)
     batch, padded = tree_batch(groups, CPU), padded_batch(groups, dialog.pad_id, CPU)
     depth: list[int] = []
     for above in batch.plan.parent.tolist():

@@ -158,7 +158,7 @@ def head_fields(
         "owner": put(np.repeat(np.arange(count), lengths)),
         "lengths": put(lengths),
         "trained": torch.tensor(ended if mask_truncated else [True] * count).to(device),
-        "old_logprob": put(old) if len(old) else None,
+        "old_logprob": put(old) if thoughts and len(old) == len(targets) else None,
         "slots": slots.to(device),
         "valid": valid.to(device),
         "places": put(np.flatnonzero(valid.numpy())),
