@@ -11,7 +11,7 @@ import torch
 import yaml
 from judging import RUBRIC
 from rich.console import Console
-from tiny import tiny_config, tiny_dialog, tiny_folder, tiny_model, tiny_pairs, tiny_rows
+from tiny import tiny_config, tiny_dialog, tiny_model, tiny_rows
 
 from dwrl_fast import train
 from dwrl_fast.console import command
@@ -26,16 +26,15 @@ PAIRWISE = ["grpo-pair", "star-sft", "star-dpo", "star-rationalizer"]
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    tiny_folder(tmp_path / "tiny")
-    tiny_pairs(tmp_path / "pairs.jsonl")
-    (tmp_path / "pairwise.yaml").write_text(RUBRIC)
-    (tmp_path / "pointwise.yaml").write_text(POINTS)
-    (tmp_path / "rationalizer.yaml").write_text(
+def folder(folder: Path) -> Path:
+    """With templates of other kinds."""
+    (folder / "pairwise.yaml").write_text(RUBRIC)
+    (folder / "pointwise.yaml").write_text(POINTS)
+    (folder / "rationalizer.yaml").write_text(
         'kind: rationalizer\nevaluate: "score {verdict} {aspect} {prompt} A {response_a} B {response_b} '
         'ok <answer>[[{verdict}]]</answer>"\n'
     )
-    return tmp_path
+    return folder
 
 
 def options(folder: Path, method: str, run: str = "run", **more: Any) -> list[str]:
