@@ -54,7 +54,7 @@ def test_dpo_on_mixed_groups(folder: Path, packing: str, budget: int) -> None:
     losses = oracle_losses(rewards)
     _, ours, metrics = policy.step(groups, budget=budget)
     figures = metrics.means()
-    compare(ours, policy, losses.mean())
+    compare(list(ours.values()), policy, losses.mean())
     assert figures["loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
     assert figures["train_accuracy"] == pytest.approx(sum(shares(rewards)) / 4)
     best = torch.cat([r[: row.ranks.count(1) or 1] for r, row in zip(rewards, ROWS, strict=True)])
@@ -87,7 +87,7 @@ def test_sft_on_mixed_groups(folder: Path, packing: str, budget: int) -> None:
     assert [text.split() for text in decoded] == [["7", "1", "3", "<|end|>"], ["2", "<|end|>"]]
     mean = torch.cat([logprobs(policy.model, q) for group in groups for q in group.flat]).mean()
     _, ours, metrics = policy.step(groups, budget=budget)
-    compare(ours, policy, -mean)
+    compare(list(ours.values()), policy, -mean)
     assert metrics.means()["loss"] == pytest.approx(-mean.item(), rel=1e-5)
 
 
@@ -107,7 +107,7 @@ def test_sft_on_demonstrations_and_pairs(folder: Path, packing: str, budget: int
         terms.append(policy.model.lm(torch.tensor([group.flat[0].ids])).logits[0, -1].log_softmax(-1)[label][None])
     assert sum(map(len, terms)) == 10
     _, ours, _ = policy.step(groups, budget=budget)
-    compare(ours, policy, -torch.cat(terms).mean())
+    compare(list(ours.values()), policy, -torch.cat(terms).mean())
 
 
 def test_demonstrations_of_single_turns() -> None:
