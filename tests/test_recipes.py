@@ -5,6 +5,7 @@ import gzip
 import io
 import itertools
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -283,3 +284,12 @@ def test_commands_of_the_recipes_are_commands() -> None:
     told = {line for recipe in recipes() for line in recipe.about if "--prepare" in line}
     assert len(told) == len({"hh", "ultrafeedback-14407-784", "gsm8k", "ultrafeedback", "ultrainteract"})
     assert (ROOT / "recipes" / "README.md").is_file()
+
+
+def test_the_model_that_writes_is_tried_too(folder: Path) -> None:
+    writer = Path(shutil.copytree(folder / "tiny", folder / "writer"))
+    asked = ["--method", "star-rationalizer", "--rationalizer_model", str(writer)]
+    assert "all of it works" in said(parse_train([*tiny_arguments(folder), *asked]))
+    (writer / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"cannot load a model from .*writer"):
+        said(parse_train([*tiny_arguments(folder), *asked]))

@@ -33,7 +33,7 @@ from dwrl_fast.models.model import check_positions, check_vocabulary, load_gener
 from dwrl_fast.models.pretrained import try_saving
 from dwrl_fast.scoring.loading import load_dialog
 from dwrl_fast.training.policy import load_judging
-from dwrl_fast.training.rollout import sampled_groups
+from dwrl_fast.training.rollout import Rollout, sampled_groups
 
 SAMPLE = 256  # rows of each file that are encoded
 THOUGHT = 300  # tokens that a thought is taken to have: nobody knows before one is sampled
@@ -292,6 +292,7 @@ def weights_at_hand(name: str | None) -> bool:
 def _say_trial(config: TrainConfig, method: Method, found: Findings) -> None:
     """The model loaded, placed, sampled from, merged and saved as a run would."""
     judging = load_judging(config, method, method.dialog, Compute.resolve(config.dtype))
+    Rollout(method, judging)
     try_saving(Path(config.output_dir or "."), judging.runtime.model, method.dialog, method.card())
     does = ["its layout"] + ["sampling"] * method.thinks + ["merging"] * config.use_peft + ["saving"]
     found.say("trial", f"tried on a few tokens: {', '.join(does)}; all of it works")
