@@ -232,8 +232,8 @@ def plain(lm: Any) -> Any:
     found = merged.load_state_dict(_merged_weights(lm), strict=False, assign=True)
     merged.tie_weights()
     for name, buffer in lm.named_buffers():  # of rotary embeddings, which are in no file
-        segment_ids, _, kind = name.rpartition(".")
-        setattr(merged.get_submodule(segment_ids), kind, buffer.cpu())
+        owner, _, kind = name.rpartition(".")
+        setattr(merged.get_submodule(owner), kind, buffer.cpu())
     assert not found.unexpected_keys and not any(p.is_meta for p in merged.parameters()), found
     if lm.can_generate():
         merged.generation_config = lm.generation_config
@@ -248,9 +248,9 @@ def _merged_weights(lm: Any) -> dict[str, Tensor]:
     for name, parameter in lm.named_parameters():
         if ".lora_" in name or ".original_module." in name:
             continue
-        segment_ids, _, kind = name.rpartition(".")
-        weight = dequantize_module_weight(lm.get_submodule(segment_ids)) if kind == "weight" else parameter
-        layer = layers.get(segment_ids.removesuffix(".base_layer"))
+        owner, _, kind = name.rpartition(".")
+        weight = dequantize_module_weight(lm.get_submodule(owner)) if kind == "weight" else parameter
+        layer = layers.get(owner.removesuffix(".base_layer"))
         weight = weight.detach().float()
         if layer is not None and kind == "weight":
             weight = weight + layer.get_delta_weight(NAME).detach()
