@@ -102,9 +102,9 @@ def test_every_source_is_read_as_the_same_preferences(tmp_path: Path, kind: str)
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("segment_ids/set", ("segment_ids/set", None, "train")),
-        ("segment_ids/set:test", ("segment_ids/set", None, "test")),
-        ("segment_ids/set:main:test", ("segment_ids/set", "main", "test")),
+        ("owner/set", ("owner/set", None, "train")),
+        ("owner/set:test", ("owner/set", None, "test")),
+        ("owner/set:main:test", ("owner/set", "main", "test")),
         ("squad", ("squad", None, "train")),
     ],
 )
@@ -127,7 +127,7 @@ def test_the_hub_is_streamed_and_runs_no_code(
     assert calls[0] == (repository, config, {"split": split, "streaming": True})  # and no trust_remote_code
 
 
-@pytest.mark.parametrize("name", ["segment_ids/absent", "absent", "absent:test"])
+@pytest.mark.parametrize("name", ["owner/absent", "absent", "absent:test"])
 def test_what_is_neither_here_nor_on_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
     monkeypatch.chdir(tmp_path)
     datasets = hugging_face()

@@ -114,7 +114,7 @@ def _replace(
     write(part)
     dialog.tokenizer.save_pretrained(part)
     (part / CARD).write_text(json.dumps(card | {"dialog": dialog.to_dict()}, indent=2) + "\n", encoding="utf-8")
-    for file in part.iterdir():  # safetensors lets its segment_ids alone read a file
+    for file in part.iterdir():  # safetensors lets its owner alone read a file
         file.chmod((part / CARD).stat().st_mode)
     _compare(part, model)
     if folder.exists():
