@@ -148,6 +148,8 @@ def main() -> None:
     parser.add_argument("--tokenizers", type=Path, help="compare two steps of bench.learning.overfit instead")
     parser.add_argument("--pairs", type=Path, help="the pairs for --model and --tokenizers")
     options = parser.parse_args()
+    if (options.model or options.tokenizers) and options.pairs is None:
+        parser.error("--model and --tokenizers need --pairs, a file of preference pairs")
     checkouts = {"before": options.before.resolve(), "after": options.after.resolve()}
 
     with tempfile.TemporaryDirectory(prefix="unchanged-") as name:

@@ -11,7 +11,7 @@ import pytest
 
 from dwrl_fast.config import TrainConfig
 from dwrl_fast.methods import METHODS
-from dwrl_fast.options import help_page
+from dwrl_fast.options import Options, help_page, option_fields
 from dwrl_fast.scoring import VERDICTS
 
 ROOT = Path(__file__).parents[1]
@@ -70,6 +70,14 @@ def test_the_method_of_the_documentation_is_a_file_and_a_line(tmp_path: Path) ->
     command = [sys.executable, "-c", TRIED, str(tmp_path)]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_an_option_is_declared_once() -> None:
+    """Of two with one name, the dataclass would keep one in silence."""
+    classes = [each for each in TrainConfig.__mro__ if issubclass(each, Options)]
+    names = [f for each in classes for f in vars(each).get("__annotations__", {})]
+    shadowed = {name for name in names if names.count(name) > 1} - {"command", "summary", "groups", "examples"}
+    assert shadowed == set() and {f.name for f in option_fields(TrainConfig)} <= set(names)
 
 
 def test_no_other_room_compares_the_names_of_methods() -> None:

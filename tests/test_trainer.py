@@ -383,7 +383,7 @@ def test_every_packing_trains_alike(folder: Path, caplog: pytest.LogCaptureFixtu
     assert counts["tree"]["padding"] == 0 and counts["tree"]["trunk_tokens"] < 0.7 * naive
     assert counts["packed"] == {"trunk_tokens": naive, "naive_tokens": naive, "padding": 0}
     assert counts["padded"]["trunk_tokens"] - counts["padded"]["padding"] == counts["padded"]["naive_tokens"] == naive
-    assert f"trunk computes {counts['tree']['trunk_tokens']:,} tokens for sequences of {naive:,}" in caplog.text
+    assert f"backbone computes {counts['tree']['trunk_tokens']:,} tokens for sequences of {naive:,}" in caplog.text
     for packing in ("packed", "padded"):
         for ours, theirs in zip(logs["tree"], logs[packing], strict=True):
             for name in ("loss", "score_loss", "thought_loss", "ratio", "entropy", "label_mass", "head_rows"):

@@ -39,7 +39,7 @@ class Batch:
     slots: [P, K, N], the sequence of each thought; valid: [P, K, N] bool, False where a response has fewer thoughts, or
     a group fewer responses, than the largest of the batch.
     places: [S], where each sequence stands in these, flattened.
-    naive_tokens: F, what the trunk would compute one sequence at a time.
+    naive_tokens: F, what the backbone would compute one sequence at a time.
     """
 
     groups: tuple[Group, ...]

@@ -16,7 +16,7 @@ from dwrl_fast.dialog import Dialog, SingleTurn
 from dwrl_fast.embedded import attributes
 from dwrl_fast.embedded.arrays import EVALUATE, RATE, warmup_arrays
 from dwrl_fast.embedded.task import draw_claims, prompts, write_pairs
-from dwrl_fast.embedded.templates import RATIONALIZER, TEMPLATES, UNTRAINED
+from dwrl_fast.embedded.templates import TEMPLATES, UNTRAINED
 from dwrl_fast.embedded.tokenizer import make_tokenizer
 from dwrl_fast.embedded.warmup import Progress, Warmup, draw_model, state_reached, warm_up
 from dwrl_fast.models.model import GenerativeModel
@@ -25,7 +25,6 @@ from dwrl_fast.models.pretrained import save_pretrained
 __all__ = [
     "EVALUATE",
     "RATE",
-    "RATIONALIZER",
     "RECORD",
     "THOUGHT_LIMIT",
     "Embedded",

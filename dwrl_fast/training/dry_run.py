@@ -235,14 +235,14 @@ def _say_tokens(rows: Sequence[Preference], config: TrainConfig, method: Method,
     layout = Layout(config.packing, config.token_budget, dialog.pad_id, torch.device("cpu"))
     size = config.minibatch_size
     batches = [b for i in range(0, len(groups), size) for b in layout.batches(groups[i : i + size])]
-    trunk, naive = (sum(getattr(b, name) for b in batches) for name in ("trunk_tokens", "naive_tokens"))
+    computed, naive = (sum(getattr(b, name) for b in batches) for name in ("trunk_tokens", "naive_tokens"))
     scale = config.rollout_batch_size / len(groups)
     thoughts = f", thoughts guessed at {length} tokens," if method.thoughts_each else ""
     about = "at most" if method.selects else "about"  # only what was judged rightly is trained
     found.say(
         "tokens",
-        f"a rollout batch{thoughts} is {about} {trunk * scale:,.0f} through the trunk ({config.packing}), where each "
-        f"sequence by itself would be {naive * scale:,.0f}: {naive / trunk:.2f} x; about "
+        f"a rollout batch{thoughts} is {about} {computed * scale:,.0f} through the backbone ({config.packing}), where "
+        f"each sequence by itself would be {naive * scale:,.0f}: {naive / computed:.2f} x; about "
         f"{len(batches) * scale:,.0f} forward passes of at most {config.token_budget:,}",
     )
 

@@ -83,7 +83,7 @@ class Trainer:
                 values = self.train_step(log, stage)
                 if self.step == first + 1:
                     logger.info(
-                        "--packing %s: the trunk computes %s tokens for sequences of %s, padding %s, head rows %s",
+                        "--packing %s: the backbone computes %s tokens for sequences of %s, padding %s, head rows %s",
                         self.config.packing,
                         *(f"{values[k]:,}" for k in ("trunk_tokens", "naive_tokens", "padding", "head_rows")),
                     )
@@ -284,8 +284,8 @@ class Trainer:
 
 
 def counters(batches: Sequence[Batch]) -> dict[str, int]:
-    """What one pass over `batches` computes: positions in the trunk, those of them that are padding, rows of the head;
-    and the tokens of all sequences, which a pass without sharing or padding would take.
+    """What one pass over `batches` computes: positions in the backbone, those of them that are padding, rows of the
+    head; and the tokens of all sequences, which a pass without sharing or padding would take.
     """
     names = ("trunk_tokens", "naive_tokens", "head_rows", "padding")
     return {name: sum(getattr(batch, name) for batch in batches) for name in names}
