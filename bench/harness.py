@@ -2,9 +2,9 @@
 
 A script gives cases; a case gives variants, each a function to time and, where it cannot run here, the reason. Every
 variant runs once unmeasured, once for its peak of memory, once under the profiler for its matrix products, then
-`--repeats` times in turn with the others, each time from an idle device to an idle device. What it returns is compared
-with what the first variant returns, or one that is there as the reference: a peer that computes something else is shown
-as such. Prints a table; `--json` and `--plot` write files.
+`--repeats` times in turn with the others, each time from an idle device to an idle device; on a GPU once more for its
+kernels. What it returns is compared with what the first variant returns, or one that is there as the reference: a peer
+that computes something else is shown as such. Prints a table; `--json` and `--plot` write files.
 """
 
 import argparse
@@ -74,6 +74,7 @@ class Row:
     note: str = ""
     flop_rate: float | None = None  # FLOP per second
     floors: float | None = None  # the time, in times of the case's floor
+    kernels: list[tuple[str, int, float]] = field(default_factory=list)  # on a GPU: name, calls, seconds of one run
 
 
 HEADINGS = ("variant", "ms", "± iqr", "peak MiB", "beyond gradients", "products", "rows", "MiB moved")
@@ -99,6 +100,16 @@ def matrix_products(run: Callable[[], object], unit: float = 1.0) -> dict[str, f
             found["rows"] += batch * m * k * n / unit
             found["bytes"] += size * batch * (m * k + k * n + m * n)
     return found
+
+
+def device_kernels(run: Callable[[], object]) -> list[tuple[str, int, float]]:
+    """The GPU's kernels and copies during `run`: name, calls, and seconds in all, the longest first."""
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        run()
+        torch.cuda.synchronize()
+    events = (e for e in trace.key_averages() if e.self_device_time_total)
+    found = [(e.key, e.count, e.self_device_time_total / 1e6) for e in events]
+    return sorted(found, key=lambda each: -each[2])
 
 
 def peak_memory(run: Callable[[], object]) -> int | None:
@@ -158,6 +169,8 @@ def measure(
             row.peak_bytes = peak_memory(variant.run)
             row.beyond_bytes = None if row.peak_bytes is None else max(0, row.peak_bytes - size)
             row.counters = matrix_products(variant.run, case.unit) | dict(variant.counters)
+            if torch.cuda.is_available():
+                row.kernels = device_kernels(variant.run)
         except Exception as error:  # a peer that breaks is a row of the table, not the end of it
             row.skipped = f"{type(error).__name__}: {str(error).splitlines()[0][:90] if str(error) else ''}"
             continue
@@ -242,6 +255,19 @@ def _cells(row: Row, own: Iterable[str]) -> dict[str, str]:
     }
 
 
+def show_kernels(rows: Collection[Row], console: Console, most: int = 12) -> None:
+    """Prints where the first variant of each case spends the GPU's time: its longest kernels."""
+    for case in dict.fromkeys(row.case for row in rows if row.kernels):
+        row = next(row for row in rows if row.case == case and row.kernels)
+        total = sum(seconds for *_, seconds in row.kernels)
+        lines = [
+            (name[:110], str(calls), f"{1e3 * seconds:.3f}", f"{seconds / total:.1%}")
+            for name, calls, seconds in row.kernels[:most]
+        ]
+        title = f"{case}, {row.variant}: {1e3 * total:.2f} ms on the GPU, {len(row.kernels)} kernels"
+        console.print(command.table(title, ("kernel", "calls", "ms", "share"), lines))
+
+
 def plot(rows: list[Row], path: Path) -> None:
     """A PNG: one line of panels a case, time on the left, memory on the right."""
     from matplotlib.figure import Figure
@@ -290,6 +316,7 @@ def main(
     for case in (c for c in cases(args) if args.case in c.name and (c.quick or not args.quick)):
         found = list(measure(case, repeats, seconds, args.quick, args.only))
         show(found, console)
+        show_kernels(found, console)
         rows += found
     summary(rows, console)
     if args.json:
