@@ -187,8 +187,8 @@ def test_only_what_is_asked_for() -> None:
         some = policy_of(x, **{frozen: x[frozen].detach()})
         assert torch.equal(some.loss, whole.loss)
         assert torch.equal(torch.autograd.grad(some.loss, x[kept])[0], gradient)
-    with torch.no_grad():
-        assert torch.equal(policy_of(x).loss, whole.loss)
+    with torch.no_grad():  # another kernel, which writes no gradient: the compiler may contract other products
+        torch.testing.assert_close(policy_of(x).loss, whole.loss, rtol=1e-6, atol=0)
 
 
 @on_cuda

@@ -42,7 +42,7 @@ def test_through_the_interpreter() -> None:
         pytest.skip("this is the process it starts")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     run = subprocess.run(
-        [*command, "-k", "interpreter_ or test_ops_gpu", __file__, str(Path(__file__).with_name("test_ops_gpu.py"))],
+        [*command, "-k", "interpreter_ or gpu.py", __file__, *map(str, Path(__file__).parent.glob("test_ops*_gpu.py"))],
         env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]

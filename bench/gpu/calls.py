@@ -89,6 +89,13 @@ def attention_calls(plan: Plan) -> Iterator[tuple[str, Call]]:
     """Every backend that can run here, by depth, by path and with a window."""
     flat, gradient = drawn(int(plan.stop[-1]), Heads(28, 4, 128), torch.bfloat16)
 
+    def tiled(**options: float) -> tuple[Tensor, ...]:
+        out = ops.tree_attention(flat[0], flat[1], flat[2], plan, backend="triton", **options)  # type: ignore[arg-type]
+        return out, *torch.autograd.grad(out, flat, gradient)
+
+    for options in ({}, {"window": 13}, {"softcap": 20.0}):
+        yield f"tree_attention, triton, {options}, U {len(flat[0])}", partial(tiled, **options)
+
     def attention(backend: str, by_path: bool, window: int | None) -> tuple[Tensor, ...]:
         with going(by_path):
             out = ops.tree_attention(flat[0], flat[1], flat[2], plan, window=window, backend=backend)

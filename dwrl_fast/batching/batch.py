@@ -156,25 +156,25 @@ def head_fields(
         "targets": put(flat.ids[targets]),
         "segment_ids": put(np.repeat(np.arange(count), lengths)),
         "lengths": put(lengths),
-        "trained": torch.tensor(ended if mask_truncated else [True] * count).to(device),
+        "trained": put(np.array(ended if mask_truncated else [True] * count)),
         "old_logprob": put(old) if thoughts and len(old) == len(targets) else None,
-        "slots": slots.to(device),
-        "valid": valid.to(device),
-        "places": put(np.flatnonzero(valid.numpy())),
+        "slots": put(slots),
+        "valid": put(valid),
+        "places": put(np.flatnonzero(valid)),
         "naive_tokens": len(flat.ids),
     }
 
 
-def _slots(groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
+def _slots(groups: Sequence[Group]) -> tuple[Ints, NDArray[np.bool_]]:
     responses = max(len(group.sequences) for group in groups)
     thoughts = max(len(response) for group in groups for response in group.sequences)
-    slots = torch.full((len(groups), responses, thoughts), -1)
+    slots = np.full((len(groups), responses, thoughts), -1)
     s = 0
     for p, group in enumerate(groups):
         for k, response in enumerate(group.sequences):
-            slots[p, k, : len(response)] = torch.arange(s, s + len(response))
+            slots[p, k, : len(response)] = np.arange(s, s + len(response))
             s += len(response)
-    return slots.clamp_min(0), slots >= 0
+    return slots.clip(0), slots >= 0
 
 
 def warn_oversized(size: str, token_budget: int) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dwrl_fast.errors import UserError
 from dwrl_fast.log import info_once, warn_once
@@ -12,9 +13,13 @@ from dwrl_fast.ops.backend import autocast, choose_backend
 from dwrl_fast.ops.oracle import Plan
 from dwrl_fast.ops.paths import varlen_tree_attention
 from dwrl_fast.ops.products import wide
+from dwrl_fast.ops.tiles import forest
 from dwrl_fast.ops.varlen import VARLEN, VarlenOptions
 
-BACKENDS = ("auto", "reference", "cpu", *VARLEN)
+BACKENDS = ("auto", "reference", "cpu", "triton", *VARLEN)
+
+
+MOST_CHANNELS = 256  # of a head: more do not fit the shared memory of a multiprocessor
 
 
 def tree_attention(
@@ -47,7 +52,7 @@ def tree_attention(
     chosen = _able(backend, q.device, q.dtype, q.shape[-1], softcap)
     if chosen not in VARLEN:
         chosen = choose_backend(chosen, "tree_attention", q)
-    if chosen == "reference" or (chosen in VARLEN and len(q) == 0):
+    if chosen == "reference" or (chosen != "cpu" and len(q) == 0):
         return oracle.tree_attention(q, k, v, plan, scale=scale, softcap=softcap, window=window)
     options = VarlenOptions(
         q.shape[-1] ** -0.5 if scale is None else float(scale),
@@ -56,6 +61,13 @@ def tree_attention(
     )
     if chosen in VARLEN:
         return varlen_tree_attention(q, k, v, plan, VARLEN[chosen], options)
+    if chosen == "triton":
+        if q.shape[2] > MOST_CHANNELS:
+            raise UserError(
+                f"tree_attention: heads have {q.shape[2]} channels; backend 'triton' takes {MOST_CHANNELS} at most "
+                "(backend='reference' takes any number)"
+            )
+        return tiled_attention(q, k, v, plan, options)
     nodes = plan.start.contiguous(), plan.stop.contiguous(), plan.parent.contiguous()
     return torch.ops.dwrl_fast.tree_attention(q, k, v, *nodes, *options)[0]
 
@@ -69,7 +81,7 @@ def _able(backend: str, device: torch.device, dtype: torch.dtype, channels: int,
         problem = VARLEN[backend].problem(device, dtype, channels, softcap)
         if problem:
             raise UserError(f"tree_attention: backend {backend!r} cannot run: {problem}")
-    if backend != "auto" or device.type == "cpu":
+    if backend != "auto" or device.type == "cpu" or dtype != torch.float64:
         return backend
     problems: list[str] = []
     for name, varlen in VARLEN.items():
@@ -106,6 +118,44 @@ def _check(q: Tensor, k: Tensor, v: Tensor, softcap: float | None, window: int |
         raise UserError(f"{name}: window is {window}; it must be above 0, or None for no window")
     if sinks is not None:
         raise UserError(f"{name}: sinks (attention sinks) are not implemented; use the padded forward for this model")
+
+
+@torch.compiler.disable
+def tiled_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, options: VarlenOptions) -> Tensor:
+    """`tree_attention` by the Triton kernels: [U, Hq, D], differentiable once. U must be above 0."""
+    if options.window is not None and options.window >= forest(plan, len(q)).longest_path:
+        options = options._replace(window=None)
+    out: Tensor = _Tiled.apply(q, k, v, plan, options)
+    return out
+
+
+class _Tiled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan, options: VarlenOptions) -> Tensor:
+        from dwrl_fast.kernels import attention
+
+        q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+        blocks = attention.sizes(q.dtype, q.shape[2])
+        queries = forest(plan, len(q)).queries(blocks.forward.queries, options.window, q.device)
+        out, lse = attention.attend(q, k, v, queries, options, blocks.forward)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.how = plan, options, blocks
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        from dwrl_fast.kernels import attention
+
+        plan, options, blocks = ctx.how
+        tiles, where = forest(plan, len(grad)), grad.device
+        queries = tiles.queries(blocks.to_queries.queries, options.window, where)
+        keys = tiles.keys(blocks.to_keys.keys, where)
+        grad = grad if grad.stride(2) == 1 else grad.contiguous()
+        dq, dk, dv = attention.attend_backward(
+            grad, *ctx.saved_tensors, queries, keys, options, blocks.to_keys, blocks.to_queries
+        )
+        return dq, dk, dv, None, None
 
 
 def _forward_fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,185 @@
+"""A plan as the tiles that kernels of tree attention walk. Made on the host, once a plan; every layer uses it.
+
+Shapes: U tokens, M nodes, TQ tiles of queries, TK of keys, E entries of the lists of keys.
+"""
+
+from collections.abc import MutableMapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from dwrl_fast.ops.oracle import Plan
+
+Ints = npt.NDArray[np.int64]
+
+
+class QueryTiles(NamedTuple):
+    """Tiles of queries, and the keys that each reads. All int32, on the device of the attention.
+
+    order: [TQ], the tiles, those with most keys first. bounds: [TQ + 1], each tile's entries in `keys`. shared: [TQ],
+    how many at the beginning of its entries all its queries see. keys: [E]. below, place: [U], where the subtree of
+    each token's node ends, and how many tokens come before it on its path.
+    """
+
+    order: Tensor
+    bounds: Tensor
+    shared: Tensor
+    keys: Tensor
+    below: Tensor
+    place: Tensor
+
+
+class KeyTiles(NamedTuple):
+    """Tiles of keys, each read by the queries from its first key to its end. As `QueryTiles`; ends: [TK]."""
+
+    order: Tensor
+    ends: Tensor
+    below: Tensor
+    place: Tensor
+
+
+@dataclass(frozen=True)
+class Forest:
+    """A plan's nodes that hold tokens, on the host.
+
+    start, stop, below: [M], their own tokens, and where their descendants' end. paths: of each node the nodes from the
+    root to itself.
+    """
+
+    start: Ints
+    stop: Ints
+    below: Ints
+    paths: list[list[int]]
+    made: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        """U."""
+        return int(self.stop[-1]) if len(self.stop) else 0
+
+    @property
+    def longest_path(self) -> int:
+        """In tokens."""
+        return max((int((self.stop - self.start)[path].sum()) for path in self.paths), default=0)
+
+    def tokenwise(self) -> tuple[Ints, Ints]:
+        """[U] each: below, place."""
+        sizes = self.stop - self.start
+        before = np.array([int(sizes[path[:-1]].sum()) for path in self.paths])
+        return np.repeat(self.below, sizes), np.arange(self.tokens) + np.repeat(before - self.start, sizes)
+
+    def queries(self, tile: int, window: int | None, device: torch.device) -> QueryTiles:
+        """Tiles of so many queries. Of a window, keys that no query of a tile sees may be left in."""
+        key = ("queries", tile, window, device)
+        if key not in self.made:
+            self.made[key] = QueryTiles(*(_put(x, device) for x in self._queries(tile, window)))
+        found: QueryTiles = self.made[key]
+        return found
+
+    def keys(self, tile: int, device: torch.device) -> KeyTiles:
+        """Tiles of so many keys."""
+        key = ("keys", tile, device)
+        if key not in self.made:
+            below, place = self.tokenwise()
+            first = np.arange(0, self.tokens, tile)
+            ends = np.maximum.reduceat(below, first)
+            order = np.argsort(first - ends, kind="stable")
+            self.made[key] = KeyTiles(*(_put(x, device) for x in (order, ends, below, place)))
+        found: KeyTiles = self.made[key]
+        return found
+
+    def _queries(self, tile: int, window: int | None) -> tuple[Ints, ...]:
+        below, place = self.tokenwise()
+        first = np.arange(0, self.tokens, tile)
+        last = np.minimum(first + tile, self.tokens)
+        starts, stops, count = [], [], []
+        for a, b, node in zip(first, last, np.searchsorted(self.stop, first, "right"), strict=True):
+            path = self.paths[node]
+            starts += [*self.start[path], a]
+            stops += [*self.stop[path[:-1]], a, b]
+            count.append(len(path) + 1)
+        sizes = np.array(stops) - np.array(starts)
+        keys = ranges(np.array(starts), sizes)
+        of = np.repeat(np.repeat(np.arange(len(first)), count), sizes)
+        shared = (keys < first[of]) & (below[keys] >= last[of])
+        if window is not None:
+            least, most = (each.reduceat(place, first) for each in (np.minimum, np.maximum))
+            seen = least[of] - place[keys] < window
+            shared &= most[of] - place[keys] < window
+            keys, of, shared = keys[seen], of[seen], shared[seen]
+        sort = np.lexsort((~shared, of))
+        entries = np.bincount(of, minlength=len(first))
+        return (
+            np.argsort(-entries, kind="stable"),
+            np.append(0, entries.cumsum()),
+            np.bincount(of[shared], minlength=len(first)),
+            keys[sort],
+            below,
+            place,
+        )
+
+
+_FORESTS: MutableMapping[Tensor, tuple[Tensor, Tensor, Forest]] = WeakIdKeyDictionary()  # by the plan's start
+
+
+def forest(plan: Plan, tokens: int) -> Forest:
+    """`plan` as read on the host, once: a plan on a GPU is waited for then, and not in the layers that follow.
+
+    Raises ValueError where it is no depth-first cover of so many tokens.
+    """
+    found = _FORESTS.get(plan.start)
+    if found is None or found[0] is not plan.stop or found[1] is not plan.parent:
+        found = _FORESTS[plan.start] = plan.stop, plan.parent, _read(plan)
+    if found[2].tokens != tokens:
+        raise ValueError(f"the tree has {found[2].tokens} tokens; q has U = {tokens}")
+    return found[2]
+
+
+def _read(plan: Plan) -> Forest:
+    start, stop, parent = (x.tolist() for x in (plan.start, plan.stop, plan.parent))
+    at = 0
+    open_nodes: list[int] = []  # from the root to the last one
+    paths: list[list[int]] = []  # as places among the nodes that hold tokens
+    place: list[list[int]] = []
+    held: list[int] = []
+    for node, above in enumerate(parent):
+        if start[node] != at or stop[node] < at:
+            raise ValueError(
+                f"node {node} has tokens [{start[node]}, {stop[node]}): nodes must follow one another from 0"
+            )
+        while open_nodes and open_nodes[-1] != above:
+            open_nodes.pop()
+        if above != (open_nodes[-1] if open_nodes else -1):
+            raise ValueError(
+                f"node {node} has parent {above}, which is not on the path to node {node - 1}: nodes must be in "
+                "depth-first order"
+            )
+        open_nodes.append(node)
+        place.append(place[above] if above >= 0 else [])
+        if stop[node] > at:
+            place[node] = [*place[node], len(held)]
+            paths.append(place[node])
+            held.append(node)
+        at = stop[node]
+    begin, end = np.array(start, np.int64)[held], np.array(stop, np.int64)[held]
+    below = end.copy()
+    for path in reversed(paths):
+        for above, node in pairwise(path[-2:]):
+            below[above] = max(below[above], below[node])
+    return Forest(begin, end, below, paths)
+
+
+def ranges(start: Ints, size: Ints) -> Ints:
+    """[start[i], start[i] + size[i]) for each i, joined."""
+    end = size.cumsum()
+    return np.arange(end[-1]) + np.repeat(start - end + size, size)
+
+
+def _put(x: npt.NDArray[Any], device: torch.device) -> Tensor:
+    return torch.from_numpy(x.astype(np.int32)).to(device)
