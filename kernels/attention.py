@@ -4,7 +4,8 @@ Tokens lie in depth-first order, so the query t sees the key u where u <= t < be
 u's node ends. A tile of queries, some of a node or of several, walks one list of keys: the path of its first token and
 itself. Those that all its queries see come first, and need no mask. A tile of keys walks the queries from its first key
 to the end of its subtree, which lie side by side, of all query heads that read it: so nothing is copied, and the
-gradients of keys that thoughts share are summed where they are formed. Every sum has one order, whatever runs beside.
+gradients of keys that thoughts share are summed where they are formed. Where that are many, as below the root, several
+programs walk a run of them each. Every sum has one order, whatever runs beside.
 
 Shapes: U tokens, Hq query heads, Hkv key heads, D channels; TQ tiles of queries, TK of keys, E entries of all lists.
 """
@@ -14,12 +15,13 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from dwrl_fast.kernels.rows import _capped
 from torch import Tensor
 
-from dwrl_fast.kernels.rows import _capped
 from dwrl_fast.ops.tiles import KeyTiles, QueryTiles
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+ROWS = 64  # of a program of dot_out_kernel
 HIDDEN: tl.constexpr = tl.constexpr(-1.0e30)  # where a row's maximum begins: finite, so that no difference is NaN
 
 
@@ -40,13 +42,18 @@ class Sizes(NamedTuple):
     to_queries: Blocks  # dQ
 
 
-NARROW = Sizes(Blocks(128, 64, 8, 3), Blocks(64, 128, 8, 2), Blocks(128, 64, 8, 2))
-WIDE_HEADS = Sizes(Blocks(64, 32, 4, 2), Blocks(32, 64, 4, 1), Blocks(64, 32, 4, 1))  # above 128 channels, or float32
+# Measured on an H100 where heads are narrow; these fit the 99 KiB of consumer GPUs too.
+NARROW = Sizes(Blocks(128, 32, 4, 3), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 3))
+WIDE = Sizes(Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1), Blocks(64, 32, 8, 1))  # more than 128 channels
+# Float32 has no product of tensor cores: tiles whose sums fit the registers.
+FLOAT32, FLOAT32_WIDE = (Sizes(*3 * [Blocks(rows, 16, 8, 1)]) for rows in (32, 16))
 
 
 def sizes(dtype: torch.dtype, channels: int) -> Sizes:
-    """The tiles for heads of so many channels: what fits the shared memory of one multiprocessor."""
-    return NARROW if dtype == torch.bfloat16 and channels <= 128 else WIDE_HEADS
+    """The tiles for heads of so many channels, at most 256."""
+    if dtype == torch.bfloat16:
+        return NARROW if channels <= 128 else WIDE
+    return FLOAT32 if channels <= 128 else FLOAT32_WIDE
 
 
 @triton.jit
@@ -154,23 +161,26 @@ def dot_out_kernel(
 
 
 @triton.jit
-def _slope(z, cap, HAS_CAP: tl.constexpr):
-    """d(capped logit) / d(logit), of the capped logit in base 2."""
+def _sloped(dz, z, cap, HAS_CAP: tl.constexpr):
+    """The gradient of a logit from that of the capped one, which is z in base 2."""
     if HAS_CAP:
         u = z / (cap * LOG2E)
-        return 1 - u * u
-    return 1.0
+        dz *= 1 - u * u
+    return dz
 
 
 @triton.jit(do_not_specialize=["U", "window"])
 def to_keys_kernel(
-    q, k, v, grad, lse, dots, dk, dv, order, ends, below, place, U, stride_q, head_q, stride_k, head_k, stride_v,
+    q, k, v, grad, lse, dots, dk, dv, parts, runs, below, place, U, stride_q, head_q, stride_k, head_k, stride_v,
     head_v, stride_g, head_g, scale, cap, window, GROUP: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, HAS_CAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys of one key head: dk and dv [U, Hkv, D], over all queries of the heads that read it."""
-    tile, head = tl.load(order + tl.program_id(0)), tl.program_id(1)
+    """One run of queries, of all heads that read them, over a tile of keys of one key head: dk and dv [U, Hkv, D], or
+    where the tile has several runs their `parts` [P, Hkv, 2, KEYS, D].
+    """
+    run, head = runs + 4 * tl.program_id(0), tl.program_id(1)
+    tile, low, end, part = tl.load(run), tl.load(run + 1), tl.load(run + 2), tl.load(run + 3)
     first = tile * KEYS
     key, channel = first + tl.arange(0, KEYS), tl.arange(0, BLOCK_D)
     given = key < U
@@ -179,13 +189,12 @@ def to_keys_kernel(
     last = tl.load(below + key, mask=given, other=0)
     if HAS_WINDOW:
         here = tl.load(place + key, mask=given, other=0)
-    end = tl.load(ends + tile)
-    steps = tl.cdiv(end - first, QUERIES)
+    steps = tl.cdiv(end - low, QUERIES)
     to_k = tl.zeros([KEYS, BLOCK_D], tl.float32)
     to_v = tl.zeros([KEYS, BLOCK_D], tl.float32)
     for step in tl.range(0, GROUP * steps):
         above = head * GROUP + step // steps
-        row = first + step % steps * QUERIES + tl.arange(0, QUERIES)
+        row = low + step % steps * QUERIES + tl.arange(0, QUERIES)
         inside = row < end
         q_rows = _rows_of(q + above * head_q, row, stride_q, channel, inside, D, BLOCK_D, True)
         g_rows = _rows_of(grad + above * head_g, row, stride_g, channel, inside, D, BLOCK_D, True)
@@ -197,11 +206,41 @@ def to_keys_kernel(
         p = tl.where(seen, tl.exp2(z - tl.load(lse + at, mask=inside, other=0.0)[None, :]), 0.0)
         to_v = tl.dot(p.to(g_rows.dtype), g_rows, to_v, input_precision=PRECISION)
         dp = tl.dot(v_rows, g_rows.T, input_precision=PRECISION)
-        dz = p * (dp - tl.load(dots + at, mask=inside, other=0.0)[None, :]) * _slope(z, cap, HAS_CAP)
+        dz = _sloped(p * (dp - tl.load(dots + at, mask=inside, other=0.0)[None, :]), z, cap, HAS_CAP)
         to_k = tl.dot(dz.to(q_rows.dtype), q_rows, to_k, input_precision=PRECISION)
-    at = (key.to(tl.int64)[:, None] * (HEADS // GROUP) + head) * D + channel[None, :]
+    to_k *= scale
     stored = given[:, None] & (channel < D)[None, :]
-    tl.store(dk + at, (to_k * scale).to(dk.dtype.element_ty), mask=stored)
+    if part < 0:
+        at = (key.to(tl.int64)[:, None] * (HEADS // GROUP) + head) * D + channel[None, :]
+        tl.store(dk + at, to_k.to(dk.dtype.element_ty), mask=stored)
+        tl.store(dv + at, to_v.to(dv.dtype.element_ty), mask=stored)
+    else:
+        at = (part.to(tl.int64) * (HEADS // GROUP) + head) * (2 * KEYS * D)
+        at += tl.arange(0, KEYS)[:, None] * D + channel[None, :]
+        tl.store(parts + at, to_k, mask=stored)
+        tl.store(parts + KEYS * D + at, to_v, mask=stored)
+
+
+@triton.jit(do_not_specialize=["U"])
+def sum_parts_kernel(
+    parts, dk, dv, split, U, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr
+):
+    """dk and dv [U, Hkv, D] of a tile with several runs: the sum of its `parts` [P, Hkv, 2, KEYS, D], in order."""
+    tile = tl.load(split + 3 * tl.program_id(0))
+    low, high = tl.load(split + 3 * tl.program_id(0) + 1), tl.load(split + 3 * tl.program_id(0) + 2)
+    head, own, channel = tl.program_id(1), tl.arange(0, KEYS), tl.arange(0, BLOCK_D)
+    inside = (channel < D)[None, :]
+    at = parts + (low.to(tl.int64) * HEADS + head) * (2 * KEYS * D) + own[:, None] * D + channel[None, :]
+    to_k = tl.zeros([KEYS, BLOCK_D], tl.float32)
+    to_v = tl.zeros([KEYS, BLOCK_D], tl.float32)
+    for _ in tl.range(low, high):
+        to_k += tl.load(at, mask=inside, other=0.0)
+        to_v += tl.load(at + KEYS * D, mask=inside, other=0.0)
+        at += HEADS * 2 * KEYS * D
+    key = tile * KEYS + own
+    at = (key.to(tl.int64)[:, None] * HEADS + head) * D + channel[None, :]
+    stored = inside & (key < U)[:, None]
+    tl.store(dk + at, to_k.to(dk.dtype.element_ty), mask=stored)
     tl.store(dv + at, to_v.to(dv.dtype.element_ty), mask=stored)
 
 
@@ -224,7 +263,7 @@ def _to_queries(
         if MASKED:
             p = tl.where(_seen(row, key, inside, below, place, window, HAS_WINDOW), p, 0.0)
         dp = tl.dot(g, v_rows.T, input_precision=PRECISION)
-        dz = p * (dp - dots[:, None]) * _slope(z, cap, HAS_CAP)
+        dz = _sloped(p * (dp - dots[:, None]), z, cap, HAS_CAP)
         total = tl.dot(dz.to(k_rows.dtype), k_rows, total, input_precision=PRECISION)
     return total
 
@@ -264,61 +303,69 @@ def to_queries_kernel(
     tl.store(at, (total * scale).to(dq.dtype.element_ty), mask=given[:, None] & (channel < D)[None, :])
 
 
-class Options(NamedTuple):
-    """Those of `ops.tree_attention`."""
-
-    scale: float
-    softcap: float | None = None
-    window: int | None = None
-
-
 def _strides(*tensors: Tensor) -> list[int]:
     """Between tokens, and between heads."""
     assert all(x.stride(2) == 1 for x in tensors)
     return [stride for x in tensors for stride in x.stride()[:2]]
 
 
-def _common(q: Tensor, k: Tensor, options: Options, blocks: Blocks) -> dict[str, Any]:
+def _common(
+    q: Tensor, k: Tensor, blocks: Blocks, scale: float, softcap: float | None, window: int | None
+) -> dict[str, Any]:
     d = q.shape[2]
     return {
-        "scale": options.scale, "cap": options.softcap or 1.0, "window": options.window or 0,
-        "GROUP": q.shape[1] // k.shape[1], "HEADS": q.shape[1], "D": d, "BLOCK_D": max(16, triton.next_power_of_2(d)),
-        "QUERIES": blocks.queries, "KEYS": blocks.keys, "HAS_CAP": options.softcap is not None,
-        "HAS_WINDOW": options.window is not None, "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+        "scale": scale, "cap": softcap or 1.0, "window": window or 0,
+        "GROUP": q.shape[1] // k.shape[1], "HEADS": q.shape[1], "D": d, "BLOCK_D": _padded(d),
+        "QUERIES": blocks.queries, "KEYS": blocks.keys, "HAS_CAP": softcap is not None,
+        "HAS_WINDOW": window is not None, "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
         "num_warps": blocks.warps, "num_stages": blocks.stages,
     }  # fmt: skip
 
 
+def _padded(channels: int) -> int:
+    found: int = triton.next_power_of_2(channels)
+    return max(16, found)
+
+
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, tiles: QueryTiles, options: Options, blocks: Blocks
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, tiles: QueryTiles, blocks: Blocks, scale: float, softcap: float | None,
+    window: int | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """q [U, Hq, D]; k, v [U, Hkv, D] -> out [U, Hq, D], log-sum-exp [Hq, U] in base 2. tiles: of blocks.queries."""
     u, heads, _ = q.shape
     out, lse = q.new_empty(q.shape), q.new_empty((heads, u), dtype=torch.float32)
     with torch.cuda.device_of(q):
         attend_kernel[(len(tiles.order), heads)](
-            q, k, v, out, lse, *tiles, u, *_strides(q, k, v), **_common(q, k, options, blocks)
+            q, k, v, out, lse, *tiles, u, *_strides(q, k, v), **_common(q, k, blocks, scale, softcap, window)
         )  # fmt: skip
     return out, lse
 
 
 def attend_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, queries: QueryTiles, keys: KeyTiles,
-    options: Options, to_keys: Blocks, to_queries: Blocks,
+    blocks: Sizes, scale: float, softcap: float | None, window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv. queries, keys: tiles of to_queries.queries and of to_keys.keys."""
+    """dq, dk, dv. queries, keys: tiles of blocks.to_queries.queries and of blocks.to_keys.keys."""
     u, heads, d = q.shape
+    key_heads, key_tile = k.shape[1], blocks.to_keys.keys
     dots, dq = torch.empty_like(lse), q.new_empty(q.shape)
     dk, dv = (k.new_empty(k.shape) for _ in "kv")
+    parts = lse.new_empty((keys.parts, key_heads, 2, key_tile, d))
+    strides = _strides(q, k, v, grad)
     with torch.cuda.device_of(q):
-        dot_out_kernel[(triton.cdiv(u, 64), heads)](
-            grad, out, dots, u, *_strides(grad), HEADS=heads, D=d, BLOCK_D=max(16, triton.next_power_of_2(d)), ROWS=64
+        dot_out_kernel[(triton.cdiv(u, ROWS), heads)](
+            grad, out, dots, u, *_strides(grad), HEADS=heads, D=d, BLOCK_D=_padded(d), ROWS=ROWS
         )  # fmt: skip
-        strides = _strides(q, k, v, grad)
-        to_keys_kernel[(len(keys.order), k.shape[1])](
-            q, k, v, grad, lse, dots, dk, dv, *keys, u, *strides, **_common(q, k, options, to_keys)
+        to_keys_kernel[(len(keys.runs), key_heads)](
+            q, k, v, grad, lse, dots, dk, dv, parts, keys.runs, keys.below, keys.place, u, *strides,
+            **_common(q, k, blocks.to_keys, scale, softcap, window),
         )  # fmt: skip
+        if len(keys.split):
+            sum_parts_kernel[(len(keys.split), key_heads)](
+                parts, dk, dv, keys.split, u, HEADS=key_heads, D=d, BLOCK_D=_padded(d), KEYS=key_tile
+            )  # fmt: skip
         to_queries_kernel[(len(queries.order), heads)](
-            q, k, v, grad, lse, dots, dq, *queries, u, *strides, **_common(q, k, options, to_queries)
+            q, k, v, grad, lse, dots, dq, *queries, u, *strides,
+            **_common(q, k, blocks.to_queries, scale, softcap, window),
         )  # fmt: skip
     return dq, dk, dv

@@ -6,8 +6,8 @@ so that threads wait for one another once a row and not once a block; the second
 A row's logits are z = cap tanh(x / cap) / temperature, x the head's output. Target and normaliser come from the same
 logits, so a log-probability is never above 0; a target outside the vocabulary gives NaN, which nothing has to wait for.
 
-Logits are float32 or bfloat16; the gradient may be written over them, row over row: a narrower one fills the first half
-of each row.
+Logits are float32 or bfloat16; a gradient of their dtype may be written over them. The second walk goes backwards: the
+end of a row is what the cache still holds.
 """
 
 import torch
@@ -80,7 +80,7 @@ def _write_row(
 ):  # fmt: skip
     """out = [k (onehot - p) - h p (log p + entropy)] dz/dx."""
     for start in range(0, V, BLOCK):
-        column = start + tl.arange(0, BLOCK)
+        column = (V - 1) // BLOCK * BLOCK - start + tl.arange(0, BLOCK)
         x = _capped(tl.load(row + column, mask=column < V, other=0.0).to(tl.float32), cap, HAS_CAP)
         logp = (x - m) * scale - log_total
         p = tl.exp(logp)
@@ -91,8 +91,6 @@ def _write_row(
         if HAS_CAP:
             u = x / cap
             g *= 1 - u * u
-        if row.dtype != out.dtype:  # then a thread may write where another reads, in this block or one before
-            tl.debug_barrier()
         tl.store(out + column, (g * scale).to(out.dtype.element_ty), mask=column < V)
 
 
@@ -117,7 +115,7 @@ def _token(logprob, old, advantage, weight, ref, clip_low, clip_high, beta):
 @triton.jit
 def policy_rows_kernel(
     logits, gradient, targets, old_logprob, advantage, token_weight, ref_logprob, out, C, clip_low, clip_high, beta,
-    scale, cap, V: tl.constexpr, STRIDE: tl.constexpr, HAS_CAP: tl.constexpr, HAS_REF: tl.constexpr,
+    scale, cap, V: tl.constexpr, HAS_CAP: tl.constexpr, HAS_REF: tl.constexpr,
     GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row of `policy_rows`: what goes into `out` [3, C], and the gradient where it is not 0."""
@@ -133,7 +131,7 @@ def policy_rows_kernel(
     tl.store(out + 2 * C + i, k)
     if GRADIENT and k != 0:
         _write_row(
-            row, gradient + i.to(tl.int64) * STRIDE, target, scale, cap, m, log_total, logprob, entropy, k, 0.0, V,
+            row, gradient + i.to(tl.int64) * V, target, scale, cap, m, log_total, logprob, entropy, k, 0.0, V,
             HAS_CAP, False, BLOCK,
         )  # fmt: skip
 
@@ -152,7 +150,7 @@ def logprob_rows_kernel(
 
 @triton.jit
 def logprob_rows_grad_kernel(
-    logits, gradient, targets, grad_logprob, grad_entropy, scale, cap, V: tl.constexpr, STRIDE: tl.constexpr,
+    logits, gradient, targets, grad_logprob, grad_entropy, scale, cap, V: tl.constexpr,
     HAS_CAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row of `logprob_rows_grad`."""
@@ -163,7 +161,7 @@ def logprob_rows_grad_kernel(
     k = tl.load(grad_logprob + i)
     h = tl.load(grad_entropy + i) if HAS_ENTROPY else 0.0
     _write_row(
-        row, gradient + i.to(tl.int64) * STRIDE, target, scale, cap, m, log_total, logprob, entropy, k, h, V, HAS_CAP,
+        row, gradient + i.to(tl.int64) * V, target, scale, cap, m, log_total, logprob, entropy, k, h, V, HAS_CAP,
         HAS_ENTROPY, BLOCK,
     )  # fmt: skip
 
@@ -207,12 +205,12 @@ def policy_loss_kernel(
     tl.store(row + 10, tl.sum(tl.where(trained, loss, 0.0), 0))
 
 
-def _sizes(logits: Tensor, targets: Tensor, gradient: Tensor | None = None) -> tuple[int, int, int]:
-    """C, V, and how far the gradient's rows are apart, checked."""
+def _sizes(logits: Tensor, targets: Tensor, gradient: Tensor | None = None) -> tuple[int, int]:
+    """C, V, checked."""
     assert logits.is_contiguous() and logits.dtype in (torch.float32, torch.bfloat16)
     assert targets.shape == logits.shape[:1]
-    assert gradient is None or gradient.stride(1) == 1 or gradient.shape[1] == 1
-    return logits.shape[0], logits.shape[1], 0 if gradient is None else gradient.stride(0)
+    assert gradient is None or (gradient.is_contiguous() and gradient.shape == logits.shape)
+    return logits.shape[0], logits.shape[1]
 
 
 def policy_rows(
@@ -221,12 +219,12 @@ def policy_rows(
     temperature: float, softcap: float | None,
 ) -> Tensor:  # fmt: skip
     """[3, C]: logprob, entropy, dLoss/dlogprob; `gradient` [C, V] gets dLoss/d(head output) where the last is not 0."""
-    c, v, stride = _sizes(logits, targets, gradient)
+    c, v = _sizes(logits, targets, gradient)
     out = torch.empty((3, c), dtype=torch.float32, device=logits.device)
     with torch.cuda.device_of(logits):
         policy_rows_kernel[(c,)](
             logits, gradient, targets, old_logprob, advantage, token_weight, ref_logprob, out, c, clip_low, clip_high,
-            beta, 1 / temperature, softcap or 1.0, V=v, STRIDE=stride, HAS_CAP=softcap is not None,
+            beta, 1 / temperature, softcap or 1.0, V=v, HAS_CAP=softcap is not None,
             HAS_REF=ref_logprob is not None, GRADIENT=gradient is not None,
             BLOCK=min(BLOCK, triton.next_power_of_2(v)), num_warps=WARPS,
         )  # fmt: skip
@@ -235,7 +233,7 @@ def policy_rows(
 
 def logprob_rows(logits: Tensor, targets: Tensor, temperature: float, softcap: float | None) -> Tensor:
     """[2, C]: logprob, entropy."""
-    c, v, _ = _sizes(logits, targets)
+    c, v = _sizes(logits, targets)
     out = torch.empty((2, c), dtype=torch.float32, device=logits.device)
     with torch.cuda.device_of(logits):
         logprob_rows_kernel[(c,)](
@@ -250,11 +248,11 @@ def logprob_rows_grad(
     temperature: float, softcap: float | None,
 ) -> None:  # fmt: skip
     """`gradient` [C, V] becomes the gradient of sum grad_logprob logprob + grad_entropy entropy."""
-    c, v, stride = _sizes(logits, targets, gradient)
+    c, v = _sizes(logits, targets, gradient)
     with torch.cuda.device_of(logits):
         logprob_rows_grad_kernel[(c,)](
             logits, gradient, targets, grad_logprob, grad_entropy, 1 / temperature, softcap or 1.0,
-            V=v, STRIDE=stride, HAS_CAP=softcap is not None, HAS_ENTROPY=grad_entropy is not None,
+            V=v, HAS_CAP=softcap is not None, HAS_ENTROPY=grad_entropy is not None,
             BLOCK=min(BLOCK, triton.next_power_of_2(v)), num_warps=WARPS,
         )  # fmt: skip
 

@@ -10,12 +10,14 @@ import pytest
 import torch
 from attention_cases import TREES, plan_of
 from rich.console import Console
+from torch import Tensor
 
 from bench.gpu import calls
 from bench.gpu import parts as gpu
 from bench.harness import Case, Row, Variant, measure
-from bench.operators import linear_policy_loss, tree_attention
+from bench.operators import linear_policy_loss, tree_attention, varlen
 from bench.operators.tree_attention import SMALL, Heads, attended, equal_work, minibatch
+from dwrl_fast import ops
 from dwrl_fast.ops.oracle import tree_mask
 
 
@@ -31,7 +33,7 @@ def test_the_head() -> None:
     assert rows["dwrl_fast"].difference
     console = Console(record=True, width=120)
     linear_policy_loss.summary(list(rows.values()), console)
-    assert "asked at most 1.2" in console.export_text()
+    assert "asked at most 1.15" in console.export_text()
 
 
 def test_pairs_are_counted() -> None:
@@ -47,16 +49,53 @@ def test_equal_work_is_as_much() -> None:
 
 
 def test_attention_in_float64() -> None:
-    """Sequence by sequence as over the tree, with shared key heads; and every way of the GPU's case runs."""
+    """Sequence by sequence as over the tree, with shared key heads."""
     plan = plan_of([(7, -1), (5, 0), (3, 1), (4, 1), (6, 0), (2, 4), (9, -1)])
     for heads in (SMALL, Heads(6, 2, 8)):
         flat, gradient = tree_attention.drawn(36, heads, torch.float32)
         exact = tree_attention.exact(plan, flat, gradient)
-        found = tree_attention.gpu_variants(plan, heads, torch.float32, flat, gradient, "reference")
-        for variant in found[:2]:
-            assert variant.run is not None
-            for x, y in zip(variant.run(), exact, strict=True):  # type: ignore[call-overload]
-                torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+        ours = next(v for v in tree_attention.variants(plan, heads, torch.float32) if v.name == "definition")
+        assert ours.run is not None
+        for x, y in zip(ours.run(), exact, strict=True):  # type: ignore[call-overload]
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["a group", "many roots"])
+def test_flash_attention_by_path(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a peer is given is the tree: its operators, in float64, are those of the definition."""
+    plan, heads = TREES[name], Heads(4, 2, 8)
+    flat, gradient = tree_attention.drawn(int(plan.stop[-1]), heads, torch.float64)
+    where = varlen.segments(plan, torch.device("cpu"))
+    assert (where.keys is None) == (name == "many roots" and bool((plan.parent < 0).all()))
+    out = ops.tree_attention(flat[0], flat[1], flat[2], plan, backend="reference")
+    want = torch.autograd.grad(out, flat, gradient)
+
+    def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Of one segment, aligned at the ends."""
+        back = torch.arange(len(q))[:, None] + len(k) - len(q) - torch.arange(len(k))
+        k, v = (x.repeat_interleave(2, 1).transpose(0, 1) for x in (k, v))
+        logits = (q.transpose(0, 1) @ k.mT * 8**-0.5).masked_fill(back < 0, -torch.inf)
+        return (logits.softmax(-1) @ v).transpose(0, 1)
+
+    def by_segment(q: Tensor, k: Tensor, v: Tensor, bounds_q: Tensor, bounds_k: Tensor) -> Tensor:
+        parts = (x.split(y.diff().tolist()) for x, y in ((q, bounds_q), (k, bounds_k), (v, bounds_k)))
+        return torch.cat([causal(*each) for each in zip(*parts, strict=True)])
+
+    def forward(query: Tensor, key: Tensor, value: Tensor, cum_seq_q: Tensor, cum_seq_k: Tensor, **_: object) -> tuple:
+        return by_segment(query, key, value, cum_seq_q, cum_seq_k), None
+
+    def backward(
+        grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, cum_seq_q: Tensor, cum_seq_k: Tensor, **_: object
+    ) -> tuple[Tensor, ...]:
+        given = [x.detach().requires_grad_() for x in (query, key, value)]
+        with torch.enable_grad():
+            out = by_segment(given[0], given[1], given[2], cum_seq_q, cum_seq_k)
+        return torch.autograd.grad(out, given, grad_out)
+
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", forward)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", backward)
+    for x, y in zip(varlen.attention(where, flat, gradient), want, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
 
 
 def test_a_reference_is_not_a_row() -> None:
@@ -113,7 +152,7 @@ def test_skips_are_read() -> None:
         case("ran", ""),
         case("failed", "<failure>why</failure>"),
         case("none", skip("there is no CUDA device")),
-        case("package", skip("the package flash_attn is not installed (No module)")),
+        case("package", skip("liger-kernel is not installed (No module)")),
     ]
     found = gpu.read_tests(f"<testsuites><testsuite>{''.join(cases)}</testsuite></testsuites>")
     assert found["ran"] == 1 and found["failed"] == ["t::failed"]

@@ -244,7 +244,7 @@ def bad(**changed: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"backend": "triton"}, "backend is 'triton'"),
+        ({"backend": "flash"}, "backend is 'flash'"),
         ({"sinks": torch.zeros(4)}, "sinks"),
         ({"softcap": 0.0}, "softcap is 0.0"),
         ({"window": 0}, "window is 0"),

@@ -1,7 +1,7 @@
 """The Triton kernels of tree_attention on a GPU, against float64.
 
-Their bodies run on the CPU too, in float32 on small tiles, through Triton's interpreter: test_ops_triton.py starts that.
-Its products of bfloat16 are wrong, so those are a GPU's alone.
+Their bodies run on the CPU too, in float32 on small tiles, through Triton's interpreter, which test_ops_triton.py
+starts. Its products of bfloat16 are wrong, so those are a GPU's alone.
 """
 
 import os
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 from attention_cases import OPTIONS, TREES, Plan, assert_accurate, drawn, inputs, plan_of, results
 from dwrl_fast.kernels import attention
 from dwrl_fast.kernels.attention import Blocks, Sizes
@@ -26,6 +26,8 @@ pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 on_cuda = pytest.mark.skipif(INTERPRETED, reason="the interpreter has neither bfloat16 products nor streams")
 FLOAT32, BF16 = torch.float32, torch.bfloat16
 DTYPES = [FLOAT32] if INTERPRETED else [FLOAT32, BF16]
+GROUP = plan_of([(20, -1), (9, 0), (7, 1), (5, 1), (12, 0), (1, 4), (11, 4), (18, -1)])
+FORESTS = {n: TREES[n] for n in ("one token", "deep chain", "empty nodes")} if INTERPRETED else TREES  # it is slow
 SMALL = Sizes(Blocks(32, 16, 4, 1), Blocks(16, 32, 4, 1), Blocks(64, 16, 4, 2))
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -36,25 +38,27 @@ def moved(x: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So small that every tree has several."""
+    """So small that every tree has several, and the longest have several runs."""
     monkeypatch.setattr(attention, "sizes", lambda *shape: SMALL)
+    monkeypatch.setattr(tiles, "SHORTEST_RUN", 64)
+    monkeypatch.setattr(tiles, "RUN_UNIT", 32)
 
 
 @dtypes
 @pytest.mark.parametrize("options", [*OPTIONS, {"scale": 0.3}, {"window": 1}], ids=str)
-@pytest.mark.parametrize("tree", TREES)
-def test_trees(small_tiles: None, tree: str, options: dict[str, Any], dtype: torch.dtype) -> None:
-    x = moved(inputs(TREES[tree], (4, 2), 16, dtype))
-    assert_accurate(x, TREES[tree], results(x, TREES[tree], "triton", **options), **options)
+@pytest.mark.parametrize("plan", [*FORESTS.values(), GROUP], ids=[*FORESTS, "small group"])
+def test_trees(small_tiles: None, plan: Plan, options: dict[str, Any], dtype: torch.dtype) -> None:
+    x = moved(inputs(plan, (4, 2), 16, dtype))
+    assert_accurate(x, plan, results(x, plan, "triton", **options), **options)
 
 
 @on_cuda
 @dtypes
-@pytest.mark.parametrize("d", [8, 20, 64, 80, 128, 160, 256])
+@pytest.mark.parametrize("d", [20, 64, 128, 256])
 def test_channels(d: int, dtype: torch.dtype) -> None:
     """In the tiles that are used, which follow from dtype and channels."""
-    for tree in ("a group", "forest", "long roots"):
-        for options in ({}, {"softcap": 2.0}, {"window": 70}):
+    for tree in ("a group", "forest"):
+        for options in ({}, {"softcap": 2.0, "window": 70}):
             x = moved(inputs(TREES[tree], (4, 2), d, dtype))
             assert_accurate(x, TREES[tree], results(x, TREES[tree], "triton", **options), **options)
 
@@ -70,7 +74,7 @@ def test_heads(small_tiles: None, heads: tuple[int, int], dtype: torch.dtype) ->
 @dtypes
 def test_every_width_of_a_window(small_tiles: None, dtype: torch.dtype) -> None:
     plan = plan_of([(5, -1), (3, 0), (2, 1), (2, 1), (4, 0), (2, 4), (6, -1)])
-    for window in range(1, 13):
+    for window in (1, 2, 5, 12):
         x = moved(inputs(plan, (2, 1), 4, dtype))
         assert_accurate(x, plan, results(x, plan, "triton", window=window), window=window)
 
@@ -100,7 +104,7 @@ def test_no_tokens_and_once_differentiable(small_tiles: None) -> None:
 def test_float64_and_wide_heads_are_refused() -> None:
     wide = torch.zeros(3, 1, 264, device=DEVICE)
     with pytest.raises(UserError, match="float64 takes backend 'reference'"):
-        ops.tree_attention(*[wide.double()] * 3, plan_of([(3, -1)]), backend="triton")
+        ops.tree_attention(wide.double(), wide.double(), wide.double(), plan_of([(3, -1)]), backend="triton")
     with pytest.raises(UserError, match="heads have 264 channels"):
         ops.tree_attention(wide, wide, wide, plan_of([(3, -1)]), backend="triton")
 
@@ -153,23 +157,3 @@ def test_a_minibatch_as_large_as_a_real_one() -> None:
     out = ops.tree_attention(flat[0], flat[1], flat[2], plan, backend="triton")
     for found, right in zip(torch.autograd.grad(out, flat, gradient), exact(plan, flat, gradient), strict=True):
         assert (found.float() - right).norm() <= 2.0**-7 * right.norm()
-
-
-def test_tiles_hold_what_their_queries_see(small_tiles: None) -> None:
-    """Every key that a query sees is listed once; what is listed as shared, all its queries see."""
-    for plan in (*TREES.values(), drawn(60, 40, 0.5, seed=3)):
-        for window in (None, 1, 13):
-            seen = oracle.tree_mask(plan, window)
-            forest = tiles.forest(plan, len(seen))
-            for tile in (1, 16, 64):
-                order, bounds, shared, keys, _, _ = forest.queries(tile, window, torch.device("cpu"))
-                assert sorted(order.tolist()) == list(range(-(-len(seen) // tile)))
-                for t, (low, high) in enumerate(bounds.unfold(0, 2, 1).tolist()):
-                    listed, rows = keys[low:high], seen[t * tile : (t + 1) * tile]
-                    assert len(listed.unique()) == len(listed)
-                    assert set(rows.any(0).nonzero().squeeze(1).tolist()) <= set(listed.tolist())
-                    assert rows[:, listed[: shared[t]].long()].all()
-                order, ends, _, _ = forest.keys(tile, torch.device("cpu"))
-                for t, end in enumerate(ends.tolist()):
-                    readers = oracle.tree_mask(plan)[:, t * tile : (t + 1) * tile].any(1).nonzero()
-                    assert int(readers.max()) == end - 1 and int(readers.min()) >= t * tile

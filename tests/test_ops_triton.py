@@ -66,7 +66,7 @@ def test_interpreter_shapes(operator: str, options: dict, dtype: torch.dtype, sh
 
 @pytest.fixture
 def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """bfloat16 factors give float32 logits, and the gradient goes over them in bfloat16."""
+    """bfloat16 factors give float32 logits, and bfloat16 gradients."""
 
     def into_float32(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool = False) -> torch.Tensor:
         found = a.float() @ b.float()
@@ -79,32 +79,33 @@ def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 @interpreted
 @every_operator
 @pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
-def test_interpreter_gradients_over_wider_logits(as_on_cuda: None, operator: str, options: dict, shape: tuple) -> None:
+def test_interpreter_gradients_of_wider_logits(as_on_cuda: None, operator: str, options: dict, shape: tuple) -> None:
     check(operator, options, shape, torch.bfloat16)
 
 
 @interpreted
 def test_interpreter_a_narrow_gradient_is_the_wide_one_rounded() -> None:
-    """Over several blocks of a row, in the first half of the row that held the logits."""
+    """Over several blocks of a row; the wide one lies over the logits."""
     g = torch.Generator().manual_seed(0)
     c, v = 3, 2 * rows.BLOCK + 77
     logits, targets = 3 * torch.randn(c, v, generator=g), torch.randint(v, (c,), generator=g)
     tokens = [torch.randn(c, generator=g) for _ in range(3)]
-    found = []
-    for kind in (torch.float32, torch.bfloat16):
-        z = logits.clone()
-        gradient = z.view(kind)[:, :v]
-        out = rows.policy_rows(z, gradient, targets, *tokens, None, 9.0, 9.0, 0.0, 1.0, None)
-        found.append((out, gradient))
-    assert torch.equal(found[0][0], found[1][0])
-    torch.testing.assert_close(found[1][1].float(), found[0][1], rtol=2**-7, atol=0)  # the interpreter cuts off
+    z, narrow = logits.clone(), torch.full((c, v), torch.nan, dtype=torch.bfloat16)
+    found = [
+        rows.policy_rows(logits, gradient, targets, *tokens, None, 9.0, 9.0, 0.0, 1.0, None)
+        for logits, gradient in ((logits, narrow), (z, z))
+    ]
+    assert torch.equal(*found)
+    torch.testing.assert_close(narrow.float(), z, rtol=2**-7, atol=0)  # the interpreter cuts off
 
 
-def test_even_chunks() -> None:
-    assert [products.even_rows(n, 2048) for n in (0, 1, 2048, 2049, 2212, 8192)] == [1, 128, 2048, 1152, 1152, 2048]
-    assert products.even_rows(301, 16) == 16
-    for rows_, chunk in ((2212, 2048), (8192, 1152), (5000, 640)):
-        assert -(-rows_ // products.even_rows(rows_, chunk)) == -(-rows_ // chunk)
+def test_even_pieces() -> None:
+    sizes = [products.piece_rows(n, 2048, "cuda") for n in (0, 1, 200, 2048, 2049, 2212, 8192)]
+    assert sizes == [1, 1, 200, 2048, 1152, 1152, 2048]
+    assert products.piece_rows(301, 16, "cuda") == 16
+    for rows_, most in ((2212, 2048), (8192, 1152), (5000, 640)):
+        assert -(-rows_ // products.piece_rows(rows_, most, "cuda")) == -(-rows_ // most)
+    assert [products.piece_rows(n, 2048, "cpu") for n in (0, 1, 2049)] == [1, 1, 2048]
 
 
 def test_logits_take_no_more_rows_than_a_chunk_of_the_trained_ones() -> None:
@@ -113,7 +114,9 @@ def test_logits_take_no_more_rows_than_a_chunk_of_the_trained_ones() -> None:
         for trained, most in ((40, 40), (300, 128)):
             head = products.Products(hidden, weight, None, (False, False, False))
             for index in head.split(torch.arange(trained)):
-                torch.testing.assert_close(head.logits(hidden[index]), hidden[index] @ weight.t())
+                for part, logits, gradient in head.chunks(hidden[index]):
+                    torch.testing.assert_close(logits, hidden[index[part]] @ weight.t())
+                    assert gradient is None
             assert head.buffer is not None and head.buffer.shape == (most, 11)
 
 
@@ -243,24 +246,24 @@ def test_on_a_gpu(operator: str, options: dict, dtype: torch.dtype, head: dict) 
 
 def dtypes(variant: int) -> list[tuple[str, str]]:
     """Of logits and gradient, as far as the kernel has them."""
-    kernel, constants, _ = VARIANTS[variant]
+    kernel, constants, *_ = VARIANTS[variant]
     if "logits" not in kernel.arg_names:
         return [("fp32", "fp32")]
     written = "gradient" in kernel.arg_names and constants.get("GRADIENT", True)
     return [("fp32", "fp32"), *([("fp32", "bf16")] if written else []), ("bf16", "bf16")]
 
 
+# Of a multiprocessor, for one program; consumer GPUs, which compile as an A100 does, have less than it.
+SHARED_KIB = {80: 99, 90: 227, 100: 227}
+
+
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("capability", SHARED_KIB)
 @pytest.mark.parametrize(("variant", "logits", "gradient"), [(v, *d) for v in range(len(VARIANTS)) for d in dtypes(v)])
 def test_compiles_without_spills(
     variant: int, capability: int, logits: str, gradient: str, monkeypatch: Any, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     found = compiled(variant, capability, logits, gradient)
-    # One register: the assembler of Triton 3.6 gives it up for occupancy (sm_100, float32, V 128256).
-    assert max(found.spill_stores, found.spill_loads) <= 4
-    if logits != gradient:
-        # A narrow gradient goes where other threads read wide logits: not before all of them have.
-        walks = "".join(x[0] for x in re.findall(r"ld\.global|bar\.sync|st\.global", found.ptx))
-        assert re.search("l+bs+$", walks), walks
+    assert max(found.spill_stores, found.spill_loads) <= VARIANTS[variant].spilled
+    assert found.shared <= SHARED_KIB[capability] << 10

@@ -1,4 +1,4 @@
-"""Every Triton kernel and CUDA backend once, on shapes so small that a sanitizer can follow.
+"""Every Triton kernel once, on shapes so small that a sanitizer can follow.
 
     python -m bench.gpu.calls [--repeats 100]
 
@@ -10,15 +10,15 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench import command
 from bench.operators.heads import drawn_head
-from bench.operators.tree_attention import Heads, Plan, drawn, going, minibatch
+from bench.operators.tree_attention import Heads, Plan, drawn, minibatch
 from dwrl_fast import ops
-from dwrl_fast.ops.varlen import VARLEN
 
 Call = Callable[[], tuple[Tensor, ...]]
 SMALL, LARGE = (37, 64, 1003), (2212, 1024, 151936)  # T, H, V
@@ -86,27 +86,21 @@ def loss_calls(t: int, device: str) -> Iterator[tuple[str, Call]]:
 
 
 def attention_calls(plan: Plan) -> Iterator[tuple[str, Call]]:
-    """Every backend that can run here, by depth, by path and with a window."""
-    flat, gradient = drawn(int(plan.stop[-1]), Heads(28, 4, 128), torch.bfloat16)
+    """`tree_attention` in both dtypes: plain, with a window, with a soft-cap."""
+    for dtype in (torch.float32, torch.bfloat16):
+        flat, gradient = drawn(int(plan.stop[-1]), Heads(28, 4, 128), dtype)
 
-    def tiled(**options: float) -> tuple[Tensor, ...]:
-        out = ops.tree_attention(flat[0], flat[1], flat[2], plan, backend="triton", **options)  # type: ignore[arg-type]
-        return out, *torch.autograd.grad(out, flat, gradient)
+        def attention(flat: list[Tensor] = flat, gradient: Tensor = gradient, **options: Any) -> tuple[Tensor, ...]:
+            out = ops.tree_attention(flat[0], flat[1], flat[2], plan, backend="triton", **options)
+            return out, *torch.autograd.grad(out, flat, gradient)
 
-    for options in ({}, {"window": 13}, {"softcap": 20.0}):
-        yield f"tree_attention, triton, {options}, U {len(flat[0])}", partial(tiled, **options)
-
-    def attention(backend: str, by_path: bool, window: int | None) -> tuple[Tensor, ...]:
-        with going(by_path):
-            out = ops.tree_attention(flat[0], flat[1], flat[2], plan, window=window, backend=backend)
-        return out, *torch.autograd.grad(out, flat, gradient)
-
-    for backend, varlen in VARLEN.items():
-        if problem := varlen.problem(flat[0].device, torch.bfloat16, 128, None):
-            print(f"left out: tree_attention, {backend}: {problem}", flush=True)
-            continue
-        for way, by_path, window in (("by depth", False, None), ("by path", True, None), ("window of 13", True, 13)):
-            yield f"tree_attention, {backend}, {way}, U {len(flat[0])}", partial(attention, backend, by_path, window)
+        ways: dict[str, dict[str, Any]] = {
+            "": {},
+            " with a window": {"window": 13},
+            " with soft-cap": {"softcap": 20.0},
+        }
+        for what, options in ways.items():
+            yield f"tree_attention{what}, {str(dtype)[6:]}, U {len(gradient)}", partial(attention, **options)
 
 
 def differing(call: Call, repeats: int) -> int:

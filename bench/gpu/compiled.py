@@ -7,24 +7,56 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import triton
-from dwrl_fast.kernels import copies, rows, yes_no
+from dwrl_fast.kernels import attention, rows, scaled, yes_no
 
 HEAD = ("hidden", "weight_yes", "weight_no", "bias_yes", "bias_no")
-POINTERS = dict.fromkeys(("targets", "order", "bounds"), "*i64") | dict.fromkeys((*HEAD, "copies", "sums"), "*bf16")
-SCALARS = dict.fromkeys(("C", "T"), "i32") | dict.fromkeys(("clip_low", "clip_high", "beta", "scale", "cap"), "fp32")
+HEADS = ("q", "k", "v", "out", "grad", "dk", "dv", "dq")
+PLACES = ("order", "bounds", "shared", "keys", "below", "place", "runs", "split")
+POINTERS = {"targets": "*i64"} | dict.fromkeys((*HEAD, *HEADS), "*bf16") | dict.fromkeys(PLACES, "*i32")
+STRIDES = tuple(f"{kind}_{x}" for kind in ("stride", "head") for x in "qkvg")
+SCALARS = dict.fromkeys(("C", "T", "U", "COUNT", "window", *STRIDES), "i32")
+SCALARS |= dict.fromkeys(("clip_low", "clip_high", "beta", "scale", "cap"), "fp32")
 ROWS = {"BLOCK": rows.BLOCK}
-VARIANTS: list[tuple[Any, dict[str, Any], int]] = [  # kernel, constants, warps
-    (rows.policy_rows_kernel, ROWS | {"V": 151936, "HAS_CAP": True, "HAS_REF": True, "GRADIENT": True}, rows.WARPS),
-    (rows.policy_rows_kernel, ROWS | {"V": 128256, "HAS_CAP": False, "HAS_REF": False, "GRADIENT": True}, rows.WARPS),
-    (rows.policy_rows_kernel, ROWS | {"V": 32003, "HAS_CAP": False, "HAS_REF": False, "GRADIENT": False}, rows.WARPS),
-    (rows.logprob_rows_kernel, ROWS | {"V": 128256, "HAS_CAP": True}, rows.WARPS),
-    (rows.logprob_rows_grad_kernel, ROWS | {"V": 151936, "HAS_CAP": True, "HAS_ENTROPY": True}, rows.WARPS),
-    (rows.logprob_rows_grad_kernel, ROWS | {"V": 32003, "HAS_CAP": False, "HAS_ENTROPY": False}, rows.WARPS),
-    (rows.policy_loss_kernel, {"HAS_REF": True, "HAS_ENTROPY": True, "TOKENS": rows.TOKENS}, 4),
-    (yes_no.yes_no_kernel, {"H": 896, "HAS_CAP": True, "HAS_BIAS": True, "BLOCK": yes_no.BLOCK}, 4),
-    (copies.sum_copies_kernel, {"CHANNELS": 512, "COPIES": copies.COPIES, "BLOCK": 512}, 4),
-]
+
+
+class Variant(NamedTuple):
+    """A kernel with its constants, warps and stages, and how many bytes a thread of it may spill."""
+
+    kernel: Any
+    constants: dict[str, Any]
+    warps: int
+    stages: int = 3
+    spilled: int = 4  # one register: the assembler of Triton 3.6 gives it up for occupancy (sm_100, float32, V 128256)
+
+
+def walks(channels: int, **options: bool) -> list[Variant]:
+    """The kernels of attention for bfloat16 heads of so many channels, 28 of queries and 4 of keys."""
+    given = {"HAS_CAP": False, "HAS_WINDOW": False, "PRECISION": "tf32"} | options
+    given |= {"GROUP": 7, "HEADS": 28, "D": channels, "BLOCK_D": channels}
+    blocks = attention.sizes(torch.bfloat16, channels)
+    kernels = (attention.attend_kernel, attention.to_keys_kernel, attention.to_queries_kernel)
+    return [
+        Variant(kernel, given | {"QUERIES": of.queries, "KEYS": of.keys}, of.warps, of.stages, spilled=500)
+        for kernel, of in zip(kernels, blocks, strict=True)
+    ]
+
+
+VARIANTS = [
+    Variant(rows.policy_rows_kernel, ROWS | {"V": 151936, "HAS_CAP": True, "HAS_REF": True, "GRADIENT": True}, 8),
+    Variant(rows.policy_rows_kernel, ROWS | {"V": 128256, "HAS_CAP": False, "HAS_REF": False, "GRADIENT": True}, 8),
+    Variant(rows.policy_rows_kernel, ROWS | {"V": 32003, "HAS_CAP": False, "HAS_REF": False, "GRADIENT": False}, 8),
+    Variant(rows.logprob_rows_kernel, ROWS | {"V": 128256, "HAS_CAP": True}, 8),
+    Variant(rows.logprob_rows_grad_kernel, ROWS | {"V": 151936, "HAS_CAP": True, "HAS_ENTROPY": True}, 8),
+    Variant(rows.logprob_rows_grad_kernel, ROWS | {"V": 32003, "HAS_CAP": False, "HAS_ENTROPY": False}, 8),
+    Variant(rows.policy_loss_kernel, {"HAS_REF": True, "HAS_ENTROPY": True, "TOKENS": rows.TOKENS}, 4),
+    Variant(yes_no.yes_no_kernel, {"H": 896, "HAS_CAP": True, "HAS_BIAS": True, "BLOCK": yes_no.BLOCK}, 4),
+    Variant(scaled.scaled_kernel, {"BLOCK": scaled.BLOCK}, 8),
+    Variant(attention.dot_out_kernel, {"HEADS": 28, "D": 128, "BLOCK_D": 128, "ROWS": attention.ROWS}, 4),
+    Variant(attention.sum_parts_kernel, {"HEADS": 4, "D": 128, "BLOCK_D": 128, "KEYS": 64}, 4),
+    *walks(128), *walks(128, HAS_CAP=True, HAS_WINDOW=True), *walks(64), *walks(256),
+]  # fmt: skip
 NULLABLE = {"HAS_REF": "ref_logprob", "HAS_ENTROPY": "grad_entropy", "GRADIENT": "gradient"}
 REGISTERS, WARPS_HELD = 65536, 64  # of a multiprocessor, from sm_80 on
 
@@ -51,20 +83,23 @@ def compiled(variant: int, capability: int, logits: str, gradient: str) -> Compi
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel, constants, warps = VARIANTS[variant]
+    kernel, constants, warps, stages, _ = VARIANTS[variant]
     constants = constants | {name: None for flag, name in NULLABLE.items() if constants.get(flag) is False}
-    constants["STRIDE"] = constants.get("V", 0) * (2 if (logits, gradient) == ("fp32", "bf16") else 1)
     kinds = POINTERS | SCALARS | {"logits": f"*{logits}"}
     if kernel is not rows.policy_loss_kernel:  # there the gradient is per token, and float32
         kinds |= {"gradient": f"*{gradient}"}
     signature = {name: "constexpr" if name in constants else kinds.get(name, "*fp32") for name in kernel.arg_names}
     # PyTorch's memory is aligned to 16 bytes, and Triton then compiles wide loads, which take more registers.
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, kind) in enumerate(signature.items())
+        if kind[0] == "*" or name in STRIDES
+    }
     constants = {name: value for name, value in constants.items() if name in signature}
     made = triton.compile(
         ASTSource(kernel, signature, constants, aligned),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": warps},
+        options={"num_warps": warps, "num_stages": stages},
     )
     return Compiled(made.asm["ptx"], *_assembled(made.asm["ptx"], capability), made.metadata.shared, warps)
 

@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 TOOLS = ("memcheck", "racecheck", "initcheck")
 REPEATS = 100
-MISSING_PACKAGE = re.compile(r"(the package flash_attn|liger-kernel) is not installed")
+MISSING_PACKAGE = re.compile(r"liger-kernel is not installed")
 INSTEAD = """there is no CUDA device, and every part needs one. Without one there are
     python -m pytest tests/test_ops_triton.py    the kernels through Triton's interpreter, and compiled for three GPUs
     python -m pytest tests/test_bench_gpu.py     what the parts run, on tiny shapes

@@ -3,7 +3,7 @@
     python -m bench.gpu.roofline [--kernels]
 
 Counted from shapes and from the chunks and calls that the operators really make; nothing is run. Ceilings are assumed
-(--flops, --bytes, --flash) or read from a report of bench.gpu (--report). `--kernels` compiles the Triton kernels for
+(--flops, --bytes, --attention) or read from a report of bench.gpu (--report). `--kernels` compiles the Triton kernels for
 sm_90 and prints what they take. docs/performance.md explains the columns.
 """
 
@@ -12,73 +12,93 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from dwrl_fast.kernels import attention
 from rich.console import Console
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench import command
-from bench.operators.linear_policy_loss import GPU_SHAPES, MOST_FLOORS
-from bench.operators.tree_attention import LEAST_RATE, QWEN7B, Heads, Plan, attended, minibatch, sequences_of
-from dwrl_fast.ops import paths
-from dwrl_fast.ops.products import chunk_rows, even_rows
+from bench.operators.linear_policy_loss import GPU_SHAPES, MOST_FLOORS, MOST_PEAK
+from bench.operators.tree_attention import QWEN7B, Heads, Plan, attended, minibatch, sequences_of
+from dwrl_fast.ops import tiles
+from dwrl_fast.ops.products import CHUNKS, chunk_rows, piece_rows
 
 
 class Ceilings(NamedTuple):
-    """FLOP a second of a large product in bfloat16 and of varlen flash attention; bytes a second of a copy."""
+    """FLOP a second of a large product in bfloat16 and of attention's; bytes a second of a copy."""
 
     flops: float
     bytes: float
-    flash: float
+    attention: float
 
 
-def head_line(t: int, h: int, v: int, chunk: int, at: Ceilings) -> tuple[str, ...]:
-    """T trained rows of a bfloat16 head in chunks of `chunk` rows at most; 0: as many as the operator takes."""
-    if not chunk:
-        with FakeTensorMode():
-            hidden, weight = (torch.empty(n, h, dtype=torch.bfloat16, device="cuda") for n in (t, v))
-            chunk = chunk_rows(hidden, weight)
-    chunk = even_rows(t, chunk)
-    count = -(-t // chunk)
+def head_line(t: int, h: int, v: int, chunks: int, at: Ceilings) -> tuple[str, ...]:
+    """T trained rows of a bfloat16 head in blocks of so many chunks of rows."""
+    with FakeTensorMode():
+        hidden, weight = (torch.empty(n, h, dtype=torch.bfloat16, device="cuda") for n in (t, v))
+        chunk = chunk_rows(hidden, weight)
+    block = piece_rows(t, chunks * chunk, "cuda")
+    chunk = piece_rows(block, chunk, "cuda")
+    products, blocks = -(-t // chunk), -(-t // block)
     product = 2.0 * t * h * v / at.flops
-    logits, d_hidden = (max(product, (2 * (v * h * count + t * h) + each * t * v) / at.bytes) for each in (4, 2))
+    logits = max(product, (2 * (v * h * products + t * h) + 4 * t * v) / at.bytes)
+    d_hidden = max(product, (2 * (v * h * blocks + t * h) + 2 * t * v) / at.bytes)
     # dWeight's float32 sum, which its product hides in part; the work on rows; rounding dWeight.
-    moved = 4 * v * h * (2 * count - 1), (4 + 4 + 2) * t * v, (4 + 2) * v * h
+    moved = 4 * v * h * (2 * blocks - 1), (4 + 4 + 2) * t * v, (4 + 2) * v * h
     sums, rows, rounding = (size / at.bytes for size in moved)
     rest = logits + d_hidden + rows + rounding
     ratios = ((rest + d_weight) / (3 * product) for d_weight in (max(product, sums), product + sums))
+    workspace, inputs = 4 * chunk * v + 2 * block * v, 2 * (t + v) * h
     return (
         f"{t}, {h}, {v}",
-        str(chunk),
+        f"{block}, {chunk}",
         *(f"{1e3 * x:.2f}" for x in (3 * product, logits, d_hidden, product, sums, rows, rounding)),
         " to ".join(f"{ratio:.3f}" for ratio in ratios),
-        f"{4.0 * chunk * v / 1e6:,.0f}",
+        f"{(inputs + workspace + 4 * v * h + 2 * t * h) / 2**30:.2f}",
     )
 
 
+def walked(plan: Plan, heads: Heads) -> tuple[float, float, float]:
+    """Pairs of a query and a key that the three kernels of attention compute, masked ones and all, over those needed:
+    forward, of dK and dV, of dQ.
+    """
+    blocks = attention.sizes(torch.bfloat16, heads.channels)
+    forest, cpu, needed = tiles.forest(plan, int(plan.stop[-1])), torch.device("cpu"), attended(plan)
+
+    def lists(of: attention.Blocks) -> float:
+        entries = forest.queries(of.queries, None, cpu).bounds.diff()
+        return float((-(-entries // of.keys) * of.keys).sum() * of.queries) / needed
+
+    runs = forest.keys(blocks.to_keys.keys, heads.key, cpu).runs
+    steps = -(-(runs[:, 2] - runs[:, 1]) // blocks.to_keys.queries)
+    to_keys = float(steps.sum() * blocks.to_keys.queries * blocks.to_keys.keys) / needed
+    return lists(blocks.forward), to_keys, lists(blocks.to_queries)
+
+
 def tree_line(name: str, plan: Plan, heads: Heads, at: Ceilings) -> tuple[str, ...]:
-    """Both ways through a tree beside flash attention's own time, and the share of its rate that is left."""
+    """Products that the kernels compute beside the seven that are needed, and how long they take."""
     tokens, pairs = int(plan.stop[-1]), attended(plan)
-    layout, group = paths._read(plan), heads.query // heads.key
-    row = 2 * heads.query * heads.channels  # bytes of q
-    flat = all(len(path) == 1 for path in layout.paths)
-    flash, by_depth = heads.flops(pairs) / at.flash, row * layout.by_depth_cost() / at.bytes
-    by_path = 0.0 if flat else row * layout.by_path_cost(group) / at.bytes
-    taken, spent = ("path", by_path) if not flat and layout.shorter_by_path(group) else ("depth", by_depth)
-    times = (f"{1e3 * x:.2f}" for x in (flash, by_path, by_depth))
-    return name, f"{tokens:,}", f"{pairs / tokens:.0f}", *times, taken, f"{flash / (flash + spent):.2f}"
+    each = walked(plan, heads)
+    products = sum(count * share for count, share in zip((2, 4, 3), each, strict=True))
+    took = products / 7 * heads.flops(pairs) / at.attention
+    shares = (f"{share:.2f}" for share in (*each, products / 7))
+    return name, f"{tokens:,}", f"{pairs / tokens:.0f}", *shares, f"{1e3 * took:.2f}"
 
 
 def print_head(console: Console, at: Ceilings) -> None:
     """What linear_policy_loss has to do, for the shapes that bench.operators.linear_policy_loss runs on a GPU."""
-    wanted = [(round(t * (1 - untrained)), h, v, 0) for t, h, v, untrained in GPU_SHAPES]
+    wanted = [(round(t * (1 - untrained)), h, v, CHUNKS) for t, h, v, untrained in GPU_SHAPES]
     table = command.table(
         "linear_policy_loss in bfloat16, milliseconds",
-        ("T, H, V", "chunk", "3 products", "logits", "dHidden", "dWeight", "its sum", "rows", "rounding",
-         "times 3 products", "workspace MB"),
-        [head_line(*shape, at) for shape in (*wanted, (*wanted[0][:3], 1024), (*wanted[0][:3], 512))],
+        ("T, H, V", "block, chunk", "3 products", "logits", "dHidden", "dWeight", "its sum", "rows", "rounding",
+         "times 3 products", "peak GiB"),
+        [head_line(*shape, at) for shape in (*wanted, *((*wanted[0][:3], chunks) for chunks in (1, 2, 8)))],
         left=0,
     )  # fmt: skip
     console.print(table)
-    console.print(f"asked: at most {MOST_FLOORS} times the three products; the last two lines are smaller chunks\n")
+    console.print(
+        f"asked of the first line: at most {MOST_FLOORS} times the three products, and {MOST_PEAK / 2**30:.1f} GiB with "
+        "the inputs; the last three lines are blocks of other sizes\n"
+    )
 
 
 def print_trees(console: Console, at: Ceilings) -> None:
@@ -87,12 +107,14 @@ def print_trees(console: Console, at: Ceilings) -> None:
     plans += [(f"{data}, thoughts of {mean}", minibatch(data, mean)) for data in ("hh", "rmb") for mean in (40, 200)]
     table = command.table(
         "tree_attention, Qwen2.5-7B's heads in bfloat16, milliseconds a layer",
-        ("", "tokens", "mean keys", "flash attention", "by path", "by depth", "taken", "share of its rate"),
+        ("", "tokens", "mean keys", "forward", "to keys", "to queries", "all", "at the assumed rate"),
         [tree_line(name, plan, QWEN7B, at) for name, plan in plans],
         left=0,
     )
     console.print(table)
-    console.print(f"asked: at least {LEAST_RATE} of the rate of equal work\n")
+    console.print(
+        "pairs of a query and a key that each kernel computes, of those needed; all: FLOP, of seven products\n"
+    )
 
 
 def print_kernels(console: Console) -> None:
@@ -100,7 +122,7 @@ def print_kernels(console: Console) -> None:
     from bench.gpu.compiled import VARIANTS, compiled
 
     lines = []
-    for variant, (kernel, constants, _) in enumerate(VARIANTS):
+    for variant, (kernel, constants, *_) in enumerate(VARIANTS):
         it = compiled(variant, 90, "fp32", "bf16")
         size = constants.get("V") or constants.get("H") or ""
         name = kernel.__name__ + " with soft-cap" * bool(constants.get("HAS_CAP"))
@@ -120,19 +142,19 @@ def main() -> None:
     parser = command.parser("gpu.roofline", __doc__)
     parser.add_argument("--flops", type=float, default=790e12, help="of bfloat16 products, a second (default 790e12)")
     parser.add_argument("--bytes", type=float, default=4.3e12, help="read and written, a second (default 4.3e12)")
-    parser.add_argument("--flash", type=float, default=300e12, help="FLOP/s of flash attention (default 300e12)")
+    parser.add_argument("--attention", type=float, default=350e12, help="FLOP/s of its products (default 350e12)")
     parser.add_argument("--report", type=Path, help="take the first two from the ceilings of this report")
     parser.add_argument("--kernels", action="store_true", help="compile the Triton kernels too")
     args = parser.parse_args()
-    at = Ceilings(args.flops, args.bytes, args.flash)
+    at = Ceilings(args.flops, args.bytes, args.attention)
     if args.report:
         found = json.loads(args.report.read_text())["ceilings"]
         at = at._replace(flops=found["bf16_flop_per_second"], bytes=found["bytes_per_second"])
     console = Console(width=140)
     source = f"of {args.report}" if args.report else "assumed"
     console.print(
-        f"ceilings, {source}: {at.flops / 1e12:.0f} TFLOP/s, {at.bytes / 1e12:.2f} TB/s; flash attention, assumed: "
-        f"{at.flash / 1e12:.0f} TFLOP/s\n"
+        f"ceilings, {source}: {at.flops / 1e12:.0f} TFLOP/s, {at.bytes / 1e12:.2f} TB/s; attention, assumed: "
+        f"{at.attention / 1e12:.0f} TFLOP/s\n"
     )
     print_head(console, at)
     print_trees(console, at)

@@ -8,16 +8,15 @@ that it attends to in a head, and what they cost, of one layer as is the time: s
 which the forward takes two and the backward, which forms the logits again, five.
 
 On a GPU the heads are those of Qwen2.5-7B in bfloat16, the trees minibatches of 32 pairs as long as those of hh and
-rmb, and the floor is "equal work": ordinary causal sequences of one length, through the same kernels, with as many
-queries and as many pairs as the tree. Theirs is the FLOP rate that the tree's is held against. Differences there are
-from attention in float64, sequence by sequence.
+rmb, and the floor is "equal work": PyTorch's varlen flash attention over ordinary causal sequences of one length, with
+as many queries and as many pairs as the tree. Theirs is the FLOP rate that the tree's is held against. Beside it stand
+the same kernels over the tree, each node with the gathered keys of its path, and FlexAttention with the tree's mask.
+Differences there are from attention in float64, sequence by sequence.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -25,11 +24,10 @@ from rich.console import Console
 from torch import Tensor
 
 from bench.harness import Case, Row, Variant, main
+from bench.operators import varlen
 from bench.training import lengths
 from dwrl_fast import ops
 from dwrl_fast.batching.tree import tree_batch
-from dwrl_fast.ops import paths
-from dwrl_fast.ops.varlen import VARLEN
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 REFERENCE_TOKENS = 2048  # the definition holds [heads, U, U] several times over
@@ -120,11 +118,6 @@ def drawn(tokens: int, heads: Heads, dtype: torch.dtype) -> tuple[list[Tensor], 
     return [draw(n).requires_grad_() for n in (heads.query, heads.key, heads.key)], draw(heads.query)
 
 
-def going(by_path: bool) -> AbstractContextManager[Any]:
-    """Within it trees are gone through by path, or by depth, whichever moves fewer bytes."""
-    return patch.object(paths._Layout, "shorter_by_path", lambda self, group: by_path)
-
-
 def variant(name: str, run: Callable[[], object], heads: Heads, pairs: int, why: str = "", **options: Any) -> Variant:
     """One that attends to so many pairs; `why` says what keeps it from running."""
     work = heads.flops(pairs)
@@ -133,17 +126,8 @@ def variant(name: str, run: Callable[[], object], heads: Heads, pairs: int, why:
     )
 
 
-def attention(
-    plan: Plan, inputs: list[Tensor], gradient: Tensor, backend: str, by_path: bool | None = None
-) -> tuple[Tensor, ...]:
-    """Forward and backward of ours: dq, dk, dv. by_path: which way a tree is gone through, None as ours chooses."""
-    with nullcontext() if by_path is None else going(by_path):
-        out = ops.tree_attention(inputs[0], inputs[1], inputs[2], plan, backend=backend)
-    return torch.autograd.grad(out, inputs, gradient)
-
-
 def variants(plan: Plan, heads: Heads, dtype: torch.dtype) -> list[Variant]:
-    """Ours through each of its backends, padded SDPA and the definition; on a GPU those of `gpu_variants` too."""
+    """Ours, padded SDPA and the definition; on a GPU those of `gpu_variants` too."""
     tokens, leaves, needed = int(plan.stop[-1]), sequences(plan), attended(plan)
     longest, whole = max(map(len, leaves)), len(leaves) == 1
     flat, gradient = drawn(tokens, heads, dtype)
@@ -158,46 +142,39 @@ def variants(plan: Plan, heads: Heads, dtype: torch.dtype) -> list[Variant]:
         return tuple(x.transpose(1, 2).flatten(0, 1) for x in found) if whole else found
 
     def ours(name: str, backend: str, pairs: int, why: str = "") -> Variant:
-        return variant(name, partial(attention, plan, flat, gradient, backend), heads, pairs, why)
+        def run() -> tuple[Tensor, ...]:
+            out = ops.tree_attention(flat[0], flat[1], flat[2], plan, backend=backend)
+            return torch.autograd.grad(out, flat, gradient)
 
-    able = {name: v.problem(DEVICE, dtype, heads.channels, None) or "" for name, v in VARLEN.items()}
+        return variant(name, run, heads, pairs, why)
+
     too_long = f"it would hold [{heads.query}, {tokens}, {tokens}]" if tokens > REFERENCE_TOKENS else ""
-    by_definition = DEVICE.type == "cuda" and all(able.values())  # what "auto" is then
     name = "SDPA" if whole else f"padded SDPA, [{len(leaves)}, {longest}]"
     found = [
-        ours("dwrl_fast", "auto", needed, too_long if by_definition else ""),
-        *(ours(name, name, needed, why) for name, why in able.items()),
+        ours("dwrl_fast", "auto", needed),
         # The gradients of padded copies are not those of the tokens.
         variant(name, padded, heads, len(leaves) * longest * (longest + 1) // 2, comparable=whole),
         ours("definition", "reference", tokens**2, too_long),
     ]
     if DEVICE.type == "cuda":
         found.insert(0, Variant("float64", lambda: exact(plan, flat, gradient), reference=True))
-        found += gpu_variants(plan, heads, dtype, flat, gradient, next((n for n, why in able.items() if not why), ""))
+        found += gpu_variants(plan, heads, dtype, flat, gradient)
     return found
 
 
-def gpu_variants(
-    plan: Plan, heads: Heads, dtype: torch.dtype, flat: list[Tensor], gradient: Tensor, backend: str
-) -> list[Variant]:
-    """Both ways through a tree, and equal work: as it is called here, and with its backward as fast as it may be."""
+def gpu_variants(plan: Plan, heads: Heads, dtype: torch.dtype, flat: list[Tensor], gradient: Tensor) -> list[Variant]:
+    """PyTorch's flash attention on equal work and on the tree by path, and FlexAttention."""
     even, needed = equal_work(plan), attended(plan)
-    ordinary = partial(attention, even, *drawn(int(even.stop[-1]), heads, dtype), backend)
-
-    def free() -> tuple[Tensor, ...]:
-        with patch("dwrl_fast.ops.varlen._deterministic", nullcontext):
-            return ordinary()
-
-    same = attended(even)
-    note = f"{backend}: {len(even.stop)} sequences of {int(even.stop[0])}"
-    why = "" if backend else "no kernels of varlen attention can run here"
-    only = why or ("" if backend == "varlen" else "only of PyTorch's kernels")
-    ways = [partial(attention, plan, flat, gradient, backend, by_path) for by_path in (False, True)]
+    note = f"{len(even.stop)} sequences of {int(even.stop[0])}"
+    ordinary = partial(varlen.attention, varlen.segments(even, DEVICE), *drawn(int(even.stop[-1]), heads, dtype))
+    by_path = partial(varlen.attention, varlen.segments(plan, DEVICE), flat, gradient)
     return [
-        *(variant(name, way, heads, needed, why) for name, way in zip(("by depth", "by path"), ways, strict=True)),
-        variant(EQUAL, ordinary, heads, same, why, note=note, comparable=False),
-        variant(f"{EQUAL}, not deterministic", free, heads, same, only, comparable=False),
-    ]
+        variant(EQUAL, ordinary, heads, attended(even), note=note, comparable=False),
+        variant(f"{EQUAL}, not deterministic", partial(ordinary, deterministic=False), heads, attended(even),
+                comparable=False),
+        variant("flash attention by path", by_path, heads, needed),
+        variant("FlexAttention", partial(varlen.flex_attention, plan, flat, gradient), heads, needed),
+    ]  # fmt: skip
 
 
 def exact(plan: Plan, flat: list[Tensor], gradient: Tensor) -> tuple[Tensor, ...]:

@@ -49,13 +49,13 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 MEANS = {"": 40, "-200": 200}
 TRUNKS = ((256, 128, 160), (512, 512, 416))
-# Of the GPU's cases. A layer of the 7B keeps .26 MB a token for its backward: with 8 layers 24,576 tokens are 51 GB,
-# beside 12 GB of weights, as much of gradients, and 5 of bfloat16 copies.
+# Of the GPU's cases. A layer of the 7B keeps .26 MB a token for its backward: with 6 layers 24,576 tokens are 38 GB,
+# beside 10 GB of weights, as much of gradients, and 5 of bfloat16 copies.
 QWEN_7B: dict[str, Any] = {
     "model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944,
     "num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 32768, "tie_word_embeddings": False,
 }  # fmt: skip
-LAYERS, TOKEN_BUDGET = 8, 24576
+LAYERS, TOKEN_BUDGET = 6, 24576
 SYNTHETIC = (512, 512, 416)
 GPU_PAIRS = {"512-512-416": 4, "hh": 16, "hh-200": 8, "rmb": 8, "rmb-200": 8}
 ROUNDED = 0.1  # between gradients of layouts that compute in bfloat16

@@ -57,7 +57,7 @@ def linear_policy_loss(
 
     Returns PolicyLoss(loss, logprob, stats), see `policy_loss`. Raises UserError, which names the argument. On CUDA a
     target outside the vocabulary does not raise: its row is NaN and counts as `invalid` in stats. On CUDA the host
-    waits once for the number of trained rows, and once a chunk for the number of rows with a gradient.
+    waits once for the number of trained rows, and once a block of some thousand rows for those with a gradient.
     """
     name = "linear_policy_loss"
     hidden = autocast(hidden)
@@ -165,10 +165,12 @@ class _Once(torch.autograd.Function):
 
 
 def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """By an unrounded scale, rounded once: in one pass where the sum over chunks is still wide."""
+    """By an unrounded scale, rounded once: in one pass where the sum over blocks is still wide, which is on CUDA."""
     if gradient.dtype == dtype or torch.compiler.is_compiling():
         return (gradient * scale).to(dtype)
-    return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
+    from dwrl_fast.kernels.scaled import scaled
+
+    return scaled(gradient, scale.float(), dtype)
 
 
 class _Formed(torch.autograd.Function):
@@ -256,15 +258,15 @@ def _linear_policy_loss(
     trained = trained_rows(advantage, token_weight, beta).nonzero().squeeze(-1)
     check_targets("linear_policy_loss", targets[trained], weight.shape[0])
     for index in products.split(trained):
-        some = hidden[index]
-        logits = products.logits(some)
-        gradient = products.gradient_buffer(logits) if any(products.needs) else None
-        taken = (None if x is None else x[index] for x in tokens)
-        logprob[index], entropy[index], coefficient = rows.policy_rows(
-            logits, gradient, *taken, *rule, temperature, softcap
-        )
-        if gradient is not None:
-            products.backward(gradient, some, index, coefficient != 0)
+        some, coefficient = hidden[index], logprob.new_empty(len(index))
+        for part, logits, gradient in products.chunks(some):
+            here = index[part]
+            taken = (None if x is None else x[here] for x in tokens)
+            logprob[here], entropy[here], coefficient[part] = rows.policy_rows(
+                logits, gradient, *taken, *rule, temperature, softcap
+            )
+        if any(products.needs):
+            products.backward(some, index, coefficient != 0)
     loss, logprob, _, stats = rows.policy_loss_rows(
         logprob, old_logprob, advantage, token_weight, ref_logprob, entropy, *rule
     )

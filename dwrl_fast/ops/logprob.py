@@ -155,9 +155,7 @@ def _linear_logprob(
     check_targets("linear_logprob", targets, weight.shape[0])
     logprob = hidden.new_empty(hidden.shape[0], dtype=wide(hidden.dtype))
     entropy, other = torch.empty_like(logprob), torch.empty_like(logprob)
-    for start in range(0, hidden.shape[0], products.chunk):
-        here = slice(start, start + products.chunk)
-        logits = products.logits(hidden[here])
+    for here, logits, _ in products.chunks(hidden):
         if beside < 0:
             logprob[here], entropy[here] = rows.logprob_rows(logits, targets[here], temperature, softcap)
             continue
@@ -208,11 +206,11 @@ def _linear_logprob_backward(
     moved = grad_logprob != 0 if grad_entropy is None else (grad_logprob != 0) | (grad_entropy != 0)
     for index in products.split(moved.nonzero().squeeze(-1)):
         some = hidden[index]
-        logits = products.logits(some)
-        gradient = products.gradient_buffer(logits)
-        grads = grad_logprob[index], None if grad_entropy is None else grad_entropy[index]
-        rows.logprob_rows_grad(logits, gradient, targets[index], *grads, temperature, softcap)
-        products.backward(gradient, some, index, torch.ones_like(index, dtype=torch.bool))
+        for part, logits, gradient in products.chunks(some):
+            here = index[part]
+            grads = grad_logprob[here], None if grad_entropy is None else grad_entropy[here]
+            rows.logprob_rows_grad(logits, gradient, targets[here], *grads, temperature, softcap)
+        products.backward(some, index, torch.ones_like(index, dtype=torch.bool))
     return products.gradients()
 
 

@@ -1,20 +1,22 @@
 """The three products of a head over chunks of rows: logits, dHidden, dWeight. All rows' logits never exist at once.
 
-T rows, H hidden size, V vocabulary, C rows of a chunk. Products run in hidden's dtype; the gradient of the weight
-(and of the bias) is summed over chunks in float32 (float64 for float64) and leaves in the weight's own dtype, so that
-a float32 master of a bfloat16 computation gets it unrounded. On CUDA the logits of a bfloat16 head are float32, and
-their gradient is written over them in bfloat16: a chunk takes 4 V bytes a row.
+T rows, H hidden size, V vocabulary, B rows of a block, C of a chunk. Products run in hidden's dtype; the gradient of the
+weight (and of the bias) is summed over blocks in float32 (float64 for float64) and leaves in the weight's own dtype, so
+that a float32 master of a bfloat16 computation gets it unrounded. On CUDA the logits of a bfloat16 head are float32, and
+their gradients bfloat16: a block has several chunks, which share the memory of the logits. Elsewhere a block is a chunk,
+and the gradient is written over the logits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 # A chunk's logits take about this much, whatever memory is free: equal inputs give equal chunks, and equal bits. On the
-# CPU that keeps them near the caches. On CUDA every chunk reads and writes all of a float32 dWeight, which the product
-# hides only where it has some thousand rows, and dHidden has too few tiles for the device where C H is small.
-CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 1200 << 20}
+# CPU that keeps them near the caches. On CUDA a product needs some thousand rows, and every block reads and writes all
+# of a float32 dWeight: gradients of CHUNKS chunks wait for that, in twice the bytes of a chunk's logits.
+CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 600 << 20}
+CHUNKS = 4
 MIN_ROWS = 128  # more where dWeight does not fit a cache, because every chunk reads and writes all of it
 LARGE_WEIGHT = 32 << 20
 
@@ -29,10 +31,12 @@ def chunk_rows(hidden: Tensor, weight: Tensor) -> int:
     return max(least, rows - rows % 128)
 
 
-def even_rows(rows: int, chunk: int) -> int:
-    """The rows of each chunk: as few chunks as `chunk` allows, all of about equal size, in tiles of 128 rows."""
-    each = -(-rows // max(-(-rows // chunk), 1))
-    return max(1, min(chunk, each + -each % 128))
+def piece_rows(rows: int, most: int, device: str) -> int:
+    """The rows of each piece of so many, `most` at most. On CUDA as few pieces as that allows, all of about equal size,
+    in tiles of 128 rows: a small last one would read all of the weight, and of dWeight, too.
+    """
+    each = most if device == "cpu" else -(-rows // max(-(-rows // most), 1))
+    return max(1, min(most, each if device == "cpu" else each + -each % 128, rows))
 
 
 def _direct(hidden: Tensor) -> bool:
@@ -57,22 +61,38 @@ class Products:
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]) -> None:
         self.needs = needs
-        self.chunk = min(chunk_rows(hidden, weight), max(hidden.shape[0], 1))
+        self.chunk = chunk_rows(hidden, weight)
         self.weight = weight.to(hidden.dtype)
         self.dtypes = weight.dtype, bias.dtype if bias is not None else weight.dtype
         self.direct = _direct(hidden)
         self.bias = None if bias is None else bias.to(torch.float32 if self.direct else hidden.dtype)
         self.buffer: Tensor | None = None
+        self.d_logits: Tensor | None = None
         self.d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
         self.d_weight: Tensor | None = None
         self.d_bias = hidden.new_zeros(weight.shape[0], dtype=wide(hidden.dtype)) if needs[2] else None
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[C, H] -> [C, V], in a buffer that the next call overwrites. The first chunk must have the most rows."""
+    def split(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Row numbers [N] in blocks, the largest first."""
+        block = self.chunk * (CHUNKS if self.direct else 1)
+        return rows.split(piece_rows(len(rows), block, rows.device.type))
+
+    def chunks(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """The logits of a block, or of all rows where no gradient is needed, chunk by chunk: its place in `hidden`
+        [B, H], its logits [C, V], which the next one overwrites, and where the row pass writes their gradient [C, V].
+        """
+        size = piece_rows(len(hidden), self.chunk, hidden.device.type)
         if self.buffer is None:
             kind = torch.float32 if self.direct else hidden.dtype
-            self.buffer = hidden.new_empty((hidden.shape[0], self.weight.shape[0]), dtype=kind)
-        out = self.buffer[: hidden.shape[0]]
+            self.buffer = hidden.new_empty((size, self.weight.shape[0]), dtype=kind)
+        if any(self.needs) and self.d_logits is None:
+            self.d_logits = hidden.new_empty((len(hidden), self.weight.shape[0])) if self.direct else self.buffer
+        for start in range(0, len(hidden), size):
+            part = slice(start, min(start + size, len(hidden)))
+            logits = self._logits(hidden[part], self.buffer[: part.stop - start])
+            yield part, logits, None if self.d_logits is None else self.d_logits[part]
+
+    def _logits(self, hidden: Tensor, out: Tensor) -> Tensor:
         columns = self.weight.t()
         if self.direct:
             _into_float32(hidden, columns, out)
@@ -81,21 +101,14 @@ class Products:
             return torch.addmm(self.bias, hidden, columns, out=out)
         return torch.mm(hidden, columns, out=out)
 
-    def gradient_buffer(self, logits: Tensor) -> Tensor:
-        """Where the row pass writes dLogits [C, V]: over the logits. In a narrower dtype it fills half of each row."""
-        return logits.view(self.weight.dtype)[:, : logits.shape[1]] if self.direct else logits
+    def backward(self, hidden: Tensor, index: Tensor, live: Tensor) -> None:
+        """Add the gradients of a block whose `chunks` have all been walked.
 
-    def split(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """Row numbers [N] in chunks. On CUDA all are about as large: a small last one would read all of dWeight too."""
-        return rows.split(self.chunk if rows.device.type == "cpu" else even_rows(len(rows), self.chunk))
-
-    def backward(self, d_logits: Tensor, hidden: Tensor, index: Tensor, live: Tensor) -> None:
-        """Add the gradients of a chunk.
-
-        d_logits: [C, V]. hidden: [C, H]. index: [C] int64, the chunk's places among all rows. live: [C] bool, the rows
-        whose gradient is not 0.
+        hidden: [B, H]. index: [B] int64, the block's places among all rows. live: [B] bool, the rows whose gradient is
+        not 0.
         """
-        d_logits, hidden, index = _compact(d_logits, hidden, index, live)
+        assert self.d_logits is not None
+        d_logits, hidden, index = _compact(self.d_logits[: len(index)], hidden, index, live)
         if index.numel() == 0:
             return
         if self.d_hidden is not None:

@@ -36,12 +36,22 @@ class QueryTiles(NamedTuple):
 
 
 class KeyTiles(NamedTuple):
-    """Tiles of keys, each read by the queries from its first key to its end. As `QueryTiles`; ends: [TK]."""
+    """Tiles of keys, each read by the queries from its first key to the end of its subtree, in one run or in several.
 
-    order: Tensor
-    ends: Tensor
+    runs: [R, 4] int32, tile, first query, where its queries end, and its number among the `parts` of tiles with several
+    runs, -1 of others; the longest first. split: [S, 3] int32, each tile with several runs, and its parts' range. parts:
+    P, how many there are. below, place: as `QueryTiles`.
+    """
+
+    runs: Tensor
+    split: Tensor
+    parts: int
     below: Tensor
     place: Tensor
+
+
+# Runs are split so that a GPU gets several programs a multiprocessor, but not below a length that is worth a sum.
+PROGRAMS, SHORTEST_RUN, RUN_UNIT = 512, 1024, 128
 
 
 @dataclass(frozen=True)
@@ -82,17 +92,31 @@ class Forest:
         found: QueryTiles = self.made[key]
         return found
 
-    def keys(self, tile: int, device: torch.device) -> KeyTiles:
-        """Tiles of so many keys."""
-        key = ("keys", tile, device)
+    def keys(self, tile: int, heads: int, device: torch.device) -> KeyTiles:
+        """Tiles of so many keys, of so many key heads."""
+        key = ("keys", tile, heads, device)
         if key not in self.made:
-            below, place = self.tokenwise()
-            first = np.arange(0, self.tokens, tile)
-            ends = np.maximum.reduceat(below, first)
-            order = np.argsort(first - ends, kind="stable")
-            self.made[key] = KeyTiles(*(_put(x, device) for x in (order, ends, below, place)))
+            runs, split, parts = self._runs(tile, heads)
+            put = [_put(x, device) for x in (runs, split, *self.tokenwise())]
+            self.made[key] = KeyTiles(put[0], put[1], parts, put[2], put[3])
         found: KeyTiles = self.made[key]
         return found
+
+    def _runs(self, tile: int, heads: int) -> tuple[Ints, Ints, int]:
+        below, _ = self.tokenwise()
+        first = np.arange(0, self.tokens, tile)
+        ends = np.maximum.reduceat(below, first)
+        even = int((ends - first).sum()) * heads // PROGRAMS
+        longest = max(SHORTEST_RUN, -(-even // RUN_UNIT) * RUN_UNIT)
+        count = -(-(ends - first) // longest)
+        of = np.repeat(np.arange(len(first)), count)
+        low = first[of] + longest * ranges(np.zeros_like(count), count)
+        part = np.where(count[of] > 1, (count[of] > 1).cumsum() - 1, -1)
+        high = np.minimum(low + longest, ends[of])
+        runs = np.stack([of, low, high, part], 1)[np.argsort(low - high, kind="stable")]
+        several = np.flatnonzero(count > 1)
+        bounds = np.append(0, count[several].cumsum())
+        return runs, np.stack([several, bounds[:-1], bounds[1:]], 1), int(bounds[-1])
 
     def _queries(self, tile: int, window: int | None) -> tuple[Ints, ...]:
         below, place = self.tokenwise()
