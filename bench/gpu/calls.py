@@ -8,7 +8,7 @@ every result has to be the same, bit for bit. Prints a line a call, and as its l
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,7 +31,7 @@ def calls(large: bool, device: str = "cuda") -> Iterator[tuple[str, Call]]:
         yield from head_calls(*(LARGE if large else SMALL), dtype, device)
     yield from loss_calls(100_003 if large else 1500, device)
     if device == "cuda":
-        yield from attention_calls(minibatch("rmb", 40) if large else SMALL_TREE)
+        yield from attention_calls(minibatch("rmb", 40), (torch.bfloat16,)) if large else attention_calls(SMALL_TREE)
 
 
 def head_calls(t: int, h: int, v: int, dtype: torch.dtype, device: str) -> Iterator[tuple[str, Call]]:
@@ -85,9 +85,11 @@ def loss_calls(t: int, device: str) -> Iterator[tuple[str, Call]]:
     yield f"policy_loss, T {t}", loss
 
 
-def attention_calls(plan: Plan) -> Iterator[tuple[str, Call]]:
-    """`tree_attention` in both dtypes: plain, with a window, with a soft-cap."""
-    for dtype in (torch.float32, torch.bfloat16):
+def attention_calls(
+    plan: Plan, dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16)
+) -> Iterator[tuple[str, Call]]:
+    """`tree_attention` in each dtype: plain, with a window, with a soft-cap."""
+    for dtype in dtypes:
         flat, gradient = drawn(int(plan.stop[-1]), Heads(28, 4, 128), dtype)
 
         def attention(flat: list[Tensor] = flat, gradient: Tensor = gradient, **options: Any) -> tuple[Tensor, ...]:

@@ -53,7 +53,7 @@ VARIANTS = [
     Variant(rows.policy_loss_kernel, {"HAS_REF": True, "HAS_ENTROPY": True, "TOKENS": rows.TOKENS}, 4),
     Variant(yes_no.yes_no_kernel, {"H": 896, "HAS_CAP": True, "HAS_BIAS": True, "BLOCK": yes_no.BLOCK}, 4),
     Variant(scaled.scaled_kernel, {"BLOCK": scaled.BLOCK}, 8),
-    Variant(attention.dot_out_kernel, {"HEADS": 28, "D": 128, "BLOCK_D": 128, "ROWS": attention.ROWS}, 4),
+    Variant(attention.dot_out_kernel, {"HEADS": 28, "D": 128, "BLOCK_D": 128, "ROWS": attention.ROWS}, 4, spilled=8),
     Variant(attention.sum_parts_kernel, {"HEADS": 4, "D": 128, "BLOCK_D": 128, "KEYS": 64}, 4),
     *walks(128), *walks(128, HAS_CAP=True, HAS_WINDOW=True), *walks(64), *walks(256),
 ]  # fmt: skip
