@@ -41,9 +41,9 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Of the checkout, or where it has no .git what the environment says in DWRL_FAST_COMMIT."""
+    """What the environment says in DWRL_FAST_COMMIT, for a copy of a commit, else that of the checkout."""
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    return git.stdout.strip() or os.environ.get("DWRL_FAST_COMMIT") or None
+    return os.environ.get("DWRL_FAST_COMMIT") or git.stdout.strip() or None
 
 
 def gpu() -> dict[str, Any]:

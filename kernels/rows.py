@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 2048  # eight values a thread: two loads of float32, which is what a head gives on a GPU
-WARPS = 8
+BLOCK = 8192  # eight values a thread: two loads of float32, which is what a head gives on a GPU
+WARPS = 32
 TOKENS = 1024
 
 

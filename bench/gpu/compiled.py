@@ -44,12 +44,12 @@ def walks(channels: int, **options: bool) -> list[Variant]:
 
 
 VARIANTS = [
-    Variant(rows.policy_rows_kernel, ROWS | {"V": 151936, "HAS_CAP": True, "HAS_REF": True, "GRADIENT": True}, 8),
-    Variant(rows.policy_rows_kernel, ROWS | {"V": 128256, "HAS_CAP": False, "HAS_REF": False, "GRADIENT": True}, 8),
-    Variant(rows.policy_rows_kernel, ROWS | {"V": 32003, "HAS_CAP": False, "HAS_REF": False, "GRADIENT": False}, 8),
-    Variant(rows.logprob_rows_kernel, ROWS | {"V": 128256, "HAS_CAP": True}, 8),
-    Variant(rows.logprob_rows_grad_kernel, ROWS | {"V": 151936, "HAS_CAP": True, "HAS_ENTROPY": True}, 8),
-    Variant(rows.logprob_rows_grad_kernel, ROWS | {"V": 32003, "HAS_CAP": False, "HAS_ENTROPY": False}, 8),
+    Variant(rows.policy_rows_kernel, ROWS | {"V": 151936, "HAS_CAP": True, "HAS_REF": True, "GRADIENT": True}, rows.WARPS),
+    Variant(rows.policy_rows_kernel, ROWS | {"V": 128256, "HAS_CAP": False, "HAS_REF": False, "GRADIENT": True}, rows.WARPS),
+    Variant(rows.policy_rows_kernel, ROWS | {"V": 32003, "HAS_CAP": False, "HAS_REF": False, "GRADIENT": False}, rows.WARPS),
+    Variant(rows.logprob_rows_kernel, ROWS | {"V": 128256, "HAS_CAP": True}, rows.WARPS),
+    Variant(rows.logprob_rows_grad_kernel, ROWS | {"V": 151936, "HAS_CAP": True, "HAS_ENTROPY": True}, rows.WARPS),
+    Variant(rows.logprob_rows_grad_kernel, ROWS | {"V": 32003, "HAS_CAP": False, "HAS_ENTROPY": False}, rows.WARPS),
     Variant(rows.policy_loss_kernel, {"HAS_REF": True, "HAS_ENTROPY": True, "TOKENS": rows.TOKENS}, 4),
     Variant(yes_no.yes_no_kernel, {"H": 896, "HAS_CAP": True, "HAS_BIAS": True, "BLOCK": yes_no.BLOCK}, 4),
     Variant(scaled.scaled_kernel, {"BLOCK": scaled.BLOCK}, 8),

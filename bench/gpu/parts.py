@@ -5,7 +5,7 @@
 Each ends within ten minutes, and writes bench/results/<gpu>_<part>.json with machine, versions and commit, and what it
 printed beside it.
 
-`--list` says what there is. Nothing of the GPU's settings is changed. Without a .git, name the commit in --commit.
+`--list` says what there is. Nothing of the GPU's settings is changed. Of a copy, name the commit in --commit.
 """
 
 import json
@@ -257,7 +257,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--list", action="store_true", help="what each part does, and after how long it is stopped")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where reports go (default bench/results)")
-    parser.add_argument("--commit", help="of this copy, where there is no .git (or DWRL_FAST_COMMIT)")
+    parser.add_argument("--commit", help="of which this is a copy (or DWRL_FAST_COMMIT)")
     args = parser.parse_args()
     if args.list or not args.parts:
         for name, part in PARTS.items():
