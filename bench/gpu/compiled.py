@@ -18,7 +18,6 @@ POINTERS = {"targets": "*i64"} | dict.fromkeys((*HEAD, *HEADS), "*bf16") | dict.
 STRIDES = tuple(f"{kind}_{x}" for kind in ("stride", "head") for x in "qkvg")
 SCALARS = dict.fromkeys(("C", "T", "U", "COUNT", "window", *STRIDES), "i32")
 SCALARS |= dict.fromkeys(("clip_low", "clip_high", "beta", "scale", "cap"), "fp32")
-ROWS = {"BLOCK": rows.BLOCK}
 
 
 class Variant(NamedTuple):
@@ -29,6 +28,11 @@ class Variant(NamedTuple):
     warps: int
     stages: int = 3
     spilled: int = 4  # one register: the assembler of Triton 3.6 gives it up for occupancy (sm_100, float32, V 128256)
+
+
+def row_pass(kernel: Any, v: int, **options: bool) -> Variant:
+    """A kernel of the row pass over a vocabulary of `v`."""
+    return Variant(kernel, {"V": v, "BLOCK": rows.BLOCK} | options, rows.WARPS)
 
 
 def walks(channels: int, **options: bool) -> list[Variant]:
@@ -44,12 +48,12 @@ def walks(channels: int, **options: bool) -> list[Variant]:
 
 
 VARIANTS = [
-    Variant(rows.policy_rows_kernel, ROWS | {"V": 151936, "HAS_CAP": True, "HAS_REF": True, "GRADIENT": True}, rows.WARPS),
-    Variant(rows.policy_rows_kernel, ROWS | {"V": 128256, "HAS_CAP": False, "HAS_REF": False, "GRADIENT": True}, rows.WARPS),
-    Variant(rows.policy_rows_kernel, ROWS | {"V": 32003, "HAS_CAP": False, "HAS_REF": False, "GRADIENT": False}, rows.WARPS),
-    Variant(rows.logprob_rows_kernel, ROWS | {"V": 128256, "HAS_CAP": True}, rows.WARPS),
-    Variant(rows.logprob_rows_grad_kernel, ROWS | {"V": 151936, "HAS_CAP": True, "HAS_ENTROPY": True}, rows.WARPS),
-    Variant(rows.logprob_rows_grad_kernel, ROWS | {"V": 32003, "HAS_CAP": False, "HAS_ENTROPY": False}, rows.WARPS),
+    row_pass(rows.policy_rows_kernel, 151936, HAS_CAP=True, HAS_REF=True, GRADIENT=True),
+    row_pass(rows.policy_rows_kernel, 128256, HAS_CAP=False, HAS_REF=False, GRADIENT=True),
+    row_pass(rows.policy_rows_kernel, 32003, HAS_CAP=False, HAS_REF=False, GRADIENT=False),
+    row_pass(rows.logprob_rows_kernel, 128256, HAS_CAP=True),
+    row_pass(rows.logprob_rows_grad_kernel, 151936, HAS_CAP=True, HAS_ENTROPY=True),
+    row_pass(rows.logprob_rows_grad_kernel, 32003, HAS_CAP=False, HAS_ENTROPY=False),
     Variant(rows.policy_loss_kernel, {"HAS_REF": True, "HAS_ENTROPY": True, "TOKENS": rows.TOKENS}, 4),
     Variant(yes_no.yes_no_kernel, {"H": 896, "HAS_CAP": True, "HAS_BIAS": True, "BLOCK": yes_no.BLOCK}, 4),
     Variant(scaled.scaled_kernel, {"BLOCK": scaled.BLOCK}, 8),

@@ -2,8 +2,8 @@
 
     python -m bench.gpu.roofline [--kernels]
 
-Counted from shapes and from the chunks and calls that the operators really make; nothing is run. Ceilings are assumed
-(--flops, --bytes, --attention) or read from a report of bench.gpu (--report). `--kernels` compiles the Triton kernels for
+Counted from shapes and from the pieces that the operators really make; nothing is run. Ceilings are assumed (--flops,
+--bytes, --attention) or read from a report of bench.gpu (--report). `--kernels` compiles the Triton kernels for
 sm_90 and prints what they take. docs/performance.md explains the columns.
 """
 
@@ -96,8 +96,8 @@ def print_head(console: Console, at: Ceilings) -> None:
     )  # fmt: skip
     console.print(table)
     console.print(
-        f"asked of the first line: at most {MOST_FLOORS} times the three products, and {MOST_PEAK / 2**30:.1f} GiB with "
-        "the inputs; the last three lines are blocks of other sizes\n"
+        f"asked of the first line: at most {MOST_FLOORS} times the three products, and {MOST_PEAK / 2**30:.1f} GiB "
+        "with the inputs; the last three lines are blocks of other sizes\n"
     )
 
 
@@ -142,7 +142,7 @@ def main() -> None:
     parser = command.parser("gpu.roofline", __doc__)
     parser.add_argument("--flops", type=float, default=790e12, help="of bfloat16 products, a second (default 790e12)")
     parser.add_argument("--bytes", type=float, default=4.3e12, help="read and written, a second (default 4.3e12)")
-    parser.add_argument("--attention", type=float, default=350e12, help="FLOP/s of its products (default 350e12)")
+    parser.add_argument("--attention", type=float, default=300e12, help="FLOP/s of its products (default 300e12)")
     parser.add_argument("--report", type=Path, help="take the first two from the ceilings of this report")
     parser.add_argument("--kernels", action="store_true", help="compile the Triton kernels too")
     args = parser.parse_args()

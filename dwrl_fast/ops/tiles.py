@@ -38,9 +38,9 @@ class QueryTiles(NamedTuple):
 class KeyTiles(NamedTuple):
     """Tiles of keys, each read by the queries from its first key to the end of its subtree, in one run or in several.
 
-    runs: [R, 4] int32, tile, first query, where its queries end, and its number among the `parts` of tiles with several
-    runs, -1 of others; the longest first. split: [S, 3] int32, each tile with several runs, and its parts' range. parts:
-    P, how many there are. below, place: as `QueryTiles`.
+    runs: [R, 4] int32, tile, first query, where its queries end, and its number among the parts of tiles with several
+    runs, -1 of others; the longest first. split: [S, 3] int32, each tile with several runs, and the range of its parts.
+    parts: P, how many there are. below, place: as `QueryTiles`.
     """
 
     runs: Tensor
