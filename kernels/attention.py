@@ -18,11 +18,14 @@ import triton.language as tl
 from dwrl_fast.kernels.rows import _capped
 from torch import Tensor
 
-from dwrl_fast.ops.tiles import KeyTiles, QueryTiles
-
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 ROWS = 64  # of a program of dot_out_kernel
 HIDDEN: tl.constexpr = tl.constexpr(-1.0e30)  # where a row's maximum begins: finite, so that no difference is NaN
+
+
+# As the tuples of ops/tiles.py: order, bounds, shared, keys, below, place; and runs, split, parts, below, place.
+Queries = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Keys = tuple[Tensor, Tensor, int, Tensor, Tensor]
 
 
 class Blocks(NamedTuple):
@@ -328,43 +331,44 @@ def _padded(channels: int) -> int:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, tiles: QueryTiles, blocks: Blocks, scale: float, softcap: float | None,
+    q: Tensor, k: Tensor, v: Tensor, tiles: Queries, blocks: Blocks, scale: float, softcap: float | None,
     window: int | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """q [U, Hq, D]; k, v [U, Hkv, D] -> out [U, Hq, D], log-sum-exp [Hq, U] in base 2. tiles: of blocks.queries."""
     u, heads, _ = q.shape
     out, lse = q.new_empty(q.shape), q.new_empty((heads, u), dtype=torch.float32)
     with torch.cuda.device_of(q):
-        attend_kernel[(len(tiles.order), heads)](
+        attend_kernel[(len(tiles[0]), heads)](
             q, k, v, out, lse, *tiles, u, *_strides(q, k, v), **_common(q, k, blocks, scale, softcap, window)
         )  # fmt: skip
     return out, lse
 
 
 def attend_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, queries: QueryTiles, keys: KeyTiles,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, queries: Queries, keys: Keys,
     blocks: Sizes, scale: float, softcap: float | None, window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv. queries, keys: tiles of blocks.to_queries.queries and of blocks.to_keys.keys."""
     u, heads, d = q.shape
     key_heads, key_tile = k.shape[1], blocks.to_keys.keys
+    runs, split, parts_count, below, place = keys
     dots, dq = torch.empty_like(lse), q.new_empty(q.shape)
     dk, dv = (k.new_empty(k.shape) for _ in "kv")
-    parts = lse.new_empty((keys.parts, key_heads, 2, key_tile, d))
+    parts = lse.new_empty((parts_count, key_heads, 2, key_tile, d))
     strides = _strides(q, k, v, grad)
     with torch.cuda.device_of(q):
         dot_out_kernel[(triton.cdiv(u, ROWS), heads)](
             grad, out, dots, u, *_strides(grad), HEADS=heads, D=d, BLOCK_D=_padded(d), ROWS=ROWS
         )  # fmt: skip
-        to_keys_kernel[(len(keys.runs), key_heads)](
-            q, k, v, grad, lse, dots, dk, dv, parts, keys.runs, keys.below, keys.place, u, *strides,
+        to_keys_kernel[(len(runs), key_heads)](
+            q, k, v, grad, lse, dots, dk, dv, parts, runs, below, place, u, *strides,
             **_common(q, k, blocks.to_keys, scale, softcap, window),
         )  # fmt: skip
-        if len(keys.split):
-            sum_parts_kernel[(len(keys.split), key_heads)](
-                parts, dk, dv, keys.split, u, HEADS=key_heads, D=d, BLOCK_D=_padded(d), KEYS=key_tile
+        if len(split):
+            sum_parts_kernel[(len(split), key_heads)](
+                parts, dk, dv, split, u, HEADS=key_heads, D=d, BLOCK_D=_padded(d), KEYS=key_tile
             )  # fmt: skip
-        to_queries_kernel[(len(queries.order), heads)](
+        to_queries_kernel[(len(queries[0]), heads)](
             q, k, v, grad, lse, dots, dq, *queries, u, *strides,
             **_common(q, k, blocks.to_queries, scale, softcap, window),
         )  # fmt: skip

@@ -1,10 +1,10 @@
 """The three products of a head over chunks of rows: logits, dHidden, dWeight. All rows' logits never exist at once.
 
 T rows, H hidden size, V vocabulary, B rows of a block, C of a chunk. Products run in hidden's dtype; the gradient of
-the weight (and of the bias) is summed over blocks in float32 (float64 for float64) and leaves in the weight's own dtype, so
-that a float32 master of a bfloat16 computation gets it unrounded. On CUDA the logits of a bfloat16 head are float32
-and their gradients bfloat16: a block has several chunks, which share the memory of the logits. Elsewhere a block is a
-chunk, and the gradient is written over the logits.
+the weight (and of the bias) is summed over blocks in float32 (float64 for float64) and leaves in the weight's own
+dtype, so that a float32 master of a bfloat16 computation gets it unrounded. On CUDA the logits of a bfloat16 head are
+float32 and their gradients bfloat16: a block has several chunks, which share the memory of the logits. Elsewhere a
+block is a chunk, and the gradient is written over the logits.
 """
 
 from collections.abc import Iterator, Sequence
