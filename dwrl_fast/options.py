@@ -1,4 +1,4 @@
-"""Options from a dataclass: the command line, a YAML file and the help page, all read off the fields.
+"""Options from a dataclass: the command line, YAML files and the help page, all read off the fields.
 
 A command's options are the fields of a frozen dataclass derived from `Options`, each made by `option(...)`. The type
 says what is accepted (`int`, `float`, `bool`, `str`, `Literal[...]`, `X | None`, `dict[str, str]`, `tuple[X, ...]`, or
@@ -123,16 +123,12 @@ class Options:
         Path(path).write_text(self.to_yaml(), encoding="utf-8")
 
 
-def _check_bounds(cls: type[Options], values: Mapping[str, Any]) -> None:
+def _check_bounds(cls: type[Options], values: Mapping[str, Any], where: str = "") -> None:
     for f in option_fields(cls):
         value, bound = values.get(f.name), f.metadata["bound"]
         if bound is not None and value is not None and not bound.holds(value):
-            raise ConfigError(f"{f.name} = {value!r}: must be {bound.words}.")
-
-
-def check_values(cls: type[Options], values: Mapping[str, Any], where: str) -> None:
-    """ConfigError where `values`, some options of `cls` that were read in `where`, have wrong types or ranges."""
-    _check_bounds(cls, _checked(cls, values, where))
+            place = f" (in {where})" if where else ""
+            raise ConfigError(f"{f.name} = {value!r}{place}: must be {bound.words}.")
 
 
 def _plain(value: Any) -> Any:
@@ -221,8 +217,10 @@ def _unknown(name: str, names: Sequence[str], where: str) -> ConfigError:
     )
 
 
-def _checked(cls: type[Options], given: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """`given` with every value converted; ConfigError names key, value, what was expected, and where it was read."""
+def checked(cls: type[Options], given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Some options of `cls`, as they were read in `where`, with every value converted. ConfigError where one is unknown
+    or has a wrong type or range: it names key, value, what was expected, and `where`.
+    """
     fields, hints = {f.name: f for f in option_fields(cls)}, get_type_hints(cls)
     values = {}
     for name, value in given.items():
@@ -236,6 +234,7 @@ def _checked(cls: type[Options], given: Mapping[str, Any], where: str) -> dict[s
             values[name] = _convert(hints[name], value)
         except ValueError as error:
             raise ConfigError(f"{name} = {value!r} (in {where}): {error}.") from None
+    _check_bounds(cls, values, where)
     return values
 
 
@@ -260,7 +259,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
 def _read_command_line(cls: type[Options], argv: Sequence[str]) -> dict[str, Any]:
     """Option names to texts. A bare bool is true; dict and tuple options accumulate, any other's last value wins."""
     kinds = get_type_hints(cls)
-    hints = {f.name: kinds[f.name] for f in option_fields(cls)} | {"config": str}
+    hints = {f.name: kinds[f.name] for f in option_fields(cls)} | {"config": tuple[str, ...]}
     given: dict[str, Any] = {}
     arguments = list(argv)
     while arguments:
@@ -295,7 +294,9 @@ Base = Mapping[str, Any] | Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
 def parse(cls: type[Configuration], argv: Sequence[str], base: Base | None = None) -> Configuration:
-    """The configuration from the defaults, `base`, the YAML file of --config and the command line; the later wins.
+    """The configuration from the defaults, `base`, the YAML files of --config and the command line; the later wins.
+
+    Each file is checked by itself, so that an error names the one that is wrong.
 
     base: a recipe's values, or a function from what the user gave to them (so that a recipe can step aside).
     -h and --help print the help page and raise SystemExit(0). Anything wrong is a ConfigError.
@@ -304,11 +305,12 @@ def parse(cls: type[Configuration], argv: Sequence[str], base: Base | None = Non
         sys.stdout.write(help_page(cls))
         raise SystemExit(0)
     line = _read_command_line(cls, argv)
-    path = line.pop("config", None)
-    given = _checked(cls, _read_yaml(path), path) if path is not None else {}
-    given |= _checked(cls, line, COMMAND_LINE)
+    given: dict[str, Any] = {}
+    for path in line.pop("config", ()):
+        given |= checked(cls, _read_yaml(path), path)
+    given |= checked(cls, line, COMMAND_LINE)
     recipe = base(given) if callable(base) else base or {}
-    values = _checked(cls, recipe, "the recipe") | given
+    values = checked(cls, recipe, "the recipe") | given
     for f in option_fields(cls):
         if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and f.name not in values:
             raise ConfigError(f"--{f.name} is missing: {f.metadata['help']}")
@@ -317,7 +319,7 @@ def parse(cls: type[Configuration], argv: Sequence[str], base: Base | None = Non
 
 def given_by(cls: type[Configuration], caller: str, **values: Any) -> Configuration:
     """The configuration that a caller in Python gives, checked as a command's are: ConfigErrors name `caller`."""
-    return cls(**_checked(cls, values, caller), explicit=frozenset(values))
+    return cls(**checked(cls, values, caller), explicit=frozenset(values))
 
 
 # Help
@@ -349,9 +351,13 @@ def help_page(cls: type[Options], width: int | None = None) -> str:
     """The text of --help, wrapped to `width` columns (by default the terminal's, at most 110)."""
     width = width or min(shutil.get_terminal_size().columns, 110)
     hints = get_type_hints(cls)
-    lines = [f"Usage: {cls.command} [--config FILE.yaml] [--option value] ...", ""]
+    lines = [f"Usage: {cls.command} [--config FILE ...] [--option value] ...", ""]
     lines += [*textwrap.wrap(cls.summary, width), ""]
-    order = "Values come from the defaults [in brackets], then the file of --config, then the command line."
+    order = (
+        "Values come from the defaults [in brackets], then the files of --config, then the command line. Files are "
+        "merged from left to right: of an option that two of them set, the later file's value counts, a list or "
+        "mapping whole. A second --config adds its files to the first's."
+    )
     lines += textwrap.wrap(order, width)
     for group, fields in grouped(cls).items():
         lines += ["", group]

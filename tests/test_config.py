@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from dwrl_fast import log
+from dwrl_fast.compare import parse_compare
 from dwrl_fast.config import EvaluateConfig, TrainConfig, parse_evaluate, parse_train
 from dwrl_fast.errors import ConfigError
 from dwrl_fast.options import Options, help_page, option_fields
@@ -51,6 +52,77 @@ def test_each_source_overrides_the_one_before(yaml_file: Callable[[str], str]) -
     assert (config.seed, config.learning_rate, config.weight_decay, config.warmup_steps) == (3, 2e-6, 0.2, 1)
     assert config.max_grad_norm == 1.0
     assert config.explicit == {"seed", "learning_rate", "weight_decay"}
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[str]:
+    """Three files of options that contradict each other in part."""
+    texts = ("seed: 1\nweight_decay: 0.1\nwarmup_steps: 1", "seed: 2\nweight_decay: 0.2", "seed: 3")
+    paths = [tmp_path / name for name in ("a.yaml", "b.yaml", "c.yaml")]
+    for path, text in zip(paths, texts, strict=True):
+        path.write_text(text)
+    return [str(path) for path in paths]
+
+
+def test_files_are_merged_from_left_to_right(files: list[str]) -> None:
+    config = parse_train(["--config", *files, "--max_steps", "4"])
+    assert (config.seed, config.weight_decay, config.warmup_steps, config.max_steps) == (3, 0.2, 1, 4)
+    assert config.explicit == {"seed", "weight_decay", "warmup_steps", "max_steps"}
+    assert parse_train(["--config", *files[::-1]]).seed == 1
+
+
+def test_the_command_line_is_the_last_wherever_config_stands(files: list[str]) -> None:
+    assert parse_train(["--seed", "9", "--config", *files]).seed == 9
+
+
+def test_a_second_config_adds_its_files(files: list[str]) -> None:
+    once = parse_train(["--config", *files])
+    assert parse_train(["--config", *files[:2], "--config", files[2]]) == once
+    assert parse_train([f"--config={path}" for path in files]) == once
+
+
+def test_a_list_and_a_mapping_of_a_later_file_replace_the_whole(files: list[str]) -> None:
+    first = "columns: {chosen: a, rejected: b}\neval_dataset_name: [x.jsonl, y.jsonl]"
+    Path(files[0]).write_text(first + "\ndataset_name: d\nmodel_name_or_path: m")
+    Path(files[1]).write_text("columns: {prompt: q}\neval_dataset_name: z.jsonl")
+    config = parse_train(["--config", *files])
+    assert config.columns == {"prompt": "q"}
+    assert [part.dataset_name for part in config.eval_dataset_name] == ["z.jsonl"]
+
+
+@pytest.mark.parametrize("wrong", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sed: 4", "Unknown option sed in {}. The nearest is seed"),
+        ("seed: x", "seed = 'x' (in {}): expected a whole number"),
+        ("seed: -1", "seed = -1 (in {}): must be >= 0"),  # also where a later file replaces it
+        ("dtype: fp16", "dtype = fp16 (in {}) is not offered"),
+        ("- seed", "--config {}: expected lines of `option: value`, found a list"),
+        ("seed: 1\nseed: 2", '--config {}: not valid YAML. seed given more than once\n  in "{}", line 1'),
+    ],
+)
+def test_an_error_names_the_file_that_is_wrong(files: list[str], wrong: int, text: str, message: str) -> None:
+    Path(files[wrong]).write_text(text)
+    with pytest.raises(ConfigError) as error:
+        parse_train(["--config", *files])
+    assert message.replace("{}", files[wrong]) in str(error.value)
+    assert not any(path in str(error.value) for path in files if path != files[wrong])
+
+
+def test_a_file_that_is_missing_is_named(files: list[str]) -> None:
+    Path(files[1]).unlink()
+    with pytest.raises(ConfigError) as error:
+        parse_train(["--config", *files])
+    assert f"--config {files[1]}: cannot be read" in str(error.value)
+
+
+def test_every_command_merges(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("dataset_name: d.jsonl\nvotes: 4")
+    (tmp_path / "b.yaml").write_text("votes: 8")
+    config = ["--config", str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")]
+    assert parse_evaluate(["--model_name_or_path", "m", *config]).votes == 8
+    assert parse_compare(["A", "B", *config]).votes == 8
 
 
 def test_a_recipe_may_depend_on_what_was_given() -> None:
@@ -121,6 +193,7 @@ def test_columns_of_the_command_line_replace_those_of_yaml(yaml_file: Callable[[
         (["--conf", "x"], "The nearest is --config"),
         (["--seed"], "--seed has no value"),
         (["--seed", "--dtype", "fp32"], "--seed has no value"),
+        (["--config"], "--config has no value"),
         (["--seed="], "seed = '' (in the command line): expected a whole number"),
         (["--seed", "1.5"], "seed = '1.5' (in the command line): expected a whole number"),
         (["--learning_rate", "fast"], "learning_rate = 'fast' (in the command line): expected a finite number"),
@@ -225,7 +298,8 @@ def test_options_without_effect_are_said(caplog: pytest.LogCaptureFixture) -> No
 def test_the_saved_file_gives_the_same_configuration(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, argv: list[str]
 ) -> None:
-    config = parse_train(argv, {"learning_rate": 1.25e-5})
+    (tmp_path / "part.yaml").write_text("weight_decay: 0.1")
+    config = parse_train([*argv, "--config", str(tmp_path / "part.yaml")], {"learning_rate": 1.25e-5})
     config.save(tmp_path / "config.yaml")
     log.warn_once.cache_clear()
     again = parse_train(["--config", str(tmp_path / "config.yaml")])

@@ -141,8 +141,8 @@ def decoded(scorer: Scorer, sequence: Any) -> str:
         ({"method": "dwrl"}, ConfigError, r"method = 'dwrl' \(in Scorer.from_pretrained\): expected judge"),
         ({"packing": "trees"}, ConfigError, "packing = 'trees'.*expected one of tree, packed, padded"),
         ({"dtype": "fp16"}, ConfigError, "dtype = fp16.*is not offered"),
-        ({"temperature": 0.0}, ConfigError, "temperature = 0.0: must be >= 0.01"),
-        ({"token_budget": 0}, ConfigError, "token_budget = 0: must be >= 1"),
+        ({"temperature": 0.0}, ConfigError, r"temperature = 0.0 \(in Scorer.from_pretrained\): must be >= 0.01"),
+        ({"token_budget": 0}, ConfigError, r"token_budget = 0 \(in Scorer.from_pretrained\): must be >= 1"),
         ({}, ModelError, 'plain has no preference_model.json.*method="judge"'),
     ],
 )

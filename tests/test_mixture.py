@@ -93,7 +93,7 @@ def test_a_mixture_from_the_command_line_and_from_yaml(tmp_path: Path) -> None:
         (["--dataset_name", "c.jsonl", "--streaming"], r"streaming needs max_steps: .* Give --max_steps"),
         ([*TWO, "--eval_dataset_name", "c.jsonl:2"], r"eval_dataset_name: c\.jsonl has a weight \(2\)"),
         ([*TWO, "--eval_dataset_name", "c.jsonl", "c.jsonl"], r"eval_dataset_name names c\.jsonl twice"),
-        ([*TWO, "--shuffle_buffer_size", "0"], "shuffle_buffer_size = 0: must be >= 1"),
+        ([*TWO, "--shuffle_buffer_size", "0"], r"shuffle_buffer_size = 0 \(in the command line\): must be >= 1"),
         ([*TWO, "--easy_fraction", "0.5"], "easy_fraction belongs to the embedded task, which --dataset_mixture"),
     ],
 )

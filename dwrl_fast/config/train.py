@@ -68,6 +68,9 @@ python -m dwrl_fast.train --model_name_or_path Qwen/Qwen2.5-3B-Instruct --output
 # a file of options, of which the command line changes two
 python -m dwrl_fast.train --config mine.yaml --learning_rate 1e-6 --alternate joint
 
+# several files, merged from left to right
+python -m dwrl_fast.train --config backbone.yaml data.yaml method.yaml --output_dir runs/mine
+
 # a run that was interrupted goes on where its last checkpoint stands
 python -m dwrl_fast.train --config runs/mine/config.yaml --resume_from_checkpoint latest
 """

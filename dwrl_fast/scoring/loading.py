@@ -10,7 +10,7 @@ from dwrl_fast.dialog import Dialog, SingleTurn, Thinking
 from dwrl_fast.errors import ConfigError, ModelError
 from dwrl_fast.methods import METHODS
 from dwrl_fast.models.pretrained import CARD, has_card, load_card, load_chat, load_tokenizer
-from dwrl_fast.options import check_values
+from dwrl_fast.options import checked
 from dwrl_fast.templates import DEFAULT
 
 
@@ -69,7 +69,7 @@ def _check_card(card: dict[str, Any]) -> None:
     texts = {name for name in options if isinstance(card[name], str)} - {"score_normalization"}
     if texts:
         raise ConfigError(f"{', '.join(sorted(texts))}: must be a number, and is text.")
-    check_values(TrainConfig, {name: card[name] for name in options}, "the card")
+    checked(TrainConfig, {name: card[name] for name in options}, "the card")
     calibration = card.get("calibration", {"temperature": 1.0})
     shapes = {"dialog": dict, "prefilled_by": str, "reference": dict, "calibration": dict}
     for name, kind in shapes.items():
