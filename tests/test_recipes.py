@@ -1,10 +1,13 @@
-"""The recipes: made by their script, read as they stand, and dry-run with tokenizers and rows that stand in."""
+"""The recipes: the files compose the papers' experiments, which dry-run with tokenizers and rows that stand in."""
 
+import dataclasses
 import functools
 import gzip
 import io
 import itertools
 import json
+import re
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,28 +29,49 @@ from dwrl_fast.dialog import Dialog
 from dwrl_fast.encode import Group
 from dwrl_fast.errors import ConfigError, UserError
 from dwrl_fast.methods import METHODS
+from dwrl_fast.options import checked
 from dwrl_fast.scoring.loading import load_dialog
 from dwrl_fast.training.dry_run import dry_run, guessed_groups, preparation
-from recipes.make import BACKBONES, DWRL_METHODS, FOLDER, TASKS, recipes
 
-PATHS = sorted(FOLDER.glob("*/*.yaml"))
-NAMES = [str(path.relative_to(FOLDER).with_suffix("")) for path in PATHS]
+FOLDER = ROOT / "recipes"
+KINDS = ("backbones", "data", "methods", "combinations")  # in the order of --config
+DATA = sorted(path.stem for path in (FOLDER / "data").glob("*.yaml"))
+
+
+def experiments() -> Iterator[str]:
+    """The papers' experiments: the paper, then the names of their files by KINDS."""
+    for paper, entries in yaml.safe_load((FOLDER / "papers.yaml").read_text(encoding="utf-8")).items():
+        for entry in entries:
+            for names in itertools.product(*(entry[kind] for kind in KINDS if kind in entry)):
+                yield " ".join((paper, *names))
+
+
+NAMES = list(experiments())
 QUICK = {  # one of each kind of data, tokenizer, template and method
-    "dwrl/qwen2.5-3b-hh-dwrl",
-    "dwrl/llama3.2-3b-if-bt-prefilled",
-    "dwrl/llama3.1-8b-math-grpo-point",
-    "dwrl/rm-r1-7b-hh-judge",
-    "genrm/llama3.1-8b-ultrafeedback-star-rationalizer",
-    "genrm/llama3.1-8b-ultrainteract-genrm",
-    "formats/llama3.2-1b-sft",
-    "formats/llama3.2-1b-single-dpo",
+    "dwrl qwen2.5-3b-instruct hh dwrl",
+    "dwrl llama3.2-3b-instruct if bt-prefilled",
+    "dwrl llama3.1-8b-instruct math grpo-point",
+    "dwrl rm-r1-7b hh judge no-training",
+    "genrm llama3.1-8b-instruct ultrafeedback star-rationalizer rounds-ultrafeedback",
+    "genrm llama3.1-8b-instruct ultrainteract genrm",
+    "formats llama3.2-1b binary sft",
+    "formats llama3.2-1b single dpo from-sft-llama3.2-1b",
 }
 ROWS = 24  # of each stand-in
 
 
+def files(name: str) -> list[Path]:
+    return [FOLDER / kind / f"{stem}.yaml" for kind, stem in zip(KINDS, name.split()[1:], strict=False)]
+
+
+def composed(name: str) -> list[str]:
+    """The arguments that compose an experiment."""
+    return ["--config", *map(str, files(name))]
+
+
 @functools.cache
 def parsed(name: str) -> TrainConfig:
-    return parse_train(["--config", str(FOLDER / f"{name}.yaml")])
+    return parse_train(composed(name))
 
 
 def lines(shared: Path, name: str) -> Iterator[dict[str, Any]]:
@@ -83,14 +107,14 @@ def stand_ins(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_dry(path: Path, stand_ins: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What the recipe's dry run says, with the rows and the tokenizer that stand in for its own."""
-    given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    family = "llama3" if "llama" in given["model_name_or_path"].lower() else "qwen2.5"
-    arguments = ["--config", str(path), "--dry_run", "--tokenizer_name_or_path", str(shared / "tokenizers" / family)]
-    for option in ("dataset_name", "eval_dataset_name"):
-        if option in given:
-            arguments += [f"--{option}", str(stand_ins / given[option])]
+def run_dry(name: str, stand_ins: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What an experiment's dry run says, with the rows and the tokenizer that stand in for its own."""
+    config = parsed(name)
+    family = "llama3" if "llama" in str(config.model_name_or_path).lower() else "qwen2.5"
+    arguments = [*composed(name), "--dry_run", "--tokenizer_name_or_path", str(shared / "tokenizers" / family)]
+    arguments += ["--eval_dataset_name", *(str(stand_ins / part.dataset_name) for part in config.eval_dataset_name)]
+    if config.dataset_name is not None:
+        arguments += ["--dataset_name", str(stand_ins / config.dataset_name)]
     monkeypatch.setattr("dwrl_fast.dialog.chat.ContentTokenizer", contents_of)
     monkeypatch.setattr(
         "dwrl_fast.models.pretrained.load_tokenizer", lambda name: real_tokenizer(shared, Path(name).name)
@@ -104,27 +128,24 @@ def said(config: TrainConfig) -> str:
     return out.getvalue()
 
 
-def test_the_files_are_what_the_script_makes() -> None:
-    assert {name: path.read_text(encoding="utf-8") for name, path in zip(NAMES, PATHS, strict=True)} == {
-        recipe.name: recipe.text for recipe in recipes()
-    }
-
-
-def test_every_backbone_task_and_method_has_a_recipe() -> None:
-    wanted = {f"dwrl/{b}-{t}-{m}" for b in BACKBONES for t in TASKS for m in DWRL_METHODS}
-    assert wanted < set(NAMES)
+def test_the_experiments_are_of_all_files_and_methods() -> None:
+    used = [path for name in NAMES for path in files(name)]
+    assert set(used) == {path for kind in KINDS for path in (FOLDER / kind).iterdir()}
     assert {parsed(name).method for name in NAMES} == set(METHODS)
+    assert sorted(NAMES) == sorted(set(NAMES))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_recipe_is_valid_and_holds_what_differs(name: str) -> None:
-    config = parsed(name)
-    assert config.without_effect() == {}
-    assert [option for option in config.explicit if not config.changed(option) and option != "method"] == []
-    assert config.output_dir == f"runs/{name}"
+def test_an_experiment_is_valid_and_each_line_of_its_files_counts(name: str) -> None:
+    assert parsed(name).without_effect() == {}
+    reached = TrainConfig().to_dict()
+    for path in files(name):
+        values = checked(TrainConfig, yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+        assert [option for option, value in values.items() if reached[option] == value and option != "method"] == []
+        reached |= values
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith(("dwrl/", "btpo/"))])
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith(("dwrl ", "btpo "))])
 def test_the_settings_of_the_paper(name: str) -> None:
     config = parsed(name)
     assert (config.rollout_batch_size, config.minibatch_size, config.num_train_epochs) == (256, 32, 2)
@@ -133,24 +154,68 @@ def test_the_settings_of_the_paper(name: str) -> None:
     assert config.misalignment_weight is not name.endswith("unweighted")
 
 
-@pytest.mark.parametrize(("method", "rate"), [("sft", 2e-5), ("bt", 2e-5), ("dpo", 1e-6)])
-def test_the_settings_of_the_data_format_paper(method: str, rate: float) -> None:
-    configs = [parsed(name) for name in NAMES if name.startswith("formats/") and name.endswith(f"-{method}")]
-    assert {(c.learning_rate, c.minibatch_size, c.num_train_epochs, c.lr_scheduler_type) for c in configs} == {
-        (rate, 64, 1, "linear")
-    }
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("formats ")])
+def test_the_settings_of_the_data_format_paper(name: str) -> None:
+    config = parsed(name)
+    assert config.learning_rate == {"sft": 2e-5, "bt": 2e-5, "dpo": 1e-6}[config.method]
+    assert (config.minibatch_size, config.num_train_epochs, config.lr_scheduler_type) == (64, 1, "linear")
+    assert config.max_length == 2048
+    later = config.method != "sft"  # starts from the sft run, whose folder has the tokenizer
+    assert str(config.model_name_or_path).startswith("runs/formats/") is later
+    assert (config.tokenizer_name_or_path is None) is later
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "star-" in name])
+def test_a_round_is_a_third_of_the_rows(name: str) -> None:
+    config = parsed(name)
+    rows = {"ultrafeedback": 61_135, "ultrainteract": 218_522}[name.split()[2]]
+    assert 0 <= 3 * config.rollout_batch_size - rows < 3 * config.minibatch_size
 
 
 @pytest.mark.parametrize("name", sorted(QUICK))
 def test_dry_run(name: str, stand_ins: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = run_dry(FOLDER / f"{name}.yaml", stand_ins, shared, monkeypatch)
+    text = run_dry(name, stand_ins, shared, monkeypatch)
     assert "ready" in text and "error" not in text
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(NAMES) - QUICK))
 def test_dry_run_of_all_others(name: str, stand_ins: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "ready" in run_dry(FOLDER / f"{name}.yaml", stand_ins, shared, monkeypatch)
+    assert "ready" in run_dry(name, stand_ins, shared, monkeypatch)
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_a_data_file_tells_the_command_that_makes_its_rows(name: str) -> None:
+    """What its comment tells a person to run is what --dry_run would tell them."""
+    text = (FOLDER / "data" / f"{name}.yaml").read_text(encoding="utf-8")
+    told = [line.removeprefix("# ") for line in text.splitlines() if "--prepare" in line]
+    given = yaml.safe_load(text)
+    wanted = {preparation(given["dataset_name"]), preparation(given["eval_dataset_name"])}
+    assert wanted == set(told or [""])
+
+
+def test_the_page_about_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It names every file, and its commands are commands; so is what it writes into a file."""
+    page = (FOLDER / "README.md").read_text(encoding="utf-8")
+    stems = {path.stem for kind in KINDS for path in (FOLDER / kind).iterdir()}
+    assert stems - set(re.findall(r"`([^`\s]+)`", page)) == set()
+    (tmp_path / "recipes").symlink_to(FOLDER)
+    monkeypatch.chdir(tmp_path)
+    for text, name in re.findall(r"^    echo '(.*)' > (\S+)$", page, re.M):
+        Path(name).write_text(text, encoding="utf-8")
+    commands = re.findall(r"^ *python -m dwrl_fast\.train (.*)$", page.replace("\\\n", " "), re.M)
+    assert commands
+    for command in commands:
+        parse_train(shlex.split(command, comments=True))
+
+
+@pytest.mark.parametrize("base", sorted(name.split()[1] for name in NAMES if name.endswith(" sft")))
+def test_a_combination_tells_the_sft_run_that_it_starts_from(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    text = (FOLDER / "combinations" / f"from-sft-{base}.yaml").read_text(encoding="utf-8")
+    told = parse_train(" ".join(re.findall(r"^#   (--.*)$", text, re.M)).split())
+    assert dataclasses.replace(told, output_dir=None) == parsed(f"formats {base} binary sft")
+    assert yaml.safe_load(text)["model_name_or_path"] == f"{told.output_dir}/model"
 
 
 # --dry_run itself
@@ -277,13 +342,6 @@ def test_the_embedded_task_has_nothing_to_look_at() -> None:
 )
 def test_the_command_that_makes_a_file(name: str, command: str) -> None:
     assert preparation(name) == command
-
-
-def test_commands_of_the_recipes_are_commands() -> None:
-    """What a recipe's first lines tell a person to run is what --dry_run would tell them."""
-    told = {line for recipe in recipes() for line in recipe.about if "--prepare" in line}
-    assert len(told) == len({"hh", "ultrafeedback-14407-784", "gsm8k", "ultrafeedback", "ultrainteract"})
-    assert (ROOT / "recipes" / "README.md").is_file()
 
 
 def test_the_model_that_writes_is_tried_too(folder: Path) -> None:
