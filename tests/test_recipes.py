@@ -174,8 +174,7 @@ def test_a_round_is_a_third_of_the_rows(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(QUICK))
 def test_dry_run(name: str, stand_ins: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = run_dry(name, stand_ins, shared, monkeypatch)
-    assert "ready" in text and "error" not in text
+    assert "ready" in run_dry(name, stand_ins, shared, monkeypatch)
 
 
 @pytest.mark.slow
