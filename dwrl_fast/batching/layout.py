@@ -1,5 +1,6 @@
 """How groups become micro-batches: `tree` (shared prefixes once), `packed` (end to end) or `padded` (one a row)."""
 
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from dwrl_fast.batching.tree import split_tree, tree_batch
 from dwrl_fast.encode import Group
 
 Packing = Literal["tree", "packed", "padded"]
+_COUNTING = threading.Lock()  # an addition to a Counter is two steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +36,14 @@ class Layout:
     def batches(self, groups: Sequence[Group]) -> list[Batch]:
         """`groups` in micro-batches of whole groups, in an order of the layout's own."""
         found = self._batches(groups)
-        self.tokens["computed"] += sum(batch.trunk_tokens for batch in found)
-        self.tokens["naive"] += sum(batch.naive_tokens for batch in found)
+        self.count(sum(batch.trunk_tokens for batch in found), sum(batch.naive_tokens for batch in found))
         return found
+
+    def count(self, computed: int, naive: int) -> None:
+        """Add to `tokens`, from any thread."""
+        with _COUNTING:
+            self.tokens["computed"] += computed
+            self.tokens["naive"] += naive
 
     def _batches(self, groups: Sequence[Group]) -> list[Batch]:
         if self.packing == "padded":

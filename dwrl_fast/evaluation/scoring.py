@@ -90,7 +90,8 @@ class PartFile:
 class Steps:
     """How an evaluation goes through its rows: `size` of them at a time, behind what `part` holds.
 
-    Each step draws its thoughts from a seed of its own, so a run that was interrupted gives what a whole one does.
+    A thought's draws depend on the seed, the stage and its text, not on the step: a run that was interrupted, or goes in
+    other steps, gives what a whole one does.
     """
 
     scorer: Scorer
@@ -119,7 +120,7 @@ class Steps:
             score = partial(
                 self.scorer.score_groups,
                 votes=self.votes,
-                seed=step_seed(self.seed, stage, start),
+                seed=step_seed(self.seed, stage, 0),
                 progress=progress,
             )
             before = Counter(self.scorer.tokens)

@@ -286,3 +286,31 @@ def tree_attention(
     mask = tree_mask(plan, window, q.device)
     weights = logits.masked_fill(~mask, -torch.inf).softmax(-1)
     return (weights.to(v.dtype) @ v).transpose(0, 1)
+
+
+def gumbel_pick(logprob: Tensor, keys: Tensor, position: int) -> Tensor:
+    """[R]: the places of the largest of logprob [R, V] and -log(-log1p(-w)), w uniform in (0, 1) from `philox`.
+
+    w is (bits + 1/2) 2^-32, at most 1 - 2^-24: close to 0, where a rare token wins, float32 holds it exactly.
+    """
+    count = logprob.shape[1]
+    low = torch.arange(-(-count // 4), device=keys.device)
+    bits = torch.stack(philox(keys[:, None], low[None], position), -1).flatten(1)[:, :count]
+    w = (bits.float() * 2.0**-32 + 2.0**-33).clamp_max(1 - 2.0**-24)
+    return (logprob - (-torch.log1p(-w)).log()).argmax(-1)
+
+
+def philox(keys: Tensor, low: Tensor, high: int) -> tuple[Tensor, ...]:
+    """Four words of 32 bits, int64: Philox 4x32-10 (Salmon et al., 2011) of the counter (low, high, 0, 0).
+
+    keys: int64, their 64 bits. low: int64, 0 to 2^32 - 1. They broadcast. As `triton.language.randint4x` computes them.
+    """
+    mask = 2**32 - 1
+    k0, k1 = keys & mask, (keys >> 32) & mask
+    zero = torch.zeros_like(low + keys)
+    c0, c1, c2, c3 = zero + low, zero + high, zero, zero
+    for _ in range(10):
+        a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # 64 bits, whose sign means nothing
+        c0, c1, c2, c3 = ((b >> 32) & mask) ^ c1 ^ k0, b & mask, ((a >> 32) & mask) ^ c3 ^ k1, a & mask
+        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
+    return c0, c1, c2, c3

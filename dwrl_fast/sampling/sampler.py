@@ -1,7 +1,10 @@
 """What every engine that samples thoughts must do."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Protocol
+
+import numpy as np
 
 from dwrl_fast.encode.thought import Thought
 
@@ -28,6 +31,17 @@ class Sampler(Protocol):
     ) -> list[list[Thought]]:
         """`n` thoughts for each context (token ids). temperature 0 is greedy, with log-probs at temperature 1.
 
+        Thought i of a context is drawn from `request_key(seed, context, i)` alone: it does not depend on what is sampled
+        beside it, on the size of a batch, or on the process. Equal contexts of one call get equal thoughts.
         `progress` is called with the number of contexts finished since the last call.
         """
         ...
+
+
+def request_key(seed: int, context: Sequence[int], index: int) -> int:
+    """The key of the noise of thought `index` about `context` (token ids), 64 bits as a signed number.
+
+    seed: of the run and the step (`compute.step_seed`). What is asked, a row's response, stands in the context.
+    """
+    digest = hashlib.blake2b(f"{seed}/{index}/".encode() + np.array(context, dtype=np.int64).tobytes(), digest_size=8)
+    return int.from_bytes(digest.digest(), "big", signed=True)

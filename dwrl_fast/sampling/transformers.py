@@ -2,7 +2,8 @@
 
 The decoding loop is our own so that nothing but softmax(logits / temperature) can shape a thought: `generate` merges
 the model's generation_config into whatever it is given, and Qwen2.5's turns on top-k, top-p and a repetition penalty.
-Each context is prefilled once and its cache repeated n times; finished sequences leave the batch.
+Each context is prefilled once and its cache repeated n times; finished sequences leave the batch. Its draws follow the
+thought that they are for (`request_key`), so that batch size and neighbours change nothing but the products' rounding.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dwrl_fast import ops
 from dwrl_fast.encode.thought import Thought
 from dwrl_fast.errors import NotFiniteError
+from dwrl_fast.sampling.sampler import request_key
 
 
 class TransformersSampler:
@@ -53,11 +56,10 @@ class TransformersSampler:
         order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]))
         size = max(1, self.batch_size // n)
         thoughts: list[list[Thought]] = [[] for _ in contexts]
-        generator = torch.Generator(self.lm.device).manual_seed(seed)
         with self.autocast():
             for start in range(0, len(order), size):
                 chunk = order[start : start + size]
-                sampled = self._decode([contexts[i] for i in chunk], n, max_tokens, temperature, generator)
+                sampled = self._decode([contexts[i] for i in chunk], n, max_tokens, temperature, seed)
                 for i, found in zip(chunk, sampled, strict=True):
                     thoughts[i] = found
                 if progress is not None:
@@ -66,7 +68,7 @@ class TransformersSampler:
         return thoughts
 
     def _decode(
-        self, contexts: list[Sequence[int]], n: int, max_tokens: int, temperature: float, generator: torch.Generator
+        self, contexts: list[Sequence[int]], n: int, max_tokens: int, temperature: float, seed: int
     ) -> list[list[Thought]]:
         from transformers import DynamicCache
 
@@ -84,6 +86,7 @@ class TransformersSampler:
             logits_to_keep=1,
         )
         rows = len(contexts) * n
+        keys = torch.tensor([request_key(seed, context, i) for context in contexts for i in range(n)], device=device)
         copies = torch.arange(len(contexts), device=device).repeat_interleave(n)
         cache.reorder_cache(copies)  # the one way to repeat and to drop rows that layers with a state have too
         logits, mask = output.logits[copies, -1], mask[copies]
@@ -93,7 +96,7 @@ class TransformersSampler:
         ended = torch.zeros(rows, dtype=torch.bool, device=device)
         alive = torch.arange(rows, device=device)
         for t in range(max_tokens):
-            chosen, logprob = pick(logits, temperature, generator)
+            chosen, logprob = pick(logits, temperature, keys[alive], t)
             tokens[alive, t], logprobs[alive, t] = chosen, logprob
             stopped = torch.isin(chosen, self.stop_ids)
             lengths[alive[stopped]], ended[alive[stopped]] = t + 1, True
@@ -124,15 +127,10 @@ class TransformersSampler:
         return [flat[i : i + n] for i in range(0, rows, n)]
 
 
-def pick(logits: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def pick(logits: Tensor, temperature: float, keys: Tensor, position: int) -> tuple[Tensor, Tensor]:
     """logits [R, V] -> chosen ids [R] and their log-probs [R] in float32, from softmax(logits / temperature); 0 is
-    greedy.
+    greedy. keys [R] and position are those of `ops.gumbel_pick`.
     """
-    scaled = logits.float() / (temperature or 1.0)
-    logprob = scaled.log_softmax(-1)
-    if temperature:
-        # The largest of p / Exp(1) falls on each id with probability p; torch.multinomial would wait for the device.
-        chosen = (logprob.exp() / torch.empty_like(logprob).exponential_(generator=generator)).argmax(-1)
-    else:
-        chosen = logprob.argmax(-1)
+    logprob = (logits.float() / (temperature or 1.0)).log_softmax(-1)
+    chosen = ops.gumbel_pick(logprob, keys, position) if temperature else logprob.argmax(-1)
     return chosen, logprob.gather(-1, chosen[:, None]).squeeze(-1)

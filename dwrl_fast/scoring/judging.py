@@ -20,10 +20,12 @@ class Judging(ABC):
     """Scores every response of every row under a model as it stands.
 
     thinks: whether a thought precedes the score, so that votes mean something. kind: under comparison a response's
-    score depends on those that it is shown with. card: as `Method.card` gave it.
+    score depends on those that it is shown with. switches_model: whether scoring switches adapters off and on, so that
+    no other call may run meanwhile. card: as `Method.card` gave it.
     """
 
     thinks: ClassVar[bool] = False
+    switches_model: bool = False
     kind: ClassVar[Kind]
 
     def __init__(self, runtime: Runtime, card: dict[str, Any]):

@@ -28,6 +28,7 @@ class PolicyJudging(Judging):
         super().__init__(runtime, card)
         self.beta: float = card.get("beta", 1.0)
         self.start = _load_start(runtime, card) if "reference" in card else None
+        self.switches_model = self.start is runtime
 
     def with_start_logprobs(self, groups: Sequence[Group]) -> list[Group]:
         """The groups with the log-probs of their trained tokens under the frozen model: a model with adapters is taken

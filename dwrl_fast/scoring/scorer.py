@@ -47,8 +47,9 @@ class Scorer:
     log-odds, in nats, and need `reference`, what each response is compared with; under any other method log-odds are
     the difference of the two scores. A verdict that cannot be read makes the score nan.
 
-    The responses of one prompt share it in the forward pass, so many of them go best into one call. What a text with
-    its thought scores does not depend on what is scored beside it. Calls from several threads wait for one another.
+    The responses of one prompt share it in the forward pass, so many of them go best into one call. What a text scores,
+    and the noise from which its thoughts are drawn, do not depend on what is scored beside it. Calls from several
+    threads run side by side, each with memory of its own; those of a policy with adapters wait for one another.
 
     thinks: whether a thought precedes the verdict, so that votes mean something. kind: what one verdict is; compares:
     whether it is about two responses. dialog: how the model is asked. tokens: `computed` so far, and `naive`, what one
@@ -132,9 +133,11 @@ class Scorer:
         if votes < 1:
             raise DataError(f"votes = {votes}: must be at least 1")
         device = self._judging.runtime.model.lm.device  # a thread that was just started would take the first GPU
-        with self._lock, torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        alone = self._lock if self._judging.switches_model else nullcontext()
+        with alone, torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             groups = self._judging.score_groups(rows, votes=votes, seed=seed, progress=progress)
-            self.tokens.update(_sampled_tokens(groups) if self._writes else {})
+        if self._writes:
+            self._judging.runtime.layout.count(*_sampled_tokens(groups))
         self.check_positions(max((self._without_thought(group) for group in groups), default=0))
         for found in groups:
             if any(math.isnan(score) for scores in found.scores for score in scores):
@@ -368,12 +371,12 @@ def _equals(prompt: Turns, texts: Sequence[str], source: str) -> Preference:
     return Preference(prompt, tuple(texts), ranks=(1,) * len(texts), source=source)
 
 
-def _sampled_tokens(groups: Sequence[ScoredGroup]) -> Counter[str]:
-    """Of writing thoughts: a context is read once for all of its thoughts; naively once for each."""
-    tokens: Counter[str] = Counter()
+def _sampled_tokens(groups: Sequence[ScoredGroup]) -> tuple[int, int]:
+    """Computed and naive, of writing thoughts: a context is read once for all of its thoughts; naively once for each."""
+    computed = naive = 0
     for sequences in (sequences for found in groups for sequences in found.group.sequences):
         context = sequences[0].thought.start
         written = sum(one.thought.stop - one.thought.start for one in sequences)
-        tokens["computed"] += context + written
-        tokens["naive"] += len(sequences) * context + written
-    return tokens
+        computed += context + written
+        naive += len(sequences) * context + written
+    return computed, naive
