@@ -4,7 +4,10 @@ import asyncio
 import json
 import logging
 import math
+import threading
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +165,56 @@ def test_a_method_that_compares_gives_log_odds(folder: Path) -> None:
     )
     with pytest.raises(ModelError, match=r"gram only compares responses: give reference="):
         scorer.score(PROMPTS, RESPONSES)
+
+
+@pytest.mark.parametrize("name", ["dwrl", "bt", "dpo", "grpo-pair"])
+def test_threads_score_side_by_side(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight at once give what one gives after another: scores, thoughts, tokens. None waits for another to end."""
+    scorer = scorer_of(folder, name)
+    prompts = [[prompt] * 2 for prompt in ("3 5 0", "1", "5 6 2 1", "8", "7 7", "2 4 6 8", "9 1 1", "6")]
+    answers = ["5", "2 7 1"]
+    others: Any = {"reference": answers[::-1]} if scorer.compares else {}
+
+    def score(prompt: list[str]) -> tuple[list[float], Any]:
+        if not scorer.thinks:
+            return scorer.score(prompt, answers, 3, seed=5, **others).tolist(), None
+        scores, thoughts = scorer.score(prompt, answers, 3, return_thoughts=True, seed=5, **others)
+        return scores.tolist(), thoughts
+
+    expected = [score(prompt) for prompt in prompts]
+    before, all_here = dict(scorer.tokens), threading.Barrier(8, timeout=60)
+    judge = type(scorer._judging).score_groups
+
+    def together(self: Any, *args: Any, **options: Any) -> Any:
+        all_here.wait()  # would never end if calls waited for one another
+        return judge(self, *args, **options)
+
+    monkeypatch.setattr(type(scorer._judging), "score_groups", together)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(score, prompts))
+    for (scores, thoughts), (wanted, written) in zip(found, expected, strict=True):
+        assert scores == pytest.approx(wanted, abs=1e-5, nan_ok=True) and thoughts == written
+    assert {key: count - before[key] for key, count in scorer.tokens.items()} == before
+
+
+def test_a_policy_with_adapters_waits(folder: Path) -> None:
+    """Its adapters are switched off and on, which another call would see."""
+    plain, adapted_ = scorer_of(folder, "dpo"), scorer_of(folder, "dpo")
+    assert not plain._judging.switches_model
+    inside: list[int] = []
+    judging = adapted_._judging
+    judging.switches_model = True
+
+    def counted(rows: Any, **options: Any) -> list[Any]:
+        inside.append(1)
+        time.sleep(0.05)
+        assert sum(inside) == 1
+        inside.pop()
+        return []
+
+    judging.score_groups = counted  # type: ignore[method-assign]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda _: adapted_.score_groups([]), range(4))) == [[]] * 4
 
 
 @pytest.mark.parametrize(

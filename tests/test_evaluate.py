@@ -1,6 +1,7 @@
 """`python -m dwrl_fast.evaluate` from files to reports: what is written, what goes on, what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -320,9 +321,18 @@ def test_a_model_without_thoughts_has_no_votes(folder: Path) -> None:
     assert found["about"]["thoughts"] == "none" and found["pairs"]["token_accuracy"] is not None
 
 
-def test_every_step_draws_thoughts_of_its_own(folder: Path) -> None:
-    row = (folder / "plain.jsonl").read_text().splitlines()[0]
-    (folder / "same.jsonl").write_text(f"{row}\n" * 8)
-    go(folder, *STEPS, data="same.jsonl")
-    lines = [json.loads(line) for line in (folder / "out" / "scores.jsonl").read_text().splitlines()]
-    assert [line["thoughts"] for line in lines[:4]] != [line["thoughts"] for line in lines[4:]]
+def test_thoughts_do_not_depend_on_the_step(folder: Path) -> None:
+    """Steps of another size, and a row among others: the same thoughts. Another seed gives others."""
+    rows = (folder / "plain.jsonl").read_text().splitlines()
+    (folder / "moved.jsonl").write_text("\n".join([*rows[3:6], rows[0], *rows[1:3]]) + "\n")
+
+    def thoughts(*options: str, data: str = "plain.jsonl") -> list[Any]:
+        shutil.rmtree(folder / "out", ignore_errors=True)
+        go(folder, *options, data=data)
+        lines = [json.loads(line) for line in (folder / "out" / "scores.jsonl").read_text().splitlines()]
+        return [line["thoughts"] for line in lines]
+
+    found = thoughts(*STEPS)
+    assert thoughts(*STEPS, "--generation_batch_size", "64") == found
+    assert thoughts(*STEPS, data="moved.jsonl")[:4] == [*found[3:6], found[0]]
+    assert thoughts(*STEPS, "--seed", "1") != found

@@ -29,7 +29,7 @@ from ops_cases import (  # noqa: E402
 from bench.gpu.compiled import VARIANTS, compiled  # noqa: E402
 from dwrl_fast import ops  # noqa: E402
 from dwrl_fast.errors import UserError  # noqa: E402
-from dwrl_fast.ops import products  # noqa: E402
+from dwrl_fast.ops import oracle, products  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(
@@ -222,6 +222,23 @@ def test_interpreter_mass_of_masked_labels() -> None:
             for b in ("triton", "reference")
         )
         torch.testing.assert_close(got, want)
+
+
+@triton.jit
+def randint_kernel(out, key, position, COUNT: triton.language.constexpr):  # type: ignore
+    j = triton.language.arange(0, COUNT)
+    words = triton.language.randint4x(triton.language.load(key), (position.to(triton.language.int64) << 32) | j)
+    for i in triton.language.static_range(4):
+        triton.language.store(out + 4 * j + i, words[i].to(triton.language.int64) & 0xFFFFFFFF)
+
+
+@interpreted
+def test_interpreter_draws_the_numbers_of_gumbel_pick() -> None:
+    """Triton's generator gives the words that a sampler in Triton will draw with."""
+    key = torch.tensor([-0x123456789ABCDEF])
+    out = torch.zeros(64, dtype=torch.int64)
+    randint_kernel[(1,)](out, key, 7, COUNT=16)
+    assert torch.equal(out.view(16, 4), torch.stack(oracle.philox(key, torch.arange(16), 7), -1))
 
 
 @interpreted

@@ -13,6 +13,7 @@ from dwrl_fast.dialog import Dialog
 from dwrl_fast.encode import Group, Thought, response_requests
 from dwrl_fast.ops import linear_logprob
 from dwrl_fast.sampling import sample_groups
+from dwrl_fast.sampling.sampler import request_key
 from dwrl_fast.sampling.transformers import TransformersSampler
 
 ROWS = [
@@ -95,6 +96,35 @@ def test_first_tokens_follow_the_softmax() -> None:
 def test_batches_change_no_greedy_thought() -> None:
     whole, small = sample(sampler(), 1, 0.0), sample(sampler(batch_size=2), 1, 0.0)
     assert [t.ids for [t] in whole] == [t.ids for [t] in small]
+
+
+def test_a_thought_does_not_depend_on_the_batch() -> None:
+    """On its size, its order, or what else is asked. Products round differently there, so one of 72 may turn out
+    another; those that are the same have the same log-probs.
+    """
+    whole = sample(sampler())
+    reversed_ = sampler().sample(contexts()[::-1], 12, max_tokens=7, temperature=1.0, seed=0)[::-1]
+    alone = [sampler().sample([one], 12, max_tokens=7, temperature=1.0, seed=0)[0] for one in contexts()]
+    fewer = sampler().sample(contexts(), 5, max_tokens=7, temperature=1.0, seed=0)
+    for other in (*(sample(sampler(batch_size=size)) for size in (1, 7, 30)), reversed_, alone, fewer):
+        pairs = [(a, b) for x, y in zip(whole, other, strict=True) for a, b in zip(x, y, strict=False)]
+        assert len(pairs) in (72, 30)
+        same = [(a, b) for a, b in pairs if a.ids == b.ids]
+        assert len(pairs) - len(same) <= 1
+        for a, b in same:
+            assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5) and a.ended == b.ended
+
+
+def test_thoughts_about_one_context_differ_from_one_another() -> None:
+    for thoughts in sample(sampler()):
+        assert len({tuple(thought.ids) for thought in thoughts}) > 6
+
+
+def test_keys_follow_seed_context_and_index() -> None:
+    asked = [(0, [1, 2], 0), (1, [1, 2], 0), (0, [1, 2], 1), (0, [12], 0), (0, [2, 1], 0), (0, [1], 2), (10, [1], 0)]
+    keys = [request_key(*each) for each in asked]
+    assert len(set(keys)) == len(keys) and all(-(2**63) <= key < 2**63 for key in keys)
+    assert keys == [request_key(seed, tuple(context), index) for seed, context, index in asked]
 
 
 def test_a_seed_repeats_itself_and_another_does_not() -> None:

@@ -90,8 +90,8 @@ class PartFile:
 class Steps:
     """How an evaluation goes through its rows: `size` of them at a time, behind what `part` holds.
 
-    A thought's draws depend on the seed, the stage and its text, not on the step: a run that was interrupted, or goes in
-    other steps, gives what a whole one does.
+    A thought's draws depend on the seed, the stage and its text, not on the step: a run that was interrupted, or that
+    goes in other steps, gives what a whole one does.
     """
 
     scorer: Scorer

@@ -31,8 +31,9 @@ class Sampler(Protocol):
     ) -> list[list[Thought]]:
         """`n` thoughts for each context (token ids). temperature 0 is greedy, with log-probs at temperature 1.
 
-        Thought i of a context is drawn from `request_key(seed, context, i)` alone: it does not depend on what is sampled
-        beside it, on the size of a batch, or on the process. Equal contexts of one call get equal thoughts.
+        Thought i of a context is drawn from `request_key(seed, context, i)` alone: it does not depend on what is
+        sampled beside it, on the size of a batch, or on the process. Equal contexts of one call get equal thoughts.
+
         `progress` is called with the number of contexts finished since the last call.
         """
         ...

@@ -372,7 +372,7 @@ def _equals(prompt: Turns, texts: Sequence[str], source: str) -> Preference:
 
 
 def _sampled_tokens(groups: Sequence[ScoredGroup]) -> tuple[int, int]:
-    """Computed and naive, of writing thoughts: a context is read once for all of its thoughts; naively once for each."""
+    """Computed and naive, of writing thoughts: a context is read once for all its thoughts, naively once for each."""
     computed = naive = 0
     for sequences in (sequences for found in groups for sequences in found.group.sequences):
         context = sequences[0].thought.start

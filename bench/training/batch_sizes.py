@@ -1,0 +1,93 @@
+"""How far a thought, its log-probs and its score depend on the batch that it was sampled and scored in.
+
+    python -m bench.training.batch_sizes --model models/smollm2 --data pairs.jsonl
+
+One thought about each response of some pairs is sampled in batches of 1, 7 and 64 sequences, in float32. Its draws are
+the same (`request_key`), but products over another batch size round differently. Printed: the share of thoughts that
+turn out another than in batches of 64; and of the thoughts of those batches, the largest difference in a log-prob and
+in a score, log p(Yes), when micro-batches hold one pair or as many as fit.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from bench import command
+from bench.machine import machine
+from dwrl_fast.compute import Compute
+from dwrl_fast.config import TrainConfig
+from dwrl_fast.data import Preference, read_preferences
+from dwrl_fast.encode import Group, closed_groups, response_requests
+from dwrl_fast.methods import METHODS
+from dwrl_fast.scoring.loading import load_dialog
+from dwrl_fast.scoring.runtime import Runtime
+from dwrl_fast.scoring.yes_no import GenerativeJudging
+from dwrl_fast.training.policy import load_judging
+
+SIZES = (64, 7, 1)
+BOUND = 1e-5  # asked of log-probs and scores
+
+
+def measured(rows: list[Preference], judging: GenerativeJudging, tokens: int, seed: int) -> dict[str, Any]:
+    """What is printed, by name: the share of each batch size, and both largest differences."""
+    runtime, requests = judging.runtime, response_requests(rows, judging.dialog)
+    contexts = [context.ids for request in requests for context in request.contexts]
+    sampler: Any = runtime.sampler
+    thoughts = {}
+    for size in SIZES:
+        sampler.batch_size = size
+        thoughts[size] = sampler.sample(contexts, 1, max_tokens=tokens, temperature=1.0, seed=seed)
+    first = thoughts[SIZES[0]]
+    differing = {
+        size: sum(a.ids != b.ids for (a,), (b,) in zip(first, found, strict=True)) for size, found in thoughts.items()
+    }
+    groups = closed_groups(requests, first, judging.dialog)
+    logprobs, scores = zip(*(read(groups, judging, budget) for budget in (1, runtime.layout.token_budget)), strict=True)
+    return {
+        "thoughts": len(contexts),
+        "differing": differing,
+        "logprob": float((logprobs[0] - logprobs[1]).abs().max()),
+        "score": float((scores[0] - scores[1]).abs().max()),
+    }
+
+
+def read(groups: list[Group], judging: GenerativeJudging, budget: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The log-probs of all thought tokens, and all scores, in micro-batches of so many positions."""
+    runtime: Runtime = replace(judging.runtime, layout=replace(judging.runtime.layout, token_budget=budget))
+    logprobs = [x for group in runtime.logprobs(groups) for some in group for one in some for x in one]
+    scores = runtime.run_batches(groups, judging._scores)
+    return torch.tensor(logprobs), torch.tensor([x for group in scores for some in group for x in some])
+
+
+def main() -> None:
+    """The command: sample and score, and print how far results differ."""
+    parser = command.parser("training.batch_sizes", __doc__)
+    parser.add_argument("--model", default="models/smollm2", help="a causal language model (default models/smollm2)")
+    parser.add_argument("--data", required=True, help="a file of preference pairs")
+    parser.add_argument("--pairs", type=int, default=32, help="so many pairs of it (default 32)")
+    parser.add_argument("--tokens", type=int, default=32, help="of a thought at most (default 32)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    args = parser.parse_args()
+    config = TrainConfig(model_name_or_path=args.model, dataset_name=args.data, dtype="fp32")
+    dialog = load_dialog(config)
+    judging = load_judging(config, METHODS["dwrl"](config, dialog), dialog, Compute.resolve("fp32"))
+    assert isinstance(judging, GenerativeJudging)
+    rows = list(read_preferences(args.data, limit=args.pairs))
+    found = measured(rows, judging, args.tokens, args.seed)
+    console = Console()
+    for size, count in list(found["differing"].items())[1:]:
+        share = f"{count} of {found['thoughts']} ({count / found['thoughts']:.2%}, expected under 1 %)"
+        console.print(f"batches of {size}: {share} thoughts differ from those of batches of {SIZES[0]}")
+    for what in ("logprob", "score"):
+        console.print(f"largest difference of a {what} between micro-batches: {found[what]:.1e} (asked {BOUND:.0e})")
+    if args.json:
+        args.json.write_text(json.dumps({"machine": machine(), **found}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
