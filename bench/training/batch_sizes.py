@@ -77,7 +77,7 @@ def main() -> None:
     dialog = load_dialog(config)
     judging = load_judging(config, METHODS["dwrl"](config, dialog), dialog, Compute.resolve("fp32"))
     assert isinstance(judging, GenerativeJudging)
-    rows = list(read_preferences(args.data, limit=args.pairs))
+    rows = read_preferences(args.data, limit=args.pairs).rows
     found = measured(rows, judging, args.tokens, args.seed)
     console = Console()
     for size, count in list(found["differing"].items())[1:]:
