@@ -322,3 +322,15 @@ def test_an_attention_keyword_not_understood_is_refused() -> None:
             plan=batch.plan,
             novelty=1.0,
         )
+
+
+@pytest.mark.parametrize("packing", ["tree", "packed", "padded"])
+def test_a_default_device_does_not_reach_the_batches(packing: Any) -> None:
+    """They lie where the layout says, also where a caller draws a model under `with torch.device(...)`."""
+    group = make_group([[make_sequence([1, 2, 3, 4], 2, 3)], [make_sequence([1, 2, 5], 2, 3)]])
+    with torch.device("meta"):
+        (batch,) = Layout(packing, 100, 0, CPU).batches([group])
+    tensors = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+    where = {name: x.device for name, x in tensors.items() if isinstance(x, Tensor)}
+    assert len(where) >= 10 and set(where.values()) == {CPU}
+    assert batch.slots.tolist() == [[[0], [1]]] and batch.places.tolist() == [0, 1]
