@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,14 +12,17 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
+from held_out import share_won
 from rich.console import Console
 from test_embedded import SIZES, TINY
+from tiny import tiny_pairs
 from transformers import AutoModelForCausalLM
 
 import dwrl_fast
 from dwrl_fast import embedded, evaluate, train
-from dwrl_fast.config import parse_evaluate, parse_train
+from dwrl_fast.config import EvaluateConfig, TrainConfig, parse_evaluate, parse_train
 from dwrl_fast.errors import UserError
+from dwrl_fast.options import Options, option_fields
 
 SMALL = ["--rollout_batch_size", "8", "--minibatch_size", "4", "--max_steps", "2", "--max_completion_length", "6"]
 
@@ -50,20 +54,40 @@ def own_data(folder: Path) -> list[str]:
     return ["--model_name_or_path", f"{folder}/tiny", "--dataset_name", f"{folder}/pairs.jsonl", *SMALL]
 
 
+def contents(pairs: Path) -> set[str]:
+    """The prompts of a file of pairs."""
+    return {json.loads(line)["prompt"][0]["content"] for line in pairs.read_text().splitlines()}
+
+
 @pytest.mark.usefixtures("small_embedded")
 def test_without_arguments_the_embedded_task_runs_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     train.main(["--output_dir", str(run), "--seed", "3"])
     result = json.loads((run / "result.json").read_text())
-    for name in ("accuracy_before", "accuracy_after", "accuracy_bt", "accuracy_before_4_thoughts"):
-        assert 0 <= result[name] <= 1
+    made = run / "embedded"
+    for name, model, votes in (
+        ("before", made / "model", 1),
+        ("after", run / "model", 1),
+        ("bt", run / "bt" / "model", 1),
+        ("before_4_thoughts", made / "model", 4),
+        ("after_4_thoughts", run / "model", 4),
+    ):
+        assert result[f"accuracy_{name}"] == share_won(model, made / "test.jsonl", votes, seed=3), name
+    assert contents(made / "test.jsonl").isdisjoint(contents(made / "train.jsonl"))
     assert result["seed"] == 3 and {"torch", "transformers", "python"} <= set(result["versions"])
     assert {"warm up", "rollout", "score", "thought", "evaluate", "bt"} <= set(result["seconds_by_stage"])
-    for name in ("config.yaml", "curves.png", "metrics.jsonl", "model/model.safetensors", "bt/model/model.safetensors"):
-        assert (run / name).stat().st_size > 0
+    assert parse_train(["--config", str(run / "config.yaml")]).to_dict() == {
+        **train.configure(["--seed", "3"]).to_dict(),
+        "output_dir": str(run),
+    }
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "bt on the same pairs" in printed and "--model_name_or_path MODEL --dataset_name pairs.jsonl" in printed
-    AutoModelForCausalLM.from_pretrained(run / "model")
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (made / "model", run / "model")
+    )
+    assert before.keys() == after.keys() and not all(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.usefixtures("small_embedded")
@@ -122,12 +146,16 @@ def test_margins_and_aspects_reach_the_model(folder: Path, silent: Console) -> N
     (folder / "tiny" / "preference_model.json").write_text(json.dumps(card))
     rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
 
+    unseen = tiny_pairs(folder / "unseen.jsonl", seed=1)
+    assert contents(unseen).isdisjoint(contents(folder / "pairs.jsonl"))
+
     def loss(name: str, change: dict, *more: str) -> float:
         (folder / "pairs.jsonl").write_text("".join(json.dumps(row | change) + "\n" for row in rows))
         options = [*own_data(folder), "--output_dir", str(folder / name), "--eval_steps", "1", *more]
-        train.run(train.configure([*options, "--eval_dataset_name", f"{folder}/pairs.jsonl"]), silent)
+        result = train.run(train.configure([*options, "--eval_dataset_name", str(unseen)]), silent)
         log = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
-        assert "eval_greedy" in log[0]
+        assert ["eval_greedy" in row for row in log] == [True, False], "the last step's is accuracy_after"
+        assert result["accuracy_after"] == share_won(folder / name / "model", unseen)
         return log[0]["loss"]
 
     plain = loss("plain", {})
@@ -213,5 +241,10 @@ def test_the_versions_of_a_checkout_that_is_not_installed(monkeypatch: pytest.Mo
     assert {"torch": "1", "dwrl_fast": dwrl_fast.__version__}.items() <= train.versions().items()
 
 
-def test_help_is_the_same_parser() -> None:
-    assert parse_train(["--model_name_or_path", "m", "--dataset_name", "d"]).num_generations == 4
+@pytest.mark.parametrize(("module", "cls"), [("train", TrainConfig), ("evaluate", EvaluateConfig)])
+def test_the_help_that_a_command_prints_names_its_options(module: str, cls: type[Options]) -> None:
+    """In a process of its own: the page of its own parser, each option once, and none that it does not take."""
+    command = [sys.executable, "-m", f"dwrl_fast.{module}", "--help"]
+    page = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    named = re.findall(r"^  --(\w+) ", page.partition("\nExamples")[0], re.M)
+    assert sorted(named) == sorted(f.name for f in option_fields(cls))

@@ -64,15 +64,48 @@ def violations(room: str, path: Path) -> Iterator[str]:
             yield f"{path.relative_to(ROOT)} imports {name}; {room} may import {', '.join(sorted(NARROW[room]))}"
 
 
-def test_every_module_has_its_place() -> None:
-    homeless = sorted({room for room, _ in room_files()} - set(ROOMS))
-    assert not homeless, (
-        f"give {', '.join(homeless)} a place in ROOMS: after all that it imports, before all that import it"
-    )
+def rooms_on_disk(root: Path) -> set[str]:
+    """What the two folders of the checkout hold: folders with Python files, and modules."""
+    package = root / "dwrl_fast"
+    modules = {path.stem for path in package.glob("*.py")} - {"__init__"}
+    folders = {path.name for path in package.iterdir() if any(path.rglob("*.py"))}
+    commands = {"__main__"} if any(package.rglob("__main__.py")) else set()
+    return modules | folders | commands | ({"kernels"} if any((root / "kernels").rglob("*.py")) else set())
+
+
+def test_the_rooms_are_those_of_the_folders() -> None:
+    found = rooms_on_disk(ROOT)
+    assert len(ROOMS) == len(set(ROOMS)), "one place each"
+    assert found - set(ROOMS) == set(), "give it a place in ROOMS: after all that it imports, before all that import it"
+    assert set(ROOMS) - found == set(), "there is no such room: take it out of ROOMS"
+    assert {room for room, _ in room_files()} == found, "a room whose files are not read is not held to the rule"
+
+
+def test_a_narrow_room_is_a_room() -> None:
+    named = {*NARROW, *(name.partition(".")[2] for some in NARROW.values() for name in some if "dwrl_fast." in name)}
+    assert named <= rooms_on_disk(ROOT)
+
+
+def test_rooms_on_disk_are_modules_and_folders_with_modules(tmp_path: Path) -> None:
+    for name in ("dwrl_fast/__init__.py", "dwrl_fast/one.py", "dwrl_fast/two/deep/x.py", "kernels/k.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "dwrl_fast" / "__pycache__").mkdir()
+    assert rooms_on_disk(tmp_path) == {"one", "two", "kernels"}
+    (tmp_path / "dwrl_fast" / "two" / "__main__.py").touch()
+    assert rooms_on_disk(tmp_path) == {"one", "two", "kernels", "__main__"}
+
+
+def test_the_picture_of_the_rooms_shows_each_of_them() -> None:
+    """docs/architecture.md draws the rooms, and names the modules without a room."""
+    _, picture, rest = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("```", 2)
+    beside = rest.partition("Beside them stand")[2].partition("\n\n")[0]
+    shown = re.findall(r"\b([a-z_]+)(?:/|\.py)", picture) + re.findall(r"`([a-z_]+)(?:/|\.py)`", beside)
+    assert set(shown) - {"csrc"} == rooms_on_disk(ROOT) - {"__main__"}
 
 
 def test_imports_go_one_way() -> None:
-    assert [line for room, path in room_files() if room in ROOMS for line in violations(room, path)] == []
+    assert [line for room, path in room_files() for line in violations(room, path)] == []
 
 
 @pytest.mark.parametrize(
