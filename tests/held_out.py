@@ -13,6 +13,12 @@ def share_won(model: Path, pairs: Path, votes: int = 1, seed: int = 0) -> float:
     won = 0.0
     groups = scorer.score_groups(read_preferences(str(pairs)).rows, votes=votes, seed=seed)
     for group in groups:
-        better, worse = (sum(map(math.exp, scores)) / len(scores) for scores in group.scores)
+        better, worse = (log_mean_exp(scores) for scores in group.scores)
         won += 0.5 if better == worse else float(better > worse)
     return won / len(groups)
+
+
+def log_mean_exp(scores: list[float]) -> float:
+    """Of scores in nats, which may be far below 0."""
+    top = max(scores)
+    return top + math.log(sum(math.exp(score - top) for score in scores) / len(scores))

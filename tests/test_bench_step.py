@@ -235,4 +235,11 @@ def test_seconds_come_in_the_unit_of_the_case(monkeypatch: pytest.MonkeyPatch) -
 
 def test_quick_runs_one_case() -> None:
     assert [case.name for case in CASES if case.quick] == ["trunk-heavy/hh"]
-    assert len({case.name for case in CASES}) == len(CASES) == 18
+
+
+def test_a_case_counts_products_of_the_head_of_the_model_that_it_names() -> None:
+    heads = {"trunk-heavy": 512 * 32003, "head-heavy": 256 * 151936, "trunk": 512 * 32003}
+    assert [case.unit for case in CASES] == [heads[case.name.partition("/")[0]] for case in CASES]
+    data = [f"{name}{suffix}" for name in lengths.FILES for suffix in ("", "-200")]
+    steps = [f"{model}/{name}" for model in ("trunk-heavy", "head-heavy") for name in data]
+    assert [case.name for case in CASES] == [*steps, "trunk/256-128-160x4", "trunk/512-512-416x4"]

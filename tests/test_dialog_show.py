@@ -89,9 +89,12 @@ def test_rows_that_are_not_there(shared: Path, tmp_path: Path) -> None:
             parse(ShowConfig, argv)
 
 
-def test_the_help_page_teaches() -> None:
-    page = help_page(ShowConfig, 100)
-    assert "--template pairwise" in page and "Examples" in page
+def test_the_examples_of_the_help_page_parse() -> None:
+    _, _, examples = help_page(ShowConfig, 100).partition("\nExamples")
+    lines = [line.split()[3:] for line in examples.splitlines() if line.strip().startswith("python -m")]
+    found = [parse(ShowConfig, argv) for argv in lines]
+    assert [config.template for config in found] == [None, None, "pairwise", "mine.yaml"]
+    assert [config.response for config in found] == [1, 2, 1, 1]
 
 
 ASKED, GOOD, BAD, FINE = "What is five plus one?", "Six.", "Seven.", "It is six."

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from held_out import share_won
 from rich.console import Console
 from test_embedded import SIZES, TINY
 
@@ -89,7 +90,9 @@ def test_every_method_takes_two_steps(case: str, made: embedded.Embedded, tmp_pa
     assert config.learning_rate > 1e-6 or config.score_learning_rate  # the recipe's, not the default
     config = replace(train.on_embedded(config, made), rollout_batch_size=16, minibatch_size=8)
     result = train.train(config, tmp_path, Display(Console(quiet=True)), saved=config)
-    assert result["steps"] == 2 and 0 <= result["accuracy_after"] <= 1
+    assert result["steps"] == 2
+    assert result["accuracy_before"] == share_won(Path(str(config.model_name_or_path)), made.test)
+    assert result["accuracy_after"] == share_won(tmp_path / "model", made.test)
     scorer = Scorer.from_pretrained(tmp_path / "model", dtype="fp32")
     kind = METHODS[config.method].template
     assert scorer.dialog.template == TEMPLATES[kind]  # it came through training and the card

@@ -5,20 +5,23 @@ The oracle runs the model on one sequence at a time, and writes out every order 
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from fakes import FakePolicy
+from held_out import log_mean_exp
 from orders import mean_order_loss
-from tiny import tiny_config, tiny_folder
+from tiny import RULE, tiny_config, tiny_folder
 from torch import Tensor
 
 from dwrl_fast.data import Preference, read_preferences
 from dwrl_fast.encode import Group
 from dwrl_fast.feed import Feed, Shuffled
 from dwrl_fast.progress import Display
+from dwrl_fast.scoring import marginal_scores
 from dwrl_fast.training.runlog import read_metrics
 from dwrl_fast.training.trainer import Trainer
 
@@ -26,7 +29,6 @@ PROMPTS = ["3 5 0 0 4", "5 6 2 5 5", "4 3 2 5 1", "1 1 2 6 0", "0 2 4 4 3", "2 2
 RANKS = [(), (), (1, 1), (), (1, 2, 2, 4, 5), (1, 1, 1)]
 SIZES = [2, 2, 2, 5, 5, 3]
 MARGINS = [0.0, 1.5, 0.0, 0.0, 0.0, 0.0]
-RULE = "7316905824"  # the digits, best first
 ROWS = [
     Preference(({"role": "user", "content": prompt},), tuple("52718"[:size]), margin=margin, ranks=ranks)
     for prompt, ranks, size, margin in zip(PROMPTS, RANKS, SIZES, MARGINS, strict=True)
@@ -51,13 +53,14 @@ def oracle_losses(marginals: list[Tensor]) -> Tensor:
 
 def shares(marginals: list[Tensor]) -> list[float]:
     """Of every group but those where all tie, the share of its pairs of unequal rank that stand in order."""
-    found = []
-    for row, scores in zip(ROWS, marginals, strict=True):
-        ranks = row.ranks or tuple(range(len(row.responses)))
-        pairs = [(i, j) for i in range(len(ranks)) for j in range(len(ranks)) if ranks[i] < ranks[j]]
-        if pairs:
-            found.append(sum(bool(scores[i] > scores[j]) for i, j in pairs) / len(pairs))
-    return found
+    ranks = [row.ranks or tuple(range(len(row.responses))) for row in ROWS]
+    return [share(*each) for each in zip(ranks, marginals, strict=True) if len(set(each[0])) > 1]
+
+
+def share(ranks: Sequence[int], scores: Tensor) -> float:
+    """The share of the pairs of unequal rank that stand in order."""
+    pairs = [(i, j) for i in range(len(ranks)) for j in range(len(ranks)) if ranks[i] < ranks[j]]
+    return sum(bool(scores[i] > scores[j]) for i, j in pairs) / len(pairs)
 
 
 def compare(ours: list[Tensor], policy: FakePolicy, loss: Tensor) -> None:
@@ -135,16 +138,19 @@ def test_dwrl_on_mixed_groups(tmp_path: Path, packing: str, budget: int) -> None
 def test_nothing_to_compare_is_not_known_rather_than_wrong(tmp_path: Path, name: str) -> None:
     policy = make(tmp_path, name, "tree")
     groups = policy.rollout([ROWS[2], ROWS[5]])[0]
-    _, figures = step(policy, "score", groups, 10**6)
-    assert figures["train_accuracy"] != figures["train_accuracy"] and figures["loss"] > 0
+    _, _, metrics = policy.step(groups, "score")
+    marginals = [torch.tensor(list(map(log_mean_exp, scores))).double() for scores in metrics.scores(groups)]
+    losses = [mean_order_loss(m, ROWS[row].ranks, 0.0) for m, row in zip(marginals, (2, 5), strict=True)]
+    assert math.isnan(metrics.means()["train_accuracy"])
+    assert metrics.means()["loss"] == pytest.approx(sum(losses).item() / 2, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["bt", "dwrl"])
 def test_a_file_of_rankings_trains_and_is_learned(tmp_path: Path, name: str) -> None:
-    """Rankings of five responses with a tie, from the file to the report: one group each."""
+    """Rankings of five responses with a tie, from the file to the report: one group each. The last 8 are held out."""
     rng = np.random.default_rng(0)
     with (tmp_path / "rankings.jsonl").open("w", encoding="utf-8") as file:
-        for _ in range(24):
+        for _ in range(32):
             responses = [str(digit) for digit in rng.choice(10, 5, replace=False)]
             order = sorted(RULE.index(digit) for digit in responses)
             ranks = [max(1, order.index(RULE.index(digit))) for digit in responses]  # the first two tie
@@ -153,15 +159,20 @@ def test_a_file_of_rankings_trains_and_is_learned(tmp_path: Path, name: str) -> 
     tiny_folder(tmp_path / "tiny")
     config = tiny_config(tmp_path, method=name, max_steps=24, minibatch_size=4, learning_rate=2e-2)
     rows = read_preferences(tmp_path / "rankings.jsonl", rankings="plackett_luce").rows
-    assert len(rows) == 24 and {row.ranks for row in rows} == {(1, 1, 2, 3, 4)}
+    assert len(rows) == 32 and {row.ranks for row in rows} == {(1, 1, 2, 3, 4)}
+    training, unseen = rows[:24], rows[24:]
+    assert {row.prompt[0]["content"] for row in training}.isdisjoint(row.prompt[0]["content"] for row in unseen)
     run = tmp_path / "run"
     run.mkdir()
     policy = FakePolicy(config)
-    feed = Feed([Shuffled("rankings", rows, 0)], [1.0], batch_size=4, epochs=1, max_steps=24)
-    trainer = Trainer(config, policy.method, policy.judging, feed, rows[:8], run, Display())
+    feed = Feed([Shuffled("rankings", training, 0)], [1.0], batch_size=4, epochs=1, max_steps=24)
+    trainer = Trainer(config, policy.method, policy.judging, feed, unseen, run, Display())
     trainer.resume()
     result = trainer.train()
     before, after = result["report_before"], result["report_after"]
     assert after["groups"] == 8 and after["low"] > before["high"]
     last = read_metrics(run / "metrics.jsonl")[-1]
-    assert 0.5 < last["train_accuracy"] <= 1 and last["loss"] < math.log(120)
+    assert last["train_accuracy"] > 0.75 and last["loss"] < 0.75 * math.log(120), "equal scores have log(5!)"
+    marginals = marginal_scores(policy.judging.score_groups(unseen, votes=1, seed=0))
+    expected = np.mean([share(row.ranks, scores) for row, scores in zip(unseen, marginals, strict=True)])
+    assert after["accuracy"] == pytest.approx(expected)

@@ -114,7 +114,8 @@ def test_saturated_scores_are_finite(dtype: torch.dtype, good: float, bad: float
         p, d = ops.preference_weights(bradley_terry, s), ops.dual_weights(s[:, 0], s[:, 1])
         assert all(x.isfinite().all() for x in (*p, *d))
         torch.testing.assert_close(p.weights.sum(-1), torch.ones(1, 2, dtype=dtype))
-        assert 0 <= d.misalignment <= 1
+        gap = marginal(s.double()[0]).diff().item()
+        assert d.misalignment.item() == pytest.approx(1 / (1 + math.exp(min(-gap, 700.0))), rel=1e-5, abs=1e-30)
 
 
 def test_valid_leaves_thoughts_out() -> None:

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from fakes import FakePolicy
+from held_out import share_won
 from safetensors.torch import load_file
-from tiny import tiny_config, tiny_pairs
+from tiny import ruled_pairs, tiny_config, tiny_pairs
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
@@ -34,12 +35,15 @@ from dwrl_fast.training.trainer import Trainer
 TIMED = ("seconds", "tokens_per_second", "share_")
 
 
-def make_trainer(config: TrainConfig, run: Path, held_out: int = 0) -> Trainer:
-    rows = read_preferences(str(config.dataset_name)).rows
+def make_trainer(config: TrainConfig, run: Path, held_out: Path | None = None) -> Trainer:
+    rows = [] if held_out is None else read_preferences(str(held_out)).rows
+    assert not any(
+        row.prompt == other.prompt for row in rows for other in read_preferences(str(config.dataset_name)).rows
+    )
     run.mkdir(exist_ok=True)
     policy = FakePolicy(config)
     feed, _ = open_feed(config, policy.dialog, Display())
-    trainer = Trainer(config, policy.method, policy.judging, feed, rows[:held_out], run, Display())
+    trainer = Trainer(config, policy.method, policy.judging, feed, rows, run, Display())
     trainer.resume()
     return trainer
 
@@ -172,12 +176,13 @@ def test_truncated_thoughts_are_scored_and_masked(folder: Path) -> None:
 )
 def test_resume_to_the_bit_at_three_points(folder: Path, changes: dict[str, Any]) -> None:
     config = tiny_config(folder, save_steps=1, eval_votes=0, **changes)
-    make_trainer(config, folder / "whole", held_out=4).train()
+    unseen = tiny_pairs(folder / "unseen.jsonl", 4, seed=1)
+    make_trainer(config, folder / "whole", unseen).train()
     expected, log = weights(folder / "whole"), read_metrics(folder / "whole" / "metrics.jsonl")
     for step in (1, 2, 3):
         run = folder / f"resumed-{step}"
         path = folder / "whole" / f"checkpoint-{step:06d}"
-        result = make_trainer(dataclasses.replace(config, resume_from_checkpoint=str(path)), run, held_out=4).train()
+        result = make_trainer(dataclasses.replace(config, resume_from_checkpoint=str(path)), run, unseen).train()
         assert all(torch.equal(expected[name], p) for name, p in weights(run).items())
         again = read_metrics(run / "metrics.jsonl")
         assert [row["step"] for row in again] == list(range(step + 1, 5))
@@ -237,11 +242,15 @@ def test_nan_stops_before_the_step(folder: Path) -> None:
 
 
 def test_bt_learns_and_loads_as_a_sequence_classifier(folder: Path) -> None:
-    config = tiny_config(folder, method="bt", max_steps=30, learning_rate=5e-3)
-    trainer = make_trainer(config, folder / "run", held_out=12)
+    config = tiny_config(folder, method="bt", max_steps=60, learning_rate=1e-2)
+    ruled_pairs(folder / "pairs.jsonl", "train", 480)
+    unseen = ruled_pairs(folder / "unseen.jsonl", "test", 64)
+    trainer = make_trainer(config, folder / "run", unseen)
     result = trainer.train()
+    print("XX", result)
     log = read_metrics(folder / "run" / "metrics.jsonl")
-    assert result["accuracy_after"] == 1 > result["accuracy_before"]
+    assert result["report_after"]["low"] > result["report_before"]["high"]
+    assert result["accuracy_after"] == share_won(folder / "run" / "model", unseen)
     assert log[-1]["loss"] < 0.2 < log[0]["loss"]
     groups = plain_groups(trainer.held_out, trainer.method.dialog)
     model = AutoModelForSequenceClassification.from_pretrained(folder / "run" / "model")
@@ -254,9 +263,12 @@ def test_bt_learns_and_loads_as_a_sequence_classifier(folder: Path) -> None:
 
 
 def test_dwrl_learns_scores(folder: Path) -> None:
-    config = tiny_config(folder, max_steps=40, rollout_batch_size=12, minibatch_size=12, learning_rate=5e-3)
-    result = make_trainer(config, folder / "run", held_out=12).train()
-    assert result["accuracy_after"] >= 0.9 > result["accuracy_before"]
+    config = tiny_config(folder, max_steps=40, rollout_batch_size=12, minibatch_size=12, learning_rate=1e-2)
+    ruled_pairs(folder / "pairs.jsonl", "train", 480)
+    unseen = ruled_pairs(folder / "unseen.jsonl", "test", 64)
+    result = make_trainer(config, folder / "run", unseen).train()
+    assert result["report_after"]["low"] > result["report_before"]["high"]
+    assert result["accuracy_after"] == share_won(folder / "run" / "model", unseen)
     row = read_metrics(folder / "run" / "metrics.jsonl")[-1]
     wanted = (
         "loss score_loss thought_loss p_chosen p_rejected misalignment effective_groups advantage ratio clip_fraction "

@@ -12,7 +12,7 @@ from dwrl_fast.config import TrainConfig
 from dwrl_fast.data import Preference, read_preferences
 from dwrl_fast.dialog import Dialog, Template
 from dwrl_fast.embedded.arrays import EVALUATE, RATE
-from dwrl_fast.embedded.task import draw_claims, prompts, write_pairs
+from dwrl_fast.embedded.task import draw_claims, prompts, write_pairs, write_rows
 from dwrl_fast.embedded.tokenizer import IDS, make_tokenizer
 from dwrl_fast.models.model import GenerativeModel
 from dwrl_fast.models.pretrained import save_pretrained
@@ -50,6 +50,18 @@ def tiny_folder(folder: Path, seed: int = 0) -> Path:
 
 def tiny_pairs(path: Path, count: int = 12, seed: int = 0) -> Path:
     write_pairs(path, *draw_claims(prompts("train"), count, 0.5, np.random.default_rng(seed)))
+    return path
+
+
+RULE = "7316905824"  # the digits, best first
+
+
+def ruled_pairs(path: Path, split: str, count: int, seed: int = 0) -> Path:
+    """Pairs of digits of which the better stands first in RULE, on prompts of a split: splits share no prompt."""
+    rng = np.random.default_rng(seed)
+    asked = rng.permutation(prompts(split))[:count]
+    places = [sorted(rng.choice(len(RULE), 2, replace=False)) for _ in asked]
+    write_rows(path, ((digits, RULE[i], RULE[j], "ruled") for digits, (i, j) in zip(asked, places, strict=True)))
     return path
 
 
