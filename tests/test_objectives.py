@@ -1,5 +1,6 @@
 """The objective against what it claims to be the gradient of (docs/method.md, 2.2: points 1 to 4 and 6)."""
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dwrl_fast import ops
+from dwrl_fast.objectives.agreement import order_credit, rank_grid
 from dwrl_fast.objectives.dual_weighted import (
     centred_reward,
     effective_coefficients,
@@ -14,6 +16,7 @@ from dwrl_fast.objectives.dual_weighted import (
     standardised_reward,
     thought_signal,
 )
+from dwrl_fast.objectives.group_relative import group_advantage
 from dwrl_fast.objectives.likelihood import Likelihood, preference_likelihood
 
 
@@ -275,3 +278,42 @@ def test_saturated_scores_stay_finite(chosen: float, rejected: float, dtype: tor
     torch.testing.assert_close(found.weights, torch.full_like(scores, 0.25).detach())
     if chosen < rejected:
         assert found.coefficients[0, 0] == 1
+
+
+def test_phase_a_sums_valid_thoughts_only() -> None:
+    """Whatever an absent slot holds, NaN too, neither the value nor the gradient has it."""
+    scores = torch.tensor([[[-1.0, -2.0], [-0.5, torch.nan]]], requires_grad=True)
+    valid = torch.tensor([[[True, True], [True, False]]])
+    weights = torch.tensor([[[0.75, 0.25], [1.0, 0.5]]])
+    value = score_objective(scores, torch.tensor([[0.5, -0.25]]), weights, valid)
+    assert value.item() == -(0.5 * (0.75 * -1.0 + 0.25 * -2.0) - 0.25 * -0.5)
+    (found,) = torch.autograd.grad(value, scores)
+    assert found.nan_to_num().tolist() == [[[-0.375, -0.125], [0.25, 0.0]]]
+
+
+def test_two_thoughts_are_standardised_by_their_own_spread() -> None:
+    """0.8 and 0.2 stand 0.3 from their mean; the standard deviation of two divides by 1."""
+    spread = math.sqrt(2 * 0.3**2)
+    found = standardised_reward(torch.tensor([[[0.8, 0.2]]]).double(), torch.ones(1, 1, 2, dtype=torch.bool))
+    assert found.flatten().tolist() == pytest.approx([0.3 / (spread + 1e-4), -0.3 / (spread + 1e-4)], rel=1e-6)
+    assert group_advantage(torch.tensor([1.0, 0.0]).double()).tolist() == pytest.approx(
+        [0.5 / (math.sqrt(0.5) + 1e-4), -0.5 / (math.sqrt(0.5) + 1e-4)], rel=1e-6
+    )
+
+
+def test_one_thought_alone_has_no_advantage() -> None:
+    one = torch.ones(1, 1, 1, dtype=torch.bool)
+    assert standardised_reward(torch.ones(1, 1, 1), one).item() == 0
+    assert group_advantage(torch.tensor([[3.0], [-2.0]])).tolist() == [[0.0], [0.0]]
+
+
+def test_an_empty_thought_has_a_finite_weight() -> None:
+    valid = torch.tensor([[[True, True], [True, False]]])
+    c, lengths = torch.tensor([[0.5, -0.5]]), torch.tensor([[[0, 4], [2, 0]]])
+    signal = thought_signal(c, torch.ones(1, 2, 2), lengths, valid, valid, "paper")
+    assert signal.token_weight.tolist() == [[[0.5 / 2, 0.5 / 8], [0.5 / 2, 0.0]]]
+
+
+def test_a_group_whose_responses_tie_has_credit_0() -> None:
+    credit, some = order_credit(torch.tensor([[1.0, 0.0], [1.0, 0.0], [2.0, 2.0]]), rank_grid([(1, 1), (1, 2), (1, 2)]))
+    assert credit.tolist() == [0.0, 1.0, 0.5] and some.tolist() == [False, True, True]
