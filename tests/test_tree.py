@@ -13,6 +13,7 @@ from tiny import tiny_dialog, tiny_model
 from torch import Tensor
 
 from dwrl_fast import log
+from dwrl_fast.batching.layout import Layout, Packing
 from dwrl_fast.batching.padded import padded_batch
 from dwrl_fast.batching.tree import TreeBatch, split_tree, tree_batch
 from dwrl_fast.data import Preference
@@ -130,6 +131,21 @@ def test_the_order_of_groups_changes_no_content(groups: list[Group], random: Ran
     other = tree_batch(shuffled, CPU)
     assert sorted(stored_order(other)) == sorted(stored_order(batch))
     assert len(other.plan.start) == len(batch.plan.start)
+
+
+@pytest.mark.parametrize("packing", ["tree", "packed", "padded"])
+def test_a_layout_trains_cut_thoughts_unless_told_and_counts_tokens(packing: Packing) -> None:
+    """Two thoughts of one response, of which the first was cut; layouts are equal whatever they have laid out."""
+    group = whole([1, 2, 3], [1, 4])
+    for mask_truncated, trained in ((False, [True, True]), (True, [False, True])):
+        layout = Layout(packing, 100, 9, CPU, mask_truncated)
+        (batch,) = layout.batches([group])
+        assert batch.trained.tolist() == trained
+        layout.batches([group])
+        assert layout.tokens == {"naive": 10, "computed": {"tree": 8, "packed": 10, "padded": 12}[packing]}
+        fresh = Layout(packing, 100, 9, CPU, mask_truncated)
+        assert layout == fresh and repr(layout) == repr(fresh) and fresh.tokens == {}
+    assert Layout(packing, 100, 9, CPU) == Layout(packing, 100, 9, CPU, False)
 
 
 def nodes(groups: list[Group]) -> list[tuple[int, list[int]]]:
