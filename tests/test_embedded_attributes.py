@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 from test_embedded import SIZES, TINY
 
 from dwrl_fast.data import Message
@@ -108,4 +110,5 @@ def test_noise_miscounts_as_often_as_it_says() -> None:
 def test_prepare_makes_it(tmp_path: Path) -> None:
     made = prepare(tmp_path, 5, task="attributes", sizes=SIZES, plan=TINY)
     assert len(made.train.read_text().splitlines()) == SIZES.train and made.state == {}
-    assert all((made.model_for(kind) / "model.safetensors").exists() for kind in TEMPLATES)
+    models = [load_file(made.model_for(kind) / "model.safetensors") for kind in TEMPLATES]
+    assert all(torch.equal(one[name], models[0][name]) for one in models for name in models[0]), "one, for every kind"

@@ -260,7 +260,9 @@ def test_a_demonstration_that_the_template_does_not_ask_for(
 
 
 def test_what_fits_is_measured_in_tokens() -> None:
-    """Prompt and longest response: <|user|> 3 5 <|end|> <|assistant|> 2 2 are 7. With the evaluate turn, an empty thought and the rate turn they are 17."""
+    """Prompt and longest response, <|user|> 3 5 <|end|> <|assistant|> 2 2, are 7 tokens. With the evaluate turn, an
+    empty thought and the rate turn they are 17.
+    """
     dialog = tiny_dialog()
     assert fit(PAIR, dialog, 7) == (17, "")
     assert fit(PAIR, dialog, 6) == (0, "longer than --max_length 6 tokens")
@@ -285,7 +287,8 @@ def test_a_whole_demonstration_fits() -> None:
 
 
 def test_long_groups_are_left_out_and_the_longest_other_is_told() -> None:
-    dialog, told = tiny_dialog(), []
+    dialog = tiny_dialog()
+    told: list[int] = []
     long = Preference(PROMPT, ("1", "2 2 2"), source="f:4")
     short = Preference(PROMPT, ("1", "2"), source="f:5")
     dataset = Dataset("f", rows=[PAIR, long, short])

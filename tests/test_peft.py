@@ -190,7 +190,9 @@ def test_every_method_trains_adapters(folder: Path, name: str) -> None:
     moved = {n for n, p in trainer.policy.model.named_parameters() if not torch.equal(before[n], p)}
     assert moved or name == "grpo-point"  # the numbers that it rewards are beyond this model
     assert all(".lora_" in n or ".modules_to_save." in n for n in moved)
-    assert (folder / "run" / "adapter" / "adapter_model.safetensors").exists()
+    saved = load_file(folder / "run" / "adapter" / "adapter_model.safetensors")
+    trained = [p.detach() for p in trainer.policy.model.parameters() if p.requires_grad]
+    assert sorted(p.numpy().tobytes() for p in trained) == sorted(p.numpy().tobytes() for p in saved.values())
 
 
 @pytest.mark.parametrize("changes", [{"lora_target_modules": ("q_proj", "down_proj")}, {"method": "bt"}], ids=str)
