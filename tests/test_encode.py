@@ -164,6 +164,11 @@ def test_comparisons_are_asked_in_their_order_and_none_for_a_row_without_any(tel
     ]
 
 
+def test_a_question_is_given_no_verdict_unless_told() -> None:
+    with pytest.raises(KeyError, match="verdict"):
+        comparison_requests([PAIR], [both_orders(PAIR)], single_turn(RATIONALIZER))
+
+
 def test_thoughts_close_the_contexts_request_after_request() -> None:
     dialog = tiny_dialog()
     requests = response_requests([PAIR, TIED], dialog)
@@ -283,7 +288,8 @@ def test_a_whole_demonstration_fits() -> None:
     size = len(demonstration_group(row, dialog).flat[0].ids)
     assert fit(row, dialog, size) == (size, "")
     assert fit(row, dialog, size - 1) == (0, f"longer than --max_length {size - 1} tokens")
-    assert fit(demonstration(("1",), "4", "Maybe"), dialog, 99)[1].startswith("the verdict is none")
+    tokens, reason = fit(demonstration(("1",), "4", "Maybe"), dialog, 99)
+    assert tokens == 0 and reason.startswith("the verdict is none")
 
 
 def test_long_groups_are_left_out_and_the_longest_other_is_told() -> None:

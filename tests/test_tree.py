@@ -190,6 +190,15 @@ def test_shapes_of_trees(groups: list[Group], expected: list[tuple[int, list[int
     assert nodes(groups) == expected
 
 
+def test_without_sharing_every_sequence_is_a_root() -> None:
+    batch = tree_batch([whole([1, 2, 3], [1, 2])], CPU, shared=False)
+    assert batch.input_ids.tolist() == [1, 2, 3, 1, 2] and batch.position_ids.tolist() == [0, 1, 2, 0, 1]
+    assert (batch.plan.start.tolist(), batch.plan.stop.tolist()) == ([0, 3], [3, 5])
+    assert batch.plan.parent.tolist() == [-1, -1]
+    assert [len(each) for each in split_tree([whole([1, 2], [1, 3]), whole([1])], 4, shared=False)] == [1, 1]
+    assert [len(each) for each in split_tree([whole([1, 2], [1, 3]), whole([1])], 4)] == [2]
+
+
 def test_a_changed_thought_moves_no_other() -> None:
     before, after = (tree_batch([whole([1, 5, 6], [1, x, x], [1, 4, 4])], CPU) for x in (8, 2))
     assert torch.equal(before.token_rows, after.token_rows) and torch.equal(before.score_rows, after.score_rows)
