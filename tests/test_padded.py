@@ -42,7 +42,8 @@ def test_thoughts_that_were_cut_are_trained_unless_masked() -> None:
 def test_without_log_probs_of_every_token_there_are_none() -> None:
     group = whole([1, 2, 3], [1, 4])
     assert padded_batch([group], 9, CPU).old_logprob is not None
-    for logprobs in ([[[], []]], [[[-1.0], [-2.0]]]):
+    few: list[list[list[list[float]]]] = [[[[], []]], [[[-1.0], [-2.0]]]]
+    for logprobs in few:
         assert padded_batch([group.with_logprobs(logprobs)], 9, CPU).old_logprob is None
 
 
