@@ -5,11 +5,10 @@
 One thought about each response of some pairs is sampled in batches of 1, 7 and 64 sequences, in float32. Its draws are
 the same (`request_key`), but products over another batch size round differently. Printed: the share of thoughts that
 turn out another than in batches of 64; and of the thoughts of those batches, the largest difference in a log-prob and
-in a score, log p(Yes), when micro-batches hold one pair or as many as fit.
+in a score, log p(Yes), between micro-batches of one pair and of as many as fit.
 """
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from dwrl_fast.data import Preference, read_preferences
 from dwrl_fast.encode import Group, closed_groups, response_requests
 from dwrl_fast.methods import METHODS
 from dwrl_fast.scoring.loading import load_dialog
-from dwrl_fast.scoring.runtime import Runtime
 from dwrl_fast.scoring.yes_no import GenerativeJudging
 from dwrl_fast.training.policy import load_judging
 
@@ -34,9 +32,9 @@ BOUND = 1e-5  # asked of log-probs and scores
 
 def measured(rows: list[Preference], judging: GenerativeJudging, tokens: int, seed: int) -> dict[str, Any]:
     """What is printed, by name: the share of each batch size, and both largest differences."""
-    runtime, requests = judging.runtime, response_requests(rows, judging.dialog)
+    requests = response_requests(rows, judging.dialog)
     contexts = [context.ids for request in requests for context in request.contexts]
-    sampler: Any = runtime.sampler
+    sampler: Any = judging.runtime.sampler
     thoughts = {}
     for size in SIZES:
         sampler.batch_size = size
@@ -46,7 +44,8 @@ def measured(rows: list[Preference], judging: GenerativeJudging, tokens: int, se
         size: sum(a.ids != b.ids for (a,), (b,) in zip(first, found, strict=True)) for size, found in thoughts.items()
     }
     groups = closed_groups(requests, first, judging.dialog)
-    logprobs, scores = zip(*(read(groups, judging, budget) for budget in (1, runtime.layout.token_budget)), strict=True)
+    together, alone = read(groups, judging), [read([group], judging) for group in groups]
+    logprobs, scores = zip(together, map(torch.cat, zip(*alone, strict=True)), strict=True)
     return {
         "thoughts": len(contexts),
         "differing": differing,
@@ -55,11 +54,10 @@ def measured(rows: list[Preference], judging: GenerativeJudging, tokens: int, se
     }
 
 
-def read(groups: list[Group], judging: GenerativeJudging, budget: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The log-probs of all thought tokens, and all scores, in micro-batches of so many positions."""
-    runtime: Runtime = replace(judging.runtime, layout=replace(judging.runtime.layout, token_budget=budget))
-    logprobs = [x for group in runtime.logprobs(groups) for some in group for one in some for x in one]
-    scores = runtime.run_batches(groups, judging._scores)
+def read(groups: list[Group], judging: GenerativeJudging) -> tuple[torch.Tensor, torch.Tensor]:
+    """The log-probs of all thought tokens, and all scores, of groups that are computed together."""
+    logprobs = [x for group in judging.runtime.logprobs(groups) for some in group for one in some for x in one]
+    scores = judging.runtime.run_batches(groups, judging._scores)
     return torch.tensor(logprobs), torch.tensor([x for group in scores for some in group for x in some])
 
 
