@@ -332,6 +332,27 @@ def test_errors_name_the_option() -> None:
         ops.dual_weights(torch.zeros(2, 4), torch.zeros(3, 4))
 
 
+@pytest.mark.parametrize("operator", ["linear_logprob", "yes_no_logprob", "linear_policy_loss"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_every_operator_checks_its_head(operator: str, backend: Any) -> None:
+    """Each checks for itself, under its own name."""
+    x = case() | {"weight": torch.zeros(V, H + 1)}
+    run: dict[str, Callable[[], object]] = {
+        "linear_logprob": lambda: ops.linear_logprob(x["hidden"], x["weight"], x["targets"], backend=backend),
+        "yes_no_logprob": lambda: ops.yes_no_logprob(x["hidden"], x["weight"], 0, 1, backend=backend),
+        "linear_policy_loss": lambda: policy(x, backend=backend),
+    }
+    with pytest.raises(UserError, match=f"^{operator}: weight is "):
+        run[operator]()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_only_the_loss_holds_a_graph(backend: Any) -> None:
+    """A stat or a log-probability that did would keep the graph of every micro-batch alive."""
+    r = policy(case(), backend=backend)
+    assert r.loss.requires_grad and not r.stats.requires_grad and not r.logprob.requires_grad
+
+
 def test_auto_logs_its_choice_once(caplog: Any) -> None:
     info_once.cache_clear()
     with caplog.at_level(logging.INFO, "dwrl_fast"):
