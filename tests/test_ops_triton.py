@@ -15,6 +15,7 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
 from dwrl_fast.kernels import rows, yes_no  # noqa: E402
 from ops_cases import (  # noqa: E402
     SHAPES,
@@ -225,11 +226,11 @@ def test_interpreter_mass_of_masked_labels() -> None:
 
 
 @triton.jit
-def randint_kernel(out, key, position, COUNT: triton.language.constexpr):  # type: ignore
-    j = triton.language.arange(0, COUNT)
-    words = triton.language.randint4x(triton.language.load(key), (position.to(triton.language.int64) << 32) | j)
-    for i in triton.language.static_range(4):
-        triton.language.store(out + 4 * j + i, words[i].to(triton.language.int64) & 0xFFFFFFFF)
+def randint_kernel(out, key, position, COUNT: tl.constexpr):  # type: ignore
+    j = tl.arange(0, COUNT)
+    words = tl.randint4x(tl.load(key), (position.to(tl.int64) << 32) | j)
+    for i in tl.static_range(4):
+        tl.store(out + 4 * j + i, words[i].to(tl.int64) & 0xFFFFFFFF)
 
 
 @interpreted

@@ -266,7 +266,7 @@ def test_bt_learns_and_loads_as_a_sequence_classifier(folder: Path) -> None:
 def test_dwrl_learns_scores(folder: Path) -> None:
     config = tiny_config(folder, max_steps=40, rollout_batch_size=12, minibatch_size=12, learning_rate=1e-2)
     ruled_pairs(folder / "pairs.jsonl", "train", 480)
-    unseen = ruled_pairs(folder / "unseen.jsonl", "test", 64)
+    unseen = ruled_pairs(folder / "unseen.jsonl", "test", 160)
     result = make_trainer(config, folder / "run", unseen).train()
     assert result["report_after"]["low"] > result["report_before"]["high"]
     assert result["accuracy_after"] == share_won(folder / "run" / "model", unseen)

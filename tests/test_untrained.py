@@ -16,8 +16,10 @@ from tiny import tiny_config, tiny_dialog, tiny_model, tiny_rows
 from dwrl_fast import train
 from dwrl_fast.console import command
 from dwrl_fast.embedded.arrays import EVALUATE, RATE
-from dwrl_fast.encode import plain_groups
+from dwrl_fast.embedded.tokenizer import IDS
+from dwrl_fast.encode import Group, Thought, plain_groups
 from dwrl_fast.models.pretrained import save_pretrained
+from dwrl_fast.sampling import groups
 from dwrl_fast.training.runlog import StallWatch, read_metrics
 
 POINTS = "kind: pointwise\nevaluate: score {aspect} {prompt} {response} ok <s> 7 </s>\n"
@@ -38,7 +40,6 @@ def folder(folder: Path) -> Path:
 
 
 def options(folder: Path, method: str, run: str = "run", **more: Any) -> list[str]:
-    """No verdict has a single token: the drawn model's cannot be read."""
     given = {"method": method, "model_name_or_path": folder / "tiny", "dataset_name": folder / "pairs.jsonl"}
     given |= {"rollout_batch_size": 4, "minibatch_size": 2, "max_steps": 2, "num_generations": 3, "save_steps": 1}
     given |= {"max_completion_length": 1, "output_dir": folder / run}
@@ -47,6 +48,20 @@ def options(folder: Path, method: str, run: str = "run", **more: Any) -> list[st
     if method == "star-rationalizer":
         given["rationalizer_template"] = folder / "rationalizer.yaml"
     return [text for name, value in (given | more).items() for text in (f"--{name}", str(value))]
+
+
+@pytest.fixture
+def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No thought is a verdict, a number or an end, whatever the drawn model would have written."""
+    closed = groups.closed_groups
+
+    def unread(thought: Thought) -> Thought:
+        return dataclasses.replace(thought, ids=[IDS["ok"]] * len(thought.ids), ended=False)
+
+    def replaced(requests: Any, thoughts: Any, dialog: Any) -> list[Group]:
+        return closed(requests, [[unread(thought) for thought in some] for some in thoughts], dialog)
+
+    monkeypatch.setattr(groups, "closed_groups", replaced)
 
 
 def outcome(monkeypatch: pytest.MonkeyPatch, argv: list[str]) -> int:
@@ -71,7 +86,7 @@ def result(folder: Path, run: str = "run") -> dict[str, Any]:
     ],
 )
 def test_thoughts_that_nothing_can_be_learnt_from(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], method: str, why: str
+    folder: Path, nothing_said: None, monkeypatch: pytest.MonkeyPatch, capsys: Any, method: str, why: str
 ) -> None:
     assert outcome(monkeypatch, options(folder, method)) == 3
     said = capsys.readouterr().err
@@ -137,8 +152,12 @@ def test_thoughts_that_are_all_cut_and_masked(folder: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(("limit", "trained"), [(1, False), (12, True)])
-def test_a_resumed_run_knows_what_the_first_part_trained(folder: Path, limit: int, trained: bool) -> None:
+def test_a_resumed_run_knows_what_the_first_part_trained(
+    folder: Path, limit: int, trained: bool, request: pytest.FixtureRequest
+) -> None:
     """The last checkpoint lies behind the last step: what is gone on with trains nothing itself."""
+    if not trained:
+        request.getfixturevalue("nothing_said")
     config = tiny_config(
         folder, truncated_thoughts="mask", max_completion_length=limit, max_steps=2, output_dir=str(folder / "run")
     )
@@ -150,7 +169,9 @@ def test_a_resumed_run_knows_what_the_first_part_trained(folder: Path, limit: in
     assert whole["trained"] is resumed["trained"] is trained and whole.get("why") == resumed.get("why")
 
 
-def test_a_finished_run_that_trained_nothing_keeps_its_status(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_run_that_trained_nothing_keeps_its_status(
+    folder: Path, nothing_said: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     argv = options(folder, "grpo-pair")
     assert outcome(monkeypatch, argv) == outcome(monkeypatch, [*argv, "--resume_from_checkpoint", "latest"]) == 3
 
