@@ -13,7 +13,7 @@ from bench.harness import matrix_products
 from dwrl_fast import ops
 from dwrl_fast.errors import UserError
 from dwrl_fast.log import info_once, warn_once
-from dwrl_fast.ops import extension, oracle
+from dwrl_fast.ops import extension, oracle, products
 
 pytestmark = pytest.mark.skipif(extension.problem() is not None, reason="the C++ operators are not built")
 
@@ -386,3 +386,22 @@ def test_policy_loss_is_linear_policy_loss_of_given_logprobs() -> None:
     torch.testing.assert_close(same.logprob, r.logprob, equal_nan=True)
     one, two = (torch.autograd.grad(loss, x["weight"])[0] for loss in (r.loss, same.loss))
     torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize(
+    "needs", [(True, True, True), (True, False, True), (False, True, False), (False, False, False)]
+)
+def test_gradients_that_nobody_needs_are_empty(needs: tuple[bool, bool, bool]) -> None:
+    """Of the pass as of what tracing is told of it: shape, dtype, and 0 elements where there is none."""
+    hidden, weight, bias = torch.randn(5, 3), torch.randn(7, 3), torch.randn(7)
+    head = products.Products(hidden, weight, bias, needs)
+    for index in head.split(torch.arange(5)):
+        for _, logits, gradient in head.chunks(hidden[index]):
+            assert (gradient is None) == (not any(needs))
+            logits.normal_()
+        if any(needs):
+            head.backward(hidden[index], index, torch.ones(len(index), dtype=torch.bool))
+    shapes = [(5, 3), (7, 3), (7,)]
+    expected = [(shape if need else (0,), torch.float32) for shape, need in zip(shapes, needs, strict=True)]
+    for found in (head.gradients(), products.empty_gradients(hidden, weight, bias, needs)):
+        assert [(tuple(x.shape), x.dtype) for x in found] == expected
