@@ -15,7 +15,6 @@ PACKAGES = (
     "torch",
     "triton",
     "transformers",
-    "flash-attn",
     "liger-kernel",
     "cut-cross-entropy",
     "trl",

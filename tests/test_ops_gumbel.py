@@ -111,3 +111,9 @@ def test_what_is_wrong_is_named() -> None:
     ):
         with pytest.raises(UserError, match=f"gumbel_pick: {said}"):
             ops.gumbel_pick(*given)
+
+
+def test_a_backend_that_is_not_there_is_named() -> None:
+    for name in ("triton", "best"):
+        with pytest.raises(UserError, match=f"gumbel_pick: backend is '{name}'; it can be auto, reference, cpu"):
+            ops.gumbel_pick(torch.zeros(1, 2), keys_of(1), 0, backend=name)

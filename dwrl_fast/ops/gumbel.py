@@ -7,6 +7,8 @@ from dwrl_fast.errors import UserError
 from dwrl_fast.ops import extension, oracle
 from dwrl_fast.ops.backend import choose_backend
 
+BACKENDS = ("auto", "reference", "cpu")
+
 
 def gumbel_pick(logprob: Tensor, keys: Tensor, position: int, *, backend: str = "auto") -> Tensor:
     """[R] int64: for each row an id drawn with probability exp(logprob), by the Gumbel-max trick.
@@ -28,8 +30,10 @@ def gumbel_pick(logprob: Tensor, keys: Tensor, position: int, *, backend: str = 
         )
     if not 0 <= position < 2**32:
         raise UserError(f"{name}: position is {position}; it must be 0 to 2^32 - 1")
-    chosen = "reference" if logprob.device.type != "cpu" else choose_backend(backend, name, logprob)
-    if chosen == "reference":
+    if backend not in BACKENDS:
+        raise UserError(f"{name}: backend is {backend!r}; it can be {', '.join(BACKENDS)}")
+    natural = "reference" if backend == "auto" and logprob.device.type != "cpu" else backend
+    if choose_backend(natural, name, logprob) == "reference":
         return oracle.gumbel_pick(logprob, keys, position)
     found: Tensor = torch.ops.dwrl_fast.gumbel_pick(logprob, keys, position)
     return found
