@@ -1,4 +1,4 @@
-// `gumbel_pick`: a draw from softmax for each row of log-probabilities, from noise that depends on the row's key, the position and the
+// `gumbel_pick`: a draw from softmax for each row of log-probabilities, from noise that depends on the row's key, its position and the
 // token alone. As `gumbel_pick` in dwrl_fast/ops/oracle.py.
 
 #include <ATen/ATen.h>
@@ -56,25 +56,27 @@ int64_t pick(const float* logprob, int64_t count, uint64_t key, uint32_t positio
   return chosen;
 }
 
-Tensor gumbel_pick(const Tensor& logprob, const Tensor& keys, int64_t position) {
+Tensor gumbel_pick(const Tensor& logprob, const Tensor& keys, const Tensor& positions) {
   TORCH_CHECK(logprob.dim() == 2 && logprob.scalar_type() == at::kFloat && logprob.size(1) > 0, "logprob: float32 [R, V]");
-  TORCH_CHECK(keys.dim() == 1 && keys.scalar_type() == at::kLong && keys.size(0) == logprob.size(0), "keys: int64 [R]");
-  const Tensor rows = logprob.contiguous(), own = keys.contiguous();
+  for (const Tensor* x : {&keys, &positions})
+    TORCH_CHECK(x->dim() == 1 && x->scalar_type() == at::kLong && x->size(0) == logprob.size(0), "keys, positions: int64 [R]");
+  const Tensor rows = logprob.contiguous(), own = keys.contiguous(), places = positions.contiguous();
   Tensor found = at::empty_like(own);
   const auto* read = rows.const_data_ptr<float>();
   const auto* key = own.const_data_ptr<int64_t>();
+  const auto* position = places.const_data_ptr<int64_t>();
   auto* out = found.mutable_data_ptr<int64_t>();
   const int64_t count = rows.size(1);
   at::parallel_for(0, rows.size(0), 1, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      out[r] = pick(read + r * count, count, static_cast<uint64_t>(key[r]), static_cast<uint32_t>(position));
+      out[r] = pick(read + r * count, count, static_cast<uint64_t>(key[r]), static_cast<uint32_t>(position[r]));
     }
   });
   return found;
 }
 
 TORCH_LIBRARY_FRAGMENT(dwrl_fast, m) {
-  m.def("gumbel_pick(Tensor logprob, Tensor keys, int position) -> Tensor", {at::Tag::pt2_compliant_tag});
+  m.def("gumbel_pick(Tensor logprob, Tensor keys, Tensor positions) -> Tensor", {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(dwrl_fast, CPU, m) { m.impl("gumbel_pick", gumbel_pick); }

@@ -167,60 +167,22 @@ class Walk {
   Buffer<real_t> stop, index, place, panel;
 };
 
-template <typename scalar_t, typename real_t>
-class Forward : Walk<scalar_t, real_t> {
-  using Base = Walk<scalar_t, real_t>;
-  using Base::a, Base::row, Base::rows, Base::tokens, Base::segment, Base::panel, Base::kWidth;
-
+// Rows of an attention in the making: scores of a tile, and what is summed so far, relative to the largest score so far.
+template <typename real_t>
+class Online {
  public:
-  explicit Forward(const Attention<scalar_t, real_t>& attention)
-      : Base(attention), keys_t(Base::longest * a.dim), values(Base::longest * row), queries(rows * row), out(rows * row),
-        scores(rows * kKeys), maximum(rows), sums(rows * kWidth) {}
+  static constexpr int64_t kWidth = Vec<real_t>::size();
 
-  void run(int64_t head, int64_t number) {
-    Base::open(number);
-    for (int64_t p = 0; p < Base::panels(); ++p) {
-      Base::load(panel, a.k, p * kKeys, kKeys, head, 1, 1);
-      Base::transpose(panel, keys_t + p * kKeys * a.dim);
-      Base::load(values + p * kKeys * row, a.v, p * kKeys, kKeys, head, 1, 1);
-    }
-    for (int64_t from = 0; from < segment.size(); from += tokens) block(head, from, std::min(from + tokens, segment.size()));
+  Online(int64_t rows, int64_t row) : out(rows * row), scores(rows * kKeys), row(row), maximum(rows), sums(rows * kWidth) {}
+
+  Buffer<real_t> out, scores;  // [rows, row], [rows, kKeys]
+
+  void open(int64_t rows) {
+    std::fill_n(+maximum, rows, static_cast<real_t>(kMasked));
+    std::fill_n(+sums, rows * kWidth, real_t(0));
   }
 
- private:
-  Buffer<real_t> keys_t, values, queries, out, scores, maximum, sums;
-
-  void block(int64_t head, int64_t from, int64_t to) {
-    const int64_t m = (to - from) * a.group;
-    Base::load(queries, a.q, from, to - from, head * a.group, a.group, a.scale);
-    std::fill_n(+maximum, m, static_cast<real_t>(kMasked));
-    std::fill_n(+sums, m * kWidth, real_t(0));
-    bool first = true;
-    for (int64_t p = 0; p * kKeys < to; ++p) {
-      const Tile tile = Base::tile(p, from, to);
-      if (tile.count == 0) continue;
-      const real_t* columns = keys_t + p * kKeys * a.dim + (tile.key - p * kKeys);
-      product<real_t>(m, tile.count, a.dim, {scores, kKeys}, {queries, row, 1}, {columns, kKeys}, false);
-      for (int64_t r = 0; r < m; ++r) {
-        real_t* s = scores + r * kKeys;
-        if (a.cap != 0)
-          for (int64_t j = 0; j < tile.count; j += kWidth) Base::capped(Vec<real_t>::loadu(s + j)).store(s + j);
-        if (tile.masked) mask(s, from + r / a.group, tile);
-        softmax(r, tile.count, first);
-      }
-      product<real_t>(m, row, tile.count, {out, row}, {scores, kKeys, 1}, {values + tile.key * row, row}, !first);
-      first = false;
-    }
-    finish(head, from, to);
-  }
-
-  void mask(real_t* s, int64_t t, const Tile& tile) const {
-    const Vec<real_t> masked(static_cast<real_t>(kMasked));
-    for (int64_t j = 0; j < tile.count; j += kWidth)
-      Vec<real_t>::blendv(masked, Vec<real_t>::loadu(s + j), Base::seen(t, tile.key + j)).store(s + j);
-  }
-
-  // One row of a tile: exponentials relative to the maximum so far, to which what was summed before is brought.
+  // The scores of one row become exponentials, to whose maximum what was summed before is brought.
   void softmax(int64_t r, int64_t keys, bool first) {
     real_t* s = scores + r * kKeys;
     Vec<real_t> top(static_cast<real_t>(kMasked));
@@ -243,17 +205,79 @@ class Forward : Walk<scalar_t, real_t> {
     sum.store(sums + r * kWidth);
   }
 
+  // A row's output is finished: 0 where it saw nothing. Returns the logarithm of its softmax's sum.
+  real_t finish(int64_t r) {
+    const real_t sum = sum_of(Vec<real_t>::loadu(sums + r * kWidth));
+    scale(out + r * row, Vec<real_t>(sum == 0 ? 0 : 1 / sum));
+    return maximum[r] + std::log(sum);
+  }
+
+ private:
+  int64_t row;
+  Buffer<real_t> maximum, sums;
+
   void scale(real_t* x, const Vec<real_t>& factor) const {
     for (int64_t i = 0; i < row; i += kWidth) (Vec<real_t>::loadu(x + i) * factor).store(x + i);
   }
+};
+
+template <typename scalar_t, typename real_t>
+class Forward : Walk<scalar_t, real_t> {
+  using Base = Walk<scalar_t, real_t>;
+  using Base::a, Base::row, Base::rows, Base::tokens, Base::segment, Base::panel, Base::kWidth;
+
+ public:
+  explicit Forward(const Attention<scalar_t, real_t>& attention)
+      : Base(attention), keys_t(Base::longest * a.dim), values(Base::longest * row), queries(rows * row), online(rows, row) {}
+
+  void run(int64_t head, int64_t number) {
+    Base::open(number);
+    for (int64_t p = 0; p < Base::panels(); ++p) {
+      Base::load(panel, a.k, p * kKeys, kKeys, head, 1, 1);
+      Base::transpose(panel, keys_t + p * kKeys * a.dim);
+      Base::load(values + p * kKeys * row, a.v, p * kKeys, kKeys, head, 1, 1);
+    }
+    for (int64_t from = 0; from < segment.size(); from += tokens) block(head, from, std::min(from + tokens, segment.size()));
+  }
+
+ private:
+  Buffer<real_t> keys_t, values, queries;
+  Online<real_t> online;
+
+  void block(int64_t head, int64_t from, int64_t to) {
+    const int64_t m = (to - from) * a.group;
+    Base::load(queries, a.q, from, to - from, head * a.group, a.group, a.scale);
+    online.open(m);
+    real_t *scores = online.scores, *out = online.out;
+    bool first = true;
+    for (int64_t p = 0; p * kKeys < to; ++p) {
+      const Tile tile = Base::tile(p, from, to);
+      if (tile.count == 0) continue;
+      const real_t* columns = keys_t + p * kKeys * a.dim + (tile.key - p * kKeys);
+      product<real_t>(m, tile.count, a.dim, {scores, kKeys}, {queries, row, 1}, {columns, kKeys}, false);
+      for (int64_t r = 0; r < m; ++r) {
+        real_t* s = scores + r * kKeys;
+        if (a.cap != 0)
+          for (int64_t j = 0; j < tile.count; j += kWidth) Base::capped(Vec<real_t>::loadu(s + j)).store(s + j);
+        if (tile.masked) mask(s, from + r / a.group, tile);
+        online.softmax(r, tile.count, first);
+      }
+      product<real_t>(m, row, tile.count, {out, row}, {scores, kKeys, 1}, {values + tile.key * row, row}, !first);
+      first = false;
+    }
+    finish(head, from, to);
+  }
+
+  void mask(real_t* s, int64_t t, const Tile& tile) const {
+    const Vec<real_t> masked(static_cast<real_t>(kMasked));
+    for (int64_t j = 0; j < tile.count; j += kWidth)
+      Vec<real_t>::blendv(masked, Vec<real_t>::loadu(s + j), Base::seen(t, tile.key + j)).store(s + j);
+  }
 
   void finish(int64_t head, int64_t from, int64_t to) {
-    for (int64_t r = 0; r < (to - from) * a.group; ++r) {
-      const real_t sum = sum_of(Vec<real_t>::loadu(sums + r * kWidth));
-      scale(out + r * row, Vec<real_t>(1 / sum));
-      *a.lse.at(segment.begin + from + r / a.group, head * a.group + r % a.group) = maximum[r] + std::log(sum);
-    }
-    Base::store(a.out, out, from, to - from, head * a.group, a.group);
+    for (int64_t r = 0; r < (to - from) * a.group; ++r)
+      *a.lse.at(segment.begin + from + r / a.group, head * a.group + r % a.group) = online.finish(r);
+    Base::store(a.out, online.out, from, to - from, head * a.group, a.group);
   }
 };
 

@@ -12,6 +12,10 @@ built = pytest.mark.skipif(extension.problem() is not None, reason="the C++ oper
 BACKENDS = [pytest.param("cpu", marks=built), "reference"]
 
 
+def pick(logprob: Tensor, keys: Tensor, position: int, backend: str = "auto") -> Tensor:
+    return ops.gumbel_pick(logprob, keys, torch.full_like(keys, position), backend=backend)
+
+
 def keys_of(count: int, seed: int = 0) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (count,), generator=torch.Generator().manual_seed(seed))
 
@@ -45,7 +49,7 @@ def test_both_backends_draw_the_same(v: int) -> None:
     """A difference of an ulp in a logarithm may exchange two tokens that are as near: of so many draws, hardly one."""
     logprob = (4 * torch.randn(300, v, generator=torch.Generator().manual_seed(v))).log_softmax(-1)
     found = [
-        torch.stack([ops.gumbel_pick(logprob, keys_of(300), t, backend=name) for t in (0, 1, 2**32 - 1)])
+        torch.stack([pick(logprob, keys_of(300), t, backend=name) for t in (0, 1, 2**32 - 1)])
         for name in ("cpu", "reference")
     ]
     assert (found[0] != found[1]).sum() <= 1
@@ -60,7 +64,7 @@ def test_draws_follow_softmax(backend: str, over: str) -> None:
     p = torch.tensor([0.5, 0.3, 0.15, 0.04, 0.008, 0.00199, 0.00001], dtype=torch.float64)
     logprob = p.log().float().expand(n, -1)
     positions = range(1) if over == "keys" else range(500)
-    drawn = torch.cat([ops.gumbel_pick(logprob, keys_of(n), t, backend=backend) for t in positions])
+    drawn = torch.cat([pick(logprob, keys_of(n), t, backend=backend) for t in positions])
     seen, expected = torch.bincount(drawn, minlength=7).double(), p * len(drawn)
     chi2 = ((seen - expected).square() / expected)[:6].sum()
     assert chi2 < 5 + 4 * 10**0.5
@@ -71,22 +75,25 @@ def test_draws_follow_softmax(backend: str, over: str) -> None:
 def test_a_row_is_drawn_alike_in_any_batch(backend: str) -> None:
     logprob = (3 * torch.randn(64, 333, generator=torch.Generator().manual_seed(0))).log_softmax(-1)
     keys = keys_of(64)
-    whole = ops.gumbel_pick(logprob, keys, 5, backend=backend)
+    whole = pick(logprob, keys, 5, backend=backend)
     order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(ops.gumbel_pick(logprob[order], keys[order], 5, backend=backend), whole[order])
-    each = [ops.gumbel_pick(logprob[i : i + 1], keys[i : i + 1], 5, backend=backend) for i in range(64)]
+    assert torch.equal(pick(logprob[order], keys[order], 5, backend=backend), whole[order])
+    each = [pick(logprob[i : i + 1], keys[i : i + 1], 5, backend=backend) for i in range(64)]
     assert torch.equal(torch.cat(each), whole)
-    other = ops.gumbel_pick(logprob, keys, 6, backend=backend)
-    assert (other != whole).any() and (ops.gumbel_pick(logprob, keys + 1, 5, backend=backend) != whole).any()
+    places = torch.arange(64) % 7
+    mixed = ops.gumbel_pick(logprob, keys, places, backend=backend)
+    assert torch.equal(mixed[places == 5], whole[places == 5])
+    other = pick(logprob, keys, 6, backend=backend)
+    assert (other != whole).any() and (pick(logprob, keys + 1, 5, backend=backend) != whole).any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_is_impossible_and_what_is_certain(backend: str) -> None:
     logprob = torch.full((1000, 9), -torch.inf)
     logprob[:, 4] = 0
-    assert (ops.gumbel_pick(logprob, keys_of(1000), 0, backend=backend) == 4).all()
+    assert (pick(logprob, keys_of(1000), 0, backend=backend) == 4).all()
     logprob[:, 7] = torch.nan
-    assert (ops.gumbel_pick(logprob, keys_of(1000), 0, backend=backend) == 7).all()
+    assert (pick(logprob, keys_of(1000), 0, backend=backend) == 7).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -95,19 +102,20 @@ def test_rounding_changes_few_draws(backend: str) -> None:
     g = torch.Generator().manual_seed(0)
     logprob = (2 * torch.randn(20_000, 50, generator=g)).log_softmax(-1)
     off = logprob + 1e-6 * torch.randn(logprob.shape, generator=g)
-    pair = [ops.gumbel_pick(x, keys_of(20_000), 0, backend=backend) for x in (logprob, off)]
+    pair = [pick(x, keys_of(20_000), 0, backend=backend) for x in (logprob, off)]
     assert (pair[0] != pair[1]).sum() <= 3
 
 
 def test_what_is_wrong_is_named() -> None:
     logprob, keys = torch.zeros(3, 5), torch.zeros(3, dtype=torch.int64)
     for given, said in (
-        ((logprob.double(), keys, 0), r"logprob is torch.float64 \[3, 5\]"),
-        ((logprob[:, :0], keys, 0), r"logprob is torch.float32 \[3, 0\]"),
-        ((logprob, keys[:2], 0), r"keys is torch.int64 \[2\] on cpu; expected int64 \[R = 3\] on cpu"),
-        ((logprob, keys.int(), 0), "keys is torch.int32"),
-        ((logprob, keys, -1), "position is -1"),
-        ((logprob, keys, 2**32), "position is 4294967296"),
+        ((logprob.double(), keys, keys), r"logprob is torch.float64 \[3, 5\]"),
+        ((logprob[:, :0], keys, keys), r"logprob is torch.float32 \[3, 0\]"),
+        ((logprob, keys[:2], keys), r"keys is torch.int64 \[2\] on cpu; expected int64 \[R = 3\] on cpu"),
+        ((logprob, keys.int(), keys), "keys is torch.int32"),
+        ((logprob, keys, keys[:2]), r"positions is torch.int64 \[2\] on cpu; expected int64 \[R = 3\] on cpu"),
+        ((logprob, keys, keys - 1), "positions hold -1 to -1"),
+        ((logprob, keys, keys + 2**32), "positions hold 4294967296 to 4294967296"),
     ):
         with pytest.raises(UserError, match=f"gumbel_pick: {said}"):
             ops.gumbel_pick(*given)
@@ -116,4 +124,4 @@ def test_what_is_wrong_is_named() -> None:
 def test_a_backend_that_is_not_there_is_named() -> None:
     for name in ("triton", "best"):
         with pytest.raises(UserError, match=f"gumbel_pick: backend is '{name}'; it can be auto, reference, cpu"):
-            ops.gumbel_pick(torch.zeros(1, 2), keys_of(1), 0, backend=name)
+            pick(torch.zeros(1, 2), keys_of(1), 0, backend=name)

@@ -41,7 +41,7 @@ def arguments(name: str) -> Any:
         "logprob_rows_": [(raw.logprob_rows_.default, (z, t, *scaling))],
         "logprob_rows_grad_": [(raw.logprob_rows_grad_.default, (z, t, a, w, *scaling))],
         "policy_loss_rows": [(raw.policy_loss_rows.default, (old, old - 0.1, a, w, old, -old, *rule))],
-        "gumbel_pick": [(raw.gumbel_pick.default, (z.log_softmax(-1), torch.arange(T), 3))],
+        "gumbel_pick": [(raw.gumbel_pick.default, (z.log_softmax(-1), torch.arange(T), torch.arange(T)))],
         "yes_no_scores_backward": [
             (yes_no._scores_backward, (a, torch.stack([a, w], 1), *head, 3, 5, True, True, True))
         ],

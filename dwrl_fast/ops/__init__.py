@@ -11,23 +11,30 @@ raises.
     preference_weights    coefficients and weights of any preference likelihood
     dual_weights          the same for pairs, from the scores of either side
     tree_attention        attention over a tree of tokens; a shared prefix is stored and read once
+    cache_attention       attention of new tokens to a cache of blocks that texts share
     gumbel_pick           draws from softmax whose noise depends on a key and a position alone
     combine_stats, read_stats, STAT_SUMS, STAT_MAXIMA    what `PolicyLoss.stats` holds
 """
 
 from dwrl_fast.ops.attention import tree_attention
+from dwrl_fast.ops.cache import BLOCK, cache_attention, cache_shapes
 from dwrl_fast.ops.clipped import PolicyLoss, linear_policy_loss, policy_loss
 from dwrl_fast.ops.gumbel import gumbel_pick
 from dwrl_fast.ops.logprob import linear_logprob, yes_no_logprob
+from dwrl_fast.ops.oracle import CacheStep
 from dwrl_fast.ops.stats import STAT_MAXIMA, STAT_SUMS, combine_stats, read_stats
 from dwrl_fast.ops.weights import DualWeights, PreferenceWeights, dual_weights, preference_weights
 
 __all__ = [
+    "BLOCK",
     "STAT_MAXIMA",
     "STAT_SUMS",
+    "CacheStep",
     "DualWeights",
     "PolicyLoss",
     "PreferenceWeights",
+    "cache_attention",
+    "cache_shapes",
     "combine_stats",
     "dual_weights",
     "gumbel_pick",

@@ -49,7 +49,7 @@ def tree_attention(
     Raises UserError, which names the argument, and ValueError for a plan that is no depth-first cover of the U tokens.
     """
     q, k, v = autocast(q), autocast(k), autocast(v)
-    _check(q, k, v, softcap, window, sinks)
+    check_attention("tree_attention", q, k, v, softcap, window, sinks)
     chosen = choose_backend(backend, "tree_attention", q)
     if chosen == "reference" or (chosen == "triton" and len(q) == 0):
         return oracle.tree_attention(q, k, v, plan, scale=scale, softcap=softcap, window=window)
@@ -105,8 +105,10 @@ class _Tiled(torch.autograd.Function):
         return *found, None, None
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, softcap: float | None, window: int | None, sinks: Tensor | None) -> None:
-    name = "tree_attention"
+def check_attention(
+    name: str, q: Tensor, k: Tensor, v: Tensor, softcap: float | None, window: int | None, sinks: Tensor | None
+) -> None:
+    """UserError unless these are what attention is computed from."""
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float64):
         advice = ": float16 gradients under- and overflow; use bfloat16" if q.dtype == torch.float16 else ""
         raise UserError(f"{name}: q is {q.dtype}; it can be float32, bfloat16 or float64{advice}")

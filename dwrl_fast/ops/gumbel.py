@@ -10,12 +10,12 @@ from dwrl_fast.ops.backend import choose_backend
 BACKENDS = ("auto", "reference", "cpu")
 
 
-def gumbel_pick(logprob: Tensor, keys: Tensor, position: int, *, backend: str = "auto") -> Tensor:
+def gumbel_pick(logprob: Tensor, keys: Tensor, positions: Tensor, *, backend: str = "auto") -> Tensor:
     """[R] int64: for each row an id drawn with probability exp(logprob), by the Gumbel-max trick.
 
-    logprob: [R, V] float32, nats. keys: [R] int64. position: 0 to 2^32 - 1, the place of the drawn token in its text.
-    The noise of token v is word v mod 4 of Philox 4x32-10 (Salmon et al., 2011) with the row's key and the counter
-    (v div 4, position), the numbers of `triton.language.randint4x(key, position << 32 | v div 4)`. A row's draw is the
+    logprob: [R, V] float32, nats. keys: [R] int64. positions: [R] int64, 0 to 2^32 - 1, the place of the drawn token in
+    its text. The noise of token v is word v mod 4 of Philox 4x32-10 (Salmon et al., 2011) with the row's key and the
+    counter (v div 4, position), the numbers of `triton.language.randint4x(key, position << 32 | v div 4)`. A row's draw is the
     same in any batch; log-probs that differ by rounding seldom change it. A row that holds NaN gives the place of one.
 
     In C++ on the CPU; elsewhere in plain PyTorch. Raises UserError, which names the argument.
@@ -23,21 +23,24 @@ def gumbel_pick(logprob: Tensor, keys: Tensor, position: int, *, backend: str = 
     name = "gumbel_pick"
     if logprob.dim() != 2 or logprob.dtype != torch.float32 or 0 in logprob.shape[1:]:
         raise UserError(f"{name}: logprob is {logprob.dtype} {list(logprob.shape)}; expected float32 [R, V]")
-    if keys.dtype != torch.int64 or keys.shape != logprob.shape[:1] or keys.device != logprob.device:
+    for label, x in (("keys", keys), ("positions", positions)):
+        if x.dtype != torch.int64 or x.shape != logprob.shape[:1] or x.device != logprob.device:
+            raise UserError(
+                f"{name}: {label} is {x.dtype} {list(x.shape)} on {x.device}; expected int64 [R = {len(logprob)}] on "
+                f"{logprob.device}"
+            )
+    if positions.device.type == "cpu" and positions.numel() and not 0 <= positions.min() <= positions.max() < 2**32:
         raise UserError(
-            f"{name}: keys is {keys.dtype} {list(keys.shape)} on {keys.device}; expected int64 [R = {len(logprob)}] on "
-            f"{logprob.device}"
+            f"{name}: positions hold {int(positions.min())} to {int(positions.max())}; they must be 0 to 2^32 - 1"
         )
-    if not 0 <= position < 2**32:
-        raise UserError(f"{name}: position is {position}; it must be 0 to 2^32 - 1")
     if backend not in BACKENDS:
         raise UserError(f"{name}: backend is {backend!r}; it can be {', '.join(BACKENDS)}")
     natural = "reference" if backend == "auto" and logprob.device.type != "cpu" else backend
     if choose_backend(natural, name, logprob) == "reference":
-        return oracle.gumbel_pick(logprob, keys, position)
-    found: Tensor = torch.ops.dwrl_fast.gumbel_pick(logprob, keys, position)
+        return oracle.gumbel_pick(logprob, keys, positions)
+    found: Tensor = torch.ops.dwrl_fast.gumbel_pick(logprob, keys, positions)
     return found
 
 
 if extension.problem() is None:
-    torch.library.register_fake("dwrl_fast::gumbel_pick", lambda logprob, keys, position: torch.empty_like(keys))
+    torch.library.register_fake("dwrl_fast::gumbel_pick", lambda logprob, keys, positions: torch.empty_like(keys))

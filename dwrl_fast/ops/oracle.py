@@ -288,22 +288,76 @@ def tree_attention(
     return (weights.to(v.dtype) @ v).transpose(0, 1)
 
 
-def gumbel_pick(logprob: Tensor, keys: Tensor, position: int) -> Tensor:
+class CacheStep(NamedTuple):
+    """Q new tokens of texts whose beginnings lie in a cache of blocks of `BLOCK` tokens, and what they attend to.
+
+    position: [Q] int64, each token's place in its text. slot: [Q] int64, block * BLOCK + place, where its key and value
+    are kept; -1: nowhere. tiles: [T, 5] int64, a row (block, position, count, start, stop) a piece of the cache: the
+    first `count` tokens of `block`, the first of them at `position` of the text, seen by new tokens [start, stop) at
+    that position or after. New tokens see one another by what was kept of them.
+    """
+
+    position: Tensor
+    slot: Tensor
+    tiles: Tensor
+
+
+def cache_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    step: CacheStep,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """q [Q, Hq, D], k and v [Q, Hkv, D] -> [Q, Hq, D]: k and v are kept in the cache, then softmax(cap(scale q k)) v.
+
+    keys: [blocks, Hkv, D, BLOCK]. values: [blocks, Hkv, BLOCK, Dv], Dv >= D. Both are changed in place. cap, scale and
+    heads are those of `tree_attention`. A token that sees nothing gets 0.
+    """
+    dim, group, size = q.shape[2], q.shape[1] // k.shape[1], keys.shape[3]
+    kept = step.slot >= 0
+    block, place = (step.slot[kept] // size), (step.slot[kept] % size)
+    keys[block, :, :, place] = k[kept]
+    values[block, :, place, :dim] = v[kept]
+    block, first, count, start, stop = step.tiles.unbind(1)
+    where = torch.arange(size, device=q.device)
+    place = first[:, None] + where  # [T, size], as what follows until it is flattened
+    there = (where < count[:, None]).flatten()
+    k = keys[block].permute(0, 3, 1, 2).flatten(0, 1)[there].repeat_interleave(group, dim=1).transpose(0, 1)
+    v = values[block, :, :, :dim].transpose(1, 2).flatten(0, 1)[there].repeat_interleave(group, dim=1).transpose(0, 1)
+    start, stop, place = (x.expand(len(count), size).flatten()[there] for x in (start[:, None], stop[:, None], place))
+    token, position = torch.arange(len(q), device=q.device)[:, None], step.position[:, None]
+    mask = (start <= token) & (token < stop) & (place <= position)
+    if window is not None:
+        mask &= position - place < window
+    logits = _wide(q.transpose(0, 1) @ k.mT) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    weights = logits.masked_fill(~mask, -torch.inf).softmax(-1).masked_fill(~mask.any(-1, keepdim=True), 0)
+    return (weights.to(v.dtype) @ v).transpose(0, 1)
+
+
+def gumbel_pick(logprob: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
     """[R]: the places of the largest of logprob [R, V] and -log(-log1p(-w)), w uniform in (0, 1) from `philox`.
 
     w is (bits + 1/2) 2^-32, at most 1 - 2^-24: close to 0, where a rare token wins, float32 holds it exactly.
     """
     count = logprob.shape[1]
     low = torch.arange(-(-count // 4), device=keys.device)
-    bits = torch.stack(philox(keys[:, None], low[None], position), -1).flatten(1)[:, :count]
+    bits = torch.stack(philox(keys[:, None], low[None], positions[:, None]), -1).flatten(1)[:, :count]
     w = (bits.float() * 2.0**-32 + 2.0**-33).clamp_max(1 - 2.0**-24)
     return (logprob - (-torch.log1p(-w)).log()).argmax(-1)
 
 
-def philox(keys: Tensor, low: Tensor, high: int) -> tuple[Tensor, ...]:
+def philox(keys: Tensor, low: Tensor, high: Tensor | int) -> tuple[Tensor, ...]:
     """Four words of 32 bits, int64: Philox 4x32-10 (Salmon et al., 2011) of the counter (low, high, 0, 0).
 
-    keys: int64, their 64 bits. low: int64, 0 to 2^32 - 1. They broadcast. As `triton.language.randint4x` computes them.
+    keys: int64, their 64 bits. low, high: int64, 0 to 2^32 - 1. They broadcast. As `triton.language.randint4x` computes them.
     """
     mask = 2**32 - 1
     k0, k1 = keys & mask, (keys >> 32) & mask

@@ -132,5 +132,5 @@ def pick(logits: Tensor, temperature: float, keys: Tensor, position: int) -> tup
     greedy. keys [R] and position are those of `ops.gumbel_pick`.
     """
     logprob = (logits.float() / (temperature or 1.0)).log_softmax(-1)
-    chosen = ops.gumbel_pick(logprob, keys, position) if temperature else logprob.argmax(-1)
+    chosen = ops.gumbel_pick(logprob, keys, torch.full_like(keys, position)) if temperature else logprob.argmax(-1)
     return chosen, logprob.gather(-1, chosen[:, None]).squeeze(-1)

@@ -1,0 +1,128 @@
+// Operator `cache_attention_`: what it checks, which queries see which tiles, and who computes which.
+
+#include "cache_attention.h"
+#include "dispatch.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <optional>
+
+#define ROW_PASS_NAMESPACE baseline
+#include "cache_attention_kernels.h"
+
+namespace dwrl_fast {
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t kRows = 64;  // of a block of queries, which G heads share
+
+const CachePasses& passes() {
+  static const CachePasses chosen = [] {
+#ifdef DWRL_FAST_X86_VARIANTS
+    const std::string capability = at::get_cpu_capability();
+    if (capability == "AVX512") return cache_passes_avx512();
+    if (capability == "AVX2") return cache_passes_avx2();
+#endif
+    return baseline::cache_passes();
+  }();
+  return chosen;
+}
+
+const int64_t* counts(const Tensor& x, at::IntArrayRef sizes, const char* name) {
+  TORCH_CHECK_VALUE(
+      x.is_contiguous() && x.scalar_type() == at::kLong && x.sizes() == sizes, name, " must be a contiguous int64 ", sizes, ", not ",
+      x.scalar_type(), " ", x.sizes());
+  return x.const_data_ptr<int64_t>();
+}
+
+void check_cache(const Tensor& x, const Tensor& q, at::IntArrayRef sizes, const char* name) {
+  TORCH_CHECK_VALUE(
+      x.is_contiguous() && x.scalar_type() == q.scalar_type() && x.sizes() == sizes, name, " must be a contiguous ", q.scalar_type(), " ",
+      sizes, ", not ", x.scalar_type(), " ", x.sizes());
+}
+
+// What is written and read lies inside the cache, and nobody sees what was not written.
+void check_plan(const int64_t* slot, int64_t tokens, const CacheTile* tiles, int64_t count, int64_t blocks) {
+  for (int64_t i = 0; i < tokens; ++i)
+    TORCH_CHECK_VALUE(
+        -1 <= slot[i] && slot[i] < blocks * kBlockTokens, "slot ", i, " is ", slot[i], ": the cache has ", blocks * kBlockTokens);
+  for (int64_t i = 0; i < count; ++i) {
+    const CacheTile& t = tiles[i];
+    TORCH_CHECK_VALUE(
+        0 <= t.block && t.block < blocks && 0 <= t.position && 0 < t.count && t.count <= kBlockTokens && 0 <= t.start && t.start <= t.stop &&
+            t.stop <= tokens,
+        "tile ", i, " is (", t.block, ", ", t.position, ", ", t.count, ", ", t.start, ", ", t.stop, "): block below ", blocks,
+        ", count 1 to ", kBlockTokens, ", queries within ", tokens);
+  }
+}
+
+std::vector<std::vector<int64_t>> seen_by(const CacheTile* tiles, int64_t count, int64_t tokens, int64_t query_tokens) {
+  std::vector<std::vector<int64_t>> seen((tokens + query_tokens - 1) / query_tokens);
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t b = tiles[i].start / query_tokens; b * query_tokens < tiles[i].stop; ++b) seen[b].push_back(i);
+  return seen;
+}
+
+// `heads` x `count` pieces, each by whichever thread is free: nothing is summed across them.
+template <typename Make>
+void share(int64_t heads, int64_t count, Make make) {
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(heads * count, at::get_num_threads()), 1, [&](int64_t, int64_t) {
+    const Work work = make();
+    for (int64_t i = next++; i < heads * count; i = next++) work(i % heads, i / heads);
+  });
+}
+
+template <typename scalar_t>
+Heads<const scalar_t> heads_of(const Tensor& x) {
+  return {x.const_data_ptr<scalar_t>(), x.stride(0), x.stride(1)};
+}
+
+Tensor dense(const Tensor& x) { return x.stride(2) == 1 || x.size(2) == 1 ? x : x.contiguous(); }
+
+Tensor cache_attention_(
+    const Tensor& q_any, const Tensor& k_any, const Tensor& v_any, const Tensor& keys, const Tensor& values, const Tensor& position,
+    const Tensor& slot, const Tensor& tiles, double scale, std::optional<double> softcap, std::optional<int64_t> window) {
+  TORCH_CHECK_VALUE(q_any.dim() == 3 && k_any.dim() == 3 && keys.dim() == 4 && values.dim() == 4, "q, k: [Q, heads, D]; keys, values: 4-d");
+  const int64_t tokens = q_any.size(0), heads = k_any.size(1), dim = q_any.size(2), blocks = keys.size(0);
+  TORCH_CHECK_VALUE(heads > 0 && q_any.size(1) > 0 && q_any.size(1) % heads == 0, "q has ", q_any.size(1), " heads, k ", heads);
+  for (const Tensor* x : {&k_any, &v_any})
+    TORCH_CHECK_VALUE(
+        x->sizes() == at::IntArrayRef({tokens, heads, dim}) && x->scalar_type() == q_any.scalar_type(), "k and v must be ",
+        q_any.scalar_type(), " [", tokens, ", ", heads, ", ", dim, "], not ", x->scalar_type(), " ", x->sizes());
+  check_cache(keys, q_any, {blocks, heads, dim, kBlockTokens}, "keys");
+  check_cache(values, q_any, {blocks, heads, kBlockTokens, baseline::round_up(dim, 16)}, "values");
+  const int64_t *places = counts(position, {tokens}, "position"), *slots = counts(slot, {tokens}, "slot");
+  const auto* read = reinterpret_cast<const CacheTile*>(counts(tiles, {tiles.size(0), 5}, "tiles"));
+  check_plan(slots, tokens, read, tiles.size(0), blocks);
+  const Tensor q = dense(q_any), k = dense(k_any), v = dense(v_any), out = at::empty(q.sizes(), q.options());
+  const int64_t group = q.size(1) / heads, query_tokens = std::max<int64_t>(1, kRows / group);
+  const auto seen = seen_by(read, tiles.size(0), tokens, query_tokens);
+  dispatch(passes(), q, "q", [&](const auto& pass, auto scalar, auto real) {
+    using scalar_t = decltype(scalar);
+    using real_t = decltype(real);
+    const CacheAttention<scalar_t, real_t> a{
+        tokens, query_tokens, group, dim, values.size(3), heads, static_cast<real_t>(scale), static_cast<real_t>(softcap.value_or(0)),
+        window.value_or(0), heads_of<scalar_t>(q), heads_of<scalar_t>(k), heads_of<scalar_t>(v),
+        {out.mutable_data_ptr<scalar_t>(), out.stride(0), out.stride(1)}, keys.mutable_data_ptr<scalar_t>(),
+        values.mutable_data_ptr<scalar_t>(), places, slots, read, seen};
+    share(heads, tokens, [&] { return pass.work(a).keep; });
+    share(heads, static_cast<int64_t>(seen.size()), [&] { return pass.work(a).run; });
+  });
+  return out;
+}
+
+TORCH_LIBRARY_FRAGMENT(dwrl_fast, m) {
+  m.def(
+      "cache_attention_(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor position, Tensor slot, Tensor tiles, "
+      "float scale, float? softcap, int? window) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(dwrl_fast, CPU, m) { m.impl("cache_attention_", cache_attention_); }
+
+}  // namespace
+}  // namespace dwrl_fast

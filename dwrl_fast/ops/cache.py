@@ -1,0 +1,68 @@
+"""Attention of new tokens to a cache in which every prefix of several texts is kept once."""
+
+import torch
+from torch import Tensor
+
+from dwrl_fast.errors import UserError
+from dwrl_fast.ops import extension, oracle
+from dwrl_fast.ops.attention import check_attention
+from dwrl_fast.ops.backend import autocast, choose_backend
+from dwrl_fast.ops.oracle import CacheStep
+
+BLOCK = 64  # tokens
+
+
+def cache_shapes(heads: int, channels: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """One block of keys, [Hkv, D, BLOCK], and of values, [Hkv, BLOCK, Dv]: keys are transposed, and the values' rows
+    are filled up to whole vectors of every instruction set.
+    """
+    return (heads, channels, BLOCK), (heads, BLOCK, -(-channels // 16) * 16)
+
+
+def cache_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    step: CacheStep,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """[Q, Hq, D]: k and v of new tokens are kept in the cache, then every new token attends to what `step` says.
+
+    q: [Q, Hq, D]. k, v: [Q, Hkv, D]. keys, values: `cache_shapes` for each block, of the same dtype, changed in place.
+    Dtypes, heads, scale, softcap, window (tokens back along the text) and sinks are those of `tree_attention`. It
+    decodes, continues a text by several tokens, and prefills, all in one call. No gradient is taken. Sums are in
+    float32 (float64 for float64), and their order follows from `step` alone.
+
+    Raises UserError, which names the argument, and on the CPU ValueError for a step that leaves the cache.
+    """
+    name = "cache_attention"
+    q, k, v = autocast(q), autocast(k), autocast(v)
+    check_attention(name, q, k, v, softcap, window, sinks)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise UserError(f"{name}: a cache takes no gradient; call it under torch.no_grad(), or use tree_attention")
+    for label, x, shape in zip(("keys", "values"), (keys, values), cache_shapes(k.shape[1], k.shape[2]), strict=True):
+        if x.shape[1:] != shape or x.dtype != q.dtype or x.device != q.device:
+            raise UserError(
+                f"{name}: {label} is {x.dtype} {list(x.shape)} on {x.device}; expected {q.dtype} [blocks, "
+                f"{', '.join(map(str, shape))}] on {q.device}"
+            )
+    chosen = choose_backend(backend, name, q)
+    if chosen == "reference":
+        return oracle.cache_attention(q, k, v, keys, values, step, scale=scale, softcap=softcap, window=window)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    softcap = None if softcap is None else float(softcap)
+    if chosen == "triton":
+        raise NotImplementedError
+    found: Tensor = torch.ops.dwrl_fast.cache_attention_(q, k, v, keys, values, *step, scale, softcap, window)
+    return found
+
+
+if extension.problem() is None:
+    torch.library.register_fake("dwrl_fast::cache_attention_", lambda q, *rest: q.new_empty(q.shape))
