@@ -17,6 +17,7 @@ from dwrl_fast.batching.tree import TreeBatch
 from dwrl_fast.errors import ModelError
 from dwrl_fast.log import info_once
 from dwrl_fast.ops.oracle import Plan
+from dwrl_fast.sampling.cache import CachedPlan
 
 SUFFIX = "+tree"
 ATTENDS = {"full_attention", "sliding_attention"}  # the kinds of layer that tree_attention computes
@@ -27,19 +28,22 @@ WITHOUT_EFFECT = {"position_ids", "use_cache", "cache_position", "output_attenti
 def backbone_states(backbone: nn.Module, batch: Batch) -> Tensor:
     """[positions, H]: the last hidden states of `batch`, flattened. Its `token_rows` and `score_rows` index them."""
     if isinstance(batch, TreeBatch):
-        # A mask of four dimensions is handed through as it is: none is made.
-        no_mask = torch.empty((1, 1, 0, 0), dtype=torch.bool, device=batch.input_ids.device)
-        return backbone(
-            input_ids=batch.input_ids[None],
-            attention_mask=no_mask,
-            position_ids=batch.position_ids[None],
-            use_cache=False,
-            plan=batch.plan,
-        ).last_hidden_state[0]
+        return planned_states(backbone, batch.input_ids, batch.position_ids, batch.plan)
     assert isinstance(batch, PaddedBatch)
     # Padding is on the right, so positions are those of the sequence alone.
     states = backbone(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
     return states.last_hidden_state.flatten(0, 1)
+
+
+def planned_states(backbone: nn.Module, ids: Tensor, positions: Tensor, plan: Plan | CachedPlan) -> Tensor:
+    """[U, H]: the last hidden states of the tokens `ids` [U] at `positions` [U] of their texts, which attend to what
+    `plan` says.
+    """
+    # A mask of four dimensions is handed through as it is: none is made.
+    no_mask = torch.empty((1, 1, 0, 0), dtype=torch.bool, device=ids.device)
+    return backbone(
+        input_ids=ids[None], attention_mask=no_mask, position_ids=positions[None], use_cache=False, plan=plan
+    ).last_hidden_state[0]
 
 
 def keep_softcap(lm: Any) -> None:
@@ -160,7 +164,7 @@ def _attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    plan: Plan,
+    plan: Plan | CachedPlan,
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
@@ -177,4 +181,7 @@ def _attention(
             f"{type(module).__name__} asks its attention for {', '.join(unknown)}, which a tree of tokens does not have"
         )
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    return ops.tree_attention(q, k, v, plan, scale=scaling, softcap=softcap, window=sliding_window, sinks=s_aux)[None]
+    options = {"scale": scaling, "softcap": softcap, "window": sliding_window, "sinks": s_aux}
+    if isinstance(plan, CachedPlan):
+        return plan.attend(module.layer_idx, q, k, v, **options)[None]
+    return ops.tree_attention(q, k, v, plan, **options)[None]

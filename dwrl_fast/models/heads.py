@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from dwrl_fast import ops
@@ -21,6 +22,11 @@ class HeadInputs:
     weight: Tensor
     bias: Tensor | None
     softcap: float | None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[R, V] in float32, after the hidden states [R, H] of some tokens: what is drawn from. Not differentiable."""
+        logits = F.linear(hidden, self.weight, self.bias).float()
+        return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def logprobs(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
         """[R] log p of the targets [R] after the hidden states [R, H] of either kind, in nats, differentiable."""

@@ -29,9 +29,17 @@ from dwrl_fast.models.adapters import (
     merged_adapter,
     switched_off,
 )
-from dwrl_fast.models.backbone import backbone_states, keep_rotary, keep_softcap, refuse_past_rotary, rotary_limit
+from dwrl_fast.models.backbone import (
+    backbone_states,
+    keep_rotary,
+    keep_softcap,
+    planned_states,
+    refuse_past_rotary,
+    rotary_limit,
+)
 from dwrl_fast.models.heads import HeadInputs
 from dwrl_fast.models.trial import admit
+from dwrl_fast.sampling.cache import CachedPlan
 
 Model = TypeVar("Model", "GenerativeModel", "ScalarModel")
 LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier_scale")
@@ -82,14 +90,16 @@ class GenerativeModel(PreferenceModel):
     def forward(self, batch: Batch, *, tokens: bool) -> HeadInputs:
         """The hidden states at the score rows, and with `tokens` at the thought rows too, with the head's weights."""
         hidden = backbone_states(self.lm.base_model, batch)
+        return self.head(hidden[batch.score_rows], hidden[batch.token_rows if tokens else batch.token_rows[:0]])
+
+    def states(self, ids: Tensor, positions: Tensor, plan: CachedPlan) -> Tensor:
+        """[Q, H]: the last hidden states of new tokens [Q] at `positions` [Q] of their texts, over a cache."""
+        return planned_states(self.lm.base_model, ids, positions, plan)
+
+    def head(self, score: Tensor, token: Tensor) -> HeadInputs:
+        """The head over hidden states [S, H] and [T, H]."""
         head = self.lm.get_output_embeddings()
-        return HeadInputs(
-            score=hidden[batch.score_rows],
-            token=hidden[batch.token_rows if tokens else batch.token_rows[:0]],
-            weight=head.weight,
-            bias=head.bias,
-            softcap=self.softcap,
-        )
+        return HeadInputs(score=score, token=token, weight=head.weight, bias=head.bias, softcap=self.softcap)
 
 
 class ScalarModel(PreferenceModel):

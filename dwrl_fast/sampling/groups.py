@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Sequence
 
-from dwrl_fast.dialog import Dialog, SingleTurn
+from dwrl_fast.dialog import Context, Dialog, SingleTurn
 from dwrl_fast.encode import Group, Request, closed_groups
-from dwrl_fast.sampling.sampler import Sampler
+from dwrl_fast.sampling.sampler import Rating, Sampler
 
 
 def sample_groups(
@@ -17,16 +17,31 @@ def sample_groups(
     temperature: float,
     seed: int,
     progress: Callable[[int], None] | None = None,
+    normalization: str | None = None,
 ) -> list[Group]:
     """One group a request, with `n` thoughts for each of its contexts, which `progress` counts. The contexts are those
-    of `dialog`.
+    of `dialog`. With `normalization` (of `ops.yes_no_logprob`) a sampler that `rates` gives their scores too.
     """
+    contexts = [context for request in requests for context in request.contexts]
+    rating = None
+    if normalization is not None and sampler.rates:
+        rating = _rating(contexts, dialog, normalization)
     thoughts = sampler.sample(
-        [context.ids for request in requests for context in request.contexts],
+        [context.ids for context in contexts],
         n,
         max_tokens=max_tokens,
         temperature=temperature,
         seed=seed,
         progress=progress,
+        rating=rating,
     )
     return closed_groups(requests, thoughts, dialog)
+
+
+def _rating(contexts: Sequence[Context], dialog: Dialog | SingleTurn, normalization: str) -> Rating:
+    def close(number: int, ids: list[int]) -> list[int]:
+        context = contexts[number]
+        return dialog.sequence(context, ids).ids[len(context.ids) :]
+
+    most = max((len(close(number, [])) for number in range(len(contexts))), default=0)
+    return Rating(close, most, dialog.label_ids, normalization)

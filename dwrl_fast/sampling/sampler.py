@@ -2,11 +2,25 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from dwrl_fast.encode.thought import Thought
+
+
+class Rating(NamedTuple):
+    """What is asked after each thought, so that its score comes with it.
+
+    close: from the place of a context among those sampled for, and a thought's ids, all that follows the context: the
+    thought, and what asks for the label. most: the most tokens of that after the thought. labels, normalization: as
+    `ops.yes_no_logprob` takes them.
+    """
+
+    close: Callable[[int, list[int]], list[int]]
+    most: int
+    labels: tuple[int, int]
+    normalization: str
 
 
 class Sampler(Protocol):
@@ -17,6 +31,7 @@ class Sampler(Protocol):
     off or refuse.
     """
 
+    rates: bool  # whether it takes a rating
     float32: bool  # whether log-probs are computed in float32, so that they can stand for the trainer's
 
     def sample(
@@ -28,11 +43,15 @@ class Sampler(Protocol):
         temperature: float,
         seed: int,
         progress: Callable[[int], None] | None = None,
+        rating: Rating | None = None,
     ) -> list[list[Thought]]:
         """`n` thoughts for each context (token ids). temperature 0 is greedy, with log-probs at temperature 1.
 
         Thought i of a context is drawn from `request_key(seed, context, i)` alone: it does not depend on what is
         sampled beside it, on the size of a batch, or on the process. Equal contexts of one call get equal thoughts.
+
+        With a `rating`, which only a sampler that `rates` takes, thoughts come with their scores, read where the cache
+        ends that sampling left.
 
         `progress` is called with the number of contexts finished since the last call.
         """

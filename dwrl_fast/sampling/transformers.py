@@ -1,4 +1,4 @@
-"""Sampling with a Hugging Face model in this process.
+"""Sampling with a Hugging Face model in this process, for families that cannot attend over a tree.
 
 The decoding loop is our own so that nothing but softmax(logits / temperature) can shape a thought: `generate` merges
 the model's generation_config into whatever it is given, and Qwen2.5's turns on top-k, top-p and a repetition penalty.
@@ -11,12 +11,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from dwrl_fast import ops
 from dwrl_fast.encode.thought import Thought
-from dwrl_fast.errors import NotFiniteError
-from dwrl_fast.sampling.sampler import request_key
+from dwrl_fast.sampling.draws import logprobs_at, pick
+from dwrl_fast.sampling.sampler import Rating, request_key
 
 
 class TransformersSampler:
@@ -24,6 +22,8 @@ class TransformersSampler:
 
     batch_size: sequences decoded at once. autocast: a factory of the context manager to compute under.
     """
+
+    rates = False
 
     def __init__(
         self,
@@ -49,8 +49,10 @@ class TransformersSampler:
         temperature: float,
         seed: int,
         progress: Callable[[int], None] | None = None,
+        rating: Rating | None = None,
     ) -> list[list[Thought]]:
         """See `Sampler.sample`. Contexts of similar length are decoded together; the result is in the order given."""
+        assert rating is None
         training = self.lm.training
         self.lm.eval()
         order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]))
@@ -96,7 +98,8 @@ class TransformersSampler:
         ended = torch.zeros(rows, dtype=torch.bool, device=device)
         alive = torch.arange(rows, device=device)
         for t in range(max_tokens):
-            chosen, logprob = pick(logits, temperature, keys[alive], t)
+            own = keys[alive]
+            chosen, logprob = pick(logprobs_at(logits, temperature), temperature, own, torch.full_like(own, t))
             tokens[alive, t], logprobs[alive, t] = chosen, logprob
             stopped = torch.isin(chosen, self.stop_ids)
             lengths[alive[stopped]], ended[alive[stopped]] = t + 1, True
@@ -115,22 +118,8 @@ class TransformersSampler:
                 use_cache=True,
             )
             logits = output.logits[:, -1]
-        if not torch.isfinite(logprobs).all():
-            raise NotFiniteError(
-                "the model's logits are not finite, so no thought can be sampled. If a checkpoint from before was "
-                "saved, resume from it with a lower learning rate or with --dtype fp32"
-            )
         flat = [
             Thought(tokens[r, :size].tolist(), logprobs[r, :size].tolist(), bool(end))
             for r, (size, end) in enumerate(zip(lengths.tolist(), ended.tolist(), strict=True))
         ]
         return [flat[i : i + n] for i in range(0, rows, n)]
-
-
-def pick(logits: Tensor, temperature: float, keys: Tensor, position: int) -> tuple[Tensor, Tensor]:
-    """logits [R, V] -> chosen ids [R] and their log-probs [R] in float32, from softmax(logits / temperature); 0 is
-    greedy. keys [R] and position are those of `ops.gumbel_pick`.
-    """
-    logprob = (logits.float() / (temperature or 1.0)).log_softmax(-1)
-    chosen = ops.gumbel_pick(logprob, keys, torch.full_like(keys, position)) if temperature else logprob.argmax(-1)
-    return chosen, logprob.gather(-1, chosen[:, None]).squeeze(-1)

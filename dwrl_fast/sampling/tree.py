@@ -1,0 +1,312 @@
+"""Sampling in this process over a cache that texts share: every prefix is computed, kept and read once.
+
+What contexts have in common is found first (prefixes.py). A step is one forward pass over new tokens alone, laid end to
+end: the next token of every thought that is being written, as much of waiting contexts as the token budget leaves room
+for, and what is asked after thoughts that have just ended. A thought that is finished gives its place to the next one.
+Positions are those of the texts by themselves, and no mask is made: `ops.cache_attention` takes what each token sees.
+
+Draws follow the thought that they are for (`request_key`), so what runs beside it changes nothing but the products'
+rounding.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dwrl_fast.encode.thought import Thought
+from dwrl_fast.errors import ConfigError, DataError
+from dwrl_fast.ops import BLOCK
+from dwrl_fast.sampling.cache import Cache, CachedPlan, blocks_for, step_of
+from dwrl_fast.sampling.draws import logprobs_at, pick
+from dwrl_fast.sampling.prefixes import Prefix, prefix_tree
+from dwrl_fast.sampling.sampler import Rating, request_key
+
+
+class Writer(Protocol):
+    """A `GenerativeModel`, of which the room below must not know."""
+
+    lm: Any
+
+    def states(self, ids: Tensor, positions: Tensor, plan: CachedPlan) -> Tensor: ...
+
+    def head(self, score: Tensor, token: Tensor) -> Any: ...
+
+
+@dataclass(eq=False, slots=True)
+class _Run:
+    """Tokens of one text in the cache: `kept` of `ids` are there, the first of them at `position` of the text."""
+
+    position: int
+    ids: list[int]
+    blocks: list[int]
+    kept: int = 0
+
+    @property
+    def pending(self) -> int:
+        return len(self.ids) - self.kept
+
+
+@dataclass(eq=False, slots=True)
+class _Prefix(_Run):
+    """A run that contexts share. left: thoughts that are not finished, here or below. state: [H] at its last token."""
+
+    node: Prefix | None = None
+    left: int = 0
+    state: Tensor | None = None
+    thoughts: "list[_Thought]" = field(default_factory=list)
+
+
+@dataclass(eq=False, slots=True)
+class _Thought(_Run):
+    """A thought that is being written, and then rated. before: [H], the state that its next token follows."""
+
+    context: int = 0
+    index: int = 0
+    key: int = 0
+    drawn: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    ended: bool = False
+    finished: bool = False
+    before: Tensor | None = None
+
+
+class TreeSampler:
+    """Samples from `model` as it stands at each call, over a cache that lasts for the call.
+
+    batch_size: thoughts written at once. token_budget: tokens of one forward pass. cache_gib: the most memory that keys
+    and values take; thoughts wait for it. autocast: a factory of the context manager to compute under.
+    """
+
+    rates = True
+
+    def __init__(
+        self,
+        model: Writer,
+        stop_ids: Sequence[int],
+        *,
+        batch_size: int,
+        token_budget: int,
+        cache_gib: float,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
+        float32: bool = True,
+    ):
+        self.model, self.stop_ids = model, frozenset(stop_ids)
+        self.batch_size, self.token_budget, self.cache_gib = batch_size, token_budget, cache_gib
+        self.autocast, self.float32 = autocast, float32
+
+    @torch.no_grad()
+    def sample(
+        self,
+        contexts: Sequence[Sequence[int]],
+        n: int,
+        *,
+        max_tokens: int,
+        temperature: float,
+        seed: int,
+        progress: Callable[[int], None] | None = None,
+        rating: Rating | None = None,
+    ) -> list[list[Thought]]:
+        """See `Sampler.sample`. ConfigError where the cache cannot hold one context with one thought."""
+        if not all(contexts):
+            raise DataError("a context has no token, so nothing can be sampled after it")
+        lm = self.model.lm
+        training = lm.training
+        lm.eval()
+        try:
+            with self.autocast():
+                return _Sampling(self, contexts, n, max_tokens, temperature, seed, progress, rating).run()
+        finally:
+            lm.train(training)
+
+    def block_bytes(self) -> int:
+        """What one block takes in all layers, which one token's pass through the model shows."""
+        cache, device = Cache(1), self.model.lm.device
+        token = torch.zeros(1, dtype=torch.int64, device=device)
+        self.model.states(token, token, CachedPlan(cache, step_of([0], [0], [(0, 0, 1, 0, 1)], device)))
+        return cache.nbytes
+
+
+class _Sampling:
+    """One call of `TreeSampler.sample`."""
+
+    def __init__(
+        self,
+        sampler: TreeSampler,
+        contexts: Sequence[Sequence[int]],
+        n: int,
+        max_tokens: int,
+        temperature: float,
+        seed: int,
+        progress: Callable[[int], None] | None,
+        rating: Rating | None,
+    ):
+        self.sampler, self.contexts, self.n = sampler, contexts, n
+        self.max_tokens, self.temperature, self.seed = max_tokens, temperature, seed
+        self.progress, self.rating = progress, rating
+        self.model, self.device = sampler.model, sampler.model.lm.device
+        self.ends = prefix_tree(contexts)
+        self.runs: dict[Prefix, _Prefix] = {}  # those in the cache, in depth-first order
+        order = sorted(range(len(contexts)), key=lambda c: self.ends[c].number)
+        self.waiting = deque((c, i) for c in order for i in range(n))
+        self.writing: list[_Thought] = []
+        self.left = [n] * len(contexts)
+        self.found: list[list[Thought | None]] = [[None] * n for _ in contexts]
+        self.own = blocks_for(max_tokens + (rating.most if rating else 0))  # blocks of one thought
+        self.cache = Cache(self._blocks())
+
+    def _blocks(self) -> int:
+        """As many as all need at once, or as the memory holds."""
+        if not self.contexts:
+            return 0
+        nodes = {node for end in self.ends for node in end.path()}
+        need = sum(blocks_for(len(node.ids)) for node in nodes)
+        need += min(len(self.contexts) * self.n, self.sampler.batch_size) * self.own
+        size = self.sampler.block_bytes()
+        there = int(self.sampler.cache_gib * 2**30 // size)
+        for c, end in enumerate(self.ends):
+            least = sum(blocks_for(len(node.ids)) for node in end.path()) + self.own
+            if least > there:
+                raise ConfigError(
+                    f"a context of {len(self.contexts[c])} tokens with a thought of up to {self.max_tokens} takes "
+                    f"{least * size / 2**20:,.0f} MiB of keys and values, and --generation_cache_gib "
+                    f"{self.sampler.cache_gib:g} holds {there * size / 2**20:,.0f}: raise it, or lower --max_length or "
+                    "--max_completion_length"
+                )
+        return min(need, there)
+
+    def run(self) -> list[list[Thought]]:
+        while self.waiting or self.writing:
+            self._admit()
+            self._step()
+        return [[thought for thought in some if thought is not None] for some in self.found]
+
+    def _admit(self) -> None:
+        """Let thoughts in for which there is room, in depth-first order, so that none waits for what others hold."""
+        while self.waiting and len(self.writing) < self.sampler.batch_size:
+            context, index = self.waiting[0]
+            end = self.ends[context]
+            new = [node for node in end.path() if node not in self.runs]
+            if sum(blocks_for(len(node.ids)) for node in new) + self.own > len(self.cache.free):
+                return
+            self.waiting.popleft()
+            for node in new:
+                blocks = self.cache.take(blocks_for(len(node.ids)))
+                self.runs[node] = _Prefix(node.position, node.ids, blocks, node=node, left=node.below * self.n)
+            key = request_key(self.seed, self.contexts[context], index)
+            thought = _Thought(end.stop, [], self.cache.take(self.own), context=context, index=index, key=key)
+            self.runs[end].thoughts.append(thought)
+            self.writing.append(thought)
+
+    def _step(self) -> None:
+        """One forward pass, and what is read from it: a token of each thought that has one before it, or a score."""
+        ids, position, slot, tiles, last = self._layout()
+        states = torch.empty(0)
+        if ids:
+            put = [torch.tensor(x, dtype=torch.int64, device=self.device) for x in (ids, position)]
+            plan = CachedPlan(self.cache, step_of(position, slot, tiles, self.device))
+            states = self.model.states(*put, plan)
+            for run in self.runs.values():
+                if run.state is None and run.pending == 0 and run.thoughts:
+                    run.state = states[last[run]]
+        finished = [thought for thought in self.writing if thought.finished]
+        drawing = []
+        for thought in self.writing:
+            if not thought.finished:
+                thought.before = states[last[thought]] if thought.drawn else self.runs[self.ends[thought.context]].state
+                drawing += [thought] if thought.before is not None else []
+        if drawing:
+            self._draw(drawing)
+        if finished:
+            self._rate(finished, states[[last[thought] for thought in finished]])
+
+    def _layout(self) -> tuple[list[int], list[int], list[int], list[tuple[int, ...]], dict[_Run, int]]:
+        """The new tokens in depth-first order, which makes those that see a run consecutive: ids, positions, slots, the
+        tiles of all runs that any of them sees, and the row of each run's last token.
+        """
+        ids: list[int] = []
+        position: list[int] = []
+        slot: list[int] = []
+        tiles: list[tuple[int, ...]] = []
+        last: dict[_Run, int] = {}
+        budget = max(1, self.sampler.token_budget - sum(thought.pending for thought in self.writing))
+
+        def lay(run: _Run, most: int) -> None:
+            for j in range(run.kept, run.kept + min(most, run.pending)):
+                ids.append(run.ids[j])
+                position.append(run.position + j)
+                slot.append(run.blocks[j // BLOCK] * BLOCK + j % BLOCK)
+            run.kept += min(most, run.pending)
+            last[run] = len(ids) - 1
+
+        def see(run: _Run, start: int) -> None:
+            for b, block in enumerate(run.blocks[: blocks_for(run.kept)] if start < len(ids) else []):
+                tiles.append((block, run.position + b * BLOCK, min(BLOCK, run.kept - b * BLOCK), start, len(ids)))
+
+        above: list[tuple[_Prefix, int]] = []
+        for run in self.runs.values():
+            assert run.node is not None
+            while above and above[-1][0].node is not run.node.parent:
+                see(*above.pop())
+            above.append((run, len(ids)))
+            before = run.kept
+            lay(run, budget)
+            budget -= run.kept - before
+            for thought in run.thoughts:
+                start = len(ids)
+                lay(thought, thought.pending)
+                see(thought, start)
+        while above:
+            see(*above.pop())
+        return ids, position, slot, tiles, last
+
+    def _draw(self, thoughts: list[_Thought]) -> None:
+        """The next token of each of `thoughts`. Those that begin at one state share its logits."""
+        befores = {id(thought.before): thought.before for thought in thoughts}
+        rows = {key: i for i, key in enumerate(befores)}
+        which = torch.tensor([rows[id(thought.before)] for thought in thoughts], device=self.device)
+        states = torch.stack([before for before in befores.values() if before is not None])
+        logprob = logprobs_at(self.model.head(states, states[:0]).logits(states), self.temperature)
+        keys = torch.tensor([thought.key for thought in thoughts], device=self.device)
+        places = torch.tensor([len(thought.drawn) for thought in thoughts], device=self.device)
+        chosen, found = pick(logprob[which], self.temperature, keys, places)
+        for thought, token, value in zip(thoughts, chosen.tolist(), found.tolist(), strict=True):
+            thought.drawn.append(token)
+            thought.logprobs.append(value)
+            thought.ended = token in self.sampler.stop_ids
+            if not thought.ended and len(thought.drawn) < self.max_tokens:
+                thought.ids.append(token)
+            elif self.rating is None:
+                self._finish(thought, None)
+            else:
+                thought.ids = self.rating.close(thought.context, thought.drawn)
+                thought.finished = True
+
+    def _rate(self, thoughts: list[_Thought], states: Tensor) -> None:
+        assert self.rating is not None
+        head = self.model.head(states, states[:0])
+        scores = head.scores(self.rating.labels, self.rating.normalization).tolist()
+        for thought, score in zip(thoughts, scores, strict=True):
+            self._finish(thought, score)
+
+    def _finish(self, thought: _Thought, score: float | None) -> None:
+        self.found[thought.context][thought.index] = Thought(
+            thought.drawn, thought.logprobs, thought.ended, score=score
+        )
+        self.writing.remove(thought)
+        self.cache.give(thought.blocks)
+        end = self.ends[thought.context]
+        self.runs[end].thoughts.remove(thought)
+        for node in end.path():
+            run = self.runs[node]
+            run.left -= 1
+            if run.left == 0:
+                self.cache.give(run.blocks)
+                del self.runs[node]
+        self.left[thought.context] -= 1
+        if self.progress is not None and self.left[thought.context] == 0:
+            self.progress(1)
