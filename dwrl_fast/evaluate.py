@@ -115,6 +115,7 @@ def load(config: EvaluateConfig) -> Scorer:
         packing=config.packing,
         token_budget=config.token_budget,
         generation_batch_size=config.generation_batch_size,
+        generation_cache_gib=config.generation_cache_gib,
         max_completion_length=config.max_completion_length,
         temperature=config.temperature,
     )

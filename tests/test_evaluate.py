@@ -72,12 +72,12 @@ def test_what_is_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_tokens_are_those_of_the_tree(folder: Path) -> None:
-    """Of n thoughts the context is read once by the sampler, and stored once in the tree."""
+    """Of n thoughts the context is read once, and what asks for the score is appended, whatever the layout is."""
     go(folder, "--votes", "6")
     tree = report(folder)["tokens"]
     go(folder, "--votes", "6", "--packing", "packed", out="packed")
     packed = report(folder, "packed")["tokens"]
-    assert tree["naive"] == packed["naive"] > packed["computed"] > tree["computed"]
+    assert tree == packed and tree["naive"] > 3 * tree["computed"]
     assert report(folder)["pairs"]["accuracy"] == report(folder, "packed")["pairs"]["accuracy"]
 
 

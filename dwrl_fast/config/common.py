@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from dwrl_fast.batching.layout import Packing
 from dwrl_fast.data import Cluster, Rankings, Ties
-from dwrl_fast.methods.method_options import thoughts_option
+from dwrl_fast.methods.method_options import cache_option, thoughts_option
 from dwrl_fast.options import Options, at_least, option
 
 # ruff: noqa: RUF009 - what option() returns is a dataclass field
@@ -90,6 +90,7 @@ class JudgingOptions(CommonOptions):
         "evaluation that is interrupted one step is lost.",
         bound=at_least(1),
     )
+    generation_cache_gib: float = cache_option()
     cluster: Cluster = evaluation_option(
         "row",
         "What is drawn for an interval, and counted by McNemar's test. row: the rows of the files, each with all its "

@@ -2,12 +2,21 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from dwrl_fast.options import OPEN_FRACTION, POSITIVE, Bound, Options, at_least, option
 
 method_option = partial(option, group="Method")
 thoughts_option = partial(option, group="Generating thoughts")
+
+
+def cache_option() -> Any:
+    return thoughts_option(
+        4.0,
+        "The most memory in GiB that keys and values take while thoughts are generated. Thoughts wait for room, so it "
+        "sets memory and speed, not the result.",
+        bound=POSITIVE,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +37,7 @@ class WritingOptions(Options):
     generation_batch_size: int = thoughts_option(
         256, "Thoughts generated at once. Lower it when generation runs out of memory.", bound=at_least(1)
     )
+    generation_cache_gib: float = cache_option()
     eval_votes: int = option(
         4,
         "Beside the one greedy thought, also so many sampled ones: the mean of p(Yes), or the majority of the "

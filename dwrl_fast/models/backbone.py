@@ -160,7 +160,7 @@ def _register(base: str) -> None:
 
 
 def _attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -181,7 +181,7 @@ def _attention(
             f"{type(module).__name__} asks its attention for {', '.join(unknown)}, which a tree of tokens does not have"
         )
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    options = {"scale": scaling, "softcap": softcap, "window": sliding_window, "sinks": s_aux}
+    options: dict[str, Any] = {"scale": scaling, "softcap": softcap, "window": sliding_window, "sinks": s_aux}
     if isinstance(plan, CachedPlan):
         return plan.attend(module.layer_idx, q, k, v, **options)[None]
     return ops.tree_attention(q, k, v, plan, **options)[None]

@@ -46,9 +46,12 @@ LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_m
 
 
 class PreferenceModel(nn.Module):
-    """What the two roots have in common. lm: the Hugging Face model."""
+    """What the two roots have in common. lm: the Hugging Face model. shares_cache: whether it was found to write
+    thoughts rightly over a cache that they share.
+    """
 
     lm: Any
+    shares_cache = False
 
     def __init__(self, lm: Any):
         super().__init__()
@@ -288,7 +291,8 @@ def place(model: Model, compute: Compute, layout: Layout, *, thinks: bool = True
     Returns the model. Raises ModelError where it cannot run them.
     """
     model.to(compute.device)
-    admit(model, layout.packing, layout.pad_id, compute, thinks=thinks and isinstance(model, GenerativeModel))
+    thinks = thinks and isinstance(model, GenerativeModel)
+    model.shares_cache = admit(model, layout.packing, layout.pad_id, compute, thinks=thinks)
     return model
 
 

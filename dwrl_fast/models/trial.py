@@ -18,8 +18,9 @@ from dwrl_fast.data import Preference
 from dwrl_fast.dialog import TokenSequence
 from dwrl_fast.encode import Group
 from dwrl_fast.errors import ModelError, NotFiniteError, UserError
+from dwrl_fast.log import info_once
 from dwrl_fast.models.backbone import attend_over_trees, backbone_states
-from dwrl_fast.sampling.transformers import TransformersSampler
+from dwrl_fast.sampling import Limits, Sampler, TransformersSampler, TreeSampler
 
 # Three share three tokens, two of them five; the last shares nothing and is shorter.
 ROWS = ((3, 1, 4, 1, 5, 2), (3, 1, 4, 2, 6), (3, 1, 4, 1, 5, 6), (2, 6))
@@ -29,9 +30,10 @@ NATS = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 WITHOUT_THOUGHTS = "gram, genrm, sft and dpo write none"
 
 
-def admit(model: Any, packing: Packing, pad_id: int, compute: Compute, *, thinks: bool) -> None:
+def admit(model: Any, packing: Packing, pad_id: int, compute: Compute, *, thinks: bool) -> bool:
     """Prepare `model`, which is on its device, for batches of `packing`, and try it on a few tokens: the layout, and
-    where it `thinks`, sampling.
+    where it `thinks`, sampling. Returns whether it can write thoughts over a cache that they share (`TreeSampler`);
+    where it cannot, that is said, and it writes them one context at a time.
 
     Raises ModelError where it cannot run, with the reason and a remedy that was tried, and NotFiniteError where its
     weights hold NaN.
@@ -41,10 +43,13 @@ def admit(model: Any, packing: Packing, pad_id: int, compute: Compute, *, thinks
     with _evaluating(lm), compute.autocast():
         alone = _alone(lm)
         padded = _fault(lambda: _layout_fault(lm, "padded", pad_id, alone))
-        packed = padded if packing == "padded" else _fault(lambda: _tree_fault(lm, packing, pad_id, alone))
+        shape: Packing = "tree" if packing == "padded" else packing
+        flat = _fault(lambda: _tree_fault(lm, shape, pad_id, alone)) if thinks or packing != "padded" else None
+        packed = padded if packing == "padded" else flat
         works: Packing = "padded" if packed else packing
         tried = thinks and not (packed and padded)
-        writing = _fault(lambda: _sampler_fault(model, works, pad_id, compute)) if tried else None
+        sharing = flat or _fault(lambda: _sampler_fault(model, works, pad_id, compute, sharing=True)) if tried else ""
+        writing = _fault(lambda: _sampler_fault(model, works, pad_id, compute)) if sharing else None
     if packed and padded:
         raise ModelError(f"{name} cannot be used here, in no layout: {packed}; padded: {padded}. Take another model")
     also = " with --packing padded" if packed else ""
@@ -55,6 +60,9 @@ def admit(model: Any, packing: Packing, pad_id: int, compute: Compute, *, thinks
         )
     if packed:
         raise ModelError(f"{name} cannot run on a tree of tokens: {packed}; use --packing padded, which works")
+    if sharing:
+        info_once(f"{name} writes each thought over a cache of its own, without what they share: {sharing}")
+    return thinks and not sharing
 
 
 def difference(saved: Any, model: Any) -> str | None:
@@ -152,10 +160,15 @@ def _tree_fault(lm: Any, packing: Packing, pad_id: int, alone: Tensor) -> str | 
     return _layout_fault(lm, packing, pad_id, alone)
 
 
-def _sampler_fault(model: Any, packing: Packing, pad_id: int, compute: Compute) -> str | None:
+def _sampler_fault(model: Any, packing: Packing, pad_id: int, compute: Compute, *, sharing: bool = False) -> str | None:
     """Thoughts of several lengths of context, two each, against the trainer's log-probs of the same ids."""
     lm = model.lm
-    sampler = TransformersSampler(lm, [], pad_id, batch_size=8, autocast=compute.autocast, float32=compute.float32)
+    how: dict[str, Any] = {"autocast": compute.autocast, "float32": compute.float32}
+    sampler: Sampler
+    if sharing:
+        sampler = TreeSampler(model, [], limits=Limits(8, 4.0), token_budget=64, **how)
+    else:
+        sampler = TransformersSampler(lm, [], pad_id, batch_size=8, **how)
     contexts = [row for row in _rows(lm)[1:] for _ in range(2)]
     sampled = sampler.sample(contexts[::2], 2, max_tokens=3, temperature=1.0, seed=0)
     thoughts = [thought for each in sampled for thought in each]

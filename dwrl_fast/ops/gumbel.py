@@ -15,8 +15,9 @@ def gumbel_pick(logprob: Tensor, keys: Tensor, positions: Tensor, *, backend: st
 
     logprob: [R, V] float32, nats. keys: [R] int64. positions: [R] int64, 0 to 2^32 - 1, the place of the drawn token in
     its text. The noise of token v is word v mod 4 of Philox 4x32-10 (Salmon et al., 2011) with the row's key and the
-    counter (v div 4, position), the numbers of `triton.language.randint4x(key, position << 32 | v div 4)`. A row's draw is the
-    same in any batch; log-probs that differ by rounding seldom change it. A row that holds NaN gives the place of one.
+    counter (v div 4, position), the numbers of `triton.language.randint4x(key, position << 32 | v div 4)`. A row's draw
+    is the same in any batch; log-probs that differ by rounding seldom change it. A row that holds NaN gives the place
+    of one.
 
     In C++ on the CPU; elsewhere in plain PyTorch. Raises UserError, which names the argument.
     """

@@ -357,7 +357,8 @@ def gumbel_pick(logprob: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
 def philox(keys: Tensor, low: Tensor, high: Tensor | int) -> tuple[Tensor, ...]:
     """Four words of 32 bits, int64: Philox 4x32-10 (Salmon et al., 2011) of the counter (low, high, 0, 0).
 
-    keys: int64, their 64 bits. low, high: int64, 0 to 2^32 - 1. They broadcast. As `triton.language.randint4x` computes them.
+    keys: int64, their 64 bits. low, high: int64, 0 to 2^32 - 1. They broadcast. As `triton.language.randint4x` computes
+    them.
     """
     mask = 2**32 - 1
     k0, k1 = keys & mask, (keys >> 32) & mask

@@ -1,10 +1,11 @@
 """From requests to groups of sampled thoughts."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from dwrl_fast.dialog import Context, Dialog, SingleTurn
 from dwrl_fast.encode import Group, Request, closed_groups
-from dwrl_fast.sampling.sampler import Rating, Sampler
+from dwrl_fast.sampling.sampler import Rating, RatingSampler, Sampler
 
 
 def sample_groups(
@@ -20,20 +21,19 @@ def sample_groups(
     normalization: str | None = None,
 ) -> list[Group]:
     """One group a request, with `n` thoughts for each of its contexts, which `progress` counts. The contexts are those
-    of `dialog`. With `normalization` (of `ops.yes_no_logprob`) a sampler that `rates` gives their scores too.
+    of `dialog`. With `normalization` (of `ops.yes_no_logprob`) a `RatingSampler` gives their scores too.
     """
     contexts = [context for request in requests for context in request.contexts]
-    rating = None
-    if normalization is not None and sampler.rates:
-        rating = _rating(contexts, dialog, normalization)
-    thoughts = sampler.sample(
+    sample = sampler.sample
+    if normalization is not None and isinstance(sampler, RatingSampler):
+        sample = partial(sampler.rated, rating=_rating(contexts, dialog, normalization))
+    thoughts = sample(
         [context.ids for context in contexts],
         n,
         max_tokens=max_tokens,
         temperature=temperature,
         seed=seed,
         progress=progress,
-        rating=rating,
     )
     return closed_groups(requests, thoughts, dialog)
 
@@ -43,5 +43,6 @@ def _rating(contexts: Sequence[Context], dialog: Dialog | SingleTurn, normalizat
         context = contexts[number]
         return dialog.sequence(context, ids).ids[len(context.ids) :]
 
+    assert dialog.label_ids is not None
     most = max((len(close(number, [])) for number in range(len(contexts))), default=0)
     return Rating(close, most, dialog.label_ids, normalization)

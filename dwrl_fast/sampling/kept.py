@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dwrl_fast.encode.thought import Thought
-from dwrl_fast.sampling.sampler import Rating, Sampler
+from dwrl_fast.sampling.sampler import Sampler
 
 
 class KeptThoughts:
@@ -18,7 +18,7 @@ class KeptThoughts:
     tokenizer: what makes a thought readable in `file`. stop_ids: what ends a thought.
     """
 
-    float32, rates = True, False
+    float32 = True
 
     def __init__(self, writer: Sampler, tokenizer: Any, stop_ids: Sequence[int]):
         self.writer, self.tokenizer, self.stop_ids = writer, tokenizer, stop_ids
@@ -45,10 +45,8 @@ class KeptThoughts:
         temperature: float,
         seed: int,
         progress: Callable[[int], None] | None = None,
-        rating: Rating | None = None,
     ) -> list[list[Thought]]:
         """See `Sampler.sample`; without log-probs. ValueError but for one greedy thought a context."""
-        assert rating is None
         if n != 1 or temperature:
             raise ValueError(f"n = {n}, temperature = {temperature}: one greedy thought a context is kept")
         keys = [_key(ids) for ids in contexts]

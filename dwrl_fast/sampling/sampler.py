@@ -2,11 +2,18 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from dwrl_fast.encode.thought import Thought
+
+
+class Limits(NamedTuple):
+    """What sampling may take: thoughts written at once, and GiB of keys and values."""
+
+    batch_size: int
+    cache_gib: float
 
 
 class Rating(NamedTuple):
@@ -31,7 +38,6 @@ class Sampler(Protocol):
     off or refuse.
     """
 
-    rates: bool  # whether it takes a rating
     float32: bool  # whether log-probs are computed in float32, so that they can stand for the trainer's
 
     def sample(
@@ -43,18 +49,33 @@ class Sampler(Protocol):
         temperature: float,
         seed: int,
         progress: Callable[[int], None] | None = None,
-        rating: Rating | None = None,
     ) -> list[list[Thought]]:
         """`n` thoughts for each context (token ids). temperature 0 is greedy, with log-probs at temperature 1.
 
         Thought i of a context is drawn from `request_key(seed, context, i)` alone: it does not depend on what is
         sampled beside it, on the size of a batch, or on the process. Equal contexts of one call get equal thoughts.
 
-        With a `rating`, which only a sampler that `rates` takes, thoughts come with their scores, read where the cache
-        ends that sampling left.
-
         `progress` is called with the number of contexts finished since the last call.
         """
+        ...
+
+
+@runtime_checkable
+class RatingSampler(Sampler, Protocol):
+    """A sampler that can also rate: thoughts come with their scores, read where the cache ends that sampling left."""
+
+    def rated(
+        self,
+        contexts: Sequence[Sequence[int]],
+        n: int,
+        rating: Rating,
+        *,
+        max_tokens: int,
+        temperature: float,
+        seed: int,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[list[Thought]]:
+        """As `sample`, with the scores that `rating` asks for."""
         ...
 
 

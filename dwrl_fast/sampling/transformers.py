@@ -14,7 +14,7 @@ import torch
 
 from dwrl_fast.encode.thought import Thought
 from dwrl_fast.sampling.draws import logprobs_at, pick
-from dwrl_fast.sampling.sampler import Rating, request_key
+from dwrl_fast.sampling.sampler import request_key
 
 
 class TransformersSampler:
@@ -22,8 +22,6 @@ class TransformersSampler:
 
     batch_size: sequences decoded at once. autocast: a factory of the context manager to compute under.
     """
-
-    rates = False
 
     def __init__(
         self,
@@ -49,10 +47,8 @@ class TransformersSampler:
         temperature: float,
         seed: int,
         progress: Callable[[int], None] | None = None,
-        rating: Rating | None = None,
     ) -> list[list[Thought]]:
         """See `Sampler.sample`. Contexts of similar length are decoded together; the result is in the order given."""
-        assert rating is None
         training = self.lm.training
         self.lm.eval()
         order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]))

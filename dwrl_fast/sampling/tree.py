@@ -24,7 +24,7 @@ from dwrl_fast.ops import BLOCK
 from dwrl_fast.sampling.cache import Cache, CachedPlan, blocks_for, step_of
 from dwrl_fast.sampling.draws import logprobs_at, pick
 from dwrl_fast.sampling.prefixes import Prefix, prefix_tree
-from dwrl_fast.sampling.sampler import Rating, request_key
+from dwrl_fast.sampling.sampler import Limits, Rating, request_key
 
 
 class Writer(Protocol):
@@ -78,28 +78,24 @@ class _Thought(_Run):
 class TreeSampler:
     """Samples from `model` as it stands at each call, over a cache that lasts for the call.
 
-    batch_size: thoughts written at once. token_budget: tokens of one forward pass. cache_gib: the most memory that keys
-    and values take; thoughts wait for it. autocast: a factory of the context manager to compute under.
+    limits: thoughts beyond them wait. token_budget: tokens of one forward pass. autocast: a factory of the context
+    manager to compute under.
     """
-
-    rates = True
 
     def __init__(
         self,
         model: Writer,
         stop_ids: Sequence[int],
         *,
-        batch_size: int,
+        limits: Limits,
         token_budget: int,
-        cache_gib: float,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
         float32: bool = True,
     ):
         self.model, self.stop_ids = model, frozenset(stop_ids)
-        self.batch_size, self.token_budget, self.cache_gib = batch_size, token_budget, cache_gib
+        self.limits, self.token_budget = limits, token_budget
         self.autocast, self.float32 = autocast, float32
 
-    @torch.no_grad()
     def sample(
         self,
         contexts: Sequence[Sequence[int]],
@@ -109,9 +105,26 @@ class TreeSampler:
         temperature: float,
         seed: int,
         progress: Callable[[int], None] | None = None,
-        rating: Rating | None = None,
     ) -> list[list[Thought]]:
         """See `Sampler.sample`. ConfigError where the cache cannot hold one context with one thought."""
+        return self._sample(contexts, n, max_tokens, temperature, seed, progress, None)
+
+    def rated(
+        self,
+        contexts: Sequence[Sequence[int]],
+        n: int,
+        rating: Rating,
+        *,
+        max_tokens: int,
+        temperature: float,
+        seed: int,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[list[Thought]]:
+        """See `RatingSampler.rated`; errors as of `sample`."""
+        return self._sample(contexts, n, max_tokens, temperature, seed, progress, rating)
+
+    @torch.no_grad()
+    def _sample(self, contexts: Sequence[Sequence[int]], n: int, *rest: Any) -> list[list[Thought]]:
         if not all(contexts):
             raise DataError("a context has no token, so nothing can be sampled after it")
         lm = self.model.lm
@@ -119,7 +132,7 @@ class TreeSampler:
         lm.eval()
         try:
             with self.autocast():
-                return _Sampling(self, contexts, n, max_tokens, temperature, seed, progress, rating).run()
+                return _Sampling(self, contexts, n, *rest).run()
         finally:
             lm.train(training)
 
@@ -165,17 +178,17 @@ class _Sampling:
             return 0
         nodes = {node for end in self.ends for node in end.path()}
         need = sum(blocks_for(len(node.ids)) for node in nodes)
-        need += min(len(self.contexts) * self.n, self.sampler.batch_size) * self.own
+        need += min(len(self.contexts) * self.n, self.sampler.limits.batch_size) * self.own
         size = self.sampler.block_bytes()
-        there = int(self.sampler.cache_gib * 2**30 // size)
+        there = int(self.sampler.limits.cache_gib * 2**30 // size)
         for c, end in enumerate(self.ends):
             least = sum(blocks_for(len(node.ids)) for node in end.path()) + self.own
             if least > there:
                 raise ConfigError(
                     f"a context of {len(self.contexts[c])} tokens with a thought of up to {self.max_tokens} takes "
                     f"{least * size / 2**20:,.0f} MiB of keys and values, and --generation_cache_gib "
-                    f"{self.sampler.cache_gib:g} holds {there * size / 2**20:,.0f}: raise it, or lower --max_length or "
-                    "--max_completion_length"
+                    f"{self.sampler.limits.cache_gib:g} holds {there * size / 2**20:,.0f}: raise it, or lower "
+                    "--max_length or --max_completion_length"
                 )
         return min(need, there)
 
@@ -187,7 +200,7 @@ class _Sampling:
 
     def _admit(self) -> None:
         """Let thoughts in for which there is room, in depth-first order, so that none waits for what others hold."""
-        while self.waiting and len(self.writing) < self.sampler.batch_size:
+        while self.waiting and len(self.writing) < self.sampler.limits.batch_size:
             context, index = self.waiting[0]
             end = self.ends[context]
             new = [node for node in end.path() if node not in self.runs]
@@ -207,9 +220,8 @@ class _Sampling:
         ids, position, slot, tiles, last = self._layout()
         states = torch.empty(0)
         if ids:
-            put = [torch.tensor(x, dtype=torch.int64, device=self.device) for x in (ids, position)]
             plan = CachedPlan(self.cache, step_of(position, slot, tiles, self.device))
-            states = self.model.states(*put, plan)
+            states = self.model.states(torch.tensor(ids, device=self.device), plan.step.position, plan)
             for run in self.runs.values():
                 if run.state is None and run.pending == 0 and run.thoughts:
                     run.state = states[last[run]]

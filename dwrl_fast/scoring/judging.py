@@ -39,9 +39,16 @@ class Judging(ABC):
         """In the order of `rows`. votes: 1 is one greedy thought, more are sampled. `progress` counts responses."""
 
     def sample(
-        self, requests: Sequence[Request], votes: int, seed: int, progress: Progress | None = None
+        self,
+        requests: Sequence[Request],
+        votes: int,
+        seed: int,
+        progress: Progress | None = None,
+        normalization: str | None = None,
     ) -> list[Group]:
-        """One group a request with `votes` thoughts a context, which `progress` counts; a single one is greedy."""
+        """One group a request with `votes` thoughts a context, which `progress` counts; a single one is greedy. With
+        `normalization` the thoughts come with their scores, where the sampler can give them.
+        """
         assert self.runtime.sampler is not None
         return sample_groups(
             requests,
@@ -52,4 +59,5 @@ class Judging(ABC):
             temperature=0.0 if votes == 1 else self.card["temperature"],
             seed=step_seed(seed, "votes", votes),
             progress=progress,
+            normalization=normalization,
         )

@@ -11,6 +11,7 @@ from dwrl_fast.errors import ModelError
 from dwrl_fast.log import warn_once
 from dwrl_fast.models.adapters import adapted
 from dwrl_fast.objectives.direct_preference import implicit_reward, sequence_sums
+from dwrl_fast.sampling import Limits
 from dwrl_fast.scoring.judging import Judging, Progress
 from dwrl_fast.scoring.runtime import Runtime, load_runtime
 from dwrl_fast.scoring.scored import ScoredGroup
@@ -71,7 +72,7 @@ def _load_start(runtime: Runtime, card: dict[str, Any]) -> Runtime | None:
     source = card["reference"]
     named = source["model_name_or_path"], source["model_config"], source["seed"]
     try:
-        start = load_runtime(card, *named, runtime.dialog, runtime.compute, runtime.layout, sampling_batch=1)
+        start = load_runtime(card, *named, runtime.dialog, runtime.compute, runtime.layout, Limits(1, 1.0))
     except ModelError as error:
         warn_once(
             "the model that this one was trained from is not found, so the scores are beta log pi(y | x), without "

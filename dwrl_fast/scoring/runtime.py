@@ -15,7 +15,7 @@ from dwrl_fast.errors import ModelError
 from dwrl_fast.methods import METHODS
 from dwrl_fast.models.adapters import Lora
 from dwrl_fast.models.model import load_generative, load_scalar, place
-from dwrl_fast.sampling import KeptThoughts, Sampler, TransformersSampler
+from dwrl_fast.sampling import KeptThoughts, Limits, Sampler, TransformersSampler, TreeSampler
 
 Result = TypeVar("Result")
 
@@ -72,52 +72,50 @@ def load_runtime(
     dialog: Dialog | SingleTurn,
     compute: Compute,
     layout: Layout,
-    sampling_batch: int,
+    limits: Limits,
     lora: Lora | None = None,
     *,
     new_head: bool = False,
 ) -> Runtime:
     """The model that `card` tells of, from a folder or hub name or drawn from a configuration, on `compute.device`.
 
-    sampling_batch: the thoughts that it writes at once. new_head: a scalar head that the folder does not hold is drawn,
+    limits: of sampling. new_head: a scalar head that the folder does not hold is drawn,
     to be trained. ModelError where the model, or the one that prefills its thoughts, cannot be loaded.
     """
     method = METHODS[card["method"]]
     if method.scalar:
         scalar = load_scalar(name_or_path, config_path, seed, dialog.pad_id, lora, new_head=new_head)
         runtime = Runtime(place(scalar, compute, layout), dialog, compute, layout)
-        return _prefilled(runtime, card["prefilled_by"], sampling_batch) if "prefilled_by" in card else runtime
+        return _prefilled(runtime, card["prefilled_by"], limits) if "prefilled_by" in card else runtime
     generative = load_generative(name_or_path, config_path, seed, lora)
-    return _sampling(place(generative, compute, layout, thinks=method.thinks), dialog, compute, layout, sampling_batch)
+    return _sampling(place(generative, compute, layout, thinks=method.thinks), dialog, compute, layout, limits)
 
 
 def load_writer(
-    name_or_path: str, dialog: Dialog | SingleTurn, compute: Compute, layout: Layout, sampling_batch: int
+    name_or_path: str, dialog: Dialog | SingleTurn, compute: Compute, layout: Layout, limits: Limits
 ) -> Sampler:
     """A language model, as it stands, that only writes thoughts in `dialog`. ModelError where it cannot be loaded."""
     model = place(load_generative(name_or_path, None, 0), compute, layout, thinks=True).requires_grad_(False)
-    sampler = _sampling(model, dialog, compute, layout, sampling_batch).sampler
+    sampler = _sampling(model, dialog, compute, layout, limits).sampler
     assert sampler is not None
     return sampler
 
 
-def _sampling(model: Any, dialog: Any, compute: Compute, layout: Layout, sampling_batch: int) -> Runtime:
-    sampler = TransformersSampler(
-        model.lm,
-        dialog.stop_ids,
-        dialog.pad_id,
-        batch_size=sampling_batch,
-        autocast=compute.autocast,
-        float32=compute.float32,
-    )
+def _sampling(model: Any, dialog: Any, compute: Compute, layout: Layout, limits: Limits) -> Runtime:
+    how: dict[str, Any] = {"autocast": compute.autocast, "float32": compute.float32}
+    sampler: Sampler
+    if model.shares_cache:
+        sampler = TreeSampler(model, dialog.stop_ids, limits=limits, token_budget=layout.token_budget, **how)
+    else:
+        sampler = TransformersSampler(model.lm, dialog.stop_ids, dialog.pad_id, batch_size=limits.batch_size, **how)
     return Runtime(model, dialog, compute, layout, sampler)
 
 
-def _prefilled(runtime: Runtime, writer: str, sampling_batch: int) -> Runtime:
+def _prefilled(runtime: Runtime, writer: str, limits: Limits) -> Runtime:
     """With the thoughts of the language model `writer`, which stands beside the scalar one."""
     dialog = runtime.dialog
     try:
-        sampler = load_writer(writer, dialog, runtime.compute, runtime.layout, sampling_batch)
+        sampler = load_writer(writer, dialog, runtime.compute, runtime.layout, limits)
     except ModelError as error:
         raise ModelError(f"this model reads thoughts that {writer} writes, which must be there too. {error}") from error
     kept = KeptThoughts(sampler, dialog.tokenizer, dialog.stop_ids)

@@ -25,6 +25,7 @@ from dwrl_fast.errors import DataError, ModelError, NotFiniteError
 from dwrl_fast.log import warn_once
 from dwrl_fast.models.model import check_positions, positions
 from dwrl_fast.options import given_by
+from dwrl_fast.sampling import Limits
 from dwrl_fast.scoring.judging import Judging, Progress
 from dwrl_fast.scoring.kinds import judging_of
 from dwrl_fast.scoring.loading import load_judge, load_trained
@@ -86,6 +87,7 @@ class Scorer:
         packing: Packing = "tree",
         token_budget: int = 16384,
         generation_batch_size: int = 256,
+        generation_cache_gib: float = 4.0,
         max_completion_length: int | None = None,
         temperature: float | None = None,
     ) -> Self:
@@ -104,6 +106,7 @@ class Scorer:
             "packing": packing,
             "token_budget": token_budget,
             "generation_batch_size": generation_batch_size,
+            "generation_cache_gib": generation_cache_gib,
             "max_completion_length": max_completion_length,
             "temperature": temperature,
         }
@@ -118,7 +121,8 @@ class Scorer:
         card |= {name: value for name, value in limits.items() if value is not None}
         compute = Compute.resolve(dtype)
         layout = Layout(packing, token_budget, dialog.pad_id, compute.device)
-        runtime = load_runtime(card, str(path), None, 0, dialog, compute, layout, generation_batch_size)
+        sampling = Limits(generation_batch_size, generation_cache_gib)
+        runtime = load_runtime(card, str(path), None, 0, dialog, compute, layout, sampling)
         return cls(judging_of(runtime, card))
 
     def score_groups(
@@ -372,11 +376,17 @@ def _equals(prompt: Turns, texts: Sequence[str], source: str) -> Preference:
 
 
 def _sampled_tokens(groups: Sequence[ScoredGroup]) -> tuple[int, int]:
-    """Computed and naive, of writing thoughts: a context is read once for all its thoughts, naively once for each."""
+    """Computed and naive, of writing thoughts: a context is read once for all its thoughts, naively once for each.
+    Where scores came with the thoughts, what follows these was appended; naively all is read again for a score.
+    """
     computed = naive = 0
+    rated = any(one.score is not None for found in groups for some in found.group.thoughts for one in some)
     for sequences in (sequences for found in groups for sequences in found.group.sequences):
         context = sequences[0].thought.start
         written = sum(one.thought.stop - one.thought.start for one in sequences)
         computed += context + written
         naive += len(sequences) * context + written
+        if rated:
+            computed += sum(len(one.ids) - one.thought.stop for one in sequences)
+            naive += sum(len(one.ids) for one in sequences)
     return computed, naive

@@ -17,7 +17,7 @@ from dwrl_fast.errors import NotFiniteError
 from dwrl_fast.methods import Method, StepMetrics
 from dwrl_fast.models.adapters import Lora, adapted, base_fingerprint
 from dwrl_fast.models.liger import use_liger
-from dwrl_fast.sampling import KeptThoughts
+from dwrl_fast.sampling import KeptThoughts, Limits
 from dwrl_fast.scoring import Judging, PolicyJudging, Runtime, judging_of, load_runtime
 from dwrl_fast.training.optimizer import Optimizers
 
@@ -100,7 +100,7 @@ def load_judging(config: TrainConfig, method: Method, dialog: Dialog | SingleTur
         dialog,
         compute,
         layout,
-        config.generation_batch_size,
+        Limits(config.generation_batch_size, config.generation_cache_gib),
         lora if config.use_peft else None,
         new_head=True,
     )

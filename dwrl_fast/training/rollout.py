@@ -11,7 +11,7 @@ from dwrl_fast.encode import Group, Request
 from dwrl_fast.errors import ConfigError
 from dwrl_fast.methods import Method
 from dwrl_fast.progress import Display
-from dwrl_fast.sampling import Sampler, sample_groups
+from dwrl_fast.sampling import Limits, Sampler, sample_groups
 from dwrl_fast.scoring import Judging, PolicyJudging
 from dwrl_fast.scoring.runtime import load_writer
 
@@ -33,9 +33,8 @@ class Rollout:
             )
         self.sampler: Sampler | None = self.runtime.sampler
         if method.writer is not None:
-            self.sampler = load_writer(
-                method.writer, method.question, compute, self.runtime.layout, config.generation_batch_size
-            )
+            limits = Limits(config.generation_batch_size, config.generation_cache_gib)
+            self.sampler = load_writer(method.writer, method.question, compute, self.runtime.layout, limits)
 
     def __call__(self, rows: Sequence[Preference], seed: int, display: Display) -> tuple[list[Group], dict[str, float]]:
         """The groups of one rollout batch, and what is worth logging of them."""

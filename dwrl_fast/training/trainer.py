@@ -45,7 +45,7 @@ APART = {
 # Options that may be mended on the way: the run goes on, to other figures.
 TUNABLE = {
     *("learning_rate", "score_learning_rate", "thought_learning_rate", "max_grad_norm", "dtype", "packing"),
-    *("token_budget", "generation_batch_size", "old_logprobs"),
+    *("token_budget", "generation_batch_size", "generation_cache_gib", "old_logprobs"),
 }
 
 
