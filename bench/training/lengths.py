@@ -16,7 +16,7 @@ import numpy as np
 
 from dwrl_fast.data import Preference, read_preferences
 from dwrl_fast.dialog import Context, Dialog, TokenSequence
-from dwrl_fast.encode import Group
+from dwrl_fast.encode import Group, Thought
 
 SHARED = Path(os.environ.get("DWRL_FAST_SHARED", Path(__file__).resolve().parents[3] / "shared")) / "data"
 FILES = {
@@ -115,15 +115,23 @@ def groups(found: Pairs, thoughts: Sequence[int], vocabulary: int) -> list[Group
     """`found` with `THOUGHTS` random thoughts after each response, of the lengths `thoughts` in turn, and all ids
     folded into `vocabulary`. Old log-probs are 0: they are the model's to fill.
     """
-    rng = np.random.default_rng(1)
-    sizes = iter(thoughts)
+    rng, sizes = np.random.default_rng(1), iter(thoughts)
+    written = [[_random(rng, next(sizes)) for _ in range(THOUGHTS)] for both in found.contexts for _ in both]
+    drawn = [[Thought([i % vocabulary for i in ids], [0.0] * len(ids), True) for ids in some] for some in written]
+    return closed(found, drawn, vocabulary)
+
+
+def closed(found: Pairs, thoughts: Sequence[list[Thought]], vocabulary: int) -> list[Group]:
+    """`found` with these thoughts, a list for each response, pair after pair; all ids folded into `vocabulary`."""
+    left = iter(thoughts)
     made = []
     for both in found.contexts:
+        some = [next(left) for _ in both]
         sequences = [
-            [_close(c, _random(rng, next(sizes)), found.tail, vocabulary) for _ in range(THOUGHTS)] for c in both
+            [_close(context, one.ids, found.tail, vocabulary) for one in each]
+            for context, each in zip(both, some, strict=True)
         ]
-        old = [[[0.0] * (s.thought.stop - s.thought.start) for s in each] for each in sequences]
-        made.append(Group(Preference((), ("", "")), sequences).with_logprobs(old))
+        made.append(Group(Preference((), ("", "")), sequences, some))
     return made
 
 

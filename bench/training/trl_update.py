@@ -99,8 +99,10 @@ def prepared(
     return {key: value.to(device) for key, value in found.items()}
 
 
-def grpo_trainer(lm: Any, liger: bool = False) -> Any:
-    """A `GRPOTrainer` of `lm`, which it patches, that stands where its training loop would call `compute_loss`."""
+def grpo_trainer(lm: Any, liger: bool = False, **options: Any) -> Any:
+    """A `GRPOTrainer` of `lm`, which it patches, that stands where its training loop would call `compute_loss`.
+    options: of its configuration, where they are others than these.
+    """
     from datasets import Dataset
     from transformers.integrations.liger import apply_liger_kernel
     from trl import GRPOConfig, GRPOTrainer
@@ -109,20 +111,20 @@ def grpo_trainer(lm: Any, liger: bool = False) -> Any:
 
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("ignore", FutureWarning)
-        arguments = GRPOConfig(
-            output_dir=folder,
-            num_generations=2,  # of its sampling, which is not used; so are its batches
-            beta=0.0,
-            loss_type="grpo",
-            use_liger_kernel=liger,
-            gradient_checkpointing=lm.is_gradient_checkpointing,
-            bf16=torch.cuda.is_available(),
-            use_cpu=not torch.cuda.is_available(),
-            report_to="none",
-        )
+        settings: dict[str, Any] = {
+            "num_generations": 2,  # of its sampling, which `trl_update` does not use; so are its batches
+            "beta": 0.0,
+            "loss_type": "grpo",
+            "use_liger_kernel": liger,
+            "gradient_checkpointing": lm.is_gradient_checkpointing,
+            "bf16": torch.cuda.is_available(),
+            "use_cpu": not torch.cuda.is_available(),
+            "report_to": "none",
+        }
+        arguments = GRPOConfig(output_dir=folder, **settings | options)
         trainer = GRPOTrainer(
             model=lm,
-            reward_funcs=lambda completions, **_: [0.0] * len(completions),  # of its sampling, too
+            reward_funcs=lambda completions, **_: [float(i % 2) for i in range(len(completions))],  # of its sampling
             args=arguments,
             train_dataset=Dataset.from_dict({"prompt": [""]}),
             processing_class=make_tokenizer(),

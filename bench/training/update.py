@@ -28,7 +28,7 @@ from dwrl_fast.embedded.tokenizer import make_tokenizer
 from dwrl_fast.encode import Group, Thought
 from dwrl_fast.methods import StepMetrics
 from dwrl_fast.methods.dwrl import DualWeightedRL
-from dwrl_fast.scoring import Runtime
+from dwrl_fast.scoring import Judging, Runtime
 from dwrl_fast.training.policy import load_judging
 from dwrl_fast.training.rollout import Rollout
 
@@ -67,23 +67,13 @@ def setting(
     **options: Any,
 ) -> Setting:
     """`pairs` with thoughts of these lengths, their old log-probs a little off the model's own. options: of the
-    trainer. The weights are drawn where they are used, so that a large model is not drawn on the CPU first.
+    trainer.
     """
-    dialog = Dialog(make_tokenizer(), Template(EVALUATE, RATE))  # its labels stand for any two ids
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "config.json"
-        path.write_text(json.dumps(shape))
-        # Neither tokenizer nor data are read.
-        config = TrainConfig(model_config=str(path), tokenizer_name_or_path="", dataset_name="", **options)
-        compute = Compute.resolve("auto")
-        method = DualWeightedRL(config, dialog)
-        with compute.device:
-            judging = load_judging(config, method, dialog, compute)
+    method, judging = loaded(shape, **options)
     model = judging.runtime.model.train()
     if checkpointing:
         model.lm.gradient_checkpointing_enable({"use_reentrant": False})
-    lm = sharing_weights(model.lm)
-    lm.set_attn_implementation("sdpa")
+    lm = as_hugging_face(model.lm)
     noise = torch.Generator().manual_seed(0)
 
     def off(thought: Thought) -> list[float]:
@@ -93,6 +83,33 @@ def setting(
     groups, _ = Rollout(method, judging).recomputed(lengths.groups(pairs, thoughts, shape["vocab_size"]))
     groups = [group.with_logprobs([[off(one) for one in some] for some in group.thoughts]) for group in groups]
     return Setting(method, judging.runtime, lm, groups)
+
+
+def loaded(model: Mapping[str, Any] | Path, **options: Any) -> tuple[DualWeightedRL, Judging]:
+    """DWRL and its model: of a folder, or of a shape whose weights are drawn where they are used, so that a large one
+    is not drawn on the CPU first. options: of the trainer.
+    """
+    dialog = Dialog(make_tokenizer(), Template(EVALUATE, RATE))  # its labels stand for any two ids
+    with tempfile.TemporaryDirectory() as folder:
+        if isinstance(model, Path):
+            options["model_name_or_path"] = str(model)
+        else:
+            path = Path(folder) / "config.json"
+            path.write_text(json.dumps(model))
+            options["model_config"] = str(path)
+        # Neither tokenizer nor data are read.
+        config = TrainConfig(tokenizer_name_or_path="", dataset_name="", **options)
+        compute = Compute.resolve("auto")
+        method = DualWeightedRL(config, dialog)
+        with compute.device:
+            return method, load_judging(config, method, dialog, compute)
+
+
+def as_hugging_face(lm: Any) -> Any:
+    """A model of the very parameters of `lm` with PyTorch's own attention, as peers load it."""
+    theirs = sharing_weights(lm)
+    theirs.set_attn_implementation("sdpa")
+    return theirs
 
 
 def sharing_weights(lm: Any) -> Any:

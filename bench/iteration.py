@@ -1,0 +1,248 @@
+"""A whole iteration of DWRL beside one of TRL's GRPO: thoughts are written, and the model is updated with them.
+
+    python -m bench.iteration --quick
+
+Ours: thoughts are sampled, old log-probs are the sampler's (the default in float32), a minibatch is laid out, and
+phases A and B each take a pass forward and backward and a step of AdamW; `plain loop` samples without a shared cache.
+TRL's: GRPOTrainer's own `training_step`s, which generate, score with a reward that only counts, and take one pass
+forward and backward; then clipping and a step of AdamW. It generates at the beginning of an update, so it needs no old
+log-probs either. Its micro-batches, and whether it generates for each or for all of them in one, are the fastest of a
+sweep.
+
+Same weights, pairs and lengths: pairs as long as those of hh and of rmb (bench/training/lengths.py), sorted by length,
+4 thoughts about each response, all of --tokens tokens: what would end one is an id that no model writes. Learning rates
+are next to nothing, so that rounds compute alike. The model is that in the folder --model, with --quick a small one
+with drawn weights. Rounds run all in turn; a ratio is one of each round, its median (least to most).
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+
+from bench import command
+from bench.harness import timed
+from bench.machine import machine
+from bench.rounds import in_turn, ratio
+from bench.sampling.engines import DRAWN, Work, default_limits, generation_trainer, plain_sampler, tree_sampler
+from bench.training import lengths
+from bench.training.trl_update import trl_missing
+from bench.training.update import Way, fastest, loaded, powers
+from dwrl_fast.sampling import Sampler
+from dwrl_fast.scoring import Runtime
+from dwrl_fast.training.optimizer import Optimizers
+from dwrl_fast.training.policy import Policy
+from dwrl_fast.training.rollout import Rollout
+
+RATE = 1e-12  # of learning
+RATES = ("score_learning_rate", "thought_learning_rate")
+ASKED = {"hh": 2.5, "rmb": 4.0}
+
+
+class Stages:
+    """The seconds of each stage since `begin`; of one within another they are its own alone."""
+
+    def __init__(self) -> None:
+        self.inner: list[float] = []
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what was before."""
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        self.inner.append(0.0)
+        yield
+        taken = time.perf_counter() - start
+        self.seconds[name] += taken - self.inner.pop()
+        if self.inner:
+            self.inner[-1] += taken
+
+    def wrap(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function` as a stage."""
+
+        def staged(*args: Any, **options: Any) -> Any:
+            with self(name):
+                return function(*args, **options)
+
+        return staged
+
+    def shares(self) -> dict[str, float]:
+        """Of all the time."""
+        total = sum(self.seconds.values())
+        return {name: seconds / total for name, seconds in self.seconds.items()}
+
+
+class Iteration(NamedTuple):
+    """One way to run it."""
+
+    note: str
+    run: Callable[[], object]
+    stages: Stages
+
+    def seconds(self) -> float:
+        """Of one run."""
+        return timed(self.run)
+
+
+def work_of(pairs: lengths.Pairs, tokens: int, vocabulary: int) -> Work:
+    """Thoughts about the contexts of `pairs`."""
+    contexts = [[i % vocabulary for i in context.ids] for both in pairs.contexts for context in both]
+    return Work(contexts, lengths.THOUGHTS, tokens)
+
+
+def ours(policy: Policy, rollout: Rollout, pairs: lengths.Pairs, tokens: int, sampler: Sampler, note: str) -> Iteration:
+    """The trainer's own parts, in its order."""
+    method, stages = rollout.method, Stages()
+    vocabulary = policy.model.lm.config.vocab_size
+    work = work_of(pairs, tokens, vocabulary)
+
+    def run() -> None:
+        with stages("sampling"):
+            thoughts = sampler.sample(work.contexts, work.n, max_tokens=tokens, temperature=1.0, seed=0)
+        work.check([len(thought.ids) for some in thoughts for thought in some])
+        with stages("laying out"):
+            groups = lengths.closed(pairs, thoughts, vocabulary)
+        if not sampler.float32:
+            with stages("old log-probs"):
+                groups, _ = rollout.recomputed(groups)
+        with stages("laying out"):
+            (minibatch,) = policy.pack(groups, len(groups))
+        for phase in method.phases:
+            with stages(f"phase {phase}"):
+                policy.update(phase, minibatch, method.loss, 0)
+        policy.read_metrics()
+
+    return Iteration(note, run, stages)
+
+
+def grpo(runtime: Runtime, pairs: lengths.Pairs, tokens: int) -> Iteration:
+    """GRPOTrainer at its fastest settings."""
+    stages = Stages()
+    work = work_of(pairs, tokens, runtime.model.lm.config.vocab_size)
+    trainer = generation_trainer(runtime, work.n, tokens, learning_rate=RATE)
+    trainer.create_optimizer()
+    # A prompt is text, and ours are ids: its text says which. All else is done as for any other.
+    trainer._tokenize_prompts = lambda prompts: ([work.contexts[int(prompt)] for prompt in prompts], None, {})
+    trainer._generate_single_turn = stages.wrap("sampling", trainer._generate_single_turn)
+    trainer._generate_and_score_completions = stages.wrap("laying out", trainer._generate_and_score_completions)
+    logprobs = trainer._get_per_token_logps_and_entropies
+    staged = stages.wrap("old log-probs", logprobs)
+    trainer._get_per_token_logps_and_entropies = lambda *args, **options: (
+        logprobs if torch.is_grad_enabled() else staged
+    )(*args, **options)
+    rows = [{"prompt": str(i)} for i in range(len(work.contexts)) for _ in range(work.n)]
+
+    def run(size: int, at_once: int) -> None:
+        metrics, accumulated = trainer._metrics["train"], len(rows) // size
+        trainer.args.per_device_train_batch_size, trainer.args.steps_per_generation = size, at_once
+        trainer.args.gradient_accumulation_steps = trainer.current_gradient_accumulation_steps = accumulated
+        trainer._step, trainer._buffered_inputs = 0, None
+        metrics.clear()
+        for step in range(accumulated):
+            first = step // at_once * at_once * size  # a batch of generation comes again for each of its steps
+            with stages("update"):
+                trainer.training_step(trainer.model, rows[first : first + at_once * size], None)
+        with stages("update"):
+            trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), trainer.args.max_grad_norm)
+            trainer.optimizer.step()
+            trainer.model.zero_grad(set_to_none=True)
+        work.check([int(min(metrics["completions/min_length"]))] * len(rows))
+
+    def ladder(together: bool) -> Iterator[Way]:
+        for size in powers(work.n, len(rows)):
+            if len(rows) % size == 0:
+                at_once = len(rows) // size if together else 1
+                note = f"micro-batches of {size} thoughts, {at_once * size} generated at once"
+                yield Way(note, partial(run, size, at_once), {})
+
+    best = fastest(ladder(True), ladder(False))
+    assert best is not None
+    stages.begin()
+    return Iteration(best.note, best.run, stages)
+
+
+def measured(data: str, policy: Policy, rollout: Rollout, args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Times and prints the lengths of one data set; what `--json` holds of it."""
+    runtime = policy.runtime
+    pairs, size = lengths.pairs(data, args.pairs), default_limits(runtime).batch_size
+    samplers: dict[str, Sampler] = {"ours": tree_sampler(runtime), "plain loop": plain_sampler(runtime, size)}
+    ways = {
+        name: ours(policy, rollout, pairs, args.tokens, sampler, type(sampler).__name__)
+        for name, sampler in samplers.items()
+    }
+    if trl_missing():
+        console.print(f"{data}: no trl: {trl_missing()}")
+    else:
+        ways["trl"] = grpo(runtime, pairs, args.tokens)
+    for way in ways.values():
+        way.seconds()  # unmeasured
+        way.stages.begin()
+    taken = in_turn({name: way.seconds for name, way in ways.items()}, args.rounds, args.seconds)
+    rows: list[dict[str, Any]] = []
+    for name, way in ways.items():
+        row = {"variant": name, "note": way.note, "seconds": taken[name], "shares": way.stages.shares()}
+        rows.append(row | {"ours_times_as_fast": ratio(taken[name], taken["ours"])})
+    lines = [
+        (
+            f"{row['variant']}\n[dim]{row['note']}[/]",
+            f"{statistics.median(row['seconds']):.2f}",
+            str(row["ours_times_as_fast"]),
+            ", ".join(f"{name} {share:.0%}" for name, share in row["shares"].items()),
+        )
+        for row in rows
+    ]
+    title = f"{data}: one iteration over {pairs.source}, thoughts of {args.tokens} tokens"
+    console.print(command.table(title, ("variant", "seconds", "in times of ours", "shares"), lines))
+    if "trl" in ways and not args.quick:
+        found = ratio(taken["trl"], taken["ours"])
+        console.print(f"{data}: ours {found} times as fast as trl; asked {ASKED[data]}")
+    return {"case": data, "source": pairs.source, "rows": rows}
+
+
+def main() -> None:
+    """The command: the lengths of each data set in turn."""
+    parser = command.parser("iteration", __doc__)
+    parser.add_argument("--model", type=Path, default=Path("models/smollm2"), help="default models/smollm2")
+    parser.add_argument("--data", nargs="+", default=list(ASKED), choices=list(ASKED), help="default: both")
+    parser.add_argument("--pairs", type=int, default=4, help="in one minibatch (default 4)")
+    parser.add_argument("--tokens", type=int, default=64, help="of each thought (default 64)")
+    parser.add_argument("--rounds", type=int, default=5, help="over all variants (default 5)")
+    parser.add_argument("--seconds", type=float, default=3600, help="no further round after this long in a case")
+    parser.add_argument("--quick", action="store_true", help="a drawn model, 2 pairs, 16 tokens, 3 rounds")
+    parser.add_argument("--json", type=Path, help="write machine, versions, commit and figures to this file")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.quick:
+        args.pairs, args.tokens, args.rounds = 2, 16, 3
+    console = Console(width=170)
+    if not (args.quick or args.model.is_dir()):
+        raise SystemExit(f"{args.model} is not here; `make smollm2` fetches it")
+    policy, rollout = trained(DRAWN if args.quick else args.model)
+    reports = [measured(data, policy, rollout, args, console) for data in args.data]
+    if args.json:
+        args.json.write_text(json.dumps({"benchmark": "iteration", "machine": machine(), "cases": reports}, indent=1))
+
+
+def trained(source: Any) -> tuple[Policy, Rollout]:
+    """A model to be trained by DWRL: a folder, or a shape. What writes thoughts to train on, too."""
+    method, judging = loaded(source, **dict.fromkeys(("learning_rate", *RATES), RATE))
+    model = judging.runtime.model.train()
+    optimizers = Optimizers(model, method, method.config, total=1)
+    return Policy(judging.runtime, optimizers), Rollout(method, judging)
+
+
+if __name__ == "__main__":
+    main()

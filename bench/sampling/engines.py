@@ -1,0 +1,146 @@
+"""What writes the thoughts that are timed: our two samplers, and TRL's GRPOTrainer."""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+from bench.harness import peak_memory, timed
+from bench.training.trl_update import grpo_trainer
+from bench.training.update import as_hugging_face, powers
+from dwrl_fast.sampling import Limits, Sampler, TransformersSampler, TreeSampler
+from dwrl_fast.scoring import Runtime
+
+DRAWN: dict[str, Any] = {
+    "model_type": "llama", "vocab_size": 1024, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+class Work(NamedTuple):
+    """`n` thoughts of exactly `tokens` tokens for each context: what ends a thought is an id that no model writes, so
+    that looking for it takes the time it always takes.
+    """
+
+    contexts: list[list[int]]
+    n: int
+    tokens: int
+
+    @property
+    def written(self) -> int:
+        """Tokens, of all thoughts."""
+        return len(self.contexts) * self.n * self.tokens
+
+    def check(self, lengths: list[int]) -> None:
+        """ValueError unless these are the lengths of all thoughts."""
+        if lengths != [self.tokens] * (len(self.contexts) * self.n):
+            raise ValueError(f"{len(lengths)} thoughts of {min(lengths)} to {max(lengths)} tokens in place of {self}")
+
+
+class Engine(NamedTuple):
+    """One way to write them. run: the seconds that it took. peak: bytes that it held beyond what it held before."""
+
+    note: str
+    run: Callable[[], float]
+    peak: Callable[[], int | None]
+
+
+def engine(write: Callable[[], list[int]], work: Work, note: str) -> Engine:
+    """Of a function in this process that gives the lengths of the thoughts which it wrote."""
+
+    def checked() -> None:
+        work.check(write())
+
+    return Engine(note, partial(timed, checked), partial(peak_memory, checked))
+
+
+def of_sampler(sampler: Sampler, work: Work, note: str) -> Engine:
+    """Of one of ours."""
+
+    def write() -> list[int]:
+        found = sampler.sample(work.contexts, work.n, max_tokens=work.tokens, temperature=1.0, seed=0)
+        return [len(thought.ids) for some in found for thought in some]
+
+    return engine(write, work, note)
+
+
+def never(runtime: Runtime) -> int:
+    """The id that ends a thought and that the model cannot write."""
+    return int(runtime.model.lm.config.vocab_size)
+
+
+def plain_sampler(runtime: Runtime, batch_size: int) -> TransformersSampler:
+    """The plain loop."""
+    return TransformersSampler(runtime.model.lm, [never(runtime)], runtime.dialog.pad_id, batch_size=batch_size)
+
+
+def default_limits(runtime: Runtime) -> Limits:
+    """Those of a run that does not say."""
+    assert isinstance(runtime.sampler, TreeSampler)
+    return runtime.sampler.limits
+
+
+def tree_sampler(runtime: Runtime) -> TreeSampler:
+    """The sampler over a shared cache."""
+    limits, budget = default_limits(runtime), runtime.layout.token_budget
+    return TreeSampler(runtime.model, [never(runtime)], limits=limits, token_budget=budget)
+
+
+def plain(runtime: Runtime, work: Work) -> Iterator[Engine]:
+    """The plain loop with 32, 64 ... thoughts at once."""
+    rows = len(work.contexts) * work.n
+    for size in powers(min(32, rows), rows):
+        yield of_sampler(plain_sampler(runtime, size), work, f"{size} thoughts at once")
+
+
+def generation_trainer(runtime: Runtime, n: int, tokens: int, **options: Any) -> Any:
+    """A GRPOTrainer that writes `n` thoughts of `tokens` tokens. options: of its configuration."""
+    stop = never(runtime)
+    trainer = grpo_trainer(
+        as_hugging_face(runtime.model.lm),
+        num_generations=n,
+        max_completion_length=tokens,
+        generation_kwargs={"eos_token_id": stop},
+        **options,
+    )
+    trainer.eos_token_ids = [stop]
+    return trainer
+
+
+def trl(runtime: Runtime, work: Work, cache: str | None) -> Iterator[Engine]:
+    """GRPOTrainer's own generation, with transformers' `generate`: batches of 32, 64 ... thoughts. Contexts come sorted
+    by length, so that few are padded.
+    """
+    rows = [ids for ids in work.contexts for _ in range(work.n)]  # as its sampler of prompts repeats them
+    trainer = generation_trainer(runtime, work.n, work.tokens, cache_implementation=cache)
+    for size in powers(min(32, len(rows)), len(rows)):
+        note = f"{size} thoughts a call, {cache or 'dynamic'} cache"
+        yield engine(partial(_generate, trainer, rows, work.n, size), work, note)
+
+
+def _generate(trainer: Any, rows: list[list[int]], n: int, size: int) -> list[int]:
+    found: list[int] = []
+    for i in range(0, len(rows), size):
+        completions, _ = trainer._generate_single_turn(rows[i : i + size], None, {}, n)
+        found += map(len, completions)
+    return found
+
+
+def fastest(*ladders: Iterator[Engine]) -> Engine:
+    """The one that takes least, each run once and the very first once more before; a ladder ends where it no longer
+    gains.
+    """
+    best: tuple[float, Engine] | None = None
+    for ladder in ladders:
+        least = math.inf
+        for each in ladder:
+            if best is None:
+                each.run()
+            taken = each.run()
+            if taken >= least:
+                break
+            least = taken
+            if best is None or taken < best[0]:
+                best = (taken, each)
+    assert best is not None
+    return best[1]

@@ -1,0 +1,92 @@
+"""vLLM beside us: a process of its own, of a Python that has it, which loads a model once and answers requests."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from bench.sampling.engines import Engine, Work
+
+ROOT = Path(__file__).parents[2]
+LONGEST = 1024  # tokens of a text
+CACHE_GIB = 4
+
+
+class Vllm:
+    """A running vLLM. threads: of PyTorch's own operators; None: what vLLM chooses. Its kernels run on all cores that
+    `torch` here is given, either way.
+    """
+
+    def __init__(self, python: str, model: Path, threads: int | None, log: IO[bytes]):
+        self.note = f"vLLM's threads for PyTorch{'' if threads is None else f': {threads}'}"
+        environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": str(CACHE_GIB), "HF_HUB_OFFLINE": "1"}
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = _cores(torch.get_num_threads())
+        if threads is not None:
+            environment["OMP_NUM_THREADS"] = str(threads)
+        openmp = Path(python).parent.parent / "lib" / "libiomp5.so"
+        if openmp.is_file():  # vLLM's manual asks for it
+            environment["LD_PRELOAD"] = str(openmp)
+        self.process = subprocess.Popen(
+            [python, "-m", "bench.sampling.vllm_worker", str(model.resolve()), str(LONGEST)],
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+        )
+        self._read()
+
+    def _read(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"vLLM ended with {self.process.wait()}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def ask(self, work: Work, *, peak: bool) -> dict[str, Any]:
+        """What the worker answers."""
+        assert self.process.stdin is not None
+        request = {"prompts": work.contexts, "n": work.n, "tokens": work.tokens, "peak": peak}
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        return self._read()
+
+    def engine(self, work: Work) -> Engine:
+        """Its seconds are taken in its own process, without the way there and back."""
+
+        def run() -> float:
+            answer = self.ask(work, peak=False)
+            work.check(answer["lengths"])
+            return float(answer["seconds"])
+
+        return Engine(self.note, run, lambda: self.ask(work, peak=True)["peak"])
+
+    def close(self) -> None:
+        """Ends the process."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def fastest_vllm(python: str, model: Path, work: Work, log: IO[bytes]) -> Vllm:
+    """Of its own choice of threads and of ours, what takes less, each run once after a run that warms up."""
+    best: tuple[float, Vllm] | None = None
+    for threads in (None, torch.get_num_threads()):
+        found = Vllm(python, model, threads, log)
+        found.ask(work, peak=False)
+        taken = found.engine(work).run()
+        slower = found if best is not None and best[0] <= taken else best and best[1]
+        if slower is not found:
+            best = (taken, found)
+        if slower is not None:
+            slower.close()
+    assert best is not None
+    return best[1]
+
+
+def _cores(count: int) -> str:
+    return ",".join(map(str, sorted(os.sched_getaffinity(0))[:count]))
