@@ -136,6 +136,7 @@ class TreeSampler:
         finally:
             lm.train(training)
 
+    @torch.no_grad()
     def block_bytes(self) -> int:
         """What one block takes in all layers, which one token's pass through the model shows."""
         cache, device = Cache(1), self.model.lm.device
