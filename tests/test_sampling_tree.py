@@ -102,7 +102,7 @@ def test_ten_thousand_short_thoughts_follow_the_exact_probabilities() -> None:
         first = (lm(torch.tensor([context])).logits[0, -1] / 0.6).softmax(-1)
         rows = torch.tensor([[*context, i] for i in range(len(first))])
         second = (lm(rows).logits[:, -1] / 0.6).softmax(-1)
-    exact = {(i,): first[i].item() for i in stops}
+    exact: dict[tuple[int, ...], float] = {(i,): first[i].item() for i in stops}
     exact |= {
         (i, j): (first[i] * second[i, j]).item() for i in range(len(first)) if i not in stops for j in range(len(first))
     }
