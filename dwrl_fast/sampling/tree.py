@@ -26,6 +26,8 @@ from dwrl_fast.sampling.draws import logprobs_at, pick
 from dwrl_fast.sampling.prefixes import Prefix, prefix_tree
 from dwrl_fast.sampling.sampler import Limits, Rating, request_key
 
+MULTIPLE = {"cuda": 64}  # of it there are new tokens and tiles in a step: few shapes, so that graphs can be captured
+
 
 class Writer(Protocol):
     """A `GenerativeModel`, of which the room below must not know."""
@@ -164,6 +166,7 @@ class _Sampling:
         self.progress, self.rating = progress, rating
         self.model, self.device = sampler.model, sampler.model.lm.device
         self.ends = prefix_tree(contexts)
+        self.multiple = MULTIPLE.get(self.device.type, 1)
         self.runs: dict[Prefix, _Prefix] = {}  # those in the cache, in depth-first order
         order = sorted(range(len(contexts)), key=lambda c: self.ends[c].number)
         self.waiting = deque((c, i) for c in order for i in range(n))
@@ -275,6 +278,11 @@ class _Sampling:
                 see(thought, start)
         while above:
             see(*above.pop())
+        empty = -len(ids) % self.multiple
+        ids += [0] * empty
+        position += [0] * empty
+        slot += [-1] * empty  # kept nowhere
+        tiles += [(0, 0, 1, 0, 0)] * (-len(tiles) % self.multiple)  # seen by none
         return ids, position, slot, tiles, last
 
     def _draw(self, thoughts: list[_Thought]) -> None:
