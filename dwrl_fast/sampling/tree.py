@@ -34,9 +34,11 @@ class Writer(Protocol):
 
     lm: Any
 
-    def states(self, ids: Tensor, positions: Tensor, plan: CachedPlan) -> Tensor: ...
+    def states(self, ids: Tensor, positions: Tensor, plan: CachedPlan) -> Tensor:
+        """[Q, H] of new tokens."""
 
-    def head(self, score: Tensor, token: Tensor) -> Any: ...
+    def head(self, score: Tensor, token: Tensor) -> Any:
+        """`HeadInputs` over hidden states."""
 
 
 @dataclass(eq=False, slots=True)
