@@ -230,7 +230,7 @@ class _Sampling:
             states = self.model.states(torch.tensor(ids, device=self.device), plan.step.position, plan)
             for run in self.runs.values():
                 if run.state is None and run.pending == 0 and run.thoughts:
-                    run.state = states[last[run]]
+                    run.state = states[last[run]].clone()  # a view would keep the whole pass's states
         finished = [thought for thought in self.writing if thought.finished]
         drawing = []
         for thought in self.writing:
