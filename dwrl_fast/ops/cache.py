@@ -48,11 +48,17 @@ def cache_attention(
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise UserError(f"{name}: a cache takes no gradient; call it under torch.no_grad(), or use tree_attention")
     for label, x, shape in zip(("keys", "values"), (keys, values), cache_shapes(k.shape[1], k.shape[2]), strict=True):
-        if x.shape[1:] != shape or x.dtype != q.dtype or x.device != q.device:
+        if x.shape[1:] != shape or x.dtype != q.dtype or x.device != q.device or not x.is_contiguous():
             raise UserError(
-                f"{name}: {label} is {x.dtype} {list(x.shape)} on {x.device}; expected {q.dtype} [blocks, "
+                f"{name}: {label} is {x.dtype} {list(x.shape)} on {x.device}; expected contiguous {q.dtype} [blocks, "
                 f"{', '.join(map(str, shape))}] on {q.device}"
             )
+    if len(keys) != len(values):
+        raise UserError(f"{name}: values has {len(values)} blocks, keys {len(keys)}")
+    of_step = [len(q)], [len(q)], [*step.tiles.shape[:1], 5]
+    for label, x, sizes in zip(step._fields, step, of_step, strict=True):
+        if list(x.shape) != sizes or x.dtype != torch.int64 or not x.is_contiguous():
+            raise UserError(f"{name}: step.{label} is {x.dtype} {list(x.shape)}; expected contiguous int64 {sizes}")
     chosen = choose_backend(backend, name, q)
     if chosen == "reference":
         return oracle.cache_attention(q, k, v, keys, values, step, scale=scale, softcap=softcap, window=window)
