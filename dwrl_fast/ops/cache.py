@@ -5,7 +5,7 @@ from torch import Tensor
 
 from dwrl_fast.errors import UserError
 from dwrl_fast.ops import extension, oracle
-from dwrl_fast.ops.attention import check_attention
+from dwrl_fast.ops.attention import check_attention, check_channels
 from dwrl_fast.ops.backend import autocast, choose_backend
 from dwrl_fast.ops.oracle import CacheStep
 
@@ -65,9 +65,32 @@ def cache_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     softcap = None if softcap is None else float(softcap)
     if chosen == "triton":
-        raise NotImplementedError
+        return _blocked(q, k, v, keys, values, step, scale, softcap, window)
     found: Tensor = torch.ops.dwrl_fast.cache_attention_(q, k, v, keys, values, *step, scale, softcap, window)
     return found
+
+
+@torch.compiler.disable
+def _blocked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    step: CacheStep,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> Tensor:
+    """By the Triton kernels, without waiting for the device. A step on the CPU is copied there."""
+    from dwrl_fast.kernels import cache
+
+    check_channels("cache_attention", q)
+    if len(q) == 0:
+        return q.new_empty(q.shape)
+    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    there = (x.to(q.device, non_blocking=True) for x in step)
+    return cache.attend(q, k, v, keys, values, *there, cache.sizes(q.dtype, q.shape[2]), scale, softcap, window)
 
 
 if extension.problem() is None:
