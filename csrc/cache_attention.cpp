@@ -1,13 +1,12 @@
 // Operator `cache_attention_`: what it checks, which queries see which tiles, and who computes which.
 
+#include "attention_heads.h"
 #include "cache_attention.h"
 #include "dispatch.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <torch/library.h>
 
-#include <atomic>
 #include <optional>
 
 #define ROW_PASS_NAMESPACE baseline
@@ -62,27 +61,12 @@ void check_plan(const int64_t* slot, int64_t tokens, const CacheTile* tiles, int
 
 std::vector<std::vector<int64_t>> seen_by(const CacheTile* tiles, int64_t count, int64_t tokens, int64_t query_tokens) {
   std::vector<std::vector<int64_t>> seen((tokens + query_tokens - 1) / query_tokens);
-  for (int64_t i = 0; i < count; ++i)
+  for (int64_t i = 0; i < count; ++i) {
+    if (tiles[i].start == tiles[i].stop) continue;  // seen by nobody
     for (int64_t b = tiles[i].start / query_tokens; b * query_tokens < tiles[i].stop; ++b) seen[b].push_back(i);
+  }
   return seen;
 }
-
-// `heads` x `count` pieces, each by whichever thread is free: nothing is summed across them.
-template <typename Make>
-void share(int64_t heads, int64_t count, Make make) {
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(heads * count, at::get_num_threads()), 1, [&](int64_t, int64_t) {
-    const Work work = make();
-    for (int64_t i = next++; i < heads * count; i = next++) work(i % heads, i / heads);
-  });
-}
-
-template <typename scalar_t>
-Heads<const scalar_t> heads_of(const Tensor& x) {
-  return {x.const_data_ptr<scalar_t>(), x.stride(0), x.stride(1)};
-}
-
-Tensor dense(const Tensor& x) { return x.stride(2) == 1 || x.size(2) == 1 ? x : x.contiguous(); }
 
 Tensor cache_attention_(
     const Tensor& q_any, const Tensor& k_any, const Tensor& v_any, const Tensor& keys, const Tensor& values, const Tensor& position,
@@ -99,7 +83,7 @@ Tensor cache_attention_(
   const int64_t *places = counts(position, {tokens}, "position"), *slots = counts(slot, {tokens}, "slot");
   const auto* read = reinterpret_cast<const CacheTile*>(counts(tiles, {tiles.size(0), 5}, "tiles"));
   check_plan(slots, tokens, read, tiles.size(0), blocks);
-  const Tensor q = dense(q_any), k = dense(k_any), v = dense(v_any), out = at::empty(q.sizes(), q.options());
+  const Tensor q = dense_rows(q_any), k = dense_rows(k_any), v = dense_rows(v_any), out = at::empty(q.sizes(), q.options());
   const int64_t group = q.size(1) / heads, query_tokens = std::max<int64_t>(1, kRows / group);
   const auto seen = seen_by(read, tiles.size(0), tokens, query_tokens);
   dispatch(passes(), q, "q", [&](const auto& pass, auto scalar, auto real) {
@@ -107,9 +91,8 @@ Tensor cache_attention_(
     using real_t = decltype(real);
     const CacheAttention<scalar_t, real_t> a{
         tokens, query_tokens, group, dim, values.size(3), heads, static_cast<real_t>(scale), static_cast<real_t>(softcap.value_or(0)),
-        window.value_or(0), heads_of<scalar_t>(q), heads_of<scalar_t>(k), heads_of<scalar_t>(v),
-        {out.mutable_data_ptr<scalar_t>(), out.stride(0), out.stride(1)}, keys.mutable_data_ptr<scalar_t>(),
-        values.mutable_data_ptr<scalar_t>(), places, slots, read, seen};
+        window.value_or(0), read_heads<scalar_t>(q), read_heads<scalar_t>(k), read_heads<scalar_t>(v),
+        write_heads<scalar_t>(out), keys.mutable_data_ptr<scalar_t>(), values.mutable_data_ptr<scalar_t>(), places, slots, read, seen};
     share(heads, tokens, [&] { return pass.work(a).keep; });
     share(heads, static_cast<int64_t>(seen.size()), [&] { return pass.work(a).run; });
   });

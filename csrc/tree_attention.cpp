@@ -1,13 +1,11 @@
 // Operators `tree_attention` and `tree_attention_backward`: what they check, how a tree is cut into segments, and who computes which.
 
+#include "attention_heads.h"
 #include "dispatch.h"
-#include "tree_attention.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <torch/library.h>
 
-#include <atomic>
 #include <optional>
 
 #define ROW_PASS_NAMESPACE baseline
@@ -85,20 +83,7 @@ void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v) {
   check(v, q, k.size(1), "v");
 }
 
-// Rows of a head must be dense; the rest is read where it lies.
-Tensor dense_rows(const Tensor& x) { return x.stride(2) == 1 || x.size(2) == 1 ? x : x.contiguous(); }
-
-template <typename scalar_t>
-Heads<const scalar_t> read_heads(const Tensor& x) {
-  return {x.const_data_ptr<scalar_t>(), x.stride(0), x.stride(1)};
-}
-
-template <typename scalar_t>
-Heads<scalar_t> write_heads(const Tensor& x) {
-  return {x.mutable_data_ptr<scalar_t>(), x.stride(0), x.stride(1)};
-}
-
-// Heads and segments, the longest first, each by whichever thread is free: nothing is summed across them.
+// The longest segments first.
 template <typename Make>
 void run(const Tree& tree, int64_t heads, Make make) {
   std::vector<int64_t> order(tree.segments.size());
@@ -106,11 +91,8 @@ void run(const Tree& tree, int64_t heads, Make make) {
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
     return tree.segments[a].size() > tree.segments[b].size();
   });
-  const int64_t tasks = heads * static_cast<int64_t>(order.size());
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t, int64_t) {
-    const Work work = make();
-    for (int64_t i = next++; i < tasks; i = next++) work(i % heads, order[i / heads]);
+  share(heads, static_cast<int64_t>(order.size()), [&]() -> Work {
+    return [&order, work = make()](int64_t head, int64_t i) { work(head, order[i]); };
   });
 }
 

@@ -72,16 +72,17 @@ def double(x: dict[str, Tensor]) -> dict[str, Tensor]:
     return {n: y.detach().double().requires_grad_(y.requires_grad) for n, y in x.items()}
 
 
-def bounds(x: dict[str, Tensor], plan: Plan, **options: Any) -> Bounds:
-    """What `results` finds, with the error that each number may have: the definition and its derivative, by heads.
+def attended(x: dict[str, Tensor], plan: Plan, **options: Any) -> tuple[Rounded, Rounded, Rounded, Rounded, Rounded]:
+    """[Hq, U, D] what the definition gives, with the error that each number may have; and by heads the keys and values,
+    the weights, and the slope of the logits.
 
-    q's dtype enters at the logits (of plain PyTorch), at the weights where they meet v and at the gradients of both
-    where they meet q, k and out (of CUDA's kernels), and at what leaves. All between is wide.
+    q's dtype enters at the logits (of plain PyTorch), at the weights where they meet v (of CUDA's kernels), and at what
+    leaves. All between is wide.
     """
-    narrow, heads, keys = x["q"].dtype, x["q"].shape[1], x["k"].shape[1]
+    narrow, group = x["q"].dtype, x["q"].shape[1] // x["k"].shape[1]
     scale = options.get("scale") or x["q"].shape[-1] ** -0.5
-    q, k, v, grad = (Rounded.given(x[n].transpose(0, 1), wide(narrow)) for n in ("q", "k", "v", "grad"))
-    k, v = (y.moved(lambda z: z.repeat_interleave(heads // keys, 0)) for y in (k, v))
+    q, k, v = (Rounded.given(x[n].transpose(0, 1), wide(narrow)) for n in "qkv")
+    k, v = (y.moved(lambda z: z.repeat_interleave(group, 0)) for y in (k, v))
     logits = product(q, k.moved(lambda z: z.mT), narrow, pieces=False) * scale
     slope = logits * 0 + 1
     if options.get("softcap"):
@@ -91,7 +92,18 @@ def bounds(x: dict[str, Tensor], plan: Plan, **options: Any) -> Bounds:
     logits.value.masked_fill_(hidden, -1e4)
     logits.error.masked_fill_(hidden, 0)
     p = logits.log_softmax().exp()
-    out = product(p.narrowed(narrow), v, narrow)
+    return product(p.narrowed(narrow), v, narrow), k, v, p, slope
+
+
+def bounds(x: dict[str, Tensor], plan: Plan, **options: Any) -> Bounds:
+    """What `results` finds, with the error that each number may have: the definition and its derivative, by heads.
+
+    Of the derivative, q's dtype also enters at the gradients of logits and weights where they meet q, k and out.
+    """
+    narrow, keys = x["q"].dtype, x["k"].shape[1]
+    scale = options.get("scale") or x["q"].shape[-1] ** -0.5
+    out, k, v, p, slope = attended(x, plan, **options)
+    q, grad = (Rounded.given(x[n].transpose(0, 1), wide(narrow)) for n in ("q", "grad"))
     d_p = product(grad, v.moved(lambda z: z.mT), narrow, pieces=False)
     d_logits = (p * (d_p - (grad * out).sum(-1)[..., None]) * slope).narrowed(narrow) * scale
     back = d_logits.moved(lambda z: z.mT), p.narrowed(narrow).moved(lambda z: z.mT)

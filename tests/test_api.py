@@ -94,7 +94,9 @@ def test_a_score_does_not_depend_on_what_is_beside_it(folder: Path, name: str, p
 
 
 def test_many_responses_of_a_prompt_take_several_passes(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Together as far as the budget goes, whatever is thought; a group past it would be one pass all the same."""
+    """Where scores take a pass of their own: together as far as the budget goes, whatever is thought; a group past it
+    would be one pass all the same.
+    """
     scorer = scorer_of(folder, "dwrl", token_budget=64)
     sizes: list[int] = []
     responses = [f"{i} {j}" for i in range(6) for j in range(4)]
@@ -107,6 +109,7 @@ def test_many_responses_of_a_prompt_take_several_passes(folder: Path, caplog: py
 
     with caplog.at_level(logging.WARNING, "dwrl_fast"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(Layout, "batches", watched)
+        patch.setattr("dwrl_fast.sampling.groups.RatingSampler", type(None))  # no sampler rates
         scorer.score(["3 5 0"] * len(responses), responses, votes=3)
     assert "exceeds" not in caplog.text and len(sizes) > 3 and max(sizes) <= 64
 

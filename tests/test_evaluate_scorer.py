@@ -54,7 +54,7 @@ def test_a_report_has_the_scores_of_the_public_class(
     scorer = Scorer.from_pretrained(model, dtype="fp32")
     if name in ("judge", "grpo-point"):
         says = FakeSampler(scorer.dialog, said)
-        monkeypatch.setattr("dwrl_fast.scoring.runtime.TransformersSampler", lambda *args, **options: says)
+        monkeypatch.setattr("dwrl_fast.scoring.runtime.TreeSampler", lambda *args, **options: says)
         scorer = Scorer.from_pretrained(model, dtype="fp32")
     lines = evaluated(folder, model, tmp_path / "out", "--generation_batch_size", "3")
     rows = tiny_rows(folder)

@@ -45,12 +45,12 @@ def run_under(instructions: str, names: tuple[str, ...], selected: str, capsys: 
 @pytest.mark.parametrize("instructions", LOWERED)
 def test_some_of_the_operators_tests(instructions: str, capsys: pytest.CaptureFixture[str]) -> None:
     selected = "(test_trees and forest) or (test_shapes and 4099)"
-    run_under(instructions, ("accuracy", "attention"), selected, capsys)
+    run_under(instructions, ("accuracy", "attention", "cache"), selected, capsys)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("instructions", LOWERED)
 def test_all_of_the_operators_tests(instructions: str, capsys: pytest.CaptureFixture[str]) -> None:
     """All but those that compile, for which instructions make no difference."""
-    names = ("accuracy", "attention", "contract", "edges", "weights")
+    names = ("accuracy", "attention", "cache", "contract", "edges", "weights")
     run_under(instructions, names, "not compile and not opcheck", capsys)

@@ -42,16 +42,27 @@ def arguments(name: str) -> Any:
         "logprob_rows_grad_": [(raw.logprob_rows_grad_.default, (z, t, a, w, *scaling))],
         "policy_loss_rows": [(raw.policy_loss_rows.default, (old, old - 0.1, a, w, old, -old, *rule))],
         "gumbel_pick": [(raw.gumbel_pick.default, (z.log_softmax(-1), torch.arange(T), torch.arange(T)))],
+        "cache_attention_": [
+            (raw.cache_attention_.default, (z[:4, :32].view(4, 4, 8), *z[:2, :64].view(2, 4, 2, 8), *cache(), *given))
+            for given in ((0.3, None, None), (0.3, 5.0, 2))
+        ],
         "yes_no_scores_backward": [
             (yes_no._scores_backward, (a, torch.stack([a, w], 1), *head, 3, 5, True, True, True))
         ],
     }[name]
 
 
+def cache() -> tuple[torch.Tensor, ...]:
+    """Two blocks of two heads of 8 channels, and a step of 4 tokens, of which the last is not kept."""
+    keys, values = (torch.zeros(2, *shape) for shape in ops.cache_shapes(2, 8))
+    slot = torch.tensor([64, 65, 66, -1])
+    return keys, values, torch.arange(4), slot, torch.tensor([[1, 0, 3, 0, 4]])
+
+
 ROW_PASS = ["policy_rows_", "logprob_rows_", "logprob_rows_grad_", "policy_loss_rows"]
 NAMES = [
     "linear_policy_loss", "policy_loss", "linear_logprob", "linear_logprob_backward", "yes_no_scores_backward",
-    "gumbel_pick", *ROW_PASS,
+    "gumbel_pick", "cache_attention_", *ROW_PASS,
 ]  # fmt: skip
 
 

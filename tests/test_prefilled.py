@@ -15,7 +15,7 @@ from tiny import tiny_config, tiny_rows
 from dwrl_fast import Scorer, evaluate, train
 from dwrl_fast.config import TrainConfig, parse_evaluate
 from dwrl_fast.errors import ConfigError, ModelError
-from dwrl_fast.sampling.transformers import TransformersSampler
+from dwrl_fast.sampling import TreeSampler
 from dwrl_fast.scoring import marginal_scores
 from dwrl_fast.scoring.loading import load_dialog
 from dwrl_fast.training.policy import PREFILLED
@@ -60,12 +60,12 @@ def test_the_head_reads_a_greedy_thought_of_the_base_model(folder: Path) -> None
 def test_thoughts_are_written_once_and_stay(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[int] = []
 
-    class Counted(TransformersSampler):
+    class Counted(TreeSampler):
         def sample(self, contexts: Any, *args: Any, **options: Any) -> Any:
             written.append(len(contexts))
             return super().sample(contexts, *args, **options)
 
-    monkeypatch.setattr("dwrl_fast.scoring.runtime.TransformersSampler", Counted)
+    monkeypatch.setattr("dwrl_fast.scoring.runtime.TreeSampler", Counted)
     first = go(folder)
     before = kept(folder / "run")
     assert len({row["context"] for row in before}) == len(before) == sum(written) <= 24

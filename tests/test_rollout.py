@@ -1,5 +1,6 @@
 """Sampling is from the model's own distribution and nothing else, and what it records is what the trainer computes."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,10 +12,10 @@ from dwrl_fast.batching.padded import padded_batch
 from dwrl_fast.data import Preference
 from dwrl_fast.dialog import Dialog
 from dwrl_fast.encode import Group, Thought, response_requests
+from dwrl_fast.models.backbone import attend_over_trees
 from dwrl_fast.ops import linear_logprob
-from dwrl_fast.sampling import sample_groups
+from dwrl_fast.sampling import Limits, Sampler, TransformersSampler, TreeSampler, sample_groups
 from dwrl_fast.sampling.sampler import request_key
-from dwrl_fast.sampling.transformers import TransformersSampler
 
 ROWS = [
     Preference(({"role": "user", "content": "3 1 4"},), ("6", "2 2 2 2"), source="x:1"),
@@ -23,9 +24,25 @@ ROWS = [
 ]
 
 
-def sampler(batch_size: int = 64, seed: int = 0) -> TransformersSampler:
+Make = Callable[..., Any]
+
+
+def tree_sampler(batch_size: int = 64, token_budget: int = 10**6, cache_gib: float = 1.0) -> TreeSampler:
+    model = tiny_model()
+    attend_over_trees(model.lm)
+    limits = Limits(batch_size, cache_gib)
+    return TreeSampler(model, tiny_dialog().stop_ids, limits=limits, token_budget=token_budget)
+
+
+def plain_sampler(batch_size: int = 64) -> TransformersSampler:
     dialog = tiny_dialog()
-    return TransformersSampler(tiny_model(seed).lm, dialog.stop_ids, dialog.pad_id, batch_size=batch_size)
+    return TransformersSampler(tiny_model().lm, dialog.stop_ids, dialog.pad_id, batch_size=batch_size)
+
+
+@pytest.fixture(params=[plain_sampler, tree_sampler], ids=["one by one", "over a cache"])
+def sampler(request: pytest.FixtureRequest) -> Make:
+    """What makes an engine, of whatever kind."""
+    return request.param  # type: ignore[no-any-return]
 
 
 def contexts() -> list[list[int]]:
@@ -33,22 +50,22 @@ def contexts() -> list[list[int]]:
     return [dialog.context(row.prompt, response).ids for row in ROWS for response in row.responses]
 
 
-def sample(engine: TransformersSampler, n: int = 12, temperature: float = 1.0, seed: int = 0) -> list[list[Thought]]:
+def sample(engine: Sampler, n: int = 12, temperature: float = 1.0, seed: int = 0) -> list[list[Thought]]:
     return engine.sample(contexts(), n, max_tokens=7, temperature=temperature, seed=seed)
 
 
-def sampled(rows: list[Preference], dialog: Dialog, engine: TransformersSampler, n: int, **how: Any) -> list[Group]:
+def sampled(rows: list[Preference], dialog: Dialog, engine: Sampler, n: int, **how: Any) -> list[Group]:
     return sample_groups(response_requests(rows, dialog), dialog, engine, n, **how)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
-def test_logprobs_are_those_of_the_whole_sequence(temperature: float) -> None:
+def test_logprobs_are_those_of_the_whole_sequence(sampler: Make, temperature: float) -> None:
     """Of a padded, cached, shrinking batch against one plain forward a thought."""
-    engine = sampler()
+    engine, lm = sampler(), tiny_model().lm
     ended = set()
     for context, thoughts in zip(contexts(), sample(engine, temperature=temperature), strict=True):
         for thought in thoughts:
-            logits = engine.lm(torch.tensor([context + thought.ids])).logits[0, len(context) - 1 : -1]
+            logits = lm(torch.tensor([context + thought.ids])).logits[0, len(context) - 1 : -1]
             logp = (logits / (temperature or 1.0)).log_softmax(-1)
             expected = logp.gather(-1, torch.tensor(thought.ids)[:, None]).squeeze(-1)
             torch.testing.assert_close(torch.tensor(thought.logprobs), expected, rtol=0, atol=2e-5)
@@ -62,7 +79,7 @@ def test_logprobs_are_those_of_the_whole_sequence(temperature: float) -> None:
     )
 
 
-def test_what_is_recorded_is_what_the_trainer_computes() -> None:
+def test_what_is_recorded_is_what_the_trainer_computes(sampler: Make) -> None:
     engine, dialog, model = sampler(), tiny_dialog(), tiny_model()
     groups = sampled(ROWS, dialog, engine, 4, max_tokens=7, temperature=0.7, seed=0)
     batch = padded_batch(groups, dialog.pad_id, torch.device("cpu"))
@@ -73,17 +90,18 @@ def test_what_is_recorded_is_what_the_trainer_computes() -> None:
 
 
 @pytest.mark.parametrize("poison", [{"top_k": 1}, {"top_p": 0.1}, {"repetition_penalty": 3.0}, {"min_p": 0.5}])
-def test_generation_config_changes_nothing(poison: dict[str, float]) -> None:
+def test_generation_config_changes_nothing(sampler: Make, poison: dict[str, float]) -> None:
     engine, poisoned = sampler(), sampler()
-    poisoned.lm.generation_config = GenerationConfig(do_sample=True, temperature=0.1, forced_eos_token_id=3, **poison)
+    lm = poisoned.model.lm if isinstance(poisoned, TreeSampler) else poisoned.lm
+    lm.generation_config = GenerationConfig(do_sample=True, temperature=0.1, forced_eos_token_id=3, **poison)
     assert sample(engine) == sample(poisoned)
 
 
-def test_first_tokens_follow_the_softmax() -> None:
+def test_first_tokens_follow_the_softmax(sampler: Make) -> None:
     engine, n = sampler(batch_size=20_000), 20_000
     context = contexts()[0]
     first = torch.tensor([t.ids[0] for t in engine.sample([context], n, max_tokens=1, temperature=0.5, seed=1)[0]])
-    logits = engine.lm(torch.tensor([context])).logits[0, -1]
+    logits = tiny_model().lm(torch.tensor([context])).logits[0, -1]
     expected = (logits / 0.5).softmax(-1).detach() * n
     seen = torch.bincount(first, minlength=len(expected)).float()
     common = expected > 5
@@ -93,12 +111,12 @@ def test_first_tokens_follow_the_softmax() -> None:
     assert seen[~common].sum() <= expected[~common].sum() + 20
 
 
-def test_batches_change_no_greedy_thought() -> None:
+def test_batches_change_no_greedy_thought(sampler: Make) -> None:
     whole, small = sample(sampler(), 1, 0.0), sample(sampler(batch_size=2), 1, 0.0)
     assert [t.ids for [t] in whole] == [t.ids for [t] in small]
 
 
-def test_a_thought_does_not_depend_on_the_batch() -> None:
+def test_a_thought_does_not_depend_on_the_batch(sampler: Make) -> None:
     """On its size, its order, or what else is asked. Products round differently there, so one of 72 may turn out
     another; those that are the same have the same log-probs.
     """
@@ -115,7 +133,7 @@ def test_a_thought_does_not_depend_on_the_batch() -> None:
             assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5) and a.ended == b.ended
 
 
-def test_thoughts_about_one_context_differ_from_one_another() -> None:
+def test_thoughts_about_one_context_differ_from_one_another(sampler: Make) -> None:
     for thoughts in sample(sampler()):
         assert len({tuple(thought.ids) for thought in thoughts}) > 6
 
@@ -127,11 +145,11 @@ def test_keys_follow_seed_context_and_index() -> None:
     assert keys == [request_key(seed, tuple(context), index) for seed, context, index in asked]
 
 
-def test_a_seed_repeats_itself_and_another_does_not() -> None:
+def test_a_seed_repeats_itself_and_another_does_not(sampler: Make) -> None:
     assert sample(sampler(), seed=3) == sample(sampler(), seed=3) != sample(sampler(), seed=4)
 
 
-def test_thoughts_stand_in_the_sequence_as_sampled() -> None:
+def test_thoughts_stand_in_the_sequence_as_sampled(sampler: Make) -> None:
     dialog = tiny_dialog()
     groups = sampled(ROWS, dialog, sampler(), 3, max_tokens=5, temperature=1.0, seed=0)
     drawn = iter(sampler().sample(contexts(), 3, max_tokens=5, temperature=1.0, seed=0))
@@ -142,7 +160,7 @@ def test_thoughts_stand_in_the_sequence_as_sampled() -> None:
                 assert one.logprobs == pytest.approx(thought.logprobs)
 
 
-def test_groups_of_any_shape_share_a_batch() -> None:
+def test_groups_of_any_shape_share_a_batch(sampler: Make) -> None:
     """K = 3 beside K = 2, and thoughts missing: the grid masks what is not there."""
     dialog = tiny_dialog()
     groups = sampled(ROWS, dialog, sampler(), 2, max_tokens=3, temperature=1.0, seed=0)
@@ -156,7 +174,7 @@ def test_groups_of_any_shape_share_a_batch() -> None:
     assert len(batch.score_rows) == 21
 
 
-def test_rows_for_the_head_are_the_right_ones() -> None:
+def test_rows_for_the_head_are_the_right_ones(sampler: Make) -> None:
     dialog = tiny_dialog()
     groups = sampled(ROWS, dialog, sampler(), 2, max_tokens=4, temperature=1.0, seed=0)
     batch = padded_batch(groups, dialog.pad_id, torch.device("cpu"))
@@ -170,7 +188,7 @@ def test_rows_for_the_head_are_the_right_ones() -> None:
     assert torch.bincount(batch.segment_ids).tolist() == batch.lengths.tolist()
 
 
-def test_padding_changes_no_hidden_state() -> None:
+def test_padding_changes_no_hidden_state(sampler: Make) -> None:
     dialog, model = tiny_dialog(), tiny_model()
     groups = sampled(ROWS, dialog, sampler(), 2, max_tokens=4, temperature=1.0, seed=0)
     with torch.no_grad():

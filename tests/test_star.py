@@ -196,7 +196,7 @@ def test_rationales_are_told_the_verdict_and_learnt_without_it(folder: Path) -> 
 def test_another_models_rationales_go_by_their_text(folder: Path) -> None:
     tiny_folder(folder / "stronger", seed=1)
     policy = make(folder, "star-rationalizer", rationalizer_model=str(folder / "stronger"))
-    lm = policy.roll_out.sampler.lm  # type: ignore[union-attr]
+    lm = policy.roll_out.sampler.model.lm  # type: ignore[union-attr]
     assert lm is not policy.model.lm and not any(p.requires_grad for p in lm.parameters())
     policy.roll_out.sampler = FakeSampler(policy.method.question, lambda text, i: f"{i} {right(text)}" + CUT * (i == 3))
     groups, _ = policy.rollout([PAIR])

@@ -9,14 +9,15 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from dwrl_fast.kernels import attention, rows, scaled, yes_no
+from dwrl_fast.kernels import attention, cache, rows, scaled, yes_no
 
 HEAD = ("hidden", "weight_yes", "weight_no", "bias_yes", "bias_no")
-HEADS = ("q", "k", "v", "out", "grad", "dk", "dv", "dq")
-PLACES = ("order", "bounds", "shared", "keys", "below", "place", "runs", "split")
-POINTERS = {"targets": "*i64"} | dict.fromkeys((*HEAD, *HEADS), "*bf16") | dict.fromkeys(PLACES, "*i32")
+HEADS = ("q", "k", "v", "out", "grad", "dk", "dv", "dq", "key_blocks", "value_blocks")
+PLACES = ("order", "bounds", "shared", "keys", "below", "place", "runs", "split", "seen", "counts")
+POINTERS = dict.fromkeys((*HEAD, *HEADS), "*bf16") | dict.fromkeys(PLACES, "*i32")
+POINTERS |= dict.fromkeys(("targets", "position", "slot", "tiles"), "*i64")
 STRIDES = tuple(f"{kind}_{x}" for kind in ("stride", "head") for x in "qkvg")
-SCALARS = dict.fromkeys(("C", "T", "U", "COUNT", "window", *STRIDES), "i32")
+SCALARS = dict.fromkeys(("C", "Q", "T", "U", "COUNT", "capacity", "shares", "window", *STRIDES), "i32")
 SCALARS |= dict.fromkeys(("clip_low", "clip_high", "beta", "scale", "cap"), "fp32")
 
 
@@ -47,6 +48,17 @@ def walks(channels: int, **options: bool) -> list[Variant]:
     ]
 
 
+BLOCKED = {"GROUP": 7, "HEADS": 4, "D": 128, "DV": 128, "BLOCK_D": 128, "BLOCK": 64}
+
+
+def of_cache(channels: int, rows_: int, **options: bool) -> Variant:
+    """Attention to a cache of blocks of 64 tokens, for the same heads and so many rows a program."""
+    given = BLOCKED | {"HAS_CAP": False, "HAS_WINDOW": False, "SHARED": False, "PRECISION": "tf32"} | options
+    of = cache.sizes(torch.bfloat16, channels)
+    given |= {"D": channels, "DV": channels, "BLOCK_D": channels, "ROWS": rows_, "KEYS": of.keys}
+    return Variant(cache.attend_kernel, given, of.warps, of.stages, spilled=20)
+
+
 VARIANTS = [
     row_pass(rows.policy_rows_kernel, 151936, HAS_CAP=True, HAS_REF=True, GRADIENT=True),
     row_pass(rows.policy_rows_kernel, 128256, HAS_CAP=False, HAS_REF=False, GRADIENT=True),
@@ -60,6 +72,11 @@ VARIANTS = [
     Variant(attention.dot_out_kernel, {"HEADS": 28, "D": 128, "BLOCK_D": 128, "ROWS": attention.ROWS}, 4, spilled=8),
     Variant(attention.sum_parts_kernel, {"HEADS": 4, "D": 128, "BLOCK_D": 128, "KEYS": 64}, 4),
     *walks(128), *walks(128, HAS_CAP=True, HAS_WINDOW=True), *walks(64), *walks(256),
+    Variant(cache.keep_kernel, BLOCKED | {"TOKENS": cache.KEPT}, 4),
+    Variant(cache.list_kernel, BLOCKED | {"ROWS": 64, "TILES": cache.LISTED, "HAS_WINDOW": True}, 4),
+    Variant(cache.join_kernel, BLOCKED | {"ROWS": cache.JOINED}, 4),
+    of_cache(128, 64), of_cache(128, 16, HAS_CAP=True, HAS_WINDOW=True, SHARED=True), of_cache(64, 64),
+    of_cache(256, 64),
 ]  # fmt: skip
 NULLABLE = {"HAS_REF": "ref_logprob", "HAS_ENTROPY": "grad_entropy", "GRADIENT": "gradient"}
 REGISTERS, WARPS_HELD = 65536, 64  # of a multiprocessor, from sm_80 on

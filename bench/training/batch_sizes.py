@@ -22,6 +22,7 @@ from dwrl_fast.config import TrainConfig
 from dwrl_fast.data import Preference, read_preferences
 from dwrl_fast.encode import Group, closed_groups, response_requests
 from dwrl_fast.methods import METHODS
+from dwrl_fast.sampling import Limits, TreeSampler
 from dwrl_fast.scoring.loading import load_dialog
 from dwrl_fast.scoring.yes_no import GenerativeJudging
 from dwrl_fast.training.policy import load_judging
@@ -34,10 +35,11 @@ def measured(rows: list[Preference], judging: GenerativeJudging, tokens: int, se
     """What is printed, by name: the share of each batch size, and both largest differences."""
     requests = response_requests(rows, judging.dialog)
     contexts = [context.ids for request in requests for context in request.contexts]
-    sampler: Any = judging.runtime.sampler
+    sampler = judging.runtime.sampler
+    assert isinstance(sampler, TreeSampler)
     thoughts = {}
     for size in SIZES:
-        sampler.batch_size = size
+        sampler.limits = Limits(size, 4.0)
         thoughts[size] = sampler.sample(contexts, 1, max_tokens=tokens, temperature=1.0, seed=seed)
     first = thoughts[SIZES[0]]
     differing = {

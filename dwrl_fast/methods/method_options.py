@@ -11,6 +11,7 @@ thoughts_option = partial(option, group="Generating thoughts")
 
 
 def cache_option() -> Any:
+    """The field `generation_cache_gib`, of training and of the commands that judge."""
     return thoughts_option(
         4.0,
         "The most memory in GiB that keys and values take while thoughts are generated. Thoughts wait for room, so it "

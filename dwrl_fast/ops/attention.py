@@ -67,11 +67,7 @@ def tree_attention(
 @torch.compiler.disable
 def _tiled(q: Tensor, k: Tensor, v: Tensor, plan: Plan, options: _Options) -> Tensor:
     """By the Triton kernels: differentiable once. U must be above 0."""
-    if q.shape[2] > MOST_CHANNELS:
-        raise UserError(
-            f"tree_attention: heads have {q.shape[2]} channels; backend 'triton' takes {MOST_CHANNELS} at most "
-            "(backend='reference' takes any number)"
-        )
+    check_channels("tree_attention", q)
     if options.window is not None and options.window >= forest(plan, len(q)).longest_path:
         options = options._replace(window=None)
     out: Tensor = _Tiled.apply(q, k, v, plan, options)
@@ -127,6 +123,15 @@ def check_attention(
         raise UserError(f"{name}: window is {window}; it must be above 0, or None for no window")
     if sinks is not None:
         raise UserError(f"{name}: sinks (attention sinks) are not implemented; use the padded forward for this model")
+
+
+def check_channels(name: str, q: Tensor) -> None:
+    """UserError where a head does not fit the Triton kernels."""
+    if q.shape[2] > MOST_CHANNELS:
+        raise UserError(
+            f"{name}: heads have {q.shape[2]} channels; backend 'triton' takes {MOST_CHANNELS} at most "
+            "(backend='reference' takes any number)"
+        )
 
 
 def _forward_fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from dwrl_fast.errors import UserError
 from dwrl_fast.ops import extension, oracle
-from dwrl_fast.ops.attention import check_attention
+from dwrl_fast.ops.attention import check_attention, check_channels
 from dwrl_fast.ops.backend import autocast, choose_backend
 from dwrl_fast.ops.oracle import CacheStep
 
@@ -48,20 +48,49 @@ def cache_attention(
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise UserError(f"{name}: a cache takes no gradient; call it under torch.no_grad(), or use tree_attention")
     for label, x, shape in zip(("keys", "values"), (keys, values), cache_shapes(k.shape[1], k.shape[2]), strict=True):
-        if x.shape[1:] != shape or x.dtype != q.dtype or x.device != q.device:
+        if x.shape[1:] != shape or x.dtype != q.dtype or x.device != q.device or not x.is_contiguous():
             raise UserError(
-                f"{name}: {label} is {x.dtype} {list(x.shape)} on {x.device}; expected {q.dtype} [blocks, "
+                f"{name}: {label} is {x.dtype} {list(x.shape)} on {x.device}; expected contiguous {q.dtype} [blocks, "
                 f"{', '.join(map(str, shape))}] on {q.device}"
             )
+    if len(keys) != len(values):
+        raise UserError(f"{name}: values has {len(values)} blocks, keys {len(keys)}")
+    of_step = [len(q)], [len(q)], [*step.tiles.shape[:1], 5]
+    for label, x, sizes in zip(step._fields, step, of_step, strict=True):
+        if list(x.shape) != sizes or x.dtype != torch.int64 or not x.is_contiguous():
+            raise UserError(f"{name}: step.{label} is {x.dtype} {list(x.shape)}; expected contiguous int64 {sizes}")
     chosen = choose_backend(backend, name, q)
     if chosen == "reference":
         return oracle.cache_attention(q, k, v, keys, values, step, scale=scale, softcap=softcap, window=window)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     softcap = None if softcap is None else float(softcap)
     if chosen == "triton":
-        raise NotImplementedError
+        return _blocked(q, k, v, keys, values, step, scale, softcap, window)
     found: Tensor = torch.ops.dwrl_fast.cache_attention_(q, k, v, keys, values, *step, scale, softcap, window)
     return found
+
+
+@torch.compiler.disable
+def _blocked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    step: CacheStep,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> Tensor:
+    """By the Triton kernels, without waiting for the device. A step on the CPU is copied there."""
+    from dwrl_fast.kernels import cache
+
+    check_channels("cache_attention", q)
+    if len(q) == 0:
+        return q.new_empty(q.shape)
+    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    there = (x.to(q.device, non_blocking=True) for x in step)
+    return cache.attend(q, k, v, keys, values, *there, cache.sizes(q.dtype, q.shape[2]), scale, softcap, window)
 
 
 if extension.problem() is None:

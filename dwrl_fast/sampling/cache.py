@@ -26,12 +26,15 @@ class Cache:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all layers' tensors that were made so far."""
         return sum(x.numel() * x.element_size() for layer in self.layers.values() for x in layer)
 
     def take(self, count: int) -> list[int]:
+        """So many free blocks, which are no longer free."""
         return [self.free.pop() for _ in range(count)]
 
     def give(self, blocks: list[int]) -> None:
+        """These blocks are free again, and the list is emptied."""
         self.free += blocks[::-1]
         blocks.clear()
 
@@ -56,5 +59,6 @@ class CachedPlan(NamedTuple):
 
 
 def step_of(position: list[int], slot: list[int], tiles: list[tuple[int, ...]], device: torch.device) -> CacheStep:
+    """The step on `device`, from the lists of its fields."""
     put = [torch.tensor(x, dtype=torch.int64, device=device) for x in (position, slot, tiles)]
     return CacheStep(*put)

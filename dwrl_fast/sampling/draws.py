@@ -24,4 +24,5 @@ def pick(logprob: Tensor, temperature: float, keys: Tensor, positions: Tensor) -
 
 def logprobs_at(logits: Tensor, temperature: float) -> Tensor:
     """log softmax(logits / temperature) [R, V] in float32; at temperature 0 as at 1."""
-    return (logits.float() / (temperature or 1.0)).log_softmax(-1)
+    scaled = logits.float() if temperature in (0.0, 1.0) else logits.float() / temperature
+    return scaled.log_softmax(-1)

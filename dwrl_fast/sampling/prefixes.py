@@ -24,6 +24,7 @@ class Prefix:
 
     @property
     def stop(self) -> int:
+        """The position after its last token."""
         return self.position + len(self.ids)
 
     def path(self) -> list["Prefix"]:

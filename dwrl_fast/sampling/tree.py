@@ -26,15 +26,19 @@ from dwrl_fast.sampling.draws import logprobs_at, pick
 from dwrl_fast.sampling.prefixes import Prefix, prefix_tree
 from dwrl_fast.sampling.sampler import Limits, Rating, request_key
 
+MULTIPLE = {"cuda": 64}  # of it there are new tokens and tiles in a step: few shapes, so that graphs can be captured
+
 
 class Writer(Protocol):
     """A `GenerativeModel`, of which the room below must not know."""
 
     lm: Any
 
-    def states(self, ids: Tensor, positions: Tensor, plan: CachedPlan) -> Tensor: ...
+    def states(self, ids: Tensor, positions: Tensor, plan: CachedPlan) -> Tensor:
+        """[Q, H] of new tokens."""
 
-    def head(self, score: Tensor, token: Tensor) -> Any: ...
+    def head(self, score: Tensor, token: Tensor) -> Any:
+        """`HeadInputs` over hidden states."""
 
 
 @dataclass(eq=False, slots=True)
@@ -136,6 +140,7 @@ class TreeSampler:
         finally:
             lm.train(training)
 
+    @torch.no_grad()
     def block_bytes(self) -> int:
         """What one block takes in all layers, which one token's pass through the model shows."""
         cache, device = Cache(1), self.model.lm.device
@@ -163,6 +168,7 @@ class _Sampling:
         self.progress, self.rating = progress, rating
         self.model, self.device = sampler.model, sampler.model.lm.device
         self.ends = prefix_tree(contexts)
+        self.multiple = MULTIPLE.get(self.device.type, 1)
         self.runs: dict[Prefix, _Prefix] = {}  # those in the cache, in depth-first order
         order = sorted(range(len(contexts)), key=lambda c: self.ends[c].number)
         self.waiting = deque((c, i) for c in order for i in range(n))
@@ -224,7 +230,7 @@ class _Sampling:
             states = self.model.states(torch.tensor(ids, device=self.device), plan.step.position, plan)
             for run in self.runs.values():
                 if run.state is None and run.pending == 0 and run.thoughts:
-                    run.state = states[last[run]]
+                    run.state = states[last[run]].clone()  # a view would keep the whole pass's states
         finished = [thought for thought in self.writing if thought.finished]
         drawing = []
         for thought in self.writing:
@@ -274,6 +280,11 @@ class _Sampling:
                 see(thought, start)
         while above:
             see(*above.pop())
+        empty = -len(ids) % self.multiple
+        ids += [0] * empty
+        position += [0] * empty
+        slot += [-1] * empty  # kept nowhere
+        tiles += [(0, 0, 1, 0, 0)] * (-len(tiles) % self.multiple)  # seen by none
         return ids, position, slot, tiles, last
 
     def _draw(self, thoughts: list[_Thought]) -> None:
