@@ -162,7 +162,7 @@ def test_vllm_is_asked_in_a_process_of_its_own(less: int, tmp_path: Path) -> Non
     python.write_text(f"#!/bin/sh\nexec {sys.executable} {tmp_path}/worker.py\n")
     python.chmod(0o755)
     (tmp_path / "worker.py").write_text(WORKER.replace("LESS", str(less)))
-    with (tmp_path / "log").open("wb") as log:
+    with (tmp_path / "log").open("w+b") as log:
         found = vllm_peer.Vllm(str(python), tmp_path, 1, log)
         way = found.engine(WORK)
         if less:
@@ -172,6 +172,14 @@ def test_vllm_is_asked_in_a_process_of_its_own(less: int, tmp_path: Path) -> Non
             assert (way.run(), way.peak()) == (2.5, 7)
         found.close()
         assert found.process.returncode == 0
+
+
+def test_a_vllm_that_does_not_start_says_why(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho no such model >&2\nexit 3\n")
+    python.chmod(0o755)
+    with (tmp_path / "log").open("w+b") as log, pytest.raises(RuntimeError, match=r"(?s)ended with 3.*no such model"):
+        vllm_peer.fastest_vllm(str(python), tmp_path, WORK, log)
 
 
 def test_a_stage_within_another_counts_for_itself() -> None:

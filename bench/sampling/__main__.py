@@ -83,8 +83,11 @@ def engines(
     if vllm is None:
         missing["vllm"] = "--vllm_python names no environment that has it"
     else:
-        server = vllm()
-        able["vllm"] = server.engine(work)
+        try:
+            server = vllm()
+            able["vllm"] = server.engine(work)
+        except RuntimeError as error:  # a peer that does not start is not the end of it
+            missing["vllm"] = str(error)
     try:
         yield able, missing
     finally:

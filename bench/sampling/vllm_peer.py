@@ -21,6 +21,7 @@ class Vllm:
     """
 
     def __init__(self, python: str, model: Path, threads: int | None, log: IO[bytes]):
+        self.log = log
         self.note = f"vLLM's threads for PyTorch{'' if threads is None else f': {threads}'}"
         environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": str(CACHE_GIB), "HF_HUB_OFFLINE": "1"}
         environment["VLLM_CPU_OMP_THREADS_BIND"] = _cores(torch.get_num_threads())
@@ -44,7 +45,10 @@ class Vllm:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"vLLM ended with {self.process.wait()}")
+            code = self.process.wait()
+            self.log.seek(0)
+            said = self.log.read().decode(errors="replace").split("\n")
+            raise RuntimeError("\n".join([f"vLLM ended with {code}", *said[-12:]]))
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -70,6 +74,8 @@ class Vllm:
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
 
 
 def fastest_vllm(python: str, model: Path, work: Work, log: IO[bytes]) -> Vllm:
