@@ -99,6 +99,7 @@ def measured(
     case: str, runtime: Runtime, work: Work, able: dict[str, Engine], rounds: int, seconds: float, console: Console
 ) -> dict[str, Any]:
     """Times and prints one case; what `--json` holds of it."""
+    console.print(f"[dim]{case}: " + "; ".join(f"{name}: {each.note}" for name, each in able.items()) + "[/]")
     peaks = {name: each.peak() for name, each in able.items()}
     taken = in_turn({name: each.run for name, each in able.items()}, rounds, seconds)
     rows = []

@@ -22,7 +22,7 @@ class Vllm:
 
     def __init__(self, python: str, model: Path, threads: int | None, log: IO[bytes]):
         self.log = log
-        self.note = f"vLLM's threads for PyTorch{'' if threads is None else f': {threads}'}"
+        self.note = f"vLLM's threads for PyTorch: {'its choice' if threads is None else threads}"
         environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": str(CACHE_GIB), "HF_HUB_OFFLINE": "1"}
         environment["VLLM_CPU_OMP_THREADS_BIND"] = _cores(torch.get_num_threads())
         if threads is not None:
