@@ -14,8 +14,8 @@ def cache_option() -> Any:
     """The field `generation_cache_gib`, of training and of the commands that judge."""
     return thoughts_option(
         4.0,
-        "The most memory in GiB that keys and values take while thoughts are generated. Thoughts wait for room, so it "
-        "sets memory and speed, not the result.",
+        "The most memory in GiB that keys and values take while thoughts are generated. A thought waits until there is "
+        "room for its full length, so this sets memory and speed, not the result.",
         bound=POSITIVE,
     )
 
