@@ -86,8 +86,9 @@ def main() -> None:
         f"ratio {statistics.median(ratios):.2f} (asked {ASKED}), rounds {', '.join(f'{r:.2f}' for r in ratios)}; "
         f"scores are apart by {found['apart']:.0e} nats at most"
     )
+    plain = {"data": Path(args.data).name, "json": None}
     if args.json:
-        args.json.write_text(json.dumps({"machine": machine(), **vars(args), "json": None, **found}, indent=1))
+        args.json.write_text(json.dumps({"machine": machine(), **vars(args), **plain, **found}, indent=1))
 
 
 if __name__ == "__main__":
