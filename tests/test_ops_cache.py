@@ -204,8 +204,11 @@ def test_strided_inputs(backend: str) -> None:
         cache = Cache(plan, {n: layout(y) for n, y in x.items()})
         q, k, v = (cache.x[n] for n in "qkv")
         assert not q.is_contiguous()
-        step = cache.step(calls[0])
-        assert torch.equal(ops.cache_attention(q, k, v, cache.keys, cache.values, step, backend=backend), want)
+        out = ops.cache_attention(q, k, v, cache.keys, cache.values, cache.step(calls[0]), backend=backend)
+        if backend == "reference":  # a library multiplies its matrices, and may choose another kernel by strides
+            assert_accurate(limit(plan, cache.x), out, want)
+        else:
+            assert torch.equal(out, want)
 
 
 @built
