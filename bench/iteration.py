@@ -122,7 +122,7 @@ def ours(policy: Policy, rollout: Rollout, pairs: lengths.Pairs, tokens: int, sa
         for phase in method.phases:
             with stages(f"phase {phase}"):
                 policy.update(phase, minibatch, method.loss, 0)
-        policy.read_metrics()
+        policy.read_metrics(groups)
 
     return Iteration(note, run, stages)
 

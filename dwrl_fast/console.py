@@ -3,13 +3,23 @@
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 from rich.console import Console
 from rich.logging import RichHandler
 
 from dwrl_fast.errors import ConfigError, UserError
 from dwrl_fast.log import logger
+from dwrl_fast.ranks import culprit
+
+
+def open_console() -> Console:
+    """The terminal; of several ranks, that of the first alone, for all of them would say the same."""
+    console = Console() if os.environ.get("RANK", "0") == "0" else Console(quiet=True)
+    set_up_logging(console)
+    return console
 
 
 def set_up_logging(console: Console) -> None:
@@ -19,20 +29,39 @@ def set_up_logging(console: Console) -> None:
     logger.handlers = [RichHandler(console=console, show_path=False, show_time=False, markup=False, highlighter=None)]
 
 
-def command(main: Callable[[list[str]], None]) -> None:
-    """Run a command's `main` with the arguments of the command line.
+def command(main: Callable[[list[str]], None], *, ranks: bool = False) -> None:
+    """Run a command's `main` with the arguments of the command line. ranks: whether torchrun may start several of it.
 
-    A UserError ends the process with the error's status and prints only its message. An interrupt ends it with 130.
+    A UserError ends the process with the error's status and prints only its message. An interrupt ends it with 130. Of
+    several ranks, the one that fails first says why; the others fail because it is gone.
     """
     try:
-        refuse_processes()
+        if not ranks:
+            refuse_processes()
         main(sys.argv[1:])
     except UserError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        sys.exit(error.status)
+        _leave(error.status, f"\nerror: {error}")
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
+        _leave(130, "\ninterrupted")
+    except Exception:
+        if "RANK" not in os.environ:
+            raise
+        _leave(1, traceback.format_exc())
+
+
+def _leave(status: int, why: str) -> NoReturn:
+    """End the process. Of several, at once: threads of collectives that others wait in would hold it."""
+    rank = os.environ.get("RANK")
+    if rank is None:
+        print(why, file=sys.stderr)
+        sys.exit(status)
+    first = culprit()
+    if int(rank) == first:
+        said = f"rank {rank} failed, and the others stop with it:\n" if status == 1 else ""
+        print(said + why, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def refuse_processes() -> None:
@@ -40,7 +69,6 @@ def refuse_processes() -> None:
     processes = os.environ.get("WORLD_SIZE", "1")
     if processes != "1":
         raise ConfigError(
-            f"WORLD_SIZE = {processes}: torchrun with more than one process is not supported yet, for each of them "
-            "would do the whole work. Start the command as one process, by python -m; CUDA_VISIBLE_DEVICES=N chooses "
-            "its GPU."
+            f"WORLD_SIZE = {processes}: only dwrl_fast.train takes several processes; each of these would do the whole "
+            "work. Start the command as one process, by python -m; CUDA_VISIBLE_DEVICES=N chooses its GPU."
         )

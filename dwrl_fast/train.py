@@ -7,7 +7,7 @@ import json
 import platform
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from rich.table import Table
 
 from dwrl_fast import __version__, embedded
 from dwrl_fast.compute import Compute, one_thread
-from dwrl_fast.config import TrainConfig, parse_train
-from dwrl_fast.console import command, set_up_logging
+from dwrl_fast.config import NEWEST, TrainConfig, parse_train
+from dwrl_fast.console import command, open_console
 from dwrl_fast.data.mixture import Part
 from dwrl_fast.errors import CheckpointError, ConfigError, UntrainedError
 from dwrl_fast.feed import Feed, open_feed, read_rows
@@ -29,6 +29,7 @@ from dwrl_fast.methods import METHODS
 from dwrl_fast.models.model import check_positions, check_vocabulary
 from dwrl_fast.models.pretrained import try_saving
 from dwrl_fast.progress import Display, Stage
+from dwrl_fast.ranks import ALONE, Ranks, start, stop
 from dwrl_fast.scoring.loading import load_dialog
 from dwrl_fast.training.checkpoint import checkpoints, latest_checkpoint
 from dwrl_fast.training.dry_run import dry_run
@@ -47,10 +48,12 @@ Your own data: a JSONL file of {"prompt": ..., "chosen": ..., "rejected": ...}, 
 
 def main(argv: list[str]) -> None:
     """The command. UntrainedError where no rollout batch trained anything."""
-    console = Console()
-    set_up_logging(console)
+    console = open_console()
     config = configure(argv)
+    ranks = start(config.ddp_timeout)
     if config.dry_run:
+        if not ranks.first:
+            return
         if config.output_dir is not None:
             wanted = Path(config.output_dir)
             if next(path for path in (wanted, *wanted.absolute().parents) if path.exists()).is_file():
@@ -60,7 +63,8 @@ def main(argv: list[str]) -> None:
         dry_run(config, console)
         return
     try:
-        result = run(config, console)
+        result = run(config, console, ranks)
+        stop()
     except KeyboardInterrupt:
         folder = None if config.output_dir is None else Path(config.output_dir)
         if folder is not None and latest_checkpoint(folder) is not None:
@@ -94,33 +98,41 @@ def embedded_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
     return recipe
 
 
-def run(config: TrainConfig, console: Console) -> dict[str, Any]:
+def run(config: TrainConfig, console: Console, ranks: Ranks = ALONE) -> dict[str, Any]:
     """One command's whole run: everything is written under its folder; returns what result.json holds. A finished run
-    that is to go on is left as it is.
+    that is to go on is left as it is. ranks: all of them run it together, into a folder that all of them see.
     """
-    folder = Path(config.output_dir or f"runs/{config.method}-{time.strftime('%Y%m%d-%H%M%S')}")
+    name = f"runs/{config.method}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(config.output_dir or ranks.from_first(lambda: name))
     make_folder(folder)
     config = dataclasses.replace(config, output_dir=str(folder))
-    with sole_writer(folder, "its run"):
-        if config.resume_from_checkpoint is None:
-            refuse_used(config, folder)
-        elif (folder / RESULT).exists():
-            return finished(config, folder)
-        return run_in(folder, config, console)
+    with sole_writer(folder, "its run") if ranks.first else nullcontext():
+        there = ranks.from_first(lambda: begun(config, folder))
+        return there or run_in(folder, config, console, ranks)
 
 
-def run_in(folder: Path, config: TrainConfig, console: Console) -> dict[str, Any]:
+def begun(config: TrainConfig, folder: Path) -> dict[str, Any]:
+    """What result.json holds of a finished run in `folder`; nothing where the run is to begin or go on."""
+    if config.resume_from_checkpoint is None:
+        refuse_used(config, folder)
+    elif (folder / RESULT).exists():
+        return finished(config, folder)
+    return {}
+
+
+def run_in(folder: Path, config: TrainConfig, console: Console, ranks: Ranks) -> dict[str, Any]:
     """The run, in a folder that is its own."""
     started = time.monotonic()
     with Display(console) as display:
         if config.own_data:
-            result = train(config, folder, display, saved=config)
+            result = train(config, folder, display, config, ranks)
         else:
             with one_thread():
-                result = train_embedded(config, folder, display)
+                result = train_embedded(config, folder, display, ranks)
     result |= {"seconds": time.monotonic() - started, "seed": config.seed, "versions": versions()}
-    write_json(folder / RESULT, result)
-    report(result, config, folder, console)
+    if ranks.first:
+        write_json(folder / RESULT, result)
+        report(result, config, folder, console)
     return result
 
 
@@ -151,7 +163,7 @@ def finished(config: TrainConfig, folder: Path) -> dict[str, Any]:
     apart = ("output_dir", "resume_from_checkpoint")
     other = [f"{name} was {was[name]!r}, is {value!r}" for name, value in mine.items() if value != was[name]
              and name not in apart]  # fmt: skip
-    if other or config.resume_from_checkpoint != "latest":
+    if other or config.resume_from_checkpoint not in NEWEST:
         what = f" with other options ({'; '.join(other)})" if other else ""
         raise ConfigError(
             f"--output_dir {folder} holds a finished run{what}, which is never written over: give another folder."
@@ -170,7 +182,9 @@ def make_folder(folder: Path) -> None:
         ) from error
 
 
-def train(config: TrainConfig, folder: Path, display: Display, saved: TrainConfig) -> dict[str, Any]:
+def train(
+    config: TrainConfig, folder: Path, display: Display, saved: TrainConfig, ranks: Ranks = ALONE
+) -> dict[str, Any]:
     """Train one method on the files that are named and draw its curves. `saved` is the configuration that would do it
     again.
     """
@@ -183,7 +197,7 @@ def train(config: TrainConfig, folder: Path, display: Display, saved: TrainConfi
         feed, longest = Feed([], [], batch_size=config.rollout_batch_size, epochs=0, max_steps=0), 0
     held_out, _ = read_rows(config.eval_dataset_name, config, dialog, display)
     method = METHODS[config.method](config, dialog)
-    judging = load_judging(config, method, dialog, compute)
+    judging = load_judging(config, method, dialog, compute, ranks)
     model = judging.runtime.model
     check_vocabulary(model, max(len(dialog.tokenizer) - 1, dialog.pad_id))
     writes = method.thinks or bool(method.thoughts_each)
@@ -191,22 +205,28 @@ def train(config: TrainConfig, folder: Path, display: Display, saved: TrainConfi
     if config.gradient_checkpointing:
         model.lm.gradient_checkpointing_enable({"use_reentrant": False})
     parameters = sum(p.numel() for p in model.parameters())
-    logger.info("%s: %s parameters on %s in %s", config.method, f"{parameters:,}", compute.device, compute.dtype)
-    try_saving(folder, model, dialog, method.card())
+    over = f"{ranks.count} x {compute.device}" if ranks.count > 1 else compute.device
+    logger.info("%s: %s parameters on %s in %s", config.method, f"{parameters:,}", over, compute.dtype)
+    if (whole := judging.runtime.whole()) is not None:
+        try_saving(folder, whole, dialog, method.card())
+    del whole
     trainer = Trainer(config, method, judging, feed, held_out, folder, display)
     trainer.resume()
-    dataclasses.replace(saved, resume_from_checkpoint=None).save(folder / "config.yaml")
+    if ranks.first:
+        dataclasses.replace(saved, resume_from_checkpoint=None).save(folder / "config.yaml")
     result = trainer.train()
-    plot_curves(read_metrics(folder / "metrics.jsonl"), folder / "curves.png", f"{config.method}, seed {config.seed}")
+    if ranks.first:
+        curves = folder / "curves.png"
+        plot_curves(read_metrics(folder / "metrics.jsonl"), curves, f"{config.method}, seed {config.seed}")
     return result
 
 
-def train_embedded(config: TrainConfig, folder: Path, display: Display) -> dict[str, Any]:
+def train_embedded(config: TrainConfig, folder: Path, display: Display, ranks: Ranks) -> dict[str, Any]:
     """The demonstration: make the task and a warmed-up model, train on it, and BT from the same model on the same pairs
     beside it.
     """
-    made = make_embedded(folder / "embedded", config, display)
-    result = train(on_embedded(config, made), folder, display, saved=config)
+    made = ranks.from_first(lambda: make_embedded(folder / "embedded", config, display))
+    result = train(on_embedded(config, made), folder, display, config, ranks)
     result["seconds_by_stage"]["warm up"] = made.seconds
     result["warmup_state"] = made.state
     if config.method == BASELINE:
@@ -215,11 +235,11 @@ def train_embedded(config: TrainConfig, folder: Path, display: Display) -> dict[
     shared = {
         name: getattr(config, name) for name in ("dtype", "packing", "token_budget", "save_steps", "save_total_limit")
     }
-    resume = config.resume_from_checkpoint and "latest"
+    resume = config.resume_from_checkpoint and "auto"
     compared = on_embedded(dataclasses.replace(compared, resume_from_checkpoint=resume, **shared), made)
     make_folder(folder / "bt")
-    with sole_writer(folder / "bt", "its run"):
-        bt = train(compared, folder / "bt", display, saved=compared)
+    with sole_writer(folder / "bt", "its run") if ranks.first else nullcontext():
+        bt = train(compared, folder / "bt", display, compared, ranks)
     result |= {"accuracy_bt": bt["accuracy_after"], "report_bt": bt["report_after"]}
     result["seconds_by_stage"]["bt"] = sum(bt["seconds_by_stage"].values())
     return result
@@ -296,4 +316,4 @@ def report(result: dict[str, Any], config: TrainConfig, folder: Path, console: C
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, ranks=True)

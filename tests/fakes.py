@@ -13,6 +13,7 @@ from dwrl_fast.data import Preference
 from dwrl_fast.encode import Group, Thought
 from dwrl_fast.methods import METHODS, StepMetrics
 from dwrl_fast.progress import Display
+from dwrl_fast.ranks import ALONE, Ranks
 from dwrl_fast.scoring.loading import load_dialog
 from dwrl_fast.training.policy import load_judging
 from dwrl_fast.training.rollout import Rollout
@@ -43,10 +44,16 @@ class FakeSampler:
 class FakePolicy:
     """A method on the model that `config` names. says: its thoughts are told (see FakeSampler), not sampled."""
 
-    def __init__(self, config: TrainConfig, dialog: Any = None, says: Callable[[str, int], str] | None = None) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        dialog: Any = None,
+        says: Callable[[str, int], str] | None = None,
+        ranks: Ranks = ALONE,
+    ) -> None:
         self.dialog = load_dialog(config) if dialog is None else dialog
         self.method: Any = METHODS[config.method](config, self.dialog)
-        self.judging: Any = load_judging(config, self.method, self.dialog, Compute.resolve(config.dtype))
+        self.judging: Any = load_judging(config, self.method, self.dialog, Compute.resolve(config.dtype), ranks)
         self.runtime, self.model = self.judging.runtime, self.judging.runtime.model
         self.roll_out = Rollout(self.method, self.judging)
         if says is not None:
@@ -65,7 +72,7 @@ class FakePolicy:
         batches, total, metrics = self.batches(groups, budget), 0.0, StepMetrics()
         for batch in batches:
             with self.runtime.compute.autocast():
-                loss = self.method.loss(phase or self.method.phases[0], self.model, batch, Size.of(batches), metrics)
+                loss = self.method.loss(phase or self.method.phases[0], self.model, batch, Size.of(groups), metrics)
             loss.backward()
             total += loss.item()
         found = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}

@@ -68,7 +68,7 @@ def test_a_step_waits_for_nothing_that_is_ours(reads: HostReads) -> None:
         reads.seen.clear()
         with reads:
             for batch in batches:
-                it.method.loss(phase, it.runtime.model, batch, Size.of(batches), StepMetrics()).backward()
+                it.method.loss(phase, it.runtime.model, batch, Size.of(it.groups), StepMetrics()).backward()
         assert reads.seen == allowed, phase
 
 

@@ -89,7 +89,7 @@ def outcome(policy: FakePolicy, groups: list[Group], packing: Any, budget: int =
     found: dict[str, Tensor] = {"loss": torch.zeros((), dtype=torch.float64)}
     logprobs: dict[int, list[Tensor]] = {}
     batches = layout.batches(groups)
-    minibatch = Size.of(batches)
+    minibatch = Size.of(groups)
     for batch in batches:
         with policy.runtime.compute.autocast():
             loss = policy.method.loss("joint", model, batch, minibatch, metrics)

@@ -142,7 +142,7 @@ def test_a_frozen_head_takes_no_product_for_its_weight(folder: Path, phase: str,
     """One in linear_logprob, one in linear_policy_loss; nothing else of the step changes."""
     policy = of_family(folder, "Qwen2")  # whose head is not tied to the embedding
     (batch,) = policy.batches(groups_of(policy))
-    size = Size.of([batch])
+    size = Size.of(batch.groups)
     head = policy.model.lm.get_output_embeddings().weight
     taken = {}
     for trained in (False, True):

@@ -259,11 +259,12 @@ def test_rounds_that_keep_little_or_nothing(folder: Path, name: str) -> None:
 
 def learn_the_form(policy: FakePolicy) -> None:
     method, model = policy.method, policy.model
-    batches = policy.batches(sampled_groups(method, method.requests(ROWS, 0), policy.roll_out.sampler, 0))
+    groups = sampled_groups(method, method.requests(ROWS, 0), policy.roll_out.sampler, 0)
+    batches = policy.batches(groups)
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for _ in range(12):
         for batch in batches:
-            StarImitation.loss(method, "thought", model, batch, Size.of(batches), StepMetrics()).backward()
+            StarImitation.loss(method, "thought", model, batch, Size.of(groups), StepMetrics()).backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -159,8 +159,8 @@ def test_truncated_thoughts_are_scored_and_masked(folder: Path) -> None:
     ended = torch.tensor([t.ended for g in groups for row in g.thoughts for t in row])
     assert kept.trained.all() and torch.equal(masked.trained, ended) and not ended.all()
     a, b = StepMetrics(), StepMetrics()
-    policy.method.loss("thought", policy.model, kept, Size.of([kept]), a)
-    policy.method.loss("thought", policy.model, masked, Size.of([masked]), b)
+    policy.method.loss("thought", policy.model, kept, Size.of(kept.groups), a)
+    policy.method.loss("thought", policy.model, masked, Size.of(masked.groups), b)
     assert b.means()["trained_tokens"] < a.means()["trained_tokens"]
     assert a.means()["advantage"] == b.means()["advantage"]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from dwrl_fast import log
 from dwrl_fast.batching.layout import Layout, Packing
 from dwrl_fast.batching.padded import padded_batch
-from dwrl_fast.batching.tree import TreeBatch, split_tree, tree_batch
+from dwrl_fast.batching.tree import TreeBatch, split_tree, tree_batch, tree_sizes
 from dwrl_fast.data import Preference
 from dwrl_fast.dialog import TokenSequence
 from dwrl_fast.encode import Group, response_requests
@@ -195,8 +195,10 @@ def test_without_sharing_every_sequence_is_a_root() -> None:
     assert batch.input_ids.tolist() == [1, 2, 3, 1, 2] and batch.position_ids.tolist() == [0, 1, 2, 0, 1]
     assert (batch.plan.start.tolist(), batch.plan.stop.tolist()) == ([0, 3], [3, 5])
     assert batch.plan.parent.tolist() == [-1, -1]
-    assert [len(each) for each in split_tree([whole([1, 2], [1, 3]), whole([1])], 4, shared=False)] == [1, 1]
-    assert [len(each) for each in split_tree([whole([1, 2], [1, 3]), whole([1])], 4)] == [2]
+    groups = [whole([1, 2], [1, 3]), whole([1])]
+    assert tree_sizes(groups, shared=False) == [(4, 6), (1, 1)]
+    assert tree_sizes(groups) == [(3, 5), (1, 1)]
+    assert [len(micro) for micro in split(groups, 4)] == [2]
 
 
 def test_a_changed_thought_moves_no_other() -> None:
@@ -236,7 +238,7 @@ def unique(group: Group) -> int:
 @given(st.lists(drawn_groups(), min_size=1, max_size=3), st.integers(1, 40))
 def test_batches_hold_whole_groups_within_the_budget(drawn: list[list[Group]], budget: int) -> None:
     groups = [group for each in drawn for group in each]
-    batches = split_tree(groups, budget)
+    batches = split(groups, budget)
     assert sorted(id(group) for batch in batches for group in batch) == sorted(map(id, groups))
     for number, batch in enumerate(batches):
         assert len(batch) == 1 or sum(map(unique, batch)) <= budget
@@ -249,22 +251,26 @@ def test_batches_hold_whole_groups_within_the_budget(drawn: list[list[Group]], b
     assert [unique(batch[0]) for batch in batches] == sorted((unique(b[0]) for b in batches), reverse=True)
 
 
+def split(groups: list[Group], budget: int) -> list[list[Group]]:
+    return split_tree(groups, [size for size, _ in tree_sizes(groups)], budget)
+
+
 def test_the_largest_groups_are_placed_first() -> None:
     groups = [whole(list(range(size))) for size in (3, 6, 4, 7)]
-    assert [list(map(unique, batch)) for batch in split_tree(groups, 10)] == [[7, 3], [6, 4]]
+    assert [list(map(unique, batch)) for batch in split(groups, 10)] == [[7, 3], [6, 4]]
 
 
 def test_the_budget_counts_unique_tokens() -> None:
     shared = [whole([n, *range(6), 6], [n, *range(6), 7]) for n in range(2)]
-    assert [len(batch) for batch in split_tree(shared, 18)] == [2]
-    assert [len(batch) for batch in split_tree(shared, 17)] == [1, 1]
+    assert [len(batch) for batch in split(shared, 18)] == [2]
+    assert [len(batch) for batch in split(shared, 17)] == [1, 1]
 
 
 def test_a_group_beyond_the_budget_is_said(caplog: pytest.LogCaptureFixture) -> None:
     log.warn_once.cache_clear()
     groups = [whole([1, 2, 3, 4, 5]), whole([2, 3, 4])]
     for _ in range(2):
-        assert [list(map(unique, batch)) for batch in split_tree(groups, 3)] == [[5], [3]]
+        assert [list(map(unique, batch)) for batch in split(groups, 3)] == [[5], [3]]
     assert [record.getMessage().partition("; ")[0] for record in caplog.records] == [
         "a preference group of 5 tokens exceeds --token_budget 3"
     ]

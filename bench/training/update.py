@@ -157,7 +157,7 @@ def ours(it: Setting, packing: Packing) -> Way:
 
     def run() -> tuple[Tensor, ...]:
         made = layout.batches(it.groups)
-        return update(runtime.model.lm, made, [partial(loss, phase, Size.of(made)) for phase in method.phases])
+        return update(runtime.model.lm, made, [partial(loss, phase, Size.of(it.groups)) for phase in method.phases])
 
     batches = layout.batches(it.groups)
     scores, thoughts = sum(len(b.score_rows) for b in batches), sum(len(b.token_rows) for b in batches)

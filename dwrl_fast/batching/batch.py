@@ -100,13 +100,14 @@ class Size(NamedTuple):
     labels: int
 
     @classmethod
-    def of(cls, minibatch: Sequence[Batch]) -> "Size":
-        """Of all micro-batches of the minibatch."""
+    def of(cls, groups: Sequence[Group]) -> "Size":
+        """Of all groups of the minibatch, whoever computes them."""
+        flat = [sequence for group in groups for sequence in group.flat]
         return cls(
-            sum(len(batch.groups) for batch in minibatch),
-            sum(len(batch.lengths) for batch in minibatch),
-            sum(len(batch.targets) for batch in minibatch),
-            sum(len(group.labels) for batch in minibatch for group in batch.groups),
+            len(groups),
+            len(flat),
+            sum(one.thought.stop - one.thought.start for one in flat),
+            sum(len(group.labels) for group in groups),
         )
 
 

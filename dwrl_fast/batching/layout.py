@@ -1,5 +1,6 @@
 """How groups become micro-batches: `tree` (shared prefixes once), `packed` (end to end) or `padded` (one a row)."""
 
+import dataclasses
 import threading
 from collections import Counter
 from collections.abc import Sequence
@@ -8,9 +9,12 @@ from typing import Literal
 
 import torch
 
+from dwrl_fast.batching.balance import BY_TOKENS, Cost, balanced
 from dwrl_fast.batching.batch import Batch
-from dwrl_fast.batching.padded import padded_batch, split_padded
-from dwrl_fast.batching.tree import split_tree, tree_batch
+from dwrl_fast.batching.padded import padded_batch, padded_sizes, split_padded
+from dwrl_fast.batching.tree import split_tree, tree_batch, tree_sizes
+from dwrl_fast.data import Preference
+from dwrl_fast.dialog import TokenSequence
 from dwrl_fast.encode import Group
 
 Packing = Literal["tree", "packed", "padded"]
@@ -22,8 +26,8 @@ class Layout:
     """One packing, and how much of it goes into a forward pass.
 
     token_budget: positions of a micro-batch, padding included. mask_truncated: thoughts cut at the limit are scored,
-    not trained. tokens: what it has laid out so far, `computed`, and what would have been `naive`, one sequence at a
-    time with nothing shared.
+    not trained. cost: by which ranks share work. tokens: what it has laid out so far, `computed`, and what would have
+    been `naive`, one sequence at a time with nothing shared.
     """
 
     packing: Packing
@@ -31,13 +35,39 @@ class Layout:
     pad_id: int
     device: torch.device
     mask_truncated: bool = False
+    cost: Cost = BY_TOKENS
     tokens: Counter[str] = field(default_factory=Counter, compare=False, repr=False)
 
     def batches(self, groups: Sequence[Group]) -> list[Batch]:
         """`groups` in micro-batches of whole groups, in an order of the layout's own."""
-        found = self._batches(groups)
+        ((_, micro),) = self.split(groups, 1)
+        return self.laid_out(micro)
+
+    def split(self, groups: Sequence[Group], ranks: int) -> list[tuple[list[int], list[list[Group]]]]:
+        """For each of `ranks`, the places of its share of `groups`, and these in micro-batches. Shares cost about the
+        same, by `cost`.
+        """
+        sizes = padded_sizes(groups) if self.packing == "padded" else tree_sizes(groups, shared=self.packing == "tree")
+        tokens, pairs = [size for size, _ in sizes], [pair for _, pair in sizes]
+        places = balanced(self.cost.of(groups, tokens, pairs), ranks)
+        return [(own, self._micro([groups[i] for i in own], [tokens[i] for i in own])) for own in places]
+
+    def _micro(self, groups: list[Group], tokens: list[int]) -> list[list[Group]]:
+        if self.packing == "padded":
+            return split_padded(groups, self.token_budget)
+        return split_tree(groups, tokens, self.token_budget)
+
+    def laid_out(self, micro: Sequence[Sequence[Group]]) -> list[Batch]:
+        """The tensors of these micro-batches."""
+        found = [self._batch(groups) for groups in micro]
         self.count(sum(batch.trunk_tokens for batch in found), sum(batch.naive_tokens for batch in found))
         return found
+
+    def idle(self) -> Batch:
+        """A batch of no group, over two tokens: for a rank that has nothing to compute where all must take part."""
+        none = slice(0)
+        sequence = TokenSequence([0, 0], none, none, slice(1, 2), none)
+        return dataclasses.replace(self._batch([Group(Preference((), ("",)), [[sequence]])]), groups=())
 
     def count(self, computed: int, naive: int) -> None:
         """Add to `tokens`, from any thread."""
@@ -45,14 +75,8 @@ class Layout:
             self.tokens["computed"] += computed
             self.tokens["naive"] += naive
 
-    def _batches(self, groups: Sequence[Group]) -> list[Batch]:
+    def _batch(self, groups: Sequence[Group]) -> Batch:
         if self.packing == "padded":
-            return [
-                padded_batch(micro, self.pad_id, self.device, mask_truncated=self.mask_truncated)
-                for micro in split_padded(groups, self.token_budget)
-            ]
+            return padded_batch(groups, self.pad_id, self.device, mask_truncated=self.mask_truncated)
         shared = self.packing == "tree"
-        return [
-            tree_batch(micro, self.device, shared=shared, mask_truncated=self.mask_truncated)
-            for micro in split_tree(groups, self.token_budget, shared=shared)
-        ]
+        return tree_batch(groups, self.device, shared=shared, mask_truncated=self.mask_truncated)

@@ -41,6 +41,12 @@ def padded_batch(
     )
 
 
+def padded_sizes(groups: Sequence[Group]) -> list[tuple[int, int]]:
+    """Of each group by itself: its positions, and the pairs of them of which one attends to the other."""
+    shapes = [(len(group.flat), group.longest) for group in groups]
+    return [(size * longest, size * longest * (longest + 1) // 2) for size, longest in shapes]
+
+
 def split_padded(groups: Sequence[Group], token_budget: int) -> list[list[Group]]:
     """Whole groups into micro-batches of at most `token_budget` tokens, padding included, the longest first.
 

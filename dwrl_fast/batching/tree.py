@@ -138,11 +138,16 @@ def tree_batch(
     )
 
 
+def _nodes(trie: _Trie) -> tuple[list[int], Ints, list[int]]:
+    """In depth-first order: the nodes, their sizes, and the places of their parents."""
+    order, parent = trie.depth_first()
+    return order, np.array(trie.size)[order], parent
+
+
 def _shared_nodes(flat: Flat) -> tuple[Ints, list[int], Ints]:
     """Each node's size and parent, in depth-first order, and where the tokens of `flat` come to lie, [F]."""
     trie = _Trie(flat)
-    order, parent = trie.depth_first()
-    sizes = np.array(trie.size)[order]
+    order, sizes, parent = _nodes(trie)
     start_of_node = np.empty_like(sizes)
     start_of_node[order] = np.cumsum(sizes) - sizes
     passed, passed_sizes = trie.walk(flat)
@@ -153,14 +158,25 @@ def _lone_nodes(flat: Flat) -> tuple[Ints, list[int], Ints]:
     return flat.sizes, [-1] * len(flat.sizes), np.arange(len(flat.ids))
 
 
-def split_tree(groups: Sequence[Group], token_budget: int, *, shared: bool = True) -> list[list[Group]]:
+def tree_sizes(groups: Sequence[Group], *, shared: bool = True) -> list[tuple[int, int]]:
+    """Of each group by itself: the tokens that are stored, and the pairs of them of which one attends to the other."""
+    found = []
+    for group in groups:
+        flat = Flat.of([group])
+        sizes, parent = _nodes(_Trie(flat))[1:] if shared else _lone_nodes(flat)[:2]
+        above = np.zeros_like(sizes)  # tokens before a node
+        for node, up in enumerate(parent):
+            above[node] = above[up] + sizes[up] if up >= 0 else 0
+        found.append((int(sizes.sum()), int((sizes * above + sizes * (sizes + 1) // 2).sum())))
+    return found
+
+
+def split_tree(groups: Sequence[Group], sizes: Sequence[int], token_budget: int) -> list[list[Group]]:
     """Whole groups into micro-batches of at most `token_budget` tokens as stored, by first fit, the largest first.
 
-    What groups share between them is not counted off, so a batch may come out smaller. A group larger than the budget
-    is a batch of its own: cutting it would change its weights.
+    sizes: the stored tokens of each group. What groups share between them is not counted off, so a batch may come out
+    smaller. A group larger than the budget is a batch of its own: cutting it would change its weights.
     """
-    flats = (Flat.of([group]) for group in groups)
-    sizes = [sum(_Trie(flat).size) if shared else len(flat.ids) for flat in flats]
     sized = zip(sizes, groups, strict=True)
     batches: list[list[Group]] = []
     room: list[int] = []

@@ -2,9 +2,10 @@
 
 from dwrl_fast.config.common import CommonOptions, JudgingOptions
 from dwrl_fast.config.evaluate import VOTE_CURVE, EvaluateConfig, parse_evaluate
-from dwrl_fast.config.train import TrainConfig, parse_train
+from dwrl_fast.config.train import NEWEST, TrainConfig, parse_train
 
 __all__ = [
+    "NEWEST",
     "VOTE_CURVE",
     "CommonOptions",
     "EvaluateConfig",

@@ -34,6 +34,7 @@ class CommonOptions(Options):
         "Optimizer",
         "Evaluation",
         "Run",
+        "Several GPUs",
         "Embedded task",
     )
 

@@ -20,7 +20,9 @@ from dwrl_fast.options import FRACTION, OPEN_FRACTION, POSITIVE, Base, at_least,
 adapters_option = partial(option, group="Adapters", needs=("use_peft", True))
 updates_option = partial(option, group="Updates")
 optimizer_option = partial(option, group="Optimizer")
+ranks_option = partial(option, group="Several GPUs")
 
+NEWEST = ("latest", "auto")  # of --resume_from_checkpoint: the newest whole checkpoint
 STREAMING = ("streaming", True)
 OWNERS = tuple(dict.fromkeys(owner for method in METHODS.values() for owner in method.options))
 if TYPE_CHECKING:  # mypy reads no bases that are computed; what it must know of them is listed
@@ -70,6 +72,10 @@ python -m dwrl_fast.train --config mine.yaml --learning_rate 1e-6 --alternate jo
 
 # several files, merged from left to right
 python -m dwrl_fast.train --config backbone.yaml data.yaml method.yaml --output_dir runs/mine
+
+# one machine with 8 GPUs; a run that was interrupted goes on by the same command
+torchrun --nproc-per-node 8 -m dwrl_fast.train --config mine.yaml --output_dir runs/mine \\
+    --resume_from_checkpoint auto
 
 # a run that was interrupted goes on where its last checkpoint stands
 python -m dwrl_fast.train --config runs/mine/config.yaml --resume_from_checkpoint latest
@@ -209,7 +215,26 @@ python -m dwrl_fast.train --config runs/mine/config.yaml --resume_from_checkpoin
     resume_from_checkpoint: str | None = run_option(
         None,
         "A checkpoint's folder, or latest: the newest whole one in --output_dir; damaged ones past it are renamed. The "
-        "run goes on to the bit. With latest a run that has not begun begins, and a finished one is left as it is.",
+        "run goes on to the bit. With latest a run that has not begun begins, and a finished one is left as it is. "
+        "auto: as latest, for jobs that are started again and again, without a warning at the first start.",
+    )
+
+    cpu_offload: bool = ranks_option(
+        False,
+        "Keep this rank's part of weights, gradients and optimizer states in the processor's memory, 16 bytes a "
+        "parameter over all ranks; layers are copied to the GPU as they are needed. Needs CUDA and torchrun.",
+    )
+    reshard_after_backward: bool = ranks_option(
+        True,
+        "Give up a layer's gathered weights after its backward pass. off: keep them from one micro-batch to the next, "
+        "which gathers them once a micro-batch in place of twice, for 2 bytes a parameter of the whole model on every "
+        "GPU in bf16, 4 in fp32.",
+    )
+    ddp_timeout: int = ranks_option(
+        7200,
+        "Seconds that a rank waits for the others before it gives up. It must exceed what one rank alone may take: "
+        "sampling its share of a rollout batch, writing a checkpoint.",
+        bound=at_least(1),
     )
 
     dry_run: bool = run_option(
@@ -239,9 +264,10 @@ python -m dwrl_fast.train --config runs/mine/config.yaml --resume_from_checkpoin
             raise ConfigError(
                 "max_steps = 0 would train nothing: give a number of rollout batches, or -1 to go by num_train_epochs."
             )
-        if self.resume_from_checkpoint == "latest" and self.output_dir is None:
+        if self.resume_from_checkpoint in NEWEST and self.output_dir is None:
             raise ConfigError(
-                "resume_from_checkpoint = latest: give --output_dir, the folder of the run that is to go on."
+                f"resume_from_checkpoint = {self.resume_from_checkpoint}: give --output_dir, the folder of the run "
+                "that is to go on."
             )
         for name, need in self.without_effect().items():
             warn_once(f"{name} has no effect here: it applies only with {need}.")

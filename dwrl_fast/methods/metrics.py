@@ -10,6 +10,7 @@ from torch import Tensor
 from dwrl_fast import ops
 from dwrl_fast.batching.batch import Batch
 from dwrl_fast.encode import Group
+from dwrl_fast.ranks import Ranks
 
 
 @dataclass(slots=True)
@@ -34,6 +35,21 @@ class StepMetrics:
     def add_scores(self, batch: Batch, scores: Tensor) -> None:
         """The scores [S] that the model gave in `batch`, in nats; of a group only the last are kept."""
         self.scored.append((batch, scores.detach()))
+
+    def joined(self, ranks: Ranks) -> "StepMetrics":
+        """With the sums of all ranks; the scores are still this rank's. Synchronises."""
+        if ranks.mesh is None:
+            return self
+        sums = {name: total.cpu() for name, total in self.sums.items()}
+        counts = {name: int(count) for name, count in self.counts.items()}
+        policy = [ops.combine_stats(self.policy).cpu()] if self.policy else []
+        found = StepMetrics(scored=self.scored)
+        for more, of, stats in ranks.gather((sums, counts, policy)):
+            for name, total in more.items():
+                found.sums[name] = found.sums[name] + total if name in found.sums else total
+                found.counts[name] = found.counts.get(name, 0) + of[name]
+            found.policy += stats
+        return found
 
     def means(self) -> dict[str, float]:
         """Means by name, nan where nothing was counted, and what the policy loss counted. Synchronises."""

@@ -8,7 +8,7 @@ the rest.
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +95,11 @@ class GenerativeModel(PreferenceModel):
         hidden = backbone_states(self.lm.base_model, batch)
         return self.head(hidden[batch.score_rows], hidden[batch.token_rows if tokens else batch.token_rows[:0]])
 
+    def idle(self, batch: Batch) -> Tensor:
+        """0, whose gradients are 0 in every weight: what a rank adds that computes `batch` for nothing."""
+        head = self(batch, tokens=True)
+        return 0 * head.logprobs(head.token, batch.targets).sum()
+
     def states(self, ids: Tensor, positions: Tensor, plan: CachedPlan) -> Tensor:
         """[Q, H]: the last hidden states of new tokens [Q] at `positions` [Q] of their texts, over a cache."""
         return planned_states(self.lm.base_model, ids, positions, plan)
@@ -121,23 +126,33 @@ class ScalarModel(PreferenceModel):
     def forward(self, batch: Batch) -> Tensor:
         """The rewards [S] of the sequences, in float32, read at their last tokens."""
         hidden = backbone_states(self.lm.base_model, batch)[batch.score_rows]
-        # One product in float32 whatever the backbone computes in: bfloat16 rewards tie where the responses do not.
+        # One product in the weight's float32, whatever the backbone computes in: bfloat16 rewards tie where the
+        # responses do not. A sum over its one column, for FSDP does not take a view as a module's output.
         with torch.autocast(hidden.device.type, enabled=False):
-            return self.lm.score(hidden.float()).squeeze(-1)
+            return self.lm.score(hidden.to(self.lm.score.weight.dtype)).sum(-1)
+
+    def idle(self, batch: Batch) -> Tensor:
+        """As `GenerativeModel.idle`."""
+        return 0 * self(batch).sum()
 
 
 def load_generative(
-    name_or_path: str | None, config_path: str | None, seed: int, lora: Lora | None = None
+    name_or_path: str | None,
+    config_path: str | None,
+    seed: int,
+    lora: Lora | None = None,
+    *,
+    dtype: Literal["auto"] | None = None,
 ) -> GenerativeModel:
     """A causal language model from a folder, hub name or GGUF file, or with weights drawn with `seed` for the config at
-    `config_path`. The weights are float32 masters; with `lora` the model is frozen and has adapters. A folder of
-    adapters loads as the model that they merge into.
+    `config_path`. The weights are float32 masters, with dtype "auto" as the file has them; with `lora` the model is
+    frozen and has adapters. A folder of adapters loads as the model that they merge into.
 
     Raises ModelError where it does not load, and ConfigError for options of `lora` that do not fit.
     """
     from transformers import AutoModelForCausalLM
 
-    return GenerativeModel(_load(AutoModelForCausalLM, name_or_path, config_path, seed, lora))
+    return GenerativeModel(_load(AutoModelForCausalLM, name_or_path, config_path, seed, lora, dtype))
 
 
 def load_scalar(
@@ -148,6 +163,7 @@ def load_scalar(
     lora: Lora | None = None,
     *,
     new_head: bool = False,
+    dtype: Literal["auto"] | None = None,
 ) -> ScalarModel:
     """As `load_generative`, the same backbone under a head with one output. With `new_head` a head that the checkpoint
     lacks is drawn with `seed`, because it is about to be trained. pad_id: the token id that fills up rows.
@@ -155,7 +171,14 @@ def load_scalar(
     from transformers import AutoModelForSequenceClassification
 
     model = _load(
-        AutoModelForSequenceClassification, name_or_path, config_path, seed, lora, new_head=new_head, num_labels=1
+        AutoModelForSequenceClassification,
+        name_or_path,
+        config_path,
+        seed,
+        lora,
+        dtype,
+        new_head=new_head,
+        num_labels=1,
     )
     model.config.pad_token_id = pad_id
     return ScalarModel(model)
@@ -167,6 +190,7 @@ def _load(
     config_path: str | None,
     seed: int,
     lora: Lora | None,
+    dtype: Literal["auto"] | None,
     *,
     new_head: bool = False,
     **extra: Any,
@@ -182,7 +206,7 @@ def _load(
         torch.manual_seed(seed)
         try:
             if name_or_path is not None:
-                options = extra | ({"dtype": torch.float32} if lora is None else lora.base_options())
+                options = extra | ({"dtype": dtype or torch.float32} if lora is None else lora.base_options())
                 options = gguf.dequantising(options, source) if keywords else options
                 # The report says which weights were found, and whose sizes differ.
                 options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}

@@ -3,6 +3,7 @@
 from dwrl_fast.sampling.groups import sample_groups
 from dwrl_fast.sampling.kept import KeptThoughts
 from dwrl_fast.sampling.sampler import Limits, Rating, RatingSampler, Sampler
+from dwrl_fast.sampling.split import split
 from dwrl_fast.sampling.transformers import TransformersSampler
 from dwrl_fast.sampling.tree import TreeSampler
 
@@ -15,4 +16,5 @@ __all__ = [
     "TransformersSampler",
     "TreeSampler",
     "sample_groups",
+    "split",
 ]

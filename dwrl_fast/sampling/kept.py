@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from dwrl_fast.encode.thought import Thought
+from dwrl_fast.ranks import ALONE, Ranks
 from dwrl_fast.sampling.sampler import Sampler
 
 
@@ -25,16 +26,21 @@ class KeptThoughts:
         self.found: dict[str, list[int]] = {}
         self.file: Path | None = None
 
-    def keep_in(self, file: Path) -> None:
-        """Take up the thoughts that `file` holds (JSONL, one a line), and add to it what will be written."""
-        self.file = file
+    def keep_in(self, file: Path, ranks: Ranks = ALONE) -> None:
+        """Take up the thoughts that `file` holds (JSONL, one a line), and add to it what will be written. Of several
+        ranks, the first alone reads and writes it.
+        """
+        self.found = ranks.from_first(lambda: self._read(file))
+        self.file = file if ranks.first else None
+
+    @staticmethod
+    def _read(file: Path) -> dict[str, list[int]]:
         if not file.exists():
-            return
+            return {}
         whole, _, _ = file.read_text(encoding="utf-8").rpartition("\n")  # a killed run may leave half a line
         file.write_text(whole + "\n" * bool(whole), encoding="utf-8")
-        for line in whole.splitlines():
-            row = json.loads(line)
-            self.found[row["context"]] = row["ids"]
+        rows = map(json.loads, whole.splitlines())
+        return {row["context"]: row["ids"] for row in rows}
 
     def sample(
         self,

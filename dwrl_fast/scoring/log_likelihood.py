@@ -72,7 +72,9 @@ def _load_start(runtime: Runtime, card: dict[str, Any]) -> Runtime | None:
     source = card["reference"]
     named = source["model_name_or_path"], source["model_config"], source["seed"]
     try:
-        start = load_runtime(card, *named, runtime.dialog, runtime.compute, runtime.layout, Limits(1, 1.0))
+        start = load_runtime(
+            card, *named, runtime.dialog, runtime.compute, runtime.layout, Limits(1, 1.0), ranks=runtime.ranks
+        )
     except ModelError as error:
         warn_once(
             "the model that this one was trained from is not found, so the scores are beta log pi(y | x), without "

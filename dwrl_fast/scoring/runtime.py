@@ -1,12 +1,12 @@
 """A loaded model, and all that it takes to run it without gradients."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 
-from dwrl_fast.batching.batch import Batch
+from dwrl_fast.batching.batch import Batch, Size
 from dwrl_fast.batching.layout import Layout
 from dwrl_fast.compute import Compute
 from dwrl_fast.dialog import Dialog, SingleTurn
@@ -15,20 +15,45 @@ from dwrl_fast.errors import ModelError
 from dwrl_fast.methods import METHODS
 from dwrl_fast.models.adapters import Lora
 from dwrl_fast.models.model import load_generative, load_scalar, place
-from dwrl_fast.sampling import KeptThoughts, Limits, Sampler, TransformersSampler, TreeSampler
+from dwrl_fast.models.sharding import Sharded, cost_of
+from dwrl_fast.ranks import ALONE, Ranks
+from dwrl_fast.sampling import KeptThoughts, Limits, Sampler, TransformersSampler, TreeSampler, split
 
 Result = TypeVar("Result")
 
 
+class Share(NamedTuple):
+    """What all ranks compute of some groups: the places of each rank's own, and what the groups hold together.
+    batches: this rank's micro-batches, as many as the other ranks have; those that it lacks are idle, without groups.
+    """
+
+    places: list[list[int]]
+    size: Size
+    batches: list[Batch]
+
+
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """model: a `GenerativeModel` or `ScalarModel`. sampler: None where it cannot write thoughts."""
+    """model: a `GenerativeModel` or `ScalarModel`. sampler: None where it cannot write thoughts. sharded: what is whole
+    of the model where ranks hold parts of it.
+    """
 
     model: Any
     dialog: Any
     compute: Compute
     layout: Layout
     sampler: Sampler | None = None
+    ranks: Ranks = ALONE
+    sharded: Sharded | None = None
+
+    def share(self, groups: Sequence[Group]) -> Share:
+        """`groups` over the ranks. All of them hold all groups and split them alike."""
+        shares = self.layout.split(groups, self.ranks.count)
+        _, micro = shares[self.ranks.rank]
+        batches = self.layout.laid_out(micro)
+        missing = max(len(micro) for _, micro in shares) - len(batches)
+        batches += [self.layout.idle()] * missing
+        return Share([own for own, _ in shares], Size.of(groups), batches)
 
     def run_batches(
         self,
@@ -39,20 +64,38 @@ class Runtime:
         """What `read` gives for each group, in their order: it takes a micro-batch and gives one thing a group of it.
 
         The model is in its mode for scoring, without gradients, in the run's dtype. `progress` counts responses. This
-        is the one pass without gradients: of scores of every kind, of old log-probs and of a frozen model's.
+        is the one pass without gradients: of scores of every kind, of old log-probs and of a frozen model's. Ranks
+        share the groups, and all get what was read of all.
         """
         found: dict[Group, Result] = {}
         training = self.model.training
+        share = self.share(groups)
         self.model.eval()
+        left = sum(len(group.preference.responses) for group in groups)
         try:
             with torch.no_grad(), self.compute.autocast():
-                for batch in self.layout.batches(groups):
+                for batch in share.batches:
+                    if not batch.groups:
+                        self.model.idle(batch)
+                        continue
                     found |= zip(batch.groups, read(batch), strict=True)
+                    done = sum(len(group.preference.responses) for group in batch.groups)
+                    left -= done
                     if progress is not None:
-                        progress(sum(len(group.preference.responses) for group in batch.groups))
+                        progress(done)
         finally:
             self.model.train(training)
-        return [found[group] for group in groups]
+            if self.sharded is not None:
+                self.sharded.model.reshard()  # the root, which only a backward pass would give up
+        own = [found[groups[place]] for place in share.places[self.ranks.rank]]
+        joined = self.ranks.joined(own, share.places)
+        if progress is not None and left:
+            progress(left)  # of the other ranks
+        return joined
+
+    def whole(self) -> Any:
+        """The model itself, or, where it is sharded, a whole copy on the first rank and None on the others."""
+        return self.model if self.sharded is None else self.sharded.whole()
 
     def logprobs(self, groups: Sequence[Group], temperature: float = 1.0) -> list[list[list[list[float]]]]:
         """The log-probs of each group's trained tokens, in nats: K lists of N, a list a sequence."""
@@ -76,47 +119,67 @@ def load_runtime(
     lora: Lora | None = None,
     *,
     new_head: bool = False,
+    ranks: Ranks = ALONE,
+    offload: bool = False,
 ) -> Runtime:
     """The model that `card` tells of, from a folder or hub name or drawn from a configuration, on `compute.device`.
 
-    limits: of sampling. new_head: a scalar head that the folder does not hold is drawn,
-    to be trained. ModelError where the model, or the one that prefills its thoughts, cannot be loaded.
+    limits: of sampling. new_head: a scalar head that the folder does not hold is drawn, to be trained. ranks: those
+    that hold the model together, each a part; offload: in the processor's memory. ModelError where the model, or the
+    one that prefills its thoughts, cannot be loaded.
     """
     method = METHODS[card["method"]]
+    dtype: Literal["auto"] | None = (
+        None if ranks.mesh is None or compute.float32 else "auto"
+    )  # sharding makes it float32, part by part
+    model: Any
     if method.scalar:
-        scalar = load_scalar(name_or_path, config_path, seed, dialog.pad_id, lora, new_head=new_head)
-        runtime = Runtime(place(scalar, compute, layout), dialog, compute, layout)
-        return _prefilled(runtime, card["prefilled_by"], limits) if "prefilled_by" in card else runtime
-    generative = load_generative(name_or_path, config_path, seed, lora)
-    return _sampling(place(generative, compute, layout, thinks=method.thinks), dialog, compute, layout, limits)
+        model = load_scalar(name_or_path, config_path, seed, dialog.pad_id, lora, new_head=new_head, dtype=dtype)
+    else:
+        model = load_generative(name_or_path, config_path, seed, lora, dtype=dtype)
+    writes = method.thinks and not method.scalar
+    model = place(model, compute, layout, thinks=writes)
+    samples = not method.scalar
+    if ranks.mesh is None:
+        sampler = _sampler(model, dialog, compute, layout, limits) if samples else None
+        runtime = Runtime(model, dialog, compute, layout, sampler)
+    else:
+        layout = replace(layout, cost=cost_of(model))
+        sharded = Sharded(model, ranks, compute, samples=writes, offload=offload)
+        sampler = None
+        if sharded.replica is not None:
+            sampler = split(_sampler(sharded.replica, dialog, compute, layout, limits), ranks, sharded.refresh)
+        runtime = Runtime(sharded.model, dialog, compute, layout, sampler, ranks, sharded)
+    return _prefilled(runtime, card["prefilled_by"], limits) if "prefilled_by" in card else runtime
 
 
 def load_writer(
-    name_or_path: str, dialog: Dialog | SingleTurn, compute: Compute, layout: Layout, limits: Limits
+    name_or_path: str,
+    dialog: Dialog | SingleTurn,
+    compute: Compute,
+    layout: Layout,
+    limits: Limits,
+    ranks: Ranks = ALONE,
 ) -> Sampler:
-    """A language model, as it stands, that only writes thoughts in `dialog`. ModelError where it cannot be loaded."""
+    """A language model, as it stands, that only writes thoughts in `dialog`; every rank has all of it. ModelError where
+    it cannot be loaded.
+    """
     model = place(load_generative(name_or_path, None, 0), compute, layout, thinks=True).requires_grad_(False)
-    sampler = _sampling(model, dialog, compute, layout, limits).sampler
-    assert sampler is not None
-    return sampler
+    return split(_sampler(model, dialog, compute, layout, limits), ranks, lambda: None)
 
 
-def _sampling(model: Any, dialog: Any, compute: Compute, layout: Layout, limits: Limits) -> Runtime:
+def _sampler(model: Any, dialog: Any, compute: Compute, layout: Layout, limits: Limits) -> Sampler:
     how: dict[str, Any] = {"autocast": compute.autocast, "float32": compute.float32}
-    sampler: Sampler
     if model.shares_cache:
-        sampler = TreeSampler(model, dialog.stop_ids, limits=limits, token_budget=layout.token_budget, **how)
-    else:
-        sampler = TransformersSampler(model.lm, dialog.stop_ids, dialog.pad_id, batch_size=limits.batch_size, **how)
-    return Runtime(model, dialog, compute, layout, sampler)
+        return TreeSampler(model, dialog.stop_ids, limits=limits, token_budget=layout.token_budget, **how)
+    return TransformersSampler(model.lm, dialog.stop_ids, dialog.pad_id, batch_size=limits.batch_size, **how)
 
 
 def _prefilled(runtime: Runtime, writer: str, limits: Limits) -> Runtime:
     """With the thoughts of the language model `writer`, which stands beside the scalar one."""
     dialog = runtime.dialog
     try:
-        sampler = load_writer(writer, dialog, runtime.compute, runtime.layout, limits)
+        sampler = load_writer(writer, dialog, runtime.compute, runtime.layout, limits, runtime.ranks)
     except ModelError as error:
         raise ModelError(f"this model reads thoughts that {writer} writes, which must be there too. {error}") from error
-    kept = KeptThoughts(sampler, dialog.tokenizer, dialog.stop_ids)
-    return Runtime(runtime.model, dialog, runtime.compute, runtime.layout, kept)
+    return replace(runtime, sampler=KeptThoughts(sampler, dialog.tokenizer, dialog.stop_ids))

@@ -1,22 +1,21 @@
 """Checkpoints: one folder a step, whole or absent, given back to the bit.
 
-    parent/checkpoint-000120/   __0_0.distcp, .metadata   the tensors, by torch.distributed.checkpoint
-                                state.json                everything else
+    parent/checkpoint-000120/   shard-00001-model-00001-of-00001.safetensors   the tensors, or one rank's parts of them
+                                state.json                                     everything else
                                 manifest.json             size and SHA-256 of each file, written last
 
 A save is written beside its final place, made durable, and renamed into it, so that a process killed at any moment
-leaves the earlier checkpoints as they were. A step once saved is never written again. One process writes to a parent
-folder at a time (lock.py).
+leaves the earlier checkpoints as they were. A step once saved is never written again. One run writes to a parent folder
+at a time (lock.py).
 
-Loading trusts no file: what the manifest does not vouch for is not read, tensors are read with `weights_only`, and
-`.metadata`, which is a pickle, by an unpickler that knows the few classes it is made of and refuses everything else.
+Tensors are written and read by torch.distributed.checkpoint, each rank its own parts; so any number of ranks can go on
+from a checkpoint. Loading trusts no file: what the manifest does not vouch for is not read, and no file is a pickle.
 """
 
 import hashlib
 import itertools
 import json
 import os
-import pickle
 import re
 import shutil
 import warnings
@@ -25,57 +24,56 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor
-from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from dwrl_fast.errors import CheckpointError
 from dwrl_fast.log import logger
+from dwrl_fast.ranks import ALONE, Ranks
 
-MANIFEST, STATE, METADATA = "manifest.json", "state.json", ".metadata"
-FORMAT = 1
+MANIFEST, STATE = "manifest.json", "state.json"
+FORMAT = 2  # 1 held a pickle
+FILE_BYTES = 2**30  # tensors that begin below a multiple of it share a file
 UNFINISHED = ".unfinished"
 DAMAGED = ".damaged"
 
 
 def save_checkpoint(
-    parent: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int | None = None
+    parent: Path,
+    step: int,
+    tensors: dict[str, Tensor],
+    state: dict[str, Any],
+    keep: int | None = None,
+    *,
+    ranks: Ranks = ALONE,
 ) -> Path:
     """Write `parent/checkpoint-STEP` and return it; then remove all but the newest `keep` (this one is never removed).
 
     tensors: any dtypes and shapes, by name. state: what JSON gives back unchanged (no tuples, all keys text, no NaN).
+    All `ranks` call it together, into one folder that all of them see; each writes its parts of sharded tensors.
     CheckpointError: the step exists, something is not as said above, or the disk fails; earlier checkpoints stay whole.
     """
     if keep is not None and keep < 1:
         raise ValueError(f"keep = {keep}: at least the checkpoint just written is kept")
     final = parent / f"checkpoint-{step:06d}"
-    if final.exists():
-        raise CheckpointError(
-            f"{final} exists, and a saved step is never overwritten. Give another --output_dir, or move it away."
-        )
     text = _state_text(state)
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise CheckpointError(
                 f"{name} is a {type(tensor).__name__}: only tensors are saved here, the rest is state."
             )
-    parent.mkdir(parents=True, exist_ok=True)
-    _clear(parent)
     folder = final.with_name(final.name + UNFINISHED)
+    ranks.from_first(lambda: _make(folder))
     try:
-        _write(folder, tensors, text)
-        folder.rename(final)
-        _sync(parent)
-    except (OSError, CheckpointException) as error:
+        _write(folder, tensors, text, ranks)
+        ranks.from_first(lambda: _name(folder, final, keep))
+    except (OSError, CheckpointException, SafetensorError) as error:
         shutil.rmtree(folder, ignore_errors=True)
         raise CheckpointError(
             f"{final} could not be written: {_cause(error)}. Earlier checkpoints are as they were."
         ) from error
-    if keep is not None:
-        _prune(final, keep)
     return final
 
 
@@ -108,33 +106,31 @@ def set_aside(folder: Path) -> Path:
     return folder.rename(next(name for name in names if not name.exists()))
 
 
-def load_checkpoint(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Fill `tensors` in place from the checkpoint at `path` and return its state.
+def load_checkpoint(path: Path, tensors: dict[str, Tensor], *, ranks: Ranks = ALONE) -> dict[str, Any]:
+    """Fill `tensors` in place from the checkpoint at `path` and return its state. All `ranks` call it together; they
+    may be more or fewer than those that wrote it.
 
-    CheckpointError: it is missing, incomplete or altered, would run code, or holds other names, shapes or dtypes.
+    CheckpointError: it is missing, incomplete or altered, or holds other names, shapes or dtypes.
     """
-    files = _verify(path)
-    metadata = _read_metadata(path, files)
-    _match(path, metadata.state_dict_metadata, tensors)
+    ranks.from_first(lambda: _verify(path))
     try:
-        with _one_process():
+        reader = dcp.HuggingFaceStorageReader(str(path))
+        _match(path, reader.read_metadata().state_dict_metadata, tensors)
+        with _quiet():
             dcp.load(
                 dict(tensors),
-                storage_reader=_Reader(path, metadata),
+                storage_reader=reader,
                 planner=dcp.DefaultLoadPlanner(flatten_state_dict=False),
-                no_dist=True,
+                no_dist=ranks.mesh is None,
             )
-        return json.loads((path / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, CheckpointException) as error:
+        return dict(json.loads((path / STATE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, LookupError, CheckpointException, SafetensorError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(f"{path} cannot be read: {_cause(error)}. Use another checkpoint.") from error
 
 
 # Writing
-
-
-class _Writer(dcp.FileSystemWriter):
-    def storage_meta(self) -> None:
-        """Nothing: by default it would put the temporary folder's path into the checkpoint."""
 
 
 def _state_text(state: dict[str, Any]) -> str:
@@ -149,23 +145,34 @@ def _state_text(state: dict[str, Any]) -> str:
     return text
 
 
-def _write(folder: Path, tensors: dict[str, Tensor], state: str) -> None:
-    with _one_process():
+def _write(folder: Path, tensors: dict[str, Tensor], state: str, ranks: Ranks) -> None:
+    """All of a checkpoint: each rank its own parts, made durable; then the first the state and the manifest."""
+    with _quiet():
         dcp.save(
             tensors,
-            storage_writer=_Writer(folder, sync_files=False),
+            storage_writer=dcp.HuggingFaceStorageWriter(str(folder), _file_of(tensors), save_distributed=True),
             planner=dcp.DefaultSavePlanner(flatten_state_dict=False),
-            no_dist=True,
+            no_dist=ranks.mesh is None,
         )
-    (folder / STATE).write_text(state, encoding="utf-8")
-    names = sorted(file.name for file in folder.iterdir())
-    for name in names:
+    own = sorted(file.name for file in folder.glob(f"shard-{ranks.rank + 1:05d}-*"))
+    for name in own:
         _sync(folder / name)
-    files = {name: _fingerprint(folder / name) for name in names}
-    manifest = {"format": FORMAT, "files": files}
+    parts = ranks.gather({name: _fingerprint(folder / name) for name in own})
+    if not ranks.first:
+        return
+    (folder / STATE).write_text(state, encoding="utf-8")
+    _sync(folder / STATE)
+    files = {name: each for part in parts for name, each in part.items()} | {STATE: _fingerprint(folder / STATE)}
+    manifest = {"format": FORMAT, "files": dict(sorted(files.items()))}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     _sync(folder / MANIFEST)
     _sync(folder)
+
+
+def _file_of(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """The number of each tensor's file: a file's worth is copied in memory while it is written."""
+    sizes = itertools.accumulate((tensor.numel() * tensor.itemsize for tensor in tensors.values()), initial=0)
+    return {name: 1 + size // FILE_BYTES for name, size in zip(tensors, sizes, strict=False)}
 
 
 def _sync(path: Path) -> None:
@@ -193,17 +200,32 @@ def _prune(newest: Path, keep: int) -> None:
         shutil.rmtree(folder.rename(folder.with_name(folder.name + UNFINISHED)))
 
 
-def _clear(parent: Path) -> None:
+def _make(folder: Path) -> None:
+    """The empty folder that a checkpoint is written into, in place of those that interrupted saves left."""
+    final, parent = folder.with_name(folder.name.removesuffix(UNFINISHED)), folder.parent
+    if final.exists():
+        raise CheckpointError(
+            f"{final} exists, and a saved step is never overwritten. Give another --output_dir, or move it away."
+        )
+    parent.mkdir(parents=True, exist_ok=True)
     for folder in sorted(parent.glob(f"checkpoint-*{UNFINISHED}")):
         logger.warning("Removing %s, left by an interrupted save or removal.", folder)
         shutil.rmtree(folder)
 
 
+def _name(folder: Path, final: Path, keep: int | None) -> None:
+    """Give what was written whole its name, and remove what it replaces."""
+    folder.rename(final)
+    _sync(final.parent)
+    if keep is not None:
+        _prune(final, keep)
+
+
 # Reading
 
 
-def _verify(path: Path) -> dict[str, Any]:
-    """The files of the manifest, each of which is there as it was written; CheckpointError otherwise."""
+def _verify(path: Path) -> None:
+    """CheckpointError unless all files of the manifest are there as they were written, and no other tensors."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -211,14 +233,16 @@ def _verify(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} {what}.") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: {MANIFEST} cannot be read ({error}).") from None
-    if (
-        not isinstance(manifest, dict)
-        or manifest.get("format") != FORMAT
-        or not isinstance(manifest.get("files"), dict)
-    ):
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if isinstance(files, dict) and manifest.get("format") == 1:
+        raise CheckpointError(
+            f"{path} was written by dwrl_fast 0.1, in a format with a pickle, which this version does not read: go on "
+            "with that version, or start anew in another --output_dir."
+        )
+    if not isinstance(files, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path}: {MANIFEST} is not of format {FORMAT}, the one this version writes.")
-    files = manifest["files"]
-    for name in sorted({STATE, METADATA, *files}):
+    there = {file.name for file in path.glob("*.safetensors")}
+    for name in sorted({STATE, *there, *files}):
         if name not in files or Path(name).name != name:
             raise CheckpointError(f"{path}: {MANIFEST} does not vouch for {name}.")
         try:
@@ -227,64 +251,10 @@ def _verify(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path}: {name} cannot be read ({error.strerror}).") from None
         if not intact:
             raise CheckpointError(f"{path}: {name} is not as it was written; the checkpoint is damaged.")
-    return files
-
-
-_CLASSES = (
-    dcp_metadata.Metadata,
-    dcp_metadata.MetadataIndex,
-    dcp_metadata.TensorStorageMetadata,
-    dcp_metadata.ChunkStorageMetadata,
-    dcp_metadata.TensorProperties,
-    dcp_metadata._MEM_FORMAT_ENCODING,
-    _StorageInfo,
-)
-_ADMITTED: dict[tuple[str, str], Any] = {(cls.__module__, cls.__qualname__): cls for cls in _CLASSES}
-_ADMITTED["torch", "Size"] = torch.Size
-_ADMITTED["torch.serialization", "_get_layout"] = (
-    torch.serialization._get_layout
-)  # a look-up of torch.strided and its like
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        dtype = getattr(torch, name, None) if module == "torch" else None
-        if isinstance(dtype, torch.dtype):
-            return dtype
-        if (module, name) not in _ADMITTED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which the metadata of tensors does not need")
-        return _ADMITTED[module, name]
-
-
-class _Reader(dcp.FileSystemReader):
-    """Reads tensors by metadata that has been checked, where the base class would unpickle it unchecked."""
-
-    def __init__(self, path: Path, metadata: dcp_metadata.Metadata) -> None:
-        super().__init__(path)
-        self.checked = metadata
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> dcp_metadata.Metadata:
-        return self.checked
-
-
-def _read_metadata(path: Path, files: dict[str, Any]) -> dcp_metadata.Metadata:
-    """`.metadata`, holding tensors alone, all of them in files that the manifest vouches for."""
-    try:
-        with open(path / METADATA, "rb") as file:
-            metadata = _MetadataUnpickler(file).load()
-        tensors, places = metadata.state_dict_metadata, metadata.storage_data
-        plain = all(type(entry) is dcp_metadata.TensorStorageMetadata for entry in tensors.values())
-        inside = all(place.relative_path in files and not place.transform_descriptors for place in places.values())
-    except Exception as error:  # a crafted pickle may raise anything
-        raise CheckpointError(f"{path}: {METADATA} is refused: {error}. Do not use this checkpoint.") from None
-    if not (plain and inside):
-        raise CheckpointError(
-            f"{path}: {METADATA} is refused: it holds more than tensors, or points outside the checkpoint."
-        )
-    return metadata
 
 
 def _match(path: Path, stored: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """CheckpointError unless the checkpoint holds these tensors, whole, and no others."""
     remedy = "It belongs to a run with other options: resume with the configuration saved beside it."
     missing, surplus = tensors.keys() - stored.keys(), stored.keys() - tensors.keys()
     if missing or surplus:
@@ -314,7 +284,7 @@ def _cause(error: BaseException) -> str:
 
 
 @contextmanager
-def _one_process() -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """Without the library's remark that torch.distributed is not initialised."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")

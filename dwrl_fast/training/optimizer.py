@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from dwrl_fast.config import TrainConfig
 from dwrl_fast.methods import Method
@@ -55,7 +56,8 @@ class Optimizers:
 
     def clip(self) -> Tensor:
         """Scale the gradients down to --max_grad_norm; their norm before that, on the device."""
-        return nn.utils.clip_grad_norm_(self.named.values(), self.config.max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(self.named.values(), self.config.max_grad_norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def factor(self, minibatch: int) -> float:
         """The learning rate at `minibatch` as a fraction of its highest."""

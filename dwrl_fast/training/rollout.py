@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from dwrl_fast.batching.batch import Batch
 from dwrl_fast.data import Preference
 from dwrl_fast.encode import Group, Request
 from dwrl_fast.errors import ConfigError
@@ -34,7 +33,8 @@ class Rollout:
         self.sampler: Sampler | None = self.runtime.sampler
         if method.writer is not None:
             limits = Limits(config.generation_batch_size, config.generation_cache_gib)
-            self.sampler = load_writer(method.writer, method.question, compute, self.runtime.layout, limits)
+            ranks = self.runtime.ranks
+            self.sampler = load_writer(method.writer, method.question, compute, self.runtime.layout, limits, ranks)
 
     def __call__(self, rows: Sequence[Preference], seed: int, display: Display) -> tuple[list[Group], dict[str, float]]:
         """The groups of one rollout batch, and what is worth logging of them."""
@@ -71,19 +71,14 @@ class Rollout:
         """The groups with the trainer's own log-probs in place of the sampler's, before anything is updated; how far
         the two were apart, in nats.
         """
-        gaps: list[Tensor] = []
-
-        def read(batch: Batch) -> list[list[list[list[float]]]]:
-            head = self.runtime.model(batch, tokens=True)
-            fresh = head.logprobs(head.token, batch.targets, self.method.trained_temperature)
-            assert batch.old_logprob is not None
-            gaps.append((fresh - batch.old_logprob).abs())
-            return batch.by_token(fresh)
-
-        fresh = self.runtime.run_batches(groups, read)
-        gap = torch.cat(gaps)
+        fresh = self.runtime.logprobs(groups, self.method.trained_temperature)
         found = [group.with_logprobs(each) for group, each in zip(groups, fresh, strict=True)]
+        gap = (_logprobs(found) - _logprobs(groups)).abs()
         return found, {"sampler_gap_mean": gap.mean().item(), "sampler_gap_max": gap.max().item()}
+
+
+def _logprobs(groups: Sequence[Group]) -> Tensor:
+    return torch.tensor([p for group in groups for some in group.thoughts for one in some for p in one.logprobs])
 
 
 def sampled_groups(

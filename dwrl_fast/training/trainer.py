@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dwrl_fast.batching.batch import Batch
 from dwrl_fast.compute import step_seed
-from dwrl_fast.config import TrainConfig
+from dwrl_fast.config import NEWEST, TrainConfig
 from dwrl_fast.data import Preference
 from dwrl_fast.data.jsonl import finite
 from dwrl_fast.errors import CheckpointError, NotFiniteError
@@ -29,10 +29,10 @@ from dwrl_fast.log import logger
 from dwrl_fast.methods import Method
 from dwrl_fast.models.pretrained import save_pretrained
 from dwrl_fast.progress import Display, Stage
-from dwrl_fast.scoring import Judging, ScoredGroup
+from dwrl_fast.scoring import Judging
 from dwrl_fast.training.checkpoint import checkpoints, latest_checkpoint, load_checkpoint, save_checkpoint, set_aside
 from dwrl_fast.training.optimizer import Optimizers
-from dwrl_fast.training.policy import Policy
+from dwrl_fast.training.policy import Minibatch, Policy
 from dwrl_fast.training.rollout import Rollout
 from dwrl_fast.training.runlog import RunLog, StallWatch
 
@@ -41,6 +41,7 @@ APART = {
     *("explicit", "output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "eval_steps", "eval_votes"),
     *("eval_dataset_name", "dataset_name", "dataset_mixture", "columns", "max_length", "aspect", "model_name_or_path"),
     *("model_config", "tokenizer_name_or_path", "num_train_epochs", "max_steps", "gradient_checkpointing"),
+    *("ddp_timeout", "cpu_offload", "reshard_after_backward"),
 }
 # Options that may be mended on the way: the run goes on, to other figures.
 TUNABLE = {
@@ -66,6 +67,7 @@ class Trainer:
         self.folder, self.display = folder, display
         model, minibatches = judging.runtime.model, feed.minibatches(config.minibatch_size)
         self.policy = Policy(judging.runtime, Optimizers(model, method, config, total=minibatches))
+        self.ranks = judging.runtime.ranks
         self.rollout = Rollout(method, judging)
         self.rows_identity = feed.identity()
         self.step = 0
@@ -76,7 +78,7 @@ class Trainer:
     def train(self) -> dict[str, Any]:
         """Every step from where the run stands. Returns what `result.json` holds of it."""
         self.policy.model.train()
-        log, first = RunLog(self.folder, self.step), self.step
+        log, first = RunLog(self.folder, self.step) if self.ranks.first else None, self.step
         self.before = self.before or self.evaluate("before")
         with self.display.stage(f"train {self.method.name}", self.feed.steps, done=self.step) as stage:
             while self.step < self.feed.steps:
@@ -91,18 +93,21 @@ class Trainer:
                 if self.config.eval_steps and self.step % self.config.eval_steps == 0 and not last:
                     now = self.evaluate(f"step {self.step}")
                     values |= {f"eval_{k}": report.accuracy for k, report in now.items()}
-                log.metrics(self.step, finite(values))
+                if log is not None:
+                    log.metrics(self.step, finite(values))
                 if last or (self.config.save_steps and self.step % self.config.save_steps == 0):
                     self.save()
         for source in self.feed.sources:
             logger.info(source.summary)
         after = self.evaluate("after") if self.feed.steps else {}
         with self.timed("save"):
-            save_pretrained(self.folder / "model", self.policy.model, self.method.dialog, self.method.card())
+            model = self.policy.runtime.whole()
+            if model is not None:
+                save_pretrained(self.folder / "model", model, self.method.dialog, self.method.card())
         return self._result(self.before, after)
 
-    def train_step(self, log: RunLog, stage: Stage) -> dict[str, Any]:
-        """One rollout batch: sample, update, and the figures of both."""
+    def train_step(self, log: RunLog | None, stage: Stage) -> dict[str, Any]:
+        """One rollout batch: sample, update, and the figures of both. log: of the first rank."""
         started, spent = time.monotonic(), dict(self.seconds)
         with self.timed("feed"):
             rows = self.feed.next()
@@ -115,16 +120,16 @@ class Trainer:
             for phase, m in self._schedule(len(minibatches)):
                 norms[phase].append(self.update(phase, minibatches[m], m))
                 updating.advance()
-        metrics = self.policy.read_metrics()
-        scored = [*map(ScoredGroup, groups, metrics.scores(groups))]
-        values |= metrics.means()
+        means, scored = self.policy.read_metrics(groups)
+        values |= means
         if len(self.feed.names) > 1:
             found = source_accuracy(scored, self.feed.names)
             values |= {f"train_accuracy/{name}": accuracy for name, accuracy in found.items()}
-        if groups and self.method.thoughts_each:
+        if groups and self.method.thoughts_each and log is not None:
             log.thoughts(self.step + 1, scored, self.method.dialog.tokenizer)
         self.step += 1
-        values |= counters([batch for minibatch in minibatches for batch in minibatch])
+        computed = counters([batch for minibatch in minibatches for batch in minibatch.batches])
+        values |= {name: sum(each[name] for each in self.ranks.gather(computed)) for name in computed}
         values |= self._figures(values, norms, len(groups), time.monotonic() - started, spent)
         self.stall.update(values, size)
         stage.advance(1, **{k: values[k] for k in ("loss", "train_accuracy", "thought_length") if k in values})
@@ -137,7 +142,7 @@ class Trainer:
         else:
             yield from ((phase, m) for m in range(minibatches) for phase in phases)
 
-    def update(self, phase: str, minibatch: Sequence[Batch], index: int) -> Tensor:
+    def update(self, phase: str, minibatch: Minibatch, index: int) -> Tensor:
         """One optimizer step of `phase` over a minibatch; the gradient's norm before clipping."""
         per_step = self.config.rollout_batch_size // self.config.minibatch_size
         with self.timed(phase):
@@ -221,7 +226,9 @@ class Trainer:
             "feed": self.feed.state(),
         }
         with self.timed("save"):
-            return save_checkpoint(self.folder, self.step, self.policy.state(), state, self.config.save_total_limit)
+            return save_checkpoint(
+                self.folder, self.step, self.policy.state(), state, self.config.save_total_limit, ranks=self.ranks
+            )
 
     def _identity(self) -> dict[str, Any]:
         """What makes a run this run: its options (but for where and how often it writes), its rows and its dialog."""
@@ -234,7 +241,22 @@ class Trainer:
         wanted = self.config.resume_from_checkpoint
         if wanted is None:
             return
-        path = latest_checkpoint(self.folder) if wanted == "latest" else Path(wanted)
+        path = self.ranks.from_first(lambda: self._found(wanted))
+        if path is None:
+            return
+        state = load_checkpoint(path, self.policy.state(), ranks=self.ranks)
+        self._compare(path, state["identity"])
+        self.ranks.from_first(lambda: self._set_aside(path, state["step"], wanted))
+        self.feed.restore(state["feed"])
+        self.step = state["step"]
+        self.seconds.update(state["seconds"])
+        self.stall = StallWatch(**state.get("stall", {}))  # checkpoints of before it have none
+        self.before = {k: PairReport.from_dict(report) for k, report in state["before"].items()}
+        logger.info("resumed %s at step %d of %d", path, self.step, self.feed.steps)
+
+    def _found(self, wanted: str) -> Path | None:
+        """The checkpoint to go on from; None where the run is to begin."""
+        path = latest_checkpoint(self.folder) if wanted in NEWEST else Path(wanted)
         if path is None or path.resolve().parent != self.folder.resolve():
             self._refuse_finished()
         if path is None:
@@ -242,23 +264,19 @@ class Trainer:
                 raise CheckpointError(
                     f"{self.folder} holds checkpoints, and none is whole (see above). Move them away to begin anew."
                 )
-            logger.warning("%s holds no checkpoint to resume from: the run starts at its beginning.", self.folder)
-            return
-        state = load_checkpoint(path, self.policy.state())
-        self._compare(path, state["identity"])
-        for later in checkpoints(self.folder, past=state["step"]):
-            if wanted != "latest":
+            if wanted != "auto":
+                logger.warning("%s holds no checkpoint to resume from: the run starts at its beginning.", self.folder)
+        return path
+
+    def _set_aside(self, path: Path, step: int, wanted: str) -> None:
+        """Checkpoints past `path`, which were found damaged."""
+        for later in checkpoints(self.folder, past=step):
+            if wanted not in NEWEST:
                 raise CheckpointError(
                     f"{self.folder} holds {later.name}, which lies past {path} and would have to be overwritten. Give "
                     "another --output_dir, or move the later checkpoints away."
                 )
             logger.warning("%s is damaged, and was set aside as %s.", later, set_aside(later).name)
-        self.feed.restore(state["feed"])
-        self.step = state["step"]
-        self.seconds.update(state["seconds"])
-        self.stall = StallWatch(**state.get("stall", {}))  # checkpoints of before it have none
-        self.before = {k: PairReport.from_dict(report) for k, report in state["before"].items()}
-        logger.info("resumed %s at step %d of %d", path, self.step, self.feed.steps)
 
     def _refuse_finished(self) -> None:
         """CheckpointError where the folder holds a model, which this run would write over."""

@@ -1,0 +1,138 @@
+"""A model of which each rank holds a part, by PyTorch's FSDP2; and what is whole of it.
+
+The layers are units that are gathered one after another. Embedding, norm and head stay with the root, whose weights are
+whole from the forward pass to the end of the backward pass, while the fused head reads them. Gradients are summed over
+ranks: a loss is divided by what all of them hold.
+
+Thoughts are never sampled with the sharded model: ranks would wait for each other at every token. A rank that samples
+has a whole copy in the run's dtype, the replica, which `refresh` brings up to date weight by weight.
+"""
+
+import copy
+from collections.abc import Iterator
+from typing import Any, Generic
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from dwrl_fast.batching.balance import Cost
+from dwrl_fast.compute import Compute
+from dwrl_fast.errors import ModelError
+from dwrl_fast.models.adapters import adapted, base_fingerprint
+from dwrl_fast.models.model import Model
+from dwrl_fast.ranks import Ranks
+
+
+class Sharded(Generic[Model]):
+    """`model`, sharded in place over `ranks`. It comes whole, in float32 or in the dtype of its file; what is trained
+    is cast to float32 layer by layer, as it is sharded, so that no rank holds all of it in float32 unless it came so.
+
+    replica: where thoughts are sampled, the model as it came, in the run's dtype. fingerprint: of the frozen weights
+    under adapters. Raises ModelError where the layers of the model are not found.
+    """
+
+    def __init__(self, model: Model, ranks: Ranks, compute: Compute, *, samples: bool, offload: bool = False):
+        self.ranks = ranks
+        self.fingerprint = base_fingerprint(model.lm) if adapted(model.lm) else ""
+        self.skeleton: Model = _copied(model, lambda p: p.data.to("meta"))
+        self.replica: Model | None = model if samples else None
+        self.model: Model = _copied(model, lambda p: p.data) if samples else model
+        policy = _Policies(ranks.mesh, compute, offload)
+        for unit in [*layers(self.model.lm), *_float32_heads(self.model.lm), self.model]:
+            policy.shard(unit, whole=unit in _float32_heads(self.model.lm))
+        self.parts = dict(self.model.named_parameters())
+        if self.replica is not None and not compute.float32:
+            for p in self.replica.parameters():
+                p.data = p.data.to(compute.dtype)
+        self.stale = False
+
+    def refresh(self) -> None:
+        """Bring the replica up to date with the weights that were trained. All ranks call it together."""
+        assert self.replica is not None
+        if not self.stale:
+            return
+        whole = dict(self.replica.named_parameters())
+        for name, full in self.gathered(trained=True):
+            whole[name].data.copy_(full)
+        self.stale = False
+
+    def gathered(self, *, trained: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Weight by weight, the whole of each, or of those that are trained; in their master dtype. All ranks go
+        through it together.
+        """
+        assert isinstance(self.model, FSDPModule)
+        self.model.reshard()
+        for name, part in self.parts.items():
+            if part.requires_grad or not trained:
+                assert isinstance(part, DTensor)
+                yield name, part.full_tensor().detach()
+
+    def whole(self) -> Model | None:
+        """On the first rank a whole copy in the processor's memory, no weight of which is on its GPU longer than one at
+        a time; None on the others. All ranks call it together.
+        """
+        found = {}
+        for name, full in self.gathered():
+            if self.ranks.first:
+                found[id(self.skeleton.get_parameter(name))] = full.cpu()
+        return _copied(self.skeleton, lambda p: found[id(p)]) if self.ranks.first else None
+
+
+def layers(lm: Any) -> list[nn.Module]:
+    """The decoder layers of `lm`, in order. ModelError where they are not found."""
+    names = set(lm._no_split_modules or ())
+    found = [module for module in lm.base_model.modules() if type(module).__name__ in names]
+    if not found:
+        raise ModelError(
+            f"{type(lm).__name__} does not say which of its modules are layers (_no_split_modules), so it cannot be "
+            "sharded: train it in one process, or take another model"
+        )
+    return found
+
+
+def cost_of(model: Any) -> Cost:
+    """What the parts of a forward pass of `model` cost."""
+    lm, config = model.lm, model.lm.config.get_text_config()
+    head = lm.get_output_embeddings() or lm.score
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    blocks = layers(lm)
+    return Cost(
+        token=sum(p.numel() for layer in blocks for p in layer.parameters()),
+        row=head.weight.numel(),
+        pair=2 * len(blocks) * config.num_attention_heads * width,
+    )
+
+
+class _Policies:
+    """How a unit is sharded: computed in the run's dtype, its gradients summed over ranks in float32."""
+
+    def __init__(self, mesh: Any, compute: Compute, offload: bool):
+        self.mesh, self.compute = mesh, compute
+        self.offload = CPUOffloadPolicy() if offload else OffloadPolicy()
+
+    def shard(self, unit: Any, whole: bool) -> None:
+        """whole: in full precision."""
+        for p in unit.parameters():
+            if p.requires_grad and p.dtype.itemsize < 4:
+                p.data = p.data.float()
+        dtype = None if self.compute.float32 or whole else self.compute.dtype
+        precision = MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=dtype and torch.float32, cast_forward_inputs=False
+        )
+        fully_shard(unit, mesh=self.mesh, mp_policy=precision, offload_policy=self.offload, reshard_after_forward=None)
+        assert isinstance(unit, FSDPModule)
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
+
+
+def _float32_heads(lm: Any) -> list[nn.Module]:
+    """A scalar head, which is a product of float32 whatever the backbone computes in."""
+    return [lm.score] if lm.get_output_embeddings() is None else []
+
+
+def _copied(model: Model, data: Any) -> Model:
+    """A copy whose parameters are `data` of each."""
+    memo = {id(p): nn.Parameter(data(p), requires_grad=p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, memo)

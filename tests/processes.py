@@ -1,0 +1,53 @@
+"""Several processes of one run, as torchrun starts them, each of which gives back what a function returns there."""
+
+import multiprocessing
+import os
+import pickle
+import socket
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dwrl_fast import ranks
+
+
+def together(folder: Path, count: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """What `function(ranks, *args)` returns on each of `count` ranks. folder: for what they return."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    files = [folder / f"rank-{rank}-of-{count}.pkl" for rank in range(count)]
+    made = [
+        context.Process(target=_run, args=(rank, count, port, files[rank], function, args)) for rank in range(count)
+    ]
+    for process in made:
+        process.start()
+    for process in made:
+        process.join(300)
+    alive = [process for process in made if process.is_alive()]
+    for process in alive:
+        process.kill()
+    found = [pickle.loads(file.read_bytes()) if file.exists() else (None, "it left nothing") for file in files]
+    errors = [error for _, error in found if error]
+    assert not errors and not alive, "\n\n".join(errors) or "they did not come to an end"
+    return [value for value, _ in found]
+
+
+def _run(rank: int, count: int, port: int, file: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    try:
+        value, error = function(ranks.start(120), *args), ""
+    except BaseException:
+        value, error = None, f"rank {rank}: {traceback.format_exc()}"
+    part = file.with_suffix(".part")
+    part.write_bytes(pickle.dumps((value, error)))
+    part.rename(file)
+    if error:
+        os._exit(1)
+    ranks.stop()

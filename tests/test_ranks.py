@@ -1,0 +1,89 @@
+"""Several processes beside one: gradients, figures and weights of every method."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import together
+from rank_cases import all_updated, config_of
+from tiny import tiny_dialog, tiny_folder, tiny_model, tiny_pairs
+from transformers import LlamaForCausalLM
+
+from dwrl_fast.config import TrainConfig
+from dwrl_fast.models.model import GenerativeModel
+from dwrl_fast.models.pretrained import save_pretrained
+
+pytestmark = pytest.mark.slow
+LORA = {"use_peft": True, "lora_r": 3, "lora_alpha": 4}
+# 11 rows in minibatches of 4: the last one has 3 groups, so that one of four ranks has none.
+CASES: dict[str, dict[str, Any]] = {
+    "dwrl": {"method": "dwrl"},
+    "dwrl, untied, checkpointing": {"method": "dwrl", "model": "untied", "gradient_checkpointing": True},
+    "dwrl, padded": {"method": "dwrl", "packing": "padded"},
+    "dwrl, kept whole": {"method": "dwrl", "reshard_after_backward": False},
+    "btpo": {"method": "btpo"},
+    "bt": {"method": "bt"},
+    "grpo-pair": {"method": "grpo-pair"},
+    "dpo": {"method": "dpo"},
+    "star-dpo": {"method": "star-dpo"},
+    "dwrl, LoRA": {"method": "dwrl", **LORA},
+    "dpo, LoRA": {"method": "dpo", **LORA},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, another without a tied head, and 11 pairs."""
+    folder = tmp_path_factory.mktemp("ranks")
+    tiny_folder(folder / "tiny")
+    tiny_pairs(folder / "pairs.jsonl", 11)
+    config = tiny_model().lm.config
+    config.tie_word_embeddings = False
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        card = {"method": "dwrl", "score_normalization": "vocab", "temperature": 1.0, "max_completion_length": 6}
+        save_pretrained(folder / "untied", GenerativeModel(LlamaForCausalLM(config)), tiny_dialog(), card)
+    return folder
+
+
+def configs(folder: Path, **changes: Any) -> dict[str, TrainConfig]:
+    made = {}
+    for name, case in CASES.items():
+        case = dict(case)
+        model = {"model_name_or_path": str(folder / case.pop("model", "tiny"))}
+        made[name] = config_of(folder, **model, **case, **changes)
+    return made
+
+
+def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """The most that a tensor of two differs, relative to its norm."""
+    assert one.keys() == other.keys()
+    return max(((other[n] - x).norm() / x.norm().clamp_min(1e-30)).item() for n, x in one.items())
+
+
+@pytest.fixture(scope="module")
+def of_one(folder: Path) -> dict[str, dict[str, Any]]:
+    """What one process finds: in float32 after one rollout batch, and in float64 after three (nine minibatches)."""
+    (found,) = together(folder, 1, all_updated, configs(folder, learning_rate=1e-3))
+    return found
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_updates_are_those_of_one_process(folder: Path, of_one: Any, count: int) -> None:
+    several = together(folder, count, all_updated, configs(folder, learning_rate=1e-3))
+    for kind, bound in (("float32", 1e-5), ("float64", 1e-9)):
+        for name, one in of_one[kind].items():
+            for rank, found in enumerate(several):
+                two = found[kind][name]
+                for phase, expected in one["gradients"].items():
+                    assert sum(x.norm() for x in expected.values()) > 0
+                    assert apart(expected, two["gradients"][phase]) < bound, (kind, name, phase)
+                for mean, other in zip(one["means"], two["means"], strict=True):
+                    assert mean.keys() == other.keys()
+                    assert all(abs(other[k] - x) <= 1e-4 * abs(x) + 1e-7 for k, x in mean.items() if x == x), name
+                assert ("weights" in two) == (rank == 0)
+                assert [*map(len, two["scores"])] == [*map(len, one["scores"])]
+            if kind == "float64":
+                assert len(one["norms"]) >= 10
+                assert apart(one["weights"], several[0][kind][name]["weights"]) < bound, name
