@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from typing import NoReturn
@@ -13,6 +14,8 @@ from rich.logging import RichHandler
 from dwrl_fast.errors import ConfigError, UserError
 from dwrl_fast.log import logger
 from dwrl_fast.ranks import culprit
+
+GRACE = 5  # seconds
 
 
 def open_console() -> Console:
@@ -43,10 +46,20 @@ def command(main: Callable[[list[str]], None], *, ranks: bool = False) -> None:
         _leave(error.status, f"\nerror: {error}")
     except KeyboardInterrupt:
         _leave(130, "\ninterrupted")
-    except Exception:
+    except Exception as error:
         if "RANK" not in os.environ:
             raise
-        _leave(1, traceback.format_exc())
+        _leave(1, f"{_failure(error)}\n{traceback.format_exc()}")
+
+
+def _failure(error: Exception) -> str:
+    rank = os.environ["RANK"]
+    if isinstance(error, RuntimeError) and "onnection" in str(error):
+        return (
+            f"rank {rank} lost the connection to another rank, which ended without saying why (killed, or out of "
+            "memory: torchrun says with which signal)."
+        )
+    return f"rank {rank} failed, and the others stop with it:"
 
 
 def _leave(status: int, why: str) -> NoReturn:
@@ -55,10 +68,10 @@ def _leave(status: int, why: str) -> NoReturn:
     if rank is None:
         print(why, file=sys.stderr)
         sys.exit(status)
-    first = culprit()
-    if int(rank) == first:
-        said = f"rank {rank} failed, and the others stop with it:\n" if status == 1 else ""
-        print(said + why, file=sys.stderr)
+    if int(rank) == culprit():
+        print(why, file=sys.stderr)
+    else:
+        time.sleep(GRACE)  # torchrun names the first to end as the cause, and ends the others
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -106,6 +106,8 @@ def start(timeout: float) -> Ranks:
             f"the processes cannot find each other: {error} Start them by torchrun, which sets RANK, WORLD_SIZE, "
             "MASTER_ADDR and MASTER_PORT."
         ) from None
+    # torchrun may keep one store over its restarts, with the addresses of processes that are gone.
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timedelta(seconds=timeout))
     global _store

@@ -1,5 +1,6 @@
 """Checkpoints: to the bit, whole or absent, never overwritten, refusing what was altered or would run code."""
 
+import io
 import json
 import logging
 import multiprocessing
@@ -7,6 +8,7 @@ import os
 import pickle
 import random
 import shutil
+import struct
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -15,12 +17,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dwrl_fast.errors import CheckpointError
 from dwrl_fast.training import checkpoint
 from dwrl_fast.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
 STATE = {"step": 7, "rate": 0.1 + 0.2, "order": [3, 1], "note": "ähm", "nested": {"none": None}}
 
 
@@ -34,7 +39,6 @@ def some_tensors(seed: int = 0) -> dict[str, Tensor]:
         "scalar": torch.tensor(1 / 3, dtype=torch.float64),
         "random": torch.get_rng_state(),
         "odd": torch.tensor([float("nan"), float("-inf"), -0.0, 1e-45]),
-        "transposed": torch.randn(4, 6, generator=generator).t(),
         "view": torch.arange(10)[3:5],
         "parameter": torch.nn.Parameter(torch.randn(2, generator=generator)),
     }
@@ -55,10 +59,10 @@ def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def reseal(folder: Path) -> None:
-    """Make the manifest vouch for the files as they are now, as an attacker would."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"] = {name: checkpoint._fingerprint(folder / name) for name in manifest["files"]}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    """Make the manifest vouch for the files that are there now, as an attacker would."""
+    (folder / "manifest.json").unlink()
+    files = {path.name: checkpoint._fingerprint(path) for path in folder.iterdir()}
+    (folder / "manifest.json").write_text(json.dumps({"format": checkpoint.FORMAT, "files": files}))
 
 
 def test_round_trip_to_the_bit(tmp_path: Path) -> None:
@@ -132,31 +136,116 @@ def test_nothing_is_pruned_for_a_checkpoint_that_went_bad(tmp_path: Path, monkey
     assert latest_checkpoint(tmp_path) == old
 
 
+def test_every_dtype_and_shape_comes_back_to_the_bit(tmp_path: Path) -> None:
+    """Any bits, a NaN's too; scalars, and tensors of nothing."""
+    floats = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
+    whole = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64]
+    tensors, into = {}, {}
+    for dtype in [*floats, *whole, torch.bool, torch.complex64]:
+        for shape in [(), (1,), (0,), (5,), (0, 3), (3, 0), (2, 0, 3), (2, 3, 5)]:
+            into[f"{dtype}{shape}"] = torch.zeros(shape, dtype=dtype)
+            some = torch.randint(2 if dtype == torch.bool else 256, (len(bits(into[f"{dtype}{shape}"])),))
+            tensors[f"{dtype}{shape}"] = some.byte().view(dtype).reshape(shape)
+    assert load_checkpoint(save_checkpoint(tmp_path, 1, tensors, STATE), into) == STATE
+    assert_same(into, tensors)
+
+
+def test_a_tensor_in_another_order_of_memory_comes_back(tmp_path: Path) -> None:
+    image = torch.randn(1, 2, 3, 4).to(memory_format=torch.channels_last)
+    tensors = {"transposed": torch.randn(4, 6).t(), "strided": torch.arange(9)[::2], "image": image}
+    into = blank(tensors)
+    load_checkpoint(save_checkpoint(tmp_path, 1, tensors, {}), into)
+    assert_same(into, tensors)
+    assert into["image"].stride() == image.stride()
+
+
+def test_no_tensors_at_all(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, 1, {}, STATE)
+    assert load_checkpoint(path, {}) == STATE
+    with pytest.raises(CheckpointError, match="lacks a"):
+        load_checkpoint(path, {"a": torch.zeros(1)})
+
+
+def test_tensors_are_split_into_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor is in one file, however large; those that begin below a multiple of FILE_BYTES share one."""
+    monkeypatch.setattr(checkpoint, "FILE_BYTES", 100)
+    tensors = {name: torch.randn(size) for name, size in {"a": 15, "b": 15, "c": 15, "d": 125, "e": 1}.items()}
+    path = save_checkpoint(tmp_path, 1, tensors, STATE)
+    names = {f"shard-00001-model-0000{i}-of-00007.safetensors": held for i, held in [(1, "ab"), (2, "cd"), (7, "e")]}
+    assert {file.name for file in path.iterdir()} == {*names, "state.json", "manifest.json"}
+    for name, held in names.items():
+        assert {*header(path / name)} == {"__metadata__", *held}
+    into = blank(tensors)
+    assert load_checkpoint(path, into) == STATE
+    assert_same(into, tensors)
+
+
+@pytest.mark.parametrize("size", [1, 64, 700, 2**20])
+def test_files_of_any_size_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(checkpoint, "FILE_BYTES", size)
+    path = save_checkpoint(tmp_path, 1, some_tensors(), STATE)
+    monkeypatch.undo()
+    assert (len(list(path.glob("*.safetensors"))) == 1) == (size == 2**20)
+    into = blank(some_tensors())
+    assert load_checkpoint(path, into) == STATE
+    assert_same(into, some_tensors())
+
+
+def test_one_of_several_files_that_is_gone_is_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "FILE_BYTES", 4)
+    tensors = {name: torch.ones(1) for name in "abc"}
+    path = save_checkpoint(tmp_path, 1, tensors, STATE)
+    (path / "shard-00001-model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"00002-of-00003\.safetensors cannot be read"):
+        load_checkpoint(path, blank(tensors))
+    reseal(path)
+    with pytest.raises(CheckpointError, match="lacks b"):
+        load_checkpoint(path, blank(tensors))
+
+
 def flip_byte(folder: Path) -> None:
-    file = folder / "__0_0.distcp"
+    file = folder / SHARD
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
 
 
 def truncate(folder: Path) -> None:
-    os.truncate(folder / "__0_0.distcp", 100)
+    os.truncate(folder / SHARD, 100)
+
+
+def manifest(text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / "manifest.json").write_text(text)
+
+
+def also_vouching_for(name: str) -> Callable[[Path], object]:
+    def damage(folder: Path) -> None:
+        found = json.loads((folder / "manifest.json").read_text())
+        (folder / "manifest.json").write_text(json.dumps(found | {"files": found["files"] | {name: {}}}))
+
+    return damage
 
 
 DAMAGES: list[tuple[Callable[[Path], object], str]] = [
-    (flip_byte, "__0_0.distcp is not as it was written"),
-    (truncate, "__0_0.distcp is not as it was written"),
-    (lambda folder: (folder / "__0_0.distcp").unlink(), "__0_0.distcp cannot be read"),
+    (flip_byte, f"{SHARD} is not as it was written"),
+    (truncate, f"{SHARD} is not as it was written"),
+    (lambda folder: (folder / SHARD).unlink(), f"{SHARD} cannot be read"),
     (lambda folder: (folder / "state.json").write_text("{}"), "state.json is not as it was written"),
-    (lambda folder: (folder / ".metadata").write_bytes(b""), ".metadata is not as it was written"),
+    (lambda folder: (folder / "state.json").unlink(), "state.json cannot be read"),
     (lambda folder: (folder / "manifest.json").unlink(), "has no manifest.json"),
-    (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json cannot be read"),
-    (lambda folder: (folder / "manifest.json").write_text("[]"), "manifest.json is not of format 1"),
-    (lambda folder: (folder / "manifest.json").write_text('{"format": 2, "files": {}}'), "is not of format 1"),
-    (
-        lambda folder: (folder / "manifest.json").write_text('{"format": 1, "files": {}}'),
-        "does not vouch for .metadata",
-    ),
+    (manifest("{"), "manifest.json cannot be read"),
+    (manifest("[" * 100_000), "manifest.json cannot be read"),
+    (manifest("[]"), "manifest.json is not of format 2"),
+    (manifest("{}"), "manifest.json is not of format 2"),
+    (manifest('{"format": 3, "files": {}}'), "manifest.json is not of format 2"),
+    (manifest('{"format": 2, "files": []}'), "manifest.json is not of format 2"),
+    (manifest('{"format": 2, "files": {}}'), f"does not vouch for {SHARD}"),
+    (also_vouching_for("../checkpoint-000001/state.json"), "does not vouch for ../checkpoint-000001/state.json"),
+    (also_vouching_for("/etc/passwd"), "does not vouch for /etc/passwd"),
+    (also_vouching_for(".."), "cannot be read"),
+    (also_vouching_for(""), "cannot be read"),
+    (also_vouching_for("a\0b"), "cannot be read"),
+    (also_vouching_for("a\ud800"), "cannot be read"),
     (shutil.rmtree, "does not exist"),
 ]
 
@@ -236,60 +325,312 @@ class Malice:
         return os.mkdir, (str(self.trace),)
 
 
-def test_metadata_that_would_run_code_is_refused(tmp_path: Path) -> None:
+def test_no_file_is_a_pickle(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, 1, some_tensors(), STATE)
+    assert {file.name for file in path.rglob("*")} == {SHARD, "state.json", "manifest.json"}
+    assert {*header(path / SHARD)} == {"__metadata__", *some_tensors()}
+    for name in ("state.json", "manifest.json"):
+        assert json.loads((path / name).read_text())
+
+
+def pickled(trace: Path) -> bytes:
+    return pickle.dumps(Malice(trace))
+
+
+def saved_by_torch(trace: Path) -> bytes:
+    with io.BytesIO() as file:
+        torch.save(Malice(trace), file)
+        return file.getvalue()
+
+
+@pytest.mark.parametrize("name", [SHARD, ".metadata", "__0_0.distcp", "state.json"])
+@pytest.mark.parametrize("craft", [pickled, saved_by_torch])
+def test_a_pickle_in_the_folder_is_never_loaded(tmp_path: Path, name: str, craft: Callable[[Path], bytes]) -> None:
     trace = tmp_path / "ran"
-    path = save_checkpoint(tmp_path, 1, {"a": torch.zeros(1)}, {})
-    metadata = pickle.loads((path / ".metadata").read_bytes())
-    metadata.planner_data = Malice(trace)
-    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    path = save_checkpoint(tmp_path, 1, {"a": torch.ones(1)}, STATE)
+    replaced = (path / name).exists()
+    (path / name).write_bytes(craft(trace))
     reseal(path)
-    with pytest.raises(CheckpointError, match=r"it asks for posix\.mkdir"):
-        load_checkpoint(path, {"a": torch.zeros(1)})
+    into = {"a": torch.zeros(1)}
+    if replaced:
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            load_checkpoint(path, into)
+    else:
+        assert load_checkpoint(path, into) == STATE
+        assert into["a"] == 1
     assert not trace.exists()
-    pickle.loads((path / ".metadata").read_bytes())
-    assert trace.exists(), "the test's own pickle does nothing"
 
 
-def test_tensors_that_would_run_code_are_refused(tmp_path: Path) -> None:
+def test_those_pickles_would_run_code(tmp_path: Path) -> None:
+    pickle.loads(pickled(tmp_path / "one"))
+    torch.load(io.BytesIO(saved_by_torch(tmp_path / "two")), weights_only=False)
+    assert (tmp_path / "one").exists()
+    assert (tmp_path / "two").exists()
+
+
+def test_a_checkpoint_of_format_1_is_refused_with_what_to_do(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trace = tmp_path / "ran"
-    path = save_checkpoint(tmp_path, 1, {"a": torch.zeros(1)}, {})
-    torch.save(Malice(trace), path / "__0_0.distcp")
-    metadata = pickle.loads((path / ".metadata").read_bytes())
-    (place,) = metadata.storage_data.values()
-    place.length = (path / "__0_0.distcp").stat().st_size
-    (path / ".metadata").write_bytes(pickle.dumps(metadata))
-    reseal(path)
-    with pytest.raises(CheckpointError, match="cannot be read: UnpicklingError"):
+    path = tmp_path / "checkpoint-000001"
+    path.mkdir()
+    (path / ".metadata").write_bytes(pickled(trace))
+    (path / "__0_0.distcp").write_bytes(saved_by_torch(trace))
+    (path / "state.json").write_text("{}")
+    files = {file.name: checkpoint._fingerprint(file) for file in path.iterdir()}
+    (path / "manifest.json").write_text(json.dumps({"format": 1, "files": files}))
+    with pytest.raises(CheckpointError) as error:
         load_checkpoint(path, {"a": torch.zeros(1)})
+    assert str(error.value).startswith(f"{path} was written by dwrl_fast 0.1,")
+    assert "go on with that version, or start anew in another --output_dir" in str(error.value)
+    with caplog.at_level(logging.WARNING, logger="dwrl_fast"):
+        assert latest_checkpoint(tmp_path) is None
+    assert f"PASSED OVER: {error.value}" in caplog.messages
     assert not trace.exists()
 
 
-def no_tensor(metadata: Any) -> Any:
-    metadata.state_dict_metadata["a"] = metadata.storage_data
-    return metadata
+@pytest.mark.parametrize("name", ["shard-00002-model-00001-of-00001.safetensors", "a.safetensors", ".safetensors"])
+def test_tensors_that_the_manifest_does_not_list_are_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    path = save_checkpoint(tmp_path, 1, {"a": torch.ones(1)}, {})
+    save_file({"a": torch.ones(1)}, path / name)
+
+    def read(*_: object) -> None:
+        pytest.fail("a file was opened")
+
+    monkeypatch.setattr(dcp.HuggingFaceStorageReader, "read_metadata", read)
+    into = {"a": torch.zeros(1)}
+    with pytest.raises(CheckpointError) as error:
+        load_checkpoint(path, into)
+    assert str(error.value) == f"{path}: manifest.json does not vouch for {name}."
+    assert latest_checkpoint(tmp_path) is None
+    (path / name).unlink()
+    with pytest.raises(pytest.fail.Exception):
+        load_checkpoint(path, into)
 
 
-def outside(metadata: Any) -> Any:
-    next(iter(metadata.storage_data.values())).relative_path = "../checkpoint-000002/__0_0.distcp"
-    return metadata
+# Manipulated tensors, which the manifest vouches for
+
+HELD = {"a": torch.arange(12.0).reshape(4, 3), "scalar": torch.tensor(2.5), "nothing": torch.empty(0, 3)}
+SHARDING = "DCP_SHARDING_INFO"
 
 
-def pickled_bytes(metadata: Any) -> Any:
-    metadata.state_dict_metadata["a"] = torch.distributed.checkpoint.metadata.BytesStorageMetadata()
-    return metadata
+def split(file: Path) -> tuple[bytes, bytes]:
+    """A safetensors file's header and body."""
+    data = file.read_bytes()
+    end = 8 + struct.unpack("<Q", data[:8])[0]
+    return data[8:end], data[end:]
+
+
+def header(file: Path) -> dict[str, Any]:
+    return dict(json.loads(split(file)[0]))
+
+
+def put(file: Path, head: bytes, body: bytes) -> None:
+    file.write_bytes(struct.pack("<Q", len(head)) + head + body)
+
+
+def refused(path: Path) -> str:
+    """The message that the re-sealed checkpoint of HELD is refused with, before any of it is read."""
+    reseal(path)
+    into = blank(HELD)
+    with pytest.raises(CheckpointError) as error:
+        load_checkpoint(path, into)
+    assert str(path) in str(error.value)
+    assert_same(into, blank(HELD))
+    return str(error.value)
+
+
+HEADERS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "another shape": lambda head: head["a"].update(shape=[3, 4]),
+    "fewer dimensions": lambda head: head["a"].update(shape=[12]),
+    "more rows than there are": lambda head: head["a"].update(shape=[5, 3]),
+    "rows without end": lambda head: head["a"].update(shape=[2**62, 4]),
+    "rows less than none": lambda head: head["a"].update(shape=[-4, -3]),
+    "nothing of any length": lambda head: head["nothing"].update(shape=[2**62, 0]),
+    "another dtype": lambda head: head["a"].update(dtype="I32"),
+    "a dtype of half a byte": lambda head: head["a"].update(dtype="F4", shape=[8, 12]),
+    "a dtype unknown to torch": lambda head: head["a"].update(dtype="F8_E8M0", shape=[48]),
+    "a dtype unknown to all": lambda head: head["a"].update(dtype="PICKLE"),
+    "offsets past the end": lambda head: head["a"].update(data_offsets=[0, 480]),
+    "offsets without end": lambda head: head["a"].update(data_offsets=[2**63, 2**63 + 48]),
+    "offsets past 64 bits": lambda head: head["a"].update(data_offsets=[2**70, 2**70 + 48]),
+    "offsets before the start": lambda head: head["a"].update(data_offsets=[-8, 40]),
+    "offsets backwards": lambda head: head["a"].update(data_offsets=[48, 0]),
+    "offsets of another's": lambda head: head["scalar"].update(data_offsets=[0, 4]),
+    "no offsets": lambda head: head["a"].pop("data_offsets"),
+    "a name absent": lambda head: head.pop("scalar"),
+    "an empty name absent": lambda head: head.pop("nothing"),
+    "a name added": lambda head: head.update(more={"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}),
+    "a name changed": lambda head: head.update(b=head.pop("a")),
+    "no tensors": lambda head: head.clear(),
+}
+
+
+@pytest.mark.parametrize("change", HEADERS)
+def test_a_manipulated_header_is_refused(tmp_path: Path, change: str) -> None:
+    path = save_checkpoint(tmp_path, 1, HELD, {})
+    head, body = header(path / SHARD), split(path / SHARD)[1]
+    HEADERS[change](head)
+    put(path / SHARD, json.dumps(head).encode(), body)
+    refused(path)
+
+
+@pytest.mark.parametrize("head", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"a":' * 100_000])
+def test_a_header_of_garbage_is_refused(tmp_path: Path, head: bytes) -> None:
+    path = save_checkpoint(tmp_path, 1, HELD, {})
+    put(path / SHARD, head, split(path / SHARD)[1])
+    refused(path)
+
+
+@pytest.mark.parametrize("length", [0, 7, 8, 9, 100, -20, -1])
+def test_a_truncated_body_is_refused(tmp_path: Path, length: int) -> None:
+    path = save_checkpoint(tmp_path, 1, HELD, {})
+    os.truncate(path / SHARD, length % (path / SHARD).stat().st_size)
+    refused(path)
+
+
+@pytest.mark.parametrize("length", [0, 2**40, 2**63, 2**64 - 1])
+def test_a_header_of_any_length_is_refused(tmp_path: Path, length: int) -> None:
+    path = save_checkpoint(tmp_path, 1, HELD, {})
+    (path / SHARD).write_bytes(struct.pack("<Q", length) + (path / SHARD).read_bytes()[8:])
+    refused(path)
+
+
+def test_a_changed_byte_of_the_header_is_refused_or_changes_nothing(tmp_path: Path) -> None:
+    chance = random.Random(0)
+    path = save_checkpoint(tmp_path, 1, HELD, {})
+    whole = (path / SHARD).read_bytes()
+    read = 0
+    for place in range(8 + len(split(path / SHARD)[0])):
+        data = bytearray(whole)
+        data[place] ^= chance.randint(1, 255)
+        (path / SHARD).write_bytes(data)
+        reseal(path)
+        into = blank(HELD)
+        try:
+            load_checkpoint(path, into)
+        except CheckpointError:
+            continue
+        assert_same(into, HELD)
+        read += 1
+    assert read < 100
+
+
+def say_of_places(path: Path, text: str) -> None:
+    """Replace what the file says of where its parts lie in the whole tensors."""
+    head, body = header(path / SHARD), split(path / SHARD)[1]
+    head["__metadata__"][SHARDING] = text
+    put(path / SHARD, json.dumps(head).encode(), body)
 
 
 @pytest.mark.parametrize(
-    "craft", [no_tensor, outside, pickled_bytes, lambda metadata: 1, lambda metadata: torch.Size([1])]
+    "text",
+    ["{", "[]", "5", "true", '"text"', "{}", '{"a": 5}', "NaN", "1" * 5000, "\ud800", "[" * 100_000, '{"a":' * 100_000],
+    ids=lambda text: ascii(text[:10]),
 )
-def test_metadata_of_anything_but_own_tensors_is_refused(tmp_path: Path, craft: Callable[[Any], Any]) -> None:
-    path = save_checkpoint(tmp_path, 1, {"a": torch.zeros(1)}, {})
-    save_checkpoint(tmp_path, 2, {"a": torch.ones(1)}, {})
-    metadata = craft(pickle.loads((path / ".metadata").read_bytes()))
-    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+def test_places_of_garbage_are_refused(tmp_path: Path, text: str) -> None:
+    path = save_checkpoint(tmp_path, 1, HELD, {})
+    say_of_places(path, text)
+    refused(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        *(("a", [row, 0]) for row in (1, -1, -4, 2**40, 2**63 - 1, 2**63, 2**70, -(2**63), -(2**70))),
+        *(("a", place) for place in ([0, -1], [0], [], [0, 0, 0], [0, 0, 5], [0.0, 0.0], [float("nan"), 0])),
+        *(("a", place) for place in (None, 5, "00", ["0", "0"], {}, {"0": 0}, [None, None], [[0], [0]])),
+        *(("scalar", place) for place in ([1], [-5], [2**70])),
+        *(("nothing", place) for place in ([5, 0], [2**70, 0], [0, -3])),
+    ],
+    ids=str,
+)
+def test_a_part_in_an_impossible_place_is_refused(tmp_path: Path, name: str, place: Any) -> None:
+    path = save_checkpoint(tmp_path, 1, HELD, {})
+    places = {each: {"saved_offsets": [0] * tensor.dim()} for each, tensor in HELD.items()}
+    say_of_places(path, json.dumps(places | {name: {"saved_offsets": place}}))
+    refused(path)
+
+
+def save_parts(path: Path, *parts: tuple[list[int], Tensor]) -> None:
+    """Put `a` of HELD in files of several ranks, each with its part and where that lies in the whole."""
+    for number, (place, part) in enumerate(parts, start=1):
+        tensors = {"a": part.clone()} | ({"scalar": HELD["scalar"], "nothing": HELD["nothing"]} if number == 1 else {})
+        places = {name: {"saved_offsets": [0] * tensor.dim()} for name, tensor in tensors.items()}
+        text = json.dumps(places | {"a": {"saved_offsets": place}})
+        save_file(tensors, path / f"shard-{number:05d}-model-00001-of-00001.safetensors", metadata={SHARDING: text})
     reseal(path)
-    with pytest.raises(CheckpointError, match=r"\.metadata is refused"):
-        load_checkpoint(path, {"a": torch.zeros(1)})
+
+
+A = HELD["a"]
+WHOLE = {
+    "rows": [([0, 0], A[:1]), ([1, 0], A[1:])],
+    "columns": [([0, 1], A[:, 1:]), ([0, 0], A[:, :1])],
+    "both": [([0, 0], A[:2, :1]), ([2, 0], A[2:, :1]), ([0, 1], A[:3, 1:]), ([3, 1], A[3:, 1:])],
+    "with ranks that have none": [([0, 0], A), ([4, 0], A[4:]), ([4, 0], A[4:])],
+}
+NOT_WHOLE = {
+    "a gap before": [([2, 0], A[2:])],
+    "a gap between": [([0, 0], A[:2]), ([3, 0], A[3:])],
+    "a gap after": [([0, 0], A[:2]), ([4, 0], A[4:])],
+    "a gap in a corner": [([0, 0], A[:3]), ([3, 0], A[3:, :2]), ([1, 1], A[1:2, 1:2])],
+    "an overlap": [([0, 0], A[:2]), ([1, 0], A[1:])],
+    "an overlap that hides a gap": [([0, 0], A[:2]), ([1, 0], A[1:2]), ([3, 0], A[3:])],
+    "twice": [([0, 0], A), ([0, 0], A)],
+    "rows before the first": [([-2, 0], torch.cat([A[:2], A]))],
+    "rows before and after": [([0, 0], A[:2]), ([-1, 0], torch.cat([A[:1], A]))],
+    "another dtype": [([0, 0], A[:2]), ([2, 0], A[2:].half())],
+    "another dtype, first": [([0, 0], A[:2].half()), ([2, 0], A[2:])],
+    "fewer dimensions": [([0, 0], A[:2]), ([2], A[2:, 0])],
+    "more dimensions": [([0, 0], A[:2]), ([2, 0, 0], A[2:, :, None])],
+    "no dimensions": [([0, 0], A), ([], A[0, 0])],
+}
+
+
+@pytest.mark.parametrize("parts", WHOLE)
+def test_the_parts_of_several_ranks_make_the_whole(tmp_path: Path, parts: str) -> None:
+    path = save_checkpoint(tmp_path, 1, HELD, STATE)
+    save_parts(path, *WHOLE[parts])
+    into = blank(HELD)
+    assert load_checkpoint(path, into) == STATE
+    assert_same(into, HELD)
+
+
+@pytest.mark.parametrize("parts", NOT_WHOLE)
+def test_parts_that_do_not_make_the_whole_are_refused(tmp_path: Path, parts: str) -> None:
+    path = save_checkpoint(tmp_path, 1, HELD, STATE)
+    save_parts(path, *NOT_WHOLE[parts])
+    refused(path)
+
+
+@pytest.mark.parametrize("text", ["", "[", "[" * 100_000, "null", "5", "[1]", '[["step", 1]]', '"ab"', "1" * 5000])
+def test_a_state_of_anything_but_names_is_refused(tmp_path: Path, text: str) -> None:
+    path = save_checkpoint(tmp_path, 1, HELD, STATE)
+    (path / "state.json").write_text(text)
+    reseal(path)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_checkpoint(path, blank(HELD))
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"a": torch.zeros(1, dtype=torch.complex128)},
+        {"a": torch.ones(3).to(torch.float8_e8m0fnu)},
+        {"a": torch.eye(3).to_sparse()},
+        {"a": torch.empty(1, device="meta")},
+        {"__metadata__": torch.zeros(1)},
+        {"\ud800": torch.zeros(1)},
+    ],
+    ids=["complex128", "float8_e8m0fnu", "sparse", "meta", "the header's own name", "a name not in Unicode"],
+)
+def test_what_could_not_be_read_back_is_not_saved(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    with pytest.raises(CheckpointError):
+        save_checkpoint(tmp_path, 1, tensors, {})
+    assert not list(tmp_path.iterdir())
+
+
+# Saves that fail or die
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,7 +645,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path, monkeypatch: 
             save_checkpoint(tmp_path, 2, some_tensors(), STATE, 1)
         assert [path.name for path in tmp_path.iterdir()] == [good.name]
     with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="No space left on device"):
-        patch.setattr(checkpoint._Writer, "write_data", full)
+        patch.setattr(dcp.HuggingFaceStorageWriter, "write_data", full)
         save_checkpoint(tmp_path, 2, some_tensors(), STATE, 1)
     assert latest_checkpoint(tmp_path) == good
 
@@ -313,7 +654,7 @@ def test_an_interrupt_while_saving_stays_an_interrupt(tmp_path: Path, monkeypatc
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint._Writer, "write_data", interrupted)
+    monkeypatch.setattr(dcp.HuggingFaceStorageWriter, "write_data", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(tmp_path, 1, some_tensors(), STATE, 1)
     assert not list(tmp_path.iterdir())
@@ -324,8 +665,7 @@ class Died(BaseException):
 
 
 STEPS_OF_A_SAVE = [
-    ("sync", ".metadata"),
-    ("sync", "__0_0.distcp"),
+    ("sync", SHARD),
     ("sync", "state.json"),
     ("sync", "manifest.json"),
     ("sync", "checkpoint-000002.unfinished"),
@@ -355,8 +695,6 @@ def test_the_order_of_a_save_and_death_before_each_step(
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "_sync", watched("sync", checkpoint._sync))
         patch.setattr(Path, "rename", watched("rename", Path.rename))
-        # torch.distributed.checkpoint renames its own .metadata as it writes it, before anything of ours.
-        patch.setattr(checkpoint.dcp.filesystem.FileSystem, "rename", lambda _, a, b: os.rename(a, b))
         if deadly < len(STEPS_OF_A_SAVE):
             with pytest.raises(Died):
                 save_checkpoint(parent, 2, some_tensors(2), {"step": 2}, 1)

@@ -169,7 +169,7 @@ def test_a_file_system_without_locks_is_said(
         assert "cannot be locked here (No locks available)" in caplog.text
 
 
-@pytest.mark.parametrize("main", [train.main, evaluate.main, compare.main])
+@pytest.mark.parametrize("main", [evaluate.main, compare.main])
 def test_several_processes_are_refused_by_name(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], main: Callable[[list[str]], None]
 ) -> None:
@@ -179,9 +179,22 @@ def test_several_processes_are_refused_by_name(
         with pytest.raises(SystemExit) as end:
             command(main)
         assert (end.value.code or 0) == status
-        assert ("WORLD_SIZE = 2: torchrun with more than one process is not supported" in capsys.readouterr().err) == (
+        assert ("WORLD_SIZE = 2: only dwrl_fast.train takes several processes;" in capsys.readouterr().err) == (
             status == 2
         )
+
+
+def test_training_refuses_several_processes_that_have_no_rank(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", ["train", "--output_dir", str(folder / "run")])
+    with pytest.raises(SystemExit) as end:
+        command(train.main, ranks=True)
+    assert end.value.code == 2
+    assert "WORLD_SIZE = 2 without RANK: several processes are started by torchrun" in capsys.readouterr().err
+    assert not (folder / "run").exists()
 
 
 # Finished runs

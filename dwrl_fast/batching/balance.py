@@ -24,17 +24,50 @@ class Cost(NamedTuple):
 
 
 BY_TOKENS = Cost()
+CLOSE = 1.005
 
 
 def balanced(costs: Sequence[int], ranks: int) -> list[list[int]]:
-    """The places of `costs` for each of `ranks`, ascending, with sums as even as the largest-first rule makes them.
+    """The places of `costs` for each of `ranks`, ascending; on every rank the same.
 
-    Graham (1969): the largest sum is at most 4/3 of the best one. The same on every rank.
+    Largest first (Graham, 1969), then moves and exchanges with the rank that has most, until it has at most `CLOSE`
+    times the mean or none of them helps.
     """
-    loads = [(0, rank) for rank in range(ranks)]
     found: list[list[int]] = [[] for _ in range(ranks)]
+    heap = [(0, rank) for rank in range(ranks)]
     for place in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        load, rank = heapq.heappop(loads)
+        load, rank = heapq.heappop(heap)
         found[rank].append(place)
-        heapq.heappush(loads, (load + costs[place], rank))
+        heapq.heappush(heap, (load + costs[place], rank))
+    loads = [sum(costs[i] for i in places) for places in found]
+    while exchange := _exchange(costs, found, loads):
+        giver, taker, given, taken = exchange
+        _move(costs, found, loads, giver, taker, given)
+        if taken is not None:
+            _move(costs, found, loads, taker, giver, taken)
     return [sorted(places) for places in found]
+
+
+def _exchange(
+    costs: Sequence[int], found: list[list[int]], loads: list[int]
+) -> tuple[int, int, int, int | None] | None:
+    """What lowers the largest load the most: from which rank to which, what is given and, if anything, taken for it."""
+    most = max(range(len(loads)), key=loads.__getitem__)
+    if loads[most] * len(loads) <= CLOSE * sum(loads):
+        return None
+    best, exchange = loads[most], None
+    for rank in range(len(loads)):
+        for given in found[most] if rank != most else ():
+            for taken in (None, *found[rank]):
+                moved = costs[given] - (0 if taken is None else costs[taken])
+                load = max(loads[most] - moved, loads[rank] + moved)
+                if load < best:
+                    best, exchange = load, (most, rank, given, taken)
+    return exchange
+
+
+def _move(costs: Sequence[int], found: list[list[int]], loads: list[int], giver: int, taker: int, place: int) -> None:
+    found[giver].remove(place)
+    found[taker].append(place)
+    loads[giver] -= costs[place]
+    loads[taker] += costs[place]

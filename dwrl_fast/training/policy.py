@@ -82,9 +82,13 @@ class Policy:
                 f"Rows: {', '.join(sources[:8])} ..."
             )
         self.optimizers.step(phase, place)
-        if sharded is not None:
-            sharded.stale = True
+        self.changed()
         return norm
+
+    def changed(self) -> None:
+        """The weights are no longer those that thoughts were last sampled with."""
+        if self.runtime.sharded is not None:
+            self.runtime.sharded.stale = True
 
     def read_metrics(self, groups: Sequence[Group]) -> tuple[dict[str, float], list[ScoredGroup]]:
         """What the updates since the last call, over `groups`, added up to on all ranks: means by name, and the groups
