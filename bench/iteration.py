@@ -35,6 +35,7 @@ from bench.machine import machine
 from bench.rounds import in_turn, ratio
 from bench.sampling.engines import DRAWN, Work, default_limits, generation_trainer, plain_sampler, tree_sampler
 from bench.training import lengths
+from bench.training.plain_update import LOGITS_HELD, free_memory
 from bench.training.trl_update import trl_missing
 from bench.training.update import Way, fastest, loaded, powers
 from dwrl_fast.sampling import Sampler
@@ -160,9 +161,12 @@ def grpo(runtime: Runtime, pairs: lengths.Pairs, tokens: int) -> Iteration:
             trainer.model.zero_grad(set_to_none=True)
         work.check([int(min(metrics["completions/min_length"]))] * len(rows))
 
+    longest = max(map(len, work.contexts)) + tokens
+    held = LOGITS_HELD * longest * runtime.model.lm.config.vocab_size * 4  # of one thought's logits
+
     def ladder(together: bool) -> Iterator[Way]:
         for size in powers(work.n, len(rows)):
-            if len(rows) % size == 0:
+            if len(rows) % size == 0 and (size == work.n or size * held < free_memory()):
                 at_once = len(rows) // size if together else 1
                 note = f"micro-batches of {size} thoughts, {at_once * size} generated at once"
                 yield Way(note, partial(run, size, at_once), {})

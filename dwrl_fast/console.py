@@ -13,7 +13,7 @@ from rich.logging import RichHandler
 
 from dwrl_fast.errors import ConfigError, UserError
 from dwrl_fast.log import logger
-from dwrl_fast.ranks import culprit
+from dwrl_fast.ranks import culprit, stop
 
 GRACE = 5  # seconds
 
@@ -42,6 +42,9 @@ def command(main: Callable[[list[str]], None], *, ranks: bool = False) -> None:
         if not ranks:
             refuse_processes()
         main(sys.argv[1:])
+        if ranks and "RANK" in os.environ:
+            stop()
+            _end(0)  # gloo's threads sometimes abort a process that ends by itself
     except UserError as error:
         _leave(error.status, f"\nerror: {error}")
     except KeyboardInterrupt:
@@ -72,6 +75,11 @@ def _leave(status: int, why: str) -> NoReturn:
         print(why, file=sys.stderr)
     else:
         time.sleep(GRACE)  # torchrun names the first to end as the cause, and ends the others
+    _end(status)
+
+
+def _end(status: int) -> NoReturn:
+    """End the process at once, without what others may hold it by."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

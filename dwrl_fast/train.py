@@ -29,7 +29,7 @@ from dwrl_fast.methods import METHODS
 from dwrl_fast.models.model import check_positions, check_vocabulary
 from dwrl_fast.models.pretrained import try_saving
 from dwrl_fast.progress import Display, Stage
-from dwrl_fast.ranks import ALONE, Ranks, start, stop
+from dwrl_fast.ranks import ALONE, Ranks, start
 from dwrl_fast.scoring.loading import load_dialog
 from dwrl_fast.training.checkpoint import checkpoints, latest_checkpoint
 from dwrl_fast.training.dry_run import dry_run
@@ -64,7 +64,6 @@ def main(argv: list[str]) -> None:
         return
     try:
         result = run(config, console, ranks)
-        stop()
     except KeyboardInterrupt:
         folder = None if config.output_dir is None else Path(config.output_dir)
         if folder is not None and latest_checkpoint(folder) is not None:

@@ -616,13 +616,11 @@ def test_a_state_of_anything_but_names_is_refused(tmp_path: Path, text: str) -> 
     "tensors",
     [
         {"a": torch.zeros(1, dtype=torch.complex128)},
-        {"a": torch.ones(3).to(torch.float8_e8m0fnu)},
         {"a": torch.eye(3).to_sparse()},
         {"a": torch.empty(1, device="meta")},
-        {"__metadata__": torch.zeros(1)},
         {"\ud800": torch.zeros(1)},
     ],
-    ids=["complex128", "float8_e8m0fnu", "sparse", "meta", "the header's own name", "a name not in Unicode"],
+    ids=["complex128", "sparse", "meta", "a name not in Unicode"],
 )
 def test_what_could_not_be_read_back_is_not_saved(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
     with pytest.raises(CheckpointError):

@@ -15,6 +15,7 @@ from a checkpoint. Loading trusts no file: what the manifest does not vouch for 
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -28,6 +29,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 from dwrl_fast.errors import CheckpointError
 from dwrl_fast.log import logger
@@ -36,6 +38,7 @@ from dwrl_fast.ranks import ALONE, Ranks
 MANIFEST, STATE = "manifest.json", "state.json"
 FORMAT = 2  # 1 held a pickle
 FILE_BYTES = 2**30  # tensors that begin below a multiple of it share a file
+UNREADABLE = (OSError, ValueError, RecursionError)  # what reading JSON raises
 UNFINISHED = ".unfinished"
 DAMAGED = ".damaged"
 
@@ -115,7 +118,7 @@ def load_checkpoint(path: Path, tensors: dict[str, Tensor], *, ranks: Ranks = AL
     ranks.from_first(lambda: _verify(path))
     try:
         reader = dcp.HuggingFaceStorageReader(str(path))
-        _match(path, reader.read_metadata().state_dict_metadata, tensors)
+        _match(path, reader.read_metadata(), tensors)
         with _quiet():
             dcp.load(
                 dict(tensors),
@@ -123,10 +126,13 @@ def load_checkpoint(path: Path, tensors: dict[str, Tensor], *, ranks: Ranks = AL
                 planner=dcp.DefaultLoadPlanner(flatten_state_dict=False),
                 no_dist=ranks.mesh is None,
             )
-        return dict(json.loads((path / STATE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, LookupError, CheckpointException, SafetensorError) as error:
-        if isinstance(error, CheckpointError):
-            raise
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        if not isinstance(state, dict):
+            raise TypeError(f"{STATE} holds a {type(state).__name__}")
+        return state
+    except CheckpointError:
+        raise
+    except (*UNREADABLE, TypeError, LookupError, CheckpointException, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {_cause(error)}. Use another checkpoint.") from error
 
 
@@ -151,7 +157,7 @@ def _write(folder: Path, tensors: dict[str, Tensor], state: str, ranks: Ranks) -
         dcp.save(
             tensors,
             storage_writer=dcp.HuggingFaceStorageWriter(str(folder), _file_of(tensors), save_distributed=True),
-            planner=dcp.DefaultSavePlanner(flatten_state_dict=False),
+            planner=_Planner(flatten_state_dict=False),
             no_dist=ranks.mesh is None,
         )
     own = sorted(file.name for file in folder.glob(f"shard-{ranks.rank + 1:05d}-*"))
@@ -167,6 +173,13 @@ def _write(folder: Path, tensors: dict[str, Tensor], state: str, ranks: Ranks) -
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     _sync(folder / MANIFEST)
     _sync(folder)
+
+
+class _Planner(dcp.DefaultSavePlanner):
+    """Hands over one tensor at a time in the order that safetensors writes."""
+
+    def transform_object(self, write_item: Any, object: Any) -> Any:
+        return object.contiguous()
 
 
 def _file_of(tensors: dict[str, Tensor]) -> dict[str, int]:
@@ -231,7 +244,7 @@ def _verify(path: Path) -> None:
     except FileNotFoundError:
         what = f"has no {MANIFEST}: it is not a checkpoint, or is incomplete" if path.is_dir() else "does not exist"
         raise CheckpointError(f"{path} {what}.") from None
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise CheckpointError(f"{path}: {MANIFEST} cannot be read ({error}).") from None
     files = manifest.get("files") if isinstance(manifest, dict) else None
     if isinstance(files, dict) and manifest.get("format") == 1:
@@ -247,15 +260,16 @@ def _verify(path: Path) -> None:
             raise CheckpointError(f"{path}: {MANIFEST} does not vouch for {name}.")
         try:
             intact = _fingerprint(path / name) == files[name]
-        except OSError as error:
-            raise CheckpointError(f"{path}: {name} cannot be read ({error.strerror}).") from None
+        except (OSError, ValueError) as error:  # ValueError: no file can have that name
+            raise CheckpointError(f"{path}: {name} cannot be read ({getattr(error, 'strerror', error)}).") from None
         if not intact:
             raise CheckpointError(f"{path}: {name} is not as it was written; the checkpoint is damaged.")
 
 
-def _match(path: Path, stored: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def _match(path: Path, metadata: Metadata, tensors: dict[str, Tensor]) -> None:
     """CheckpointError unless the checkpoint holds these tensors, whole, and no others."""
     remedy = "It belongs to a run with other options: resume with the configuration saved beside it."
+    stored: dict[str, Any] = metadata.state_dict_metadata
     missing, surplus = tensors.keys() - stored.keys(), stored.keys() - tensors.keys()
     if missing or surplus:
         what = [f"lacks {_listed(missing)}"] * bool(missing) + [f"holds {_listed(surplus)} besides"] * bool(surplus)
@@ -265,6 +279,23 @@ def _match(path: Path, stored: dict[str, Any], tensors: dict[str, Tensor]) -> No
         if there != here:
             there_text, here_text = (f"{dtype} {list(size)}" for size, dtype in (there, here))
             raise CheckpointError(f"{path}: {name} is {there_text} there and {here_text} here. {remedy}")
+        if not _tiled(stored[name].chunks, tensor.size()):
+            raise CheckpointError(f"{path}: the parts of {name} do not make the whole of it. Use another checkpoint.")
+    for index, place in metadata.storage_data.items():
+        if place.dtype != tensors[index.fqn].dtype:
+            raise CheckpointError(f"{path}: a part of {index.fqn} is {place.dtype}. Use another checkpoint.")
+
+
+def _tiled(parts: list[ChunkStorageMetadata], size: tuple[int, ...]) -> bool:
+    """Whether parts that end within `size` cover all of it, each element once."""
+    if any(len(part.offsets) != len(size) or min(part.offsets, default=0) < 0 for part in parts):
+        return False
+    boxes = [list(zip(part.offsets, part.sizes, strict=True)) for part in parts if math.prod(part.sizes)]
+    apart = all(
+        any(a + m <= b or b + n <= a for (a, m), (b, n) in zip(one, other, strict=True))
+        for one, other in itertools.combinations(boxes, 2)
+    )
+    return apart and sum(math.prod(part.sizes) for part in parts) == math.prod(size)
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -1,0 +1,121 @@
+"""Whole runs under torchrun: resumed on other numbers of ranks, killed, failing, interrupted."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import tiny_folder, tiny_pairs
+
+from dwrl_fast.training.runlog import read_metrics
+
+pytestmark = pytest.mark.slow
+DRILL = Path(__file__).with_name("rank_drill.py")
+
+
+def run(folder: Path, name: str, ranks: int, *options: str, fault: str = "none:0:0", restarts: int = 0) -> Any:
+    """The command's process and the run's folder. 0 ranks: without torchrun. A checkpoint comes after every step."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    launch += [f"--max-restarts={restarts}", str(DRILL)]
+    given = {
+        "model_name_or_path": folder / "tiny",
+        "dataset_name": folder / "pairs.jsonl",
+        "eval_dataset_name": folder / "held_out.jsonl",
+        "output_dir": folder / name,
+    } | {"rollout_batch_size": 8, "minibatch_size": 4, "max_steps": 4, "save_steps": 1, "save_total_limit": 9}
+    given |= {"max_completion_length": 6, "num_generations": 3, "learning_rate": 1e-3}
+    command = [sys.executable, *(launch if ranks else ["-m", "dwrl_fast.train"])]
+    command += [part for option, value in given.items() for part in (f"--{option}", str(value))]
+    environment = os.environ | {"FAULT": fault, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(DRILL.parent.parent)}
+    done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True, timeout=240)
+    return done, folder / name
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    tiny_folder(folder / "tiny")
+    tiny_pairs(folder / "pairs.jsonl", 24)
+    tiny_pairs(folder / "held_out.jsonl", 6, 1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> dict[int, Path]:
+    """Uninterrupted runs on one process and on two ranks."""
+    found = {}
+    for ranks in (0, 2):
+        done, found[ranks] = run(folder, f"whole-{ranks}", ranks)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return found
+
+
+def weights(run: Path) -> bytes:
+    return (run / "model" / "model.safetensors").read_bytes()
+
+
+def test_two_ranks_do_what_one_process_does(whole: dict[int, Path]) -> None:
+    one, two = (read_metrics(whole[ranks] / "metrics.jsonl") for ranks in (0, 2))
+    exact = ("thought_tokens", "trained_tokens")
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() - {k for k in a if "share_" in k} == b.keys() - {k for k in b if "share_" in k}
+        assert all(a[k] == b[k] for k in exact), (a, b)
+        assert all(abs(a[k] - b[k]) < 1e-5 for k in ("loss", "thought_loss", "grad_norm_score", "grad_norm_thought"))
+    results = [json.loads((whole[ranks] / "result.json").read_text()) for ranks in (0, 2)]
+    assert results[0]["accuracy_after"] == results[1]["accuracy_after"]
+    for step in (1, 4):
+        lines = [(whole[ranks] / "thoughts" / f"step-{step:06d}.jsonl").read_text().splitlines() for ranks in (0, 2)]
+        pairs = [(json.loads(a), json.loads(b)) for a, b in zip(*lines, strict=True)]
+        assert all(a["thought"] == b["thought"] and abs(a["score"] - b["score"]) < 1e-4 for a, b in pairs)
+
+
+@pytest.mark.parametrize(("of", "on"), [(2, 0), (2, 1), (2, 4), (2, 2), (0, 2)])
+def test_a_checkpoint_is_resumed_on_other_numbers_of_ranks(
+    folder: Path, whole: dict[int, Path], of: int, on: int
+) -> None:
+    name = f"from-{of}-on-{on}"
+    shutil.copytree(whole[of] / "checkpoint-000002", folder / name / "checkpoint-000002")
+    done, there = run(folder, name, on, "--resume_from_checkpoint", "latest")
+    assert done.returncode == 0, done.stdout + done.stderr
+    expected, found = read_metrics(whole[of] / "metrics.jsonl")[2:], read_metrics(there / "metrics.jsonl")
+    assert [row["step"] for row in found] == [3, 4]
+    for a, b in zip(expected, found, strict=True):
+        assert all(abs(a[k] - b[k]) < 1e-6 for k in ("loss", "thought_loss"))
+    assert (weights(there) == weights(whole[of])) >= (of == on)
+
+
+def test_a_killed_rank_and_a_restart_lead_to_the_same_weights(folder: Path, whole: dict[int, Path]) -> None:
+    auto = ("--resume_from_checkpoint", "auto")
+    done, there = run(folder, "killed", 2, *auto, fault="kill:1:2", restarts=1)
+    assert done.returncode == 0 and "fault at step 2" in done.stdout, done.stdout + done.stderr
+    assert "at step 2 of 4" in " ".join(done.stdout.split())
+    assert "lost the connection to another rank" in done.stderr
+    assert weights(there) == weights(whole[2])
+
+
+def test_a_rank_that_raises_stops_all_and_alone_says_why(folder: Path) -> None:
+    started = time.monotonic()
+    done, _ = run(folder, "raised", 2, fault="raise:1:1")
+    assert done.returncode == 1 and time.monotonic() - started < 60
+    first = done.stderr.index("Traceback")
+    assert done.stderr[:first].strip().splitlines()[-1] == "rank 1 failed, and the others stop with it:"
+    assert "a planted fault" in done.stderr[first:].split("Traceback")[1]
+    assert "lost the connection" not in done.stderr
+
+
+def test_an_interrupted_rank_leaves_a_run_that_goes_on(folder: Path, whole: dict[int, Path]) -> None:
+    done, there = run(folder, "interrupted", 2, fault="interrupt:1:3")
+    assert done.returncode != 0 and "interrupted" in done.stderr and not (there / "model").exists()
+    done, _ = run(folder, "interrupted", 2, "--resume_from_checkpoint", "auto")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert weights(there) == weights(whole[2])
+
+
+def test_an_error_of_the_user_is_said_once(folder: Path) -> None:
+    done, _ = run(folder, "wrong", 2, "--max_length", "3")
+    assert done.returncode != 0 and done.stderr.count("\nerror: ") == 1, done.stderr
