@@ -100,15 +100,15 @@ def test_many_responses_of_a_prompt_take_several_passes(folder: Path, caplog: py
     scorer = scorer_of(folder, "dwrl", token_budget=64)
     sizes: list[int] = []
     responses = [f"{i} {j}" for i in range(6) for j in range(4)]
-    batches = Layout.batches
+    laid_out = Layout.laid_out
 
-    def watched(layout: Layout, groups: Sequence[Group]) -> list[Batch]:
-        found = batches(layout, groups)
+    def watched(layout: Layout, micro: Sequence[Sequence[Group]]) -> list[Batch]:
+        found = laid_out(layout, micro)
         sizes.extend(batch.trunk_tokens for batch in found)
         return found
 
     with caplog.at_level(logging.WARNING, "dwrl_fast"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Layout, "batches", watched)
+        patch.setattr(Layout, "laid_out", watched)
         patch.setattr("dwrl_fast.sampling.groups.RatingSampler", type(None))  # no sampler rates
         scorer.score(["3 5 0"] * len(responses), responses, votes=3)
     assert "exceeds" not in caplog.text and len(sizes) > 3 and max(sizes) <= 64

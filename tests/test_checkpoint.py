@@ -244,8 +244,8 @@ DAMAGES: list[tuple[Callable[[Path], object], str]] = [
     (also_vouching_for("/etc/passwd"), "does not vouch for /etc/passwd"),
     (also_vouching_for(".."), "cannot be read"),
     (also_vouching_for(""), "cannot be read"),
-    (also_vouching_for("a\0b"), "cannot be read"),
-    (also_vouching_for("a\ud800"), "cannot be read"),
+    (also_vouching_for("a\0b"), r"names 'a\x00b', which no file of a checkpoint is called"),
+    (also_vouching_for("a\ud800"), r"names 'a\ud800', which no file of a checkpoint is called"),
     (shutil.rmtree, "does not exist"),
 ]
 

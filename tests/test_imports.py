@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A folder's __main__ is a command: it stands late, with the rooms that it shows, and nothing imports it at all.
 ROOMS = (
     *("errors", "log", "lock", "yamlfile", "templates", "kernels", "ops"),
-    *("compute", "data", "dialog", "encode", "sampling", "batching", "models", "objectives"),
+    *("ranks", "compute", "data", "dialog", "encode", "sampling", "batching", "models", "objectives"),
     *("options", "methods", "config", "scoring", "progress", "feed", "evaluation", "training", "embedded"),
     *("console", "__main__", "evaluate", "compare", "train"),
 )

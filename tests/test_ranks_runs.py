@@ -22,7 +22,7 @@ def run(folder: Path, name: str, ranks: int, *options: str, fault: str = "none:0
     """The command's process and the run's folder. 0 ranks: without torchrun. A checkpoint comes after every step."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     launch += [f"--max-restarts={restarts}", str(DRILL)]
-    given = {
+    given: dict[str, Any] = {
         "model_name_or_path": folder / "tiny",
         "dataset_name": folder / "pairs.jsonl",
         "eval_dataset_name": folder / "held_out.jsonl",

@@ -300,7 +300,7 @@ def _load_merged(auto: Any, folder: str, seed: int, lora: Lora | None, **extra: 
         )
     name = adapter_base(folder)
     try:
-        base = _load(auto, name, None, seed, None, new_head=holds_head(folder), **extra)
+        base = _load(auto, name, None, seed, None, None, new_head=holds_head(folder), **extra)
     except ModelError as error:
         raise ModelError(
             f"{folder} holds adapters of {name}, which must be there too: put it back, or write where it lies now into "

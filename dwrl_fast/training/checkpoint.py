@@ -256,12 +256,14 @@ def _verify(path: Path) -> None:
         raise CheckpointError(f"{path}: {MANIFEST} is not of format {FORMAT}, the one this version writes.")
     there = {file.name for file in path.glob("*.safetensors")}
     for name in sorted({STATE, *there, *files}):
+        if not name.isprintable():
+            raise CheckpointError(f"{path}: {MANIFEST} names {name!a}, which no file of a checkpoint is called.")
         if name not in files or Path(name).name != name:
             raise CheckpointError(f"{path}: {MANIFEST} does not vouch for {name}.")
         try:
             intact = _fingerprint(path / name) == files[name]
-        except (OSError, ValueError) as error:  # ValueError: no file can have that name
-            raise CheckpointError(f"{path}: {name} cannot be read ({getattr(error, 'strerror', error)}).") from None
+        except OSError as error:
+            raise CheckpointError(f"{path}: {name} cannot be read ({error.strerror}).") from None
         if not intact:
             raise CheckpointError(f"{path}: {name} is not as it was written; the checkpoint is damaged.")
 

@@ -1,0 +1,73 @@
+"""The processes of one run, as torchrun starts them, and what they tell each other.
+
+A rank is one of them, with a GPU of its own where there are GPUs. All ranks run the same program over the same rows;
+where each does a share of the work, `gather` gives all of them the results of all.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+from dwrl_fast.errors import UserError
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """This process among `count`. mesh: their device mesh; None where the process was started by itself, which then
+    holds the whole model.
+    """
+
+    rank: int = 0
+    count: int = 1
+    mesh: Any = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank is the one that logs, renames and exports."""
+        return self.rank == 0
+
+    def gather(self, value: Value) -> list[Value]:
+        """The `value` of every rank, in the order of ranks; on all of them."""
+        if self.mesh is None:
+            return [value]
+        found: list[Any] = [None] * self.count
+        dist.all_gather_object(found, value)
+        return found
+
+    def joined(self, own: Sequence[Value], places: Sequence[Sequence[int]]) -> list[Value]:
+        """One list of what every rank has of it, on all of them. places: for each rank, where its own belong."""
+        found: dict[int, Value] = {}
+        for each, some in zip(places, self.gather(own), strict=True):
+            found |= zip(each, some, strict=True)
+        return [found[place] for place in sorted(found)]
+
+    def from_first(self, make: Callable[[], Value]) -> Value:
+        """What `make` gives on the first rank, on all of them; a UserError of it is raised on all."""
+        if self.mesh is None:
+            return make()
+        said: list[Any] = [None]
+        if self.first:
+            try:
+                said = [(make(), None)]
+            except UserError as error:
+                said = [(None, error)]
+        dist.broadcast_object_list(said, src=0)
+        value, wrong = said[0]
+        if wrong is not None:
+            raise wrong
+        return value
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of `values` over ranks, element by element; on all of them. Any device and shape."""
+        if self.mesh is not None:
+            values = values.clone()
+            dist.all_reduce(values)
+        return values
+
+
+ALONE = Ranks()
