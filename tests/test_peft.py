@@ -181,7 +181,7 @@ def test_the_base_stays_and_checkpoints_hold_the_adapters_alone(folder: Path, na
     elements = sum(p.numel() for p in trained.values())
     assert sum(t.nbytes for t in tensors.values()) == 12 * elements + 4 * len(trained)  # AdamW counts its steps
     files = json.loads((folder / "run" / "checkpoint-000002" / "manifest.json").read_text())["files"]
-    assert files.keys() == {"__0_0.distcp", ".metadata", "state.json"}
+    assert files.keys() == {"shard-00001-model-00001-of-00001.safetensors", "state.json"}
 
 
 def with_verdicts(requests: Any, thoughts: Any, dialog: Any) -> list[Group]:
