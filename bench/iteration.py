@@ -44,6 +44,7 @@ from dwrl_fast.training.optimizer import Optimizers
 from dwrl_fast.training.policy import Policy
 from dwrl_fast.training.rollout import Rollout
 
+TRL_HELD = 3  # times what logits take in a plain update: entropies and masks of every position beside them
 RATE = 1e-12  # of learning
 RATES = ("score_learning_rate", "thought_learning_rate")
 ASKED = {"hh": 2.5, "rmb": 4.0}
@@ -166,7 +167,7 @@ def grpo(runtime: Runtime, pairs: lengths.Pairs, tokens: int) -> Iteration:
 
     def ladder(together: bool) -> Iterator[Way]:
         for size in powers(work.n, len(rows)):
-            if len(rows) % size == 0 and (size == work.n or size * held < free_memory()):
+            if len(rows) % size == 0 and (size == work.n or TRL_HELD * size * held < free_memory()):
                 at_once = len(rows) // size if together else 1
                 note = f"micro-batches of {size} thoughts, {at_once * size} generated at once"
                 yield Way(note, partial(run, size, at_once), {})

@@ -97,6 +97,28 @@ def _compute_in_float64() -> None:
         setattr(runtime, name, lambda *args, load=load, **options: load(*args, **options).double())
 
 
+def in_bfloat16(ranks: Ranks, config: TrainConfig) -> dict[str, Any]:
+    """Updates computed in bfloat16, of a model whose file is in bfloat16: masters, and what samples."""
+    policy_of = FakePolicy(config, says=says, ranks=ranks)
+    runtime, sharded = policy_of.runtime, policy_of.runtime.sharded
+    assert sharded is not None and sharded.replica is not None
+    policy = Policy(runtime, Optimizers(runtime.model.train(), policy_of.method, config, total=100))
+    started = runtime.whole()
+    groups = policy_of.rollout(read_preferences(str(config.dataset_name)).rows)[0]
+    for minibatch in policy.pack(groups, config.minibatch_size):
+        for phase in policy_of.method.phases:
+            policy.update(phase, minibatch, policy_of.method.loss, 0)
+    before = {name: p.clone() for name, p in sharded.replica.named_parameters()}
+    sharded.refresh()
+    now, ended = dict(sharded.replica.named_parameters()), runtime.whole()
+    kinds = {str(p.dtype) for p in sharded.parts.values()}
+    found = {"masters": kinds, "before": before, "now": {name: p.detach().clone() for name, p in now.items()}}
+    for name, model in (("started", started), ("ended", ended)):
+        if model is not None:
+            found[name] = {n: p.detach().clone() for n, p in model.named_parameters()}
+    return found
+
+
 def all_updated(ranks: Ranks, configs: dict[str, TrainConfig]) -> dict[str, dict[str, Any]]:
     """Every case in float32 over one rollout batch, then in float64 over four, which are at least ten updates."""
     if ranks.count == 1:

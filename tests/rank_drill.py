@@ -1,7 +1,10 @@
-"""The training command with a fault: FAULT is "KIND:RANK:STEP", and strikes where torchrun has not restarted yet."""
+"""The training command with a fault: FAULT is "KIND:RANK:STEP", and strikes where torchrun has not restarted yet. Of
+kind `later`, STEP is a time in milliseconds after training began.
+"""
 
 import os
 import signal
+import threading
 from typing import Any
 
 from dwrl_fast import train
@@ -13,13 +16,19 @@ train_step = Trainer.train_step
 
 
 def faulty(self: Trainer, *args: Any) -> dict[str, Any]:
-    first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
-    if kind != "none" and first and os.environ["RANK"] == rank and self.step == int(step):
-        print(f"fault at step {self.step}", flush=True)
-        if kind == "raise":
-            raise RuntimeError("a planted fault")
-        os.kill(os.getpid(), {"kill": signal.SIGKILL, "interrupt": signal.SIGINT}[kind])
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == rank:
+        if kind == "later" and self.step == 0:
+            threading.Timer(int(step) / 1000, strike, (self, "kill")).start()
+        elif kind not in ("none", "later") and self.step == int(step):
+            strike(self, kind)
     return train_step(self, *args)
+
+
+def strike(trainer: Trainer, kind: str) -> None:
+    print(f"fault at step {trainer.step}", flush=True)
+    if kind == "raise":
+        raise RuntimeError("a planted fault")
+    os.kill(os.getpid(), {"kill": signal.SIGKILL, "interrupt": signal.SIGINT}[kind])
 
 
 if __name__ == "__main__":

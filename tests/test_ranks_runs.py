@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from tiny import tiny_folder, tiny_pairs
 from dwrl_fast.training.runlog import read_metrics
 
 pytestmark = pytest.mark.slow
+AUTO = ("--resume_from_checkpoint", "auto")
 DRILL = Path(__file__).with_name("rank_drill.py")
 
 
@@ -90,12 +92,20 @@ def test_a_checkpoint_is_resumed_on_other_numbers_of_ranks(
 
 
 def test_a_killed_rank_and_a_restart_lead_to_the_same_weights(folder: Path, whole: dict[int, Path]) -> None:
-    auto = ("--resume_from_checkpoint", "auto")
-    done, there = run(folder, "killed", 2, *auto, fault="kill:1:2", restarts=1)
+    done, there = run(folder, "killed", 2, *AUTO, fault="kill:1:2", restarts=1)
     assert done.returncode == 0 and "fault at step 2" in done.stdout, done.stdout + done.stderr
     assert "at step 2 of 4" in " ".join(done.stdout.split())
     assert "lost the connection to another rank" in done.stderr
     assert weights(there) == weights(whole[2])
+
+
+def test_kills_at_random_moments(folder: Path, whole: dict[int, Path]) -> None:
+    """Of either rank, in sampling, updates or saving; the moments are in the message of a failure."""
+    for rank in (0, 1):
+        moment = random.randrange(600)
+        done, there = run(folder, f"later-{rank}", 2, *AUTO, fault=f"later:{rank}:{moment}", restarts=1)
+        assert done.returncode == 0 and "fault at step" in done.stdout, f"{moment} ms\n{done.stdout}{done.stderr}"
+        assert weights(there) == weights(whole[2]), f"{moment} ms"
 
 
 def test_a_rank_that_raises_stops_all_and_alone_says_why(folder: Path) -> None:
@@ -111,9 +121,33 @@ def test_a_rank_that_raises_stops_all_and_alone_says_why(folder: Path) -> None:
 def test_an_interrupted_rank_leaves_a_run_that_goes_on(folder: Path, whole: dict[int, Path]) -> None:
     done, there = run(folder, "interrupted", 2, fault="interrupt:1:3")
     assert done.returncode != 0 and "interrupted" in done.stderr and not (there / "model").exists()
-    done, _ = run(folder, "interrupted", 2, "--resume_from_checkpoint", "auto")
+    done, _ = run(folder, "interrupted", 2, *AUTO)
     assert done.returncode == 0, done.stdout + done.stderr
     assert weights(there) == weights(whole[2])
+
+
+def test_the_embedded_task_draws_the_same_thoughts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its first rollout batch, on one process, two ranks and four; rounding may change one thought in a hundred."""
+    lines = {}
+    for ranks in (0, 2, 4):
+        there = folder / f"embedded-{ranks}"
+        if ranks:
+            shutil.copytree(folder / "embedded-0" / "embedded", there / "embedded")
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(DRILL.parent.parent)}
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
+        options = ["--output_dir", str(there), "--max_steps", "1", "--method", "btpo", *AUTO]
+        command = [sys.executable, *launch, "-m", "dwrl_fast.train", *options]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stdout + done.stderr
+        lines[ranks] = (there / "thoughts" / "step-000001.jsonl").read_text().splitlines()
+    for ranks in (2, 4):
+        pairs = [
+            (json.loads(a)["thought"], json.loads(b)["thought"]) for a, b in zip(lines[0], lines[ranks], strict=True)
+        ]
+        share = sum(a != b for a, b in pairs) / len(pairs)
+        with capsys.disabled():
+            print(f"\n{ranks} ranks: {share:.2%} of {len(pairs)} thoughts differ")
+        assert share <= 0.01
 
 
 def test_an_error_of_the_user_is_said_once(folder: Path) -> None:

@@ -28,6 +28,7 @@ from dwrl_fast.embedded.tokenizer import make_tokenizer
 from dwrl_fast.encode import Group, Thought
 from dwrl_fast.methods import StepMetrics
 from dwrl_fast.methods.dwrl import DualWeightedRL
+from dwrl_fast.ranks import ALONE, Ranks
 from dwrl_fast.scoring import Judging, Runtime
 from dwrl_fast.training.policy import load_judging
 from dwrl_fast.training.rollout import Rollout
@@ -85,9 +86,9 @@ def setting(
     return Setting(method, judging.runtime, lm, groups)
 
 
-def loaded(model: Mapping[str, Any] | Path, **options: Any) -> tuple[DualWeightedRL, Judging]:
+def loaded(model: Mapping[str, Any] | Path, ranks: Ranks = ALONE, **options: Any) -> tuple[DualWeightedRL, Judging]:
     """DWRL and its model: of a folder, or of a shape whose weights are drawn where they are used, so that a large one
-    is not drawn on the CPU first. options: of the trainer.
+    is not drawn on the CPU first. ranks: those that hold it together. options: of the trainer.
     """
     dialog = Dialog(make_tokenizer(), Template(EVALUATE, RATE))  # its labels stand for any two ids
     with tempfile.TemporaryDirectory() as folder:
@@ -102,7 +103,7 @@ def loaded(model: Mapping[str, Any] | Path, **options: Any) -> tuple[DualWeighte
         compute = Compute.resolve("auto")
         method = DualWeightedRL(config, dialog)
         with compute.device:
-            return method, load_judging(config, method, dialog, compute)
+            return method, load_judging(config, method, dialog, compute, ranks)
 
 
 def as_hugging_face(lm: Any) -> Any:

@@ -73,7 +73,8 @@ class Policy:
             value.backward()
             losses.append(value.detach())
         norm = self.optimizers.clip()
-        whole = self.runtime.ranks.sum(torch.stack([torch.stack(losses).sum().float(), norm.float()]))
+        total = torch.stack(losses).sum()
+        whole = self.runtime.ranks.sum(torch.stack([total.float(), norm.to(total.device).float()]))
         if not torch.isfinite(whole).all():
             sources = [group.preference.source for batch in minibatch.batches for group in batch.groups[:8]]
             raise NotFiniteError(

@@ -1,0 +1,181 @@
+"""One DWRL update, phases A and B with their optimizer steps, by one process and shared by two ranks.
+
+    python -m bench.scaling
+
+Processes of this machine, one thread each, which speak over loopback (gloo): the same minibatch, the same weights.
+Rounds run both in turn; while the one process computes, the other rank waits. Efficiency is the time of one over ranks
+times theirs. A rank's own work is what its thread computes; idle is the wait for the rank with the most of it; the rest
+is collectives. On a machine whose cores share what they compute with, that is in the efficiency too.
+
+Then, without running anything, how evenly groups as long as those of hh and of rmb are shared by 8 ranks, at the costs
+of Qwen2.5-7B: the most costly rank against the mean, over draws of a minibatch; and what dealing the groups out in turn
+would give.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Console
+
+from bench import command
+from bench.machine import machine
+from bench.processes import together
+from bench.training import lengths
+from bench.training.step import MODELS, QWEN_7B
+from bench.training.update import loaded
+from dwrl_fast.batching.balance import Cost, balanced
+from dwrl_fast.batching.tree import tree_sizes
+from dwrl_fast.ranks import ALONE, Ranks
+from dwrl_fast.training.optimizer import Optimizers
+from dwrl_fast.training.policy import Minibatch, Policy
+from dwrl_fast.training.rollout import Rollout
+
+RATE = 1e-9  # so small that all rounds compute alike
+RANKS, SIMULATED = 2, 8
+MINIBATCHES = (32, 64, 128, 256)
+ASKED = 1.05  # of the mean, the most costly rank
+
+
+class Trained(NamedTuple):
+    """A policy with a minibatch to update it by."""
+
+    policy: Policy
+    method: Any
+    minibatch: Minibatch
+
+    def update(self) -> tuple[float, float]:
+        """Seconds that both phases take, and those that this process's thread computed."""
+        start, own = time.perf_counter(), time.thread_time()
+        for phase in self.method.phases:
+            self.policy.update(phase, self.minibatch, self.method.loss, 0)
+        return time.perf_counter() - start, time.thread_time() - own
+
+
+def trained(ranks: Ranks, model: str, data: str, pairs: int, tokens: int, budget: int) -> Trained:
+    """A drawn model with `pairs` as long as those of `data`, and thoughts of `tokens` tokens on average."""
+    shape = MODELS[model]
+    rates = dict.fromkeys(("learning_rate", "score_learning_rate", "thought_learning_rate"), RATE)
+    method, judging = loaded(shape, ranks, token_budget=budget, **rates)
+    policy = Policy(judging.runtime, Optimizers(judging.runtime.model.train(), method, method.config, total=1))
+    thoughts = lengths.thought_lengths(tokens, 2 * pairs * lengths.THOUGHTS)
+    groups = lengths.groups(lengths.pairs(data, pairs), thoughts, shape["vocab_size"])
+    (minibatch,) = policy.pack(Rollout(method, judging).recomputed(groups)[0], pairs)
+    return Trained(policy, method, minibatch)
+
+
+def rounds(ranks: Ranks, count: int, *case: Any) -> dict[str, list[Any]]:
+    """Seconds of the one process in each round, and seconds and own work of every rank."""
+    shared = trained(ranks, *case)
+    alone = trained(ALONE, *case) if ranks.first else None
+    found: dict[str, list[Any]] = {"alone": [], "shared": []}
+    for round_ in range(count + 1):  # the first is not counted
+        taken = alone.update() if alone is not None else None
+        ranks.gather(None)
+        each = ranks.gather(shared.update())
+        if round_:
+            found["alone"].append(taken)
+            found["shared"].append(each)
+    return found
+
+
+def summary(found: dict[str, list[Any]]) -> dict[str, float]:
+    """Medians over the rounds; shares are of the ranks' time."""
+    ratios, collectives, idle = [], [], []
+    for (one, _), each in zip(found["alone"], found["shared"], strict=True):
+        wall, most = max(seconds for seconds, _ in each), max(own for _, own in each)
+        ratios.append(one / (len(each) * wall))
+        collectives.append((wall - most) / wall)
+        idle.append(statistics.mean(most - own for _, own in each) / wall)
+    return {
+        "alone_seconds": statistics.median(one for one, _ in found["alone"]),
+        "seconds": statistics.median(max(seconds for seconds, _ in each) for each in found["shared"]),
+        "efficiency": statistics.median(ratios),
+        "collectives": statistics.median(collectives),
+        "idle": statistics.median(idle),
+    }
+
+
+def qwen_7b() -> Cost:
+    """What the parts of a pass through Qwen2.5-7B cost."""
+    hidden, inner, layers = QWEN_7B["hidden_size"], QWEN_7B["intermediate_size"], 28
+    narrow = hidden * QWEN_7B["num_key_value_heads"] // QWEN_7B["num_attention_heads"]
+    layer = 2 * hidden * hidden + 2 * hidden * narrow + 3 * hidden * inner
+    return Cost(layers * layer, hidden * QWEN_7B["vocab_size"], 2 * layers * hidden)
+
+
+def balance(data: str, pairs: int, tokens: int, draws: int) -> list[dict[str, Any]]:
+    """For each size of a minibatch, the most costly of `SIMULATED` ranks over the mean: median and most over draws."""
+    thoughts = lengths.thought_lengths(tokens, 2 * pairs * lengths.THOUGHTS)
+    groups = lengths.groups(lengths.pairs(data, pairs), thoughts, QWEN_7B["vocab_size"])
+    sizes = tree_sizes(groups)
+    costs = qwen_7b().of(groups, [size for size, _ in sizes], [pair for _, pair in sizes])
+    rng, found = np.random.default_rng(0), []
+    for size in MINIBATCHES:
+        ours, dealt = [], []
+        for _ in range(draws):
+            drawn = [costs[i] for i in rng.choice(pairs, size, replace=size > pairs)]
+            ours.append(uneven(drawn, balanced(drawn, SIMULATED)))
+            dealt.append(uneven(drawn, [list(range(rank, size, SIMULATED)) for rank in range(SIMULATED)]))
+        row = {"data": data, "minibatch": size, "median": statistics.median(ours), "most": max(ours)}
+        found.append(row | {"dealt_out": statistics.median(dealt)})
+    return found
+
+
+def uneven(costs: list[int], places: list[list[int]]) -> float:
+    """The largest share over the mean."""
+    loads = [sum(costs[i] for i in own) for own in places]
+    return max(loads) * len(loads) / sum(loads)
+
+
+def main() -> None:
+    """The command."""
+    parser = command.parser("scaling", __doc__)
+    parser.add_argument("--model", default="trunk-heavy", choices=list(MODELS), help="drawn (default trunk-heavy)")
+    parser.add_argument("--pairs", type=int, default=16, help="in the minibatch (default 16)")
+    parser.add_argument("--tokens", type=int, default=40, help="of a thought on average (default 40)")
+    parser.add_argument("--budget", type=int, default=4096, help="tokens of a micro-batch (default 4096)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--draws", type=int, default=100, help="of minibatches to share (default 100)")
+    parser.add_argument("--quick", action="store_true", help="4 pairs, 1 round, 10 draws")
+    parser.add_argument("--json", type=Path, help="write machine, versions, commit and figures to this file")
+    report(parser.parse_args(), Console(width=120))
+
+
+def report(args: argparse.Namespace, console: Console) -> None:
+    """Measures, prints and writes."""
+    if args.quick:
+        args.pairs, args.rounds, args.draws = 4, 1, 10
+    cases = {}
+    for data in ("hh", "rmb"):
+        with tempfile.TemporaryDirectory() as folder:
+            case = (args.model, data, args.pairs, args.tokens, args.budget)
+            cases[data] = summary(together(Path(folder), RANKS, rounds, args.rounds, *case)[0])
+    heads = ("lengths", "one process, s", f"{RANKS} ranks, s", "efficiency", "collectives", "idle")
+    lines = [
+        (
+            *(data, f"{x['alone_seconds']:.2f}", f"{x['seconds']:.2f}"),
+            *(f"{x[name]:.0%}" for name in ("efficiency", "collectives", "idle")),
+        )
+        for data, x in cases.items()
+    ]
+    console.print(command.table(f"An update of {args.pairs} pairs, {args.model}, one thread a rank", heads, lines))
+    shared = [row for data in ("hh", "rmb") for row in balance(data, 40 if args.quick else 400, 200, args.draws)]
+    lines = [
+        (row["data"], str(row["minibatch"]), f"{row['median']:.4f}", f"{row['most']:.4f}", f"{row['dealt_out']:.3f}")
+        for row in shared
+    ]
+    heads = ("lengths", "groups", "most costly rank / mean", "at most", "dealt out in turn")
+    console.print(command.table(f"Groups shared by {SIMULATED} ranks (simulated); asked {ASKED}", heads, lines))
+    if args.json:
+        found = {"benchmark": "scaling", "machine": machine(), "update": cases, "balance": shared}
+        args.json.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
