@@ -5,6 +5,7 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -20,7 +21,10 @@ GRACE = 5  # seconds
 
 def open_console() -> Console:
     """The terminal; of several ranks, that of the first alone, for all of them would say the same."""
-    console = Console() if os.environ.get("RANK", "0") == "0" else Console(quiet=True)
+    first = os.environ.get("RANK", "0") == "0"
+    if not first:
+        warnings.simplefilter("ignore")
+    console = Console(quiet=not first)
     set_up_logging(console)
     return console
 

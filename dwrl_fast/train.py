@@ -132,6 +132,7 @@ def run_in(folder: Path, config: TrainConfig, console: Console, ranks: Ranks) ->
     if ranks.first:
         write_json(folder / RESULT, result)
         report(result, config, folder, console)
+    ranks.gather(None)  # none ends while the first still writes
     return result
 
 

@@ -1,5 +1,6 @@
 """Updates of one model by one process and by several: gradients, figures, weights."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,19 @@ def in_bfloat16(ranks: Ranks, config: TrainConfig) -> dict[str, Any]:
     for name, model in (("started", started), ("ended", ended)):
         if model is not None:
             found[name] = {n: p.detach().clone() for n, p in model.named_parameters()}
+    return found
+
+
+def in_bfloat16_over_a_reference(ranks: Ranks, config: TrainConfig) -> dict[bool, dict[str, Tensor]]:
+    """Updates of adapters, after a first pass without them, and of a whole model beside a frozen one."""
+    found = {}
+    for adapters in (True, False):
+        changed = dataclasses.replace(config, use_peft=adapters)
+        policy_of = FakePolicy(changed, ranks=ranks)
+        policy = Policy(policy_of.runtime, Optimizers(policy_of.model.train(), policy_of.method, changed, total=100))
+        groups = policy_of.rollout(read_preferences(str(config.dataset_name)).rows)[0]
+        (minibatch, *_) = policy.pack(groups, config.minibatch_size)
+        found[adapters] = gradients(policy, policy_of.method, minibatch, "policy")
     return found
 
 

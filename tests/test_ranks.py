@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from rank_cases import all_updated, config_of, in_bfloat16
+from rank_cases import all_updated, config_of, in_bfloat16, in_bfloat16_over_a_reference
 from tiny import tiny_dialog, tiny_folder, tiny_model, tiny_pairs
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -87,6 +87,15 @@ def test_bfloat16_is_computed_over_float32_masters(folder: Path) -> None:
         for found in (one, two):
             assert torch.equal(found["now"][name], ended.bfloat16())
     assert "ended" not in two
+
+
+def test_dpo_in_bfloat16_reduces_in_float32(folder: Path) -> None:
+    """With adapters the first pass of a run has them switched off, and nothing to train."""
+    config = config_of(folder, method="dpo", dtype="bf16", model_name_or_path=str(folder / "tiny"), lora_r=3)
+    for found in together(folder, 2, in_bfloat16_over_a_reference, config):
+        for gradient in found.values():
+            assert {x.dtype for x in gradient.values()} == {torch.float32}
+            assert sum(x.norm() for x in gradient.values()) > 0
 
 
 @pytest.mark.parametrize("count", [2, 4])

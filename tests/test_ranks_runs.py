@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from tiny import tiny_folder, tiny_pairs
 
+from dwrl_fast import embedded
+from dwrl_fast.compute import one_thread
 from dwrl_fast.training.runlog import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -31,11 +33,15 @@ def run(folder: Path, name: str, ranks: int, *options: str, fault: str = "none:0
         "output_dir": folder / name,
     } | {"rollout_batch_size": 8, "minibatch_size": 4, "max_steps": 4, "save_steps": 1, "save_total_limit": 9}
     given |= {"max_completion_length": 6, "num_generations": 3, "learning_rate": 1e-3}
-    command = [sys.executable, *(launch if ranks else ["-m", "dwrl_fast.train"])]
+    command = launch if ranks else ["-m", "dwrl_fast.train"]
     command += [part for option, value in given.items() for part in (f"--{option}", str(value))]
+    return started([*command, *options], fault), folder / name
+
+
+def started(arguments: list[str], fault: str = "none:0:0") -> subprocess.CompletedProcess[str]:
+    """Python with these arguments, to its end."""
     environment = os.environ | {"FAULT": fault, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(DRILL.parent.parent)}
-    done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True, timeout=240)
-    return done, folder / name
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -128,23 +134,20 @@ def test_an_interrupted_rank_leaves_a_run_that_goes_on(folder: Path, whole: dict
 
 def test_the_embedded_task_draws_the_same_thoughts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its first rollout batch, on one process, two ranks and four; rounding may change one thought in a hundred."""
+    with one_thread():
+        made = embedded.prepare(folder / "embedded", 0, sizes=embedded.Sizes(512, 8, 8))
+    own = ("--config", str(embedded.recipe("btpo")), "--max_steps", "1", "--dataset_name", str(made.train))
     lines = {}
     for ranks in (0, 2, 4):
-        there = folder / f"embedded-{ranks}"
-        if ranks:
-            shutil.copytree(folder / "embedded-0" / "embedded", there / "embedded")
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(DRILL.parent.parent)}
+        name = f"first-batch-{ranks}"
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
-        options = ["--output_dir", str(there), "--max_steps", "1", "--method", "btpo", *AUTO]
-        command = [sys.executable, *launch, "-m", "dwrl_fast.train", *options]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+        model = ("--model_name_or_path", str(made.model), "--output_dir", str(folder / name))
+        done = started([*launch, "-m", "dwrl_fast.train", *own, *model])
         assert done.returncode == 0, done.stdout + done.stderr
-        lines[ranks] = (there / "thoughts" / "step-000001.jsonl").read_text().splitlines()
+        lines[ranks] = (folder / name / "thoughts" / "step-000001.jsonl").read_text().splitlines()
     for ranks in (2, 4):
-        pairs = [
-            (json.loads(a)["thought"], json.loads(b)["thought"]) for a, b in zip(lines[0], lines[ranks], strict=True)
-        ]
-        share = sum(a != b for a, b in pairs) / len(pairs)
+        pairs = [(json.loads(a), json.loads(b)) for a, b in zip(lines[0], lines[ranks], strict=True)]
+        share = sum(a["thought"] != b["thought"] for a, b in pairs) / len(pairs)
         with capsys.disabled():
             print(f"\n{ranks} ranks: {share:.2%} of {len(pairs)} thoughts differ")
         assert share <= 0.01

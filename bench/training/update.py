@@ -86,7 +86,7 @@ def setting(
     return Setting(method, judging.runtime, lm, groups)
 
 
-def loaded(model: Mapping[str, Any] | Path, ranks: Ranks = ALONE, **options: Any) -> tuple[DualWeightedRL, Judging]:
+def loaded(model: Mapping[str, Any] | Path, *, ranks: Ranks = ALONE, **options: Any) -> tuple[DualWeightedRL, Judging]:
     """DWRL and its model: of a folder, or of a shape whose weights are drawn where they are used, so that a large one
     is not drawn on the CPU first. ranks: those that hold it together. options: of the trainer.
     """

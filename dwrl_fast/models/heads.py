@@ -1,7 +1,5 @@
 """What the head's operators take, and what is read from them: log-probs of tokens, scores, the clipped loss."""
 
-from dataclasses import dataclass
-
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -9,19 +7,19 @@ from dwrl_fast import ops
 from dwrl_fast.ops import PolicyLoss
 
 
-@dataclass(frozen=True, slots=True)
 class HeadInputs:
-    """The hidden states before the head, and the head, for S sequences with T thought tokens.
+    """The hidden states before the head, and the head, for S sequences with T thought tokens. No dataclass: FSDP would
+    put a hook on every tensor of one at each pass, on the weight again and again.
 
     score: [S, H], the hidden states at the sequences' last tokens. token: [T, H], the hidden states that predict the
     thoughts' tokens, or [0, H] where they were not asked for. weight: [V, H]. bias: [V]. softcap: of the logits.
     """
 
-    score: Tensor
-    token: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    softcap: float | None
+    __slots__ = ("bias", "score", "softcap", "token", "weight")
+
+    def __init__(self, score: Tensor, token: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None):
+        self.score, self.token = score, token
+        self.weight, self.bias, self.softcap = weight, bias, softcap
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, V] in float32, after the hidden states [R, H] of some tokens: what is drawn from. Not differentiable."""

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from dwrl_fast.batching.balance import Cost
+from dwrl_fast.batching.batch import Batch
 from dwrl_fast.compute import Compute
 from dwrl_fast.errors import ModelError
 from dwrl_fast.models.adapters import adapted, base_fingerprint
@@ -34,7 +35,7 @@ class Sharded(Generic[Model]):
     """
 
     def __init__(self, model: Model, ranks: Ranks, compute: Compute, *, samples: bool, offload: bool = False):
-        self.ranks = ranks
+        self.ranks, self.compute = ranks, compute
         self.fingerprint = base_fingerprint(model.lm) if adapted(model.lm) else ""
         self.skeleton: Model = _copied(model, lambda p: p.data.to("meta"))
         self.replica: Model | None = model if samples else None
@@ -43,10 +44,18 @@ class Sharded(Generic[Model]):
         for unit in [*layers(self.model.lm), *_float32_heads(self.model.lm), self.model]:
             policy.shard(unit, whole=unit in _float32_heads(self.model.lm))
         self.parts = dict(self.model.named_parameters())
-        if self.replica is not None and not compute.float32:
-            for p in self.replica.parameters():
-                p.data = p.data.to(compute.dtype)
-        self.stale = False
+        if self.replica is not None:
+            narrow(self.replica, compute)
+        self.offload, self.stale = offload, False
+
+    def begin(self, batch: Batch) -> None:
+        """Run `batch`, without gradients. FSDP settles at its first pass in which dtype it reduces, by what is trained
+        there; the first pass of a run may be one with its adapters switched off. All ranks call it together.
+        """
+        assert isinstance(self.model, FSDPModule)
+        with torch.no_grad(), self.compute.autocast():
+            self.model.idle(batch)
+        self.model.reshard()
 
     def refresh(self) -> None:
         """Bring the replica up to date with the weights that were trained. All ranks call it together."""
@@ -77,7 +86,13 @@ class Sharded(Generic[Model]):
         for name, full in self.gathered():
             if self.ranks.first:
                 found[id(self.skeleton.get_parameter(name))] = full.cpu()
-        return _copied(self.skeleton, lambda p: found[id(p)]) if self.ranks.first else None
+        return _copied(self.skeleton, lambda p: found[id(p)]).cpu() if self.ranks.first else None
+
+
+def narrow(model: nn.Module, compute: Compute) -> None:
+    """Cast the weights to the run's dtype; buffers stay as they are, for rotary frequencies are of float32."""
+    for p in model.parameters():
+        p.data = p.data.to(compute.dtype)
 
 
 def layers(lm: Any) -> list[nn.Module]:

@@ -45,10 +45,10 @@ def start(timeout: float) -> Ranks:
         ) from None
     # torchrun may keep one store over its restarts, with the addresses of processes that are gone.
     store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timedelta(seconds=timeout))
     global _store
     _store = store
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timedelta(seconds=timeout))
     mesh = dist.init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (count,))
     return Ranks(rank, count, mesh)
 
@@ -56,8 +56,8 @@ def start(timeout: float) -> Ranks:
 def culprit() -> int:
     """Called by a process that fails: the rank that failed first, which alone should print its error in full."""
     own = int(os.environ.get("RANK", "0"))
-    if _store is None:  # before `start`, where all ranks fail alike
-        return 0
+    if _store is None:  # before the ranks have met: those of a machine fail alike
+        return own - int(os.environ.get("LOCAL_RANK", "0"))
     try:
         return int(_store.compare_set(FAILED, "", str(own)))
     except RuntimeError:  # the store is gone with what started the processes

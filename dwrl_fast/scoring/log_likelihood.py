@@ -73,7 +73,10 @@ def _load_start(runtime: Runtime, card: dict[str, Any]) -> Runtime | None:
     named = source["model_name_or_path"], source["model_config"], source["seed"]
     try:
         start = load_runtime(
-            card, *named, runtime.dialog, runtime.compute, runtime.layout, Limits(1, 1.0), ranks=runtime.ranks
+            *(card, *named, runtime.dialog, runtime.compute, runtime.layout, Limits(1, 1.0)),
+            frozen=True,
+            ranks=runtime.ranks,
+            offload=runtime.sharded is not None and runtime.sharded.offload,
         )
     except ModelError as error:
         warn_once(
@@ -81,5 +84,4 @@ def _load_start(runtime: Runtime, card: dict[str, Any]) -> Runtime | None:
             f"the reference's; accuracy and margin are those of another reward.\n  {error}"
         )
         return None
-    start.model.requires_grad_(False)
     return start

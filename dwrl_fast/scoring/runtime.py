@@ -15,7 +15,7 @@ from dwrl_fast.errors import ModelError
 from dwrl_fast.methods import METHODS
 from dwrl_fast.models.adapters import Lora
 from dwrl_fast.models.model import load_generative, load_scalar, place
-from dwrl_fast.models.sharding import Sharded, cost_of
+from dwrl_fast.models.sharding import Sharded, cost_of, narrow
 from dwrl_fast.ranks import ALONE, Ranks
 from dwrl_fast.sampling import KeptThoughts, Limits, Sampler, TransformersSampler, TreeSampler, split
 
@@ -119,19 +119,18 @@ def load_runtime(
     lora: Lora | None = None,
     *,
     new_head: bool = False,
+    frozen: bool = False,
     ranks: Ranks = ALONE,
     offload: bool = False,
 ) -> Runtime:
     """The model that `card` tells of, from a folder or hub name or drawn from a configuration, on `compute.device`.
 
-    limits: of sampling. new_head: a scalar head that the folder does not hold is drawn, to be trained. ranks: those
-    that hold the model together, each a part; offload: in the processor's memory. ModelError where the model, or the
-    one that prefills its thoughts, cannot be loaded.
+    limits: of sampling. new_head: a scalar head that the folder does not hold is drawn, to be trained. frozen: nothing
+    will be trained. ranks: those that hold the model together, each a part; offload: in the processor's memory.
+    ModelError where the model, or the one that prefills its thoughts, cannot be loaded.
     """
     method = METHODS[card["method"]]
-    dtype: Literal["auto"] | None = (
-        None if ranks.mesh is None or compute.float32 else "auto"
-    )  # sharding makes it float32, part by part
+    dtype = _dtype(compute, ranks)
     model: Any
     if method.scalar:
         model = load_scalar(name_or_path, config_path, seed, dialog.pad_id, lora, new_head=new_head, dtype=dtype)
@@ -139,6 +138,8 @@ def load_runtime(
         model = load_generative(name_or_path, config_path, seed, lora, dtype=dtype)
     writes = method.thinks and not method.scalar
     model = place(model, compute, layout, thinks=writes)
+    if frozen or not method.trains:
+        model.requires_grad_(False)
     samples = not method.scalar
     if ranks.mesh is None:
         sampler = _sampler(model, dialog, compute, layout, limits) if samples else None
@@ -146,11 +147,19 @@ def load_runtime(
     else:
         layout = replace(layout, cost=cost_of(model))
         sharded = Sharded(model, ranks, compute, samples=writes, offload=offload)
+        sharded.begin(layout.idle())
         sampler = None
         if sharded.replica is not None:
             sampler = split(_sampler(sharded.replica, dialog, compute, layout, limits), ranks, sharded.refresh)
         runtime = Runtime(sharded.model, dialog, compute, layout, sampler, ranks, sharded)
     return _prefilled(runtime, card["prefilled_by"], limits) if "prefilled_by" in card else runtime
+
+
+def _dtype(compute: Compute, ranks: Ranks) -> Literal["auto"] | None:
+    """What weights are loaded in: by one process in float32; by ranks as their file has them, to be cast part by part,
+    where not all is computed in float32.
+    """
+    return None if ranks.mesh is None or compute.float32 else "auto"
 
 
 def load_writer(
@@ -164,7 +173,11 @@ def load_writer(
     """A language model, as it stands, that only writes thoughts in `dialog`; every rank has all of it. ModelError where
     it cannot be loaded.
     """
-    model = place(load_generative(name_or_path, None, 0), compute, layout, thinks=True).requires_grad_(False)
+    dtype = _dtype(compute, ranks)
+    model = place(load_generative(name_or_path, None, 0, dtype=dtype), compute, layout, thinks=True)
+    model.requires_grad_(False)
+    if dtype is not None:
+        narrow(model, compute)
     return split(_sampler(model, dialog, compute, layout, limits), ranks, lambda: None)
 
 

@@ -147,9 +147,11 @@ def load_judging(
     )
     judging = judging_of(runtime, method.card())
     start = judging.start if isinstance(judging, PolicyJudging) else None
-    for each in {id(some.model): some for some in (runtime, start) if some is not None}.values():
-        if config.use_liger_kernel:
-            use_liger(each.model.lm)
+    if config.use_liger_kernel:
+        models = [some.model for some in (runtime, start) if some is not None]
+        models += [] if runtime.sharded is None or runtime.sharded.replica is None else [runtime.sharded.replica]
+        for model in {id(model): model for model in models}.values():
+            use_liger(model.lm)
     if isinstance(runtime.sampler, KeptThoughts) and config.output_dir is not None:
         runtime.sampler.keep_in(Path(config.output_dir) / PREFILLED, ranks)
     return judging

@@ -128,8 +128,10 @@ class Trainer:
         if groups and self.method.thoughts_each and log is not None:
             log.thoughts(self.step + 1, scored, self.method.dialog.tokenizer)
         self.step += 1
-        computed = counters([batch for minibatch in minibatches for batch in minibatch.batches])
-        values |= {name: sum(each[name] for each in self.ranks.gather(computed)) for name in computed}
+        computed = self.ranks.gather(
+            counters([batch for some in minibatches for batch in some.batches if batch.groups])
+        )
+        values |= {name: sum(each[name] for each in computed) for name in computed[0]}
         values |= self._figures(values, norms, len(groups), time.monotonic() - started, spent)
         self.stall.update(values, size)
         stage.advance(1, **{k: values[k] for k in ("loss", "train_accuracy", "thought_length") if k in values})
