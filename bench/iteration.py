@@ -46,7 +46,6 @@ from dwrl_fast.training.rollout import Rollout
 
 TRL_HELD = 3  # times what logits take in a plain update: entropies and masks of every position beside them
 RATE = 1e-12  # of learning
-RATES = ("score_learning_rate", "thought_learning_rate")
 ASKED = {"hh": 2.5, "rmb": 4.0}
 
 
@@ -243,7 +242,7 @@ def main() -> None:
 
 def trained(source: Any) -> tuple[Policy, Rollout]:
     """A model to be trained by DWRL: a folder, or a shape. What writes thoughts to train on, too."""
-    method, judging = loaded(source, **dict.fromkeys(("learning_rate", *RATES), RATE))
+    method, judging = loaded(source, learning_rate=RATE, score_learning_rate=RATE, thought_learning_rate=RATE)
     model = judging.runtime.model.train()
     optimizers = Optimizers(model, method, method.config, total=1)
     return Policy(judging.runtime, optimizers), Rollout(method, judging)

@@ -14,8 +14,10 @@ import torch
 from dwrl_fast import ranks
 
 
-def together(folder: Path, count: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """What `function(ranks, *args)` returns on each of `count` ranks. folder: for what they return."""
+def together(folder: Path, count: int, function: Callable[..., Any], *args: Any, seconds: float = 300) -> list[Any]:
+    """What `function(ranks, *args)` returns on each of `count` ranks. folder: for what they return. seconds: that they
+    may take.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -27,7 +29,7 @@ def together(folder: Path, count: int, function: Callable[..., Any], *args: Any)
     for process in made:
         process.start()
     for process in made:
-        process.join(300)
+        process.join(seconds)
     alive = [process for process in made if process.is_alive()]
     for process in alive:
         process.kill()
@@ -42,7 +44,7 @@ def _run(rank: int, count: int, port: int, file: Path, function: Callable[..., A
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     try:
-        value, error = function(ranks.start(120), *args), ""
+        value, error = function(ranks.start(600), *args), ""
     except BaseException:
         value, error = None, f"rank {rank}: {traceback.format_exc()}"
     part = file.with_suffix(".part")

@@ -61,7 +61,7 @@ def trained(ranks: Ranks, model: str, data: str, pairs: int, tokens: int, budget
     """A drawn model with `pairs` as long as those of `data`, and thoughts of `tokens` tokens on average."""
     shape = MODELS[model]
     rates = dict.fromkeys(("learning_rate", "score_learning_rate", "thought_learning_rate"), RATE)
-    method, judging = loaded(shape, ranks, token_budget=budget, **rates)
+    method, judging = loaded(shape, ranks=ranks, token_budget=budget, **rates)
     policy = Policy(judging.runtime, Optimizers(judging.runtime.model.train(), method, method.config, total=1))
     thoughts = lengths.thought_lengths(tokens, 2 * pairs * lengths.THOUGHTS)
     groups = lengths.groups(lengths.pairs(data, pairs), thoughts, shape["vocab_size"])
@@ -137,12 +137,13 @@ def main() -> None:
     """The command."""
     parser = command.parser("scaling", __doc__)
     parser.add_argument("--model", default="trunk-heavy", choices=list(MODELS), help="drawn (default trunk-heavy)")
-    parser.add_argument("--pairs", type=int, default=16, help="in the minibatch (default 16)")
+    parser.add_argument("--pairs", type=int, default=4, help="in the minibatch (default 4)")
+    parser.add_argument("--data", nargs="+", default=["hh", "rmb"], help="whose lengths are timed (default: hh rmb)")
     parser.add_argument("--tokens", type=int, default=40, help="of a thought on average (default 40)")
     parser.add_argument("--budget", type=int, default=4096, help="tokens of a micro-batch (default 4096)")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--draws", type=int, default=100, help="of minibatches to share (default 100)")
-    parser.add_argument("--quick", action="store_true", help="4 pairs, 1 round, 10 draws")
+    parser.add_argument("--quick", action="store_true", help="2 pairs, 1 round, 10 draws")
     parser.add_argument("--json", type=Path, help="write machine, versions, commit and figures to this file")
     report(parser.parse_args(), Console(width=120))
 
@@ -150,12 +151,12 @@ def main() -> None:
 def report(args: argparse.Namespace, console: Console) -> None:
     """Measures, prints and writes."""
     if args.quick:
-        args.pairs, args.rounds, args.draws = 4, 1, 10
+        args.pairs, args.rounds, args.draws = 2, 1, 10
     cases = {}
-    for data in ("hh", "rmb"):
+    for data in args.data:
         with tempfile.TemporaryDirectory() as folder:
             case = (args.model, data, args.pairs, args.tokens, args.budget)
-            cases[data] = summary(together(Path(folder), RANKS, rounds, args.rounds, *case)[0])
+            cases[data] = summary(together(Path(folder), RANKS, rounds, args.rounds, *case, seconds=3600)[0])
     heads = ("lengths", "one process, s", f"{RANKS} ranks, s", "efficiency", "collectives", "idle")
     lines = [
         (
@@ -166,12 +167,12 @@ def report(args: argparse.Namespace, console: Console) -> None:
     ]
     console.print(command.table(f"An update of {args.pairs} pairs, {args.model}, one thread a rank", heads, lines))
     shared = [row for data in ("hh", "rmb") for row in balance(data, 40 if args.quick else 400, 200, args.draws)]
-    lines = [
+    shares = [
         (row["data"], str(row["minibatch"]), f"{row['median']:.4f}", f"{row['most']:.4f}", f"{row['dealt_out']:.3f}")
         for row in shared
     ]
-    heads = ("lengths", "groups", "most costly rank / mean", "at most", "dealt out in turn")
-    console.print(command.table(f"Groups shared by {SIMULATED} ranks (simulated); asked {ASKED}", heads, lines))
+    columns = ("lengths", "groups", "most costly rank / mean", "at most", "dealt out in turn")
+    console.print(command.table(f"Groups shared by {SIMULATED} ranks (simulated); asked {ASKED}", columns, shares))
     if args.json:
         found = {"benchmark": "scaling", "machine": machine(), "update": cases, "balance": shared}
         args.json.write_text(json.dumps(found, indent=1))
