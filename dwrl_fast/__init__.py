@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from dwrl_fast import ops
     from dwrl_fast.scoring.scorer import Scorer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Scorer", "__version__", "ops"]
 
 # In a checkout `kernels/` lies beside this package, in a wheel inside it: either way it is `dwrl_fast.kernels`. It must

@@ -51,6 +51,9 @@ def main(argv: list[str]) -> None:
     console = open_console()
     config = configure(argv)
     ranks = start(config.ddp_timeout)
+    for name in ("reshard_after_backward", "ddp_timeout"):
+        if ranks.mesh is None and config.changed(name):
+            logger.warning("%s has no effect here: it applies only to processes that torchrun started.", name)
     if config.dry_run:
         if not ranks.first:
             return

@@ -24,7 +24,7 @@ class Cost(NamedTuple):
 
 
 BY_TOKENS = Cost()
-CLOSE = 1.005
+CLOSE = 1.005  # times the mean: closer than costs are known
 
 
 def balanced(costs: Sequence[int], ranks: int) -> list[list[int]]:

@@ -21,7 +21,7 @@ def start(timeout: float) -> Ranks:
     Raises ConfigError where there are more processes than GPUs, or the variables that torchrun sets are incomplete.
     """
     if "RANK" not in os.environ:
-        if os.environ.get("WORLD_SIZE", "1") != "1":
+        if os.environ.get("WORLD_SIZE") not in (None, "", "1"):
             raise ConfigError(
                 f"WORLD_SIZE = {os.environ['WORLD_SIZE']} without RANK: several processes are started by torchrun, "
                 "which sets both. For one process unset WORLD_SIZE."

@@ -52,7 +52,8 @@ class Runtime:
         _, micro = shares[self.ranks.rank]
         batches = self.layout.laid_out(micro)
         missing = max(len(micro) for _, micro in shares) - len(batches)
-        batches += [self.layout.idle()] * missing
+        if missing:
+            batches += [self.layout.idle()] * missing
         return Share([own for own, _ in shares], Size.of(groups), batches)
 
     def run_batches(
