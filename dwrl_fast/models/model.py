@@ -5,7 +5,7 @@ generative root returns the hidden states at the thought rows and the score rows
 the rest.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -37,6 +37,7 @@ from dwrl_fast.models.backbone import (
     refuse_past_rotary,
     rotary_limit,
 )
+from dwrl_fast.models.finite import listed
 from dwrl_fast.models.heads import HeadInputs
 from dwrl_fast.models.trial import admit
 from dwrl_fast.sampling.cache import CachedPlan
@@ -273,12 +274,6 @@ def _refuse_other_weights(source: str, model: Any, report: dict[str, Any], new_h
             f"the weights in {source} are not those of {type(model).__name__}: the file {' and '.join(found)}. Copy "
             "the model again from where it was made, or give the config.json that belongs to it"
         )
-
-
-def listed(names: Iterable[str]) -> str:
-    """The first six names in order, and how many more there are."""
-    some = sorted(names)
-    return ", ".join(some[:6]) + (f" and {len(some) - 6} more" if len(some) > 6 else "")
 
 
 def _read_tying(model: Any) -> None:
