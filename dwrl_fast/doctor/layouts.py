@@ -93,8 +93,8 @@ def shortened(group: Group) -> Group:
 def _finding(name: str, what: str, apart: dict[str, float], remedy: str) -> Finding:
     means = [value for key, value in apart.items() if key.endswith("mean")]
     parts = [
-        f"{key} differ by {apart[key + ' mean']:.2g} nats in the mean, {apart[key + ' most']:.2g} at most"
-        for key in Computed._fields
+        f"{said} differ by {apart[key + ' mean']:.2g} nats in the mean, {apart[key + ' most']:.2g} at most"
+        for key, said in (("scores", "scores"), ("logprobs", "log-probs"))
         if key + " mean" in apart
     ]
     worst = torch.tensor(means).max().item()  # NaN where one is

@@ -80,7 +80,7 @@ def uneven(setup: Setup, groups: Sequence[Group], computed: Sequence[Computed]) 
     return Finding(
         "uneven ranks",
         status_of(worst, 0.02, 0.1),
-        f"1 group, which leaves {ranks.count - 1} ranks without any, and {len(odd)} groups: within {worst:.2g} nats of "
+        f"1 group, which leaves all ranks but one without any, and {len(odd)} groups: within {worst:.2g} nats of "
         "all together, on every rank",
         "This is a fault of the package or of the backend: please report it with this line.",
         {"mean": worst},

@@ -92,7 +92,7 @@ def label_mass(setup: Setup, groups: Sequence[Group]) -> Finding:
     mean = sum(masses) / len(masses)
     top = (torch.tensor([each for _, each in found]).sum(0) / len(masses)).topk(3)
     names = ", ".join(
-        f"{dialog.tokenizer.decode([token])!r} {p:.2g}"
+        f"{dialog.tokenizer.decode([token], clean_up_tokenization_spaces=False)!r} {p:.2g}"
         for p, token in zip(*(each.tolist() for each in top), strict=True)
     )
     first, second = dialog.template.labels
@@ -153,8 +153,8 @@ def _draws(setup: Setup, groups: Sequence[Group]) -> Finding:
     return Finding(
         "draws",
         status_of(abs(sigmas), SIGMAS_WARN, SIGMAS_FAIL),
-        f"the tokens' log-probs exceed minus the entropy by {surplus / tokens:.3g} nats a token, {sigmas:.1f} standard "
-        "errors" + (", as draws from the trainer's distribution do" if abs(sigmas) <= SIGMAS_WARN else ""),
+        f"the tokens drawn are likelier than draws from the trainer's distribution by {surplus / tokens:.3g} nats "
+        f"each, {sigmas:.1f} standard errors",
         OTHER_ENGINE,
         {"surplus": surplus / tokens, "standard errors": sigmas},
     )

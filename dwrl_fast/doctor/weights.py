@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, product
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from dwrl_fast.models.finite import listed, not_finite
 from dwrl_fast.sampling import sample_groups
 from dwrl_fast.scoring import Runtime
 
-SMALL = 2**20  # a weight of more numbers is not changed for a trial
-TRIES = 4
+TRIES = 4  # weights
+SCALES = (0.1, 1.0)  # of the noise, to the weight's size
 MOVED = 0.05  # nats: what a change of weights must make of the log-probs to be seen
 TOKENS = 16
 # What a generation config may hold that shapes samples, and the value with which it does not.
@@ -78,8 +78,8 @@ def current(setup: Setup, requests: Sequence[Request], seed: int) -> Finding:
     tells it, and thoughts are sampled; the weight is put back.
     """
     name, gap, moved = "", 0.0, 0.0
-    for weight, part in small_weights(setup.runtime):
-        with changed(setup.runtime, part):
+    for (weight, part), scale in product(small_weights(setup.runtime), SCALES):
+        with changed(setup.runtime, part, scale):
             groups = _sampled(setup, requests[:1], seed)
             fresh = torch.cat([one.logprobs for one in compute(setup, groups)])
         before = torch.cat([one.logprobs for one in compute(setup, groups)])
@@ -109,24 +109,24 @@ def current(setup: Setup, requests: Sequence[Request], seed: int) -> Finding:
 
 
 def small_weights(runtime: Runtime) -> list[tuple[str, Tensor]]:
-    """Trained ones, by name, that may be changed for a trial: the last come first, which all tokens depend on. Of a
-    sharded one this rank's part.
+    """Trained ones, by name, that may be changed for a trial: the smallest, and of these the first, which a cache of
+    keys and values depends on too. Of a sharded one this rank's part.
     """
     trained = [(name, p) for name, p in runtime.model.named_parameters() if p.requires_grad]
-    small = [(name, p) for name, p in reversed(trained) if p.numel() <= SMALL] or trained[-1:]
+    small = sorted(trained, key=lambda each: each[1].numel())
     return [(name, p.to_local() if isinstance(p, DTensor) else p) for name, p in small[:TRIES]]
 
 
 @contextmanager
-def changed(runtime: Runtime, part: Tensor) -> Iterator[None]:
+def changed(runtime: Runtime, part: Tensor, scale: float = 1.0) -> Iterator[None]:
     """Noise added to a weight, and the runtime told of it as training tells it; the weight is put back as it was."""
     before = part.detach().clone()
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(before.shape, generator=generator).to(before)
-    size = before.float().square().mean().sqrt().clamp_min(0.1) if before.numel() else 0.0
+    size = before.float().square().mean().sqrt().clamp_min(0.1).item() if before.numel() else 0.0
     try:
         with torch.no_grad():
-            part.add_(noise * size)
+            part.add_(scale * size * noise)
         runtime.changed()
         yield
     finally:

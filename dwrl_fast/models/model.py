@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dwrl_fast.batching.batch import Batch
 from dwrl_fast.batching.layout import Layout
 from dwrl_fast.compute import Compute
-from dwrl_fast.errors import ModelError, UserError
+from dwrl_fast.errors import ModelError, NotFiniteError, UserError
 from dwrl_fast.log import logger
 from dwrl_fast.models import gguf
 from dwrl_fast.models.adapters import (
@@ -37,7 +37,7 @@ from dwrl_fast.models.backbone import (
     refuse_past_rotary,
     rotary_limit,
 )
-from dwrl_fast.models.finite import listed
+from dwrl_fast.models.finite import listed, not_finite
 from dwrl_fast.models.heads import HeadInputs
 from dwrl_fast.models.trial import admit
 from dwrl_fast.sampling.cache import CachedPlan
@@ -307,11 +307,20 @@ def _load_merged(auto: Any, folder: str, seed: int, lora: Lora | None, **extra: 
 def place(model: Model, compute: Compute, layout: Layout, *, thinks: bool = True) -> Model:
     """Move `model` to the device and try it there on batches of `layout` and, where it `thinks`, in sampling.
 
-    Returns the model. Raises ModelError where it cannot run them.
+    Returns the model. Raises ModelError where it cannot run them, and NotFiniteError, which names the weights that hold
+    NaN, if any do.
     """
     model.to(compute.device)
     thinks = thinks and isinstance(model, GenerativeModel)
-    model.shares_cache = admit(model, layout.packing, layout.pad_id, compute, thinks=thinks)
+    try:
+        model.shares_cache = admit(model, layout.packing, layout.pad_id, compute, thinks=thinks)
+    except NotFiniteError as error:
+        if wrong := not_finite(model.lm):
+            raise NotFiniteError(
+                f"{type(model.lm).__name__} cannot be used: its weights hold NaN or infinities, in {listed(wrong)}. "
+                "Take a checkpoint from before, or copy the model again"
+            ) from error
+        raise
     return model
 
 
