@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,6 +25,7 @@ from dwrl_fast.progress import Display, Stage
 from dwrl_fast.ranks import Ranks
 from dwrl_fast.sampling import sample_groups
 from dwrl_fast.scoring.loading import load_dialog
+from dwrl_fast.templates import load_template
 from dwrl_fast.training.policy import load_judging
 from dwrl_fast.training.rollout import Rollout
 
@@ -67,6 +69,8 @@ def _attempt(name: str, report: Report, attempt: Callable[[], Result], remedy: s
 
 
 def _dialog(config: DoctorConfig, report: Report) -> Dialog | SingleTurn | None:
+    if config.template is not None and _attempt("template", report, partial(load_template, config.template)) is None:
+        return None
     try:
         dialog = load_dialog(config)
     except LabelError as error:
