@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,24 +21,11 @@ from torch import Tensor
 from dwrl_fast.encode.thought import Thought
 from dwrl_fast.errors import ConfigError, DataError
 from dwrl_fast.ops import BLOCK
-from dwrl_fast.sampling.cache import Cache, CachedPlan, blocks_for, step_of
+from dwrl_fast.sampling.cache import Cache, blocks_for
 from dwrl_fast.sampling.draws import logprobs_at, pick
+from dwrl_fast.sampling.forward import Forward, Writer
 from dwrl_fast.sampling.prefixes import Prefix, prefix_tree
 from dwrl_fast.sampling.sampler import Limits, Rating, request_key
-
-MULTIPLE = {"cuda": 64}  # of it there are new tokens and tiles in a step: few shapes, so that graphs can be captured
-
-
-class Writer(Protocol):
-    """A `GenerativeModel`, of which the room below must not know."""
-
-    lm: Any
-
-    def states(self, ids: Tensor, positions: Tensor, plan: CachedPlan) -> Tensor:
-        """[Q, H] of new tokens."""
-
-    def head(self, score: Tensor, token: Tensor) -> Any:
-        """`HeadInputs` over hidden states."""
 
 
 @dataclass(eq=False, slots=True)
@@ -143,9 +130,8 @@ class TreeSampler:
     @torch.no_grad()
     def block_bytes(self) -> int:
         """What one block takes in all layers, which one token's pass through the model shows."""
-        cache, device = Cache(1), self.model.lm.device
-        token = torch.zeros(1, dtype=torch.int64, device=device)
-        self.model.states(token, token, CachedPlan(cache, step_of([0], [0], [(0, 0, 1, 0, 1)], device)))
+        cache = Cache(1)
+        Forward(self.model, cache)([0], [0], [0], [(0, 0, 1, 0, 1)])
         return cache.nbytes
 
 
@@ -168,7 +154,6 @@ class _Sampling:
         self.progress, self.rating = progress, rating
         self.model, self.device = sampler.model, sampler.model.lm.device
         self.ends = prefix_tree(contexts)
-        self.multiple = MULTIPLE.get(self.device.type, 1)
         self.runs: dict[Prefix, _Prefix] = {}  # those in the cache, in depth-first order
         order = sorted(range(len(contexts)), key=lambda c: self.ends[c].number)
         self.waiting = deque((c, i) for c in order for i in range(n))
@@ -177,6 +162,7 @@ class _Sampling:
         self.found: list[list[Thought | None]] = [[None] * n for _ in contexts]
         self.own = blocks_for(max_tokens + (rating.most if rating else 0))  # blocks of one thought
         self.cache = Cache(self._blocks())
+        self.forward = Forward(self.model, self.cache)
 
     def _blocks(self) -> int:
         """As many as all need at once, or as the memory holds."""
@@ -226,8 +212,7 @@ class _Sampling:
         ids, position, slot, tiles, last = self._layout()
         states = torch.empty(0)
         if ids:
-            plan = CachedPlan(self.cache, step_of(position, slot, tiles, self.device))
-            states = self.model.states(torch.tensor(ids, device=self.device), plan.step.position, plan)
+            states = self.forward(ids, position, slot, tiles)
             for run in self.runs.values():
                 if run.state is None and run.pending == 0 and run.thoughts:
                     run.state = states[last[run]].clone()  # a view would keep the whole pass's states
@@ -280,11 +265,11 @@ class _Sampling:
                 see(thought, start)
         while above:
             see(*above.pop())
-        empty = -len(ids) % self.multiple
+        empty = self.forward.padded(len(ids)) - len(ids)
         ids += [0] * empty
         position += [0] * empty
         slot += [-1] * empty  # kept nowhere
-        tiles += [(0, 0, 1, 0, 0)] * (-len(tiles) % self.multiple)  # seen by none
+        tiles += [(0, 0, 1, 0, 0)] * (self.forward.padded(len(tiles)) - len(tiles))  # seen by none
         return ids, position, slot, tiles, last
 
     def _draw(self, thoughts: list[_Thought]) -> None:
