@@ -1,4 +1,4 @@
-"""The Triton kernel of gumbel_pick on a GPU; through Triton's interpreter, which test_ops_triton.py starts, on the CPU."""
+"""The Triton kernel of gumbel_pick on a GPU, or through Triton's interpreter, which test_ops_triton.py starts."""
 
 import os
 
@@ -15,7 +15,7 @@ from dwrl_fast import ops  # noqa: E402
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
-SIZES = [1, 2, 5, 97, 4099] if INTERPRETED else [1, 2, 5, 97, 4 * gumbel.BLOCK, 32003, 151936]
+SIZES = [1, 5, 97, 2050] if INTERPRETED else [1, 2, 5, 97, 4 * gumbel.BLOCK, 32003, 151936]
 
 
 def keys_of(count: int, seed: int = 0) -> Tensor:
@@ -29,7 +29,7 @@ def pick(logprob: Tensor, keys: Tensor, position: int, backend: str = "triton") 
 @pytest.mark.parametrize("v", SIZES)
 def test_it_draws_what_the_definition_draws(v: int) -> None:
     """A difference of an ulp in a logarithm may exchange two tokens that are as near: of so many draws, hardly one."""
-    rows = 60 if INTERPRETED else 300
+    rows = 20 if INTERPRETED else 300
     logprob = (4 * torch.randn(rows, v, generator=torch.Generator().manual_seed(v))).log_softmax(-1).to(DEVICE)
     found = [
         torch.stack([pick(logprob, keys_of(rows), t, backend) for t in (0, 1, 2**32 - 1)])
