@@ -2,9 +2,9 @@
 than most of them run.
 """
 
-import itertools
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,12 +55,14 @@ class Forward:
         """How many tokens or tiles are given for `count` of them."""
         return recurring(count) if self.device.type == "cuda" else count
 
-    def __call__(self, ids: list[int], position: list[int], slot: list[int], tiles: list[tuple[int, ...]]) -> Tensor:
-        """[Q, H]: the last hidden states of new tokens, from the lists of a `CacheStep`. What an earlier call gave may
-        be overwritten.
+    def __call__(self, ids: list[int], position: list[int], slot: list[int], tiles: np.ndarray) -> Tensor:
+        """[Q, H]: the last hidden states of new tokens, from what a `CacheStep` holds. What an earlier call gave may be
+        overwritten.
         """
-        shape = len(ids), len(tiles)
-        numbers = torch.tensor([*ids, *position, *slot, *itertools.chain.from_iterable(tiles)], dtype=torch.int64)
+        none = np.array([[0, 0, 1, 0, 0]]).repeat(self.padded(len(tiles)) - len(tiles), axis=0)  # seen by no token
+        shape = len(ids), len(tiles) + len(none)
+        # One tensor, for each copy to a GPU takes as long as a kernel.
+        numbers = torch.from_numpy(np.concatenate([ids, position, slot, tiles.ravel(), none.ravel()], dtype=np.int64))
         if not self.captures or len(ids) > GRAPHED:
             return self._run(numbers.to(self.device), *shape)
         if shape not in self.graphs:
