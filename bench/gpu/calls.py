@@ -177,6 +177,7 @@ def main() -> None:
     """The command: run every call, or with --repeats compare its repeats, and print a line for each."""
     parser = command.parser("gpu.calls", __doc__)
     parser.add_argument("--repeats", type=int, default=0)
+    parser.add_argument("--only", default="", help="calls whose name contains this")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("bench.gpu.calls: there is no CUDA device")
@@ -185,6 +186,8 @@ def main() -> None:
         torch.use_deterministic_algorithms(True)
     found: dict[str, int] = {}
     for name, call in calls(large=args.repeats > 0):
+        if args.only not in name:
+            continue
         found[name] = differing(call, args.repeats)
         torch.cuda.synchronize()
         print(f"{name}: {found[name]} of {args.repeats} differ" if args.repeats else f"{name}: ran", flush=True)
