@@ -94,6 +94,7 @@ def refuse_processes() -> None:
     processes = os.environ.get("WORLD_SIZE", "1")
     if processes != "1":
         raise ConfigError(
-            f"WORLD_SIZE = {processes}: only dwrl_fast.train takes several processes; each of these would do the whole "
-            "work. Start the command as one process, by python -m; CUDA_VISIBLE_DEVICES=N chooses its GPU."
+            f"WORLD_SIZE = {processes}: only dwrl_fast.train and dwrl_fast.doctor take several processes; each of "
+            "these would do the whole work. Start the command as one process, by python -m; CUDA_VISIBLE_DEVICES=N "
+            "chooses its GPU."
         )

@@ -24,6 +24,10 @@ class TemplateError(UserError):
     """The chat template, the tokenizer and the dialog do not fit together."""
 
 
+class LabelError(TemplateError):
+    """A label of the template is not one token of its own where it is read."""
+
+
 class ModelError(UserError):
     """The model cannot be loaded, or cannot do what is asked of it."""
 
@@ -40,3 +44,9 @@ class UntrainedError(UserError):
     """A run ended without having trained anything."""
 
     status = 3
+
+
+class UnfitError(UserError):
+    """An examined set-up has a fault with which it should not be trained."""
+
+    status = 4

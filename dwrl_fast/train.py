@@ -6,13 +6,11 @@ import dataclasses
 import json
 import platform
 import time
-from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -20,7 +18,8 @@ from dwrl_fast import __version__, embedded
 from dwrl_fast.compute import Compute, one_thread
 from dwrl_fast.config import NEWEST, TrainConfig, parse_train
 from dwrl_fast.console import command, open_console
-from dwrl_fast.data.mixture import Part
+from dwrl_fast.doctor import check_start
+from dwrl_fast.embedded.options import embedded_options, on_embedded
 from dwrl_fast.errors import CheckpointError, ConfigError, UntrainedError
 from dwrl_fast.feed import Feed, open_feed, read_rows
 from dwrl_fast.lock import sole_writer
@@ -78,26 +77,7 @@ def main(argv: list[str]) -> None:
 
 def configure(argv: list[str]) -> TrainConfig:
     """The command line's options; without data of one's own, over the embedded task's recipe."""
-    return parse_train(argv, base=embedded_recipe)
-
-
-def embedded_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of the embedded task under the method that was given; none where data are named."""
-    if given.get("dataset_name") is not None or given.get("dataset_mixture"):
-        return {}
-    method = METHODS[given.get("method", TrainConfig.method)]
-    if not method.trains:  # it has no part in the embedded task
-        return {}
-    path = embedded.recipe(method.embedded_recipe(dict(given)))
-    if not path.exists():
-        raise ConfigError(
-            f"the embedded task has no recipe for --method {method.name}: give a model and data of your own "
-            "(--model_name_or_path, --dataset_name, --eval_dataset_name)"
-        )
-    recipe: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if "rationalizer_template" in recipe:  # a file beside the recipe
-        recipe["rationalizer_template"] = str(path.with_name(recipe["rationalizer_template"]))
-    return recipe
+    return parse_train(argv, base=embedded_options)
 
 
 def run(config: TrainConfig, console: Console, ranks: Ranks = ALONE) -> dict[str, Any]:
@@ -205,6 +185,7 @@ def train(
     check_vocabulary(model, max(len(dialog.tokenizer) - 1, dialog.pad_id))
     writes = method.thinks or bool(method.thoughts_each)
     check_positions(model, longest + config.max_completion_length * writes)
+    check_start(config, method, judging.runtime, longest)
     if config.gradient_checkpointing:
         model.lm.gradient_checkpointing_enable({"use_reentrant": False})
     parameters = sum(p.numel() for p in model.parameters())
@@ -246,17 +227,6 @@ def train_embedded(config: TrainConfig, folder: Path, display: Display, ranks: R
     result |= {"accuracy_bt": bt["accuracy_after"], "report_bt": bt["report_after"]}
     result["seconds_by_stage"]["bt"] = sum(bt["seconds_by_stage"].values())
     return result
-
-
-def on_embedded(config: TrainConfig, made: embedded.Embedded) -> TrainConfig:
-    """The same options on the embedded task's files, which are files like any others."""
-    return dataclasses.replace(
-        config,
-        model_name_or_path=str(made.model_for(METHODS[config.method].template)),
-        dataset_name=str(made.train),
-        eval_dataset_name=(Part(str(made.test)),),
-        explicit=frozenset(),
-    )
 
 
 def make_embedded(folder: Path, config: TrainConfig, display: Display) -> embedded.Embedded:

@@ -179,9 +179,10 @@ def test_several_processes_are_refused_by_name(
         with pytest.raises(SystemExit) as end:
             command(main)
         assert (end.value.code or 0) == status
-        assert ("WORLD_SIZE = 2: only dwrl_fast.train takes several processes;" in capsys.readouterr().err) == (
-            status == 2
-        )
+        assert (
+            "WORLD_SIZE = 2: only dwrl_fast.train and dwrl_fast.doctor take several processes;"
+            in capsys.readouterr().err
+        ) == (status == 2)
 
 
 def test_training_refuses_several_processes_that_have_no_rank(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from dwrl_fast.data import Message
 from dwrl_fast.dialog.contents import ContentTokenizer
 from dwrl_fast.dialog.sequence import TokenSequence
-from dwrl_fast.errors import TemplateError
+from dwrl_fast.errors import LabelError, TemplateError
 from dwrl_fast.log import info_once
 from dwrl_fast.templates import Template, read_template
 
@@ -133,7 +133,10 @@ class Chat:
 
     def error(self, what: str) -> TemplateError:
         """A TemplateError that names the tokenizer."""
-        return TemplateError(f"the chat template of {self.name} {what}")
+        return TemplateError(self._said(what))
+
+    def _said(self, what: str) -> str:
+        return f"the chat template of {self.name} {what}"
 
     def _padding(self) -> int:
         """The tokenizer's, unless it ends turns: a classifier's score is read at the last id that is not padding."""
@@ -309,7 +312,7 @@ class Chat:
         """The one id of each label where it is read: after the label's head of a conversation."""
         first, second = (self._label_id(label, messages) for label in labels)
         if first == second:
-            raise self.error(f"gives both labels {labels} the id {first}; choose other labels")
+            raise LabelError(self._said(f"gives both labels {labels} the id {first}; choose other labels"))
         return first, second
 
     def _label_id(self, label: str, messages: Sequence[Message]) -> int:
@@ -318,12 +321,14 @@ class Chat:
         alone, after = list(self._contents(label)), self._contents.whole(rendered + label)
         if len(alone) != 1 or after != before + alone:
             by_itself, read = map(self.tokenizer.convert_ids_to_tokens, (alone, after[len(before) - 1 :]))
-            raise self.error(
-                f"does not leave the label {label!r} one token: by itself it is {by_itself}, with the end of the "
-                f"generation head {read}; choose other labels"
+            raise LabelError(
+                self._said(
+                    f"does not leave the label {label!r} one token: by itself it is {by_itself}, with the end of the "
+                    f"generation head {read}; choose other labels"
+                )
             )
         if alone[0] == self.tokenizer.unk_token_id:
-            raise TemplateError(f"{self.name} does not know the label {label!r}; choose labels of its vocabulary")
+            raise LabelError(f"{self.name} does not know the label {label!r}; choose labels of its vocabulary")
         return alone[0]
 
 

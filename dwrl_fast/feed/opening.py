@@ -57,15 +57,17 @@ def read_rows(
     display: Display,
     limit: int | None = None,
     read: Read | None = None,
+    *,
+    demonstrated: bool = False,
 ) -> tuple[list[Preference], int]:
     """The usable rows of files (of each the first `limit`), one file after another, and the tokens of their longest
     sequence; what was not usable, and why, is said. `read` takes the place of `read_preferences` for files of another
-    form.
+    form. demonstrated: rows with thought and verdict are taken.
     """
     rows: list[Preference] = []
     longest = 0
     for part in parts:
-        more, tokens = _read_whole(part, config, dialog, display, limit, read=read)
+        more, tokens = _read_whole(part, config, dialog, display, limit, demonstrated, read)
         rows, longest = rows + more, max(longest, tokens)
     return rows, longest
 

@@ -5,7 +5,7 @@ generative root returns the hidden states at the thought rows and the score rows
 the rest.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dwrl_fast.batching.batch import Batch
 from dwrl_fast.batching.layout import Layout
 from dwrl_fast.compute import Compute
-from dwrl_fast.errors import ModelError, UserError
+from dwrl_fast.errors import ModelError, NotFiniteError, UserError
 from dwrl_fast.log import logger
 from dwrl_fast.models import gguf
 from dwrl_fast.models.adapters import (
@@ -37,6 +37,7 @@ from dwrl_fast.models.backbone import (
     refuse_past_rotary,
     rotary_limit,
 )
+from dwrl_fast.models.finite import listed, not_finite
 from dwrl_fast.models.heads import HeadInputs
 from dwrl_fast.models.trial import admit
 from dwrl_fast.sampling.cache import CachedPlan
@@ -275,12 +276,6 @@ def _refuse_other_weights(source: str, model: Any, report: dict[str, Any], new_h
         )
 
 
-def listed(names: Iterable[str]) -> str:
-    """The first six names in order, and how many more there are."""
-    some = sorted(names)
-    return ", ".join(some[:6]) + (f" and {len(some) - 6} more" if len(some) > 6 else "")
-
-
 def _read_tying(model: Any) -> None:
     """Whether the head is the embedding: as the weights have it, whatever the config says, for that is what is saved
     and merged by. Merged checkpoints hold a head of their own under a config that says tied.
@@ -312,11 +307,20 @@ def _load_merged(auto: Any, folder: str, seed: int, lora: Lora | None, **extra: 
 def place(model: Model, compute: Compute, layout: Layout, *, thinks: bool = True) -> Model:
     """Move `model` to the device and try it there on batches of `layout` and, where it `thinks`, in sampling.
 
-    Returns the model. Raises ModelError where it cannot run them.
+    Returns the model. Raises ModelError where it cannot run them, and NotFiniteError, which names the weights that hold
+    NaN, if any do.
     """
     model.to(compute.device)
     thinks = thinks and isinstance(model, GenerativeModel)
-    model.shares_cache = admit(model, layout.packing, layout.pad_id, compute, thinks=thinks)
+    try:
+        model.shares_cache = admit(model, layout.packing, layout.pad_id, compute, thinks=thinks)
+    except NotFiniteError as error:
+        if wrong := not_finite(model.lm):
+            raise NotFiniteError(
+                f"{type(model.lm).__name__} cannot be used: its weights hold NaN or infinities, in {listed(wrong)}. "
+                "Take a checkpoint from before, or copy the model again"
+            ) from error
+        raise
     return model
 
 

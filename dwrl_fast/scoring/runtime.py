@@ -94,6 +94,11 @@ class Runtime:
             progress(left)  # of the other ranks
         return joined
 
+    def changed(self) -> None:
+        """The weights are no longer those that thoughts were last sampled with."""
+        if self.sharded is not None:
+            self.sharded.stale = True
+
     def whole(self) -> Any:
         """The model itself, or, where it is sharded, a whole copy on the first rank and None on the others."""
         return self.model if self.sharded is None else self.sharded.whole()

@@ -87,9 +87,8 @@ class Policy:
         return norm
 
     def changed(self) -> None:
-        """The weights are no longer those that thoughts were last sampled with."""
-        if self.runtime.sharded is not None:
-            self.runtime.sharded.stale = True
+        """See `Runtime.changed`."""
+        self.runtime.changed()
 
     def read_metrics(self, groups: Sequence[Group]) -> tuple[dict[str, float], list[ScoredGroup]]:
         """What the updates since the last call, over `groups`, added up to on all ranks: means by name, and the groups

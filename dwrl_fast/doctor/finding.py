@@ -1,0 +1,69 @@
+"""What a check found, and the report that findings make."""
+
+import dataclasses
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.text import Text
+
+from dwrl_fast.data.jsonl import finite
+
+Status = Literal["pass", "warn", "fail"]
+STYLES: dict[Status, str] = {"pass": "green", "warn": "yellow", "fail": "bold red"}
+WIDTH = 21  # of the longest name, and two blanks
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """seen: what was found, in words with its figures. remedy: what to do about it; empty where it passes."""
+
+    name: str
+    status: Status
+    seen: str
+    remedy: str = ""
+    figures: dict[str, float] = field(default_factory=dict)
+
+
+def status_of(value: float, warn: float, fail: float = float("inf")) -> Status:
+    """By a value that should be small; NaN fails."""
+    return "pass" if value <= warn else "warn" if value <= fail else "fail"
+
+
+class Report:
+    """The findings, each printed when it comes, and what was left out, by the reason."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.findings: list[Finding] = []
+        self.left_out: dict[str, list[str]] = {}
+
+    def add(self, *findings: Finding) -> None:
+        """Take up and print."""
+        for found in findings:
+            self.findings.append(found)
+            line = Text(f"{found.status}  ", STYLES[found.status]) + Text(f"{found.name:<{WIDTH}}", "bold")
+            self.console.print(line + Text(found.seen), soft_wrap=True)
+            if found.remedy and found.status != "pass":
+                self.console.print(Text(" " * 6 + "-> " + found.remedy), soft_wrap=True)
+
+    def leave_out(self, reason: str, *names: str) -> None:
+        """Say, in one line, which checks do not apply."""
+        self.left_out.setdefault(reason, []).extend(names)
+        self.console.print(Text(f"left out: {', '.join(names)} ({reason})", "dim"), soft_wrap=True)
+
+    def named(self, status: Status) -> list[str]:
+        """The names of the findings of this status."""
+        return [found.name for found in self.findings if found.status == status]
+
+    @property
+    def summary(self) -> str:
+        """How many of each status."""
+        counts = Counter(found.status for found in self.findings)
+        return ", ".join(f"{counts[status]} {status}" for status in STYLES)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; NaN as null."""
+        found = {"findings": [dataclasses.asdict(each) for each in self.findings], "left_out": self.left_out}
+        return finite(found)

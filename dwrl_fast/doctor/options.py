@@ -1,0 +1,71 @@
+"""The options of `dwrl_fast.doctor`: those of training, for a set-up is examined as it would be trained."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+from dwrl_fast.config import TrainConfig
+from dwrl_fast.embedded.options import embedded_options
+from dwrl_fast.errors import ConfigError
+from dwrl_fast.methods import METHODS
+from dwrl_fast.options import at_least, option, parse
+
+ROWS = Path(__file__).with_name("rows.jsonl")  # pairs of general questions
+doctor_option = partial(option, group="Doctor")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig(TrainConfig):
+    """The options of `python -m dwrl_fast.doctor`."""
+
+    command: ClassVar[str] = "python -m dwrl_fast.doctor"
+    summary: ClassVar[str] = (
+        "Examines a set-up before it is trained: tokens, weights, thoughts, sampler against trainer, layouts, memory"
+        " and, under torchrun, the ranks. It takes the options of dwrl_fast.train; those about updates, evaluation and"
+        " checkpoints have no effect, and nothing is written but --json. Each line of the report is pass, warn or fail"
+        " with its remedy; docs/doctor.md explains them. Without a model it examines the embedded one; without data, a"
+        " model on a few rows of its own. It ends with status 4 where a line fails, with 2 where an option is wrong,"
+        " otherwise with 0."
+    )
+    groups: ClassVar[tuple[str, ...]] = ("Doctor", *TrainConfig.groups)
+    examples: ClassVar[str] = """
+# is this installation sound? The embedded model, which is made where no run in runs/ left one: about a minute
+python -m dwrl_fast.doctor
+
+# a model, on a few rows that come with the package
+python -m dwrl_fast.doctor --model_name_or_path Qwen/Qwen2.5-3B-Instruct
+
+# a run as it is planned: the same options, before dwrl_fast.train gets them
+python -m dwrl_fast.doctor --config mine.yaml --limit 16 --json report.json
+
+# the first thing to run on 8 GPUs
+torchrun --nproc-per-node 8 -m dwrl_fast.doctor --config mine.yaml
+"""
+
+    limit: int = doctor_option(
+        4, "Rows of the data that are examined. Thoughts are sampled for all of them.", bound=at_least(1)
+    )
+    json: str | None = doctor_option(None, "Write the report with all its figures to this JSON file.")
+
+    def validate(self) -> None:
+        """Raises ConfigError as training does, and where the JSON file exists."""
+        super().validate()
+        if self.json is not None and Path(self.json).exists():
+            raise ConfigError(f"json = {self.json} exists already: name another, or remove it")
+
+
+def parse_doctor(argv: Sequence[str]) -> DoctorConfig:
+    """The options of a command line. A model without data gets ROWS, none at all those of the embedded task."""
+    return parse(DoctorConfig, argv, base=_base)
+
+
+def _base(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    if not (given.get("model_name_or_path") or given.get("model_config")):
+        return embedded_options(given)
+    named = ("dataset_name", "dataset_mixture", "eval_dataset_name")
+    if any(given.get(name) for name in named):
+        return {}
+    trains = METHODS[given.get("method", TrainConfig.method)].trains
+    return {"dataset_name": str(ROWS)} if trains else {"eval_dataset_name": [str(ROWS)]}

@@ -1,0 +1,26 @@
+"""The short form, at the start of every training: what takes no noticeable time, and is not refused before."""
+
+from dwrl_fast.config import TrainConfig
+from dwrl_fast.doctor.machine import memory
+from dwrl_fast.doctor.tokens import bos, padding
+from dwrl_fast.doctor.weights import finite, generation_config
+from dwrl_fast.errors import ConfigError, NotFiniteError, TemplateError, UserError
+from dwrl_fast.log import logger
+from dwrl_fast.methods import Method
+from dwrl_fast.scoring import Runtime
+
+ERRORS: dict[str, type[UserError]] = {"BOS": TemplateError, "weights": NotFiniteError, "memory": ConfigError}
+
+
+def check_start(config: TrainConfig, method: Method, runtime: Runtime, longest: int) -> None:
+    """Log what warns, and raise what fails: TemplateError, NotFiniteError, ConfigError. Chat template, labels, layouts,
+    the processor's bfloat16 and the operators' backends have been looked at before. All ranks call it together.
+    """
+    findings = [bos(method.dialog), padding(method.dialog, scalar=method.scalar), finite(runtime)]
+    findings += [memory(runtime, method, config, longest)]
+    findings += [] if method.scalar else [generation_config(runtime.model.lm)]
+    for found in findings:
+        if found.status == "fail":
+            raise ERRORS[found.name](f"{found.name}: {found.seen}. {found.remedy}")
+        if found.status == "warn":
+            logger.warning("%s: %s. %s", found.name, found.seen, found.remedy)

@@ -1,0 +1,148 @@
+"""The weights: whether they are numbers, what stands beside them in their folder, and whether the sampler has them."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain, product
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from dwrl_fast.compute import step_seed
+from dwrl_fast.doctor.finding import Finding
+from dwrl_fast.doctor.setup import NATS_WARN, Setup, compute, said
+from dwrl_fast.encode import Group, Request
+from dwrl_fast.models.finite import listed, not_finite
+from dwrl_fast.sampling import sample_groups
+from dwrl_fast.scoring import Runtime
+
+TRIES = 4  # weights
+SCALES = (0.1, 1.0)  # of the noise, to the weight's size
+MOVED = 0.05  # nats: what a change of weights must make of the log-probs to be seen
+TOKENS = 16
+# What a generation config may hold that shapes samples, and the value with which it does not.
+SHAPING: dict[str, Any] = {
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "top_h": None,
+    "min_new_tokens": None,
+    "guidance_scale": None,
+    "exponential_decay_length_penalty": None,
+    "sequence_bias": None,
+    "bad_words_ids": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+}
+OTHER_WEIGHTS = "Take a checkpoint from before, or copy the model again."
+
+
+def finite(runtime: Runtime) -> Finding:
+    """NaN and infinities, by parameter. All ranks call it together."""
+    found = sorted(set(chain(*runtime.ranks.gather(not_finite(runtime.model)))))
+    if found:
+        return Finding("weights", "fail", f"NaN or infinities in {listed(found)}", OTHER_WEIGHTS)
+    count = sum(p.numel() for p in runtime.model.parameters())
+    return Finding("weights", "pass", f"all {count:,} are finite")
+
+
+def generation_config(lm: Any) -> Finding:
+    """What the model's folder would have an engine do to its samples."""
+    config, default = lm.generation_config, type(lm.generation_config)()
+    neutral = {name: (None, value, getattr(default, name, None)) for name, value in SHAPING.items()}
+    found = [f"{name} {value}" for name in SHAPING if (value := getattr(config, name, None)) not in neutral[name]]
+    if not found:
+        return Finding("generation_config", "pass", "nothing in it would alter samples")
+    return Finding(
+        "generation_config",
+        "warn",
+        f"{', '.join(found)}: the samplers here ignore it, but it is saved with the model, and an engine that applies "
+        "it writes other thoughts than those that were trained",
+        "Take these lines out of generation_config.json in the model's folder, or serve the model without it (vLLM: "
+        'generation_config="vllm").',
+    )
+
+
+def current(setup: Setup, requests: Sequence[Request], seed: int) -> Finding:
+    """Whether thoughts come from the weights as they are after a change. One is changed, the change is told as training
+    tells it, and thoughts are sampled; the weight is put back.
+    """
+    name, gap, moved = "", 0.0, 0.0
+    for (weight, part), scale in product(small_weights(setup.runtime), SCALES):
+        with changed(setup.runtime, part, scale):
+            groups = _sampled(setup, requests[:1], seed)
+            fresh = torch.cat([one.logprobs for one in compute(setup, groups)])
+        before = torch.cat([one.logprobs for one in compute(setup, groups)])
+        gap, moved = (fresh - said(groups)).abs().mean().item(), (fresh - before).abs().mean().item()
+        name = weight
+        if moved >= MOVED:
+            break
+    figures = {"gap": gap, "moved": moved}
+    if not moved >= MOVED:
+        seen = f"no change of a small weight (the last was {name}) moved log-probs by {MOVED} nats: nothing is known"
+        remedy = "Compare sampler_gap_mean in metrics.jsonl of a short run with --old_logprobs recompute."
+        return Finding("fresh weights", "warn", seen, remedy, figures)
+    seen = (
+        f"{name} was changed, which moved log-probs by {moved:.2g} nats, and back; the sampler's differ by {gap:.2g} "
+    )
+    seen += "nats from those of the changed model"
+    if gap > max(moved / 2, NATS_WARN):
+        return Finding(
+            "fresh weights",
+            "fail",
+            seen + ": it samples from weights that are not those of the model",
+            "The engine has to take up the weights, and reset its prefix cache after the last of them, before each "
+            "rollout. The samplers of this package do so: leave the other one out.",
+            figures,
+        )
+    return Finding("fresh weights", "pass", seen, figures=figures)
+
+
+def small_weights(runtime: Runtime) -> list[tuple[str, Tensor]]:
+    """Trained ones, by name, that may be changed for a trial: the smallest, and of these the first, which a cache of
+    keys and values depends on too. Of a sharded one this rank's part.
+    """
+    trained = [(name, p) for name, p in runtime.model.named_parameters() if p.requires_grad]
+    small = sorted(trained, key=lambda each: each[1].numel())
+    return [(name, p.to_local() if isinstance(p, DTensor) else p) for name, p in small[:TRIES]]
+
+
+@contextmanager
+def changed(runtime: Runtime, part: Tensor, scale: float = 1.0) -> Iterator[None]:
+    """Noise added to a weight, and the runtime told of it as training tells it; the weight is put back as it was."""
+    before = part.detach().clone()
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(before.shape, generator=generator).to(before)
+    size = before.float().square().mean().sqrt().clamp_min(0.1).item() if before.numel() else 0.0
+    try:
+        with torch.no_grad():
+            part.add_(scale * size * noise)
+        runtime.changed()
+        yield
+    finally:
+        with torch.no_grad():
+            part.copy_(before)
+        runtime.changed()
+
+
+def _sampled(setup: Setup, requests: Sequence[Request], seed: int) -> list[Group]:
+    assert setup.sampler is not None
+    return sample_groups(
+        requests,
+        setup.method.question,
+        setup.sampler,
+        2,
+        max_tokens=min(TOKENS, setup.config.max_completion_length),
+        temperature=setup.method.sampling_temperature,
+        seed=step_seed(seed, "fresh weights", 0),
+    )
