@@ -45,6 +45,7 @@ OWN = {
 THINKING = {"thoughts", "sampler and trainer", "draws", "a group alone", "a thought alone", "layouts", "fresh weights"}
 LABELLED = {"label mass", "spread of scores"}
 BEGIN = "<|begin|>"
+TURNS = "kind: dialog\nevaluate: 'check {aspect}'\nrate: rate\n"
 
 
 @pytest.fixture
@@ -157,7 +158,7 @@ def test_a_wrong_pad_side(place: Path, method: str, wrong: str, right: str) -> N
 
 def test_a_label_of_two_tokens(place: Path) -> None:
     wrong = place / "labels.yaml"
-    wrong.write_text('kind: dialog\nevaluate: check\nrate: rate\nlabels: ["Yes ok", "No"]\n')
+    wrong.write_text(TURNS + 'labels: ["Yes ok", "No"]\n')
     found = report(place, "--template", str(wrong))
     assert found.named("fail") == ["labels"]
     assert "does not leave the label 'Yes ok' one token" in finding(found, "labels").seen
@@ -172,7 +173,7 @@ def test_labels_that_the_model_does_not_give(place: Path) -> None:
     assert found.status == "fail" and "--template" in found.remedy
     likely = found.seen.split("likeliest are ")[1].split("'")[1::2]
     other = place / "labels.yaml"
-    other.write_text(f"kind: dialog\nevaluate: check\nrate: rate\nlabels: {json.dumps(likely[:2])}\n")
+    other.write_text(TURNS + f"labels: {json.dumps(likely[:2])}\n")
     assert finding(report(place, "--template", str(other)), "label mass").figures["mass"] > 10 * found.figures["mass"]
     drawn = ("--model_config", f"{place}/tiny/config.json", "--tokenizer_name_or_path", f"{place}/tiny")
     argv = [*drawn, "--dataset_name", f"{place}/pairs.jsonl", "--max_completion_length", "6"]
@@ -194,16 +195,26 @@ def picked_from_top_k(logprob: Any, temperature: float, *rest: Any) -> Any:
     return chosen, logprob.gather(-1, chosen[:, None]).squeeze(-1)
 
 
+def plant(planted: pytest.MonkeyPatch, name: str, other: Any) -> None:
+    """`other` in the sampler, once the model was tried with the one that there is."""
+
+    def made(*given: Any, **options: Any) -> TreeSampler:
+        planted.setattr(tree, name, other)
+        return TreeSampler(*given, **options)
+
+    planted.setattr(runtime, "TreeSampler", made)
+
+
 def test_a_sampler_with_top_k(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sound = report(place)
     with monkeypatch.context() as planted:
-        planted.setattr(tree, "logprobs_at", top_k)
+        plant(planted, "logprobs_at", top_k)
         found = report(place)
     assert {"sampler and trainer", "draws"} <= set(found.named("fail"))
     assert "top-k" in finding(found, "sampler and trainer").remedy
     assert finding(found, "sampler and trainer").figures["past"] > 0.5
     with monkeypatch.context() as planted:
-        planted.setattr(tree, "pick", picked_from_top_k)
+        plant(planted, "pick", picked_from_top_k)
         found = report(place)
     assert finding(found, "sampler and trainer").status == "pass", "the log-probs that it claims are the trainer's"
     assert finding(found, "draws").status == "fail" and finding(found, "draws").figures["surplus"] > 0.1
@@ -227,7 +238,8 @@ class StalePrefixes:
     float32 = True
 
     def __init__(self, model: Any, stop_ids: Sequence[int], **options: Any) -> None:
-        self.lm, self.stop_ids, self.cached = model.lm, stop_ids, {}
+        self.lm, self.stop_ids = model.lm, stop_ids
+        self.cached: dict[tuple[int, ...], Any] = {}
 
     @torch.no_grad()
     def sample(self, contexts: Sequence[Sequence[int]], n: int, **options: Any) -> list[list[Thought]]:
@@ -242,7 +254,7 @@ class StalePrefixes:
             out = self.lm(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
             logprob = logprobs_at(out.logits[:, -1], options["temperature"])
             chosen, found = pick(logprob, options["temperature"], key, torch.tensor([t]))
-            token = chosen.item()
+            token = int(chosen)
             drawn.append(token)
             logprobs.append(found.item())
             if token in self.stop_ids:
