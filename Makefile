@@ -2,7 +2,8 @@
 #
 #   PYTHON       the interpreter that .venv is made with, 3.11 or 3.12
 #   CONSTRAINTS  the versions to install; `make install CONSTRAINTS=` takes the newest that pyproject.toml admits
-#   ARGS         further arguments of `make train`, `make test`, `make test-slow` and `make smollm2`
+#   ARGS         further arguments of `make train`, `make real`, `make test`, `make test-slow` and `make smollm2`
+#   DATA         preferences for `make real`: a file, or a data set of the Hugging Face hub
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -15,7 +16,7 @@ INSTALLED := .venv/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install $(CONSTRAINTS:%=-c %)
 
 .DELETE_ON_ERROR:
-.PHONY: help install train test test-slow smollm2 clean
+.PHONY: help install train test test-slow smollm2 real clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +39,10 @@ test-slow: install  ## the tests that take minutes
 
 smollm2: install  ## models/smollm2, a pretrained model of 135M parameters (fetches 93 MB), for tests and trials
 	$(BIN)/python -m bench.smollm2 $(ARGS)
+
+real: install  ## a pretrained model learns to judge real text: 45 minutes; DATA=FILE for your own preferences
+	$(BIN)/python -m bench.smollm2
+	$(BIN)/python -m bench.learning.real $(DATA:%=--data %) $(ARGS)
 
 clean:  ## everything that can be made again, .venv too; runs/ and models/ stay
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis dwrl_fast/_C.*.so

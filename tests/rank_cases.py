@@ -43,7 +43,7 @@ def gradients(policy: Policy, method: Any, minibatch: Any, phase: str) -> dict[s
                 found[name] = whole.clone()
             return super().clip()
 
-        def step(self, phase: str, minibatch: int) -> None:
+        def step(self, phase: str, minibatch: int, used: float = 0.0) -> None:
             for p in self.named.values():
                 p.grad = None
 

@@ -1,5 +1,6 @@
 """What the benchmarks run on a GPU alone, on tiny shapes without one."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -12,13 +13,17 @@ from attention_cases import TREES, plan_of
 from rich.console import Console
 from torch import Tensor
 
-from bench.gpu import calls
+from bench.gpu import calls, sampling
 from bench.gpu import parts as gpu
 from bench.harness import Case, Row, Variant, measure
 from bench.operators import linear_policy_loss, tree_attention, varlen
 from bench.operators.tree_attention import SMALL, Heads, attended, equal_work, minibatch
 from dwrl_fast import ops
 from dwrl_fast.ops.oracle import tree_mask
+from dwrl_fast.sampling import forward
+
+TINY = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 def test_the_head() -> None:
@@ -135,6 +140,34 @@ def test_every_call_of_the_head_runs() -> None:
     assert run.returncode == 0, run.stderr[-3000:]
     lines = run.stdout.splitlines()
     assert len(lines) == 13 and all(line.endswith(" 0") for line in lines), lines
+
+
+def test_the_calls_of_the_sampler() -> None:
+    """On the CPU by the C++ operators. The last tokens see of what is kept what they saw when all came at once."""
+    found = dict(calls.cache_calls(*calls.SMALL_CACHE, "cpu"))
+    assert len(found) == 8 and not any(calls.differing(call, 1) for call in found.values())
+    for dtype in ("float32", "bfloat16"):
+        for options in ("", ", with a window and soft-cap"):
+            whole = found[f"cache_attention, all at once, {dtype}, Q 115{options}"]()[0]
+            last = found[f"cache_attention, the last tokens, {dtype}, Q 3{options}"]()[0]
+            torch.testing.assert_close(
+                last, whole[[104, 109, 114]], rtol=2e-2 if dtype == "bfloat16" else 1e-5, atol=0.01
+            )
+    ((_, draw),) = calls.draw_calls(1003, "cpu")
+    assert calls.differing(draw, 1) == 0
+
+
+def test_sampling_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a tiny shape and the CPU, where no pass is a graph."""
+    monkeypatch.setattr(sampling, "SHAPES", {"tiny": sampling.SHAPES["smollm2-135m"] | TINY})
+    monkeypatch.setattr(sampling, "ceilings", lambda: {"bytes_per_second": 1e9, "bf16_flop_per_second": 1e10})
+    console = Console(record=True, width=120)
+    args = argparse.Namespace(pairs=2, tokens=6, rounds=2, seconds=60)
+    found = sampling.measured("tiny", args, console)
+    assert {row["variant"]: len(row["seconds"]) for row in found["rows"]} == {"tree, graphs": 2, "tree": 2, "plain": 2}
+    # 5 passes read a megabyte of weights each, and one reads what it computes.
+    assert 5e-3 < found["bound_seconds"] < 1 and forward.GRAPHED > 0
+    assert "share of the bound" in console.export_text()
 
 
 def test_no_gpu_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

@@ -15,8 +15,9 @@ from pyarrow import parquet
 
 from dwrl_fast.data import Preference, read_preferences
 from dwrl_fast.data.columns import Unusable
-from dwrl_fast.data.prepare import Split, prepare_data_set
+from dwrl_fast.data.prepare import prepare_data_set
 from dwrl_fast.data.published import DATA_SETS, gsm8k, helpsteer, hh
+from dwrl_fast.data.split import Split
 from dwrl_fast.errors import ConfigError, DataError
 
 datasets = pytest.importorskip("datasets", reason="datasets is not installed (pip install datasets)")
@@ -316,6 +317,43 @@ def test_what_is_asked_of_the_hub(tmp_path: Path, name: str, monkeypatch: pytest
     data = DATA_SETS[name]
     address = data.repository if name == "gsm8k" else None
     assert asked == [("json", {"train": address}, True) if address else (data.repository, dict(data.files), True)]
+
+
+def test_on_topic_pairs(tmp_path: Path) -> None:
+    """Of any layout: every response once right and once wrong, in one file, against that of another prompt."""
+    said = [{"prompt": f"Question {i}?", "chosen": f"Answer {i}.", "rejected": "No."} for i in range(60)]
+    said += [{"prompt": "Question 7?", "chosen": "Another.", "rejected": "No."}]
+    said += [
+        {"prompt": "Any?", "chosen": "Answer 8.", "rejected": "No."},
+        {"prompt": "Same?", "chosen": "A", "rejected": "A"},
+    ]
+    said += [{"prompt": "Long? " + 40 * "x", "chosen": "Yes.", "rejected": "No."}]
+    lines(tmp_path / "pairs.jsonl", said)
+    how: dict[str, Any] = {"source": str(tmp_path / "pairs.jsonl"), "longest": 40}
+    found = prepare_data_set("on-topic", tmp_path / "out", test_rows=20, **how)
+    train = found["train"]
+    assert (train.read, train.used, train.written, train.withheld, found["test"].written) == (64, 60, 40, 20, 20)
+    assert train.dropped == {
+        "its prompt stood before": [61], "its response stood before": [62], "identical responses": [63],
+        "prompt and response have over 40 characters": [64],
+    }  # fmt: skip
+    for name, count in (("train", 40), ("test", 20)):
+        rows = [json.loads(line) for line in (tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()]
+        right, wrong = ({row[side] for row in rows} for side in ("chosen", "rejected"))
+        assert len(rows) == count and right == wrong and len(right) == count
+        assert all(
+            row["prompt"][0]["content"] == row["chosen"].replace("Answer", "Question")[:-1] + "?" for row in rows
+        )
+    again = [prepare_data_set("on-topic", tmp_path / str(seed), test_rows=20, seed=seed, **how) for seed in (0, 1)]
+    assert again[0]["train"].prompts == train.prompts != again[1]["train"].prompts
+    lines(tmp_path / "pairs.jsonl", said[:5])
+    odd = prepare_data_set("on-topic", tmp_path / "odd", test_rows=2, **how)["train"]
+    assert (odd.used, sum(map(len, odd.dropped.values()))) == (4, 1)
+
+
+def test_on_topic_pairs_need_a_source(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--prepare on-topic: give --source"):
+        prepare_data_set("on-topic", tmp_path / "out")
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ OWN = {
 THINKING = {"thoughts", "sampler and trainer", "draws", "a group alone", "a thought alone", "layouts", "fresh weights"}
 LABELLED = {"label mass", "spread of scores"}
 BEGIN = "<|begin|>"
-QUESTIONS = "kind: dialog\nevaluate: check {aspect}\nrate: rate\n"
+TURNS = "kind: dialog\nevaluate: 'check {aspect}'\nrate: rate\n"
 
 
 @pytest.fixture
@@ -158,7 +158,7 @@ def test_a_wrong_pad_side(place: Path, method: str, wrong: str, right: str) -> N
 
 def test_a_label_of_two_tokens(place: Path) -> None:
     wrong = place / "labels.yaml"
-    wrong.write_text(QUESTIONS + 'labels: ["Yes ok", "No"]\n')
+    wrong.write_text(TURNS + 'labels: ["Yes ok", "No"]\n')
     found = report(place, "--template", str(wrong))
     assert found.named("fail") == ["labels"]
     assert "does not leave the label 'Yes ok' one token" in finding(found, "labels").seen
@@ -173,7 +173,7 @@ def test_labels_that_the_model_does_not_give(place: Path) -> None:
     assert found.status == "fail" and "--template" in found.remedy
     likely = found.seen.split("likeliest are ")[1].split("'")[1::2]
     other = place / "labels.yaml"
-    other.write_text(f"{QUESTIONS}labels: {json.dumps(likely[:2])}\n")
+    other.write_text(TURNS + f"labels: {json.dumps(likely[:2])}\n")
     assert finding(report(place, "--template", str(other)), "label mass").figures["mass"] > 10 * found.figures["mass"]
     drawn = ("--model_config", f"{place}/tiny/config.json", "--tokenizer_name_or_path", f"{place}/tiny")
     argv = [*drawn, "--dataset_name", f"{place}/pairs.jsonl", "--max_completion_length", "6"]
@@ -195,30 +195,26 @@ def picked_from_top_k(logprob: Any, temperature: float, *rest: Any) -> Any:
     return chosen, logprob.gather(-1, chosen[:, None]).squeeze(-1)
 
 
-def planted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """An engine that calls `function` where TreeSampler calls what is called `name`. It is planted where a run makes
-    its sampler, for the trial on a few tokens, which comes before, would refuse it.
-    """
+def plant(planted: pytest.MonkeyPatch, name: str, other: Any) -> None:
+    """`other` in the sampler, once the model was tried with the one that there is."""
 
-    class Planted(TreeSampler):
-        def _sample(self, *options: Any) -> list[list[Thought]]:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(tree, name, function)
-                return super()._sample(*options)
+    def made(*given: Any, **options: Any) -> TreeSampler:
+        planted.setattr(tree, name, other)
+        return TreeSampler(*given, **options)
 
-    return Planted
+    planted.setattr(runtime, "TreeSampler", made)
 
 
 def test_a_sampler_with_top_k(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sound = report(place)
-    with monkeypatch.context() as patch:
-        patch.setattr(runtime, "TreeSampler", planted("logprobs_at", top_k))
+    with monkeypatch.context() as planted:
+        plant(planted, "logprobs_at", top_k)
         found = report(place)
     assert {"sampler and trainer", "draws"} <= set(found.named("fail"))
     assert "top-k" in finding(found, "sampler and trainer").remedy
     assert finding(found, "sampler and trainer").figures["past"] > 0.5
-    with monkeypatch.context() as patch:
-        patch.setattr(runtime, "TreeSampler", planted("pick", picked_from_top_k))
+    with monkeypatch.context() as planted:
+        plant(planted, "pick", picked_from_top_k)
         found = report(place)
     assert finding(found, "sampler and trainer").status == "pass", "the log-probs that it claims are the trainer's"
     assert finding(found, "draws").status == "fail" and finding(found, "draws").figures["surplus"] > 0.1
@@ -273,8 +269,8 @@ def stale_weights(model: Any, stop_ids: Sequence[int], **options: Any) -> TreeSa
 
 @pytest.mark.parametrize("engine", [stale_weights, StalePrefixes])
 def test_a_stale_engine(place: Path, monkeypatch: pytest.MonkeyPatch, engine: Callable[..., Any]) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(runtime, "TreeSampler", engine)
+    with monkeypatch.context() as planted:
+        planted.setattr(runtime, "TreeSampler", engine)
         found = report(place)
     assert finding(found, "sampler and trainer").status == "pass", "before the weights change nothing shows"
     assert (

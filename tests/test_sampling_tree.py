@@ -14,7 +14,7 @@ from dwrl_fast.encode import Group, Thought, closed_groups, response_requests
 from dwrl_fast.errors import ConfigError, DataError, NotFiniteError
 from dwrl_fast.models.backbone import attend_over_trees
 from dwrl_fast.models.model import GenerativeModel, place
-from dwrl_fast.sampling import Limits, RatingSampler, TransformersSampler, TreeSampler, sample_groups, tree
+from dwrl_fast.sampling import Limits, RatingSampler, TransformersSampler, TreeSampler, forward, sample_groups
 from dwrl_fast.sampling.cache import Cache
 from dwrl_fast.sampling.prefixes import LEAST, Prefix, prefix_tree
 from dwrl_fast.scoring import GenerativeJudging, Runtime
@@ -223,13 +223,19 @@ def test_steps_of_few_shapes_give_the_same(monkeypatch: pytest.MonkeyPatch) -> N
     """As on a GPU, where what fills them up is neither kept nor seen."""
     how: dict[str, Any] = {"max_tokens": 7, "temperature": 1.0, "seed": 0}
     expected = flat(tree_sampler(5, 20).sample(contexts(), 3, **how))
-    monkeypatch.setitem(tree.MULTIPLE, "cpu", 64)
+    monkeypatch.setattr(forward.Forward, "padded", lambda self, count: forward.recurring(count))
     engine, shapes = tree_sampler(5, 20), set()
     engine.model.lm.base_model.register_forward_pre_hook(
         lambda _, args, options: shapes.add(options["input_ids"].shape[1]), with_kwargs=True
     )
     found = flat(engine.sample(contexts(), 3, **how))
     assert shapes == {1, 64} and sum(a.ids != b.ids for a, b in zip(found, expected, strict=True)) <= 1
+
+
+def test_numbers_that_recur_are_few_and_close() -> None:
+    found = [forward.recurring(n) for n in range(1, 5000)]
+    assert all(0 <= m - n < max(64, n / 8) and m >= n for n, m in enumerate(found, start=1))
+    assert len(set(found)) <= 16 + 8 * 3 + 3
 
 
 def test_contexts_are_counted_as_they_finish() -> None:

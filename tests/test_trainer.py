@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -209,6 +210,38 @@ def test_a_killed_run_goes_on_in_its_folder(folder: Path, monkeypatch: pytest.Mo
     make_trainer(resumed, folder / "run").train()
     assert [row["step"] for row in read_metrics(folder / "run" / "metrics.jsonl")] == [1, 2, 3, 4]
     assert all(torch.equal(p, weights(folder / "whole")[name]) for name, p in weights(folder / "run").items())
+
+
+@pytest.mark.parametrize("minutes", [0.5, 0.1, 60.0])
+def test_a_run_with_a_budget_ends_at_a_step(folder: Path, minutes: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock by which a step takes 10 seconds: 3 of them in half a minute, and one where there is no time for one.
+    The learning rate falls over the time, or over the rows where those end first.
+    """
+    now = [0.0]
+    monkeypatch.setattr("dwrl_fast.training.trainer.time", SimpleNamespace(monotonic=lambda: now[0]))
+    config = tiny_config(folder, save_steps=1, max_minutes=minutes, learning_rate=1e-3)
+
+    def timed(config: TrainConfig, run: str) -> list[dict[str, Any]]:
+        trainer = make_trainer(config, folder / run)
+        rollout = trainer.rollout
+
+        def slow(*given: Any) -> Any:
+            now[0] += 10
+            return rollout(*given)
+
+        monkeypatch.setattr(trainer, "rollout", slow)
+        assert trainer.train()["steps"] == trainer.step
+        return read_metrics(folder / run / "metrics.jsonl")
+
+    log = timed(config, "whole")
+    steps = {0.5: 3, 0.1: 1, 60.0: 4}[minutes]
+    used = [max(10 * i / (60 * minutes), (2 * i + 1) / 8) for i in range(steps)]  # at the last minibatch of a step
+    assert [row["learning_rate_score"] for row in log] == pytest.approx([1e-3 * (1 - share) for share in used])
+    assert sorted(path.name for path in (folder / "whole").glob("checkpoint-*"))[-1] == f"checkpoint-{steps:06d}"
+    if steps == 3:
+        path = folder / "whole" / "checkpoint-000002"
+        again = timed(dataclasses.replace(config, resume_from_checkpoint=str(path)), "resumed")
+        assert [row["step"] for row in again] == [3] and again[0]["loss"] == log[2]["loss"]
 
 
 def test_another_runs_checkpoint_is_refused(folder: Path) -> None:

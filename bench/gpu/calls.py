@@ -6,6 +6,7 @@ With `--repeats N`, on larger shapes, N times more on the same inputs in PyTorch
 every result has to be the same, bit for bit. Prints a line a call, and as its last line the results in JSON.
 """
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from dwrl_fast import ops
 
 Call = Callable[[], tuple[Tensor, ...]]
 SMALL, LARGE = (37, 64, 1003), (2212, 1024, 151936)  # T, H, V
+SMALL_CACHE, LARGE_CACHE = (3, 100, 5), (256, 400, 90)  # thoughts, tokens of what they share, tokens of each
 SMALL_TREE = Plan(torch.tensor([0, 40, 57, 60]), torch.tensor([40, 57, 60, 75]), torch.tensor([-1, 0, 1, 0]))
 
 
@@ -32,6 +34,8 @@ def calls(large: bool, device: str = "cuda") -> Iterator[tuple[str, Call]]:
     yield from loss_calls(100_003 if large else 1500, device)
     if device == "cuda":
         yield from attention_calls(minibatch("rmb", 40), (torch.bfloat16,)) if large else attention_calls(SMALL_TREE)
+    yield from cache_calls(*(LARGE_CACHE if large else SMALL_CACHE), device)
+    yield from draw_calls(LARGE[2] if large else SMALL[2], device)
 
 
 def head_calls(t: int, h: int, v: int, dtype: torch.dtype, device: str) -> Iterator[tuple[str, Call]]:
@@ -105,6 +109,57 @@ def attention_calls(
             yield f"tree_attention{what}, {str(dtype)[6:]}, U {len(gradient)}", partial(attention, **options)
 
 
+def cache_calls(thoughts: int, shared: int, own: int, device: str) -> Iterator[tuple[str, Call]]:
+    """`cache_attention` of thoughts that go on from one text: all tokens at once, and the last over what is kept."""
+    runs = [(0, shared)] + [(shared, own)] * thoughts
+    first = list(itertools.accumulate((count for _, count in runs), initial=0))
+    blocks = list(itertools.accumulate((-(-count // ops.BLOCK) for _, count in runs), initial=0))
+    position = torch.cat([torch.arange(at, at + count) for at, count in runs])
+    slot = torch.cat([blocks[i] * ops.BLOCK + torch.arange(count) for i, (_, count) in enumerate(runs)])
+    last = torch.tensor(first[2:]) - 1
+
+    def tiles(seen: Callable[[int], tuple[int, int]]) -> Tensor:
+        pieces = ((i, b) for i, (_, count) in enumerate(runs) for b in range(0, count, ops.BLOCK))
+        return torch.tensor([
+            (blocks[i] + b // ops.BLOCK, runs[i][0] + b, min(ops.BLOCK, runs[i][1] - b), *seen(i)) for i, b in pieces
+        ])  # fmt: skip
+
+    steps = {
+        "all at once": (torch.arange(first[-1]), tiles(lambda i: (first[i], first[i + 1] if i else first[-1]))),
+        "the last tokens": (last, tiles(lambda i: (i - 1, i) if i else (0, thoughts))),
+    }
+    for dtype in (torch.float32, torch.bfloat16):
+        g = torch.Generator(device).manual_seed(0)
+        draw = partial(torch.randn, generator=g, device=device, dtype=dtype)
+        q, k, v = draw(first[-1], 28, 128), draw(first[-1], 4, 128), draw(first[-1], 4, 128)
+        keys, values = (draw(blocks[-1], *shape) for shape in ops.cache_shapes(4, 128))
+        for what, (rows, seen) in steps.items():
+            new = rows.to(device)
+            step = ops.CacheStep(*(x.to(device) for x in (position[rows], slot[rows], seen)))
+
+            def attention(
+                new: Tensor = new,
+                step: ops.CacheStep = step,
+                cache: Sequence[Tensor] = (keys, values),
+                x: Sequence[Tensor] = (q, k, v),
+                **options: Any,
+            ) -> tuple[Tensor, ...]:
+                out = ops.cache_attention(x[0][new], x[1][new], x[2][new], cache[0], cache[1], step, **options)
+                return out, *(x.clone() for x in cache)
+
+            name = f"cache_attention, {what}, {str(dtype)[6:]}, Q {len(rows)}"
+            yield name, attention
+            yield f"{name}, with a window and soft-cap", partial(attention, window=70, softcap=20.0)
+
+
+def draw_calls(v: int, device: str) -> Iterator[tuple[str, Call]]:
+    """`gumbel_pick` for a few rows."""
+    g = torch.Generator(device).manual_seed(0)
+    logprob = torch.randn(9, v, generator=g, device=device).log_softmax(-1)
+    keys = torch.randint(2**62, (9,), generator=g, device=device)
+    yield f"gumbel_pick, V {v}", lambda: (ops.gumbel_pick(logprob, keys, keys % 2**32),)
+
+
 def differing(call: Call, repeats: int) -> int:
     """How many of the repeats differ in any bit from the first run."""
     first = call()
@@ -122,6 +177,7 @@ def main() -> None:
     """The command: run every call, or with --repeats compare its repeats, and print a line for each."""
     parser = command.parser("gpu.calls", __doc__)
     parser.add_argument("--repeats", type=int, default=0)
+    parser.add_argument("--only", default="", help="calls whose name contains this")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("bench.gpu.calls: there is no CUDA device")
@@ -130,6 +186,8 @@ def main() -> None:
         torch.use_deterministic_algorithms(True)
     found: dict[str, int] = {}
     for name, call in calls(large=args.repeats > 0):
+        if args.only not in name:
+            continue
         found[name] = differing(call, args.repeats)
         torch.cuda.synchronize()
         print(f"{name}: {found[name]} of {args.repeats} differ" if args.repeats else f"{name}: ran", flush=True)

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from dwrl_fast.kernels import attention, cache, rows, scaled, yes_no
+from dwrl_fast.kernels import attention, cache, gumbel, rows, scaled, yes_no
 
 HEAD = ("hidden", "weight_yes", "weight_no", "bias_yes", "bias_no")
 HEADS = ("q", "k", "v", "out", "grad", "dk", "dv", "dq", "key_blocks", "value_blocks")
 PLACES = ("order", "bounds", "shared", "keys", "below", "place", "runs", "split", "seen", "counts")
 POINTERS = dict.fromkeys((*HEAD, *HEADS), "*bf16") | dict.fromkeys(PLACES, "*i32")
-POINTERS |= dict.fromkeys(("targets", "position", "slot", "tiles"), "*i64")
+POINTERS |= dict.fromkeys(("targets", "position", "slot", "tiles", "row_keys", "row_positions", "chosen"), "*i64")
 STRIDES = tuple(f"{kind}_{x}" for kind in ("stride", "head") for x in "qkvg")
 SCALARS = dict.fromkeys(("C", "Q", "T", "U", "COUNT", "capacity", "shares", "window", *STRIDES), "i32")
 SCALARS |= dict.fromkeys(("clip_low", "clip_high", "beta", "scale", "cap"), "fp32")
@@ -72,6 +72,7 @@ VARIANTS = [
     Variant(attention.dot_out_kernel, {"HEADS": 28, "D": 128, "BLOCK_D": 128, "ROWS": attention.ROWS}, 4, spilled=8),
     Variant(attention.sum_parts_kernel, {"HEADS": 4, "D": 128, "BLOCK_D": 128, "KEYS": 64}, 4),
     *walks(128), *walks(128, HAS_CAP=True, HAS_WINDOW=True), *walks(64), *walks(256),
+    Variant(gumbel.pick_kernel, {"V": 151936, "BLOCK": gumbel.BLOCK}, gumbel.WARPS),
     Variant(cache.keep_kernel, BLOCKED | {"TOKENS": cache.KEPT}, 4),
     Variant(cache.list_kernel, BLOCKED | {"ROWS": 64, "TILES": cache.LISTED, "HAS_WINDOW": True}, 4),
     Variant(cache.join_kernel, BLOCKED | {"ROWS": cache.JOINED}, 4),

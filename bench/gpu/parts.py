@@ -221,6 +221,10 @@ PARTS = {
         "a DWRL minibatch on the shape of Qwen2.5-7B", 9,
         lambda job: table(job, "bench.training.step", "--seconds", "30", ours="tree"),
     ),
+    "sampling": Part(
+        "thoughts over a shared cache, with CUDA graphs and without, and the plain loop", 6,
+        lambda job: job.benchmark("bench.gpu.sampling")[0],
+    ),
     "train": Part(
         "what make train runs, and a second seed, against the CPU's seeds", 9,
         lambda job: against_cpu(job, "bench.learning.embedded_seeds", "cpu_embedded_seeds.json", "--seeds", "0", "1"),

@@ -75,7 +75,8 @@ class Counting:
 def tree_counts(sampler: TreeSampler, work: Work) -> Counts:
     """Of one run of `sampler`, from the plans of its passes."""
     counting, stops = Counting(sampler.model), sorted(sampler.stop_ids)
-    other = TreeSampler(counting, stops, limits=sampler.limits, token_budget=sampler.token_budget)
+    how: dict[str, Any] = {"limits": sampler.limits, "token_budget": sampler.token_budget, "autocast": sampler.autocast}
+    other = TreeSampler(counting, stops, **how)
     other.block_bytes = sampler.block_bytes  # type: ignore[method-assign]  # a pass that computes no text
     other.sample(work.contexts, work.n, max_tokens=work.tokens, temperature=1.0, seed=0)
     decode = len(work.contexts) * work.n * (work.tokens - 1)

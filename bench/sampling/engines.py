@@ -71,7 +71,13 @@ def never(runtime: Runtime) -> int:
 
 def plain_sampler(runtime: Runtime, batch_size: int) -> TransformersSampler:
     """The plain loop."""
-    return TransformersSampler(runtime.model.lm, [never(runtime)], runtime.dialog.pad_id, batch_size=batch_size)
+    return TransformersSampler(
+        runtime.model.lm,
+        [never(runtime)],
+        runtime.dialog.pad_id,
+        batch_size=batch_size,
+        autocast=runtime.compute.autocast,
+    )
 
 
 def default_limits(runtime: Runtime) -> Limits:
@@ -83,7 +89,9 @@ def default_limits(runtime: Runtime) -> Limits:
 def tree_sampler(runtime: Runtime) -> TreeSampler:
     """The sampler over a shared cache."""
     limits, budget = default_limits(runtime), runtime.layout.token_budget
-    return TreeSampler(runtime.model, [never(runtime)], limits=limits, token_budget=budget)
+    return TreeSampler(
+        runtime.model, [never(runtime)], limits=limits, token_budget=budget, autocast=runtime.compute.autocast
+    )
 
 
 def plain(runtime: Runtime, work: Work) -> Iterator[Engine]:

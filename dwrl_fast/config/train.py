@@ -182,6 +182,13 @@ python -m dwrl_fast.train --config runs/mine/config.yaml --resume_from_checkpoin
     max_steps: int = updates_option(
         -1, "Stop after so many rollout batches, whatever the epochs. -1: by epochs.", bound=at_least(-1)
     )
+    max_minutes: float | None = updates_option(
+        None,
+        "Train for so long at most: no rollout batch begins that would not end in time, going by the one before it. "
+        "Evaluation and the last checkpoint come after. The learning rate falls over the time or the rows, whichever "
+        "ends first, so another machine trains to other weights. A run that is resumed has what was left.",
+        bound=POSITIVE,
+    )
 
     learning_rate: float = optimizer_option(5e-7, "Of AdamW, at its highest.", bound=POSITIVE)
     adam_beta1: float = optimizer_option(0.9, "Decay of AdamW's first moment.", bound=OPEN_FRACTION)

@@ -18,8 +18,9 @@ from dwrl_fast.data.columns import Unusable
 from dwrl_fast.data.counts import Lengths, Measure
 from dwrl_fast.data.fix import fix, quarantine_of, refuse_existing
 from dwrl_fast.data.jsonl import JsonLines
-from dwrl_fast.data.prepare import Split, prepare_data_set, refuse_written
+from dwrl_fast.data.prepare import ON_TOPIC, prepare_data_set, refuse_written
 from dwrl_fast.data.printing import plot_lengths, print_overlap, print_report, say
+from dwrl_fast.data.split import Split
 from dwrl_fast.errors import ConfigError, DataError, TemplateError
 from dwrl_fast.options import Options, at_least, option, option_fields, parse
 
@@ -69,15 +70,19 @@ python -m dwrl_fast.data --check pairs.jsonl --fix good.jsonl
 # a data set of the papers, from the hub or from a copy, as train.jsonl and test.jsonl
 python -m dwrl_fast.data --prepare hh --output_dir data/hh
 python -m dwrl_fast.data --prepare gsm8k --source example_model_solutions.jsonl --output_dir data/gsm8k
+
+# which response answers this prompt? Pairs that a small model can learn, from any file of preferences
+python -m dwrl_fast.data --prepare on-topic --source pairs.jsonl --longest 450 --output_dir data/on-topic
 """
 
     check: tuple[str, ...] = _do((), "A file or data set as for training, or two: the training file and the test file.")
-    prepare: Literal["hh", "ultrafeedback", "ultrainteract", "gsm8k", "helpsteer", "rmb"] | None = _do(
+    prepare: Literal["hh", "ultrafeedback", "ultrainteract", "gsm8k", "helpsteer", "rmb", "on-topic"] | None = _do(
         None,
         "Write one of the papers' data sets from its public files, in the papers' sizes. hh: 20,000 and 1,000 pairs of "
         "Anthropic HH. ultrafeedback: UltraFeedback binarized. ultrainteract: its pairs. gsm8k: right against wrong "
         "solutions of GSM8K by four models, not the pairs of the paper, which are not public. helpsteer: HelpSteer2, "
-        "one score a response. rmb: the pairs of RMB.",
+        "one score a response. rmb: the pairs of RMB. on-topic: from any --source, pairs whose worse response answers "
+        "another prompt.",
         refused={"if": VENDOR, "complexif": VENDOR, "instruction_following": VENDOR, "math": LLEMMA},
     )
 
@@ -112,6 +117,9 @@ python -m dwrl_fast.data --prepare gsm8k --source example_model_solutions.jsonl 
     train_rows: int | None = _prepare(
         None, "Rows of train.jsonl. none: as many as the papers took, or all.", bound=at_least(1)
     )
+    longest: int | None = _prepare(
+        None, "on-topic: the most characters of a prompt with its response. none: any number.", bound=at_least(1)
+    )
     test_rows: int | None = _prepare(None, "Rows of test.jsonl. none: likewise.", bound=at_least(1))
     seed: int = _prepare(0, "Of the draw: whole prompts, none of them in both files.", bound=at_least(0))
 
@@ -124,6 +132,8 @@ python -m dwrl_fast.data --prepare gsm8k --source example_model_solutions.jsonl 
             if self.output_dir is None:
                 raise ConfigError(f"--prepare {self.prepare}: give --output_dir, the folder for its files")
             refuse_written(Path(self.output_dir))
+            if self.longest is not None and self.prepare != ON_TOPIC:
+                raise ConfigError(f"--longest belongs to --prepare on-topic; {self.prepare} keeps its rows as they are")
         wants = {f.name: f.metadata["group"].removeprefix("With --") for f in option_fields(type(self))}
         for name in sorted(self.explicit):
             if wants[name] in ("check", "prepare") and not getattr(self, wants[name]):
@@ -233,6 +243,7 @@ def run_prepare(config: DataConfig, console: Console) -> None:
             seed=config.seed,
             train_rows=config.train_rows,
             test_rows=config.test_rows,
+            longest=config.longest,
         )
     for name, split in found.items():
         print_split(name, split, folder, console)

@@ -1,60 +1,29 @@
-"""The papers' data sets from their public files: rows of ours in train.jsonl and test.jsonl, no prompt in both."""
+"""The papers' data sets from their public files, and on-topic pairs from any: rows of ours in train.jsonl and
+test.jsonl, no prompt in both.
+"""
 
 import json
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dwrl_fast.data.columns import Unusable, quoted
 from dwrl_fast.data.counts import prompt_digest
+from dwrl_fast.data.on_topic import on_topic
 from dwrl_fast.data.published import DATA_SETS, DataSet
 from dwrl_fast.data.reading import Reader
 from dwrl_fast.data.row_source import START, Position, Row
+from dwrl_fast.data.split import Split
 from dwrl_fast.data.tables import library, readable
 from dwrl_fast.errors import ConfigError, DataError
 
+ON_TOPIC, ON_TOPIC_TEST_ROWS = "on-topic", 500
 FILES = ("train.jsonl", "test.jsonl", "prepared.json")
 REMEDY = "can it be reached from here? --source names a copy on disk"
 
 PublishedRows = Iterable[Mapping[str, Any]]
-
-
-@dataclass
-class Split:
-    """What became of one split's published rows, counted from 1: read = used + dropped. One may make several of ours.
-
-    prompts: our rows as lines of JSON, by the digest of their prompt. Of them, written + withheld (the test file has
-    their prompt) + not_drawn.
-    """
-
-    read: int = 0
-    used: int = 0
-    dropped: dict[str, list[int]] = field(default_factory=dict)
-    notes: Counter[str] = field(default_factory=Counter)
-    prompts: dict[int, list[str]] = field(default_factory=dict)
-    written: int = 0
-    withheld: int = 0
-    not_drawn: int = 0
-
-    def draw(
-        self, prompts: Mapping[int, list[str]], rows: int | None, randomness: random.Random
-    ) -> dict[int, list[str]]:
-        """Of `prompts`, whole ones, shuffled, up to so many rows (all: None)."""
-        order = list(prompts)
-        randomness.shuffle(order)
-        drawn: dict[int, list[str]] = {}
-        for prompt in order:
-            if rows is None or self.written + len(prompts[prompt]) <= rows:
-                drawn[prompt] = prompts[prompt]
-                self.written += len(prompts[prompt])
-        return drawn
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON: everything but the prompts."""
-        return {name: value for name, value in vars(self).items() if name != "prompts"}
 
 
 def refuse_written(folder: Path) -> None:
@@ -72,8 +41,10 @@ def prepare_data_set(
     seed: int = 0,
     train_rows: int | None = None,
     test_rows: int | None = None,
+    longest: int | None = None,
 ) -> dict[str, Split]:
-    """Write the data set `name` of DATA_SETS to `folder`: train.jsonl, test.jsonl and an account in prepared.json.
+    """Write the data set `name` of DATA_SETS to `folder`: train.jsonl, test.jsonl and an account in prepared.json. Or,
+    by the name ON_TOPIC, pairs of any preference file (see on_topic.py, `longest` too).
 
     source: a copy of the repository, or one file of rows as they are published (of which prompts are held out for the
     test); the hub, or the address it is published at, where None. The rows are drawn by `seed`, whole prompts at a
@@ -81,18 +52,16 @@ def prepare_data_set(
     read, are of another schema, or leave nothing.
     """
     refuse_written(folder)
-    data, where = DATA_SETS[name], source or str(DATA_SETS[name].repository)
-    published = _load(name, source, where)
-    found = {split: _read(Converted(rows, data, f"{name}:{split}", where)) for split, rows in published.items()}
+    where, most, found = _paired(source, seed, longest) if name == ON_TOPIC else _published(name, source)
     train, test = found["train"], found.get("test")
     draw = random.Random(f"{name} {seed}")
     if test is None:  # prompts of the one file are held out
         test = found["test"] = Split(prompts=train.prompts)
     else:
         test.not_drawn = _count(test.prompts)
-    tested = test.draw(test.prompts, test_rows or data.test_rows, draw)
+    tested = test.draw(test.prompts, test_rows or most.test, draw)
     left = {prompt: lines for prompt, lines in train.prompts.items() if prompt not in tested}
-    trained = train.draw(left, train_rows or data.train_rows, draw)
+    trained = train.draw(left, train_rows or most.train, draw)
     test.not_drawn = max(0, test.not_drawn - test.written)
     train.withheld = _count(train.prompts) - _count(left)
     train.not_drawn = _count(left) - train.written
@@ -106,6 +75,26 @@ def prepare_data_set(
     with open(folder / "prepared.json", "x", encoding="utf-8") as out:
         json.dump(account | {split: made.to_dict() for split, made in found.items()}, out, indent=1)
     return found
+
+
+class _Most(NamedTuple):
+    """Rows that are drawn where nobody says how many; None: all."""
+
+    train: int | None
+    test: int | None
+
+
+def _paired(source: str | None, seed: int, longest: int | None) -> tuple[str, _Most, dict[str, Split]]:
+    if source is None:
+        raise ConfigError("--prepare on-topic: give --source, a file of preferences to take the responses from")
+    return source, _Most(None, ON_TOPIC_TEST_ROWS), {"train": on_topic(source, seed, longest)}
+
+
+def _published(name: str, source: str | None) -> tuple[str, _Most, dict[str, Split]]:
+    data, where = DATA_SETS[name], source or str(DATA_SETS[name].repository)
+    rows = _load(name, source, where)
+    found = {split: _read(Converted(some, data, f"{name}:{split}", where)) for split, some in rows.items()}
+    return where, _Most(data.train_rows, data.test_rows), found
 
 
 def _count(prompts: Mapping[int, list[str]]) -> int:
@@ -185,5 +174,5 @@ def _read(source: Converted) -> Split:
             found.notes[f"of several rows that one makes, left out: {reason}"] += 1
         else:
             used.add(number)
-            found.dropped.setdefault(reason, []).append(number)
+            found.drop(reason, number)
     return found

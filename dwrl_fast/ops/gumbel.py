@@ -7,8 +7,6 @@ from dwrl_fast.errors import UserError
 from dwrl_fast.ops import extension, oracle
 from dwrl_fast.ops.backend import choose_backend
 
-BACKENDS = ("auto", "reference", "cpu")
-
 
 def gumbel_pick(logprob: Tensor, keys: Tensor, positions: Tensor, *, backend: str = "auto") -> Tensor:
     """[R] int64: for each row an id drawn with probability exp(logprob), by the Gumbel-max trick.
@@ -19,7 +17,7 @@ def gumbel_pick(logprob: Tensor, keys: Tensor, positions: Tensor, *, backend: st
     is the same in any batch; log-probs that differ by rounding seldom change it. A row that holds NaN gives the place
     of one.
 
-    In C++ on the CPU; elsewhere in plain PyTorch. Raises UserError, which names the argument.
+    Raises UserError, which names the argument.
     """
     name = "gumbel_pick"
     if logprob.dim() != 2 or logprob.dtype != torch.float32 or 0 in logprob.shape[1:]:
@@ -34,13 +32,20 @@ def gumbel_pick(logprob: Tensor, keys: Tensor, positions: Tensor, *, backend: st
         raise UserError(
             f"{name}: positions hold {int(positions.min())} to {int(positions.max())}; they must be 0 to 2^32 - 1"
         )
-    if backend not in BACKENDS:
-        raise UserError(f"{name}: backend is {backend!r}; it can be {', '.join(BACKENDS)}")
-    natural = "reference" if backend == "auto" and logprob.device.type != "cpu" else backend
-    if choose_backend(natural, name, logprob) == "reference":
+    chosen = choose_backend(backend, name, logprob)
+    if chosen == "reference":
         return oracle.gumbel_pick(logprob, keys, positions)
+    if chosen == "triton":
+        return _picked(logprob, keys, positions)
     found: Tensor = torch.ops.dwrl_fast.gumbel_pick(logprob, keys, positions)
     return found
+
+
+@torch.compiler.disable
+def _picked(logprob: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
+    from dwrl_fast.kernels import gumbel
+
+    return gumbel.pick(logprob, keys, positions)
 
 
 if extension.problem() is None:

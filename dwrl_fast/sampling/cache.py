@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from dwrl_fast import ops
@@ -56,9 +55,3 @@ class CachedPlan(NamedTuple):
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """[Q, Hq, D], as `ops.cache_attention`."""
         return ops.cache_attention(q, k, v, *self.cache.layer(layer, k), self.step, **options)
-
-
-def step_of(position: list[int], slot: list[int], tiles: list[tuple[int, ...]], device: torch.device) -> CacheStep:
-    """The step on `device`, from the lists of its fields."""
-    put = [torch.tensor(x, dtype=torch.int64, device=device) for x in (position, slot, tiles)]
-    return CacheStep(*put)

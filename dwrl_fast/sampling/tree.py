@@ -13,32 +13,20 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dwrl_fast.encode.thought import Thought
 from dwrl_fast.errors import ConfigError, DataError
 from dwrl_fast.ops import BLOCK
-from dwrl_fast.sampling.cache import Cache, CachedPlan, blocks_for, step_of
+from dwrl_fast.sampling.cache import Cache, blocks_for
 from dwrl_fast.sampling.draws import logprobs_at, pick
+from dwrl_fast.sampling.forward import Forward, Writer
 from dwrl_fast.sampling.prefixes import Prefix, prefix_tree
 from dwrl_fast.sampling.sampler import Limits, Rating, request_key
-
-MULTIPLE = {"cuda": 64}  # of it there are new tokens and tiles in a step: few shapes, so that graphs can be captured
-
-
-class Writer(Protocol):
-    """A `GenerativeModel`, of which the room below must not know."""
-
-    lm: Any
-
-    def states(self, ids: Tensor, positions: Tensor, plan: CachedPlan) -> Tensor:
-        """[Q, H] of new tokens."""
-
-    def head(self, score: Tensor, token: Tensor) -> Any:
-        """`HeadInputs` over hidden states."""
 
 
 @dataclass(eq=False, slots=True)
@@ -67,7 +55,7 @@ class _Prefix(_Run):
 
 @dataclass(eq=False, slots=True)
 class _Thought(_Run):
-    """A thought that is being written, and then rated. before: [H], the state that its next token follows."""
+    """A thought that is being written, and then rated."""
 
     context: int = 0
     index: int = 0
@@ -76,7 +64,16 @@ class _Thought(_Run):
     logprobs: list[float] = field(default_factory=list)
     ended: bool = False
     finished: bool = False
-    before: Tensor | None = None
+
+
+def tiles_of(seen: Sequence[tuple[_Run, int, int]]) -> np.ndarray:
+    """[T, 5] int64, as `CacheStep.tiles`: of runs that are seen by the new tokens of consecutive rows."""
+    runs = np.array([(run.position, run.kept, first, stop) for run, first, stop in seen], dtype=np.int64).reshape(-1, 4)
+    blocks = [block for run, _, _ in seen for block in run.blocks[: blocks_for(run.kept)]]
+    counts = -(-runs[:, 1] // BLOCK)
+    position, kept, first, stop = np.repeat(runs, counts, axis=0).T
+    before = BLOCK * (np.arange(len(blocks)) - np.repeat(counts.cumsum() - counts, counts))  # tokens, within its run
+    return np.stack([blocks, position + before, np.minimum(BLOCK, kept - before), first, stop], axis=1)
 
 
 class TreeSampler:
@@ -143,9 +140,8 @@ class TreeSampler:
     @torch.no_grad()
     def block_bytes(self) -> int:
         """What one block takes in all layers, which one token's pass through the model shows."""
-        cache, device = Cache(1), self.model.lm.device
-        token = torch.zeros(1, dtype=torch.int64, device=device)
-        self.model.states(token, token, CachedPlan(cache, step_of([0], [0], [(0, 0, 1, 0, 1)], device)))
+        cache = Cache(1)
+        Forward(self.model, cache)([0], [0], [0], np.array([[0, 0, 1, 0, 1]]))
         return cache.nbytes
 
 
@@ -168,7 +164,6 @@ class _Sampling:
         self.progress, self.rating = progress, rating
         self.model, self.device = sampler.model, sampler.model.lm.device
         self.ends = prefix_tree(contexts)
-        self.multiple = MULTIPLE.get(self.device.type, 1)
         self.runs: dict[Prefix, _Prefix] = {}  # those in the cache, in depth-first order
         order = sorted(range(len(contexts)), key=lambda c: self.ends[c].number)
         self.waiting = deque((c, i) for c in order for i in range(n))
@@ -177,6 +172,7 @@ class _Sampling:
         self.found: list[list[Thought | None]] = [[None] * n for _ in contexts]
         self.own = blocks_for(max_tokens + (rating.most if rating else 0))  # blocks of one thought
         self.cache = Cache(self._blocks())
+        self.forward = Forward(self.model, self.cache)
 
     def _blocks(self) -> int:
         """As many as all need at once, or as the memory holds."""
@@ -224,46 +220,50 @@ class _Sampling:
     def _step(self) -> None:
         """One forward pass, and what is read from it: a token of each thought that has one before it, or a score."""
         ids, position, slot, tiles, last = self._layout()
-        states = torch.empty(0)
+        states = torch.empty(0, device=self.device)
         if ids:
-            plan = CachedPlan(self.cache, step_of(position, slot, tiles, self.device))
-            states = self.model.states(torch.tensor(ids, device=self.device), plan.step.position, plan)
+            states = self.forward(ids, position, slot, tiles)
             for run in self.runs.values():
                 if run.state is None and run.pending == 0 and run.thoughts:
                     run.state = states[last[run]].clone()  # a view would keep the whole pass's states
         finished = [thought for thought in self.writing if thought.finished]
-        drawing = []
+        drawing: list[_Thought] = []
+        before: list[int] = []  # the rows of the states that their next tokens follow
+        begun: dict[_Prefix, int] = {}  # those whose states were kept have rows after the new tokens'
         for thought in self.writing:
-            if not thought.finished:
-                thought.before = states[last[thought]] if thought.drawn else self.runs[self.ends[thought.context]].state
-                drawing += [thought] if thought.before is not None else []
+            run = self.runs[self.ends[thought.context]]
+            if not thought.finished and (thought.drawn or run.state is not None):
+                drawing.append(thought)
+                before.append(last[thought] if thought.drawn else begun.setdefault(run, len(ids) + len(begun)))
         if drawing:
-            self._draw(drawing)
+            kept = [run.state for run in begun if run.state is not None]
+            self._draw(drawing, before, torch.cat([states, torch.stack(kept)]) if kept else states)
         if finished:
             self._rate(finished, states[[last[thought] for thought in finished]])
 
-    def _layout(self) -> tuple[list[int], list[int], list[int], list[tuple[int, ...]], dict[_Run, int]]:
+    def _layout(self) -> tuple[list[int], list[int], list[int], np.ndarray, dict[_Run, int]]:
         """The new tokens in depth-first order, which makes those that see a run consecutive: ids, positions, slots, the
         tiles of all runs that any of them sees, and the row of each run's last token.
         """
         ids: list[int] = []
         position: list[int] = []
         slot: list[int] = []
-        tiles: list[tuple[int, ...]] = []
+        seen: list[tuple[_Run, int, int]] = []  # with the first row that sees it, and the row after the last one
         last: dict[_Run, int] = {}
         budget = max(1, self.sampler.token_budget - sum(thought.pending for thought in self.writing))
 
         def lay(run: _Run, most: int) -> None:
-            for j in range(run.kept, run.kept + min(most, run.pending)):
+            stop = min(run.kept + most, len(run.ids))
+            for j in range(run.kept, stop):
                 ids.append(run.ids[j])
                 position.append(run.position + j)
                 slot.append(run.blocks[j // BLOCK] * BLOCK + j % BLOCK)
-            run.kept += min(most, run.pending)
+            run.kept = stop
             last[run] = len(ids) - 1
 
         def see(run: _Run, start: int) -> None:
-            for b, block in enumerate(run.blocks[: blocks_for(run.kept)] if start < len(ids) else []):
-                tiles.append((block, run.position + b * BLOCK, min(BLOCK, run.kept - b * BLOCK), start, len(ids)))
+            if start < len(ids) and run.kept:
+                seen.append((run, start, len(ids)))
 
         above: list[tuple[_Prefix, int]] = []
         for run in self.runs.values():
@@ -276,27 +276,28 @@ class _Sampling:
             budget -= run.kept - before
             for thought in run.thoughts:
                 start = len(ids)
-                lay(thought, thought.pending)
+                lay(thought, len(thought.ids))
                 see(thought, start)
         while above:
             see(*above.pop())
-        empty = -len(ids) % self.multiple
+        empty = self.forward.padded(len(ids)) - len(ids)
         ids += [0] * empty
         position += [0] * empty
         slot += [-1] * empty  # kept nowhere
-        tiles += [(0, 0, 1, 0, 0)] * (-len(tiles) % self.multiple)  # seen by none
-        return ids, position, slot, tiles, last
+        return ids, position, slot, tiles_of(seen), last
 
-    def _draw(self, thoughts: list[_Thought]) -> None:
-        """The next token of each of `thoughts`. Those that begin at one state share its logits."""
-        befores = {id(thought.before): thought.before for thought in thoughts}
-        rows = {key: i for i, key in enumerate(befores)}
-        which = torch.tensor([rows[id(thought.before)] for thought in thoughts], device=self.device)
-        states = torch.stack([before for before in befores.values() if before is not None])
+    def _draw(self, thoughts: list[_Thought], before: list[int], states: Tensor) -> None:
+        """The next token of each of `thoughts`, after the states in the rows `before`. Those that begin at one state
+        share its logits.
+        """
+        rows = {row: i for i, row in enumerate(dict.fromkeys(before))}
+        numbers = [[rows[row] for row in before], [thought.key for thought in thoughts]]
+        numbers.append([len(thought.drawn) for thought in thoughts])
+        which, keys, places = torch.from_numpy(np.array(numbers, dtype=np.int64)).to(self.device)
+        states = states[torch.tensor(list(rows), device=self.device)]
         logprob = logprobs_at(self.model.head(states, states[:0]).logits(states), self.temperature)
-        keys = torch.tensor([thought.key for thought in thoughts], device=self.device)
-        places = torch.tensor([len(thought.drawn) for thought in thoughts], device=self.device)
-        chosen, found = pick(logprob[which], self.temperature, keys, places)
+        logprob = logprob if len(rows) == len(thoughts) else logprob[which]
+        chosen, found = pick(logprob, self.temperature, keys, places)
         for thought, token, value in zip(thoughts, chosen.tolist(), found.tolist(), strict=True):
             thought.drawn.append(token)
             thought.logprobs.append(value)

@@ -45,10 +45,10 @@ class Optimizers:
             }
         return adamw
 
-    def step(self, phase: str, minibatch: int) -> None:
-        """One AdamW step of `phase` at the schedule's place `minibatch`; the gradients are freed."""
+    def step(self, phase: str, minibatch: int, used: float = 0.0) -> None:
+        """One AdamW step of `phase` at the schedule's place (see `factor`); the gradients are freed."""
         adamw = self.of_phase[phase]
-        self.last_rates[phase] = self.rates[phase] * self.factor(minibatch)
+        self.last_rates[phase] = self.rates[phase] * self.factor(minibatch, used)
         for group in adamw.param_groups:
             group["lr"] = self.last_rates[phase]
         adamw.step()
@@ -59,12 +59,14 @@ class Optimizers:
         norm = nn.utils.clip_grad_norm_(self.named.values(), self.config.max_grad_norm)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
-    def factor(self, minibatch: int) -> float:
-        """The learning rate at `minibatch` as a fraction of its highest."""
+    def factor(self, minibatch: int, used: float = 0.0) -> float:
+        """The learning rate at `minibatch`, or where the share `used` of the run's time is over if that is further on,
+        as a fraction of its highest.
+        """
         warmup, floor = self.config.warmup_steps, self.config.min_learning_rate_ratio
         if minibatch < warmup:
             return (minibatch + 1) / warmup
-        done = min(1.0, (minibatch - warmup) / max(1, self.total - warmup))
+        done = min(1.0, max(used, (minibatch - warmup) / max(1, self.total - warmup)))
         shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[
             self.config.lr_scheduler_type
         ]

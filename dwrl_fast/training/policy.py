@@ -52,9 +52,9 @@ class Policy:
         shares = (self.runtime.share(groups[i : i + size]) for i in range(0, len(groups), size))
         return [Minibatch(share.size, share.batches) for share in shares]
 
-    def update(self, phase: str, minibatch: Minibatch, loss: Loss, place: int) -> Tensor:
-        """One optimizer step of `phase` over a minibatch, at the schedule's `place`; the gradient's norm before
-        clipping.
+    def update(self, phase: str, minibatch: Minibatch, loss: Loss, place: int, used: float = 0.0) -> Tensor:
+        """One optimizer step of `phase` over a minibatch, at the schedule's `place`, with the share `used` of the run's
+        time over; the gradient's norm before clipping.
 
         NotFiniteError, and no step, where a loss or the norm is not a number.
         """
@@ -82,7 +82,7 @@ class Policy:
                 "with it. If a checkpoint was saved, resume from it with a lower learning rate, or with --dtype fp32. "
                 f"Rows: {', '.join(sources[:8])} ..."
             )
-        self.optimizers.step(phase, place)
+        self.optimizers.step(phase, place, used)
         self.changed()
         return norm
 

@@ -6,6 +6,7 @@ run that resumes at a step boundary goes on to the bit.
 """
 
 import json
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -46,7 +47,7 @@ APART = {
 # Options that may be mended on the way: the run goes on, to other figures.
 TUNABLE = {
     *("learning_rate", "score_learning_rate", "thought_learning_rate", "max_grad_norm", "dtype", "packing"),
-    *("token_budget", "generation_batch_size", "generation_cache_gib", "old_logprobs"),
+    *("token_budget", "generation_batch_size", "generation_cache_gib", "old_logprobs", "max_minutes"),
 }
 
 
@@ -72,6 +73,7 @@ class Trainer:
         self.rows_identity = feed.identity()
         self.step = 0
         self.seconds: dict[str, float] = defaultdict(float)
+        self.trained = self.last = 0.0  # seconds of all steps, and of the last one
         self.stall = StallWatch()
         self.before: dict[str, PairReport] = {}
 
@@ -81,7 +83,7 @@ class Trainer:
         log, first = RunLog(self.folder, self.step) if self.ranks.first else None, self.step
         self.before = self.before or self.evaluate("before")
         with self.display.stage(f"train {self.method.name}", self.feed.steps, done=self.step) as stage:
-            while self.step < self.feed.steps:
+            while not self._over():
                 values = self.train_step(log, stage)
                 if self.step == first + 1:
                     logger.info(
@@ -89,7 +91,7 @@ class Trainer:
                         self.config.packing,
                         *(f"{values[k]:,}" for k in ("trunk_tokens", "naive_tokens", "padding", "head_rows")),
                     )
-                last = self.step == self.feed.steps
+                last = self._over()
                 if self.config.eval_steps and self.step % self.config.eval_steps == 0 and not last:
                     now = self.evaluate(f"step {self.step}")
                     values |= {f"eval_{k}": report.accuracy for k, report in now.items()}
@@ -97,6 +99,11 @@ class Trainer:
                     log.metrics(self.step, finite(values))
                 if last or (self.config.save_steps and self.step % self.config.save_steps == 0):
                     self.save()
+        if self.step < self.feed.steps:
+            logger.info(
+                "--max_minutes %g: trained for %.1f minutes, %d of %d rollout batches",
+                *(self.config.max_minutes, self.trained / 60, self.step, self.feed.steps),
+            )
         for source in self.feed.sources:
             logger.info(source.summary)
         after = self.evaluate("after") if self.feed.steps else {}
@@ -105,6 +112,15 @@ class Trainer:
             if model is not None:
                 save_pretrained(self.folder / "model", model, self.method.dialog, self.method.card())
         return self._result(self.before, after)
+
+    @property
+    def _budget(self) -> float:
+        """Seconds that may be trained."""
+        return math.inf if self.config.max_minutes is None else 60 * self.config.max_minutes
+
+    def _over(self) -> bool:
+        """Whether no further step is to begin."""
+        return self.step == self.feed.steps or (self.step > 0 and self.trained + self.last > self._budget)
 
     def train_step(self, log: RunLog | None, stage: Stage) -> dict[str, Any]:
         """One rollout batch: sample, update, and the figures of both. log: of the first rank."""
@@ -132,7 +148,9 @@ class Trainer:
             counters([batch for some in minibatches for batch in some.batches if batch.groups])
         )
         values |= {name: sum(each[name] for each in computed) for name in computed[0]}
-        values |= self._figures(values, norms, len(groups), time.monotonic() - started, spent)
+        self.last = self.ranks.from_first(lambda: time.monotonic() - started)  # clocks differ
+        self.trained += self.last
+        values |= self._figures(values, norms, len(groups), self.last, spent)
         self.stall.update(values, size)
         stage.advance(1, **{k: values[k] for k in ("loss", "train_accuracy", "thought_length") if k in values})
         return values
@@ -146,10 +164,10 @@ class Trainer:
 
     def update(self, phase: str, minibatch: Minibatch, index: int) -> Tensor:
         """One optimizer step of `phase` over a minibatch; the gradient's norm before clipping."""
-        per_step = self.config.rollout_batch_size // self.config.minibatch_size
+        place = self.step * (self.config.rollout_batch_size // self.config.minibatch_size) + index
         with self.timed(phase):
             try:
-                return self.policy.update(phase, minibatch, self.method.loss, self.step * per_step + index)
+                return self.policy.update(phase, minibatch, self.method.loss, place, self.trained / self._budget)
             except NotFiniteError as error:
                 raise NotFiniteError(f"step {self.step + 1}, minibatch {index + 1}, {error}") from None
 
@@ -224,6 +242,7 @@ class Trainer:
             "identity": self._identity(),
             "before": {k: report.to_dict() for k, report in self.before.items()},
             "seconds": dict(self.seconds),
+            "trained": [self.trained, self.last],
             "stall": self.stall.state(),
             "feed": self.feed.state(),
         }
@@ -253,6 +272,7 @@ class Trainer:
         self.feed.restore(state["feed"])
         self.step = state["step"]
         self.seconds.update(state["seconds"])
+        self.trained, self.last = state.get("trained", (0.0, 0.0))  # checkpoints of before --max_minutes have none
         self.stall = StallWatch(**state.get("stall", {}))  # checkpoints of before it have none
         self.before = {k: PairReport.from_dict(report) for k, report in state["before"].items()}
         logger.info("resumed %s at step %d of %d", path, self.step, self.feed.steps)

@@ -1,0 +1,30 @@
+"""The doctor over ranks, one part of which was made to fail: FAULT names it."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dwrl_fast.console import command
+from dwrl_fast.doctor.__main__ import main
+from dwrl_fast.models.sharding import Sharded
+from dwrl_fast.ranks import Ranks
+
+
+def nothing(self: Any) -> None:
+    """A replica that is never brought up to date."""
+    self.stale = False
+
+
+def averaged(sum_: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A backend that gives means for sums."""
+    return lambda self, x: sum_(self, x) / self.count
+
+
+if __name__ == "__main__":
+    if os.environ["FAULT"] == "replica":
+        setattr(Sharded, "refresh", nothing)  # noqa: B010 - mypy takes no assignment to a method
+    elif os.environ["FAULT"] == "sum":
+        setattr(Ranks, "sum", averaged(Ranks.sum))  # noqa: B010
+    command(main, ranks=True)

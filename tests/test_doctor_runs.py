@@ -1,0 +1,62 @@
+"""The doctor as a command: without arguments, on SmolLM2, and over two ranks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from tiny import tiny_folder, tiny_pairs
+
+pytestmark = pytest.mark.slow
+RANKS = {"collectives", "uneven ranks", "sharded gradients", "replicas", "peak memory"}
+
+
+def doctor(
+    folder: Path, *arguments: object, launch: tuple[str, ...] = ("-m", "dwrl_fast.doctor"), fault: str = ""
+) -> Any:
+    """The command's process, and the statuses in its report by name."""
+    report = folder / "report.json"
+    report.unlink(missing_ok=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "FAULT": fault}
+    command = [sys.executable, *launch, *map(str, arguments), "--json", str(report)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    assert report.exists(), done.stdout + done.stderr
+    findings = json.loads(report.read_text())["findings"]
+    return done, {each["name"]: each["status"] for each in findings}
+
+
+def test_without_arguments(tmp_path: Path) -> None:
+    done, found = doctor(tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert set(found.values()) == {"pass"} and len(found) == 19, found
+    assert "the embedded model (warmed up in" in done.stdout and "19 pass, 0 warn, 0 fail" in done.stdout
+
+
+def test_smollm2(tmp_path: Path) -> None:
+    """On the package's rows. Its label mass is below a half, and thoughts are cut; all else is as it must be."""
+    model = ROOT / "models" / "smollm2"
+    if not model.is_dir():
+        pytest.skip("models/smollm2 is not here: make smollm2")
+    given = ("--limit", 2, "--max_completion_length", 16, "--num_generations", 2)
+    done, found = doctor(tmp_path, "--model_name_or_path", model, *given)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {name for name, status in found.items() if status == "warn"} <= {"label mass", "thoughts", "memory"}, found
+
+
+@pytest.mark.parametrize(("fault", "failing"), [("", set()), ("replica", {"replicas"}), ("sum", {"collectives"})])
+def test_over_two_ranks(tmp_path: Path, fault: str, failing: set[str]) -> None:
+    """The first rank alone prints; what was planted is named."""
+    tiny_folder(tmp_path / "tiny")
+    tiny_pairs(tmp_path / "pairs.jsonl")
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "tests/doctor_drill.py"))
+    given = ("--model_name_or_path", "tiny", "--dataset_name", "pairs.jsonl", "--max_completion_length", 12)
+    done, found = doctor(tmp_path, *given, "--num_generations", 4, launch=launch, fault=fault)
+    assert done.returncode != 0 and "label mass" in done.stderr, "a drawn model gives no labels"
+    assert found.keys() >= RANKS and {name for name in RANKS if found[name] == "fail"} >= failing, found
+    if not fault:
+        assert all(found[name] == "pass" for name in RANKS), found
+        assert done.stdout.count("chat template") == 1
