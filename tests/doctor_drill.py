@@ -8,7 +8,7 @@ import torch
 
 from dwrl_fast.console import command
 from dwrl_fast.doctor.__main__ import main
-from dwrl_fast.models.sharding import Sharded
+from dwrl_fast.models.sharding import Sharded, _Policies
 from dwrl_fast.ranks import Ranks
 
 
@@ -22,9 +22,21 @@ def averaged(sum_: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     return lambda self, x: sum_(self, x) / self.count
 
 
+def halved(shard: Callable[..., None]) -> Callable[..., None]:
+    """Gradients that are divided on their way between the ranks."""
+
+    def made(self: Any, unit: Any, whole: bool) -> None:
+        shard(self, unit, whole)
+        unit.set_gradient_divide_factor(2.0)
+
+    return made
+
+
 if __name__ == "__main__":
     if os.environ["FAULT"] == "replica":
         setattr(Sharded, "refresh", nothing)  # noqa: B010 - mypy takes no assignment to a method
     elif os.environ["FAULT"] == "sum":
         setattr(Ranks, "sum", averaged(Ranks.sum))  # noqa: B010
+    elif os.environ["FAULT"] == "gradient":
+        setattr(_Policies, "shard", halved(_Policies.shard))  # noqa: B010
     command(main, ranks=True)

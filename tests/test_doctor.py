@@ -167,6 +167,15 @@ def test_a_label_of_two_tokens(place: Path) -> None:
     assert finding(report(place, "--template", str(wrong)), "labels").status == "pass"
 
 
+def test_a_template_file_that_is_wrong_is_not_taken_for_the_chat_template(place: Path) -> None:
+    wrong = place / "labels.yaml"
+    wrong.write_text(TURNS.replace(" {aspect}", "") + 'labels: ["Yes", "No"]\n')
+    found = report(place, "--template", str(wrong))
+    assert found.named("fail") == ["template"] and "{aspect} is missing" in finding(found, "template").seen
+    wrong.write_text(TURNS + 'labels: ["Yes", "No"]\n')
+    assert finding(report(place, "--template", str(wrong)), "chat template").status == "pass"
+
+
 def test_labels_that_the_model_does_not_give(place: Path) -> None:
     """Those that it gives stand in the line; a template with them is the remedy."""
     found = finding(report(place), "label mass")

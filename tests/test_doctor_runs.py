@@ -47,7 +47,15 @@ def test_smollm2(tmp_path: Path) -> None:
     assert {name for name, status in found.items() if status == "warn"} <= {"label mass", "thoughts", "memory"}, found
 
 
-@pytest.mark.parametrize(("fault", "failing"), [("", set()), ("replica", {"replicas"}), ("sum", {"collectives"})])
+FAULTS = [
+    ("", set()),
+    ("replica", {"replicas", "fresh weights"}),
+    ("sum", {"collectives"}),
+    ("gradient", {"sharded gradients"}),
+]
+
+
+@pytest.mark.parametrize(("fault", "failing"), FAULTS)
 def test_over_two_ranks(tmp_path: Path, fault: str, failing: set[str]) -> None:
     """The first rank alone prints; what was planted is named."""
     tiny_folder(tmp_path / "tiny")
@@ -56,7 +64,7 @@ def test_over_two_ranks(tmp_path: Path, fault: str, failing: set[str]) -> None:
     given = ("--model_name_or_path", "tiny", "--dataset_name", "pairs.jsonl", "--max_completion_length", 12)
     done, found = doctor(tmp_path, *given, "--num_generations", 4, launch=launch, fault=fault)
     assert done.returncode != 0 and "label mass" in done.stderr, "a drawn model gives no labels"
-    assert found.keys() >= RANKS and {name for name in RANKS if found[name] == "fail"} >= failing, found
+    assert found.keys() >= RANKS and {name for name, status in found.items() if status == "fail"} >= failing, found
     if not fault:
         assert all(found[name] == "pass" for name in RANKS), found
         assert done.stdout.count("chat template") == 1
