@@ -22,6 +22,9 @@ from dwrl_fast.scoring import Runtime
 SIZE = 2**22  # numbers in the timed sum: 16 MiB
 # Gradients may differ by rounding: of their size, by the dtype of the pass.
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+# Newer versions of PyTorch have other names for them, and warn of these.
+ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 NETWORK = (
     "Look at the network and at the libraries between the processes (NCCL_DEBUG=INFO, NCCL_SOCKET_IFNAME, "
     "GLOO_SOCKET_IFNAME), and run the doctor on one machine first."
@@ -41,11 +44,11 @@ def collectives(ranks: Ranks, device: torch.device) -> Finding:
         if not (ranks.sum(torch.full((5,), own + 1, dtype=dtype, device=device)) == every).all():
             wrong.append(f"sum of {dtype}")
     whole = torch.empty(2 * count, device=device)
-    dist.all_gather_into_tensor(whole, torch.full((2,), float(own), device=device))
+    ALL_GATHER(whole, torch.full((2,), float(own), device=device))
     if whole.tolist() != [float(rank) for rank in range(count) for _ in range(2)]:
         wrong.append("gather of tensors")
     part = torch.empty(2, device=device)
-    dist.reduce_scatter_tensor(part, torch.arange(2.0 * count, device=device))
+    REDUCE_SCATTER(part, torch.arange(2.0 * count, device=device))
     if part.tolist() != [count * (2.0 * own), count * (2.0 * own + 1)]:
         wrong.append("scattered sum")
     found = sorted(set().union(*ranks.gather(set(wrong))))
