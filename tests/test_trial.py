@@ -130,7 +130,10 @@ def test_weights_that_are_not_numbers_are_no_fault_of_the_layout() -> None:
     lm = made("llama")
     with torch.no_grad():
         lm.model.norm.weight[3] = torch.nan
-    with pytest.raises(NotFiniteError, match="LlamaForCausalLM gives states that are not finite"):
+    with pytest.raises(
+        NotFiniteError,
+        match=r"LlamaForCausalLM cannot be used: its weights hold NaN or infinities, in model\.norm\.weight\.",
+    ):
         placed(lm)
 
 

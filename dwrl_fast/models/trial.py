@@ -124,7 +124,7 @@ def _alone(lm: Any) -> Tensor:
         if not found[-1].isfinite().all():
             raise NotFiniteError(
                 f"{type(lm).__name__} gives states that are not finite even for one short sequence: its weights hold "
-                "NaN or infinities. Take a checkpoint from before, or copy the model again"
+                "NaN or infinities, or its activations overflow. Take a checkpoint from before, or copy the model again"
             )
     return torch.cat(found)
 
