@@ -83,13 +83,8 @@ class Policy:
                 f"Rows: {', '.join(sources[:8])} ..."
             )
         self.optimizers.step(phase, place)
-        self.changed()
+        self.runtime.changed()
         return norm
-
-    def changed(self) -> None:
-        """The weights are no longer those that thoughts were last sampled with."""
-        if self.runtime.sharded is not None:
-            self.runtime.sharded.stale = True
 
     def read_metrics(self, groups: Sequence[Group]) -> tuple[dict[str, float], list[ScoredGroup]]:
         """What the updates since the last call, over `groups`, added up to on all ranks: means by name, and the groups
@@ -144,6 +139,7 @@ def load_judging(
         new_head=True,
         ranks=ranks,
         offload=config.cpu_offload,
+        vllm=config.vllm,
     )
     judging = judging_of(runtime, method.card())
     start = judging.start if isinstance(judging, PolicyJudging) else None

@@ -247,7 +247,7 @@ class Trainer:
         if path is None:
             return
         state = load_checkpoint(path, self.policy.state(), ranks=self.ranks)
-        self.policy.changed()
+        self.policy.runtime.changed()
         self._compare(path, state["identity"])
         self.ranks.from_first(lambda: self._set_aside(path, state["step"], wanted))
         self.feed.restore(state["feed"])
