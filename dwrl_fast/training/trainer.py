@@ -68,10 +68,11 @@ class Trainer:
         model, minibatches = judging.runtime.model, feed.minibatches(config.minibatch_size)
         self.policy = Policy(judging.runtime, Optimizers(model, method, config, total=minibatches))
         self.ranks = judging.runtime.ranks
-        self.rollout = Rollout(method, judging)
+        self.rollout = Rollout(method, judging, self.timed)
         self.rows_identity = feed.identity()
         self.step = 0
         self.seconds: dict[str, float] = defaultdict(float)
+        self.inner = [0.0]  # seconds that belong to stages within the open ones, from the outermost
         self.stall = StallWatch()
         self.before: dict[str, PairReport] = {}
 
@@ -178,12 +179,18 @@ class Trainer:
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Add the time within it to that of `stage`."""
+        """Add the time within it, but for that of stages within, to that of `stage`."""
         started = time.monotonic()
-        yield
+        self.inner.append(0.0)
+        try:
+            yield
+        finally:
+            within = self.inner.pop()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.seconds[stage] += time.monotonic() - started
+        seconds = time.monotonic() - started
+        self.inner[-1] += seconds
+        self.seconds[stage] += seconds - within
 
     def _figures(
         self,

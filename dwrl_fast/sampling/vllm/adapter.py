@@ -38,7 +38,8 @@ def server_command(model: str, *, dtype: str = "bfloat16", cpu: bool = False, po
     """The command line of a server that can be sampled from."""
     words = ["python", "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1"]
     words += ["--port", port, "--dtype", dtype, "--logprobs-mode", LOGPROBS_MODE]
-    words += ["--generation-config", GENERATION_CONFIG, *(["--worker-extension-cls", EXTENSION] if cpu else [])]
+    words += ["--generation-config", GENERATION_CONFIG]
+    words += ["--worker-extension-cls", EXTENSION, "--no-enable-chunked-prefill"] if cpu else []
     return "VLLM_SERVER_DEV_MODE=1 " + shlex.join(words)
 
 
@@ -61,6 +62,20 @@ def make_llm(folder: str, **options: Any) -> Any:
         disable_log_stats=True,
         **options,
     )
+
+
+def check_cpu_heads(config: Any) -> None:
+    """SamplerError where vLLM's attention on a CPU cannot take the heads of a model with this configuration."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    text = config.get_text_config()
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    taken = CPUAttentionBackend.get_supported_head_sizes()
+    if size not in taken:
+        raise SamplerError(
+            f"vLLM's attention on a CPU takes heads of {', '.join(map(str, taken))} numbers, and this model has heads of "
+            f"{size} (as the embedded task's has). Leave --use_vllm out, or take another model."
+        )
 
 
 def sampling_params(ask: Ask) -> Any:
@@ -144,6 +159,8 @@ def unfit(config: dict[str, Any], dtype: str) -> list[str]:
     ]
     if on_cpu(config) and config["parallel_config"].get("worker_extension_cls") != EXTENSION:
         found.append(f"worker_extension_cls is not {EXTENSION}, without which a tied head stays as it was on a CPU")
+    if on_cpu(config) and config["scheduler_config"].get("enable_chunked_prefill"):
+        found.append("enable_chunked_prefill is on, and on a CPU it ends vLLM at the first seeded request that is cut")
     return found
 
 

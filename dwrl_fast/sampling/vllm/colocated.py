@@ -44,10 +44,13 @@ class Colocated:
             options["distributed_executor_backend"] = "external_launcher"  # torchrun's processes are there already
         if cpu:
             options |= {"kv_cache_memory_bytes": int(limits.cache_gib * 2**30), "enforce_eager": True}
+            options["enable_chunked_prefill"] = False  # with which vLLM 0.32 fails on a CPU, where requests are seeded
         threads, set_threads = torch.get_num_threads(), torch.set_num_threads
         with tempfile.TemporaryDirectory() as folder:
             config.save_pretrained(folder)
             try:
+                if cpu:
+                    adapter.check_cpu_heads(config)
                 self.llm = adapter.make_llm(
                     folder,
                     dtype=str(dtype).removeprefix("torch."),

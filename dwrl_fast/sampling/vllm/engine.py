@@ -20,13 +20,13 @@ class VllmSettings(NamedTuple):
 
 class Ask(NamedTuple):
     """One sequence to go on with, and its own draws. labels: token ids whose log-probs after `prompt` are wanted; then
-    one token is drawn, at temperature 1.
+    one token is drawn, by any seed, at temperature 1.
     """
 
     prompt: list[int]
     max_tokens: int = 1
     temperature: float = 1.0
-    seed: int = 0
+    seed: int | None = None
     stop_ids: tuple[int, ...] = ()
     labels: tuple[int, ...] = ()
 
