@@ -283,7 +283,9 @@ def check_training(folder: Path, url: str | None, model: Path, **changes: Any) -
 
     held: list[VllmSampler] = []
     setattr(VllmSampler, "refresh", proving)  # noqa: B010 - mypy takes no assignment to a method
-    config = tiny_config(folder, model_name_or_path=str(model), use_vllm=True, output_dir=str(folder / "run"), **changes)
+    config = tiny_config(
+        folder, model_name_or_path=str(model), use_vllm=True, output_dir=str(folder / "run"), **changes
+    )
     if url is not None:
         config = replace(config, vllm_mode="server", vllm_server_base_url=(url,))
     else:

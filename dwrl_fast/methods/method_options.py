@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from dwrl_fast.options import OPEN_FRACTION, POSITIVE, Bound, Options, at_least, option
+from dwrl_fast.options import OPEN_FRACTION, POSITIVE, Bound, Options, at_least, option, option_fields
 from dwrl_fast.sampling.vllm import VllmSettings
 
 method_option = partial(option, group="Method")
@@ -63,6 +63,11 @@ class VllmOptions(Options):
         " as many as the model has positions. Lower it where vLLM finds too little memory for one such sequence.",
         bound=at_least(1),
     )
+
+    @property
+    def vllm_options(self) -> dict[str, Any]:
+        """These by name, as `Scorer.from_pretrained` takes them."""
+        return {f.name: getattr(self, f.name) for f in option_fields(VllmOptions)}
 
     @property
     def vllm(self) -> VllmSettings | None:

@@ -9,13 +9,14 @@ from torch import Tensor
 from dwrl_fast.data import Preference
 from dwrl_fast.encode import Group, Request
 from dwrl_fast.errors import ConfigError
+from dwrl_fast.log import logger
 from dwrl_fast.methods import Method
 from dwrl_fast.progress import Display
 from dwrl_fast.sampling import Limits, Sampler, sample_groups
 from dwrl_fast.scoring import Judging, PolicyJudging
 from dwrl_fast.scoring.runtime import load_writer
 
-
+FAR = 0.02  # nats
 Timed = Callable[[str], AbstractContextManager[None]]
 
 
@@ -88,6 +89,12 @@ class Rollout:
             fresh = self.runtime.logprobs(groups, self.method.trained_temperature)
         found = [group.with_logprobs(each) for group, each in zip(groups, fresh, strict=True)]
         gap = (_logprobs(found) - _logprobs(groups)).abs()
+        if gap.numel() and gap.mean() > FAR:
+            logger.warning(
+                "The log-probs of sampler and trainer are %.3f nats apart in the mean. More than rounding does that: the "
+                "trainer's are taken, and thoughts still come from another policy than the one that is trained.",
+                gap.mean().item(),
+            )
         return found, {"sampler_gap_mean": gap.mean().item(), "sampler_gap_max": gap.max().item()}
 
 

@@ -73,8 +73,8 @@ def check_cpu_heads(config: Any) -> None:
     taken = CPUAttentionBackend.get_supported_head_sizes()
     if size not in taken:
         raise SamplerError(
-            f"vLLM's attention on a CPU takes heads of {', '.join(map(str, taken))} numbers, and this model has heads of "
-            f"{size} (as the embedded task's has). Leave --use_vllm out, or take another model."
+            f"vLLM's attention on a CPU takes heads of {', '.join(map(str, taken))} numbers, and this model has heads "
+            f"of {size} (as the embedded task's has). Leave --use_vllm out, or take another model."
         )
 
 
