@@ -5,6 +5,7 @@ A case is a function of an empty folder; it fails by raising.
 
 import contextlib
 import copy
+import itertools
 import os
 import socket
 import subprocess
@@ -119,7 +120,7 @@ def check_smollm2(url: str | None) -> None:
     stops = (198, 30)
     contexts = [list(range(1000 + 40 * i, 1000 + 40 * i + size)) for i, size in enumerate((20, 150, 300))]
     ours, theirs = TreeSampler(model, stops, limits=Limits(64, 1.0), token_budget=4096), sampler_of(model, url, stops)
-    how = {"max_tokens": 24, "temperature": 0.0, "seed": 5}
+    how: dict[str, Any] = {"max_tokens": 24, "temperature": 0.0, "seed": 5}
     for normalization in ("vocab", "yes_no"):
         rating = Rating(lambda number, ids: [*ids, 28, 29, 30 + number], 3, (5, 9), normalization)
         for a, b in zip(ours.rated(contexts, 1, rating, **how), theirs.rated(contexts, 1, rating, **how), strict=True):
@@ -283,16 +284,15 @@ def check_training(folder: Path, url: str | None, model: Path, **changes: Any) -
 
     held: list[VllmSampler] = []
     setattr(VllmSampler, "refresh", proving)  # noqa: B010 - mypy takes no assignment to a method
-    config = tiny_config(
-        folder, model_name_or_path=str(model), use_vllm=True, output_dir=str(folder / "run"), **changes
-    )
+    changes |= {"model_name_or_path": str(model), "output_dir": str(folder / "run"), "use_vllm": True}
+    config = tiny_config(folder, **changes)
     if url is not None:
         config = replace(config, vllm_mode="server", vllm_server_base_url=(url,))
     else:
         config = replace(config, vllm_max_model_length=1024)
     result = run(config, Console(quiet=True))
     assert result["steps"] == config.max_steps and len(proven) >= config.max_steps
-    for a, b in zip(proven, proven[1:], strict=False):
+    for a, b in itertools.pairwise(proven):
         assert apart(a, b) > 1e-6
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == config.max_steps

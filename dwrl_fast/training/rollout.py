@@ -91,8 +91,8 @@ class Rollout:
         gap = (_logprobs(found) - _logprobs(groups)).abs()
         if gap.numel() and gap.mean() > FAR:
             logger.warning(
-                "The log-probs of sampler and trainer are %.3f nats apart in the mean. More than rounding does that: the "
-                "trainer's are taken, and thoughts still come from another policy than the one that is trained.",
+                "The log-probs of sampler and trainer are %.3f nats apart in the mean. More than rounding does that: "
+                "the trainer's are taken, and thoughts still come from another policy than the one that is trained.",
                 gap.mean().item(),
             )
         return found, {"sampler_gap_mean": gap.mean().item(), "sampler_gap_max": gap.max().item()}
