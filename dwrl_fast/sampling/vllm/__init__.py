@@ -1,4 +1,4 @@
-"""Thoughts written by vLLM, in this process or by servers of it (docs/vllm.md). Neither vllm nor httpx is imported
+"""Thoughts written by vLLM, in this process or by servers of it (docs/vllm.md). Neither vllm nor httpx2 is imported
 before an engine is made.
 """
 

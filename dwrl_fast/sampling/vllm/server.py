@@ -25,9 +25,9 @@ class Server:
 
     def __init__(self, url: str, timeout: float, dtype: str, connections: int):
         try:
-            import httpx
+            import httpx2 as httpx
         except ImportError as error:
-            raise ConfigError("--vllm_mode server: httpx is not installed (pip install 'dwrl_fast[vllm]')") from error
+            raise ConfigError("--vllm_mode server: httpx2 is not installed (pip install 'dwrl_fast[vllm]')") from error
         self.url, self.timeout, self.dtype = url.rstrip("/"), timeout, dtype
         self.failures = (httpx.TransportError,)
         self.client = httpx.Client(
