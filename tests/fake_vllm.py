@@ -62,14 +62,15 @@ class FakeVllm:
         if path == "/update_weight_version":
             self.version = body["new_version"]
             return {"success": True}
-        return {
+        answers: dict[str, dict[str, Any]] = {
             "/health": {},
             "/version": {"version": self.vllm_version},
             "/v1/models": {"data": [{"id": "tiny", "max_model_len": 64}]},
             "/server_info": {"vllm_config": self.config},
             "/weight_info": {"weight_version": self.version},
             "/reset_prefix_cache": {"success": self.reset},
-        }[path]
+        }
+        return answers[path]
 
 
 class Die(Exception):

@@ -12,17 +12,8 @@ import pytest
 from conftest import ROOT
 
 pytestmark = pytest.mark.slow
-CASES = [
-    "sync_in_process",
-    "sync_by_server",
-    "restart",
-    "refused",
-    "training_in_process",
-    "training_by_server",
-    "training_lora",
-    "training_by_ranks",
-]
-WITH_SMOLLM2 = ["smollm2_in_process", "smollm2_by_server", "training_smollm2"]
+CASES = ["in_process", "by_server", "restart", "refused"]
+WITH_SMOLLM2 = ["smollm2_in_process", "smollm2_by_server"]
 
 
 @pytest.fixture(scope="session")

@@ -79,7 +79,7 @@ def test_a_reset_that_fails_ends_the_run(fake: FakeVllm, url: str) -> None:
     fake.reset = False
     with pytest.raises(SamplerError, match="did not reset its prefix cache"):
         sampler.sample(CONTEXTS, 1, **HOW)
-    assert fake.version == "default" and not fake.written[-1:] == [fake.weights]
+    assert fake.version == "default" and fake.written[-1:] != [fake.weights]
 
 
 def test_a_restarted_server_gets_the_weights_again(fake: FakeVllm, url: str) -> None:
@@ -112,7 +112,7 @@ def test_another_program_at_the_server_is_not_borne(fake: FakeVllm, url: str) ->
     sampler = sampler_of(url)
     sampler.sample(CONTEXTS, 1, **HOW)
     fake.fault = lambda body: fake.answer("/update_weight_version", {"new_version": "theirs"}) and None
-    with pytest.raises(SamplerError, match="another program changed its weights.*3 times"):
+    with pytest.raises(SamplerError, match=r"another program changed its weights.*3 times"):
         sampler.sample(CONTEXTS, 1, **HOW)
 
 
