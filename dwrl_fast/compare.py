@@ -146,6 +146,7 @@ def _judge(config: CompareConfig, folder: str, display: Display) -> Judgements:
         token_budget=config.token_budget,
         generation_batch_size=config.generation_batch_size,
         generation_cache_gib=config.generation_cache_gib,
+        **config.vllm_options,
     )
     rows, longest = read_rows(config.dataset_name, config, scorer.dialog, display, limit=config.limit)
     scorer.check_positions(longest)

@@ -40,6 +40,10 @@ class CheckpointError(UserError):
     """A checkpoint is missing, incomplete, altered, or belongs to another run."""
 
 
+class SamplerError(UserError):
+    """An engine that writes thoughts failed, or is not one that can be trusted with them."""
+
+
 class UntrainedError(UserError):
     """A run ended without having trained anything."""
 

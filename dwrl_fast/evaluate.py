@@ -118,6 +118,7 @@ def load(config: EvaluateConfig) -> Scorer:
         generation_cache_gib=config.generation_cache_gib,
         max_completion_length=config.max_completion_length,
         temperature=config.temperature,
+        **config.vllm_options,
     )
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import platform
 import time
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -194,11 +194,12 @@ def train(
     if (whole := judging.runtime.whole()) is not None:
         try_saving(folder, whole, dialog, method.card())
     del whole
-    trainer = Trainer(config, method, judging, feed, held_out, folder, display)
-    trainer.resume()
-    if ranks.first:
-        dataclasses.replace(saved, resume_from_checkpoint=None).save(folder / "config.yaml")
-    result = trainer.train()
+    with closing(judging.runtime):
+        trainer = Trainer(config, method, judging, feed, held_out, folder, display)
+        trainer.resume()
+        if ranks.first:
+            dataclasses.replace(saved, resume_from_checkpoint=None).save(folder / "config.yaml")
+        result = trainer.train()
     if ranks.first:
         curves = folder / "curves.png"
         plot_curves(read_metrics(folder / "metrics.jsonl"), curves, f"{config.method}, seed {config.seed}")

@@ -22,11 +22,11 @@ def tiny_dialog() -> Dialog:
     return Dialog(make_tokenizer(), Template(EVALUATE, RATE), "correctness")
 
 
-def tiny_model(seed: int = 0) -> GenerativeModel:
+def tiny_model(seed: int = 0, head: int = 8) -> GenerativeModel:
     """Drawn loudly enough that thoughts, labels and responses differ in probability."""
     config = LlamaConfig(
         vocab_size=len(IDS),
-        hidden_size=16,
+        hidden_size=2 * head,
         intermediate_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
@@ -41,10 +41,10 @@ def tiny_model(seed: int = 0) -> GenerativeModel:
         return GenerativeModel(LlamaForCausalLM(config))
 
 
-def tiny_folder(folder: Path, seed: int = 0) -> Path:
+def tiny_folder(folder: Path, seed: int = 0, head: int = 8) -> Path:
     """A model folder as `train` writes and reads them."""
     card = {"method": "dwrl", "score_normalization": "vocab", "temperature": 1.0, "max_completion_length": 6}
-    save_pretrained(folder, tiny_model(seed), tiny_dialog(), card)
+    save_pretrained(folder, tiny_model(seed, head), tiny_dialog(), card)
     return folder
 
 

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from dwrl_fast.batching.layout import Packing
 from dwrl_fast.data import Cluster, Rankings, Ties
-from dwrl_fast.methods.method_options import cache_option, thoughts_option
+from dwrl_fast.methods.method_options import VllmOptions, cache_option, thoughts_option
 from dwrl_fast.options import Options, at_least, option
 
 # ruff: noqa: RUF009 - what option() returns is a dataclass field
@@ -79,7 +79,7 @@ class CommonOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgingOptions(CommonOptions):
+class JudgingOptions(VllmOptions, CommonOptions):
     """What the commands share that judge with trained models."""
 
     limit: int | None = data_option(

@@ -4,10 +4,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from dwrl_fast.options import OPEN_FRACTION, POSITIVE, Bound, Options, at_least, option
+from dwrl_fast.options import OPEN_FRACTION, POSITIVE, Bound, Options, at_least, option, option_fields
+from dwrl_fast.sampling.vllm import VllmSettings
 
 method_option = partial(option, group="Method")
 thoughts_option = partial(option, group="Generating thoughts")
+vllm_option = partial(thoughts_option, needs=("use_vllm", True))
 
 
 def cache_option() -> Any:
@@ -21,7 +23,68 @@ def cache_option() -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WritingOptions(Options):
+class VllmOptions(Options):
+    """Of whatever writes thoughts: that vLLM writes them."""
+
+    use_vllm: bool = thoughts_option(
+        False,
+        "Let vLLM write the thoughts of the model that is trained or evaluated, in place of this package's own sampler:"
+        " for models and lengths whose thoughts take most of the time. It gets the weights before every round of"
+        " thoughts in which they have changed. See docs/vllm.md.",
+    )
+    vllm_mode: Literal["colocate", "server"] = vllm_option(
+        "colocate",
+        "Where vLLM runs. colocate: in this process and on its GPU, asleep while the model is trained; of several ranks"
+        " each has one. server: in processes of its own, on GPUs that train nothing, which you start before.",
+    )
+    vllm_server_base_url: tuple[str, ...] = vllm_option(
+        ("http://127.0.0.1:8000",),
+        "Addresses of vLLM servers, which share the thoughts. Weights go to them through a folder under TMPDIR, which"
+        " they must see too.",
+        needs=("vllm_mode", "server"),
+    )
+    vllm_server_timeout: float = vllm_option(
+        600.0,
+        "Seconds that a server may take to come up, and to answer one request. It must exceed the time that the longest"
+        " thought takes. A server that is silent for longer is asked twice more, then the run ends.",
+        bound=POSITIVE,
+        needs=("vllm_mode", "server"),
+    )
+    vllm_gpu_memory_utilization: float = vllm_option(
+        0.3,
+        "Share of the GPU's memory that vLLM in this process takes for weights and cache, while the trainer's weights"
+        " and optimizer states stay there. On a CPU --generation_cache_gib says how much the cache takes.",
+        bound=OPEN_FRACTION,
+        needs=("vllm_mode", "colocate"),
+    )
+    vllm_max_model_length: int | None = vllm_option(
+        None,
+        "The most tokens that vLLM takes in one sequence: prompt, response, thought and what asks for the score. none:"
+        " as many as the model has positions. Lower it where vLLM finds too little memory for one such sequence.",
+        bound=at_least(1),
+    )
+
+    @property
+    def vllm_options(self) -> dict[str, Any]:
+        """These by name, as `Scorer.from_pretrained` takes them."""
+        return {f.name: getattr(self, f.name) for f in option_fields(VllmOptions)}
+
+    @property
+    def vllm(self) -> VllmSettings | None:
+        """What the sampler takes of these; None without vLLM."""
+        if not self.use_vllm:
+            return None
+        return VllmSettings(
+            self.vllm_mode,
+            self.vllm_server_base_url,
+            self.vllm_server_timeout,
+            self.vllm_gpu_memory_utilization,
+            self.vllm_max_model_length,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WritingOptions(VllmOptions):
     """Of methods whose model writes thoughts, in training or when it judges."""
 
     max_completion_length: int = thoughts_option(

@@ -8,7 +8,7 @@ import copy
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,34 +228,54 @@ def plain(lm: Any) -> Any:
     config = copy.deepcopy(lm.config)
     config.__dict__.pop("quantization_config", None)
     with torch.device("meta"):
-        merged = type(lm)(config)
-    found = merged.load_state_dict(_merged_weights(lm), strict=False, assign=True)
-    merged.tie_weights()
+        model = type(lm)(config)
+    weights = {name: weight.cpu() for name, weight in merged(lm, dequantized(lm))}
+    found = model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
     for name, buffer in lm.named_buffers():  # of rotary embeddings, which are in no file
         owner, _, kind = name.rpartition(".")
-        setattr(merged.get_submodule(owner), kind, buffer.cpu())
-    assert not found.unexpected_keys and not any(p.is_meta for p in merged.parameters()), found
+        setattr(model.get_submodule(owner), kind, buffer.cpu())
+    assert not found.unexpected_keys and not any(p.is_meta for p in model.parameters()), found
     if lm.can_generate():
-        merged.generation_config = lm.generation_config
-    return merged
+        model.generation_config = lm.generation_config
+    return model
 
 
-def _merged_weights(lm: Any) -> dict[str, Tensor]:
-    """What `lm` computes with, under the names that it had without adapters; tied weights once."""
-    from peft.utils.integrations import dequantize_module_weight
-
-    layers, found = _layers(lm), {}
+def dequantized(lm: Any) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of `lm` by name, those in 4 bits as matrices."""
     for name, parameter in lm.named_parameters():
-        if ".lora_" in name or ".original_module." in name:
+        owner, _, kind = name.rpartition(".")
+        if adapted(lm) and kind == "weight":
+            from peft.utils.integrations import dequantize_module_weight
+
+            parameter = dequantize_module_weight(lm.get_submodule(owner))
+        yield name, parameter.detach()
+
+
+def merged(lm: Any, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """What a model computes with that has the parameters `named`, in the order of those of `lm`, under the names that
+    it had without adapters; merged in float32. Without adapters they are passed on as they come.
+    """
+    if not adapted(lm):
+        yield from named
+        return
+    layers, base, down = _layers(lm), {}, {}
+    for name, weight in named:
+        if ".original_module." in name:
             continue
         owner, _, kind = name.rpartition(".")
-        weight = dequantize_module_weight(lm.get_submodule(owner)) if kind == "weight" else parameter
-        layer = layers.get(owner.removesuffix(".base_layer"))
-        weight = weight.detach().float()
-        if layer is not None and kind == "weight":
-            weight = weight + layer.get_delta_weight(NAME).detach()
-        found[name.replace(".base_layer.", ".").replace(f".modules_to_save.{NAME}.", ".")] = weight.cpu()
-    return found
+        layer, part = owner.removesuffix(".base_layer"), owner.rpartition(".lora_")
+        if layer in layers and layer != owner and kind == "weight":
+            base[layer] = weight.float()  # until its adapters have come, which follow it
+        elif part[1] and part[2].startswith("A."):
+            down[part[0]] = weight
+        elif part[1]:
+            delta = weight @ down.pop(part[0])
+            turned = delta.T if layers[part[0]].fan_in_fan_out else delta
+            yield f"{part[0]}.weight", base.pop(part[0]) + turned * layers[part[0]].scaling[NAME]
+        else:
+            plainly = name.replace(".base_layer.", ".").replace(f".modules_to_save.{NAME}.", ".")
+            yield plainly, weight.float()
 
 
 def _layers(lm: Any) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """A loaded model, and all that it takes to run it without gradients."""
 
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -14,10 +16,12 @@ from dwrl_fast.encode import Group
 from dwrl_fast.errors import ModelError
 from dwrl_fast.methods import METHODS
 from dwrl_fast.models.adapters import Lora
+from dwrl_fast.models.export import check_exported_names, exported
 from dwrl_fast.models.model import load_generative, load_scalar, place
 from dwrl_fast.models.sharding import Sharded, cost_of, narrow
 from dwrl_fast.ranks import ALONE, Ranks
 from dwrl_fast.sampling import KeptThoughts, Limits, Sampler, TransformersSampler, TreeSampler, split
+from dwrl_fast.sampling.vllm import VllmSampler, VllmSettings, make_engine
 
 Result = TypeVar("Result")
 
@@ -35,7 +39,7 @@ class Share(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Runtime:
     """model: a `GenerativeModel` or `ScalarModel`. sampler: None where it cannot write thoughts. sharded: what is whole
-    of the model where ranks hold parts of it.
+    of the model where ranks hold parts of it. vllm: what writes the model's thoughts, where it is not the model itself.
     """
 
     model: Any
@@ -45,6 +49,26 @@ class Runtime:
     sampler: Sampler | None = None
     ranks: Ranks = ALONE
     sharded: Sharded | None = None
+    vllm: VllmSampler | None = None
+
+    def changed(self) -> None:
+        """The weights are no longer those that thoughts were last sampled with."""
+        if self.sharded is not None:
+            self.sharded.stale = True
+        if self.vllm is not None:
+            self.vllm.changed()
+
+    def refresh(self) -> None:
+        """Bring what samples up to date with the weights, as sampling would by itself. All ranks call it together."""
+        if self.vllm is not None:
+            self.vllm.refresh()
+        elif self.sharded is not None and self.sharded.replica is not None:
+            self.sharded.refresh()
+
+    def close(self) -> None:
+        """Leave nothing running beside this process."""
+        if self.vllm is not None:
+            self.vllm.close()
 
     def share(self, groups: Sequence[Group]) -> Share:
         """`groups` over the ranks. All of them hold all groups and split them alike."""
@@ -94,11 +118,6 @@ class Runtime:
             progress(left)  # of the other ranks
         return joined
 
-    def changed(self) -> None:
-        """The weights are no longer those that thoughts were last sampled with."""
-        if self.sharded is not None:
-            self.sharded.stale = True
-
     def whole(self) -> Any:
         """The model itself, or, where it is sharded, a whole copy on the first rank and None on the others."""
         return self.model if self.sharded is None else self.sharded.whole()
@@ -128,11 +147,13 @@ def load_runtime(
     frozen: bool = False,
     ranks: Ranks = ALONE,
     offload: bool = False,
+    vllm: VllmSettings | None = None,
 ) -> Runtime:
     """The model that `card` tells of, from a folder or hub name or drawn from a configuration, on `compute.device`.
 
     limits: of sampling. new_head: a scalar head that the folder does not hold is drawn, to be trained. frozen: nothing
-    will be trained. ranks: those that hold the model together, each a part; offload: in the processor's memory.
+    will be trained. ranks: those that hold the model together, each a part; offload: in the processor's memory. vllm:
+    that writes the model's thoughts.
     ModelError where the model, or the one that prefills its thoughts, cannot be loaded.
     """
     method = METHODS[card["method"]]
@@ -143,22 +164,36 @@ def load_runtime(
     else:
         model = load_generative(name_or_path, config_path, seed, lora, dtype=dtype)
     writes = method.thinks and not method.scalar
-    model = place(model, compute, layout, thinks=writes)
+    vllm = vllm if writes else None
+    model = place(model, compute, layout, thinks=writes and vllm is None)
     if frozen or not method.trains:
         model.requires_grad_(False)
     samples = not method.scalar
     if ranks.mesh is None:
-        sampler = _sampler(model, dialog, compute, layout, limits) if samples else None
+        sampler = _sampler(model, dialog, compute, layout, limits) if samples and vllm is None else None
         runtime = Runtime(model, dialog, compute, layout, sampler)
     else:
         layout = replace(layout, cost=cost_of(model))
-        sharded = Sharded(model, ranks, compute, samples=writes, offload=offload)
+        sharded = Sharded(model, ranks, compute, samples=writes and vllm is None, offload=offload)
         sharded.begin(layout.idle())
         sampler = None
         if sharded.replica is not None:
             sampler = split(_sampler(sharded.replica, dialog, compute, layout, limits), ranks, sharded.refresh)
         runtime = Runtime(sharded.model, dialog, compute, layout, sampler, ranks, sharded)
+    if vllm is not None:
+        runtime = _with_vllm(runtime, vllm, limits, trains=not frozen and method.trains)
     return _prefilled(runtime, card["prefilled_by"], limits) if "prefilled_by" in card else runtime
+
+
+def _with_vllm(runtime: Runtime, settings: VllmSettings, limits: Limits, *, trains: bool) -> Runtime:
+    """With thoughts by vLLM, which has no weights but those that are sent to it."""
+    model, sharded, compute, ranks = runtime.model, runtime.sharded, runtime.compute, runtime.ranks
+    lm = model.lm if sharded is None else sharded.skeleton.lm
+    check_exported_names(lm)
+    run = ranks.from_first(lambda: uuid.uuid4().hex[:12])
+    engine = make_engine(settings, lm.config, compute.dtype, compute.device, ranks, limits, trains=trains)
+    sampler = VllmSampler(engine, runtime.dialog.stop_ids, partial(exported, model, sharded, compute.dtype), run)
+    return replace(runtime, sampler=split(sampler, ranks, sampler.refresh), vllm=sampler)
 
 
 def _dtype(compute: Compute, ranks: Ranks) -> Literal["auto"] | None:

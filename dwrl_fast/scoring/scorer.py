@@ -90,6 +90,12 @@ class Scorer:
         generation_cache_gib: float = 4.0,
         max_completion_length: int | None = None,
         temperature: float | None = None,
+        use_vllm: bool = False,
+        vllm_mode: Literal["colocate", "server"] = "colocate",
+        vllm_server_base_url: Sequence[str] = EvaluateConfig.vllm_server_base_url,
+        vllm_server_timeout: float = EvaluateConfig.vllm_server_timeout,
+        vllm_gpu_memory_utilization: float = EvaluateConfig.vllm_gpu_memory_utilization,
+        vllm_max_model_length: int | None = None,
     ) -> Self:
         """From a folder that `dwrl_fast.train` wrote (OUTPUT_DIR/model); or, as a "judge" that is asked for a verdict
         in text, from any causal language model, by folder, hub name or GGUF file. On the GPU if there is one.
@@ -109,8 +115,16 @@ class Scorer:
             "generation_cache_gib": generation_cache_gib,
             "max_completion_length": max_completion_length,
             "temperature": temperature,
+            "use_vllm": use_vllm,
+            "vllm_mode": vllm_mode,
+            "vllm_server_base_url": vllm_server_base_url,
+            "vllm_server_timeout": vllm_server_timeout,
+            "vllm_gpu_memory_utilization": vllm_gpu_memory_utilization,
+            "vllm_max_model_length": vllm_max_model_length,
         }
-        given_by(EvaluateConfig, "Scorer.from_pretrained", model_name_or_path=str(path), dataset_name=(), **options)
+        config = given_by(
+            EvaluateConfig, "Scorer.from_pretrained", model_name_or_path=str(path), dataset_name=(), **options
+        )
         if method is not None:
             dialog, card = load_judge(
                 method, str(path), template=template, aspect=aspect, enable_thinking=enable_thinking
@@ -122,7 +136,9 @@ class Scorer:
         compute = Compute.resolve(dtype)
         layout = Layout(packing, token_budget, dialog.pad_id, compute.device)
         sampling = Limits(generation_batch_size, generation_cache_gib)
-        runtime = load_runtime(card, str(path), None, 0, dialog, compute, layout, sampling)
+        runtime = load_runtime(
+            card, str(path), None, 0, dialog, compute, layout, sampling, frozen=True, vllm=config.vllm
+        )
         return cls(judging_of(runtime, card))
 
     def score_groups(

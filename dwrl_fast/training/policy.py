@@ -83,12 +83,8 @@ class Policy:
                 f"Rows: {', '.join(sources[:8])} ..."
             )
         self.optimizers.step(phase, place, used)
-        self.changed()
-        return norm
-
-    def changed(self) -> None:
-        """See `Runtime.changed`."""
         self.runtime.changed()
+        return norm
 
     def read_metrics(self, groups: Sequence[Group]) -> tuple[dict[str, float], list[ScoredGroup]]:
         """What the updates since the last call, over `groups`, added up to on all ranks: means by name, and the groups
@@ -143,6 +139,7 @@ def load_judging(
         new_head=True,
         ranks=ranks,
         offload=config.cpu_offload,
+        vllm=config.vllm,
     )
     judging = judging_of(runtime, method.card())
     start = judging.start if isinstance(judging, PolicyJudging) else None

@@ -1,6 +1,7 @@
 """From rows to the groups that a step trains: asked, sampled, rewarded, kept, with the old policy's log-probs."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -8,22 +9,30 @@ from torch import Tensor
 from dwrl_fast.data import Preference
 from dwrl_fast.encode import Group, Request
 from dwrl_fast.errors import ConfigError
+from dwrl_fast.log import logger
 from dwrl_fast.methods import Method
 from dwrl_fast.progress import Display
 from dwrl_fast.sampling import Limits, Sampler, sample_groups
 from dwrl_fast.scoring import Judging, PolicyJudging
 from dwrl_fast.scoring.runtime import load_writer
 
+FAR = 0.02  # nats
+Timed = Callable[[str], AbstractContextManager[None]]
+
+
+def _untimed(stage: str) -> AbstractContextManager[None]:
+    return nullcontext()
+
 
 class Rollout:
     """What `method` trains on, under the model of `judging` as it stands at each call.
 
     ConfigError where the sampler's log-probs are asked for and cannot stand for the trainer's; ModelError where another
-    model writes the thoughts and cannot be loaded.
+    model writes the thoughts and cannot be loaded. timed: a context whose seconds are added to a stage's.
     """
 
-    def __init__(self, method: Method, judging: Judging):
-        self.method, self.judging, self.runtime = method, judging, judging.runtime
+    def __init__(self, method: Method, judging: Judging, timed: Timed = _untimed):
+        self.method, self.judging, self.runtime, self.timed = method, judging, judging.runtime, timed
         compute, config = self.runtime.compute, method.config
         if method.thinks and config.old_logprobs == "sampler" and not compute.float32:
             raise ConfigError(
@@ -48,7 +57,11 @@ class Rollout:
         requests = method.requests(rows, seed)
         assert self.sampler is not None
         with display.stage("  " + method.preparation, sum(len(each.contexts) for each in requests)) as stage:
-            sampled = sampled_groups(method, requests, self.sampler, seed, stage.advance)
+            if self.sampler is self.runtime.sampler:
+                with self.timed("sync"):
+                    self.runtime.refresh()
+            with self.timed("sampling"):
+                sampled = sampled_groups(method, requests, self.sampler, seed, stage.advance)
         sampled, unread = method.reward(requests, sampled)
         kept, gaps = self._with_old_logprobs(method.keep(sampled, seed))
         return kept, method.figures(rows, requests, sampled, kept, unread) | gaps
@@ -59,7 +72,8 @@ class Rollout:
             return groups, {}
         if method.old_policy == "start":
             assert isinstance(self.judging, PolicyJudging)
-            return self.judging.with_start_logprobs(groups), {}
+            with self.timed("old_logprobs"):
+                return self.judging.with_start_logprobs(groups), {}
         if method.old_policy == "sampler":
             assert self.sampler is not None
             if source == "recompute" or (source == "auto" and not self.sampler.float32):
@@ -71,9 +85,16 @@ class Rollout:
         """The groups with the trainer's own log-probs in place of the sampler's, before anything is updated; how far
         the two were apart, in nats.
         """
-        fresh = self.runtime.logprobs(groups, self.method.trained_temperature)
+        with self.timed("old_logprobs"):
+            fresh = self.runtime.logprobs(groups, self.method.trained_temperature)
         found = [group.with_logprobs(each) for group, each in zip(groups, fresh, strict=True)]
         gap = (_logprobs(found) - _logprobs(groups)).abs()
+        if gap.numel() and gap.mean() > FAR:
+            logger.warning(
+                "The log-probs of sampler and trainer are %.3f nats apart in the mean. More than rounding does that: "
+                "the trainer's are taken, and thoughts still come from another policy than the one that is trained.",
+                gap.mean().item(),
+            )
         return found, {"sampler_gap_mean": gap.mean().item(), "sampler_gap_max": gap.max().item()}
 
 

@@ -28,7 +28,9 @@ from dwrl_fast.evaluation.sources import source_accuracy, source_reports
 from dwrl_fast.feed import Feed
 from dwrl_fast.log import logger
 from dwrl_fast.methods import Method
+from dwrl_fast.methods.method_options import VllmOptions
 from dwrl_fast.models.pretrained import save_pretrained
+from dwrl_fast.options import option_fields
 from dwrl_fast.progress import Display, Stage
 from dwrl_fast.scoring import Judging
 from dwrl_fast.training.checkpoint import checkpoints, latest_checkpoint, load_checkpoint, save_checkpoint, set_aside
@@ -48,6 +50,7 @@ APART = {
 TUNABLE = {
     *("learning_rate", "score_learning_rate", "thought_learning_rate", "max_grad_norm", "dtype", "packing"),
     *("token_budget", "generation_batch_size", "generation_cache_gib", "old_logprobs", "max_minutes"),
+    *(f.name for f in option_fields(VllmOptions)),
 }
 
 
@@ -69,11 +72,13 @@ class Trainer:
         model, minibatches = judging.runtime.model, feed.minibatches(config.minibatch_size)
         self.policy = Policy(judging.runtime, Optimizers(model, method, config, total=minibatches))
         self.ranks = judging.runtime.ranks
-        self.rollout = Rollout(method, judging)
+        self.rollout = Rollout(method, judging, self.timed)
         self.rows_identity = feed.identity()
         self.step = 0
         self.seconds: dict[str, float] = defaultdict(float)
         self.trained = self.last = 0.0  # seconds of all steps, and of the last one
+        self.figured = time.monotonic(), dict(self.seconds)  # when the last figures were taken
+        self.inner = [0.0]  # seconds that belong to stages within the open ones, from the outermost
         self.stall = StallWatch()
         self.before: dict[str, PairReport] = {}
 
@@ -82,6 +87,7 @@ class Trainer:
         self.policy.model.train()
         log, first = RunLog(self.folder, self.step) if self.ranks.first else None, self.step
         self.before = self.before or self.evaluate("before")
+        self.figured = time.monotonic(), dict(self.seconds)
         with self.display.stage(f"train {self.method.name}", self.feed.steps, done=self.step) as stage:
             while not self._over():
                 values = self.train_step(log, stage)
@@ -124,7 +130,7 @@ class Trainer:
 
     def train_step(self, log: RunLog | None, stage: Stage) -> dict[str, Any]:
         """One rollout batch: sample, update, and the figures of both. log: of the first rank."""
-        started, spent = time.monotonic(), dict(self.seconds)
+        started = time.monotonic()
         with self.timed("feed"):
             rows = self.feed.next()
         with self.timed("rollout"):
@@ -150,7 +156,7 @@ class Trainer:
         values |= {name: sum(each[name] for each in computed) for name in computed[0]}
         self.last = self.ranks.from_first(lambda: time.monotonic() - started)  # clocks differ
         self.trained += self.last
-        values |= self._figures(values, norms, len(groups), self.last, spent)
+        values |= self._figures(values, norms, len(groups), self.last)
         self.stall.update(values, size)
         stage.advance(1, **{k: values[k] for k in ("loss", "train_accuracy", "thought_length") if k in values})
         return values
@@ -196,12 +202,18 @@ class Trainer:
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Add the time within it to that of `stage`."""
+        """Add the time within it, but for that of stages within, to that of `stage`."""
         started = time.monotonic()
-        yield
+        self.inner.append(0.0)
+        try:
+            yield
+        finally:
+            within = self.inner.pop()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.seconds[stage] += time.monotonic() - started
+        seconds = time.monotonic() - started
+        self.inner[-1] += seconds
+        self.seconds[stage] += seconds - within
 
     def _figures(
         self,
@@ -209,9 +221,10 @@ class Trainer:
         norms: dict[str, list[Tensor]],
         groups: int,
         seconds: float,
-        before: dict[str, float],
     ) -> dict[str, Any]:
-        """What is derived from a step's means: norms, effective groups a minibatch, speed, and where the time went."""
+        """What is derived from a step's means: norms, effective groups a minibatch, speed, and where the time went
+        since the last figures, with what was saved and evaluated between the steps.
+        """
         found: dict[str, Any] = {f"grad_norm_{phase}": torch.stack(each).mean().item() for phase, each in norms.items()}
         if "pair_weight" in values:
             size = min(self.config.minibatch_size, groups)
@@ -219,10 +232,10 @@ class Trainer:
             found["effective_groups"] = size * weight**2 / squared if squared else 0.0
         found |= {f"learning_rate_{phase}": rate for phase, rate in self.policy.optimizers.last_rates.items()}
         found |= {"seconds": seconds, "tokens_per_second": values["naive_tokens"] / seconds}
-        found |= {
-            f"share_{k}": (v - before.get(k, 0.0)) / seconds for k, v in self.seconds.items() if v > before.get(k, 0.0)
-        }
-        return found
+        since, before = self.figured
+        self.figured = time.monotonic(), dict(self.seconds)
+        passed = {k: v - before.get(k, 0.0) for k, v in self.seconds.items()}
+        return found | {f"share_{k}": v / (self.figured[0] - since) for k, v in passed.items() if v > 0}
 
     def _result(self, before: dict[str, PairReport], after: dict[str, PairReport]) -> dict[str, Any]:
         result: dict[str, Any] = {"steps": self.step, "seconds_by_stage": dict(self.seconds)} | self.feed.result()
@@ -266,7 +279,7 @@ class Trainer:
         if path is None:
             return
         state = load_checkpoint(path, self.policy.state(), ranks=self.ranks)
-        self.policy.changed()
+        self.policy.runtime.changed()
         self._compare(path, state["identity"])
         self.ranks.from_first(lambda: self._set_aside(path, state["step"], wanted))
         self.feed.restore(state["feed"])

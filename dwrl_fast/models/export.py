@@ -1,0 +1,42 @@
+"""The weights of a model as an exported one has them, one after another: for an engine that samples with them."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dwrl_fast.errors import ModelError
+from dwrl_fast.models.adapters import dequantized, merged
+from dwrl_fast.models.sharding import Sharded
+
+
+def exported(model: Any, sharded: Sharded | None, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Names and weights, in `dtype`: adapters merged, tied weights once. At most one layer's adapters and one weight
+    are held at a time; of ranks that hold parts all go through it together.
+    """
+    named: Iterable[tuple[str, Tensor]] = dequantized(model.lm)
+    if sharded is not None:
+        model = sharded.skeleton
+        named = ((name.removeprefix("lm."), weight) for name, weight in sharded.gathered())
+    for name, weight in merged(model.lm, named):
+        yield name, weight.to(dtype)
+
+
+def check_exported_names(lm: Any) -> None:
+    """ModelError where an exported model names its weights otherwise than the model that is trained, as some mixtures
+    of experts do.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    named = {name: torch.empty(p.shape, device="meta") for name, p in lm.named_parameters() if ".lora_" not in name}
+    named = {name.replace(".base_layer.", "."): weight for name, weight in named.items()}
+    try:
+        same = set(revert_weight_conversion(lm, dict(named))) == set(named)
+    except Exception:  # of conversions, which a model without them does not meet
+        same = False
+    if not same:
+        raise ModelError(
+            f"--use_vllm: {type(lm).__name__} keeps its weights under other names in a file than in memory, and they "
+            "are not sent to vLLM under those. Leave --use_vllm out."
+        )

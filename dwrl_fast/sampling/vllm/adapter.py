@@ -1,0 +1,175 @@
+"""All that depends on vLLM's version: its names, and what they take and give.
+
+Read in the sources of 0.29, 0.30, 0.31 and 0.32; run with 0.32, on a CPU.
+"""
+
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from dwrl_fast.errors import SamplerError
+from dwrl_fast.sampling.vllm.engine import Answer, Ask, Weights
+
+OLDEST, BELOW = (0, 29), (0, 34)
+LOGPROBS_MODE, GENERATION_CONFIG = "processed_logprobs", "vllm"
+EXTENSION = "dwrl_fast.sampling.vllm.worker.Repacking"  # which a CPU's worker needs
+SAMPLING: dict[str, Any] = {  # every way to sample from another distribution, switched off
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+
+
+def check_version(version: str, where: str) -> None:
+    """SamplerError where vLLM `version` is none that this file was written for."""
+    parts = version.split("+")[0].split(".")[:2]
+    found = tuple(int(part) for part in parts if part.isdigit())
+    if not OLDEST <= found < BELOW:
+        raise SamplerError(
+            f"{where} is vLLM {version}. How weights reach it changes from version to version: 0.29 to 0.33 are taken "
+            "(0.29 to 0.32 were read, 0.32 was run). Install one of them: pip install 'vllm>=0.29,<0.34'"
+        )
+
+
+def server_command(model: str, *, dtype: str = "bfloat16", cpu: bool = False, port: str = "8000") -> str:
+    """The command line of a server that can be sampled from."""
+    words = ["python", "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1"]
+    words += ["--port", port, "--dtype", dtype, "--logprobs-mode", LOGPROBS_MODE]
+    words += ["--generation-config", GENERATION_CONFIG]
+    words += ["--worker-extension-cls", EXTENSION, "--no-enable-chunked-prefill"] if cpu else []
+    return "VLLM_SERVER_DEV_MODE=1 " + shlex.join(words)
+
+
+# In this process
+
+
+def make_llm(folder: str, **options: Any) -> Any:
+    """vLLM's `LLM` over the config.json of `folder`; its weights are drawn until some are loaded."""
+    import vllm
+
+    check_version(vllm.__version__, "the installed one")
+    return vllm.LLM(
+        model=folder,
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        enable_prefix_caching=True,
+        logprobs_mode=LOGPROBS_MODE,
+        generation_config=GENERATION_CONFIG,
+        worker_extension_cls=EXTENSION,
+        disable_log_stats=True,
+        **options,
+    )
+
+
+def check_cpu_heads(config: Any) -> None:
+    """SamplerError where vLLM's attention on a CPU cannot take the heads of a model with this configuration."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    text = config.get_text_config()
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    taken = CPUAttentionBackend.get_supported_head_sizes()
+    if size not in taken:
+        raise SamplerError(
+            f"vLLM's attention on a CPU takes heads of {', '.join(map(str, taken))} numbers, and this model has heads "
+            f"of {size} (as the embedded task's has). Leave --use_vllm out, or take another model."
+        )
+
+
+def sampling_params(ask: Ask) -> Any:
+    """vLLM's `SamplingParams` of a request."""
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        temperature=ask.temperature,
+        max_tokens=ask.max_tokens,
+        seed=ask.seed,
+        stop_token_ids=list(ask.stop_ids),
+        ignore_eos=True,
+        detokenize=False,
+        **({"logprob_token_ids": list(ask.labels)} if ask.labels else {"logprobs": 0}),
+        **SAMPLING,
+    )
+
+
+def answer_of(output: Any, ask: Ask) -> Answer:
+    """From a `CompletionOutput`."""
+    ids = list(output.token_ids)
+    rows = output.logprobs or []
+    labels = tuple(rows[0][label].logprob for label in ask.labels) if rows else ()
+    return Answer(ids, [row[token].logprob for row, token in zip(rows, ids, strict=True)], labels)
+
+
+def load_weights(llm: Any, weights: Weights) -> None:
+    """Every weight, one after another, from this process's memory."""
+    llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+
+
+def set_version(llm: Any, version: str) -> None:
+    """What `weight_versions` of each output will say."""
+    llm.llm_engine.set_weight_version(version)
+
+
+# Over HTTP
+
+
+def completion_body(ask: Ask, model: str) -> dict[str, Any]:
+    """What is posted to /v1/completions."""
+    return {
+        "model": model,
+        "prompt": ask.prompt,
+        "max_tokens": ask.max_tokens,
+        "temperature": ask.temperature,
+        "seed": ask.seed,
+        "stop_token_ids": list(ask.stop_ids),
+        "ignore_eos": True,
+        "logprobs": 1 if ask.labels else 0,
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": True,
+        "add_special_tokens": False,
+        "skip_special_tokens": False,
+        **({"logprob_token_ids": list(ask.labels)} if ask.labels else {}),
+        **SAMPLING,
+    }
+
+
+def answer_of_body(body: dict[str, Any], ask: Ask) -> Answer:
+    """From what /v1/completions answers. LookupError or TypeError where it is something else."""
+    (choice,) = body["choices"]
+    if choice["prompt_token_ids"] != ask.prompt:
+        raise LookupError("the prompt came back changed")
+    found = choice["logprobs"]
+    labels = [found["top_logprobs"][0][f"token_id:{label}"] for label in ask.labels]
+    return Answer(list(choice["token_ids"]), [float(p) for p in found["token_logprobs"]], tuple(map(float, labels)))
+
+
+def unfit(config: dict[str, Any], dtype: str) -> list[str]:
+    """What of a server's configuration (`/server_info`) makes its thoughts none of ours."""
+    model = config["model_config"]
+    wanted = {
+        "logprobs_mode": LOGPROBS_MODE,
+        "generation_config": GENERATION_CONFIG,
+        "dtype": f"torch.{dtype}",
+        "override_generation_config": {},
+    }
+    found = [
+        f"{name} is {model.get(name)!r}, not {value!r}" for name, value in wanted.items() if model.get(name) != value
+    ]
+    if on_cpu(config) and config["parallel_config"].get("worker_extension_cls") != EXTENSION:
+        found.append(f"worker_extension_cls is not {EXTENSION}, without which a tied head stays as it was on a CPU")
+    if on_cpu(config) and config["scheduler_config"].get("enable_chunked_prefill"):
+        found.append("enable_chunked_prefill is on, and on a CPU it ends vLLM at the first seeded request that is cut")
+    return found
+
+
+def on_cpu(config: dict[str, Any]) -> bool:
+    """Whether the server computes on a CPU."""
+    return str(config["device_config"].get("device")) == "cpu"
+
+
+def load_calls(folder: str, cpu: bool) -> Sequence[tuple[str, dict[str, Any]]]:
+    """What is posted to /collective_rpc, in order, so that the server takes over the safetensors in `folder`."""
+    reload = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
+    return [("/collective_rpc", reload), *([("/collective_rpc", {"method": "repack_heads"})] if cpu else [])]

@@ -1,0 +1,125 @@
+"""vLLM in this process, on the device that trains."""
+
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from dwrl_fast.errors import ConfigError, SamplerError
+from dwrl_fast.ranks import Ranks
+from dwrl_fast.sampling.sampler import Limits
+from dwrl_fast.sampling.vllm import adapter
+from dwrl_fast.sampling.vllm.engine import Answer, Ask, VllmSettings, Weights, wrong
+
+
+class Colocated:
+    """An engine over vLLM's `LLM`. config: of the Hugging Face model; its weights come by `load`, out of this process's
+    memory. limits: of sequences that are written at once, and on a CPU of the cache. trains: the device is needed for
+    training too, so vLLM sleeps between calls, which a CPU cannot.
+
+    ConfigError where vLLM is missing or cannot run as it is asked to.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        settings: VllmSettings,
+        dtype: torch.dtype,
+        device: torch.device,
+        limits: Limits,
+        ranks: Ranks,
+        *,
+        trains: bool,
+    ):
+        self.cpu = cpu = device.type == "cpu"
+        self.sleeps, self.lock = trains and not cpu, threading.Lock()
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights go from memory to memory
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the threads are the trainer's too
+        options: dict[str, Any] = {"gpu_memory_utilization": settings.gpu_memory_utilization}
+        if ranks.mesh is not None:
+            options["distributed_executor_backend"] = "external_launcher"  # torchrun's processes are there already
+        if cpu:
+            options |= {"kv_cache_memory_bytes": int(limits.cache_gib * 2**30), "enforce_eager": True}
+            options["enable_chunked_prefill"] = False  # with which vLLM 0.32 fails on a CPU, where requests are seeded
+        threads, set_threads = torch.get_num_threads(), torch.set_num_threads
+        with tempfile.TemporaryDirectory() as folder:
+            config.save_pretrained(folder)
+            try:
+                if cpu:
+                    adapter.check_cpu_heads(config)
+                self.llm = adapter.make_llm(
+                    folder,
+                    dtype=str(dtype).removeprefix("torch."),
+                    max_model_len=settings.max_model_length,
+                    max_num_seqs=limits.batch_size,
+                    enable_sleep_mode=self.sleeps,
+                    **options,
+                )
+            except ImportError as error:
+                raise ConfigError(
+                    f"--use_vllm: vLLM cannot be imported ({error}). Install it (pip install 'dwrl_fast[vllm]'; on a "
+                    "CPU `make vllm` makes an environment that has it), or leave --use_vllm out."
+                ) from error
+        torch.set_num_threads = set_threads  # which vLLM replaces on a CPU
+        torch.set_num_threads(threads)
+        self.longest = int(self.llm.llm_engine.model_config.max_model_len)
+        self.asleep = False
+
+    def complete(self, asks: Sequence[Ask], done: Callable[[int], None]) -> list[Answer]:
+        """See `Engine.complete`."""
+        engine = self.llm.llm_engine
+        found: dict[int, Answer] = {}
+        with self.lock:
+            for place, ask in enumerate(asks):
+                prompt = {"prompt_token_ids": list(ask.prompt)}
+                engine.add_request(str(place), prompt, adapter.sampling_params(ask))
+            try:
+                while engine.has_unfinished_requests():
+                    for output in engine.step():
+                        if output.finished:
+                            place = int(output.request_id)
+                            found[place] = adapter.answer_of(output.outputs[0], asks[place])
+                            done(place)
+            finally:
+                if left := [str(place) for place in range(len(asks)) if place not in found]:
+                    engine.abort_request(left)
+        for place, ask in enumerate(asks):
+            if why := "no answer came" if place not in found else wrong(ask, found[place]):
+                raise SamplerError(f"vLLM in this process gave no whole thought: {why}. Nothing was trained on it.")
+        return [found[place] for place in range(len(asks))]
+
+    def load(self, weights: Weights, version: str) -> None:
+        """See `Engine.load`."""
+        with self.lock:
+            if self.asleep:
+                self.llm.wake_up(["weights"])
+            adapter.load_weights(self.llm, weights)
+            if self.cpu:
+                self.llm.collective_rpc("repack_heads")
+            if self.asleep:
+                self.llm.wake_up(["kv_cache"])
+            self.asleep = False
+            self.reset()
+            adapter.set_version(self.llm, version)
+
+    def reset(self) -> None:
+        """Forget all keys and values. SamplerError where vLLM does not."""
+        if not self.llm.reset_prefix_cache():
+            raise SamplerError(
+                "vLLM in this process did not reset its prefix cache, which holds keys and values of older weights: "
+                "nothing is sampled from it. Leave --use_vllm out, or report this with vLLM's version."
+            )
+
+    def sleep(self) -> None:
+        """See `Engine.sleep`."""
+        self.llm.sleep(level=2)  # without a copy of the weights, which are sent again
+        self.asleep = True
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        if (llm := self.__dict__.pop("llm", None)) is not None:
+            llm.llm_engine.engine_core.shutdown()

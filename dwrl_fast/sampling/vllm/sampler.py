@@ -1,0 +1,199 @@
+"""A sampler over vLLM that never samples with other weights than the trainer's.
+
+The trainer says when it has changed its weights; before the next thought all of them are sent, and then every key and
+value that older ones left is forgotten. Each thought is a request of its own with a seed of its own, hashed from what
+it is for; those about one context share its prefix in vLLM's cache.
+"""
+
+import math
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from dwrl_fast.encode.thought import Thought
+from dwrl_fast.errors import ConfigError, DataError, NotFiniteError
+from dwrl_fast.log import logger
+from dwrl_fast.sampling.sampler import Rating, request_key
+from dwrl_fast.sampling.vllm.engine import Answer, Ask, Engine, Weights
+
+
+class VllmSampler:
+    """A `RatingSampler` over `engine`. weights: gives the trainer's as they are, by their names in an exported model;
+    ranks go through it together. run: names this run among others that may use a server.
+
+    version: of the trainer's weights. sent: the version that the engine has; None where it has none of ours.
+    """
+
+    float32 = False  # its kernels are not the trainer's: the old policy's log-probs are computed again
+
+    def __init__(self, engine: Engine, stop_ids: Sequence[int], weights: Callable[[], Weights], run: str):
+        self.engine, self.stop_ids, self.weights, self.run = engine, tuple(stop_ids), weights, run
+        self.version = 0
+        self.sent: int | None = None
+        self.lock = threading.RLock()
+        self.close = weakref.finalize(self, engine.close)
+
+    def changed(self) -> None:
+        """The trainer's weights are others than before."""
+        self.version += 1
+
+    def refresh(self) -> None:
+        """Send the weights where the engine has not got those of now. All ranks call it together."""
+        with self.lock:
+            if self.sent == self.version:
+                return
+            started, version = time.monotonic(), self.version
+            self.sent = None  # until all of it is there
+            self.engine.load(self.weights(), f"{self.run}/{version}")
+            self.sent = version
+            logger.info("vLLM has the weights of version %d, sent in %.1f s", version, time.monotonic() - started)
+
+    def sample(
+        self,
+        contexts: Sequence[Sequence[int]],
+        n: int,
+        *,
+        max_tokens: int,
+        temperature: float,
+        seed: int,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[list[Thought]]:
+        """See `Sampler.sample`. ConfigError where a sequence would be longer than the engine takes."""
+        return self._sample(contexts, n, max_tokens, temperature, seed, progress, None)
+
+    def rated(
+        self,
+        contexts: Sequence[Sequence[int]],
+        n: int,
+        rating: Rating,
+        *,
+        max_tokens: int,
+        temperature: float,
+        seed: int,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[list[Thought]]:
+        """See `RatingSampler.rated`. A score is read by a second request, of one token, over the cached prefix."""
+        return self._sample(contexts, n, max_tokens, temperature, seed, progress, rating)
+
+    def _sample(
+        self,
+        contexts: Sequence[Sequence[int]],
+        n: int,
+        max_tokens: int,
+        temperature: float,
+        seed: int,
+        progress: Callable[[int], None] | None,
+        rating: Rating | None,
+    ) -> list[list[Thought]]:
+        if not all(contexts):
+            raise DataError("a context has no token, so nothing can be sampled after it")
+        self.refresh()
+        self._check_length(max(map(len, contexts), default=0) + max_tokens + (rating.most if rating else 0))
+        places: dict[tuple[int, ...], list[int]] = {}  # equal contexts get equal thoughts
+        for place, context in enumerate(contexts):
+            places.setdefault(tuple(context), []).append(place)
+        asks = [
+            Ask(list(context), max_tokens, temperature, _seed(seed, context, i), self.stop_ids)
+            for context in places
+            for i in range(n)
+        ]
+        owners = [owner for own in places.values() for owner in [len(own)] * n]
+        counted = _Counting(owners, n, progress)
+        answers = self.engine.complete(asks, counted if rating is None else _nothing)
+        _check_finite(answers)
+        found: list[list[Thought]] = [[] for _ in contexts]
+        for k, own in enumerate(places.values()):
+            for answer in answers[k * n : (k + 1) * n]:
+                thought = Thought(answer.ids, answer.logprobs, answer.ids[-1] in self.stop_ids)
+                for place in own:
+                    found[place].append(thought)
+        if rating is not None:
+            found = self._rate(contexts, found, rating, progress)
+        if self.engine.sleeps:
+            self.engine.sleep()
+            self.sent = None
+        return found
+
+    def _rate(
+        self,
+        contexts: Sequence[Sequence[int]],
+        thoughts: list[list[Thought]],
+        rating: Rating,
+        progress: Callable[[int], None] | None,
+    ) -> list[list[Thought]]:
+        asks = [
+            Ask([*contexts[place], *rating.close(place, thought.ids)], labels=rating.labels)
+            for place, some in enumerate(thoughts)
+            for thought in some
+        ]
+        n = len(thoughts[0]) if thoughts else 1
+        scores = [
+            _score(answer.labels, rating.normalization)
+            for answer in self.engine.complete(asks, _Counting([1] * len(asks), n, progress))
+        ]
+        if not all(map(math.isfinite, scores)):
+            raise NotFiniteError("vLLM's log-probs of the labels are not finite: the weights hold NaN, or overflow")
+        flat = iter(scores)
+        return [[Thought(t.ids, t.logprobs, t.ended, score=next(flat)) for t in some] for some in thoughts]
+
+    def text_logprobs(self, ids: Sequence[int]) -> list[float]:
+        """Log-probs of a fixed text's tokens but the first, each read after those before it, as scores are: over the
+        cache. They prove which weights the engine has.
+        """
+        self.refresh()
+        self._check_length(len(ids))
+        asks = [Ask(list(ids[:i]), labels=(ids[i],)) for i in range(1, len(ids))]
+        return [answer.labels[0] for answer in self.engine.complete(asks, _nothing)]
+
+    def _check_length(self, longest: int) -> None:
+        if longest > self.engine.longest:
+            raise ConfigError(
+                f"a context with its thought may take {longest} tokens, and vLLM takes {self.engine.longest}: raise "
+                "--vllm_max_model_length (of a server, its --max-model-len), or lower --max_completion_length or "
+                "--max_length"
+            )
+
+
+class _Counting:
+    """Tells `progress` of contexts that are finished: each when its n asks are. owners: for each ask, how many contexts
+    it stands for.
+    """
+
+    def __init__(self, owners: Sequence[int], n: int, progress: Callable[[int], None] | None):
+        self.owners, self.n, self.progress = owners, n, progress
+        self.left = [set(range(k, k + n)) for k in range(0, len(owners), n)]
+        self.lock = threading.Lock()
+
+    def __call__(self, place: int) -> None:
+        with self.lock:
+            left = self.left[place // self.n]
+            if place in left:
+                left.discard(place)
+                if not left and self.progress is not None:
+                    self.progress(self.owners[place])
+
+
+def _nothing(place: int) -> None:
+    """Not counted."""
+
+
+def _seed(seed: int, context: Sequence[int], index: int) -> int:
+    """63 bits: vLLM takes signed numbers of 64, and -1 for none."""
+    return request_key(seed, context, index) & (2**63 - 1)
+
+
+def _score(labels: tuple[float, ...], normalization: str) -> float:
+    """log p(Yes) in nats, as `ops.yes_no_logprob` gives it."""
+    yes, no = labels
+    return yes if normalization == "vocab" else yes - float(np.logaddexp(yes, no))
+
+
+def _check_finite(answers: Sequence[Answer]) -> None:
+    if not all(math.isfinite(p) for answer in answers for p in answer.logprobs):
+        raise NotFiniteError(
+            "vLLM's log-probs are not finite, so no thought can be taken from it. If a checkpoint from before was "
+            "saved, resume from it with a lower learning rate or with --dtype fp32"
+        )

@@ -1,0 +1,174 @@
+"""One vLLM server over HTTP: whether it can be trusted, what weights it has, and requests to it."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dwrl_fast.errors import ConfigError, SamplerError
+from dwrl_fast.sampling.vllm import adapter
+from dwrl_fast.sampling.vllm.engine import Answer, Ask, wrong
+
+PAUSE = 0.5  # seconds between looks at a server that does not answer
+PROBED = 16  # token ids whose log-probs show how a server samples
+TOLERANCE = 0.02  # nats; rounding of two requests against a distribution that was altered
+
+
+class TroubleError(Exception):
+    """A server did not do what it should; a second try may help."""
+
+
+class Server:
+    """A server at `url`. timeout: seconds that it may be silent, and take to come up. dtype: what it must
+    compute in.
+    """
+
+    def __init__(self, url: str, timeout: float, dtype: str, connections: int):
+        try:
+            import httpx2 as httpx
+        except ImportError as error:
+            raise ConfigError("--vllm_mode server: httpx2 is not installed (pip install 'dwrl_fast[vllm]')") from error
+        self.url, self.timeout, self.dtype = url.rstrip("/"), timeout, dtype
+        self.failures = (httpx.TransportError,)
+        self.client = httpx.Client(
+            base_url=self.url,
+            timeout=httpx.Timeout(timeout, connect=5.0),
+            limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
+            trust_env=False,  # no proxy between this process and a loopback address
+        )
+        self.model, self.longest, self.cpu = "", 0, False
+
+    def call(self, method: str, path: str, body: Any = None, **query: str) -> dict[str, Any]:
+        """The JSON that it answers. TroubleError where it does not answer, SamplerError where it refuses."""
+        try:
+            answer = self.client.request(method, path, json=body, params=query or None)
+        except self.failures as error:
+            what = f"no answer within {self.timeout:g} s" if "Timeout" in type(error).__name__ else str(error)
+            raise TroubleError(f"{method} {path}: {what or type(error).__name__}") from error
+        if answer.status_code == 404:
+            raise self.refused(f"it has no route {path}, which VLLM_SERVER_DEV_MODE=1 gives it")
+        if answer.status_code == 429 or answer.status_code >= 500:
+            raise TroubleError(f"{method} {path}: status {answer.status_code}, {answer.text[:300]}")
+        if answer.status_code != 200:
+            raise self.failed(f"{method} {path}: status {answer.status_code}, {answer.text[:300]}")
+        try:
+            found = answer.json() if answer.content else {}
+        except ValueError as error:
+            raise TroubleError(f"{method} {path}: {answer.text[:100]!r} is no JSON") from error
+        return found if isinstance(found, dict) else {"content": found}
+
+    def refused(self, why: str) -> SamplerError:
+        """The error of a server that was started otherwise than it must be."""
+        return SamplerError(
+            f"the vLLM server {self.url} cannot be sampled from: {why}. Stop it, and start it as\n  {self._command()}"
+        )
+
+    def failed(self, what: str) -> SamplerError:
+        """The error of a server that was right and is no longer."""
+        return SamplerError(
+            f"the vLLM server {self.url} failed: {what}. Nothing was trained on what it had written. See what it "
+            "printed, start it again, and go on with the run by --resume_from_checkpoint latest."
+        )
+
+    def _command(self) -> str:
+        port = self.url.rpartition(":")[2] if self.url.count(":") == 2 else "8000"
+        return adapter.server_command(self.model or "MODEL", dtype=self.dtype, cpu=self.cpu, port=port)
+
+    def wait(self) -> None:
+        """Until it is up. SamplerError where it is not within `timeout` seconds."""
+        until = time.monotonic() + self.timeout
+        while True:
+            try:
+                if self.client.get("/health", timeout=min(self.timeout, 10.0)).status_code == 200:
+                    return
+                why = "its /health says that it is not well"
+            except self.failures as error:
+                why = str(error) or type(error).__name__
+            if time.monotonic() > until:
+                raise SamplerError(
+                    f"no vLLM server answers at {self.url} within {self.timeout:g} s (--vllm_server_timeout): {why}. "
+                    f"Start one as\n  {self._command()}"
+                )
+            time.sleep(PAUSE)
+
+    def settle(self) -> None:
+        """Find out what it is. SamplerError where it was not started as it must be."""
+        self.wait()
+        try:
+            adapter.check_version(str(self.call("GET", "/version").get("version")), f"the server {self.url}")
+            served = self.call("GET", "/v1/models")["data"][0]
+            self.model, self.longest = served["id"], int(served["max_model_len"])
+            config = self.call("GET", "/server_info", config_format="json")["vllm_config"]
+            self.cpu = adapter.on_cpu(config)
+            if found := adapter.unfit(config, self.dtype):
+                raise self.refused("; ".join(found))
+            self._probe()
+        except TroubleError as error:
+            raise self.failed(str(error)) from error
+        except (LookupError, TypeError, ValueError) as error:
+            if isinstance(error, SamplerError):
+                raise
+            raise self.failed(f"it says of itself what cannot be read ({error!r})") from error
+
+    def _probe(self) -> None:
+        """Whether its log-probs are those of softmax(logits / temperature), and its own defaults alter nothing."""
+        labels = tuple(range(1, PROBED + 1))
+        body = adapter.completion_body(Ask([1, 2, 3], labels=labels), self.model)
+        plain, cold = self._logprobs(body, labels), self._logprobs(body | {"temperature": 0.5}, labels)
+        for i, (a, b) in enumerate(zip(plain, cold, strict=True)):
+            if abs(2 * (a - plain[0]) - (b - cold[0])) > TOLERANCE * max(1.0, abs(a - plain[0])):
+                raise self.refused(
+                    f"log-probs at temperature 0.5 are not those of what it samples (token {i + 1}: {b:.3f})"
+                )
+        altering = {"temperature", *adapter.SAMPLING}
+        own = self._logprobs({k: v for k, v in body.items() if k not in altering}, labels)
+        if any(not abs(a - b) <= TOLERANCE * max(1.0, abs(a)) for a, b in zip(plain, own, strict=True)):
+            raise self.refused("defaults of its own alter what it samples, as a generation_config's top-k does")
+
+    def _logprobs(self, body: dict[str, Any], labels: tuple[int, ...]) -> tuple[float, ...]:
+        return adapter.answer_of_body(
+            self.call("POST", "/v1/completions", body), Ask(body["prompt"], labels=labels)
+        ).labels
+
+    def version(self) -> str:
+        """What `load` named the weights that it has; "default" of one that was just started."""
+        return str(self.call("GET", "/weight_info").get("weight_version"))
+
+    def load(self, folder: Path, version: str) -> None:
+        """Let it take over the safetensors in `folder`; its prefix cache is reset after the last of them, and only then
+        it bears `version`. TroubleError or SamplerError where any of that fails.
+        """
+        for path, body in adapter.load_calls(str(folder), self.cpu):
+            self.call("POST", path, body)
+        self.reset()
+        self.call("POST", "/update_weight_version", {"new_version": version})
+
+    def reset(self) -> None:
+        """Forget all keys and values. SamplerError where it does not."""
+        if self.call("POST", "/reset_prefix_cache").get("success") is not True:
+            raise self.failed(
+                "it did not reset its prefix cache, which holds keys and values of older weights (another program may "
+                "be using it)"
+            )
+
+    def ask(self, ask: Ask) -> Answer:
+        """One answer. TroubleError where it is not whole."""
+        body = self.call("POST", "/v1/completions", adapter.completion_body(ask, self.model))
+        try:
+            answer = adapter.answer_of_body(body, ask)
+        except (LookupError, TypeError, ValueError) as error:
+            raise TroubleError(f"an answer that cannot be read: {error!r}") from error
+        if why := wrong(ask, answer):
+            raise TroubleError(why)
+        return answer
+
+
+def tried(what: Callable[[], None], server: Server, attempts: int) -> None:
+    """`what`, so many times where it meets trouble; then SamplerError."""
+    for left in range(attempts - 1, -1, -1):
+        try:
+            return what()
+        except TroubleError as error:
+            if not left:
+                raise server.failed(f"{error}, {attempts} times in all") from error
+            server.wait()

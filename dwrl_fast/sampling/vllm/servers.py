@@ -1,0 +1,181 @@
+"""Several vLLM servers as one engine.
+
+Each has a version of its weights, which is compared before and after every call: a server that was restarted has its
+file's weights again, and bears no version of ours. It gets the last weights once more, and what it answered meanwhile
+is thrown away. All retries are bounded.
+"""
+
+import fcntl
+import itertools
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dwrl_fast.errors import SamplerError
+from dwrl_fast.log import logger
+from dwrl_fast.ranks import Ranks
+from dwrl_fast.sampling.vllm.engine import Answer, Ask, VllmSettings, Weights
+from dwrl_fast.sampling.vllm.folder import write_weights
+from dwrl_fast.sampling.vllm.server import Server, TroubleError, tried
+
+ATTEMPTS = 3
+
+
+class Servers:
+    """An engine over servers that are up. at_once: requests to each at a time. ranks: those that share the servers; the
+    first of them sends the weights.
+
+    SamplerError where a server does not answer or was not started as it must be.
+    """
+
+    sleeps = False
+
+    def __init__(self, settings: VllmSettings, dtype: torch.dtype, ranks: Ranks, at_once: int):
+        self.ranks, self.at_once = ranks, at_once
+        name = str(dtype).removeprefix("torch.")
+        self.servers = [Server(url, settings.timeout, name, at_once) for url in settings.base_url]
+        for server, said in zip(self.servers, ranks.from_first(self._settled), strict=True):
+            server.model, server.longest, server.cpu = said
+        self.longest = min(server.longest for server in self.servers)
+        if settings.max_model_length is not None:
+            self.longest = min(self.longest, settings.max_model_length)
+        self.folder: Path | None = None
+        self.wanted = ""  # what the version of every server begins with
+
+    def _settled(self) -> list[tuple[str, int, bool]]:
+        for server in self.servers:
+            server.settle()
+        return [(server.model, server.longest, server.cpu) for server in self.servers]
+
+    def load(self, weights: Weights, version: str) -> None:
+        """See `Engine.load`. The weights stay in their folder until the next ones are there, for a server that is
+        restarted.
+        """
+        own, before = Path(tempfile.mkdtemp(prefix="dwrl_fast_weights_")) if self.ranks.first else None, self.folder
+        try:
+            write_weights(own, weights)
+            self.wanted = ""
+            self.folder = self.ranks.from_first(lambda: self._sent(own, version))
+            self.wanted = version
+        finally:
+            if own is not None and self.folder != own:
+                shutil.rmtree(own, ignore_errors=True)
+        if self.ranks.first and before is not None:
+            shutil.rmtree(before, ignore_errors=True)
+
+    def _sent(self, folder: Path | None, version: str) -> Path:
+        assert folder is not None
+        with ThreadPoolExecutor(len(self.servers)) as pool:
+            send = partial(_send, folder=folder, version=f"{version}#0")
+            for _ in pool.map(send, self.servers):
+                pass
+        return folder
+
+    def complete(self, asks: Sequence[Ask], done: Callable[[int], None]) -> list[Answer]:
+        """See `Engine.complete`. Each server answers those that stand together, about as many tokens as any other."""
+        sizes = np.array([len(ask.prompt) + ask.max_tokens for ask in asks], dtype=np.int64)
+        middle, count = np.cumsum(sizes) - sizes / 2, len(self.servers)
+        edges = np.searchsorted(middle, sizes.sum() * np.arange(count + 1) / count).tolist()
+        found: list[Answer] = []
+        with ThreadPoolExecutor(count) as pool:
+            parts = [
+                pool.submit(self._complete, server, asks[first:last], partial(_shifted, done, first))
+                for server, (first, last) in zip(self.servers, itertools.pairwise(edges), strict=True)
+            ]
+            for part in parts:
+                found += part.result()
+        return found
+
+    def _complete(self, server: Server, asks: Sequence[Ask], done: Callable[[int], None]) -> list[Answer]:
+        found: dict[int, Answer] = {}
+        why = ""
+        for _ in range(ATTEMPTS if asks else 0):
+            try:
+                before = self._ready(server)
+                missing = [place for place in range(len(asks)) if place not in found]
+                answers, why = self._asked(server, asks, missing, done)
+                if server.version() != before:
+                    found.clear()
+                    why = why or "it was restarted, or another program changed its weights, while it wrote"
+                    continue
+                found |= answers
+                if len(found) == len(asks):
+                    break
+            except TroubleError as error:
+                found.clear()  # whose weights they are of is not known
+                why = str(error)
+            logger.warning("the vLLM server %s: %s. Trying again.", server.url, why)
+        if len(found) < len(asks):
+            raise server.failed(f"{why}; it was asked {ATTEMPTS} times")
+        return [found[place] for place in range(len(asks))]
+
+    def _asked(
+        self, server: Server, asks: Sequence[Ask], places: Sequence[int], done: Callable[[int], None]
+    ) -> tuple[dict[int, Answer], str]:
+        """What the server answers of `places`, until one fails; and why that did."""
+        found: dict[int, Answer] = {}
+        troubles: list[str] = []
+
+        def one(place: int) -> None:
+            if troubles:
+                return
+            try:
+                found[place] = server.ask(asks[place])
+                done(place)
+            except TroubleError as error:
+                troubles.append(str(error))
+
+        with ThreadPoolExecutor(self.at_once) as pool:
+            for _ in pool.map(one, places):
+                pass
+        return found, troubles[0] if troubles else ""
+
+    def _ready(self, server: Server) -> str:
+        """The version of a server that is up and has the last weights, which it is sent again where it has not."""
+        server.wait()
+        version = server.version()
+        if self._ours(version):
+            return version
+        if self.folder is None or not self.wanted:
+            raise SamplerError(f"the vLLM server {server.url} has weights {version!r}, and none were sent to it")
+        with (self.folder / "lock").open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # of several ranks one sends, and no other asks meanwhile
+            version = server.version()
+            if self._ours(version):
+                return version
+            logger.warning(
+                "the vLLM server %s has the weights %r and not the last ones, as after a restart: they are sent again",
+                *(server.url, version),
+            )
+            server.settle()
+            again = 1 + sum(1 for _ in self.folder.glob("again-*"))
+            (self.folder / f"again-{again}").touch()
+            server.load(self.folder, f"{self.wanted}#{again}")
+            return f"{self.wanted}#{again}"
+
+    def _ours(self, version: str) -> bool:
+        return bool(self.wanted) and version.rpartition("#")[0] == self.wanted
+
+    def sleep(self) -> None:
+        """A server keeps what it has: it computes on devices of its own."""
+
+    def close(self) -> None:
+        """See `Engine.close`. The servers run on; whoever started them stops them."""
+        for server in self.servers:
+            server.client.close()
+        if self.ranks.first and self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _shifted(done: Callable[[int], None], first: int, place: int) -> None:
+    done(first + place)
+
+
+def _send(server: Server, folder: Path, version: str) -> None:
+    tried(lambda: server.load(folder, version), server, ATTEMPTS)

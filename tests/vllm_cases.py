@@ -1,0 +1,360 @@
+"""What is shown of vLLM with vLLM itself: each case is run by its Python, as `vllm_cases.py CASE FOLDER`.
+
+A case is a function of an empty folder; it fails by raising.
+"""
+
+import contextlib
+import copy
+import itertools
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SMOLLM2 = ROOT / "models" / "smollm2"
+HEAD = 32  # the least that vLLM's attention takes on a CPU
+CPU = torch.device("cpu")
+FIXED = [3 + i * 7 % 20 for i in range(150)]  # past one of the CPU's blocks, 128 tokens, so that its cache is used
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def start(model: Path, port: int, log: Path, *more: str) -> subprocess.Popen[bytes]:
+    """A server as the documentation starts it, on the CPU."""
+    from dwrl_fast.sampling.vllm.adapter import server_command
+
+    said, _, rest = server_command(str(model), dtype="float32", cpu=True, port=str(port)).partition(" python ")
+    own = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", said.split("=")[0]: said.split("=")[1]}
+    words = [sys.executable, *rest.split(), "--enforce-eager", "--max-model-len", "1024", *more]
+    return subprocess.Popen(words, env=os.environ | own, stdout=log.open("wb"), stderr=subprocess.STDOUT)
+
+
+@contextlib.contextmanager
+def server(model: Path, log: Path, *more: str) -> Iterator[str]:
+    port = free_port()
+    process = start(model, port, log, *more)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        end(process)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(30)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def settings(url: str | None) -> Any:
+    from dwrl_fast.sampling.vllm import VllmSettings
+
+    if url is None:
+        return VllmSettings(max_model_length=1024)
+    return VllmSettings("server", (url,), timeout=120.0)
+
+
+def sampler_of(model: Any, url: str | None, stops: tuple[int, ...]) -> Any:
+    """A `VllmSampler` of `model`, in process or by the server at `url`."""
+    from dwrl_fast.models.export import exported
+    from dwrl_fast.ranks import ALONE
+    from dwrl_fast.sampling import Limits
+    from dwrl_fast.sampling.vllm import VllmSampler, make_engine
+
+    engine = make_engine(settings(url), model.lm.config, torch.float32, CPU, ALONE, Limits(64, 1.0), trains=True)
+    return VllmSampler(engine, stops, partial(exported, model, None, torch.float32), "test")
+
+
+def text_logprobs(model: Any, ids: list[int]) -> list[float]:
+    with torch.no_grad():
+        logits = plain(model)(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    return logits.gather(-1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+
+
+def plain(model: Any) -> Any:
+    """The model as transformers computes it, with its own attention."""
+    lm = copy.deepcopy(model.lm).eval()
+    lm.set_attn_implementation("sdpa")
+    return lm
+
+
+def apart(a: list[float], b: list[float]) -> float:
+    return max(abs(x - y) for x, y in zip(a, b, strict=True))
+
+
+def change(model: Any, seed: int, by: float = 0.1) -> None:
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for p in model.lm.parameters():
+            p.mul_(1 + by * torch.randn_like(p))
+
+
+def smollm2() -> Any:
+    from dwrl_fast.batching.layout import Layout
+    from dwrl_fast.compute import Compute
+    from dwrl_fast.models.model import load_generative, place
+
+    return place(load_generative(str(SMOLLM2), None, 0), Compute(CPU, torch.float32), Layout("tree", 4096, 0, CPU))
+
+
+def check_smollm2(url: str | None) -> None:
+    """Greedy thoughts and scores are those of the sampler in this package; sampled ones follow their seeds alone."""
+    from dwrl_fast.sampling import Limits, Rating, TreeSampler
+
+    model = smollm2()
+    stops = (198, 30)
+    contexts = [list(range(1000 + 40 * i, 1000 + 40 * i + size)) for i, size in enumerate((20, 150, 300))]
+    ours, theirs = TreeSampler(model, stops, limits=Limits(64, 1.0), token_budget=4096), sampler_of(model, url, stops)
+    how: dict[str, Any] = {"max_tokens": 24, "temperature": 0.0, "seed": 5}
+    for normalization in ("vocab", "yes_no"):
+        rating = Rating(lambda number, ids: [*ids, 28, 29, 30 + number], 3, (5, 9), normalization)
+        for a, b in zip(ours.rated(contexts, 1, rating, **how), theirs.rated(contexts, 1, rating, **how), strict=True):
+            assert a[0].ids == b[0].ids and a[0].ended == b[0].ended, (a, b)
+            assert apart(a[0].logprobs, b[0].logprobs) < 1e-3
+            assert abs(a[0].score - b[0].score) < 1e-3, (a[0].score, b[0].score)
+    warm = how | {"temperature": 0.7}
+    counted: list[int] = []
+    first = theirs.sample([*contexts, contexts[0]], 3, **warm, progress=counted.append)
+    assert sum(counted) == 4 and first[3] == first[0] and len({tuple(t.ids) for t in first[0]}) == 3
+    alone = theirs.sample(contexts[1:2], 2, **warm)
+    assert [t.ids for t in alone[0]] == [t.ids for t in first[1][:2]]
+    for context, (thought, *_) in zip(contexts, first, strict=False):
+        with torch.no_grad():
+            logits = plain(model)(torch.tensor([context + thought.ids])).logits[0, len(context) - 1 : -1] / 0.7
+        found = logits.log_softmax(-1).gather(-1, torch.tensor(thought.ids)[:, None])[:, 0].tolist()
+        assert apart(found, thought.logprobs) < 1e-3
+    change(model, 1, by=0.01)
+    theirs.changed()
+    assert apart(theirs.text_logprobs(FIXED[:60]), text_logprobs(model, FIXED[:60])) < 1e-3
+    theirs.close()
+
+
+def smollm2_in_process(folder: Path) -> None:
+    check_smollm2(None)
+    train_smollm2(folder)
+
+
+def smollm2_by_server(folder: Path) -> None:
+    with server(SMOLLM2, folder / "log") as url:
+        check_smollm2(url)
+
+
+def check_synced(sampler: Any, model: Any) -> None:
+    """After each change the engine has the trainer's weights, not those before; without the reset it has old keys."""
+    before = sampler.text_logprobs(FIXED)
+    for seed in (1, 2, 3):
+        change(model, seed)
+        sampler.changed()
+        found = sampler.text_logprobs(FIXED)
+        assert apart(found, text_logprobs(model, FIXED)) < 1e-3, seed
+        assert apart(found, before) > 1e-2
+        before = found
+    without_reset(sampler.engine)
+    change(model, 4)
+    sampler.changed()
+    stale = apart(sampler.text_logprobs(FIXED), text_logprobs(model, FIXED))
+    assert stale > 1e-2, f"this test would not see a reset that is left out: {stale}"
+
+
+def without_reset(engine: Any) -> None:
+    for one in getattr(engine, "servers", [engine]):
+        one.reset = lambda: None
+
+
+def in_process(folder: Path) -> None:
+    """Weights that are synced, and runs, of the model itself and of adapters in it."""
+    from tiny import tiny_folder, tiny_model, tiny_pairs
+
+    model = tiny_model(head=HEAD)
+    sampler = sampler_of(model, None, (2,))
+    check_synced(sampler, model)
+    sampler.close()
+    tiny_pairs(folder / "pairs.jsonl")
+    tiny = tiny_folder(folder / "tiny", head=HEAD)
+    check_training(folder, None, tiny, "run", max_steps=3)
+    check_training(folder, None, tiny, "lora", max_steps=2, use_peft=True, lora_r=2)
+
+
+def by_server(folder: Path) -> None:
+    """The same by a server, and a run of two ranks beside that of one process."""
+    from tiny import tiny_folder, tiny_model, tiny_pairs
+
+    model = tiny_model(head=HEAD)
+    tiny_pairs(folder / "pairs.jsonl", 24)
+    tiny = tiny_folder(folder / "tiny", head=HEAD)
+    with server(tiny, folder / "log") as url:
+        sampler = sampler_of(model, url, (2,))
+        check_synced(sampler, model)
+        kept = sampler.engine.folder
+        sampler.close()
+        assert not kept.exists()
+        check_training(folder, url, tiny, "run", max_steps=3)
+        check_ranks(folder, url)
+
+
+def restart(folder: Path) -> None:
+    """A server that was restarted has its file's weights; it is sent the last ones before anything is taken from it."""
+    from tiny import tiny_folder, tiny_model
+
+    model, port = tiny_model(head=HEAD), free_port()
+    tiny_folder(folder / "tiny", head=HEAD)
+    first = start(folder / "tiny", port, folder / "log")
+    try:
+        sampler = sampler_of(model, f"http://127.0.0.1:{port}", (2,))
+        change(model, 1)
+        sampler.changed()
+        expected = sampler.text_logprobs(FIXED[:20])
+    finally:
+        end(first)
+    second = start(folder / "tiny", port, folder / "log2")
+    try:
+        assert apart(sampler.text_logprobs(FIXED[:20]), expected) < 1e-3
+        assert apart(expected, text_logprobs(model, FIXED[:20])) < 1e-3
+    finally:
+        end(second)
+
+
+def refused(folder: Path) -> None:
+    """A server of which one flag is missing is named with the command line that makes it right."""
+    from tiny import tiny_folder, tiny_model
+
+    from dwrl_fast.errors import SamplerError
+
+    tiny = tiny_folder(folder / "tiny", head=HEAD)
+    (tiny / "generation_config.json").write_text('{"top_k": 2, "temperature": 0.6}')
+    with server(tiny, folder / "log", "--generation-config", "auto", "--logprobs-mode", "raw_logprobs") as url:
+        try:
+            sampler_of(tiny_model(head=HEAD), url, (2,))
+        except SamplerError as error:
+            for said in ("processed_logprobs", "generation_config is 'auto'", "--generation-config vllm", "127.0.0.1"):
+                assert said in str(error), error
+        else:
+            raise AssertionError("it was taken")
+        from dwrl_fast.sampling.vllm import adapter
+        from dwrl_fast.sampling.vllm.server import Server
+
+        probed = Server(url, 60.0, "float32", 4)
+        probed.model = probed.call("GET", "/v1/models")["data"][0]["id"]
+        try:
+            probed._probe()
+        except SamplerError as error:
+            assert "temperature 0.5" in str(error)
+        else:
+            raise AssertionError("the probe of raw log-probs")
+        assert adapter.on_cpu(probed.call("GET", "/server_info", config_format="json")["vllm_config"])
+
+
+def check_training(folder: Path, url: str | None, model: Path, name: str, **changes: Any) -> None:
+    """A run of `train`, whose sampler is proven after each sync."""
+    import json
+
+    from rich.console import Console
+    from tiny import tiny_config
+
+    from dwrl_fast.sampling.vllm import VllmSampler
+    from dwrl_fast.train import run
+
+    proven: list[list[float]] = []
+    refresh = VllmSampler.refresh
+
+    def proving(self: VllmSampler) -> None:
+        sent = self.sent
+        refresh(self)
+        if self.sent != sent:
+            held.append(self)
+            sampled = VllmSampler.text_logprobs(self, FIXED[:40])
+            proven.append(sampled)
+            own = [(name, weight) for name, weight in self.weights()]
+            check = replaced(model, dict(own))
+            assert apart(sampled, text_logprobs(check, FIXED[:40])) < 1e-3
+
+    held: list[VllmSampler] = []
+    setattr(VllmSampler, "refresh", proving)  # noqa: B010 - mypy takes no assignment to a method
+    changes |= {"model_name_or_path": str(model), "output_dir": str(folder / name), "use_vllm": True}
+    config = tiny_config(folder, **changes)
+    if url is not None:
+        config = replace(config, vllm_mode="server", vllm_server_base_url=(url,))
+    else:
+        config = replace(config, vllm_max_model_length=1024)
+    try:
+        result = run(config, Console(quiet=True))
+    finally:
+        setattr(VllmSampler, "refresh", refresh)  # noqa: B010
+    assert result["steps"] == config.max_steps and len(proven) >= config.max_steps
+    for a, b in itertools.pairwise(proven):
+        assert apart(a, b) > 1e-6
+    lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == config.max_steps
+    for line in lines:
+        assert line["sampler_gap_max"] < 1e-3
+        assert {"share_sampling", "share_sync", "share_old_logprobs"} <= line.keys()
+        assert 0.5 < sum(v for k, v in line.items() if k.startswith("share_")) <= 1.001
+    assert "engine" in held[0].__dict__ and not held[0].close.alive  # it was closed
+
+
+def replaced(folder: Path, weights: dict[str, torch.Tensor]) -> Any:
+    from dwrl_fast.models.model import load_generative
+
+    model = load_generative(str(folder), None, 0)
+    assert not model.lm.load_state_dict(weights, strict=False).unexpected_keys
+    model.lm.tie_weights()
+    return model
+
+
+def train_smollm2(folder: Path) -> None:
+    import json
+
+    rows = [
+        {"prompt": f"What is {i} plus {i}?", "chosen": f"It is {2 * i}.", "rejected": f"It is {2 * i + 1}."}
+        for i in range(2, 4)
+    ]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {"max_steps": 1, "rollout_batch_size": 2, "num_generations": 2, "max_completion_length": 16}
+    check_training(folder, None, SMOLLM2, "run", **config, token_budget=4096, learning_rate=1e-5, save_steps=0)
+
+
+def check_ranks(folder: Path, url: str) -> None:
+    """One process and two ranks with one server: the same figures and weights. One rank's thoughts are long."""
+    from safetensors.torch import load_file
+
+    from dwrl_fast.training.runlog import read_metrics
+
+    options: dict[str, Any] = {"rollout_batch_size": 8, "minibatch_size": 4, "max_steps": 3, "max_completion_length": 6}
+    options |= {"num_generations": 3, "learning_rate": 1e-3, "save_steps": 0}
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "tests/vllm_drill.py")]
+    given: dict[str, Any] = {"model_name_or_path": folder / "tiny", "dataset_name": folder / "pairs.jsonl", **options}
+    given |= {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": url}
+    for name, how in (("one", ["-m", "dwrl_fast.train"]), ("two", launch)):
+        words = [part for k, v in given.items() for part in (f"--{k}", str(v).lower() if v is True else str(v))]
+        command = [sys.executable, *how, *words, "--output_dir", str(folder / name)]
+        ran = subprocess.run(command, env=os.environ | {"SLOW": "1"}, capture_output=True, text=True, timeout=300)
+        assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-4000:]
+    one, two = (read_metrics(folder / name / "metrics.jsonl") for name in ("one", "two"))
+    assert len(one) == len(two) == 3
+    for a, b in zip(one, two, strict=True):
+        assert abs(a["loss"] - b["loss"]) < 1e-4 and a["thought_length"] == b["thought_length"], (a, b)
+        assert b["sampler_gap_max"] < 1e-3
+    weights = [load_file(folder / name / "model" / "model.safetensors") for name in ("one", "two")]
+    assert max((weights[0][name] - weights[1][name]).abs().max().item() for name in weights[0]) < 1e-4
+
+
+if __name__ == "__main__":
+    started = time.monotonic()
+    globals()[sys.argv[1]](Path(sys.argv[2]))
+    print(f"ok {sys.argv[1]} {time.monotonic() - started:.0f} s", flush=True)
+    os._exit(0)  # gloo's threads sometimes abort a process that ends by itself
