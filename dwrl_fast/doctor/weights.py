@@ -80,7 +80,7 @@ def current(setup: Setup, requests: Sequence[Request], seed: int) -> Finding:
     name, gap, moved = "", 0.0, 0.0
     for (weight, part), scale in product(small_weights(setup.runtime), SCALES):
         with changed(setup.runtime, part, scale):
-            groups = _sampled(setup, requests[:1], seed)
+            groups = _sampled(setup, requests[: setup.runtime.ranks.count], seed)  # of every rank's sampler
             fresh = torch.cat([one.logprobs for one in compute(setup, groups)])
         before = torch.cat([one.logprobs for one in compute(setup, groups)])
         gap, moved = (fresh - said(groups)).abs().mean().item(), (fresh - before).abs().mean().item()
