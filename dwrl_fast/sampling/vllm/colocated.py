@@ -35,12 +35,13 @@ class Colocated:
         trains: bool,
     ):
         self.cpu = cpu = device.type == "cpu"
+        self.among_ranks = ranks.mesh is not None
         self.sleeps, self.lock = trains and not cpu, threading.Lock()
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights go from memory to memory
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the threads are the trainer's too
         options: dict[str, Any] = {"gpu_memory_utilization": settings.gpu_memory_utilization}
-        if ranks.mesh is not None:
+        if self.among_ranks:
             options["distributed_executor_backend"] = "external_launcher"  # torchrun's processes are there already
         if cpu:
             options |= {"kv_cache_memory_bytes": int(limits.cache_gib * 2**30), "enforce_eager": True}
@@ -120,6 +121,6 @@ class Colocated:
         self.asleep = True
 
     def close(self) -> None:
-        """See `Engine.close`."""
-        if (llm := self.__dict__.pop("llm", None)) is not None:
+        """See `Engine.close`. All of it runs in this process; among ranks vLLM would also end their group."""
+        if (llm := self.__dict__.pop("llm", None)) is not None and not self.among_ranks:
             llm.llm_engine.engine_core.shutdown()
