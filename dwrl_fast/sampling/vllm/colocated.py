@@ -14,6 +14,8 @@ from dwrl_fast.sampling.sampler import Limits
 from dwrl_fast.sampling.vllm import adapter
 from dwrl_fast.sampling.vllm.engine import Answer, Ask, VllmSettings, Weights, wrong
 
+_kept: list[Any] = []
+
 
 class Colocated:
     """An engine over vLLM's `LLM`. config: of the Hugging Face model; its weights come by `load`, out of this process's
@@ -121,6 +123,12 @@ class Colocated:
         self.asleep = True
 
     def close(self) -> None:
-        """See `Engine.close`. All of it runs in this process; among ranks vLLM would also end their group."""
-        if (llm := self.__dict__.pop("llm", None)) is not None and not self.among_ranks:
+        """See `Engine.close`. Among ranks it stays until the process ends, for where it is let go of, vLLM ends their
+        group.
+        """
+        if (llm := self.__dict__.pop("llm", None)) is None:
+            return
+        if self.among_ranks:
+            _kept.append(llm)
+        else:
             llm.llm_engine.engine_core.shutdown()
