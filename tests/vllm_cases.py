@@ -328,33 +328,51 @@ def train_smollm2(folder: Path) -> None:
     check_training(folder, None, SMOLLM2, "run", **config, token_budget=4096, learning_rate=1e-5, save_steps=0)
 
 
-def check_ranks(folder: Path, url: str) -> None:
-    """One process and two ranks with one server: the same figures and weights. One rank's thoughts are long."""
-    from safetensors.torch import load_file
-
+def started(folder: Path, name: str, how: list[str], **options: Any) -> list[dict[str, Any]]:
+    """The metrics of a run by the command line, in `folder`/`name`."""
     from dwrl_fast.training.runlog import read_metrics
 
-    options: dict[str, Any] = {"rollout_batch_size": 8, "minibatch_size": 4, "max_steps": 3, "max_completion_length": 6}
-    options |= {"num_generations": 3, "learning_rate": 1e-3, "save_steps": 0}
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "tests/vllm_drill.py")]
-    given: dict[str, Any] = {"model_name_or_path": folder / "tiny", "dataset_name": folder / "pairs.jsonl", **options}
-    given |= {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": url}
-    for name, how in (("one", ["-m", "dwrl_fast.train"]), ("two", launch)):
-        words = [part for k, v in given.items() for part in (f"--{k}", str(v).lower() if v is True else str(v))]
-        command = [sys.executable, *how, *words, "--output_dir", str(folder / name)]
-        ran = subprocess.run(command, env=os.environ | {"SLOW": "1"}, capture_output=True, text=True, timeout=300)
-        assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-4000:]
-    one, two = (read_metrics(folder / name / "metrics.jsonl") for name in ("one", "two"))
-    assert len(one) == len(two) == 3
-    for a, b in zip(one, two, strict=True):
-        assert abs(a["loss"] - b["loss"]) < 1e-4 and a["thought_length"] == b["thought_length"], (a, b)
-        assert b["sampler_gap_max"] < 1e-3
-    weights = [load_file(folder / name / "model" / "model.safetensors") for name in ("one", "two")]
-    assert max((weights[0][name] - weights[1][name]).abs().max().item() for name in weights[0]) < 1e-4
+    given: dict[str, Any] = {"model_name_or_path": folder / "tiny", "dataset_name": folder / "pairs.jsonl"}
+    given |= {"rollout_batch_size": 8, "minibatch_size": 4, "max_steps": 3, "max_completion_length": 6}
+    given |= {"num_generations": 3, "learning_rate": 1e-3, "save_steps": 0, "use_vllm": "true", **options}
+    words = [part for key, value in given.items() for part in (f"--{key}", str(value))]
+    command = [sys.executable, *how, *words, "--output_dir", str(folder / name)]
+    ran = subprocess.run(command, env=os.environ | {"SLOW": "1"}, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-4000:]
+    return read_metrics(folder / name / "metrics.jsonl")
+
+
+def check_ranks(folder: Path, url: str) -> None:
+    """One process and two ranks with one server, and two ranks with a vLLM each: the same figures and weights. With the
+    server one rank's thoughts are long.
+    """
+    from safetensors.torch import load_file
+
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    by_server = {"vllm_mode": "server", "vllm_server_base_url": url}
+    one = started(folder, "one", ["-m", "dwrl_fast.train"], **by_server)
+    others = {
+        "two": started(folder, "two", [*launch, str(ROOT / "tests/vllm_drill.py")], **by_server),
+        "each": started(
+            folder,
+            "each",
+            [*launch, "-m", "dwrl_fast.train"],
+            vllm_max_model_length=512,
+            generation_cache_gib=0.5,
+        ),
+    }
+    weights = load_file(folder / "one" / "model" / "model.safetensors")
+    for name, other in others.items():
+        assert len(one) == len(other) == 3
+        for a, b in zip(one, other, strict=True):
+            assert abs(a["loss"] - b["loss"]) < 1e-4 and a["thought_length"] == b["thought_length"], (name, a, b)
+            assert b["sampler_gap_max"] < 1e-3
+        found = load_file(folder / name / "model" / "model.safetensors")
+        assert max((weights[key] - found[key]).abs().max().item() for key in weights) < 1e-4, name
 
 
 if __name__ == "__main__":
-    started = time.monotonic()
+    began = time.monotonic()
     globals()[sys.argv[1]](Path(sys.argv[2]))
-    print(f"ok {sys.argv[1]} {time.monotonic() - started:.0f} s", flush=True)
+    print(f"ok {sys.argv[1]} {time.monotonic() - began:.0f} s", flush=True)
     os._exit(0)  # gloo's threads sometimes abort a process that ends by itself

@@ -14,6 +14,8 @@ from dwrl_fast.sampling.sampler import Limits
 from dwrl_fast.sampling.vllm import adapter
 from dwrl_fast.sampling.vllm.engine import Answer, Ask, VllmSettings, Weights, wrong
 
+_kept: list[Any] = []
+
 
 class Colocated:
     """An engine over vLLM's `LLM`. config: of the Hugging Face model; its weights come by `load`, out of this process's
@@ -35,12 +37,13 @@ class Colocated:
         trains: bool,
     ):
         self.cpu = cpu = device.type == "cpu"
+        self.among_ranks = ranks.mesh is not None
         self.sleeps, self.lock = trains and not cpu, threading.Lock()
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights go from memory to memory
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the threads are the trainer's too
         options: dict[str, Any] = {"gpu_memory_utilization": settings.gpu_memory_utilization}
-        if ranks.mesh is not None:
+        if self.among_ranks:
             options["distributed_executor_backend"] = "external_launcher"  # torchrun's processes are there already
         if cpu:
             options |= {"kv_cache_memory_bytes": int(limits.cache_gib * 2**30), "enforce_eager": True}
@@ -120,6 +123,12 @@ class Colocated:
         self.asleep = True
 
     def close(self) -> None:
-        """See `Engine.close`."""
-        if (llm := self.__dict__.pop("llm", None)) is not None:
+        """See `Engine.close`. Among ranks it stays until the process ends, for where it is let go of, vLLM ends their
+        group.
+        """
+        if (llm := self.__dict__.pop("llm", None)) is None:
+            return
+        if self.among_ranks:
+            _kept.append(llm)
+        else:
             llm.llm_engine.engine_core.shutdown()
