@@ -23,6 +23,10 @@ CONFIG: dict[str, Any] = {
 }
 
 
+NCCL = [f"/{name}_weight_update" for name in ("start", "finish")] + ["/update_weights"]
+NCCL += [f"/{name}_weight_transfer_engine" for name in ("init", "shutdown")]
+
+
 class FakeVllm:
     """weights: what was loaded last. fault: called with each completion's body before it is answered; it may raise
     `Hang` or `Die`, or give what is to be answered. routes: what every call was for, in order.
@@ -36,6 +40,7 @@ class FakeVllm:
         self.vllm_version = "0.32.0"
         self.defaults: dict[str, Any] = {}
         self.written: list[str] = []
+        self.joined: dict[str, Any] = {}
 
     def restart(self) -> None:
         self.version, self.weights = "default", "its file's"
@@ -69,7 +74,14 @@ class FakeVllm:
             "/server_info": {"vllm_config": self.config},
             "/weight_info": {"weight_version": self.version},
             "/reset_prefix_cache": {"success": self.reset},
+            "/get_world_size": {"world_size": 2},
         }
+        if path == "/init_weight_transfer_engine":
+            self.joined = body["init_info"]
+        if path == "/update_weights":
+            self.weights = json.dumps(body["update_info"]["names"])
+        if path in NCCL:
+            return {"message": "done"}
         return answers[path]
 
 

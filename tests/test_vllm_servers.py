@@ -13,7 +13,7 @@ from fake_vllm import Die, FakeVllm, hang, serving
 from dwrl_fast.errors import ConfigError, SamplerError
 from dwrl_fast.ranks import ALONE
 from dwrl_fast.sampling import Limits, Rating, RatingSampler
-from dwrl_fast.sampling.vllm import VllmSampler, VllmSettings, make_engine
+from dwrl_fast.sampling.vllm import VllmSampler, VllmSettings, adapter, make_engine
 
 CPU = torch.device("cpu")
 HOW: dict[str, Any] = {"max_tokens": 4, "temperature": 1.0, "seed": 0}
@@ -72,6 +72,59 @@ def test_weights_go_first_and_the_reset_goes_last(fake: FakeVllm, url: str) -> N
     assert folder.is_dir()
     sampler.close()
     assert not folder.exists()
+
+
+class Sender:
+    """Asks of the client what vLLM's sender does."""
+
+    def __init__(self, client: Any, world_size: int, meeting: Any, known: list[Any], weights: Any) -> None:
+        self.client, self.known, self.weights = client, known, weights
+        self.sent: list[Any] = []
+        client.init_weight_transfer_engine({"world_size": world_size, "rank_offset": 1})
+
+    def send_weights(self) -> None:
+        self.client.start_weight_update()
+        self.client.update_weights({"names": [name for name, _, _ in self.known]})
+        self.sent.append([(name, weight.dtype, tuple(weight.shape)) for name, weight in self.weights()])
+        self.client.finish_weight_update()
+
+
+def test_weights_by_nccl_to_two_servers(fake: FakeVllm, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each server's workers have places of their own, and the reset and the version still come last."""
+    made: list[Sender] = []
+    monkeypatch.setattr(adapter, "nccl_sender", lambda *given: made.append(Sender(*given)) or made[-1])  # type: ignore
+    other = FakeVllm()
+    for each in (fake, other):
+        each.config["weight_transfer_config"] = {"backend": "nccl"}
+    with serving(other) as second:
+        settings = VllmSettings("server", (url, second), timeout=5.0)
+        engine = make_engine(settings, None, torch.float32, torch.device("cuda"), ALONE, Limits(4, 1.0), trains=True)
+        sampler = VllmSampler(engine, (2,), lambda: [("weight", torch.ones(3))], "run")
+        for _ in range(2):
+            fake.routes.clear()
+            sampler.changed()
+            sampler.sample(CONTEXTS, 1, **HOW)
+            order = ["/start_weight_update", "/update_weights", "/finish_weight_update", "/reset_prefix_cache"]
+            order.append("/update_weight_version")
+            assert [route for route in fake.routes if route in order] == order and "reload_weights" not in fake.routes
+            assert fake.written[-1] == other.written[-1] == '["weight"]'
+        (sender,) = made
+        assert sender.sent == [[("weight", torch.float32, (3,))]] * 2
+        assert (fake.joined["rank_offset"], other.joined["rank_offset"], other.joined["world_size"]) == (1, 3, 5)
+        other.restart()
+        with pytest.raises(SamplerError, match="not the last ones, as after a restart"):
+            sampler.sample(CONTEXTS, 1, **HOW)
+        sampler.close()
+        assert fake.routes[-1] == other.routes[-1] == "/shutdown_weight_transfer_engine"
+
+
+def test_servers_of_which_one_takes_no_nccl_get_a_folder(fake: FakeVllm, url: str) -> None:
+    fake.config["weight_transfer_config"] = {"backend": "nccl"}
+    with serving(FakeVllm()) as second:
+        settings = VllmSettings("server", (url, second), timeout=5.0)
+        engine = make_engine(settings, None, torch.float32, torch.device("cuda"), ALONE, Limits(4, 1.0), trains=True)
+        VllmSampler(engine, (2,), lambda: [("weight", torch.ones(3))], "run").sample(CONTEXTS, 1, **HOW)
+    assert "reload_weights" in fake.routes and "/update_weights" not in fake.routes
 
 
 def test_a_reset_that_fails_ends_the_run(fake: FakeVllm, url: str) -> None:

@@ -259,6 +259,38 @@ def refused(folder: Path) -> None:
         assert adapter.on_cpu(probed.call("GET", "/server_info", config_format="json")["vllm_config"])
 
 
+def nccl(folder: Path) -> None:
+    """vLLM's own sender over our client, with all but the broadcast itself, which takes GPUs: servers are told of the
+    very weights, in order, that are broadcast. They answer as vLLM does (fake_vllm.py).
+    """
+    from fake_vllm import FakeVllm, serving
+    from vllm.distributed.weight_transfer import nccl_engine
+
+    from dwrl_fast.ranks import ALONE
+    from dwrl_fast.sampling.vllm.nccl import Nccl
+    from dwrl_fast.sampling.vllm.server import Server
+
+    broadcast: list[torch.Tensor] = []
+
+    def packed(iterator: Any, group: Any, src: int, post_iter_func: Any, **buffers: Any) -> None:
+        broadcast.extend(post_iter_func(item).clone() for item in iterator)
+
+    setattr(nccl_engine, "open_trainer_endpoint", lambda info: object())  # noqa: B010
+    setattr(nccl_engine, "packed_nccl_broadcast_producer", packed)  # noqa: B010
+    weights = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
+    fake = FakeVllm()
+    with serving(fake) as url:
+        way = Nccl([Server(url, 5.0, "float32", 1)], ALONE)
+        for by in (1.0, 2.0):
+            broadcast.clear()
+            way.send(lambda by=by: ((name, by * weight) for name, weight in weights.items()))  # type: ignore[misc]
+            assert [torch.equal(x, by * y) for x, y in zip(broadcast, weights.values(), strict=True)] == [True, True]
+        way.close()
+    assert (fake.joined["world_size"], fake.joined["rank_offset"], fake.joined["packed"]) == (3, 1, True)
+    calls = ["/start_weight_update", "/update_weights", "/finish_weight_update"]
+    assert [route for route in fake.routes if route in calls] == calls * 2 and fake.weights == '["a", "b"]'
+
+
 def check_training(folder: Path, url: str | None, model: Path, name: str, **changes: Any) -> None:
     """A run of `train`, whose sampler is proven after each sync."""
     import json

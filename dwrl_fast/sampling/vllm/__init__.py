@@ -31,7 +31,7 @@ def make_engine(
     if settings.mode == "server":
         from dwrl_fast.sampling.vllm.servers import Servers
 
-        return Servers(settings, dtype, ranks, limits.batch_size)
+        return Servers(settings, dtype, device, ranks, limits.batch_size)
     from dwrl_fast.sampling.vllm.colocated import Colocated
 
     return Colocated(config, settings, dtype, device, limits, ranks, trains=trains)

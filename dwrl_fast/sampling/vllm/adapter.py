@@ -4,12 +4,16 @@ Read in the sources of 0.29, 0.30, 0.31 and 0.32; run with 0.32, on a CPU.
 """
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dwrl_fast.errors import SamplerError
-from dwrl_fast.sampling.vllm.engine import Answer, Ask, Weights
+import torch
+from torch import Tensor
 
+from dwrl_fast.errors import SamplerError
+from dwrl_fast.sampling.vllm.engine import Answer, Ask, Sent, Weights
+
+Known = tuple[str, torch.dtype, tuple[int, ...]]
 OLDEST, BELOW = (0, 29), (0, 34)
 LOGPROBS_MODE, GENERATION_CONFIG = "processed_logprobs", "vllm"
 EXTENSION = "dwrl_fast.sampling.vllm.worker.Repacking"  # which a CPU's worker needs
@@ -167,6 +171,31 @@ def unfit(config: dict[str, Any], dtype: str) -> list[str]:
 def on_cpu(config: dict[str, Any]) -> bool:
     """Whether the server computes on a CPU."""
     return str(config["device_config"].get("device")) == "cpu"
+
+
+def takes_nccl(config: dict[str, Any]) -> bool:
+    """Whether the server was started to take weights by NCCL (--weight-transfer-config '{"backend": "nccl"}')."""
+    return (config.get("weight_transfer_config") or {}).get("backend") == "nccl"
+
+
+def nccl_sender(client: Any, world_size: int, meeting: tuple[str, int], known: Sequence[Known], weights: Sent) -> Any:
+    """vLLM's sender, joined with the servers' workers: its `send_weights` sends what `weights` gives then, which is
+    `known` by name, dtype and shape. meeting: the address and port at which they join.
+    """
+    from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+    from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+    class Source(WeightSource):  # type: ignore[misc]
+        def metadata(self) -> list[Any]:
+            return [ParamMeta(*each) for each in known]
+
+        def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+            return iter(weights())
+
+    address, port = meeting
+    info = NCCLTrainerInitInfo(master_address=address, master_port=port, world_size=world_size, rank=0)
+    return WeightTransferTrainerFactory.trainer_init(info, client=client, source=Source())
 
 
 def load_calls(folder: str, cpu: bool) -> Sequence[tuple[str, dict[str, Any]]]:

@@ -12,7 +12,7 @@ from dwrl_fast.errors import ConfigError, SamplerError
 from dwrl_fast.ranks import Ranks
 from dwrl_fast.sampling.sampler import Limits
 from dwrl_fast.sampling.vllm import adapter
-from dwrl_fast.sampling.vllm.engine import Answer, Ask, VllmSettings, Weights, wrong
+from dwrl_fast.sampling.vllm.engine import Answer, Ask, Sent, VllmSettings, wrong
 
 _kept: list[Any] = []
 
@@ -95,12 +95,12 @@ class Colocated:
                 raise SamplerError(f"vLLM in this process gave no whole thought: {why}. Nothing was trained on it.")
         return [found[place] for place in range(len(asks))]
 
-    def load(self, weights: Weights, version: str) -> None:
+    def load(self, weights: Sent, version: str) -> None:
         """See `Engine.load`."""
         with self.lock:
             if self.asleep:
                 self.llm.wake_up(["weights"])
-            adapter.load_weights(self.llm, weights)
+            adapter.load_weights(self.llm, weights())
             if self.cpu:
                 self.llm.collective_rpc("repack_heads")
             if self.asleep:

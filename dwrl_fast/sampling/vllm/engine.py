@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple, Protocol
 from torch import Tensor
 
 Weights = Iterable[tuple[str, Tensor]]
+Sent = Callable[[], Weights]  # the weights as they are, each time it is called
 
 
 class VllmSettings(NamedTuple):
@@ -54,7 +55,7 @@ class Engine(Protocol):
         """
         ...
 
-    def load(self, weights: Weights, version: str) -> None:
+    def load(self, weights: Sent, version: str) -> None:
         """Take over all `weights`, then forget every key and value that older ones left. All ranks call it together.
         SamplerError where any of it fails; then nothing is sampled before the next `load`.
         """

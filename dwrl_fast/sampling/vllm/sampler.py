@@ -17,7 +17,7 @@ from dwrl_fast.encode.thought import Thought
 from dwrl_fast.errors import ConfigError, DataError, NotFiniteError
 from dwrl_fast.log import logger
 from dwrl_fast.sampling.sampler import Rating, request_key
-from dwrl_fast.sampling.vllm.engine import Answer, Ask, Engine, Weights
+from dwrl_fast.sampling.vllm.engine import Answer, Ask, Engine, Sent
 
 
 class VllmSampler:
@@ -29,7 +29,7 @@ class VllmSampler:
 
     float32 = False  # its kernels are not the trainer's: the old policy's log-probs are computed again
 
-    def __init__(self, engine: Engine, stop_ids: Sequence[int], weights: Callable[[], Weights], run: str):
+    def __init__(self, engine: Engine, stop_ids: Sequence[int], weights: Sent, run: str):
         self.engine, self.stop_ids, self.weights, self.run = engine, tuple(stop_ids), weights, run
         self.version = 0
         self.sent: int | None = None
@@ -47,7 +47,7 @@ class VllmSampler:
                 return
             started, version = time.monotonic(), self.version
             self.sent = None  # until all of it is there
-            self.engine.load(self.weights(), f"{self.run}/{version}")
+            self.engine.load(self.weights, f"{self.run}/{version}")
             self.sent = version
             logger.info("vLLM has the weights of version %d, sent in %.1f s", version, time.monotonic() - started)
 

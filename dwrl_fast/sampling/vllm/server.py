@@ -36,7 +36,7 @@ class Server:
             limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
             trust_env=False,  # no proxy between this process and a loopback address
         )
-        self.model, self.longest, self.cpu = "", 0, False
+        self.model, self.longest, self.cpu, self.nccl = "", 0, False, False
 
     def call(self, method: str, path: str, body: Any = None, **query: str) -> dict[str, Any]:
         """The JSON that it answers. TroubleError where it does not answer, SamplerError where it refuses."""
@@ -99,7 +99,7 @@ class Server:
             served = self.call("GET", "/v1/models")["data"][0]
             self.model, self.longest = served["id"], int(served["max_model_len"])
             config = self.call("GET", "/server_info", config_format="json")["vllm_config"]
-            self.cpu = adapter.on_cpu(config)
+            self.cpu, self.nccl = adapter.on_cpu(config), adapter.takes_nccl(config)
             if found := adapter.unfit(config, self.dtype):
                 raise self.refused("; ".join(found))
             self._probe()
@@ -140,6 +140,10 @@ class Server:
         """
         for path, body in adapter.load_calls(str(folder), self.cpu):
             self.call("POST", path, body)
+        self.take_over(version)
+
+    def take_over(self, version: str) -> None:
+        """Sample with the weights that have arrived: reset the prefix cache, and only then bear `version`."""
         self.reset()
         self.call("POST", "/update_weight_version", {"new_version": version})
 

@@ -20,8 +20,9 @@ import torch
 from dwrl_fast.errors import SamplerError
 from dwrl_fast.log import logger
 from dwrl_fast.ranks import Ranks
-from dwrl_fast.sampling.vllm.engine import Answer, Ask, VllmSettings, Weights
+from dwrl_fast.sampling.vllm.engine import Answer, Ask, Sent, VllmSettings
 from dwrl_fast.sampling.vllm.folder import write_weights
+from dwrl_fast.sampling.vllm.nccl import Nccl
 from dwrl_fast.sampling.vllm.server import Server, TroubleError, tried
 
 ATTEMPTS = 3
@@ -36,30 +37,41 @@ class Servers:
 
     sleeps = False
 
-    def __init__(self, settings: VllmSettings, dtype: torch.dtype, ranks: Ranks, at_once: int):
+    def __init__(self, settings: VllmSettings, dtype: torch.dtype, device: torch.device, ranks: Ranks, at_once: int):
         self.ranks, self.at_once = ranks, at_once
         name = str(dtype).removeprefix("torch.")
         self.servers = [Server(url, settings.timeout, name, at_once) for url in settings.base_url]
         for server, said in zip(self.servers, ranks.from_first(self._settled), strict=True):
-            server.model, server.longest, server.cpu = said
+            server.model, server.longest, server.cpu, server.nccl = said
+        joined = {server.nccl for server in self.servers}
+        self.nccl = Nccl(self.servers, ranks) if joined == {True} and device.type == "cuda" else None
+        logger.info("weights go to vLLM's servers by %s", "NCCL" if self.nccl else "a folder of safetensors")
         self.longest = min(server.longest for server in self.servers)
         if settings.max_model_length is not None:
             self.longest = min(self.longest, settings.max_model_length)
         self.folder: Path | None = None
         self.wanted = ""  # what the version of every server begins with
 
-    def _settled(self) -> list[tuple[str, int, bool]]:
+    def _settled(self) -> list[tuple[str, int, bool, bool]]:
         for server in self.servers:
             server.settle()
-        return [(server.model, server.longest, server.cpu) for server in self.servers]
+        return [(server.model, server.longest, server.cpu, server.nccl) for server in self.servers]
 
-    def load(self, weights: Weights, version: str) -> None:
-        """See `Engine.load`. The weights stay in their folder until the next ones are there, for a server that is
-        restarted.
-        """
+    def load(self, weights: Sent, version: str) -> None:
+        """See `Engine.load`."""
+        if self.nccl is None:
+            self._load_folder(weights, version)
+            return
+        self.wanted = ""
+        self.nccl.send(weights)
+        self.ranks.from_first(lambda: self._all(partial(_named, version=f"{version}#0")))
+        self.wanted = version
+
+    def _load_folder(self, weights: Sent, version: str) -> None:
+        """The weights stay in their folder until the next ones are there, for a server that is restarted."""
         own, before = Path(tempfile.mkdtemp(prefix="dwrl_fast_weights_")) if self.ranks.first else None, self.folder
         try:
-            write_weights(own, weights)
+            write_weights(own, weights())
             self.wanted = ""
             self.folder = self.ranks.from_first(lambda: self._sent(own, version))
             self.wanted = version
@@ -71,11 +83,13 @@ class Servers:
 
     def _sent(self, folder: Path | None, version: str) -> Path:
         assert folder is not None
-        with ThreadPoolExecutor(len(self.servers)) as pool:
-            send = partial(_send, folder=folder, version=f"{version}#0")
-            for _ in pool.map(send, self.servers):
-                pass
+        self._all(partial(_send, folder=folder, version=f"{version}#0"))
         return folder
+
+    def _all(self, what: Callable[[Server], None]) -> None:
+        with ThreadPoolExecutor(len(self.servers)) as pool:
+            for _ in pool.map(what, self.servers):
+                pass
 
     def complete(self, asks: Sequence[Ask], done: Callable[[int], None]) -> list[Answer]:
         """See `Engine.complete`. Each server answers those that stand together, about as many tokens as any other."""
@@ -142,6 +156,8 @@ class Servers:
         version = server.version()
         if self._ours(version):
             return version
+        if self.nccl is not None:
+            raise server.failed(f"it has the weights {version!r} and not the last ones, as after a restart")
         if self.folder is None or not self.wanted:
             raise SamplerError(f"the vLLM server {server.url} has weights {version!r}, and none were sent to it")
         with (self.folder / "lock").open("ab") as file:
@@ -167,6 +183,8 @@ class Servers:
 
     def close(self) -> None:
         """See `Engine.close`. The servers run on; whoever started them stops them."""
+        if self.nccl is not None:
+            self.nccl.close()
         for server in self.servers:
             server.client.close()
         if self.ranks.first and self.folder is not None:
@@ -175,6 +193,11 @@ class Servers:
 
 def _shifted(done: Callable[[int], None], first: int, place: int) -> None:
     done(first + place)
+
+
+def _named(server: Server, version: str) -> None:
+    """The weights that came by NCCL get their name once the cache is reset."""
+    tried(lambda: server.take_over(version), server, ATTEMPTS)
 
 
 def _send(server: Server, folder: Path, version: str) -> None:

@@ -1,0 +1,106 @@
+"""Weights to servers by NCCL, from the first rank's GPU to those of all servers at once, by vLLM's own sender.
+
+Written from the sources of vLLM 0.32. It has not run: it takes GPUs of several processes.
+"""
+
+import itertools
+import socket
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from dwrl_fast.ranks import Ranks
+from dwrl_fast.sampling.vllm import adapter
+from dwrl_fast.sampling.vllm.engine import Sent
+from dwrl_fast.sampling.vllm.server import Server, TroubleError
+
+
+class Client:
+    """What vLLM's sender tells the servers, each call to all of them at once, for they wait for each other. Their
+    workers are counted through, after the sender, which is 0.
+    """
+
+    def __init__(self, servers: Sequence[Server]):
+        self.servers = servers
+        sizes = [int(server.call("GET", "/get_world_size")["world_size"]) for server in servers]
+        *self.offsets, self.world_size = itertools.accumulate(sizes, initial=1)
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Each server's workers join the group at places of their own."""
+        self._all(
+            "/init_weight_transfer_engine", [{"init_info": init_info | {"rank_offset": at}} for at in self.offsets]
+        )
+
+    def shutdown_weight_transfer_engine(self) -> None:
+        """They leave it."""
+        self._all("/shutdown_weight_transfer_engine", [None] * len(self.servers))
+
+    def start_weight_update(self) -> None:
+        """Weights will come."""
+        self._all("/start_weight_update", [None] * len(self.servers))
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """They come now; it returns when the last one is there."""
+        self._all("/update_weights", [{"update_info": update_info}] * len(self.servers))
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """All have come. The version is given later, once the cache is reset."""
+        self._all("/finish_weight_update", [None] * len(self.servers))
+
+    def _all(self, path: str, bodies: Sequence[Any]) -> None:
+        def post(server: Server, body: Any) -> None:
+            try:
+                server.call("POST", path, body)
+            except TroubleError as error:
+                raise server.failed(str(error)) from error
+
+        with ThreadPoolExecutor(len(self.servers)) as pool:
+            for _ in pool.map(post, self.servers, bodies):
+                pass
+
+
+class Nccl:
+    """The way of weights to `servers`. ranks: those that hold the weights; the first of them sends."""
+
+    def __init__(self, servers: Sequence[Server], ranks: Ranks):
+        self.servers, self.ranks = servers, ranks
+        self.known: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
+        self.sender: Any = None
+        self.weights: Sent = list  # those that are sent now
+
+    def send(self, weights: Sent) -> None:
+        """Send all of them. All ranks call it together; before the first time they go through the weights once more,
+        for servers want to know names and sizes beforehand. SamplerError where a server fails.
+        """
+        if not self.known:
+            self.known = [(name, weight.dtype, tuple(weight.shape)) for name, weight in weights()]
+        if not self.ranks.first:
+            for _ in weights():
+                pass
+            return
+        self.weights = weights
+        if self.sender is None:
+            client, now = Client(self.servers), lambda: self.weights()
+            self.sender = adapter.nccl_sender(client, client.world_size, _meeting(self.servers), self.known, now)
+        self.sender.send_weights()
+
+    def close(self) -> None:
+        """Leave the group."""
+        if self.sender is not None:
+            self.sender.client.shutdown_weight_transfer_engine()
+            self.sender = None
+
+
+def _meeting(servers: Sequence[Server]) -> tuple[str, int]:
+    """An address of this machine that all servers reach, and a free port: loopback where they are all here."""
+    own = []
+    for server in servers:
+        url = server.client.base_url
+        with socket.create_connection((url.host, url.port or 80), timeout=server.timeout) as found:
+            own.append(found.getsockname()[0])
+    address = next((each for each in own if not each.startswith("127.")), own[0])
+    with socket.socket() as found:
+        found.bind((address, 0))
+        return address, int(found.getsockname()[1])
