@@ -35,7 +35,7 @@ test: install  ## linter, formatter, type checker and the quick tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
 
 test-slow: install  ## the tests that take minutes
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist loadfile $(ARGS)
 
 smollm2: install  ## models/smollm2, a pretrained model of 135M parameters (fetches 93 MB), for tests and trials
 	$(BIN)/python -m bench.smollm2 $(ARGS)
