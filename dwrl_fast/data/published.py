@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from dwrl_fast.data.columns import Unusable
+from dwrl_fast.data.messages import transcript
 from dwrl_fast.data.preference import Message
 
 Published = Mapping[str, Any]
 Rows = list[dict[str, Any]]
 
-HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 HELPSTEER_TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
 CALCULATOR = re.compile(r"<<[^<>]*>>")
 ANSWER = re.compile(r"\nA: *(.+)\s*\Z")
-ROLES = {"Human": "user", "User": "user", "Assistant": "assistant"}
+ROLES = {"User": "user", "Assistant": "assistant"}
 SOLVERS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
 
 
@@ -40,7 +40,7 @@ class DataSet:
 
 def hh(row: Published, notes: Counter[str]) -> Rows:
     """Anthropic HH: `chosen` and `rejected` are transcripts with turns headed Human: and Assistant:."""
-    return [{side: _transcript(row[side]) for side in ("chosen", "rejected")}]
+    return [{side: transcript(row[side]) for side in ("chosen", "rejected")}]
 
 
 def ultrafeedback(row: Published, notes: Counter[str]) -> Rows:
@@ -120,13 +120,6 @@ DATA_SETS: dict[str, DataSet] = {
         address="git clone https://github.com/Zhou-Zoey/RMB-Reward-Model-Benchmark",
     ),
 }
-
-
-def _transcript(text: str) -> list[Message]:
-    before, *rest = HH_TURN.split(text)
-    if before.strip() or not rest:
-        raise Unusable("no transcript that begins with Human: or Assistant:")
-    return [Message(role=ROLES[role], content=said.strip()) for role, said in zip(rest[::2], rest[1::2], strict=True)]
 
 
 def _solution(text: str) -> str | None:

@@ -23,6 +23,8 @@ REMEDY = "fetch it again, or name another"
 class Parquet:
     """A RowSource over one Parquet file; a row group at a time is in memory."""
 
+    table = True
+
     def __init__(self, path: str | Path) -> None:
         self.name = str(path)
 
@@ -38,6 +40,8 @@ class Parquet:
 
 class SavedDataset:
     """A RowSource over a folder that `datasets` wrote (save_to_disk); mapped into memory, not loaded."""
+
+    table = True
 
     def __init__(self, folder: Path, name: str, split: str | None) -> None:
         self.name, self.folder, self.split = name, folder, split
@@ -60,6 +64,8 @@ class HubDataset:
     """A RowSource over a data set of the Hugging Face hub, read as it is fetched. `name` is NAME[:CONFIG]:SPLIT.
     DataError where `datasets` would read local files for NAME.
     """
+
+    table = True
 
     def __init__(self, name: str) -> None:
         self.name = name
