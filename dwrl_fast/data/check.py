@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dwrl_fast.data.compression import kind_of
 from dwrl_fast.data.counts import Counts, Measure, characters, count_rows
 from dwrl_fast.data.formats import BINARY, SINGLE, Format, check_first, recognise
-from dwrl_fast.data.jsonl import GZIP, JsonLines, finite
+from dwrl_fast.data.jsonl import JsonLines, finite
 from dwrl_fast.data.label_agreement import Agreement, agreement
 from dwrl_fast.data.locations import open_rows
 from dwrl_fast.data.preference import Rankings, Ties
@@ -141,7 +142,8 @@ def _count_stretch(reader: Reader, bounds: tuple[int, int]) -> Counts:
 
 def _in_parallel(reader: Reader, processes: int, size: int, progress: Progress | None) -> Counts | None:
     """The counts of all stretches of a JSONL file; None where one process must read the file."""
-    stretches = list(itertools.pairwise(_bounds(reader.source.name, size)))
+    assert isinstance(reader.source, JsonLines)
+    stretches = list(itertools.pairwise(_bounds(reader.source.path, size)))
     form = _format(reader) if len(stretches) > 1 else None
     if form is None or form is SINGLE:  # SINGLE compares rows that may stand anywhere
         return None
@@ -155,13 +157,13 @@ def _in_parallel(reader: Reader, processes: int, size: int, progress: Progress |
     return whole
 
 
-def _bounds(name: str, size: int) -> Iterator[int]:
+def _bounds(name: str | Path, size: int) -> Iterator[int]:
     """Where rows begin, about every `size` bytes, and the end; nothing for a file that has to be read in one go."""
     try:
         with open(name, "rb") as file:
             end = file.seek(0, os.SEEK_END)
             file.seek(0)
-            if file.read(2) == GZIP or end < 2 * size:
+            if kind_of(name) is not None or end < 2 * size:
                 return
             place = 0
             while place < end:

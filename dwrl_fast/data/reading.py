@@ -112,6 +112,8 @@ class Reader:
                 else:
                     yield Outcome(row.after, dropped=[dropped])
             except DataError as error:
+                if row.place and row.place not in str(error):
+                    error = DataError(f"{error} ({row.place})")
                 yield Outcome(row.after, error=error)
             after = row.after
         yield from self._compared(prompts, waiting, held, after)
