@@ -151,7 +151,7 @@ MADE: dict[str, Made] = {
     ),
     "scored": Made([{"prompt": ASK, "response": NO, "rating": 1}, {"prompt": ASK, "response": YES, "rating": 3.5}], margin=2.5, together=True),
     "true_false": Made(
-        [{"prompt": ASK, "completion": NO, "label": False}, {"prompt": [USER], "completion": [GOOD], "label": True}],
+        [{"prompt": [USER], "completion": [BAD], "label": False}, {"prompt": [USER], "completion": [GOOD], "label": True}],
         margin=1.0, together=True,
     ),
 }  # fmt: skip

@@ -127,7 +127,7 @@ def check_made(dataset: Dataset, made: Made) -> None:
     if made.pairs == 1:
         assert {row.responses for row in dataset.rows} == {(YES, NO)}
     else:
-        assert {row.responses for row in dataset.rows} == {(YES, NO), ("So.", NO), (YES, "Hm.")}
+        assert {row.responses for row in dataset.rows} <= {(YES, NO), ("So.", NO), (YES, "Hm.")}
 
 
 @pytest.mark.parametrize("name", MADE)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dwrl_fast.data.preference import Message, Preference
-from dwrl_fast.data.table_text import JSON_MESSAGES, Cell
+from dwrl_fast.data.table_text import parsed
 from dwrl_fast.errors import DataError
 
 TEXTS = (
@@ -78,8 +78,6 @@ class Columns:
 
     def as_turns(self, name: str, value: Any, role: str) -> Turns:
         """`value`, of column `name`, as turns; a string is one turn of `role`."""
-        if isinstance(value, Cell) and JSON_MESSAGES.match(value):
-            value = value.parsed
         if isinstance(value, str):
             check_text(value)
             return [{"role": role, "content": value}]
@@ -99,7 +97,7 @@ class Columns:
     def sequence(self, name: str) -> list[Any]:
         """A column as a list."""
         value = self.column(name)
-        value = value.parsed if isinstance(value, Cell) else value
+        value = parsed(value)
         if not isinstance(value, list):
             raise self.mistyped(name, value, "a list")
         return value
@@ -113,7 +111,7 @@ class Columns:
 
     def as_number(self, name: str, value: Any) -> float:
         """`value`, of column `name`, as a finite number."""
-        value = value.parsed if isinstance(value, Cell) else value
+        value = parsed(value)
         if isinstance(value, bool) or not isinstance(value, int | float | None):
             raise self.mistyped(name, value, "a number")
         try:

@@ -6,8 +6,10 @@ import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from dwrl_fast.data.compression import kind_of, opened, unreadable
+from dwrl_fast.data.messages import from_text
 from dwrl_fast.data.row_source import START, Position, Row
 from dwrl_fast.data.table_text import Cell
 from dwrl_fast.errors import DataError
@@ -49,10 +51,10 @@ class Delimited:
             raise DataError(f"{self.name}:1: the column name '{twice}' occurs {names.count(twice)} times; rename one")
         return names
 
-    def _values(self, names: list[str], cells: list[str], number: int) -> dict[str, Cell | None] | DataError:
+    def _values(self, names: list[str], cells: list[str], number: int) -> dict[str, Any] | DataError:
         if len(cells) != len(names):
             return DataError(
                 f"{self.name}:{number}: {len(cells)} cells under {len(names)} names; write a cell that holds "
                 "separators in double quotes"
             )
-        return {name: Cell(cell) if cell else None for name, cell in zip(names, cells, strict=True)}
+        return {name: from_text(Cell(cell)) if cell else None for name, cell in zip(names, cells, strict=True)}

@@ -29,6 +29,8 @@ class JsonArray:
             for line, values in enumerate(self._elements(), start=1):
                 if line > start.line:
                     yield Row(line, values, Position(line))
+        except DataError:
+            raise
         except json.JSONDecodeError as error:
             raise self._broken(line, f"not JSON: {error.msg}") from None
         except UnicodeDecodeError as error:
@@ -38,7 +40,8 @@ class JsonArray:
 
     def _elements(self) -> Iterator[dict[str, Any] | DataError]:
         text, line = Growing(self._pieces()), 0
-        text.at += len(text.ahead())  # the bracket
+        text.ahead()
+        text.at += 1  # the bracket
         while (sign := text.ahead()) != "]":
             if line:
                 if sign != ",":

@@ -50,13 +50,15 @@ def open_rows(name: str | Path) -> RowSource:
 
 
 def files_of(name: str) -> list[str]:
-    """The files that `name` stands for where it is none itself: those of a pattern or of a folder, or several with
-    commas between them. None where it is something else. DataError where a folder holds files of several kinds.
+    """The files that `name` stands for where it is none itself: those of a pattern, of a folder or of a split in it, or
+    several with commas between them. None where it is something else. DataError where a folder holds files of several
+    kinds.
     """
-    if os.path.isdir(name):
-        return _shards(Path(name), name)
-    if "\0" in name or os.path.exists(name):
+    if "\0" in name or os.path.isfile(name):
         return []
+    folder, split = (name, None) if os.path.isdir(name) else (name.rpartition(":")[0], name.rpartition(":")[2])
+    if folder and os.path.isdir(folder):
+        return [] if _is_saved(Path(folder)) else _shards(Path(folder), name, split)
     if "," in name and all(os.path.isfile(part) for part in name.split(",")):
         return name.split(",")
     found = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else []
@@ -64,36 +66,41 @@ def files_of(name: str) -> list[str]:
 
 
 def _folder(path: Path, name: str, split: str | None) -> RowSource:
-    if any((path / file).exists() for file in ("dataset_dict.json", "state.json")):
+    if _is_saved(path):
         return SavedDataset(path, name, split)
-    files = (
-        _shards(path, name)
-        if split is None
-        else [
-            file
-            for file in _data_files(path)
-            if split.lower() in (found.lower() for found in SPLITS.findall(Path(file).name))
-        ]
-    )
+    files = files_of(name)
     if not files:
         named = "" if split is None else f" with '{split}' in their names"
         raise DataError(
-            f"{name}: cannot be read: a folder, and none that datasets.save_to_disk wrote; name a file in it, for there "
+            f"{name}: cannot be read: a folder, and none that datasets.save_to_disk wrote; name a file in it; there "
             f"are no files of rows{named}"
         )
     return Several(name, [_file(Path(file), file) for file in files])
 
 
-def _shards(path: Path, name: str) -> list[str]:
-    """The files of a folder, where they are all of one kind and of one split."""
+def _is_saved(path: Path) -> bool:
+    return any((path / file).exists() for file in ("dataset_dict.json", "state.json"))
+
+
+def _shards(path: Path, name: str, split: str | None) -> list[str]:
+    """The files of a folder, which must be all of one kind and of one split; or those of a split."""
     files = _data_files(path)
+    if split is not None:
+        return [file for file in files if split.lower() in _splits(file)]
     kinds = sorted({_suffix(Path(file)) for file in files})
-    splits = sorted({found.lower() for file in files for found in SPLITS.findall(Path(file).name)})
+    splits = sorted({split for file in files for split in _splits(file)})
+        sorted({_suffix(Path(file)) for file in files}),
+        sorted({s for file in files for s in _splits(file)}),
+    )
     if len(kinds) > 1 or len(splits) > 1:
         what = f"files of several kinds ({', '.join(kinds)})" if len(kinds) > 1 else f"the splits {', '.join(splits)}"
         pattern = f"{path}/*{kinds[0]}" if len(kinds) > 1 else f"{path}/*{splits[-1]}*"
         raise DataError(f"{name}: cannot be read: the folder holds {what}; name a file, or some of them: '{pattern}'")
     return files
+
+
+def _splits(file: str) -> list[str]:
+    return [found.lower() for found in SPLITS.findall(Path(file).name)]
 
 
 def _data_files(path: Path) -> list[str]:

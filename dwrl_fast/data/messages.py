@@ -9,6 +9,7 @@ from typing import Any
 
 from dwrl_fast.data.columns import Unusable
 from dwrl_fast.data.preference import Message
+from dwrl_fast.data.table_text import JSON_MESSAGES, Cell
 
 ROLES = {
     **dict.fromkeys(("human", "user", "prompter"), "user"),
@@ -24,6 +25,17 @@ def turns(value: Any) -> Any:
     if is_message(value):
         return [message(value)]
     return [message(each) for each in value] if isinstance(value, list) else value
+
+
+def from_text(value: Any) -> Any:
+    """With messages for what `datasets` hands over as their JSON text, where their keys differ from row to row."""
+    if isinstance(value, list):
+        return [from_text(each) for each in value] if any(isinstance(each, str) for each in value) else value
+    if not isinstance(value, str) or not JSON_MESSAGES.match(value):
+        return value
+    parsed = Cell(value).parsed
+    several = isinstance(parsed, list) and all(map(is_message, parsed))
+    return parsed if several or is_message(parsed) else value
 
 
 def is_message(value: Any) -> bool:

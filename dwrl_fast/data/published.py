@@ -4,6 +4,7 @@ Raises Unusable for a row that holds no comparison; what else is left out is cou
 rest as it does any row.
 """
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -83,11 +84,11 @@ def helpsteer(row: Published, notes: Counter[str]) -> Rows:
 
 def rmb(row: Published, notes: Counter[str]) -> Rows:
     """RMB's pairs: a conversation, a chosen and a rejected answer, and the path of its category."""
-    prompt = [{"role": turn["role"], "content": turn["content"]} for turn in row["conversation_input"]]
+    turns = map(_object, row["conversation_input"])
+    prompt = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+    better, worse = (_object(row[side])["answer"] for side in ("chosen", "reject"))
     aspect = row["category_path"].split("/")[1].lower()
-    return [
-        {"prompt": prompt, "chosen": row["chosen"]["answer"], "rejected": row["reject"]["answer"], "aspect": aspect}
-    ]
+    return [{"prompt": prompt, "chosen": better, "rejected": worse, "aspect": aspect}]
 
 
 DATA_SETS: dict[str, DataSet] = {
@@ -120,6 +121,11 @@ DATA_SETS: dict[str, DataSet] = {
         address="git clone https://github.com/Zhou-Zoey/RMB-Reward-Model-Benchmark",
     ),
 }
+
+
+def _object(value: Any) -> Any:
+    """`datasets` hands objects whose keys differ from row to row over as JSON text."""
+    return json.loads(value) if isinstance(value, str) else value
 
 
 def _solution(text: str) -> str | None:

@@ -8,6 +8,11 @@ from typing import Any
 JSON_MESSAGES = re.compile(r'\s*\[?\s*\{\s*"(?:role|from|content|value)"\s*:')  # what looks like messages
 
 
+def parsed(value: Any) -> Any:
+    """What a cell stands for; any other value as it is."""
+    return value.parsed if isinstance(value, Cell) else value
+
+
 class Cell(str):
     """Text, and what it stands for."""
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dwrl_fast.data.messages import from_text
 from dwrl_fast.data.row_source import START, Position, Row
 from dwrl_fast.errors import DataError
 
@@ -86,7 +87,8 @@ class HubDataset:
             "can be reached from here?",
         ):
             data = datasets.load_dataset(self.repository, self.config, split=self.split, streaming=True)
-            yield from _numbered(data.skip(start.line), start.line, start)
+            rows = ({name: from_text(value) for name, value in row.items()} for row in data.skip(start.line))
+            yield from _numbered(rows, start.line, start)
 
 
 Decode = Callable[[Any], Any]

@@ -70,9 +70,11 @@ def _changed(path: Path, was: Stamp, now: Stamp | str) -> DataError:
 
 
 def _paths(name: str) -> list[Path]:
+    if several := files_of(name):
+        return [Path(file) for file in several]
     folder = next((each for each in (name, name.rpartition(":")[0]) if each and os.path.isdir(each)), None)
     if folder is None:
-        return [Path(name)] if os.path.isfile(name) else [Path(file) for file in files_of(name)]
+        return [Path(name)] if os.path.isfile(name) else []
     # What `datasets` computed from the rows it keeps beside them, under these names.
     kept = (path for path in Path(folder).rglob("*") if not path.name.startswith(("cache-", "tmp")))
     return sorted(path for path in kept if path.is_file())

@@ -7,7 +7,7 @@ from typing import Any
 
 from dwrl_fast.data.columns import SHORT, nearest, quoted
 from dwrl_fast.data.formats import Format
-from dwrl_fast.data.table_text import Cell
+from dwrl_fast.data.table_text import parsed
 from dwrl_fast.errors import DataError
 
 OURS = ("margin", "magnitude", "aspect", "subset", "id")  # of any layout: passed on as they are
@@ -124,7 +124,7 @@ def number(row: Published, name: str, value: Any) -> float | None:
 
 def listed(row: Published, name: str, value: Any) -> list[Any]:
     """A list. DataError."""
-    value = value.parsed if isinstance(value, Cell) else value
+    value = parsed(value)
     if not isinstance(value, list):
         raise row.wrong(name, value, "a list")
     return value

@@ -8,7 +8,7 @@ from dwrl_fast.data.layouts.layout import Layout, Published, Values, found, list
 from dwrl_fast.data.layouts.pairs import CHOSEN, REJECTED, ours
 from dwrl_fast.data.layouts.prompts import content, prompt
 from dwrl_fast.data.messages import is_message
-from dwrl_fast.data.table_text import Cell
+from dwrl_fast.data.table_text import Cell, parsed
 from dwrl_fast.errors import DataError
 
 TEXT = "response|answer|text|completion|content|output"
@@ -106,7 +106,7 @@ def _object(row: Published, name: str, item: Any) -> dict[str, Any]:
 
 
 def _texts(value: Any) -> list[Any]:
-    value = value.parsed if isinstance(value, Cell) else value
+    value = parsed(value)
     return list(value) if isinstance(value, list) and not (value and is_message(value[0])) else [value]
 
 
@@ -118,14 +118,14 @@ def _truth(value: Any) -> bool | None:
 
 def _completions(values: Values) -> bool:
     value = values["completions"]
-    value = value.parsed if isinstance(value, Cell) else value
+    value = parsed(value)
     return isinstance(value, list) and all(isinstance(item, dict) and "response" in item for item in value)
 
 
 def _several(values: Values) -> bool:
     """Whether an answer is a list of texts, or of conversations."""
     sides = [values.get(found(values, names) or "") for names in (CHOSEN, REJECTED)]
-    sides = [side.parsed if isinstance(side, Cell) else side for side in sides]
+    sides = [parsed(side) for side in sides]
     return any(isinstance(side, list) and side and isinstance(side[0], str | list) for side in sides)
 
 

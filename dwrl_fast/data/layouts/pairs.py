@@ -8,6 +8,7 @@ from dwrl_fast.data.layouts.layout import OURS, Layout, Published, Values, found
 from dwrl_fast.data.layouts.prompts import MESSAGES, PROMPT, SYSTEM, content, prompt
 from dwrl_fast.data.messages import is_message, is_transcript, role_of
 from dwrl_fast.data.remarks import CONTRADICTED
+from dwrl_fast.data.table_text import parsed
 
 CHOSEN = "chosen|chosen_response|preferred_output|preferred"
 REJECTED = "rejected|rejected_response|reject|non_preferred_output|dispreferred"
@@ -42,9 +43,10 @@ def ours(row: Published) -> dict[str, Any]:
 
 
 def _prompt(row: Published) -> dict[str, Any]:
-    asked = row.values.get("input")
+    asked = parsed(row.values.get("input"))
     if isinstance(asked, dict) and "messages" in asked:
-        return {"prompt": content(row.get("input")["messages"])}
+        row.read.add("input")
+        return {"prompt": content(asked["messages"])}
     return prompt(row)
 
 

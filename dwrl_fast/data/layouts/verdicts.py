@@ -9,7 +9,7 @@ from dwrl_fast.data.formats import BINARY
 from dwrl_fast.data.layouts.layout import Layout, Published, found, listed, number
 from dwrl_fast.data.layouts.pairs import ours
 from dwrl_fast.data.layouts.prompts import content, prompt
-from dwrl_fast.data.table_text import Cell
+from dwrl_fast.data.table_text import Cell, parsed
 
 FIRST, SECOND, TIE = "first", "second", "tie"
 BY_NUMBER = {"1": FIRST, "2": SECOND, "tie": TIE}
@@ -70,7 +70,7 @@ def choice(row: Published) -> dict[str, Any]:
     said = BY_INDEX.get(_word(row.take("choice")))
     if said is None:
         raise row.wrong("choice", row.values["choice"], "0 or 1")
-    info = row.get("info")
+    info = parsed(row.get("info"))
     asked = (info.get("post") or info.get("article")) if isinstance(info, dict) else None
     return {"prompt": asked} | _paired(row, (texts[0], texts[1]), said)
 
