@@ -89,9 +89,6 @@ def _shards(path: Path, name: str, split: str | None) -> list[str]:
         return [file for file in files if split.lower() in _splits(file)]
     kinds = sorted({_suffix(Path(file)) for file in files})
     splits = sorted({split for file in files for split in _splits(file)})
-        sorted({_suffix(Path(file)) for file in files}),
-        sorted({s for file in files for s in _splits(file)}),
-    )
     if len(kinds) > 1 or len(splits) > 1:
         what = f"files of several kinds ({', '.join(kinds)})" if len(kinds) > 1 else f"the splits {', '.join(splits)}"
         pattern = f"{path}/*{kinds[0]}" if len(kinds) > 1 else f"{path}/*{splits[-1]}*"
