@@ -316,7 +316,7 @@ def test_the_command(tmp_path: Path) -> None:
         ([pair()], ["--fix", "IN"], 2, "nothing is overwritten"),
         ([pair()], ["--fix", "OUT", "--check", "IN"], 2, "only that one"),
         ([pair()], ["--output_dir", "OUT"], 2, "belongs to --prepare"),
-        ([pair()], ["--prepare", "hh"], 2, "one of --check FILE and --prepare"),
+        ([pair()], ["--prepare", "hh"], 2, "one of --check FILE, --prepare"),
     ],
 )
 def test_how_the_command_ends(

@@ -207,7 +207,7 @@ def test_what_the_rows_hold(tmp_path: Path) -> None:
         prepare_data_set(name, tmp_path / name / "out", source=str(tmp_path / name))
     rows = {name: read(tmp_path / name / "out")[1] for name in FILES}
     assert [turn["content"] for turn in rows["hh"][0].prompt][1:] == ["Why?", "Human: I wonder.\n\nAnd so on."]
-    assert rows["ultrafeedback"][0].responses == ("Yes.", "No.") and rows["ultrafeedback"][0].margin == 0
+    assert rows["ultrafeedback"][0].responses == ("Yes.", "No.") and rows["ultrafeedback"][0].margin == 5.5
     assert {len(row.prompt) for row in rows["ultrainteract"]} == {1, 3}
     assert {row.aspect for row in rows["ultrainteract"]} == {row.aspect for row in rows["gsm8k"]} == {"correctness"}
     assert [turn["content"] for turn in rows["helpsteer"][0].prompt][1:] == ["Because.", "But why?"]

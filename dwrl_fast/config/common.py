@@ -49,6 +49,11 @@ class CommonOptions(Options):
         "Rename columns, new=old: --columns chosen=better --columns rejected=worse. May be given several times; given"
         " on the command line it replaces the mapping of the YAML file.",
     )
+    layout: str | None = data_option(
+        None,
+        "The layout of the data, by its name in `python -m dwrl_fast.data --formats`, or plain: the columns of this"
+        " package. none: told from the first row of each file.",
+    )
     ties: Ties = data_option(
         "drop",
         "Pairs of equally good responses. drop: left out and counted. keep: trained as ties, with no winner. A ranking"

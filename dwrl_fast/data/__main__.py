@@ -19,7 +19,7 @@ from dwrl_fast.data.counts import Lengths, Measure
 from dwrl_fast.data.fix import fix, quarantine_of, refuse_existing
 from dwrl_fast.data.jsonl import JsonLines
 from dwrl_fast.data.prepare import ON_TOPIC, prepare_data_set, refuse_written
-from dwrl_fast.data.printing import plot_lengths, print_overlap, print_report, say
+from dwrl_fast.data.printing import plot_lengths, print_layouts, print_overlap, print_report, say
 from dwrl_fast.data.split import Split
 from dwrl_fast.errors import ConfigError, DataError, TemplateError
 from dwrl_fast.options import Options, at_least, option, option_fields, parse
@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 VENDOR = "the papers' instruction-following data are a vendor's and not public; use ultrafeedback, or your own pairs."
 LLEMMA = "the papers' pairs were sampled from a model of their own and are not public; use gsm8k or ultrainteract."
 
-_do = partial(option, group="What to do (one of check and prepare)")
+DO = "What to do (one of check, prepare and formats)"
+
+_do = partial(option, group=DO)
 _reading = partial(option, group="Reading")
 _check = partial(option, group="With --check")
 _prepare = partial(option, group="With --prepare")
@@ -48,7 +50,7 @@ class DataConfig(Options):
         "accounted for, used or dropped with its reason; with 1 when a file cannot be read or nothing of it is left."
     )
     groups: ClassVar[tuple[str, ...]] = (
-        "What to do (one of check and prepare)",
+        DO,
         "Reading",
         "With --check",
         "With --prepare",
@@ -60,6 +62,9 @@ python -m dwrl_fast.data --check pairs.jsonl
 # a training file and its test file: shared prompts too; lengths in the tokens that training will see
 python -m dwrl_fast.data --check train.jsonl test.jsonl --tokenizer_name_or_path Qwen/Qwen2.5-3B-Instruct \\
     --plot lengths.png --json report.json
+
+# the layouts of public data that are read as they are published
+python -m dwrl_fast.data --formats
 
 # columns of other names
 python -m dwrl_fast.data --check ranked.parquet --columns responses=answers --columns scores=ratings
@@ -86,7 +91,13 @@ python -m dwrl_fast.data --prepare on-topic --source pairs.jsonl --longest 450 -
         refused={"if": VENDOR, "complexif": VENDOR, "instruction_following": VENDOR, "math": LLEMMA},
     )
 
+    formats: bool = _do(False, "List the layouts that files may have, with their names for --layout.")
+
     columns: dict[str, str] = _reading({}, "Rename columns, new=old: --columns chosen=better.")
+    layout: str | None = _reading(
+        None, "The layout of the files, by its name in --formats, or plain. none: told from the first row."
+    )
+    aspect: str | None = _reading(None, "Which scores to take, where a layout has scores by aspect.")
     ties: Ties = _reading("drop", "Pairs of equally good responses. drop: left out and counted. keep: used as ties.")
     rankings: Rankings = _reading(
         "pairs",
@@ -125,8 +136,8 @@ python -m dwrl_fast.data --prepare on-topic --source pairs.jsonl --longest 450 -
 
     def validate(self) -> None:
         """Raises ConfigError where options contradict each other, or a file to write exists."""
-        if bool(self.check) == (self.prepare is not None):
-            raise ConfigError("give one of --check FILE and --prepare DATA_SET; --help shows what they do")
+        if bool(self.check) + (self.prepare is not None) + self.formats != 1:
+            raise ConfigError("give one of --check FILE, --prepare DATA_SET and --formats; --help shows what they do")
         self._validate_check()
         if self.prepare is not None:
             if self.output_dir is None:
@@ -160,7 +171,10 @@ def main(argv: list[str]) -> None:
     set_up_logging(console)
     config = parse(DataConfig, argv)
     try:
-        (run_check if config.prepare is None else run_prepare)(config, console)
+        if config.formats:
+            print_layouts(console)
+        else:
+            (run_check if config.prepare is None else run_prepare)(config, console)
     except DataError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         sys.exit(1)
@@ -208,6 +222,8 @@ def check_one(name: str, config: DataConfig, console: Console, measure: Measure 
             columns=config.columns,
             ties=config.ties,
             rankings=config.rankings,
+            layout=config.layout,
+            aspect=config.aspect,
             measure=measure,
             progress=watch,
         )

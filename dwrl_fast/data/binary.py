@@ -1,18 +1,27 @@
-"""BINARY: a row with `prompt`, `chosen` and `rejected`, and maybe a `margin`. BINARYMAGN: with a `magnitude` instead.
+"""BINARY: a row with `prompt`, `chosen` and `rejected`, and maybe a `margin`, or `tie` where neither is better.
+
+BINARYMAGN: with a `magnitude` instead.
 
 Strings, message lists, or the prompt inside both.
 """
 
-from dwrl_fast.data.columns import Columns, Unusable, conversation
+from dwrl_fast.data.columns import Columns, Unusable, conversation, differing_fields
 from dwrl_fast.data.preference import Preference, Ties
 
 MAGNITUDES = (0, 1, 2)
 
 
-def pair(row: Columns) -> Preference:
+def pair(row: Columns, ties: Ties) -> Preference:
     """The preference in one row. Raises DataError or Unusable."""
     margin = row.number("margin", default=0.0)
-    return _pair(row, margin)
+    tie = row.column("tie", default=None)
+    if not isinstance(tie, bool | None):
+        raise row.mistyped("tie", tie, "true or false")
+    if not tie:
+        return _pair(row, margin)
+    if ties == "drop":
+        raise Unusable("tie (--ties keep would use it)")
+    return _pair(row, 0.0, ranks=(1, 1))
 
 
 def pair_with_magnitude(row: Columns, ties: Ties) -> Preference:
@@ -30,5 +39,6 @@ def _pair(row: Columns, margin: float, ranks: tuple[int, ...] = ()) -> Preferenc
     prompt = row.prompt([row.column("chosen")])
     turns, responses = conversation(prompt, [chosen, rejected])
     if responses[0].strip() == responses[1].strip():
-        raise Unusable("identical responses")
+        fields = differing_fields(row.column("chosen"), row.column("rejected"))
+        raise Unusable("identical responses" + (f": they differ only in {fields}, not read" if fields else ""))
     return row.preference(turns, responses, margin=margin, ranks=ranks)

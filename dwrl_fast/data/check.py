@@ -19,13 +19,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dwrl_fast.data.compression import kind_of
 from dwrl_fast.data.counts import Counts, Measure, characters, count_rows
-from dwrl_fast.data.formats import SINGLE, Format, check_first, recognise
-from dwrl_fast.data.jsonl import GZIP, JsonLines, finite
+from dwrl_fast.data.formats import BINARY, SINGLE, Format, check_first, recognise
+from dwrl_fast.data.jsonl import JsonLines, finite
 from dwrl_fast.data.label_agreement import Agreement, agreement
 from dwrl_fast.data.locations import open_rows
 from dwrl_fast.data.preference import Rankings, Ties
 from dwrl_fast.data.reading import Reader
+from dwrl_fast.data.remarks import Unread
 from dwrl_fast.data.row_source import Position
 from dwrl_fast.errors import DataError
 
@@ -74,6 +76,8 @@ class FileReport:
     pairs: int
     longer_wins: float
     agreement: Agreement | None
+    unread: Unread
+    layout: str
     counts: Counts
 
     def to_dict(self) -> dict[str, Any]:
@@ -81,6 +85,7 @@ class FileReport:
         values = {name: value for name, value in vars(self).items() if name != "counts"}
         values["lengths"] = {name: found._asdict() for name, found in self.lengths.items()}
         values["agreement"] = self.agreement and asdict(self.agreement)
+        values["unread"] = self.unread.to_dict()
         return finite(values)
 
 
@@ -106,6 +111,8 @@ def check(
     columns: Mapping[str, str] | None = None,
     ties: Ties = "drop",
     rankings: Rankings = "pairs",
+    layout: str | None = None,
+    aspect: str | None = None,
     measure: Measure | None = None,
     processes: int | None = None,
     stretch: int = STRETCH,
@@ -113,11 +120,12 @@ def check(
 ) -> FileReport:
     """Read the whole of a file or data set (see `open_rows`) and say what is in it.
 
-    columns, ties, rankings: as the options of the same names. measure: lengths in tokens; characters without it.
-    processes: as many as may run at once where lengths are in characters, by default the cores there are. progress is
-    told how far it is, in bytes of JSONL or else in rows. Raises DataError where it cannot be read to its end.
+    columns, ties, rankings, layout, aspect: as the options of the same names. measure: lengths in tokens; characters
+    without it. processes: as many as may run at once where lengths are in characters, by default the cores there are.
+    progress is told how far it is, in bytes of JSONL or else in rows. Raises DataError where it cannot be read to its
+    end.
     """
-    reader = Reader(open_rows(path), columns=columns, ties=ties, rankings=rankings)
+    reader = Reader(open_rows(path), columns=columns, ties=ties, rankings=rankings, layout=layout, aspect=aspect)
     processes = processes or _cores()
     counts = None
     if measure is None and processes > 1 and isinstance(reader.source, JsonLines):
@@ -134,7 +142,8 @@ def _count_stretch(reader: Reader, bounds: tuple[int, int]) -> Counts:
 
 def _in_parallel(reader: Reader, processes: int, size: int, progress: Progress | None) -> Counts | None:
     """The counts of all stretches of a JSONL file; None where one process must read the file."""
-    stretches = list(itertools.pairwise(_bounds(reader.source.name, size)))
+    assert isinstance(reader.source, JsonLines)
+    stretches = list(itertools.pairwise(_bounds(reader.source.path, size)))
     form = _format(reader) if len(stretches) > 1 else None
     if form is None or form is SINGLE:  # SINGLE compares rows that may stand anywhere
         return None
@@ -148,13 +157,13 @@ def _in_parallel(reader: Reader, processes: int, size: int, progress: Progress |
     return whole
 
 
-def _bounds(name: str, size: int) -> Iterator[int]:
+def _bounds(name: str | Path, size: int) -> Iterator[int]:
     """Where rows begin, about every `size` bytes, and the end; nothing for a file that has to be read in one go."""
     try:
         with open(name, "rb") as file:
             end = file.seek(0, os.SEEK_END)
             file.seek(0)
-            if file.read(2) == GZIP or end < 2 * size:
+            if kind_of(name) is not None or end < 2 * size:
                 return
             place = 0
             while place < end:
@@ -174,12 +183,16 @@ def _format(reader: Reader) -> Format | None:
     for row in reader.source.rows():
         if isinstance(row.values, DataError):
             continue
-        if form := recognise(tuple(row.values), reader.mapping):
-            try:
+        try:
+            if not reader.decided:
+                reader.decide(row.values, f"{reader.source.name}:{row.line}")
+            if reader.layout is not None:  # whose rows of BINARY may be of BINARYMAGN
+                return None if reader.layout.form in (BINARY, SINGLE) else reader.layout.form
+            if form := recognise(tuple(row.values), reader.mapping):
                 check_first(form, row.values, reader.columns, "")
-            except DataError:
-                return None
-            return form
+                return form
+        except DataError:
+            return None
     return None
 
 
@@ -232,6 +245,8 @@ def summarise(found: Counts, reader: Reader, unit: str) -> FileReport:
         pairs=len(longer),
         longer_wins=float((1 + longer.mean()) / 2) if len(longer) else math.nan,
         agreement=agreement(keys, strengths),
+        unread=found.unread,
+        layout="" if reader.layout is None else reader.layout.names,
         counts=found,
     )
 

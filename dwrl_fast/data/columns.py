@@ -8,11 +8,13 @@ import difflib
 import itertools
 import math
 import reprlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dwrl_fast.data.preference import Message, Preference
+from dwrl_fast.data.table_text import parsed
 from dwrl_fast.errors import DataError
 
 TEXTS = (
@@ -20,6 +22,7 @@ TEXTS = (
     *("response", "thought"),
 )
 ROLES = ("system", "user", "assistant")
+OWN = ("role", "content")
 REQUIRED: Any = object()
 
 Turns = list[Message]
@@ -34,11 +37,16 @@ class Unusable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """One row. `mapping` takes our names to the row's; `source` is its "file:line"."""
+    """One row. `mapping` takes our names to the row's; `source` is its "file:line". nulls: whether a null may stand for
+    a column that is not there, as in tables, whose rows all have every column. unread: where fields of messages that
+    nobody reads are counted.
+    """
 
     values: Mapping[str, Any]
     source: str
     mapping: Mapping[str, str]
+    nulls: bool = False
+    unread: Counter[str] | None = None
 
     def names(self, name: str) -> bool:
         """Whether the row has the column, be it null."""
@@ -89,16 +97,21 @@ class Columns:
     def sequence(self, name: str) -> list[Any]:
         """A column as a list."""
         value = self.column(name)
+        value = parsed(value)
         if not isinstance(value, list):
             raise self.mistyped(name, value, "a list")
         return value
 
     def number(self, name: str, default: Any = REQUIRED) -> float:
         """A column as a finite number."""
-        return self.as_number(name, self.column(name, default))
+        value = self.column(name, default)
+        if value is None and self.nulls and default is not REQUIRED:
+            return float(default)
+        return self.as_number(name, value)
 
     def as_number(self, name: str, value: Any) -> float:
         """`value`, of column `name`, as a finite number."""
+        value = parsed(value)
         if isinstance(value, bool) or not isinstance(value, int | float | None):
             raise self.mistyped(name, value, "a number")
         try:
@@ -138,6 +151,8 @@ class Columns:
         if role not in ROLES:
             raise Unusable(f"unknown role {role[:20]!r}")
         check_text(content)
+        if self.unread is not None and len(message) > 2:
+            self.unread.update(key for key, value in message.items() if key not in OWN and value)
         return {"role": role, "content": content}
 
     def mistyped(self, name: str, value: Any, wanted: str) -> DataError:
@@ -150,6 +165,13 @@ def quoted(names: Mapping[str, Any]) -> str:
     """Column names for a message, of which a row may have any number."""
     shown = ", ".join(repr(name[:40]) for name in list(names)[:12])
     return (shown + ", ..." if len(names) > 12 else shown) or "none"
+
+
+def differing_fields(a: Any, b: Any) -> str:
+    """The fields, other than role and content, in which two last messages differ; empty where they do not."""
+    one, other = (side[-1] if isinstance(side, list) and side else {} for side in (a, b))
+    names = [name for name in {**one, **other} if name not in OWN and one.get(name) != other.get(name)]
+    return quoted(dict.fromkeys(names)) if names else ""
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:

@@ -18,6 +18,7 @@ from xxhash import xxh3_64_intdigest as digest
 from dwrl_fast.data.columns import Unusable
 from dwrl_fast.data.preference import Message, Preference
 from dwrl_fast.data.reading import Outcome, Reader
+from dwrl_fast.data.remarks import Unread
 from dwrl_fast.data.row_source import START, Position
 
 ROLE = {"system": 1, "user": 2, "assistant": 3}
@@ -81,6 +82,7 @@ class Counts:
     dropped: defaultdict[str, array] = field(default_factory=partial(defaultdict, partial(array, "q")))  # their lines
     advice: dict[str, str] = field(default_factory=dict)  # reason -> what the reader said in full, the first time
     notes: Counter[str] = field(default_factory=Counter)
+    unread: Unread = field(default_factory=Unread)
     rows: Records = field(default_factory=partial(Records, ROW))
     responses: array = field(default_factory=partial(array, "i"))
     comparisons: Records = field(default_factory=partial(Records, COMPARISON))
@@ -103,6 +105,7 @@ class Counts:
         self.used += other.used
         self.groups += other.groups
         self.notes.update(other.notes)
+        self.unread.update(other.unread)
 
     def drop(self, reason: str, line: int, advice: str = "") -> None:
         """Count a row that is not used."""
@@ -121,7 +124,7 @@ def count_rows(
 
     `progress` is told now and then how far it is: in bytes of JSONL or else in rows.
     """
-    found = Counts()
+    found = Counts(unread=reader.unread)
     for count, outcome in enumerate(reader.read(start)):
         after = outcome.after
         if end is not None and after.offset > end:

@@ -61,8 +61,8 @@ def _rows(source: RowSource) -> Iterator[tuple[int, bytes]]:
             yield after.line, raw.removeprefix(BOM).strip(b" \t\r\n")
     else:
         for row in source.rows():
-            assert isinstance(row.values, Mapping)  # only lines of JSON can be malformed
-            yield row.line, json.dumps(row.values, default=str).encode()
+            values = row.values if isinstance(row.values, Mapping) else {"unreadable": str(row.values)}
+            yield row.line, json.dumps(values, default=str).encode()
 
 
 def _quarantined(line: int, reason: str, raw: bytes) -> bytes:

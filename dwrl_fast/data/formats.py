@@ -1,7 +1,7 @@
 """What the rows of a file are, told from the names of their columns."""
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from dwrl_fast.data.columns import nearest, quoted
@@ -28,7 +28,7 @@ def _format(name: str, needs: list[str], optional: str, hints: str = "") -> Form
     return Format(name, sets, columns, frozenset(hints.split()))
 
 
-BINARY = _format("BINARY", ["chosen rejected"], "prompt margin", hints="chosen rejected")
+BINARY = _format("BINARY", ["chosen rejected"], "prompt margin tie", hints="chosen rejected")
 BINARYMAGN = _format("BINARYMAGN", ["chosen rejected magnitude"], "prompt")
 RANKING = _format(
     "RANKING", ["completions", "responses ranks", "responses scores"], "prompt context", hints="responses ranks"
@@ -55,10 +55,15 @@ def guess(keys: Iterable[str], mapping: Mapping[str, str]) -> Format | None:
     return next((form for form in FORMATS if form.hints & {*keys, *mapping}), None)
 
 
-def check_mapping(mapping: Mapping[str, str]) -> None:
-    """Raises DataError where a name is none that any format has."""
-    for name in mapping:
-        if name not in COLUMNS:
+def check_mapping(mapping: Mapping[str, str], others: Collection[str] = ()) -> None:
+    """Raises DataError where a name is none that any format has, nor one of `others`, or one column has two roles."""
+    for name, theirs in mapping.items():
+        if twice := [each for each in mapping if mapping[each] == theirs and each != name]:
+            raise DataError(
+                f"--columns {name}={theirs}: the column '{theirs}' is to fill '{twice[0]}' too; name another for one "
+                "of the two"
+            )
+        if name not in COLUMNS and name not in others:
             near = nearest(name, COLUMNS)
             hint = f"did you mean {near!r}" if near else f"there are {', '.join(COLUMNS)}"
             raise DataError(f"--columns {name}={mapping[name]}: there is no column {name!r} to fill; {hint}")
@@ -67,6 +72,11 @@ def check_mapping(mapping: Mapping[str, str]) -> None:
 def check_first(form: Format, values: Mapping[str, object], mapping: Mapping[str, str], source: str) -> None:
     """Raises DataError where a mapped column is not there, or is none of the format's."""
     for ours, theirs in mapping.items():
+        if theirs not in mapping and any(theirs in needs for needs in form.needs) and ours not in values:
+            raise DataError(
+                f"{source}: --columns {ours}={theirs}: the rows are {form.name}, whose own column '{theirs}' is; say "
+                f"which it is with --columns {theirs}=NAME, or name another for '{ours}'"
+            )
         if theirs not in values:
             near = nearest(theirs, values) or "NAME"
             raise DataError(

@@ -1,10 +1,11 @@
 """What a caller in Python gives, prompts and responses in lists, checked as the rows of a file are."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from dwrl_fast.data.columns import Columns, Unusable, check_prompt
+from dwrl_fast.data.messages import joined
 from dwrl_fast.data.preference import Message
 from dwrl_fast.errors import DataError
 
@@ -71,18 +72,5 @@ def _named(name: str) -> Iterator[None]:
 
 def _turns(name: str, value: Any, role: str) -> list[Message]:
     if isinstance(value, list | tuple):
-        value = [_joined(message) for message in value]
+        value = [joined(message) for message in value]
     return Columns({}, name, {}).as_turns("prompt" if role == "user" else "response", value, role)
-
-
-def _joined(message: Any) -> Any:
-    """A message whose content is a list of parts has the text of them all; Unusable where one is no text."""
-    if not isinstance(message, Mapping) or not isinstance(message.get("content"), list | tuple):
-        return message
-    texts: list[Any] = [
-        part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
-        for part in message["content"]
-    ]
-    if not all(isinstance(text, str) for text in texts):
-        raise Unusable("a part of a content that is no text")
-    return {**message, "content": "".join(texts)}

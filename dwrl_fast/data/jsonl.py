@@ -1,25 +1,24 @@
-"""JSON lines, plain or gzipped (told by content, not by name): one object a line, UTF-8."""
+"""JSON lines, plain or compressed (told by content, not by name): one object a line, UTF-8."""
 
-import gzip
 import json
 import math
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from dwrl_fast.data.compression import kind_of, opened, unreadable
 from dwrl_fast.data.row_source import START, Position, Row
 from dwrl_fast.errors import DataError
 
-GZIP = b"\x1f\x8b"
 BOM = b"\xef\xbb\xbf"
 
 
 class JsonLines:
     """A RowSource. Only \\n ends a line, for strings may hold U+2028 and its like; blank lines are passed over."""
 
-    def __init__(self, path: str | Path) -> None:
-        self.name = str(path)
+    def __init__(self, path: str | Path, name: str | None = None) -> None:
+        self.path, self.name = path, name or str(path)
 
     def rows(self, start: Position = START) -> Iterator[Row]:
         """The rows from `start` on, parsed or with what is wrong. Raises DataError where the file cannot be read on."""
@@ -29,29 +28,17 @@ class JsonLines:
     def lines(self, start: Position = START) -> Iterator[tuple[bytes, Position]]:
         """The same rows as they stand in the file, and the position behind each. Raises DataError as `rows` does."""
         line, offset = start
+        kind = None
         try:
-            with self._open() as file:
-                file.seek(offset)  # in a gzipped file this decompresses all that stands before
+            kind = kind_of(self.path)
+            with opened(self.path, offset) as file:
                 for raw in file:
                     line += 1
                     offset += len(raw)
                     if not raw.isspace():
                         yield raw, Position(line, offset)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise DataError(
-                f"{self.name}:{line + 1}: the gzip file is cut off or damaged here ({error}); fetch it again"
-            ) from error
-        except OSError as error:
-            raise DataError(
-                f"{self.name}: cannot be read ({error.strerror or error}); check the path and its permissions"
-            ) from error
-
-    def _open(self) -> IO[bytes] | gzip.GzipFile:
-        if "\0" in self.name:
-            raise OSError("embedded null byte")
-        with open(self.name, "rb") as file:
-            start = file.read(2)
-        return gzip.open(self.name) if start == GZIP else open(self.name, "rb")
+        except (EOFError, OSError, zlib.error) as error:
+            raise unreadable(error, self.name, line, kind) from error
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -65,12 +52,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-_decode = json.JSONDecoder(object_pairs_hook=_object).decode
+DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _parse(raw: bytes, source: str) -> dict[str, Any] | DataError:
     try:
-        row = _decode(raw.removeprefix(BOM).decode())
+        row = DECODER.decode(raw.removeprefix(BOM).decode())
     except UnicodeDecodeError as error:
         return DataError(f"{source}: not UTF-8 ({error.reason} at byte {error.start}); convert the file to UTF-8")
     except json.JSONDecodeError as error:
@@ -82,6 +69,13 @@ def _parse(raw: bytes, source: str) -> dict[str, Any] | DataError:
         return DataError(f"{source}: {error}")
     except (ValueError, RecursionError) as error:
         return DataError(f"{source}: JSON that cannot be read ({error}); remove the line")
+    return as_object(row, source)
+
+
+def as_object(row: Any, source: str) -> dict[str, Any] | DataError:
+    """A row as it must be."""
+    if isinstance(row, DataError):
+        return row
     if not isinstance(row, dict):
         return DataError(f"{source}: a {type(row).__name__} where an object was expected; each line must be one object")
     return row

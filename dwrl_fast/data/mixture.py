@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from dwrl_fast.errors import ConfigError
 
-SUFFIXES = re.compile(r"(\.(jsonl?|parquet|gz))+$")
+SUFFIXES = re.compile(r"(\.(jsonl?|ndjson|csv|tsv|parquet|gz|bz2|zst))+$")
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,6 +76,7 @@ class Dataset:
     dropped: defaultdict[str, list[int]] = field(default_factory=partial(defaultdict, list))
     format: str = ""
     notes: Counter[str] = field(default_factory=Counter)
+    unread: Any = None  # an Unread, of what nobody read
 
     @property
     def used(self) -> int:
@@ -93,8 +94,14 @@ class Dataset:
             *([f"{len(self.rows)} groups come of the {used}"] if len(self.rows) != used else []),
             *(f"{len(lines)} x {reason} (line {first_lines(lines)})" for reason, lines in reasons),
             *(f"{count} x {note}" for note, count in self.notes.most_common()),
+            *([self.unread.summary] if self.unread is not None and self.unread.summary else []),
         )
         return "; ".join(parts)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a person should know before the rows are used: a line each."""
+        return [] if self.unread is None else list(self.unread.warnings(self.notes))
 
     def add(
         self, preferences: Sequence[Preference], dropped: Sequence[tuple[str, int]], notes: Mapping[str, int]

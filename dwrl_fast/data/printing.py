@@ -11,6 +11,7 @@ from rich.text import Text
 
 from dwrl_fast.data.check import FileReport, Overlap, lengths_of
 from dwrl_fast.data.label_agreement import Agreement
+from dwrl_fast.data.layouts import LAYOUTS, PLAIN
 from dwrl_fast.data.preference import first_lines
 
 PLOT = {
@@ -30,6 +31,10 @@ def print_report(found: FileReport, console: Console) -> None:
         say(console, f"{found.groups:,} preference groups come of the {found.used:,}; {found.prompts:,} prompts")
     for note, count in found.notes.items():
         say(console, f"  {count:,} x {note}")
+    if found.unread.summary:
+        say(console, f"  {found.unread.summary}")
+    for line in found.unread.warnings(found.notes):
+        say(console, f"WARNING: {line}")
     if found.dropped:
         console.print(_dropped(found))
     if not found.used:
@@ -101,6 +106,14 @@ def _agreement(found: Agreement) -> str:
         f"Fleiss' kappa {found.fleiss_kappa:.3f} (the {found.fleiss_comparisons:,} with {found.fleiss_labels} labels); "
         f"Pearson's r of their strengths {found.pearson_r:.3f}. 1 is full agreement, 0 is chance."
     )
+
+
+def print_layouts(console: Console) -> None:
+    """The layouts that a file may have."""
+    for layout in LAYOUTS:
+        lost = "" if layout.lost == "-" else f"; not carried: {layout.lost}"
+        say(console, f"{layout.name}: {layout.title}. {layout.becomes}{lost}.".replace("`", ""))
+    say(console, f"{PLAIN}: the formats of this package as they stand. A file's layout is told from its first row.")
 
 
 def plot_lengths(reports: Sequence[FileReport], path: Path) -> None:

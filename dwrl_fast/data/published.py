@@ -4,6 +4,7 @@ Raises Unusable for a row that holds no comparison; what else is left out is cou
 rest as it does any row.
 """
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -11,16 +12,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from dwrl_fast.data.columns import Unusable
+from dwrl_fast.data.messages import transcript
 from dwrl_fast.data.preference import Message
 
 Published = Mapping[str, Any]
 Rows = list[dict[str, Any]]
 
-HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 HELPSTEER_TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
 CALCULATOR = re.compile(r"<<[^<>]*>>")
 ANSWER = re.compile(r"\nA: *(.+)\s*\Z")
-ROLES = {"Human": "user", "User": "user", "Assistant": "assistant"}
+ROLES = {"User": "user", "Assistant": "assistant"}
 SOLVERS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
 
 
@@ -40,7 +41,7 @@ class DataSet:
 
 def hh(row: Published, notes: Counter[str]) -> Rows:
     """Anthropic HH: `chosen` and `rejected` are transcripts with turns headed Human: and Assistant:."""
-    return [{side: _transcript(row[side]) for side in ("chosen", "rejected")}]
+    return [{side: transcript(row[side]) for side in ("chosen", "rejected")}]
 
 
 def ultrafeedback(row: Published, notes: Counter[str]) -> Rows:
@@ -83,11 +84,11 @@ def helpsteer(row: Published, notes: Counter[str]) -> Rows:
 
 def rmb(row: Published, notes: Counter[str]) -> Rows:
     """RMB's pairs: a conversation, a chosen and a rejected answer, and the path of its category."""
-    prompt = [{"role": turn["role"], "content": turn["content"]} for turn in row["conversation_input"]]
+    turns = map(_object, row["conversation_input"])
+    prompt = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+    better, worse = (_object(row[side])["answer"] for side in ("chosen", "reject"))
     aspect = row["category_path"].split("/")[1].lower()
-    return [
-        {"prompt": prompt, "chosen": row["chosen"]["answer"], "rejected": row["reject"]["answer"], "aspect": aspect}
-    ]
+    return [{"prompt": prompt, "chosen": better, "rejected": worse, "aspect": aspect}]
 
 
 DATA_SETS: dict[str, DataSet] = {
@@ -122,11 +123,9 @@ DATA_SETS: dict[str, DataSet] = {
 }
 
 
-def _transcript(text: str) -> list[Message]:
-    before, *rest = HH_TURN.split(text)
-    if before.strip() or not rest:
-        raise Unusable("no transcript that begins with Human: or Assistant:")
-    return [Message(role=ROLES[role], content=said.strip()) for role, said in zip(rest[::2], rest[1::2], strict=True)]
+def _object(value: Any) -> Any:
+    """`datasets` hands objects whose keys differ from row to row over as JSON text."""
+    return json.loads(value) if isinstance(value, str) else value
 
 
 def _solution(text: str) -> str | None:

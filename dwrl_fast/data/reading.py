@@ -1,13 +1,15 @@
 """From any source to preferences, row by row, each row accounted for."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dwrl_fast.data.binary import pair, pair_with_magnitude
 from dwrl_fast.data.columns import Columns, Unusable
 from dwrl_fast.data.formats import (
+    BINARY,
     BINARYMAGN,
     DEMONSTRATION,
     RANKING,
@@ -20,9 +22,11 @@ from dwrl_fast.data.formats import (
     unrecognised,
 )
 from dwrl_fast.data.judgements import demonstration
+from dwrl_fast.data.layouts import PLAIN, Chosen, check_layout, choose, layout_of, names_of, renamed
 from dwrl_fast.data.locations import open_rows
 from dwrl_fast.data.preference import Dataset, Preference, Rankings, Ties
 from dwrl_fast.data.rankings import Groups, ranking
+from dwrl_fast.data.remarks import Unread, noted, unread_columns
 from dwrl_fast.data.row_source import START, Position, Row, RowSource
 from dwrl_fast.data.singles import Key, Single, compare_singles, single
 from dwrl_fast.errors import DataError
@@ -52,7 +56,11 @@ class Reader:
 
     columns: our names to the file's. ties, rankings: as the options of the same names. consecutive: completions of one
     prompt are compared where they stand together, so that one prompt at a time is in memory; otherwise wherever they
-    stand, and all are held until the last is read. The format is known (`format`) once a row of it was read.
+    stand, and all are held until the last is read. layout: that of the file (see `layouts`); told from its first row
+    where None. aspect: what to judge, where a layout has scores by aspect.
+
+    The format is known (`format`), and the layout if it is one (`layout`), once a row of it was read. unread: what
+    nobody read, of all rows so far.
     """
 
     def __init__(
@@ -63,28 +71,39 @@ class Reader:
         ties: Ties = "drop",
         rankings: Rankings = "pairs",
         consecutive: bool = False,
+        layout: str | None = None,
+        aspect: str | None = None,
     ) -> None:
         self.source, self.columns, self.ties, self.rankings = source, dict(columns or {}), ties, rankings
-        self.consecutive = consecutive
+        self.consecutive, self.aspect = consecutive, aspect
+        self.nulls = getattr(source, "table", False)
         self.format: Format | None = None
-        check_mapping(self.columns)
+        check_layout(layout)
+        self.layout = None if layout in (None, PLAIN) else Chosen((layout_of(str(layout)),))
+        self.decided = layout is not None  # whether `layout` is known, be it that there is none
+        check_mapping(self.columns, names_of())
         self.mapping = tuple(self.columns.items())
+        self.unread = Unread()
 
     def read(self, start: Position = START) -> Iterator[Outcome]:
         """What became of each row, in order. Raises DataError where the source cannot be read on."""
         prompts: dict[Key, list[Single]] = {}
         waiting: list[tuple[str, int]] = []  # dropped, among rows whose prompt is not complete
+        held: Counter[str] = Counter()  # notes about such rows
         after = start
         for row in self.source.rows(start):
             try:
-                form, columns = self._recognised(row)
+                form, columns, said = self._recognised(row)
                 if form is SINGLE:
                     completion = single(columns, row.line)
                     if self.consecutive and completion.key not in prompts:
-                        yield from self._compared(prompts, waiting, after)
+                        yield from self._compared(prompts, waiting, held, after)
                     prompts.setdefault(completion.key, []).append(completion)
+                    held.update(said)
                 else:
                     preferences, notes = self._groups(form, columns)
+                    if said := [*said, *noted(preferences[0])]:
+                        notes = Counter(notes) + Counter(said)
                     yield Outcome(row.after, preferences, notes=notes, lines=(row.line,))
             except Unusable as reason:
                 dropped = (str(reason), row.line)
@@ -93,9 +112,11 @@ class Reader:
                 else:
                     yield Outcome(row.after, dropped=[dropped])
             except DataError as error:
+                if row.place and row.place not in str(error):
+                    error = DataError(f"{error} ({row.place})")
                 yield Outcome(row.after, error=error)
             after = row.after
-        yield from self._compared(prompts, waiting, after)
+        yield from self._compared(prompts, waiting, held, after)
 
     def groups_of(self, line: int) -> Sequence[Preference]:
         """The groups of one line (of Parquet and `datasets`: of that row), whatever stands in the lines after it and
@@ -106,25 +127,61 @@ class Reader:
         if row is None or row.line > line:
             raise DataError(f"{self.source.name}:{line}: there is no row on that line")
         try:
-            form, columns = self._recognised(row)
+            form, columns, _ = self._recognised(row)
             if form is SINGLE:
                 return [single(columns, line).preference(columns.source)]
             return self._groups(form, columns)[0]
         except Unusable as reason:
             raise DataError(f"{self.source.name}:{line} holds no usable row: {reason}") from None
 
-    def _recognised(self, row: Row) -> tuple[Format, Columns]:
-        """The row's columns, and the format, which is that of the rows before it. Raises DataError."""
+    def decide(self, values: Mapping[str, Any], source: str) -> None:
+        """The layout of the file, which this row is of. Raises DataError where it may be several."""
+        self.layout = choose(renamed(values, self.columns), source)
+        self.decided = self.layout is not None or recognise(tuple(values), self.mapping) is not None
+        if self.layout is not None:
+            self.layout.check_first(values, self.columns, source)
+            info_once(f"{self.source.name}: read as {self.layout.title} (--layout {self.layout.names})")
+
+    def _recognised(self, row: Row) -> tuple[Format, Columns, Sequence[str]]:
+        """The format, which is that of the rows before it, the row's columns, and notes. Raises DataError, Unusable."""
         if isinstance(row.values, DataError):
             raise row.values
         source = f"{self.source.name}:{row.line}"
-        form = recognise(tuple(row.values), self.mapping)
+        published: Mapping[str, Any]
+        values: Mapping[str, Any]
+        mapping: Mapping[str, str]
+        if not self.decided:
+            self.decide(row.values, source)
+        if self.layout is None:
+            published = values = row.values
+            form, mapping = self._own(values, source), self.columns
+            extra, notes = unread_columns(tuple(values), form, self.mapping), Counter[str]()
+        else:
+            published = renamed(row.values, self.columns)
+            values, read = self.layout.row(published, source, self.aspect)
+            mapping, extra, notes = {}, tuple(name for name in published if name not in read.read), read.notes
+            form = BINARYMAGN if self.layout.form is BINARY and "magnitude" in values else self.layout.form
+            self._check_format(form, source)
+        if extra:
+            self.unread.add(published, extra)
+        return form, Columns(values, source, mapping, self.nulls, self.unread.fields), [*notes.elements()]
+
+    def _own(self, values: Mapping[str, Any], source: str) -> Format:
+        """The format of a row of ours. Raises DataError."""
+        form = recognise(tuple(values), self.mapping)
         if form is None:  # reading it as what it was meant to be says which column it lacks
-            form = self.format or guess(row.values, self.columns)
+            form = self.format or guess(values, self.columns)
             if form is None:
-                raise unrecognised(row.values, source)
-        elif self.format is None:
-            check_first(form, row.values, self.columns, source)
+                raise unrecognised(values, source)
+            return form
+        if self.format is None:
+            check_first(form, values, self.columns, source)
+        self._check_format(form, source)
+        return form
+
+    def _check_format(self, form: Format, source: str) -> None:
+        """Raises DataError where it is not that of the rows before."""
+        if self.format is None:
             self.format = form
             if form is SINGLE and not self.consecutive:
                 info_once(f"{self.source.name}: completions are held in memory until the last one is read")
@@ -133,25 +190,27 @@ class Reader:
                 f"{source}: the columns of a {form.name} row, where those before are {self.format.name}; "
                 "put the two in separate files"
             )
-        return form, Columns(row.values, source, self.columns)
 
     def _groups(self, form: Format, columns: Columns) -> Groups:
         if form is RANKING:
             return ranking(columns, self.ties, self.rankings)
         if form is DEMONSTRATION:
             return [demonstration(columns)], NONE
-        return [pair_with_magnitude(columns, self.ties) if form is BINARYMAGN else pair(columns)], NONE
+        return [pair_with_magnitude(columns, self.ties) if form is BINARYMAGN else pair(columns, self.ties)], NONE
 
     def _compared(
-        self, prompts: dict[Key, list[Single]], dropped: list[tuple[str, int]], after: Position
+        self, prompts: dict[Key, list[Single]], dropped: list[tuple[str, int]], held: Counter[str], after: Position
     ) -> Iterator[Outcome]:
         """The pairs of the prompts that are held, and the rows dropped since the first of them; which are let go."""
         while prompts:
             rows = prompts.pop(next(iter(prompts)))
             (preferences, notes), alone = compare_singles(rows, self.source.name, self.ties)
             lines = sorted({row.line for row in rows}.difference(line for _, line in alone))
+            if held:
+                notes = Counter(notes) + held
             yield Outcome(after, preferences, [*dropped, *alone], notes, lines=lines)
             dropped.clear()
+            held.clear()
 
 
 def read_preferences(
@@ -161,16 +220,18 @@ def read_preferences(
     limit: int | None = None,
     ties: Ties = "drop",
     rankings: Rankings = "pairs",
+    layout: str | None = None,
+    aspect: str | None = None,
 ) -> Dataset:
     """The preferences of a file or data set (see `open_rows`), of any format; of its first `limit` usable rows, or
     prompts of SINGLE.
 
-    `columns` maps our column names to the file's, `ties` and `rankings` are as the options of the same names. Rows that
-    hold no comparison are dropped, counted, with their lines. Raises DataError, naming file and line, where the file or
-    a row is not of the form, or no row is left.
+    `columns` maps our column names to the file's, `layout`, `aspect`, `ties` and `rankings` are as the options of the
+    same names. Rows that hold no comparison are dropped, counted, with their lines. Raises DataError, naming file and
+    line, where the file or a row is not of the form, or no row is left.
     """
-    reader = Reader(open_rows(path), columns=columns, ties=ties, rankings=rankings)
-    dataset = Dataset(reader.source.name)
+    reader = Reader(open_rows(path), columns=columns, ties=ties, rankings=rankings, layout=layout, aspect=aspect)
+    dataset = Dataset(reader.source.name, unread=reader.unread)
     used = 0
     for outcome in reader.read():
         if outcome.error is not None:

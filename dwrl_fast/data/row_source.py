@@ -20,11 +20,14 @@ START = Position()
 
 
 class Row(NamedTuple):
-    """One row: its line (or number) from 1, its columns or why it has none, and the position behind it."""
+    """One row: its line (or number) from 1, its columns or why it has none, and the position behind it. place: its
+    FILE:LINE where the source is several files.
+    """
 
     line: int
     values: dict[str, Any] | DataError
     after: Position
+    place: str = ""
 
 
 class RowSource(Protocol):

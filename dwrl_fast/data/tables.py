@@ -5,14 +5,16 @@ pyarrow and datasets are loaded only where one of these is read.
 
 import importlib
 import itertools
+import json
 import os
 import pkgutil
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dwrl_fast.data.messages import from_text
 from dwrl_fast.data.row_source import START, Position, Row
 from dwrl_fast.errors import DataError
 
@@ -23,21 +25,27 @@ REMEDY = "fetch it again, or name another"
 class Parquet:
     """A RowSource over one Parquet file; a row group at a time is in memory."""
 
-    def __init__(self, path: str | Path) -> None:
-        self.name = str(path)
+    table = True
+
+    def __init__(self, path: str | Path, name: str | None = None) -> None:
+        self.path, self.name = path, name or str(path)
 
     def rows(self, start: Position = START) -> Iterator[Row]:
         """The rows from `start` on. Raises DataError."""
         parquet = library("pyarrow.parquet", self.name)
-        with readable(self.name), parquet.ParquetFile(self.name) as file:
+        with readable(self.name), parquet.ParquetFile(self.path) as file:
+            decoders = _decoders(file.schema_arrow, self.name)
             sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
             first = bisect_right(list(itertools.accumulate(sizes)), start.line)  # groups before it are passed over
             batches = file.iter_batches(batch_size=BATCH, row_groups=range(first, len(sizes)))
-            yield from _numbered((row for batch in batches for row in batch.to_pylist()), sum(sizes[:first]), start)
+            rows = (_decoded(row, decoders) for batch in batches for row in batch.to_pylist())
+            yield from _numbered(rows, sum(sizes[:first]), start)
 
 
 class SavedDataset:
     """A RowSource over a folder that `datasets` wrote (save_to_disk); mapped into memory, not loaded."""
+
+    table = True
 
     def __init__(self, folder: Path, name: str, split: str | None) -> None:
         self.name, self.folder, self.split = name, folder, split
@@ -61,6 +69,8 @@ class HubDataset:
     DataError where `datasets` would read local files for NAME.
     """
 
+    table = True
+
     def __init__(self, name: str) -> None:
         self.name = name
         self.repository, *rest = name.split(":")
@@ -77,7 +87,43 @@ class HubDataset:
             "can be reached from here?",
         ):
             data = datasets.load_dataset(self.repository, self.config, split=self.split, streaming=True)
-            yield from _numbered(data.skip(start.line), start.line, start)
+            rows = ({name: from_text(value) for name, value in row.items()} for row in data.skip(start.line))
+            yield from _numbered(rows, start.line, start)
+
+
+Decode = Callable[[Any], Any]
+
+
+def _decoders(schema: Any, name: str) -> dict[str, Decode]:
+    """Of each column that holds JSON as text, however deep, what makes values of it. DataError where two columns have
+    one name.
+    """
+    if twice := next((column for column in schema.names if schema.names.count(column) > 1), None):
+        raise DataError(
+            f"{name}: the column name '{twice}' occurs {schema.names.count(twice)} times, and a row has one value of a "
+            "name; rename one of the columns"
+        )
+    found = ((field.name, _decoder(field.type)) for field in schema)
+    return {column: decode for column, decode in found if decode is not None}
+
+
+def _decoder(kind: Any) -> Decode | None:
+    """For values of an Arrow type; None where there is nothing to decode."""
+    if getattr(kind, "extension_name", "") == "arrow.json":
+        return lambda value: None if value is None else json.loads(value)
+    if hasattr(kind, "value_type"):  # a list
+        each = _decoder(kind.value_type)
+        return None if each is None else lambda value: value and [each(one) for one in value]
+    if hasattr(kind, "fields") and hasattr(kind, "get_field_index"):  # a struct
+        inner = {field.name: decode for field in kind.fields if (decode := _decoder(field.type)) is not None}
+        return (lambda value: value and _decoded(value, inner)) if inner else None
+    return None
+
+
+def _decoded(row: dict[str, Any], decoders: Mapping[str, Decode]) -> dict[str, Any]:
+    for column, decode in decoders.items():
+        row[column] = decode(row[column])
+    return row
 
 
 def _refuse_local(repository: str, name: str) -> None:

@@ -65,6 +65,7 @@ python -m dwrl_fast.dialog --show pairs.jsonl:12 --tokenizer_name_or_path T --te
     )
     response: int = option(1, "Which response: 1 is the best one of the row.", group="Row", bound=at_least(1))
     columns: dict[str, str] = option({}, "Rename columns, new=old, as for training.", group="Row")
+    layout: str | None = option(None, "The layout of the file, as for training.", group="Row")
     max_length: int = option(
         4096,
         "As for training, which drops rows whose prompt and response are longer. Here they are shown all the same.",
@@ -136,7 +137,15 @@ def read_row(config: ShowConfig) -> Preference:
     """The row of the line asked for, with all of its responses, best first; DataError says why a line holds none."""
     path, _, number = config.show.rpartition(":")
     # As pairs every ranking can be read; they have its responses in order, but for those that repeat another.
-    reader = Reader(open_rows(path), columns=config.columns, ties="keep", rankings="pairs", consecutive=True)
+    reader = Reader(
+        open_rows(path),
+        columns=config.columns,
+        ties="keep",
+        rankings="pairs",
+        consecutive=True,
+        layout=config.layout,
+        aspect=config.aspect,
+    )
     groups = reader.groups_of(int(number))
     if isinstance(groups[0], Demonstration):
         return groups[0]

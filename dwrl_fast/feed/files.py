@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dwrl_fast.data.locations import files_of
 from dwrl_fast.errors import DataError
 
 ENDS = 1 << 20  # bytes at either end of a file that its content is told by
@@ -69,6 +70,8 @@ def _changed(path: Path, was: Stamp, now: Stamp | str) -> DataError:
 
 
 def _paths(name: str) -> list[Path]:
+    if several := files_of(name):
+        return [Path(file) for file in several]
     folder = next((each for each in (name, name.rpartition(":")[0]) if each and os.path.isdir(each)), None)
     if folder is None:
         return [Path(name)] if os.path.isfile(name) else []

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from dwrl_fast.config import CommonOptions, TrainConfig
 from dwrl_fast.data import Dataset, Demonstration, Preference, Reader, open_rows, read_preferences
@@ -81,7 +82,7 @@ def _read_whole(
     demonstrated: bool = False,
     read: Read | None = None,
 ) -> tuple[list[Preference], int]:
-    read = read or partial(read_preferences, ties=config.ties, rankings=config.rankings)
+    read = read or partial(read_preferences, **reading(part, config))
     dataset = read(part.dataset_name, columns=config.columns, limit=limit)
     if not demonstrated:
         refuse_demonstration(dataset.rows[0])
@@ -90,10 +91,18 @@ def _read_whole(
         dialog.counts.clear()
         longest = drop_long(dataset, dialog, config.max_length, stage.advance)
     logger.info(dataset.summary)
+    for line in dataset.warnings:
+        logger.warning("%s: %s", part.dataset_name, line)
     if dialog.counts:
         counts = ", ".join(f"{count} {what}" for what, count in dialog.counts.most_common())
         logger.info("of their conversations, kept but counted: %s", counts)
     return dataset.rows, longest
+
+
+def reading(part: Part, config: CommonOptions) -> dict[str, Any]:
+    """How the options have the rows of a file read, the names of its columns apart."""
+    aspect = part.aspect or getattr(config, "aspect", None)  # commands that compare runs have none
+    return {"ties": config.ties, "rankings": config.rankings, "layout": config.layout, "aspect": aspect}
 
 
 def refuse_demonstration(row: Preference) -> None:
@@ -114,10 +123,12 @@ def _stream(part: Part, stream: str, config: TrainConfig, dialog: Dialog | Singl
         return reason, Counter({f"conversations {what}": count for what, count in dialog.counts.items()})
 
     source = open_rows(part.dataset_name)
-    reader = Reader(source, columns=config.columns, ties=config.ties, rankings=config.rankings, consecutive=True)
+    reader = Reader(source, columns=config.columns, consecutive=True, **reading(part, config))
     for outcome in reader.read():  # a file that is not there, or not of the form, is said before the model is loaded
         if outcome.error is not None:
             raise outcome.error
+        for line in reader.unread.warnings(outcome.notes):
+            logger.warning("%s, of its first row: %s", part.dataset_name, line)
         break
     return Streamed(
         reader,

@@ -134,7 +134,8 @@ class Streamed:
 
     def identity(self) -> dict[str, Any]:
         """What the file was when the stream was opened, and how it is read."""
-        return self.files.identity | {"columns": self.reader.columns, "aspect": self.aspect, "salt": self.salt}
+        layout = {"layout": self.reader.layout.names} if self.reader.layout is not None else {}
+        return self.files.identity | {"columns": self.reader.columns, "aspect": self.aspect, "salt": self.salt} | layout
 
     def state(self) -> dict[str, Any]:
         """As JSON. DataError where the file was changed."""
@@ -175,6 +176,8 @@ class Streamed:
             self._check_used()
             if not self.epoch:
                 logger.info("%s: read to the end; %s", self.name, self.account)
+                for line in self.reader.unread.warnings(self.account.counts):
+                    logger.warning("%s: %s", self.name, line)
             self.epoch += 1
             self.turns = self.used = 0
             self.read_to, self.taken = START, 0

@@ -25,7 +25,7 @@ from dwrl_fast.dialog import Dialog, SingleTurn
 from dwrl_fast.encode import Group, Thought, fit
 from dwrl_fast.errors import DataError, UserError
 from dwrl_fast.feed import Feed, Shuffled
-from dwrl_fast.feed.opening import refuse_demonstration
+from dwrl_fast.feed.opening import reading, refuse_demonstration
 from dwrl_fast.feed.source import with_aspect
 from dwrl_fast.methods import METHODS, Method
 from dwrl_fast.models.gguf import is_gguf
@@ -166,8 +166,7 @@ def _read(part: Part, config: TrainConfig) -> Dataset:
             name,
             columns=config.columns,
             limit=max(SAMPLE, config.rollout_batch_size) if config.streaming else None,
-            ties=config.ties,
-            rankings=config.rankings,
+            **reading(part, config),
         )
     except DataError as error:
         command = preparation(name)

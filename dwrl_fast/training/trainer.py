@@ -42,7 +42,16 @@ from dwrl_fast.training.runlog import RunLog, StallWatch
 # Options that say where a run reads and writes; its rows and its dialog are compared by content.
 APART = {
     *("explicit", "output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "eval_steps", "eval_votes"),
-    *("eval_dataset_name", "dataset_name", "dataset_mixture", "columns", "max_length", "aspect", "model_name_or_path"),
+    *(
+        "eval_dataset_name",
+        "dataset_name",
+        "dataset_mixture",
+        "columns",
+        "layout",
+        "max_length",
+        "aspect",
+        "model_name_or_path",
+    ),
     *("model_config", "tokenizer_name_or_path", "num_train_epochs", "max_steps", "gradient_checkpointing"),
     *("ddp_timeout", "cpu_offload", "reshard_after_backward"),
 }

@@ -1,0 +1,54 @@
+"""Files that may be compressed, told by their first bytes, not by their name."""
+
+import bz2
+import gzip
+import importlib
+import io
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from dwrl_fast.errors import DataError
+
+KINDS = {"gzip": b"\x1f\x8b", "bzip2": b"BZh", "zstd": b"\x28\xb5\x2f\xfd"}
+PIECE = 1 << 20
+
+
+def kind_of(path: str | Path) -> str | None:
+    """How a file is compressed; None where it is not. Raises OSError."""
+    if "\0" in str(path):
+        raise OSError("embedded null byte")
+    with open(path, "rb") as file:
+        start = file.read(4)
+    return next((kind for kind, magic in KINDS.items() if start.startswith(magic)), None)
+
+
+def opened(path: str | Path, offset: int = 0) -> IO[bytes]:
+    """The bytes of the file, uncompressed, from `offset` on. Of one that is compressed all that stands before is read
+    too. Raises OSError, DataError.
+    """
+    kind = kind_of(path)
+    opening: Mapping[str | None, Callable[..., Any]] = {"gzip": gzip.open, "bzip2": bz2.open, "zstd": _zstd, None: open}
+    file: IO[bytes] = opening[kind](path, "rb")
+    if kind == "zstd":
+        while offset and (skipped := len(file.read(min(offset, PIECE)))):
+            offset -= skipped
+    else:
+        file.seek(offset)
+    return file
+
+
+def _zstd(path: str | Path, mode: str) -> IO[bytes]:
+    try:
+        arrow = importlib.import_module("pyarrow")
+    except ImportError as error:
+        raise DataError(f"{path}: reading zstd needs pyarrow; run `pip install pyarrow`") from error
+    return io.BufferedReader(arrow.input_stream(str(path), compression="zstd"), PIECE)
+
+
+def unreadable(error: Exception, name: str, line: int, kind: str | None) -> DataError:
+    """What a failure of reading `name` behind `line` means."""
+    if kind is not None and getattr(error, "errno", None) is None:
+        return DataError(f"{name}:{line + 1}: the {kind} file is cut off or damaged here ({error}); fetch it again")
+    said = getattr(error, "strerror", None) or error
+    return DataError(f"{name}: cannot be read ({said}); check the path and its permissions")

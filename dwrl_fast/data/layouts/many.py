@@ -1,0 +1,168 @@
+"""Many answers: in a list with ranks or scores, as winners and losers, or one a row with its scores."""
+
+from typing import Any
+
+from dwrl_fast.data.columns import Unusable
+from dwrl_fast.data.formats import BINARY, BINARYMAGN, RANKING, SINGLE
+from dwrl_fast.data.layouts.layout import Layout, Published, Values, found, listed, number
+from dwrl_fast.data.layouts.pairs import CHOSEN, REJECTED, ours
+from dwrl_fast.data.layouts.prompts import content, prompt
+from dwrl_fast.data.messages import is_message
+from dwrl_fast.data.table_text import Cell, parsed
+from dwrl_fast.errors import DataError
+
+TEXT = "response|answer|text|completion|content|output"
+SCORE = "score|pm_score|overall_score|rating|reward"
+ASPECTS = (
+    "helpfulness", "correctness", "coherence", "complexity", "verbosity", "honesty", "truthfulness",
+    "instruction_following", "harmlessness", "safety", "relevance", "clarity", "quality",
+)  # fmt: skip
+DEFAULT = "helpfulness"
+UNRATED = "responses left out: without a score"
+
+
+def rated(row: Published) -> dict[str, Any]:
+    """UltraFeedback: completions with an overall score and ratings by aspect."""
+    items = [_object(row, "completions", item) for item in listed(row, "completions", row.take("completions"))]
+    scored = [(item.get("response"), _rating(row, item)) for item in items]
+    return _ranking(row, scored)
+
+
+def answers(row: Published) -> dict[str, Any]:
+    """A list of answers, each with a rank (1 the best) or a score."""
+    name = row.name("answers|candidates|generations") or "answers"
+    items = [_object(row, name, item) for item in listed(row, name, row.take("answers|candidates|generations"))]
+    texts = [item.get(found(item, TEXT) or "") for item in items]
+    if all("rank" in item for item in items):
+        ranks = [number(row, "rank", item["rank"]) for item in items]
+        values = prompt(row) | {"responses": list(map(content, texts)), "ranks": ranks}
+        return values | ours(row)
+    if not any(found(item, SCORE) for item in items):
+        raise row.wrong(name, items, f"objects with a rank or one of {SCORE.replace('|', ', ')}")
+    scores = [number(row, "score", item.get(found(item, SCORE) or "")) for item in items]
+    return _ranking(row, list(zip(texts, scores, strict=True)))
+
+
+def several(row: Published) -> dict[str, Any]:
+    """Lists of better and of worse answers: each of the first against each of the second."""
+    better, worse = (_texts(row.take(names)) for names in (CHOSEN, REJECTED))
+    if not better or not worse:
+        raise Unusable("no chosen or no rejected response")
+    ranks = [1] * len(better) + [2] * len(worse)
+    return prompt(row) | {"responses": [content(each) for each in better + worse], "ranks": ranks} | ours(row)
+
+
+def by_aspect(row: Published) -> dict[str, Any]:
+    """One answer a row, with scores by aspect in columns."""
+    aspect = row.aspect if row.aspect is not None and row.aspect in row.values else DEFAULT
+    there = [name for name in ASPECTS if name in row.values]
+    if aspect not in row.values and there:
+        raise DataError(
+            f"{row.source}: the rows are read as {row.title}, and have no scores of {row.aspect or aspect}; say which "
+            f"to take: --aspect {there[0]}" + "".join(f", or {name}" for name in there[1:])
+        )
+    score = number(row, aspect, row.take(aspect))
+    return prompt(row) | {"completion": content(row.take("response|completion|answer")), "score": score} | ours(row)
+
+
+def scored(row: Published) -> dict[str, Any]:
+    """One answer a row, with a score under another name."""
+    name = row.name(f"{SCORE}|label") or "score"
+    score = number(row, name, row.take(f"{SCORE}|label"))
+    return prompt(row) | {"completion": content(row.take("response|completion|answer")), "score": score} | ours(row)
+
+
+def graded(row: Published) -> dict[str, Any]:
+    """One answer a row, labelled true or false; the answer may be the last turn of a conversation."""
+    label = row.take("label")
+    if _truth(label) is None:
+        raise row.wrong("label", label, "true or false")
+    grade = {"score": float(_truth(label) or 0)}
+    name = row.name("completion|response|answer")
+    if name is None:
+        return {"completion": content(row.take("messages|conversations|conversation"))} | grade | ours(row)
+    return prompt(row) | {"completion": content(row.get(name))} | grade | ours(row)
+
+
+def _ranking(row: Published, scored: list[tuple[Any, float | None]]) -> dict[str, Any]:
+    kept = [(text, score) for text, score in scored if score is not None]
+    if len(kept) < len(scored):
+        row.notes[UNRATED] += len(scored) - len(kept)
+    return prompt(row) | {"responses": [content(text) for text, _ in kept], "scores": [s for _, s in kept]} | ours(row)
+
+
+def _rating(row: Published, item: dict[str, Any]) -> float | None:
+    by_aspect = item.get("annotations")
+    rating = by_aspect.get(row.aspect) if isinstance(by_aspect, dict) and row.aspect else None
+    if isinstance(rating, dict):
+        return number(row, "Rating", rating.get("Rating"))
+    return number(row, "overall_score", item.get(found(item, "overall_score|fine-grained_score|score") or ""))
+
+
+def _object(row: Published, name: str, item: Any) -> dict[str, Any]:
+    if not isinstance(item, dict):
+        raise row.wrong(name, item, "a list of objects")
+    return item
+
+
+def _texts(value: Any) -> list[Any]:
+    value = parsed(value)
+    return list(value) if isinstance(value, list) and not (value and is_message(value[0])) else [value]
+
+
+def _truth(value: Any) -> bool | None:
+    if isinstance(value, Cell):
+        return {"true": True, "false": False}.get(value.strip().lower())
+    return value if isinstance(value, bool) else None
+
+
+def _completions(values: Values) -> bool:
+    value = values["completions"]
+    value = parsed(value)
+    return isinstance(value, list) and all(isinstance(item, dict) and "response" in item for item in value)
+
+
+def _several(values: Values) -> bool:
+    """Whether an answer is a list of texts, or of conversations."""
+    sides = [values.get(found(values, names) or "") for names in (CHOSEN, REJECTED)]
+    sides = [parsed(side) for side in sides]
+    return any(isinstance(side, list) and side and isinstance(side[0], str | list) for side in sides)
+
+
+def _by_aspect(values: Values) -> bool:
+    return not found(values, "score|thought|chosen|rejected") and any(name in values for name in ASPECTS)
+
+
+MANY = (
+    Layout(
+        "ultrafeedback", "UltraFeedback completions", "completions",
+        "`response` of each of the `completions`; its `overall_score`, or with `--aspect` the `Rating` of that of "
+        "its `annotations`, is its score", rated, RANKING, when=_completions, over=(RANKING,),
+        lost="rationales; completions without a score, which are counted",
+    ),
+    Layout(
+        "answers", "answers with ranks or scores", "answers|candidates",
+        "`answers` of `answer` (or `text`) and `rank` (1 is the best), or `pm_score` (or `score`)", answers, RANKING,
+        lost="`selected`", when=lambda values: not found(values, "chosen|rejected|responses"),
+    ),
+    Layout(
+        "several", "several better and several worse answers", f"{CHOSEN} {REJECTED}",
+        "lists as `chosen`, `rejected` or both: each of the chosen is better than each of the rejected", several,
+        RANKING, when=_several, over=(BINARY, BINARYMAGN), lost="an order among the chosen, or among the rejected",
+    ),
+    Layout(
+        "aspect_scores", "scores by aspect in columns", "response|completion|answer",
+        "`response` is the completion; the column named by `--aspect`, or else `helpfulness`, is its score", by_aspect,
+        SINGLE, when=_by_aspect, lost="the other aspects",
+    ),
+    Layout(
+        "scored", "responses with a score", f"response|answer {SCORE}",
+        "`response` is the completion, and the score has any of these names", scored, SINGLE,
+        when=lambda values: not found(values, "thought|completion"),
+    ),
+    Layout(
+        "true_false", "answers that are true or false", "completion|response|answer|messages|conversations label",
+        "`label` true is the score 1, false 0; without a completion the last turn of `messages` is it", graded, SINGLE,
+        when=lambda values: _truth(values["label"]) is not None and not found(values, "chosen|rejected|score"),
+    ),
+)  # fmt: skip

@@ -1,0 +1,92 @@
+"""Messages as others write them, as ours: objects with `from` and `value`, content in parts, transcripts.
+
+What is none of these is left as it is, for the reader to judge.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from dwrl_fast.data.columns import Unusable
+from dwrl_fast.data.preference import Message
+from dwrl_fast.data.table_text import JSON_MESSAGES, Cell
+
+ROLES = {
+    **dict.fromkeys(("human", "user", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bot", "model"), "assistant"),
+    "system": "system",
+}
+TURN = re.compile(r"\n\n(Human|Assistant):")
+TRANSCRIPT = re.compile(r"\s*(?:Human|Assistant):")
+
+
+def turns(value: Any) -> Any:
+    """A list of messages of ours, from a single one or a list, of any of the shapes; text stays text."""
+    if is_message(value):
+        return [message(value)]
+    return [message(each) for each in value] if isinstance(value, list) else value
+
+
+def from_text(value: Any) -> Any:
+    """With messages for what `datasets` hands over as their JSON text, where their keys differ from row to row."""
+    if isinstance(value, list):
+        return [from_text(each) for each in value] if any(isinstance(each, str) for each in value) else value
+    if not isinstance(value, str) or not JSON_MESSAGES.match(value):
+        return value
+    parsed = Cell(value).parsed
+    several = isinstance(parsed, list) and all(map(is_message, parsed))
+    return parsed if several or is_message(parsed) else value
+
+
+def is_message(value: Any) -> bool:
+    """Whether it is one message: an object with role and content, or with from and value."""
+    return isinstance(value, Mapping) and ({"role", "content"} <= value.keys() or {"from", "value"} <= value.keys())
+
+
+def message(value: Any) -> Any:
+    """One message of ours. Unusable where a part of its content is no text."""
+    if not is_message(value):
+        return value
+    if "role" not in value:
+        value = {name: each for name, each in value.items() if name not in ("from", "value")} | {
+            "role": value["from"],
+            "content": value["value"],
+        }
+    known = role_of(value)
+    return joined(value if known == value["role"] else {**value, "role": known})
+
+
+def role_of(value: Any) -> Any:
+    """The role of a message as we name it; as it stands where we have no name for it. None of what is no message."""
+    role = (value.get("role") or value.get("from")) if isinstance(value, Mapping) else None
+    return ROLES.get(role.lower(), role) if isinstance(role, str) else role
+
+
+def joined(value: Any) -> Any:
+    """A message whose content is a list of parts has the text of them all; Unusable where one is no text."""
+    if not isinstance(value, Mapping) or not isinstance(value.get("content"), list | tuple):
+        return value
+    texts = [_text(part) for part in value["content"]]
+    if not all(isinstance(text, str) for text in texts):
+        raise Unusable("a part of a content that is no text")
+    return {**value, "content": "".join(texts)}
+
+
+def _text(part: Any) -> Any:
+    return part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else None
+
+
+def is_transcript(value: Any) -> bool:
+    """Whether a text is a conversation with turns headed Human: and Assistant:."""
+    return isinstance(value, str) and TRANSCRIPT.match(value) is not None and "Assistant:" in value
+
+
+def transcript(text: str) -> list[Message]:
+    """The turns of a text that heads them Human: and Assistant:. Unusable where it is none."""
+    before, *rest = TURN.split("\n\n" + text.lstrip())
+    if before.strip() or not rest:
+        raise Unusable("no transcript that begins with Human: or Assistant:")
+    return [
+        Message(role="user" if role == "Human" else "assistant", content=said.strip())
+        for role, said in zip(rest[::2], rest[1::2], strict=True)
+    ]

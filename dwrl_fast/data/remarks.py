@@ -1,0 +1,104 @@
+"""What a person should know of a file whose rows can be read: columns and fields that nobody reads, texts that look
+like something else.
+"""
+
+import functools
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dwrl_fast.data.formats import Format
+from dwrl_fast.data.preference import Preference
+from dwrl_fast.data.table_text import JSON_MESSAGES
+
+_VERDICT = (
+    "it usually says which response is the better one; look whether chosen and rejected agree with it, or name the "
+    "layout that reads it with --layout (python -m dwrl_fast.data --formats lists them)"
+)
+_ANSWERS = "answers that need it are judged without it; take such rows out, or write it into the prompt"
+_REASONING = "only `content` is judged; write it into the content if it is to be judged too"
+# Columns and fields of messages that usually carry meaning, and what to do where they are not read.
+MEANING: Mapping[str, str] = {
+    "system": "--layout system reads it as the system turn",
+    "input": "it may be what the prompt works on; --layout alpaca puts `instruction` and `input` together",
+    "tools": _ANSWERS,
+    "images": _ANSWERS,
+    "tool_calls": _ANSWERS,
+    "label": _VERDICT,
+    "winner": _VERDICT,
+    "preference": _VERDICT,
+    "reasoning_content": _REASONING,
+    "thinking": _REASONING,
+}
+# Notes that are warnings: the note, and what to do.
+REPEATED_PROMPT = "rows whose responses begin with their own prompt"
+CONTRADICTED = "scores contradict chosen and rejected, and are left out"
+JSON_TEXT = "rows with a text that looks like messages written as JSON"
+REMEDIES: Mapping[str, str] = {
+    REPEATED_PROMPT: "the prompt is then read twice; take it off the responses",
+    JSON_TEXT: "it is read as text; parse it, so that the column holds a list of messages",
+    CONTRADICTED: "look whether chosen and rejected are the right way round",
+}
+LEAST = 10  # characters of a prompt that a response is said to begin with
+
+
+@dataclass
+class Unread:
+    """In how many rows a column has a value, or in how many messages a field, and nobody reads it."""
+
+    columns: Counter[str] = field(default_factory=Counter)
+    fields: Counter[str] = field(default_factory=Counter)
+
+    def add(self, values: Mapping[str, Any], names: tuple[str, ...]) -> None:
+        """Columns of one row."""
+        for name in names:
+            value = values[name]
+            if value is not None and value != "" and value != []:
+                self.columns[name] += 1
+
+    def update(self, other: "Unread") -> None:
+        """Of other rows."""
+        self.columns.update(other.columns)
+        self.fields.update(other.fields)
+
+    @property
+    def summary(self) -> str:
+        """All of them in one line; empty where there are none."""
+        parts = ((self.columns, "columns"), (self.fields, "fields of messages"))
+        return "; ".join(f"{what} not read: {_named(names)}" for names, what in parts if names)
+
+    def warnings(self, notes: Mapping[str, int]) -> Iterator[str]:
+        """What a person should know before the rows are used, a line each: what usually carries meaning and is not
+        read, and those of `notes` that are warnings.
+        """
+        for names, what, where in ((self.columns, "column", "rows"), (self.fields, "field", "messages")):
+            for name in sorted(names.keys() & MEANING.keys()):
+                yield f"the {what} '{name}' is not read, in {names[name]:,} {where}: {MEANING[name]}"
+        yield from (f"{count:,} x {note}: {REMEDIES[note]}" for note, count in notes.items() if note in REMEDIES)
+
+    def to_dict(self) -> dict[str, dict[str, int]]:
+        """For JSON."""
+        return {"columns": dict(self.columns.most_common()), "fields": dict(self.fields.most_common())}
+
+
+@functools.lru_cache(maxsize=256)
+def unread_columns(keys: tuple[str, ...], form: Format, mapping: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
+    """Those that rows of a format of ours are read without."""
+    renamed = dict(mapping)
+    read = {renamed.get(name, name) for name in form.columns}
+    return tuple(name for name in keys if name not in read)
+
+
+def noted(group: Preference) -> Iterator[str]:
+    """Notes about the texts of a group."""
+    asked = group.prompt[-1]["content"]
+    if len(asked) >= LEAST and all(text.startswith(asked) for text in group.responses):
+        yield REPEATED_PROMPT
+    if any(JSON_MESSAGES.match(text) for text in (asked, *group.responses)):
+        yield JSON_TEXT
+
+
+def _named(names: Counter[str]) -> str:
+    shown = [repr(name[:40]) for name, _ in names.most_common(12)]
+    return ", ".join(shown) + (", ..." if len(names) > 12 else "")

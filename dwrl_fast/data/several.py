@@ -1,0 +1,65 @@
+"""Several files as one set, and files that can be read once."""
+
+import atexit
+import functools
+import os
+import shutil
+import stat
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from dwrl_fast.data.row_source import START, Position, Row, RowSource
+from dwrl_fast.errors import DataError
+from dwrl_fast.log import logger
+
+STANDARD_INPUT = "-"
+
+
+class Several:
+    """A RowSource over others, one after the other; rows are numbered on from file to file."""
+
+    def __init__(self, name: str, sources: Sequence[RowSource]) -> None:
+        self.name, self.sources = name, sources
+        self.table = all(getattr(source, "table", False) for source in sources)
+
+    def rows(self, start: Position = START) -> Iterator[Row]:
+        """The rows from `start` on. Raises DataError."""
+        number = 0
+        for source in self.sources:
+            for row in source.rows():
+                number += 1
+                if number > start.line:
+                    yield Row(number, row.values, Position(number), f"{source.name}:{row.line}")
+
+
+def is_pipe(name: str) -> bool:
+    """Whether it is standard input or a named pipe, which give what they hold once."""
+    try:
+        return name == STANDARD_INPUT or stat.S_ISFIFO(os.stat(name).st_mode)
+    except (OSError, ValueError):
+        return False
+
+
+@functools.cache
+def spooled(name: str) -> Path:
+    """A file with all that comes out of a pipe; it is removed at the end. Raises DataError."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise DataError(f"{name}: a pipe is read once, and here are several processes; write it to a file first")
+    handle, path = tempfile.mkstemp(prefix="dwrl_fast_", suffix=".piped")
+    atexit.register(Path(path).unlink, missing_ok=True)
+    try:
+        with open(handle, "wb") as out:
+            if name == STANDARD_INPUT:
+                shutil.copyfileobj(sys.stdin.buffer, out)
+            else:
+                with open(name, "rb") as pipe:
+                    shutil.copyfileobj(pipe, out)
+            size = out.tell()
+    except OSError as error:
+        raise DataError(
+            f"{name}: cannot be read ({error.strerror or error}); check the path and its permissions"
+        ) from error
+    logger.info("%s: read once, %s bytes", "standard input" if name == STANDARD_INPUT else name, f"{size:,}")
+    return Path(path)

@@ -1,0 +1,299 @@
+"""Layouts of public data: every one is told, read as it must be, said, overridden and refused where it is ambiguous."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chats import applied, real_tokenizer
+from conftest import ROOT
+from layout_rows import ASK, HISTORY, MADE, NO, PAIR, YES, Made
+from test_data_check import run
+
+from dwrl_fast.data import Dataset, read_preferences
+from dwrl_fast.data.check import check
+from dwrl_fast.data.layouts import LAYOUTS, layout_table
+from dwrl_fast.dialog import Dialog
+from dwrl_fast.errors import DataError
+
+# The files of the folder `foreign`: rows used, rows dropped as ties; and what is said of them.
+FOREIGN: dict[str, tuple[int, int, str]] = {
+    "array.json": (5, 0, ""),
+    "array_oneline.json": (5, 0, ""),
+    "pairs.csv": (5, 0, ""),
+    "pairs.tsv": (5, 0, ""),
+    "shards": (5, 0, ""),
+    "alpaca.jsonl": (3, 0, ""),
+    "alpaca_output_list.json": (1, 0, ""),
+    "system_column.jsonl": (3, 0, ""),
+    "system_column_trl.jsonl": (3, 0, ""),
+    "sharegpt.jsonl": (5, 0, ""),
+    "sharegpt_system.json": (3, 0, ""),
+    "sharegpt_strings.jsonl": (3, 0, ""),
+    "message_dicts.jsonl": (3, 0, ""),
+    "messages_column.jsonl": (3, 0, ""),
+    "content_parts.jsonl": (3, 0, ""),
+    "hh_transcripts.jsonl": (5, 0, ""),
+    "hh_prompt_transcript.jsonl": (3, 0, ""),
+    "label_1_2.jsonl": (5, 0, ""),
+    "label_a_b.jsonl": (4, 1, ""),
+    "arena_conversations.jsonl": (3, 2, ""),
+    "arena_strings.jsonl": (3, 2, ""),
+    "better_id.jsonl": (5, 0, "'safer_response_id'"),
+    "overall_preference.jsonl": (4, 1, ""),
+    "refs_labels.jsonl": (5, 0, ""),
+    "completion_winner.jsonl": (5, 0, ""),
+    "ultrafeedback.jsonl": (3, 0, "9 groups"),
+    "answers_rank.jsonl": (3, 0, "9 groups"),
+    "answers_scores.jsonl": (3, 0, ""),
+    "aspect_scores.jsonl": (10, 0, "5 groups"),
+    "summaries_choice.jsonl": (3, 0, ""),
+    "margins.jsonl": (5, 0, ""),
+    "margins_dashes.jsonl": (3, 0, ""),
+    "margins_reversed.jsonl": (1, 0, "scores contradict chosen and rejected"),
+    "true_false.jsonl": (10, 0, "5 groups"),
+    "ignored_columns.jsonl": (1, 0, "columns not read: 'input', 'label', 'winner'"),
+    "tools_and_images.jsonl": (2, 0, "columns not read: 'tools', 'images'"),
+    "prompt_in_response.jsonl": (2, 0, "2 x rows whose responses begin with their own prompt"),
+    "hetero_messages.jsonl": (2, 0, "fields of messages not read: 'language'"),
+    "hetero.parquet": (2, 0, "fields of messages not read: 'language'"),
+    "margin_null.parquet": (2, 0, ""),
+    "show_best_of_n.jsonl": (1, 0, ""),
+    "show_context.jsonl": (1, 0, ""),
+    "show_rank2.jsonl": (1, 0, ""),
+    "show_single.jsonl": (2, 0, ""),
+}
+# fmt: off
+REFUSED = {
+    "reasoning_field.jsonl": r"2 x identical responses: they differ only in 'reasoning_content', not read .line 1, 2",
+    "column_twice.parquet": r"the column name 'prompt' occurs 2 times",
+    "bool_response.jsonl": r"_response.jsonl:1: 'responses' should hold a string or a list of messages, not the bool",
+}
+WORSE = {
+    "Fifteen is prime.",
+    "Venus, I believe.",
+    "Give report now.",
+    "It means very rare.",
+    "Cusco",
+    "Nine",
+    "No idea.",
+}
+
+
+def write(folder: Path, *rows: Any, name: str = "rows.jsonl") -> Path:
+    path = folder / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def dropped(dataset: Dataset) -> int:
+    return sum(map(len, dataset.dropped.values()))
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_foreign_files(shared: Path, name: str) -> None:
+    used, tied, said = FOREIGN[name]
+    dataset = read_preferences(shared / "foreign" / name)
+    assert (dataset.used, dropped(dataset)) == (used, tied)
+    assert all(reason.startswith("tie ") for reason in dataset.dropped)
+    assert said in dataset.summary
+    whole = read_preferences(shared / "foreign" / name, rankings="plackett_luce")
+    assert not any(row.responses[0] in WORSE for row in whole.rows)
+    kept = read_preferences(shared / "foreign" / name, ties="keep")
+    assert kept.used == used + tied and sum(bool(row.ranks) for row in kept.rows) >= tied
+    report = check(shared / "foreign" / name)
+    assert (report.used, report.rows, report.groups) == (used, used + tied, len(dataset.rows))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_foreign_files_that_are_refused(shared: Path, name: str) -> None:
+    with pytest.raises(DataError, match=REFUSED[name]):
+        read_preferences(shared / "foreign" / name)
+
+
+def test_every_foreign_file_is_tried(shared: Path) -> None:
+    found = {path.name for path in (shared / "foreign").iterdir()} - {"README.md"}
+    assert found == FOREIGN.keys() | REFUSED.keys()
+
+
+def check_made(dataset: Dataset, made: Made) -> None:
+    rows = 1 if made.together else len(made.rows)
+    assert len(dataset.rows) == rows * made.pairs
+    assert not dataset.dropped
+    for row in dataset.rows:
+        assert [(turn["role"], turn["content"]) for turn in row.prompt] == made.prompt
+        assert row.margin == made.margin and row.ranks == ()
+    if made.pairs == 1:
+        assert {row.responses for row in dataset.rows} == {(YES, NO)}
+    else:
+        assert {row.responses for row in dataset.rows} <= {(YES, NO), ("So.", NO), (YES, "Hm.")}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_each_layout_is_told_and_read(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str) -> None:
+    made = MADE[name]
+    layout = next(layout for layout in LAYOUTS if layout.name == name)
+    for number, rows in enumerate([made.rows] if made.together else [[row] for row in made.rows]):
+        path = write(tmp_path, *rows, name=f"{number}.jsonl")
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            dataset = read_preferences(path)
+        [said] = [line for line in caplog.messages if "read as" in line]
+        assert layout.title in said and name in said
+        check_made(dataset, Made(rows, made.prompt, made.margin, made.pairs, made.together))
+    check_made(read_preferences(write(tmp_path, *made.rows), layout=name), made)
+    if made.tie:
+        path = write(tmp_path, *(row | made.tie for row in made.rows))
+        [row, *_] = kept = read_preferences(path, layout=name, ties="keep").rows
+        assert (len(kept), row.ranks, row.margin) == (len(made.rows), (1, 1), 0.0)
+        with pytest.raises(DataError, match=f"{len(kept)} x tie .--ties keep would use it"):
+            read_preferences(path, layout=name)
+
+
+def test_every_layout_has_rows() -> None:
+    assert [layout.name for layout in LAYOUTS] == list(MADE)
+    assert len({layout.title for layout in LAYOUTS}) == len(LAYOUTS)
+
+
+@pytest.mark.parametrize("tokenizer", ["llama3", "qwen2.5"])
+def test_ids_are_those_of_the_chat_template(shared: Path, tmp_path: Path, tokenizer: str) -> None:
+    chat = real_tokenizer(shared, tokenizer)
+    dialog = Dialog(chat)
+    for name, made in MADE.items():
+        row = read_preferences(write(tmp_path, *made.rows), layout=name).rows[0]
+        turns = [{"role": role, "content": content} for role, content in made.prompt]
+        sequence = dialog.plain(row.prompt, row.responses[0])
+        answered = applied(chat, [*turns, {"role": "assistant", "content": row.responses[0]}], head=False)  # type: ignore[list-item]
+        assert list(sequence.ids) == answered[: len(sequence.ids)], name
+        assert list(sequence.ids)[: sequence.response.start] == applied(chat, turns), name  # type: ignore[arg-type]
+
+
+# How they go together, and what is refused
+
+
+def test_layouts_of_pairs_go_together(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    turns = [{"from": "human" if role == "user" else "gpt", "value": text} for role, text in HISTORY]
+    row = {"system": "Be brief.", "conversations": turns, **PAIR, "score_chosen": "3", "score_rejected": 1, "id": 7}
+    with caplog.at_level(logging.INFO):
+        [found] = read_preferences(write(tmp_path, row)).rows
+    assert [turn["content"] for turn in found.prompt] == ["Be brief.", "Hi", "Hello.", ASK]
+    assert (found.margin, found.id) == (2.0, "7")
+    assert "--layout sharegpt+messages+system+margins" in caplog.text
+
+
+def test_history_of_alpaca(tmp_path: Path) -> None:
+    row = {"instruction": ASK, "input": "", "system": None, "history": [["Hi", "Hello."]], **PAIR}
+    [found] = read_preferences(write(tmp_path, row)).rows
+    assert [(turn["role"], turn["content"]) for turn in found.prompt] == HISTORY
+    with pytest.raises(DataError, match=r"rows.jsonl:1: 'history' should hold pairs of a question and its answer"):
+        read_preferences(write(tmp_path, row | {"history": [["Hi"]]}))
+
+
+def test_an_ambiguous_layout_is_refused_with_its_candidates(tmp_path: Path) -> None:
+    row = {"prompt": ASK, **PAIR, "response_a": NO, "response_b": YES, "winner": "model_a"}
+    path = write(tmp_path, row)
+    with pytest.raises(
+        DataError,
+        match=r"rows.jsonl:1: the rows can be read in several ways; say .*--layout NAME: plain \(BINARY\), arena",
+    ):
+        read_preferences(path)
+    assert read_preferences(path, layout="plain").rows[0].responses == (YES, NO)
+    assert read_preferences(path, layout="arena").rows[0].responses == (NO, YES)
+    with pytest.raises(DataError, match="--layout arenas: there is no layout of that name; did you mean 'arena'"):
+        read_preferences(path, layout="arenas")
+
+
+def test_plain_reads_our_columns_alone(tmp_path: Path) -> None:
+    path = write(tmp_path, {"prompt": ASK, **PAIR, "system": "Be brief.", "score_chosen": 4, "score_rejected": 1})
+    plain = read_preferences(path, layout="plain")
+    assert (len(plain.rows[0].prompt), plain.rows[0].margin) == (1, 0.0)
+    assert plain.warnings == ["the column 'system' is not read, in 1 rows: --layout system reads it as the system turn"]
+    assert "columns not read: 'system', 'score_chosen', 'score_rejected'" in plain.summary
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("label_1_2", {"label": 0}, "'label' should hold one of 1, 2, tie, not the int 0; the rows are read"),
+        ("label_a_b", {"label": [1]}, "'label' should hold one of a, .*not the list"),
+        ("overall_preference", {"overall_preference": "much"}, "'overall_preference' should hold a number, not"),
+        ("summaries", {"choice": 2}, "'choice' should hold 0 or 1, not the int 2"),
+        ("summaries", {"summaries": "a"}, "'summaries' should hold a list, not the str"),
+        ("ultrafeedback", {"completions": [{"response": "a"}, "b"]}, "'completions' should hold a list of objects"),
+        ("true_false", {"label": "yes"}, "'label' should hold true or false, not the str 'yes'"),
+        ("sharegpt", {"chosen": {"from": "gpt"}}, "'chosen' should hold a string or a list of messages, not the dict"),
+    ],
+)
+def test_rows_not_of_the_layout_are_errors(tmp_path: Path, name: str, change: dict[str, Any], message: str) -> None:
+    [row, *_] = MADE[name].rows
+    with pytest.raises(DataError, match=f"rows.jsonl:2: {message}"):
+        read_preferences(write(tmp_path, row, row | change))
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_missing_column_names_the_layout(tmp_path: Path, name: str) -> None:
+    [row, *_] = MADE[name].rows
+    with pytest.raises(DataError, match=r"rows.jsonl:2: no column '.*--(columns|layout)"):
+        read_preferences(write(tmp_path, row, {"x": 1}))
+
+
+@pytest.mark.parametrize("name", ["label_1_2", "arena", "completion_winner", "better_id", "references"])
+def test_a_null_verdict_is_no_comparison(tmp_path: Path, name: str) -> None:
+    [row, *_] = MADE[name].rows
+    verdict = next(key for key in ("label", "winner", "better_response_id", "labels") if key in row)
+    dataset = read_preferences(write(tmp_path, row, row | {verdict: None}))
+    assert dataset.dropped == {f"null {verdict}": [2]}
+
+
+def test_ratings_by_aspect(tmp_path: Path) -> None:
+    path = write(tmp_path, *MADE["ultrafeedback"].rows)
+    overall, honesty = read_preferences(path), read_preferences(path, aspect="honesty")
+    assert (overall.rows[0].responses, overall.rows[0].margin) == ((YES, NO), 6.5)
+    assert (honesty.rows[0].responses, honesty.rows[0].margin) == ((NO, YES), 4.0)
+    assert overall.notes == honesty.notes == {"responses left out: without a score": 1}
+    path = write(tmp_path, *MADE["aspect_scores"].rows)
+    assert read_preferences(path, aspect="verbosity").rows[0].responses == (NO, YES)
+    rows = [{name: value for name, value in row.items() if name != "helpfulness"} for row in MADE["aspect_scores"].rows]
+    with pytest.raises(
+        DataError, match=r":1: the rows are read as scores .* to take: --aspect verbosity"
+    ):
+        read_preferences(write(tmp_path, *rows))
+
+
+def test_columns_name_those_of_a_layout(tmp_path: Path) -> None:
+    rows = [{"ask": ASK, "response_0": NO, "response_1": YES, "better_response_id": 0, "safer_response_id": 1}]
+    columns = {"prompt": "ask", "better_response_id": "safer_response_id"}
+    assert read_preferences(write(tmp_path, *rows), columns=columns).rows[0].responses == (YES, NO)
+    for wrong in ({"safer_response_id": "ask"}, {"margin": "absent"}):
+        with pytest.raises(DataError, match=r"--columns|there is no column"):
+            read_preferences(write(tmp_path, *rows), columns=wrong)
+
+
+def test_scores_that_contradict_are_no_margin(tmp_path: Path) -> None:
+    row = {"prompt": ASK, **PAIR, "score_chosen": 1, "score_rejected": 9}
+    dataset = read_preferences(write(tmp_path, row, row | {"margin": 2}, row | {"score_chosen": None}))
+    assert [found.margin for found in dataset.rows] == [0.0, 2.0, 0.0]
+    [warning] = dataset.warnings
+    assert warning.startswith("1 x scores contradict chosen and rejected")
+
+
+# The command and the documentation
+
+
+def test_formats_lists_every_layout() -> None:
+    done = run("--formats")
+    assert done.returncode == 0
+    assert all(layout.name in done.stdout for layout in LAYOUTS)
+
+
+def test_check_says_the_layout(tmp_path: Path) -> None:
+    path = write(tmp_path, *MADE["better_id"].rows)
+    done = run("--check", path, "--json", tmp_path / "all.json")
+    assert "read as two responses and the number of the better (--layout better_id)" in " ".join(done.stdout.split())
+    [found] = json.loads((tmp_path / "all.json").read_text())["files"]
+    assert (found["layout"], found["unread"]) == ("better_id", {"columns": {"safer_response_id": 1}, "fields": {}})
+
+
+def test_the_table_of_the_documentation_is_that_of_the_entries() -> None:
+    assert layout_table() in (ROOT / "docs/data.md").read_text("utf-8")
