@@ -94,5 +94,6 @@ def test_it_trains_and_shows_thoughts(
     assert said.count("better: ") == said.count("worse: ") == real.SHOWN
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["steps"] == 1 and (tmp_path / "data" / "on-topic-mine" / "train.jsonl").is_file()
-    made = real.pairs("mine.jsonl", tmp_path / "data")
-    assert made == tmp_path / "data" / "on-topic-mine"
+    assert real.pairs("mine.jsonl", tmp_path / "data") == tmp_path / "data" / "on-topic-mine"
+    with pytest.raises(UserError, match=r"holds pairs of mine.jsonl, not of other/mine.jsonl: move that folder away"):
+        real.pairs("other/mine.jsonl", tmp_path / "data")

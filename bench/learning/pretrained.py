@@ -113,7 +113,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48, help="of a thought at most (default 48)")
     parser.add_argument("--json", type=Path, required=True, help="where runs are kept and added")
     args = parser.parse_args()
-    setting = {name: str(value) for name, value in vars(args).items() if name not in ("json", "methods", "seeds")}
+    setting = {"model": args.model.name, "data": args.data.name}  # wherever they lie
+    setting |= {name: str(getattr(args, name)) for name in ("rows", "held_out", "batch", "tokens")}
     found: dict[str, Any] = {"benchmark": "pretrained", "setting": setting, "machine": machine(), "runs": []}
     if args.json.exists():
         found = json.loads(args.json.read_text())

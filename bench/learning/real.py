@@ -10,6 +10,7 @@ before and after. No gain is promised: the time is a budget, and how much is lea
 """
 
 import argparse
+import json
 import math
 import sys
 import time
@@ -28,7 +29,7 @@ from dwrl_fast.config import TrainConfig
 from dwrl_fast.data import Preference, read_preferences
 from dwrl_fast.data.mixture import Part
 from dwrl_fast.data.prepare import FILES, ON_TOPIC, prepare_data_set
-from dwrl_fast.errors import UserError
+from dwrl_fast.errors import ConfigError, UserError
 from dwrl_fast.methods import METHODS
 from dwrl_fast.scoring import ScoredGroup
 from dwrl_fast.scoring.loading import load_dialog
@@ -43,13 +44,19 @@ HELD_OUT, LONGEST, SHOWN = (
 
 
 def pairs(data: str | None, folder: Path) -> Path:
-    """The folder of train.jsonl and test.jsonl, made where it is not there yet."""
-    made = folder / ("words" if data is None else f"on-topic-{Path(data).name.split('.')[0]}")
+    """The folder of train.jsonl and test.jsonl, made where it is not there yet. ConfigError where it was made from
+    another source of that name.
+    """
+    name = "words" if data is None else f"on-topic-{Path(data).name.split('.')[0].replace(':', '-')}"
+    made, source = folder / name, data or str(folder / "wordnet" / "words.jsonl")
     if all((made / name).is_file() for name in FILES):
+        before = json.loads((made / "prepared.json").read_text(encoding="utf-8"))["source"]
+        if before != source:
+            raise ConfigError(
+                f"{made} holds pairs of {before}, not of {source}: move that folder away, and start again"
+            )
         return made
-    source = data
-    if source is None:
-        source = str(folder / "wordnet" / "words.jsonl")
+    if data is None:
         write(Path(source))
     prepare_data_set(ON_TOPIC, made, source=source, test_rows=HELD_OUT, longest=LONGEST)
     return made
