@@ -11,6 +11,7 @@ from dwrl_fast.data.messages import is_message
 from dwrl_fast.data.table_text import Cell, parsed
 from dwrl_fast.errors import DataError
 
+ANSWERS = "answers|candidates|completions"
 TEXT = "response|answer|text|completion|content|output"
 SCORE = "score|pm_score|overall_score|rating|reward"
 ASPECTS = (
@@ -30,8 +31,8 @@ def rated(row: Published) -> dict[str, Any]:
 
 def answers(row: Published) -> dict[str, Any]:
     """A list of answers, each with a rank (1 the best) or a score."""
-    name = row.name("answers|candidates|generations") or "answers"
-    items = [_object(row, name, item) for item in listed(row, name, row.take("answers|candidates|generations"))]
+    name = row.name(ANSWERS) or "answers"
+    items = [_object(row, name, item) for item in listed(row, name, row.take(ANSWERS))]
     texts = [item.get(found(item, TEXT) or "") for item in items]
     if all("rank" in item for item in items):
         ranks = [number(row, "rank", item["rank"]) for item in items]
@@ -122,6 +123,20 @@ def _completions(values: Values) -> bool:
     return isinstance(value, list) and all(isinstance(item, dict) and "response" in item for item in value)
 
 
+def _answers(values: Values) -> bool:
+    if found(values, "chosen|rejected|responses"):
+        return False
+    name = found(values, ANSWERS)
+    items = parsed(values[name]) if name else None
+    if name != "completions":
+        return True
+    # `completions` of rank and completion are a format of ours, those with a response UltraFeedback's.
+    return isinstance(items, list) and all(
+        isinstance(item, dict) and found(item, SCORE) and found(item, TEXT) and not item.keys() & {"rank", "response"}
+        for item in items
+    )
+
+
 def _several(values: Values) -> bool:
     """Whether an answer is a list of texts, or of conversations."""
     sides = [values.get(found(values, names) or "") for names in (CHOSEN, REJECTED)]
@@ -141,9 +156,9 @@ MANY = (
         lost="rationales; completions without a score, which are counted",
     ),
     Layout(
-        "answers", "answers with ranks or scores", "answers|candidates",
+        "answers", "answers with ranks or scores", ANSWERS,
         "`answers` of `answer` (or `text`) and `rank` (1 is the best), or `pm_score` (or `score`)", answers, RANKING,
-        lost="`selected`", when=lambda values: not found(values, "chosen|rejected|responses"),
+        lost="`selected`", when=_answers, over=(RANKING,),
     ),
     Layout(
         "several", "several better and several worse answers", f"{CHOSEN} {REJECTED}",

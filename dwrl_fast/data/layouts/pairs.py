@@ -6,9 +6,9 @@ from dwrl_fast.data.columns import Unusable
 from dwrl_fast.data.formats import BINARY, BINARYMAGN
 from dwrl_fast.data.layouts.layout import OURS, Layout, Published, Values, found, listed, number
 from dwrl_fast.data.layouts.prompts import MESSAGES, PROMPT, SYSTEM, content, prompt
-from dwrl_fast.data.messages import is_message, is_transcript, role_of
+from dwrl_fast.data.messages import is_message, role_of
 from dwrl_fast.data.remarks import CONTRADICTED
-from dwrl_fast.data.table_text import parsed
+from dwrl_fast.data.table_text import is_transcript, parsed
 
 CHOSEN = "chosen|chosen_response|preferred_output|preferred"
 REJECTED = "rejected|rejected_response|reject|non_preferred_output|dispreferred"

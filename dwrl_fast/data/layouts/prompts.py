@@ -4,8 +4,8 @@ from typing import Any
 
 from dwrl_fast.data.columns import Unusable
 from dwrl_fast.data.layouts.layout import Published, found, listed
-from dwrl_fast.data.messages import is_transcript, transcript, turns
-from dwrl_fast.data.table_text import Cell
+from dwrl_fast.data.messages import transcript, turns
+from dwrl_fast.data.table_text import Cell, is_transcript
 
 SYSTEM = "system|system_prompt|system_message"
 MESSAGES = "messages|conversations|conversation|context_messages"
