@@ -12,6 +12,8 @@ from dwrl_fast.data.table_text import Cell, parsed
 from dwrl_fast.errors import DataError
 
 ANSWERS = "answers|candidates|completions"
+LABEL = "label|kto_tag"
+GRADED = f"completion|response|answer|messages|conversations {LABEL}"
 TEXT = "response|answer|text|completion|content|output"
 SCORE = "score|pm_score|overall_score|rating|reward"
 ASPECTS = (
@@ -75,7 +77,7 @@ def scored(row: Published) -> dict[str, Any]:
 
 def graded(row: Published) -> dict[str, Any]:
     """One answer a row, labelled true or false; the answer may be the last turn of a conversation."""
-    label = row.take("label")
+    label = row.take(LABEL)
     if _truth(label) is None:
         raise row.wrong("label", label, "true or false")
     grade = {"score": float(_truth(label) or 0)}
@@ -144,6 +146,11 @@ def _several(values: Values) -> bool:
     return any(isinstance(side, list) and side and isinstance(side[0], str | list) for side in sides)
 
 
+def _graded(values: Values) -> bool:
+    label = values.get(found(values, LABEL) or "")
+    return _truth(label) is not None and not found(values, "chosen|rejected|score")
+
+
 def _by_aspect(values: Values) -> bool:
     return not found(values, "score|thought|chosen|rejected") and any(name in values for name in ASPECTS)
 
@@ -176,8 +183,8 @@ MANY = (
         when=lambda values: not found(values, "thought|completion"),
     ),
     Layout(
-        "true_false", "answers that are true or false", "completion|response|answer|messages|conversations label",
+        "true_false", "answers that are true or false", GRADED,
         "`label` true is the score 1, false 0; without a completion the last turn of `messages` is it", graded, SINGLE,
-        when=lambda values: _truth(values["label"]) is not None and not found(values, "chosen|rejected|score"),
+        when=_graded,
     ),
 )  # fmt: skip

@@ -10,8 +10,8 @@ from dwrl_fast.data.messages import is_message, role_of
 from dwrl_fast.data.remarks import CONTRADICTED
 from dwrl_fast.data.table_text import is_transcript, parsed
 
-CHOSEN = "chosen|chosen_response|preferred_output|preferred"
-REJECTED = "rejected|rejected_response|reject|non_preferred_output|dispreferred"
+CHOSEN = "chosen|chosen_response|preferred_output|preferred|response_j"
+REJECTED = "rejected|rejected_response|reject|non_preferred_output|dispreferred|response_k"
 SCORES = tuple(
     (chosen, chosen.replace("chosen", "rejected"))
     for chosen in (
@@ -111,6 +111,7 @@ def _layout(name: str, title: str, columns: str, becomes: str, **more: Any) -> L
 
 
 TWO = f"{CHOSEN} {REJECTED}"
+OTHER_NAMES = "chosen_response|preferred|response_j rejected_response|reject|dispreferred|response_k"
 NAMED = "question|query|user_prompt|context|history|post|input"
 PAIRS = (
     _layout(
@@ -154,7 +155,7 @@ PAIRS = (
     ),
     _layout(
         "named_answers", "pairs whose answers have other names",
-        "chosen_response|preferred rejected_response|reject|dispreferred", "they become chosen and rejected",
+        OTHER_NAMES, "they become chosen and rejected",
     ),
     _layout(
         "transcripts", "Human/Assistant transcripts", TWO,
