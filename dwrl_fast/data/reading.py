@@ -22,7 +22,7 @@ from dwrl_fast.data.formats import (
     unrecognised,
 )
 from dwrl_fast.data.judgements import demonstration
-from dwrl_fast.data.layouts import PLAIN, Chosen, check_layout, choose, layout_of, names_of, renamed
+from dwrl_fast.data.layouts import asked_for, choose, names_of, renamed
 from dwrl_fast.data.locations import open_rows
 from dwrl_fast.data.preference import Dataset, Preference, Rankings, Ties
 from dwrl_fast.data.rankings import Groups, ranking
@@ -77,8 +77,7 @@ class Reader:
         self.consecutive, self.aspect = consecutive, aspect
         self.nulls = getattr(source, "table", False)
         self.format: Format | None = None
-        check_layout(layout)
-        self.layout = None if layout in (None, PLAIN) else Chosen((layout_of(str(layout)),))
+        self.layout = asked_for(layout)
         self.decided = layout is not None  # whether `layout` is known, be it that there is none
         check_mapping(self.columns, names_of())
         self.mapping = tuple(self.columns.items())

@@ -65,6 +65,11 @@ class Published:
         )
 
 
+def any_values(values: Values) -> bool:
+    """Whatever the values are."""
+    return True
+
+
 Convert = Callable[[Published], dict[str, Any]]
 
 
@@ -84,7 +89,7 @@ class Layout:
     convert: Convert
     form: Format
     lost: str = "-"
-    when: Callable[[Values], bool] = lambda values: True
+    when: Callable[[Values], bool] = any_values
     over: tuple[Format, ...] = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
