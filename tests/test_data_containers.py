@@ -264,3 +264,24 @@ def test_json_text_of_datasets_is_messages_again(tmp_path: Path, monkeypatch: py
 def test_start_is_the_beginning(tmp_path: Path) -> None:
     path = written(tmp_path / "rows.csv", table([pair(1)], ","))
     assert len(list(open_rows(path).rows(START))) == 1
+
+
+def test_the_good_rows_of_a_table_and_of_an_array(tmp_path: Path) -> None:
+    rows = [pair(1) | {"margin": 0.5}, pair(2) | {"chosen": ""}, pair(3)]
+    array = [*MADE["label_1_2"].rows[:1], {"input": ASK, "output_1": "a", "output_2": "a", "label": 1}, "words"]
+    for path in (
+        written(tmp_path / "rows.csv", table(rows, ",")),
+        written(tmp_path / "rows.json", json.dumps(array).encode()),
+    ):
+        out = tmp_path / f"{Path(path).suffix[1:]}.jsonl"
+        done = subprocess.run(
+            [sys.executable, "-m", "dwrl_fast.data", "--check", path, "--fix", out],
+            capture_output=True,
+            cwd=ROOT,
+            check=False,
+            text=True,
+        )
+        assert done.returncode == 0 and "is clean" in done.stdout, done.stderr
+        good, bad = out.read_text(), Path(f"{out}".replace(".jsonl", ".quarantine.jsonl")).read_text()
+        assert (good.count("\n"), bad.count("\n")) == ((2, 1) if path.endswith("csv") else (1, 2))
+        assert read_preferences(out).used == good.count("\n")

@@ -8,7 +8,7 @@ from dwrl_fast.data.layouts.layout import Layout, Published, Values, found, list
 from dwrl_fast.data.layouts.pairs import CHOSEN, REJECTED, ours
 from dwrl_fast.data.layouts.prompts import content, prompt
 from dwrl_fast.data.messages import is_message
-from dwrl_fast.data.table_text import Cell, parsed
+from dwrl_fast.data.table_text import parsed
 from dwrl_fast.errors import DataError
 
 ANSWERS = "answers|candidates|completions"
@@ -114,7 +114,7 @@ def _texts(value: Any) -> list[Any]:
 
 
 def _truth(value: Any) -> bool | None:
-    if isinstance(value, Cell):
+    if isinstance(value, str):
         return {"true": True, "false": False}.get(value.strip().lower())
     return value if isinstance(value, bool) else None
 
