@@ -144,7 +144,12 @@ MADE: dict[str, Made] = {
     "answers": Made([
         {"question": ASK, "answers": [{"text": NO, "pm_score": 1, "selected": False}, {"text": YES, "pm_score": 2, "selected": True}]},
         {"prompt": TRANSCRIPT, "answers": [{"answer": YES, "rank": 1}, {"answer": NO, "rank": 2}]},
+        {"prompt": ASK, "responses": [{"text": NO, "score": 1}, {"text": YES, "score": 2}]},
     ], margin=1.0),
+    "generations": Made([
+        {"instruction": ASK, "generations": [NO, YES, "?"], "ratings": [1, 3.5, None]},
+        {"prompt": ASK, "completions": [YES, NO], "ratings": [4, 1.5]},
+    ], margin=2.5),
     "several": Made([
         {"prompt": ASK, "chosen": [YES, "So."], "rejected": [NO]},
         {"prompt": ASK, "chosen": ["So.", YES], "rejected": NO},

@@ -11,8 +11,9 @@ from dwrl_fast.data.messages import is_message
 from dwrl_fast.data.table_text import parsed
 from dwrl_fast.errors import DataError
 
-ANSWERS = "answers|candidates|completions"
+ANSWERS = "answers|candidates|completions|responses"
 LABEL = "label|kto_tag"
+GENERATIONS = "generations|completions|responses"
 GRADED = f"completion|response|answer|messages|conversations {LABEL}"
 TEXT = "response|answer|text|completion|content|output"
 SCORE = "score|pm_score|overall_score|rating|reward"
@@ -44,6 +45,14 @@ def answers(row: Published) -> dict[str, Any]:
         raise row.wrong(name, items, f"objects with a rank or one of {SCORE.replace('|', ', ')}")
     scores = [number(row, "score", item.get(found(item, SCORE) or "")) for item in items]
     return _ranking(row, list(zip(texts, scores, strict=True)))
+
+
+def generations(row: Published) -> dict[str, Any]:
+    """A list of answers and a list of their ratings."""
+    texts, ratings = (listed(row, name, row.take(name)) for name in (GENERATIONS, "ratings"))
+    if len(texts) != len(ratings):
+        raise Unusable("not as many ratings as answers")
+    return _ranking(row, [(text, number(row, "ratings", each)) for text, each in zip(texts, ratings, strict=True)])
 
 
 def several(row: Published) -> dict[str, Any]:
@@ -126,11 +135,11 @@ def _completions(values: Values) -> bool:
 
 
 def _answers(values: Values) -> bool:
-    if found(values, "chosen|rejected|responses"):
+    if found(values, "chosen|rejected"):
         return False
     name = found(values, ANSWERS)
     items = parsed(values[name]) if name else None
-    if name != "completions":
+    if name not in ("completions", "responses"):
         return True
     # `completions` of rank and completion are a format of ours, those with a response UltraFeedback's.
     return isinstance(items, list) and all(
@@ -166,6 +175,12 @@ MANY = (
         "answers", "answers with ranks or scores", ANSWERS,
         "`answers` of `answer` (or `text`) and `rank` (1 is the best), or `pm_score` (or `score`)", answers, RANKING,
         lost="`selected`", when=_answers, over=(RANKING,),
+    ),
+    Layout(
+        "generations", "lists of answers and of ratings", f"{GENERATIONS} ratings",
+        "`generations` are the responses, and `ratings` their scores", generations, RANKING,
+        when=lambda values: not found(values, "chosen|rejected"), over=(RANKING,),
+        lost="answers without a rating, which are counted",
     ),
     Layout(
         "several", "several better and several worse answers", f"{CHOSEN} {REJECTED}",
