@@ -19,6 +19,7 @@ from dwrl_fast.console import command, set_up_logging
 from dwrl_fast.data import Preference
 from dwrl_fast.data.jsonl import finite
 from dwrl_fast.errors import ConfigError
+from dwrl_fast.evaluation.benchmarks import check_benchmark, scored_as
 from dwrl_fast.evaluation.calibration import calibration, fit_temperature
 from dwrl_fast.evaluation.figures import figures
 from dwrl_fast.evaluation.judged import Judged
@@ -26,7 +27,7 @@ from dwrl_fast.evaluation.page import page
 from dwrl_fast.evaluation.pairs import PairReport, check_ordered
 from dwrl_fast.evaluation.probe import ProbeReport, pairs_of, probe, responses_each
 from dwrl_fast.evaluation.report import Report, make_report, markdown, sections
-from dwrl_fast.evaluation.rewardbench import check_rows, read_best_of, rewardbench, rewardbench2
+from dwrl_fast.evaluation.rewardbench import read_best_of
 from dwrl_fast.evaluation.scoring import PartFile, Steps, score_rows
 from dwrl_fast.evaluation.table import PairTable
 from dwrl_fast.evaluation.units import Units
@@ -64,11 +65,11 @@ def run(config: EvaluateConfig, console: Console) -> PairReport:
             scorer.dialog,
             display,
             limit=config.limit,
-            read=read_best_of if config.benchmark == "rewardbench2" else None,
+            read=read_best_of if config.benchmark in ("rewardbench2", "rmbench") else None,
         )
         scorer.check_positions(longest)
         if config.benchmark is not None:
-            check_rows(config.benchmark, rows)
+            check_benchmark(config.benchmark, rows)
         check_ordered(rows)
         with nullcontext() if folder is None else PartFile(folder / PART, identity(config, rows)) as part:
             steps = steps_of(config, scorer, config.sampled, part)
@@ -164,7 +165,7 @@ def with_extras(
     temperature = fit_temperature(gap, weight) if config.calibrate else None
     benchmark = None
     if config.benchmark is not None:
-        benchmark = rewardbench(judged, report.kind) if config.benchmark == "rewardbench" else rewardbench2(judged)
+        benchmark = scored_as(config.benchmark, judged, report.kind)
     return dataclasses.replace(
         report,
         votes=vote_curve(judged, report.kind, ks, config.seed, units) if config.vote_curve else [],

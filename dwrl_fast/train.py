@@ -21,7 +21,7 @@ from dwrl_fast.console import command, open_console
 from dwrl_fast.doctor import check_start
 from dwrl_fast.embedded.options import embedded_options, on_embedded
 from dwrl_fast.errors import CheckpointError, ConfigError, UntrainedError
-from dwrl_fast.feed import Feed, open_feed, read_rows
+from dwrl_fast.feed import Feed, open_feed, read_rows, warn_of_shared_prompts
 from dwrl_fast.lock import sole_writer
 from dwrl_fast.log import logger
 from dwrl_fast.methods import METHODS
@@ -179,6 +179,7 @@ def train(
         logger.info("%s trains nothing: the model is evaluated as it is, and saved to be used", config.method)
         feed, longest = Feed([], [], batch_size=config.rollout_batch_size, epochs=0, max_steps=0), 0
     held_out, _ = read_rows(config.eval_dataset_name, config, dialog, display)
+    warn_of_shared_prompts(feed, held_out)
     method = METHODS[config.method](config, dialog)
     judging = load_judging(config, method, dialog, compute, ranks)
     model = judging.runtime.model

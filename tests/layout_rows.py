@@ -59,7 +59,7 @@ MADE: dict[str, Made] = {
         UNDER_SYSTEM,
     ),
     "named_prompt": Made([{"question": ASK, **PAIR}, {"query": ASK, **PAIR}]),
-    "named_answers": Made([{"prompt": ASK, "chosen_response": YES, "rejected_response": NO}]),
+    "named_answers": Made([{"prompt": ASK, "chosen_response": YES, "rejected_response": NO}, {"question": ASK, "response_j": YES, "response_k": NO}]),
     "transcripts": Made([
         {"chosen": f"{TRANSCRIPT} {YES}", "rejected": f"{TRANSCRIPT} {NO}"},
         {"prompt": TRANSCRIPT, "chosen": f" {YES}", "rejected": f" {NO}"},
@@ -115,6 +115,14 @@ MADE: dict[str, Made] = {
         margin=2.0,
         tie={"overall_preference": 0},
     ),
+    "two_scores": Made(
+        [
+            {"prompt": ASK, "response_a": YES, "response_b": NO, "score_a": 3, "score_b": 1.5},
+            {"question": {"full_text": ASK}, "answer_0": NO, "answer_1": YES, "score_0": -1.0, "score_1": 0.5},
+        ],
+        margin=1.5,
+        tie={"score_a": 1, "score_b": 1, "score_0": 1, "score_1": 1},
+    ),
     "references": Made([
         {"history": ASK, "human_ref_A": YES, "human_ref_B": NO, "labels": 1, "score_A": 1, "score_B": 9},
         {"history": ASK, "human_ref_A": NO, "human_ref_B": YES, "labels": 0},
@@ -136,7 +144,12 @@ MADE: dict[str, Made] = {
     "answers": Made([
         {"question": ASK, "answers": [{"text": NO, "pm_score": 1, "selected": False}, {"text": YES, "pm_score": 2, "selected": True}]},
         {"prompt": TRANSCRIPT, "answers": [{"answer": YES, "rank": 1}, {"answer": NO, "rank": 2}]},
+        {"prompt": ASK, "responses": [{"text": NO, "score": 1}, {"text": YES, "score": 2}]},
     ], margin=1.0),
+    "generations": Made([
+        {"instruction": ASK, "generations": [NO, YES, "?"], "ratings": [1, 3.5, None]},
+        {"prompt": ASK, "completions": [YES, NO], "ratings": [4, 1.5]},
+    ], margin=2.5),
     "several": Made([
         {"prompt": ASK, "chosen": [YES, "So."], "rejected": [NO]},
         {"prompt": ASK, "chosen": ["So.", YES], "rejected": NO},

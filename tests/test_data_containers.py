@@ -150,10 +150,10 @@ ARRAYS = {
     "no end": (lines([pair(1)]).replace(b"{", b"[{", 1), ":2: the array has no end; mend the array here"),
     "no comma": (b'[{"prompt": "a", "chosen": "b", "rejected": "c"} {}]', ":2: '{' where a comma was expected; mend"),
     "behind the end": (b"[] []", ":1: there is more behind the end of the array; mend"),
-    "no object": (b'["a"]', ":1: a str where an object was expected; each "),
+    "no object": (json.dumps([pair(1), "a"]).encode(), ":2: a str where an object was expected; each "),
     "key twice": (b'[{"a": 1, "a": 2}]', ":1: the key 'a' stands twice in one object; remove one"),
     "not UTF-8": (b'[{"prompt": "\xff"}]', r":1: not UTF-8 \(invalid start byte\); mend the array"),
-    "too deep": (b"[" * 100_000, ":1: JSON that cannot be read .*; mend the array"),
+    "too deep": (b'[{"a": ' + b"[" * 100_000, ":1: JSON that cannot be read .*; mend the array"),
     "bad escape": (b'[{"prompt": "\\x"}]', r":1: not JSON: Invalid \\\\?escape"),
     "truncated zstd": (zstd(lines([pair(i) for i in range(999)]))[:-9], r":\d+: the zstd file is cut off or damaged"),
     "truncated bzip2": (bz2.compress(lines([pair(1)]))[:-9], r":\d+: the bzip2 file is cut off or damaged here"),
@@ -264,3 +264,24 @@ def test_json_text_of_datasets_is_messages_again(tmp_path: Path, monkeypatch: py
 def test_start_is_the_beginning(tmp_path: Path) -> None:
     path = written(tmp_path / "rows.csv", table([pair(1)], ","))
     assert len(list(open_rows(path).rows(START))) == 1
+
+
+def test_the_good_rows_of_a_table_and_of_an_array(tmp_path: Path) -> None:
+    rows = [pair(1) | {"margin": 0.5}, pair(2) | {"chosen": ""}, pair(3)]
+    array = [*MADE["label_1_2"].rows[:1], {"input": ASK, "output_1": "a", "output_2": "a", "label": 1}, "words"]
+    for path in (
+        written(tmp_path / "rows.csv", table(rows, ",")),
+        written(tmp_path / "rows.json", json.dumps(array).encode()),
+    ):
+        out = tmp_path / f"{Path(path).suffix[1:]}.jsonl"
+        done = subprocess.run(
+            [sys.executable, "-m", "dwrl_fast.data", "--check", path, "--fix", out],
+            capture_output=True,
+            cwd=ROOT,
+            check=False,
+            text=True,
+        )
+        assert done.returncode == 0 and "is clean" in done.stdout, done.stderr
+        good, bad = out.read_text(), Path(f"{out}".replace(".jsonl", ".quarantine.jsonl")).read_text()
+        assert (good.count("\n"), bad.count("\n")) == ((2, 1) if path.endswith("csv") else (1, 2))
+        assert read_preferences(out).used == good.count("\n")

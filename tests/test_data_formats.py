@@ -196,7 +196,7 @@ def test_completions_of_one_prompt_are_compared_wherever_they_stand(tmp_path: Pa
     assert dataset.rows[0].lines == (3, 1)
     assert dataset.used == 4
     assert dataset.dropped == {
-        "no other score for its prompt": [2, 6],
+        "no other score for its prompt (--ties keep would use it)": [2, 6],
         "the only completion of its prompt": [5, 8],
     }
     assert dataset.notes == {"pairs left out: tied": 2, "pairs left out: of identical responses": 1}

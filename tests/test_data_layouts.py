@@ -179,7 +179,8 @@ def test_layouts_of_pairs_go_together(tmp_path: Path, caplog: pytest.LogCaptureF
         [found] = read_preferences(write(tmp_path, row)).rows
     assert [turn["content"] for turn in found.prompt] == ["Be brief.", "Hi", "Hello.", ASK]
     assert (found.margin, found.id) == (2.0, "7")
-    assert "--layout sharegpt+messages+system+margins" in caplog.text
+    assert "--layout sharegpt+system+margins" in caplog.text
+    assert read_preferences(write(tmp_path, row), layout="sharegpt+system+margins").rows == [found]
 
 
 def test_history_of_alpaca(tmp_path: Path) -> None:
@@ -200,6 +201,8 @@ def test_an_ambiguous_layout_is_refused_with_its_candidates(tmp_path: Path) -> N
         read_preferences(path)
     assert read_preferences(path, layout="plain").rows[0].responses == (YES, NO)
     assert read_preferences(path, layout="arena").rows[0].responses == (NO, YES)
+    with pytest.raises(DataError, match=r"--layout arena\+system: these do not go together"):
+        read_preferences(path, layout="arena+system")
     with pytest.raises(DataError, match="--layout arenas: there is no layout of that name; did you mean 'arena'"):
         read_preferences(path, layout="arenas")
 

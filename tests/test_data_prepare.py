@@ -133,6 +133,9 @@ def rmb_files(folder: Path) -> None:
             "reject": {"llm_name": "b", "answer": "No.", "score": 4},
         }
         asked = [{"content": f"Question {number // 3}?", "language": "English", "role": "user"}]
+        if number % 2:  # then `datasets` hands these objects over as text
+            del asked[0]["language"]
+            answers["reject"]["rank"] = 2
         path = f"Pairwise_set/{category}/x"
         return {"pair_uid": f"{number}", "conversation_input": asked, **answers, "category_path": path}
 

@@ -52,7 +52,7 @@ class CommonOptions(Options):
     layout: str | None = data_option(
         None,
         "The layout of the data, by its name in `python -m dwrl_fast.data --formats`, or plain: the columns of this"
-        " package. none: told from the first row of each file.",
+        " package. Layouts of pairs can be joined: sharegpt+system. none: told from the first row of each file.",
     )
     ties: Ties = data_option(
         "drop",

@@ -109,7 +109,7 @@ python -m dwrl_fast.evaluate --model_name_or_path runs/mine/model --dataset_name
         'Also append forged turns, "answer Yes", flattery, padding and length to the worst response of each row, and '
         "report how far its score shifts against the best one's and how many pairs flip. Takes several times as long.",
     )
-    benchmark: Literal["rewardbench", "rewardbench2"] | None = evaluation_option(
+    benchmark: Literal["rewardbench", "rewardbench2", "rmbench", "judgebench"] | None = evaluation_option(
         None, "The files are this benchmark's: also its score as its authors weight it, Ties included."
     )
     output_dir: str | None = run_option(

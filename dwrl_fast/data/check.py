@@ -227,7 +227,7 @@ def summarise(found: Counts, reader: Reader, unit: str) -> FileReport:
         used=found.used,
         groups=found.groups,
         dropped={
-            reason: lines.tolist()
+            reason: sorted(lines)
             for reason, lines in sorted(found.dropped.items(), key=lambda item: len(item[1]), reverse=True)
         },
         advice={reason: said for reason, said in found.advice.items() if said},

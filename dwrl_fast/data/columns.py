@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dwrl_fast.data.preference import Message, Preference
-from dwrl_fast.data.table_text import parsed
+from dwrl_fast.data.table_text import is_transcript, parsed
 from dwrl_fast.errors import DataError
 
 TEXTS = (
@@ -67,10 +67,14 @@ class Columns:
             return default
         if default is not REQUIRED and name not in self.mapping:
             return default
+        others = ", or --layout transcripts: the texts look like those" if self._transcripts(name) else ""
         raise DataError(
             f"{self.source}: no column '{key}' among {quoted(self.values)}; say which it is with --columns "
-            f"{name}={nearest(key, self.values) or 'NAME'}"
+            f"{name}={nearest(key, self.values) or 'NAME'}{others}"
         )
+
+    def _transcripts(self, name: str) -> bool:
+        return name == "prompt" and any(map(is_transcript, self.values.values()))
 
     def turns(self, name: str, role: str, default: Any = REQUIRED) -> Turns:
         """A column as turns; a string is one turn of `role`."""
@@ -82,7 +86,8 @@ class Columns:
             check_text(value)
             return [{"role": role, "content": value}]
         if not isinstance(value, list):
-            raise self.mistyped(name, value, "a string or a list of messages")
+            cure = "--layout single_messages reads one message" if isinstance(value, dict) and value else ""
+            raise self.mistyped(name, value, "a string or a list of messages", cure)
         return [self._message(name, message) for message in value]
 
     def prompt(self, responses: Iterable[Any], name: str = "prompt") -> Turns:
@@ -113,7 +118,10 @@ class Columns:
         """`value`, of column `name`, as a finite number."""
         value = parsed(value)
         if isinstance(value, bool) or not isinstance(value, int | float | None):
-            raise self.mistyped(name, value, "a number")
+            graded = name == "score" and isinstance(value, bool)
+            raise self.mistyped(
+                name, value, "a number", "true and false are grades with --columns label=score" * graded
+            )
         try:
             number = math.nan if value is None else float(value)
         except OverflowError:
@@ -140,14 +148,17 @@ class Columns:
 
     def _message(self, name: str, message: Any) -> Message:
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
-            raise self.mistyped(name, message, "messages with 'role' and 'content'")
+            known = isinstance(message, dict) and {"from", "value"} <= message.keys()
+            cure = "--layout sharegpt reads from and value" if known else ""
+            raise self.mistyped(name, message, "messages with 'role' and 'content'", cure)
         role, content = message["role"], message["content"]
         if message.get("tool_calls"):
             raise Unusable("tool calls")
         if content is None:
             raise Unusable("null content")
         if not isinstance(role, str) or not isinstance(content, str):
-            raise self.mistyped(name, message, "messages whose role and content are strings")
+            cure = "--layout content_parts joins parts of text" if isinstance(content, list) else ""
+            raise self.mistyped(name, message, "messages whose role and content are strings", cure)
         if role not in ROLES:
             raise Unusable(f"unknown role {role[:20]!r}")
         check_text(content)
@@ -155,10 +166,10 @@ class Columns:
             self.unread.update(key for key, value in message.items() if key not in OWN and value)
         return {"role": role, "content": content}
 
-    def mistyped(self, name: str, value: Any, wanted: str) -> DataError:
-        """That `value`, of column `name`, is of the wrong type."""
-        kind = type(value).__name__
-        return DataError(f"{self.source}: '{name}' should hold {wanted}, not the {kind} {SHORT.repr(value)[:60]}")
+    def mistyped(self, name: str, value: Any, wanted: str, cure: str = "") -> DataError:
+        """That `value`, of column `name`, is of the wrong type, and what may help."""
+        said = f"'{name}' should hold {wanted}, not the {type(value).__name__} {SHORT.repr(value)[:60]}"
+        return DataError(f"{self.source}: {said}" + (f"; {cure}" if cure else ""))
 
 
 def quoted(names: Mapping[str, Any]) -> str:

@@ -124,11 +124,12 @@ def count_rows(
 
     `progress` is told now and then how far it is: in bytes of JSONL or else in rows.
     """
-    found = Counts(unread=reader.unread)
+    found = Counts()
     for count, outcome in enumerate(reader.read(start)):
         after = outcome.after
         if end is not None and after.offset > end:
             found.lines = after.line - 1
+            reader.last = Unread()  # that row is not of this stretch
             break
         found.lines = after.line
         if outcome.preferences:
@@ -140,6 +141,7 @@ def count_rows(
             found.drop(reason, line)
         if progress is not None and count % 4096 == 0:
             progress(after.offset or after.line)
+    found.unread = reader.unread
     return found
 
 

@@ -9,7 +9,10 @@ from dwrl_fast.data.check import FileReport
 from dwrl_fast.data.jsonl import BOM, JsonLines
 from dwrl_fast.data.locations import open_rows
 from dwrl_fast.data.row_source import RowSource
+from dwrl_fast.data.table_text import parsed
 from dwrl_fast.errors import ConfigError, DataError
+
+NOT_TEXT = ("margin", "magnitude", "score", "tie", "responses", "ranks", "scores", "completions")  # cells of a table
 
 
 def quarantine_of(out: Path) -> Path:
@@ -60,8 +63,13 @@ def _rows(source: RowSource) -> Iterator[tuple[int, bytes]]:
         for raw, after in source.lines():
             yield after.line, raw.removeprefix(BOM).strip(b" \t\r\n")
     else:
+        nulls = getattr(source, "table", False)  # where they stand for what is not there
         for row in source.rows():
-            values = row.values if isinstance(row.values, Mapping) else {"unreadable": str(row.values)}
+            if isinstance(row.values, Mapping):
+                kept = {k: v for k, v in row.values.items() if v is not None or not nulls}
+                values = {name: parsed(value) if name in NOT_TEXT else value for name, value in kept.items()}
+            else:
+                values = {"unreadable": str(row.values)}
             yield row.line, json.dumps(values, default=str).encode()
 
 

@@ -95,5 +95,6 @@ def unrecognised(values: Mapping[str, object], source: str) -> DataError:
     )
     return DataError(
         f"{source}: the columns {quoted(values)} are those of no format. Needed are {wanted}. Where they have other "
-        "names, say so: --columns chosen=THEIR_NAME"
+        "names, say so: --columns chosen=THEIR_NAME (or is it a layout "
+        "that `python -m dwrl_fast.data --formats` lists? Then name it with --layout)"
     )

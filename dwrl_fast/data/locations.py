@@ -20,6 +20,7 @@ PACKED = (".gz", ".bz2", ".zst")
 FILES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet")
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 PARQUET = b"PAR1"
+ARRAY = re.compile(rb"\s*\[\s*(\{|\]|\Z)")  # of objects; a line may be another array, which is no row
 SPLITS = re.compile(r"(?<![a-z])(train|training|test|testing|valid|validation|dev|eval)(?![a-z])", re.I)
 
 
@@ -123,7 +124,7 @@ def _file(path: Path, name: str) -> RowSource:
     start = _start(path)
     if start.startswith(PARQUET):
         return Parquet(path, name)
-    return JsonArray(path, name) if start.removeprefix(BOM).lstrip().startswith(b"[") else JsonLines(path, name)
+    return JsonArray(path, name) if ARRAY.match(start.removeprefix(BOM)) else JsonLines(path, name)
 
 
 def _start(path: Path) -> bytes:

@@ -17,7 +17,6 @@ ROLES = {
     "system": "system",
 }
 TURN = re.compile(r"\n\n(Human|Assistant):")
-TRANSCRIPT = re.compile(r"\s*(?:Human|Assistant):")
 
 
 def turns(value: Any) -> Any:
@@ -74,11 +73,6 @@ def joined(value: Any) -> Any:
 
 def _text(part: Any) -> Any:
     return part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else None
-
-
-def is_transcript(value: Any) -> bool:
-    """Whether a text is a conversation with turns headed Human: and Assistant:."""
-    return isinstance(value, str) and TRANSCRIPT.match(value) is not None and "Assistant:" in value
 
 
 def transcript(text: str) -> list[Message]:

@@ -92,7 +92,7 @@ class Dataset:
         parts = (
             f"{name}: {used + dropped} rows read, {used} used, {dropped} dropped",
             *([f"{len(self.rows)} groups come of the {used}"] if len(self.rows) != used else []),
-            *(f"{len(lines)} x {reason} (line {first_lines(lines)})" for reason, lines in reasons),
+            *(f"{len(lines)} x {reason} (line {first_lines(sorted(lines))})" for reason, lines in reasons),
             *(f"{count} x {note}" for note, count in self.notes.most_common()),
             *([self.unread.summary] if self.unread is not None and self.unread.summary else []),
         )

@@ -22,7 +22,7 @@ from dwrl_fast.data.formats import (
     unrecognised,
 )
 from dwrl_fast.data.judgements import demonstration
-from dwrl_fast.data.layouts import PLAIN, Chosen, check_layout, choose, layout_of, names_of, renamed
+from dwrl_fast.data.layouts import asked_for, choose, names_of, renamed
 from dwrl_fast.data.locations import open_rows
 from dwrl_fast.data.preference import Dataset, Preference, Rankings, Ties
 from dwrl_fast.data.rankings import Groups, ranking
@@ -59,8 +59,7 @@ class Reader:
     stand, and all are held until the last is read. layout: that of the file (see `layouts`); told from its first row
     where None. aspect: what to judge, where a layout has scores by aspect.
 
-    The format is known (`format`), and the layout if it is one (`layout`), once a row of it was read. unread: what
-    nobody read, of all rows so far.
+    The format is known (`format`), and the layout if it is one (`layout`), once a row of it was read.
     """
 
     def __init__(
@@ -78,12 +77,11 @@ class Reader:
         self.consecutive, self.aspect = consecutive, aspect
         self.nulls = getattr(source, "table", False)
         self.format: Format | None = None
-        check_layout(layout)
-        self.layout = None if layout in (None, PLAIN) else Chosen((layout_of(str(layout)),))
+        self.layout = asked_for(layout)
         self.decided = layout is not None  # whether `layout` is known, be it that there is none
         check_mapping(self.columns, names_of())
         self.mapping = tuple(self.columns.items())
-        self.unread = Unread()
+        self.before, self.last = Unread(), Unread()  # what nobody read: of the rows before the last one, and of that
 
     def read(self, start: Position = START) -> Iterator[Outcome]:
         """What became of each row, in order. Raises DataError where the source cannot be read on."""
@@ -134,6 +132,14 @@ class Reader:
         except Unusable as reason:
             raise DataError(f"{self.source.name}:{line} holds no usable row: {reason}") from None
 
+    @property
+    def unread(self) -> Unread:
+        """What nobody read, of all rows so far."""
+        found = Unread()
+        found.update(self.before)
+        found.update(self.last)
+        return found
+
     def decide(self, values: Mapping[str, Any], source: str) -> None:
         """The layout of the file, which this row is of. Raises DataError where it may be several."""
         self.layout = choose(renamed(values, self.columns), source)
@@ -144,6 +150,9 @@ class Reader:
 
     def _recognised(self, row: Row) -> tuple[Format, Columns, Sequence[str]]:
         """The format, which is that of the rows before it, the row's columns, and notes. Raises DataError, Unusable."""
+        if self.last:
+            self.before.update(self.last)
+            self.last = Unread()
         if isinstance(row.values, DataError):
             raise row.values
         source = f"{self.source.name}:{row.line}"
@@ -163,8 +172,8 @@ class Reader:
             form = BINARYMAGN if self.layout.form is BINARY and "magnitude" in values else self.layout.form
             self._check_format(form, source)
         if extra:
-            self.unread.add(published, extra)
-        return form, Columns(values, source, mapping, self.nulls, self.unread.fields), [*notes.elements()]
+            self.last.add(published, extra)
+        return form, Columns(values, source, mapping, self.nulls, self.last.fields), [*notes.elements()]
 
     def _own(self, values: Mapping[str, Any], source: str) -> Format:
         """The format of a row of ours. Raises DataError."""
@@ -231,7 +240,7 @@ def read_preferences(
     line, where the file or a row is not of the form, or no row is left.
     """
     reader = Reader(open_rows(path), columns=columns, ties=ties, rankings=rankings, layout=layout, aspect=aspect)
-    dataset = Dataset(reader.source.name, unread=reader.unread)
+    dataset = Dataset(reader.source.name)
     used = 0
     for outcome in reader.read():
         if outcome.error is not None:
@@ -240,6 +249,7 @@ def read_preferences(
         used += bool(outcome.preferences)
         if used == limit:
             break
+    dataset.unread = reader.unread
     dataset.format = reader.format.name if reader.format is not None else ""
     if not dataset.rows:
         raise DataError(f"no usable row: {dataset.summary}")

@@ -10,7 +10,7 @@ from typing import Any
 
 from dwrl_fast.data.formats import Format
 from dwrl_fast.data.preference import Preference
-from dwrl_fast.data.table_text import JSON_MESSAGES
+from dwrl_fast.data.table_text import JSON_MESSAGES, is_transcript
 
 _VERDICT = (
     "it usually says which response is the better one; look whether chosen and rejected agree with it, or name the "
@@ -35,9 +35,11 @@ MEANING: Mapping[str, str] = {
 REPEATED_PROMPT = "rows whose responses begin with their own prompt"
 CONTRADICTED = "scores contradict chosen and rejected, and are left out"
 JSON_TEXT = "rows with a text that looks like messages written as JSON"
+TRANSCRIPT_TEXT = "rows with a text that looks like a transcript"
 REMEDIES: Mapping[str, str] = {
     REPEATED_PROMPT: "the prompt is then read twice; take it off the responses",
     JSON_TEXT: "it is read as text; parse it, so that the column holds a list of messages",
+    TRANSCRIPT_TEXT: "it is read as text; --layout transcripts makes turns of `Human:` and `Assistant:`",
     CONTRADICTED: "look whether chosen and rejected are the right way round",
 }
 LEAST = 10  # characters of a prompt that a response is said to begin with
@@ -49,6 +51,10 @@ class Unread:
 
     columns: Counter[str] = field(default_factory=Counter)
     fields: Counter[str] = field(default_factory=Counter)
+
+    def __bool__(self) -> bool:
+        """Whether there is anything."""
+        return bool(self.columns or self.fields)
 
     def add(self, values: Mapping[str, Any], names: tuple[str, ...]) -> None:
         """Columns of one row."""
@@ -97,6 +103,8 @@ def noted(group: Preference) -> Iterator[str]:
         yield REPEATED_PROMPT
     if any(JSON_MESSAGES.match(text) for text in (asked, *group.responses)):
         yield JSON_TEXT
+    if any(is_transcript(text) for text in (asked, *group.responses)):
+        yield TRANSCRIPT_TEXT
 
 
 def _named(names: Counter[str]) -> str:

@@ -46,5 +46,12 @@ def compare_singles(rows: Sequence[Single], name: str, ties: Ties) -> tuple[Grou
     like = replace(rows[0].preference(name), row=f"{name}:{rows[0].line}")
     pairs, notes = compare_ranked(itertools.combinations(found, 2), like, ties)
     used = {line for pair in pairs for line in pair.lines}
-    reason = "no other score for its prompt" if len(rows) > 1 else "the only completion of its prompt"
-    return (pairs, notes), [(reason, row.line) for row in rows if row.line not in used]
+    return (pairs, notes), [(_alone(row, rows, ties), row.line) for row in rows if row.line not in used]
+
+
+def _alone(row: Single, rows: Sequence[Single], ties: Ties) -> str:
+    """Why a row is in no pair."""
+    if len(rows) == 1:
+        return "the only completion of its prompt"
+    tied = any(other.score == row.score and other.completion.strip() != row.completion.strip() for other in rows)
+    return "no other score for its prompt" + (" (--ties keep would use it)" if tied and ties == "drop" else "")

@@ -5,7 +5,13 @@ import re
 from functools import cached_property
 from typing import Any
 
+TRANSCRIPT = re.compile(r"\s*(?:Human|Assistant):")
 JSON_MESSAGES = re.compile(r'\s*\[?\s*\{\s*"(?:role|from|content|value)"\s*:')  # what looks like messages
+
+
+def is_transcript(value: Any) -> bool:
+    """Whether a text is a conversation with turns headed Human: and Assistant:."""
+    return isinstance(value, str) and TRANSCRIPT.match(value) is not None and "Assistant:" in value
 
 
 def parsed(value: Any) -> Any:

@@ -83,7 +83,7 @@ def rewardbench(judged: Sequence[Judged], kind: Kind) -> Benchmark:
         if some:
             total = sum(some.values())
             parts[section] = sum(accuracy[name] * weight for name, weight in some.items()) / total
-    return _benchmark("RewardBench", parts, accuracy, [name for name in SUBSETS if name not in accuracy])
+    return benchmark("RewardBench", parts, accuracy, [name for name in SUBSETS if name not in accuracy])
 
 
 def rewardbench2(judged: Sequence[Judged]) -> Benchmark:
@@ -95,7 +95,7 @@ def rewardbench2(judged: Sequence[Judged]) -> Benchmark:
         for name in BEST_OF_FOUR
         if name in found
     }
-    return _benchmark("RewardBench 2", parts, details, [name for name in BEST_OF_FOUR if name not in parts])
+    return benchmark("RewardBench 2", parts, details, [name for name in BEST_OF_FOUR if name not in parts])
 
 
 def ties_score(rows: Sequence[Judged]) -> dict[str, float]:
@@ -165,10 +165,14 @@ def _ties_id(row: Judged | Preference) -> tuple[str, int]:
     return kind, int(number)
 
 
-def _benchmark(name: str, parts: dict[str, float], details: dict[str, float], missing: list[str]) -> Benchmark:
+def benchmark(
+    name: str, parts: dict[str, float], details: dict[str, float], missing: list[str], headline: float | None = None
+) -> Benchmark:
+    """headline: the mean of the parts where None; there is none where something is missing."""
     if missing:
         warn_once(f"{name} without {', '.join(missing)}: there is no headline, and it compares with no one else's.")
-    return Benchmark(name, None if missing else float(np.mean(list(parts.values()))), parts, details, missing)
+    headline = float(np.mean(list(parts.values()))) if headline is None else headline
+    return Benchmark(name, None if missing else headline, parts, details, missing)
 
 
 def read_best_of(path: str, columns: Mapping[str, str], limit: int | None) -> Dataset:

@@ -26,6 +26,7 @@ from dwrl_fast.encode import Group, Thought, fit
 from dwrl_fast.errors import DataError, UserError
 from dwrl_fast.feed import Feed, Shuffled
 from dwrl_fast.feed.opening import reading, refuse_demonstration
+from dwrl_fast.feed.shared_prompts import prompts, shared
 from dwrl_fast.feed.source import with_aspect
 from dwrl_fast.methods import METHODS, Method
 from dwrl_fast.models.gguf import is_gguf
@@ -107,6 +108,10 @@ def dry_run(config: TrainConfig, console: Console) -> None:
         trained = config.dataset_mixture or (Part(str(config.dataset_name), 1.0),)
     training = [_look_at(part, config, dialog, found, made.demonstrations) for part in trained]
     held_out = [_look_at(part, config, dialog, found, False) for part in config.eval_dataset_name]
+    if said := shared(
+        prompts(row for rows, _ in training for row in rows), [row for rows, _ in held_out for row in rows]
+    ):
+        found.say("warning", said)
     longest = max((tokens for _, tokens in [*training, *held_out]), default=0)
     files = [rows for rows, _ in training]
     if trained and all(files):
@@ -153,6 +158,8 @@ def _look_at(
         if not demonstrated:
             refuse_demonstration(dataset.rows[0])
         found.say("data", dataset.summary + (" (of a stream, the first)" if config.streaming else ""))
+        for line in dataset.warnings:
+            found.say("warning", line)
         if dialog is None:
             return dataset.rows, 0
         return dataset.rows, _say_encoded(dataset, config, dialog, found)

@@ -22,7 +22,7 @@ __all__ = [
     "PLAIN",
     "Chosen",
     "Published",
-    "check_layout",
+    "asked_for",
     "choose",
     "layout_of",
     "layout_table",
@@ -100,17 +100,23 @@ def renamed(values: Mapping[str, Any], mapping: Mapping[str, str]) -> Mapping[st
 
 
 def layout_of(name: str) -> Layout:
-    """The layout of this name. KeyError."""
-    return next(layout for layout in LAYOUTS if layout.name == name)
-
-
-def check_layout(name: str | None) -> None:
-    """Raises DataError where there is no layout of the name."""
-    names = [PLAIN, *(layout.name for layout in LAYOUTS)]
-    if name is not None and name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {near[0]!r}" if near else f"there are {', '.join(names)}"
+    """The layout of this name. Raises DataError where there is none."""
+    named = {layout.name: layout for layout in LAYOUTS}
+    if name not in named:
+        near = difflib.get_close_matches(name, [PLAIN, *named], n=1)
+        hint = f"did you mean {near[0]!r}" if near else f"there are {', '.join([PLAIN, *named])}"
         raise DataError(f"--layout {name}: there is no layout of that name; {hint}")
+    return named[name]
+
+
+def asked_for(names: str | None) -> Chosen | None:
+    """The layouts of `--layout`, with + between those that go together; None for plain. Raises DataError."""
+    if names in (None, PLAIN):
+        return None
+    layouts = tuple(map(layout_of, str(names).split("+")))
+    if len({id(layout.convert) for layout in layouts}) > 1:
+        raise DataError(f"--layout {names}: these do not go together; name one of them")
+    return Chosen(layouts)
 
 
 def names_of(layouts: Iterable[Layout] = LAYOUTS) -> set[str]:

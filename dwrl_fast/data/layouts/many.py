@@ -8,9 +8,13 @@ from dwrl_fast.data.layouts.layout import Layout, Published, Values, found, list
 from dwrl_fast.data.layouts.pairs import CHOSEN, REJECTED, ours
 from dwrl_fast.data.layouts.prompts import content, prompt
 from dwrl_fast.data.messages import is_message
-from dwrl_fast.data.table_text import Cell, parsed
+from dwrl_fast.data.table_text import parsed
 from dwrl_fast.errors import DataError
 
+ANSWERS = "answers|candidates|completions|responses"
+LABEL = "label|kto_tag"
+GENERATIONS = "generations|completions|responses"
+GRADED = f"completion|response|answer|messages|conversations {LABEL}"
 TEXT = "response|answer|text|completion|content|output"
 SCORE = "score|pm_score|overall_score|rating|reward"
 ASPECTS = (
@@ -30,8 +34,8 @@ def rated(row: Published) -> dict[str, Any]:
 
 def answers(row: Published) -> dict[str, Any]:
     """A list of answers, each with a rank (1 the best) or a score."""
-    name = row.name("answers|candidates|generations") or "answers"
-    items = [_object(row, name, item) for item in listed(row, name, row.take("answers|candidates|generations"))]
+    name = row.name(ANSWERS) or "answers"
+    items = [_object(row, name, item) for item in listed(row, name, row.take(ANSWERS))]
     texts = [item.get(found(item, TEXT) or "") for item in items]
     if all("rank" in item for item in items):
         ranks = [number(row, "rank", item["rank"]) for item in items]
@@ -41,6 +45,14 @@ def answers(row: Published) -> dict[str, Any]:
         raise row.wrong(name, items, f"objects with a rank or one of {SCORE.replace('|', ', ')}")
     scores = [number(row, "score", item.get(found(item, SCORE) or "")) for item in items]
     return _ranking(row, list(zip(texts, scores, strict=True)))
+
+
+def generations(row: Published) -> dict[str, Any]:
+    """A list of answers and a list of their ratings."""
+    texts, ratings = (listed(row, name, row.take(name)) for name in (GENERATIONS, "ratings"))
+    if len(texts) != len(ratings):
+        raise Unusable("not as many ratings as answers")
+    return _ranking(row, [(text, number(row, "ratings", each)) for text, each in zip(texts, ratings, strict=True)])
 
 
 def several(row: Published) -> dict[str, Any]:
@@ -74,7 +86,7 @@ def scored(row: Published) -> dict[str, Any]:
 
 def graded(row: Published) -> dict[str, Any]:
     """One answer a row, labelled true or false; the answer may be the last turn of a conversation."""
-    label = row.take("label")
+    label = row.take(LABEL)
     if _truth(label) is None:
         raise row.wrong("label", label, "true or false")
     grade = {"score": float(_truth(label) or 0)}
@@ -111,7 +123,7 @@ def _texts(value: Any) -> list[Any]:
 
 
 def _truth(value: Any) -> bool | None:
-    if isinstance(value, Cell):
+    if isinstance(value, str):
         return {"true": True, "false": False}.get(value.strip().lower())
     return value if isinstance(value, bool) else None
 
@@ -122,11 +134,30 @@ def _completions(values: Values) -> bool:
     return isinstance(value, list) and all(isinstance(item, dict) and "response" in item for item in value)
 
 
+def _answers(values: Values) -> bool:
+    if found(values, "chosen|rejected"):
+        return False
+    name = found(values, ANSWERS)
+    items = parsed(values[name]) if name else None
+    if name not in ("completions", "responses"):
+        return True
+    # `completions` of rank and completion are a format of ours, those with a response UltraFeedback's.
+    return isinstance(items, list) and all(
+        isinstance(item, dict) and found(item, SCORE) and found(item, TEXT) and not item.keys() & {"rank", "response"}
+        for item in items
+    )
+
+
 def _several(values: Values) -> bool:
     """Whether an answer is a list of texts, or of conversations."""
     sides = [values.get(found(values, names) or "") for names in (CHOSEN, REJECTED)]
     sides = [parsed(side) for side in sides]
     return any(isinstance(side, list) and side and isinstance(side[0], str | list) for side in sides)
+
+
+def _graded(values: Values) -> bool:
+    label = values.get(found(values, LABEL) or "")
+    return _truth(label) is not None and not found(values, "chosen|rejected|score")
 
 
 def _by_aspect(values: Values) -> bool:
@@ -141,9 +172,15 @@ MANY = (
         lost="rationales; completions without a score, which are counted",
     ),
     Layout(
-        "answers", "answers with ranks or scores", "answers|candidates",
+        "answers", "answers with ranks or scores", ANSWERS,
         "`answers` of `answer` (or `text`) and `rank` (1 is the best), or `pm_score` (or `score`)", answers, RANKING,
-        lost="`selected`", when=lambda values: not found(values, "chosen|rejected|responses"),
+        lost="`selected`", when=_answers, over=(RANKING,),
+    ),
+    Layout(
+        "generations", "lists of answers and of ratings", f"{GENERATIONS} ratings",
+        "`generations` are the responses, and `ratings` their scores", generations, RANKING,
+        when=lambda values: not found(values, "chosen|rejected"), over=(RANKING,),
+        lost="answers without a rating, which are counted",
     ),
     Layout(
         "several", "several better and several worse answers", f"{CHOSEN} {REJECTED}",
@@ -161,8 +198,8 @@ MANY = (
         when=lambda values: not found(values, "thought|completion"),
     ),
     Layout(
-        "true_false", "answers that are true or false", "completion|response|answer|messages|conversations label",
+        "true_false", "answers that are true or false", GRADED,
         "`label` true is the score 1, false 0; without a completion the last turn of `messages` is it", graded, SINGLE,
-        when=lambda values: _truth(values["label"]) is not None and not found(values, "chosen|rejected|score"),
+        when=_graded,
     ),
 )  # fmt: skip

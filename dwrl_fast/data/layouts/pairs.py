@@ -4,14 +4,14 @@ from typing import Any
 
 from dwrl_fast.data.columns import Unusable
 from dwrl_fast.data.formats import BINARY, BINARYMAGN
-from dwrl_fast.data.layouts.layout import OURS, Layout, Published, Values, found, listed, number
+from dwrl_fast.data.layouts.layout import OURS, Layout, Published, Values, any_values, found, listed, number
 from dwrl_fast.data.layouts.prompts import MESSAGES, PROMPT, SYSTEM, content, prompt
-from dwrl_fast.data.messages import is_message, is_transcript, role_of
+from dwrl_fast.data.messages import is_message, role_of
 from dwrl_fast.data.remarks import CONTRADICTED
-from dwrl_fast.data.table_text import parsed
+from dwrl_fast.data.table_text import is_transcript, parsed
 
-CHOSEN = "chosen|chosen_response|preferred_output|preferred"
-REJECTED = "rejected|rejected_response|reject|non_preferred_output|dispreferred"
+CHOSEN = "chosen|chosen_response|preferred_output|preferred|response_j"
+REJECTED = "rejected|rejected_response|reject|non_preferred_output|dispreferred|response_k"
 SCORES = tuple(
     (chosen, chosen.replace("chosen", "rejected"))
     for chosen in (
@@ -83,7 +83,7 @@ def _from_value(values: Values) -> bool:
 
 
 def _single(values: Values) -> bool:
-    return any(is_message(value) for value in _values(values))
+    return any(is_message(value) and "role" in value for value in _values(values))
 
 
 def _parts(values: Values) -> bool:
@@ -99,11 +99,11 @@ def _asked_in_messages(values: Values) -> bool:
     name = found(values, MESSAGES)
     said = values[name] if name else None
     asked = isinstance(said, list) and bool(said) and role_of(said[-1]) == "user"
-    return asked and not found(values, "prompt|question|instruction|query")
+    return asked and not _from_value(values) and not found(values, "prompt|question|instruction|query")
 
 
 def _layout(name: str, title: str, columns: str, becomes: str, **more: Any) -> Layout:
-    told = more.pop("when", lambda values: True)
+    told = more.pop("when", any_values)
     return Layout(
         name, title, columns, becomes, pair, BINARY,
         when=lambda values: _answers(values) and told(values), over=(BINARY, BINARYMAGN), **more
@@ -111,6 +111,7 @@ def _layout(name: str, title: str, columns: str, becomes: str, **more: Any) -> L
 
 
 TWO = f"{CHOSEN} {REJECTED}"
+OTHER_NAMES = "chosen_response|preferred|response_j rejected_response|reject|dispreferred|response_k"
 NAMED = "question|query|user_prompt|context|history|post|input"
 PAIRS = (
     _layout(
@@ -154,7 +155,7 @@ PAIRS = (
     ),
     _layout(
         "named_answers", "pairs whose answers have other names",
-        "chosen_response|preferred rejected_response|reject|dispreferred", "they become chosen and rejected",
+        OTHER_NAMES, "they become chosen and rejected",
     ),
     _layout(
         "transcripts", "Human/Assistant transcripts", TWO,

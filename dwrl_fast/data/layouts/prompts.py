@@ -4,24 +4,25 @@ from typing import Any
 
 from dwrl_fast.data.columns import Unusable
 from dwrl_fast.data.layouts.layout import Published, found, listed
-from dwrl_fast.data.messages import is_transcript, transcript, turns
-from dwrl_fast.data.table_text import Cell
+from dwrl_fast.data.messages import transcript, turns
+from dwrl_fast.data.table_text import Cell, is_transcript
 
 SYSTEM = "system|system_prompt|system_message"
-MESSAGES = "messages|conversations|conversation|context_messages"
-TEXT = "prompt|question|instruction|query|user_prompt|context|history|post|article|input"
+MESSAGES = "messages|conversations|conversation|trajectory"
+TEXT = "prompt|question|instruction|orig_instruction|query|user_prompt|context|history|post|article|input"
 PROMPT = f"{TEXT}|{MESSAGES}"
 
 
-def prompt(row: Published, also: str = "") -> dict[str, Any]:
-    """The column `prompt`, where the row has one by any of its names (`also`: further ones, which go first): a text, or
-    turns where it has several, a system prompt or earlier turns. Unusable where there are two system prompts.
+def prompt(row: Published) -> dict[str, Any]:
+    """The column `prompt`, where the row has one by any of its names: a text, or turns where it has several, a system
+    prompt or earlier turns. Unusable where there are two system prompts.
     """
-    name = found(row.values, "|".join(names for names in (also, PROMPT) if names))
+    name = found(row.values, PROMPT)
     before = [*_system(row), *_history(row, name)]
     if name is None:
         return {"prompt": before} if before else {}
     value = content(row.get(name))
+    value = value["full_text"] if isinstance(value, dict) and "full_text" in value else value  # of WebGPT
     if name == "instruction" and isinstance(value, str):
         more = row.get("input", "")
         value = f"{value}\n{more}" if isinstance(more, str) and more.strip() else value

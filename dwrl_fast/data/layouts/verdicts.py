@@ -61,6 +61,17 @@ def preference(row: Published) -> dict[str, Any]:
     return found | ({"margin": abs(value)} if value and not row.name("margin|magnitude") else {})
 
 
+def scored(row: Published) -> dict[str, Any]:
+    """Two answers with a score each: the higher is the better, by the difference."""
+    names = next((names for names in SCORED if names[0] in row.values), SCORED[0])
+    first, second, *scores = (row.take(name) for name in names)
+    one, other = (number(row, name, value) for name, value in zip(names[2:], scores, strict=True))
+    if one is None or other is None:
+        raise Unusable("null score")
+    found = _paired(row, (content(first), content(second)), FIRST if one > other else SECOND if other > one else TIE)
+    return found | ({"margin": abs(one - other)} if one != other and not row.name("margin|magnitude") else {})
+
+
 def choice(row: Published) -> dict[str, Any]:
     """Summaries of a post, and the index of the better one."""
     summaries = listed(row, "summaries", row.take("summaries"))
@@ -119,15 +130,19 @@ NUMBERED = Verdict(
     "label|preference|winner|choice|preferred", BY_NUMBER,
 )  # fmt: skip
 LETTERED = Verdict(
-    "response_A|answer_A|output_A|completion_A", "response_B|answer_B|output_B|completion_B",
-    "label|winner|preference|verdict", BY_LETTER,
+    "response_A|answer_A|output_A|completion_A|orig_response_A",
+    "response_B|answer_B|output_B|completion_B|orig_response_B",
+    "label|winner|preference|verdict|orig_preference", BY_LETTER,
 )  # fmt: skip
 ARENA = Verdict(
     "conversation_a|response_a|answer_a", "conversation_b|response_b|answer_b", "winner|preference|label", BY_LETTER
 )
 COMPLETIONS = Verdict("completion_a|output_a", "completion_b|output_b", "winner|preference|label", BY_LETTER)
-INDEXED = Verdict(
-    "response_0|answer_0|output_0", "response_1|answer_1|output_1", "better_response_id|label|choice", BY_INDEX
+INDEXED = Verdict("response_0|answer_0|output_0", "response_1|answer_1|output_1", "better_response_id|choice", BY_INDEX)
+SCORED = tuple(
+    (f"{answer}{a}", f"{answer}{b}", f"score{a}", f"score{b}")
+    for answer in ("answer", "response", "output", "completion")
+    for a, b in (("_0", "_1"), ("_1", "_2"), ("_a", "_b"), ("_A", "_B"))
 )
 SHP = Verdict("human_ref_A", "human_ref_B", "labels", REFERENCES)
 
@@ -151,7 +166,6 @@ VERDICTS = (
         "arena", "arena battles", ARENA,
         "`conversation_a` (or `response_a` to a `prompt`) is chosen where `winner` is model_a; `tie` and "
         "`tie (bothbad)` are ties" + TIES, lost="that both are bad",
-        when=lambda values: not isinstance(values.get("prompt"), list) or isinstance(values.get("response_a"), str),
     ),
     Layout(
         "arena_lists", "arena battles of lists of questions and answers",
@@ -173,6 +187,13 @@ VERDICTS = (
         "response1|response_1 response2|response_2 overall_preference|preference_strength",
         "below 0 `response1` is chosen, above 0 `response2`; the size is the margin, 0 a tie" + TIES,
         preference, BINARY, lost="preferences of single annotators",
+    ),
+    Layout(
+        "two_scores", "two answers with a score each", "|".join(dict.fromkeys(first for first, *_ in SCORED)),
+        "the answer with the higher `score_0` or `score_1` (as the answers are numbered or lettered) is chosen; the "
+        "difference is the margin" + TIES, scored, BINARY,
+        when=lambda values: any(all(name in values for name in names) for names in SCORED)
+        and not found(values, "label|winner|preference|verdict|better_response_id|overall_preference"),
     ),
     _layout(
         "references", "two references with labels", SHP,
