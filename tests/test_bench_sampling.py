@@ -80,17 +80,25 @@ def test_a_way_that_writes_less_is_refused() -> None:
 
 def test_the_fastest_of_each_ladder_ends_where_it_no_longer_gains() -> None:
     ran: list[str] = []
+    whole = Work([[i] for i in range(32)], 2, 5)
 
-    def way(name: str, seconds: float) -> engines.Engine:
-        def run() -> float:
-            ran.append(name)
-            return seconds
+    def ladders(work: Work) -> list[Iterator[engines.Engine]]:
+        size = len(work.contexts)
 
-        return engines.Engine(name, run, lambda: 0)
+        def way(name: str, seconds: float) -> engines.Engine:
+            def run() -> float:
+                ran.append(f"{name}{size}")
+                return seconds
 
-    first = iter([way("a", 3.0), way("b", 2.0), way("c", 2.5), way("d", 1.0)])
-    assert engines.fastest(first, iter([way("e", 1.5)])).note == "e"
-    assert ran == ["a", "a", "b", "c", "e"]
+            return engines.Engine(name, run, lambda: size)
+
+        first = [way("a", 3.0), way("b", 2.0), way("c", 2.5), way("d", 1.0)]
+        return [iter(first), iter([way("e", 1.5)])]
+
+    found = engines.fastest(ladders, whole)
+    assert (found.note, found.peak()) == ("e", 32)  # swept on a part, to be timed on all
+    assert ran == ["a8", "a8", "b8", "c8", "e8"]
+    assert whole.part.contexts == [[0], [1], [8], [9], [16], [17], [24], [25]] and WORK.part is WORK
 
 
 @pytest.mark.parametrize("cache", [None, "static"])

