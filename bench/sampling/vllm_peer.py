@@ -83,8 +83,8 @@ def fastest_vllm(python: str, model: Path, work: Work, log: IO[bytes]) -> Vllm:
     best: tuple[float, Vllm] | None = None
     for threads in (None, torch.get_num_threads()):
         found = Vllm(python, model, threads, log)
-        found.ask(work, peak=False)
-        taken = found.engine(work).run()
+        found.ask(work.part, peak=False)
+        taken = found.engine(work.part).run()
         slower = found if best is not None and best[0] <= taken else best and best[1]
         if slower is not found:
             best = (taken, found)
