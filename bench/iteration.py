@@ -12,7 +12,8 @@ sweep.
 Same weights, pairs and lengths: pairs as long as those of hh and of rmb (bench/training/lengths.py), sorted by length,
 4 thoughts about each response, all of --tokens tokens: what would end one is an id that no model writes. Learning rates
 are next to nothing, so that rounds compute alike. The model is that in the folder --model, with --quick a small one
-with drawn weights. Rounds run all in turn; a ratio is one of each round, its median (least to most).
+with drawn weights. Rounds run all in turn; a ratio is one of each round, its median (least to most). Last comes the
+rate of our two updates, in model FLOPs (bench/training/flops.py), beside that of bare products of the same weights.
 """
 
 import argparse
@@ -33,11 +34,12 @@ from bench import command
 from bench.harness import timed
 from bench.machine import machine
 from bench.rounds import in_turn, ratio
+from bench.sampling.counts import rates
 from bench.sampling.engines import DRAWN, Work, default_limits, generation_trainer, plain_sampler, tree_sampler
 from bench.training import lengths
 from bench.training.plain_update import LOGITS_HELD, free_memory
 from bench.training.trl_update import trl_missing
-from bench.training.update import Way, fastest, loaded, powers
+from bench.training.update import Way, fastest, loaded, phase_flops, powers
 from dwrl_fast.sampling import Sampler
 from dwrl_fast.scoring import Runtime
 from dwrl_fast.training.optimizer import Optimizers
@@ -91,6 +93,7 @@ class Iteration(NamedTuple):
     note: str
     run: Callable[[], object]
     stages: Stages
+    updates: dict[str, float]  # model GFLOP of both phases, of the last run; empty for peers
 
     def seconds(self) -> float:
         """Of one run."""
@@ -105,7 +108,7 @@ def work_of(pairs: lengths.Pairs, tokens: int, vocabulary: int) -> Work:
 
 def ours(policy: Policy, rollout: Rollout, pairs: lengths.Pairs, tokens: int, sampler: Sampler, note: str) -> Iteration:
     """The trainer's own parts, in its order."""
-    method, stages = rollout.method, Stages()
+    method, stages, updates = rollout.method, Stages(), dict[str, float]()
     vocabulary = policy.model.lm.config.vocab_size
     work = work_of(pairs, tokens, vocabulary)
 
@@ -124,8 +127,10 @@ def ours(policy: Policy, rollout: Rollout, pairs: lengths.Pairs, tokens: int, sa
             with stages(f"phase {phase}"):
                 policy.update(phase, minibatch, method.loss, 0)
         policy.read_metrics(groups)
+        counted = phase_flops(policy.model.lm, minibatch.batches)
+        updates["model GFLOP"] = len(method.phases) * counted["model GFLOP"]
 
-    return Iteration(note, run, stages)
+    return Iteration(note, run, stages, updates)
 
 
 def grpo(runtime: Runtime, pairs: lengths.Pairs, tokens: int) -> Iteration:
@@ -174,7 +179,7 @@ def grpo(runtime: Runtime, pairs: lengths.Pairs, tokens: int) -> Iteration:
     best = fastest(ladder(True), ladder(False))
     assert best is not None
     stages.begin()
-    return Iteration(best.note, best.run, stages)
+    return Iteration(best.note, best.run, stages, {})
 
 
 def measured(data: str, policy: Policy, rollout: Rollout, args: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -212,7 +217,20 @@ def measured(data: str, policy: Policy, rollout: Rollout, args: argparse.Namespa
     if "trl" in ways and not args.quick:
         found = ratio(taken["trl"], taken["ours"])
         console.print(f"{data}: ours {found} times as fast as trl; asked {ASKED[data]}")
-    return {"case": data, "source": pairs.source, "rows": rows}
+    updates = rate_of_updates(ways["ours"], len(taken["ours"]), runtime)
+    console.print(
+        f"{data}: our updates, {updates['model GFLOP']:,.0f} model GFLOP in {updates['seconds']:.2f} s, run at "
+        f"{updates['share']:.0%} of the {updates['GFLOP/s of products']:.0f} GFLOP/s of bare products"
+    )
+    return {"case": data, "source": pairs.source, "rows": rows, "updates": updates}
+
+
+def rate_of_updates(way: Iteration, rounds: int, runtime: Runtime) -> dict[str, float]:
+    """Their model GFLOP and seconds in a round, and the share of the rate of bare products, measured here and now."""
+    seconds = sum(taken for name, taken in way.stages.seconds.items() if name.startswith("phase")) / rounds
+    products = rates(runtime.model.lm, default_limits(runtime).batch_size).prefill / 1e9
+    share = way.updates["model GFLOP"] / seconds / products
+    return way.updates | {"seconds": seconds, "GFLOP/s of products": products, "share": share}
 
 
 def main() -> None:

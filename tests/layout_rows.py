@@ -71,6 +71,11 @@ MADE: dict[str, Made] = {
         ],
         margin=3.0,
     ),
+    "answered": Made([
+        {"messages": [USER, GOOD], "rejected_response": NO},
+        {"messages": [USER, GOOD], "rejected_messages": [USER, BAD]},
+        {"conversations": [HUMAN, GPT], "rejected": GPT_NO},
+    ]),
     "alpaca_list": Made([{"instruction": ASK, "input": "", "output": [YES, NO]}]),
     "label_1_2": Made([
         {"input": ASK, "output_1": YES, "output_2": NO, "label": 1},
@@ -150,6 +155,11 @@ MADE: dict[str, Made] = {
         {"instruction": ASK, "generations": [NO, YES, "?"], "ratings": [1, 3.5, None]},
         {"prompt": ASK, "completions": [YES, NO], "ratings": [4, 1.5]},
     ], margin=2.5),
+    "picked": Made([
+        {"prompt": ASK, "responses": [NO, YES], "chosen_index": 1},
+        {"question": ASK, "answers": [{"text": YES}, {"text": NO}], "best_idx": "0"},
+        {"messages": [USER], "outputs": [NO, YES], "preferred_index": 1.0},
+    ], margin=1.0),
     "several": Made([
         {"prompt": ASK, "chosen": [YES, "So."], "rejected": [NO]},
         {"prompt": ASK, "chosen": ["So.", YES], "rejected": NO},

@@ -73,10 +73,10 @@ def parquet_file(folder: Path, rows: Rows) -> str:
     return str(folder / "rows.parquet")
 
 
-def pipe(folder: Path, rows: Rows) -> str:
+def pipe(folder: Path, content: bytes) -> str:
     path = folder / "pipe"
     os.mkfifo(path)
-    threading.Thread(target=path.write_bytes, args=(lines(rows),), daemon=True).start()
+    threading.Thread(target=path.write_bytes, args=(content,), daemon=True).start()
     return str(path)
 
 
@@ -91,7 +91,9 @@ CONTAINERS: dict[str, Callable[[Path, Rows], str]] = {
     "TSV in bzip2": lambda folder, rows: written(folder / "rows.tsv.bz2", bz2.compress(table(rows, "\t"))),
     "shards": shards,
     "pattern": lambda folder, rows: shards(folder, rows) + "/part-*.jsonl",
-    "pipe": pipe,
+    "pipe": lambda folder, rows: pipe(folder, lines(rows)),
+    "CSV through a pipe": lambda folder, rows: pipe(folder, table(rows, ",")),
+    "TSV of no name": lambda folder, rows: written(folder / "rows", table(rows, "\t")),
     "parquet": parquet_file,
     "saved": saved,
 }

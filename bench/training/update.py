@@ -161,9 +161,7 @@ def ours(it: Setting, packing: Packing) -> Way:
         return update(runtime.model.lm, made, [partial(loss, phase, Size.of(it.groups)) for phase in method.phases])
 
     batches = layout.batches(it.groups)
-    scores, thoughts = sum(len(b.score_rows) for b in batches), sum(len(b.token_rows) for b in batches)
-    # The score is read in both phases and trained in the first, the thoughts are trained in the second.
-    counted = counters(batches) | flops(runtime.model.lm, batches, (scores + scores / 3 + thoughts) / 2)
+    counted = counters(batches) | phase_flops(runtime.model.lm, batches)
     return Way(f"{len(batches)} micro-batch{'es' if len(batches) > 1 else ''}", run, counted)
 
 
@@ -171,6 +169,14 @@ def counters(batches: Iterable[Batch]) -> dict[str, float]:
     """The COUNTERS of a pass over `batches`."""
     rows = [(b.trunk_tokens, b.naive_tokens, b.head_rows, b.padding) for b in batches]
     return dict(zip(COUNTERS, map(sum, zip(*rows, strict=True)), strict=True))
+
+
+def phase_flops(lm: Any, batches: Sequence[Batch]) -> dict[str, float]:
+    """`flops` of a phase of DWRL, the mean of its two: the score is read in both and trained in the first, the thoughts
+    are trained in the second.
+    """
+    scores, thoughts = sum(len(b.score_rows) for b in batches), sum(len(b.token_rows) for b in batches)
+    return flops(lm, batches, (scores + scores / 3 + thoughts) / 2)
 
 
 def flops(lm: Any, batches: Sequence[Batch], rows: float) -> dict[str, float]:

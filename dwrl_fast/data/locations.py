@@ -21,6 +21,7 @@ FILES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet")
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 PARQUET = b"PAR1"
 ARRAY = re.compile(rb"\s*\[\s*(\{|\]|\Z)")  # of objects; a line may be another array, which is no row
+HEADER = re.compile(rb'"?\w[\w .-]*"?(?:([,\t])"?\w[\w .-]*"?(?:\1"?\w[\w .-]*"?)*)')  # names, two at least
 SPLITS = re.compile(r"(?<![a-z])(train|training|test|testing|valid|validation|dev|eval)(?![a-z])", re.I)
 
 
@@ -118,13 +119,22 @@ def _suffix(path: Path) -> str:
 
 
 def _file(path: Path, name: str) -> RowSource:
-    separator = SEPARATORS.get(_suffix(Path(name)))
+    suffix = _suffix(Path(name))
+    start = b"" if suffix in SEPARATORS else _start(path)
+    separator = SEPARATORS.get(suffix) or (_separator(start) if suffix not in FILES else None)
     if separator is not None:
         return Delimited(path, separator, name)
-    start = _start(path)
     if start.startswith(PARQUET):
         return Parquet(path, name)
     return JsonArray(path, name) if ARRAY.match(start.removeprefix(BOM)) else JsonLines(path, name)
+
+
+def _separator(start: bytes) -> str | None:
+    """What parts the names in the first line of a table, where its name does not say; None where it is none."""
+    line = start.removeprefix(BOM).split(b"\n")[0].strip()
+    if not HEADER.fullmatch(line):
+        return None
+    return "\t" if b"\t" in line else ","
 
 
 def _start(path: Path) -> bytes:

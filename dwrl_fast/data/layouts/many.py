@@ -12,6 +12,10 @@ from dwrl_fast.data.table_text import parsed
 from dwrl_fast.errors import DataError
 
 ANSWERS = "answers|candidates|completions|responses"
+LISTS = f"{ANSWERS}|outputs|generations|options"
+INDEX = "|".join(
+    f"{best}_{place}" for best in ("chosen", "preferred", "best", "winner", "better") for place in ("index", "idx")
+)
 LABEL = "label|kto_tag"
 GENERATIONS = "generations|completions|responses"
 GRADED = f"completion|response|answer|messages|conversations {LABEL}"
@@ -62,6 +66,22 @@ def several(row: Published) -> dict[str, Any]:
         raise Unusable("no chosen or no rejected response")
     ranks = [1] * len(better) + [2] * len(worse)
     return prompt(row) | {"responses": [content(each) for each in better + worse], "ranks": ranks} | ours(row)
+
+
+def picked(row: Published) -> dict[str, Any]:
+    """A list of answers and the place of the best, counted from 0: it is better than each of the others."""
+    name, texts = row.name(LISTS) or "", [_text(item) for item in listed(row, "responses", row.take(LISTS))]
+    place = number(row, row.name(INDEX) or "", row.take(INDEX))
+    if place is None:
+        raise Unusable("null place of the best response")
+    if place not in range(len(texts)):
+        raise row.wrong(row.name(INDEX) or "", place, f"a place in {name}, 0 to {len(texts) - 1}")
+    ranks = [1 if i == place else 2 for i in range(len(texts))]
+    return prompt(row) | {"responses": [content(text) for text in texts], "ranks": ranks} | ours(row)
+
+
+def _text(item: Any) -> Any:
+    return item.get(found(item, TEXT) or "") if isinstance(item, dict) and not is_message(item) else item
 
 
 def by_aspect(row: Published) -> dict[str, Any]:
@@ -135,7 +155,7 @@ def _completions(values: Values) -> bool:
 
 
 def _answers(values: Values) -> bool:
-    if found(values, "chosen|rejected"):
+    if found(values, f"chosen|rejected|{INDEX}"):
         return False
     name = found(values, ANSWERS)
     items = parsed(values[name]) if name else None
@@ -181,6 +201,12 @@ MANY = (
         "`generations` are the responses, and `ratings` their scores", generations, RANKING,
         when=lambda values: not found(values, "chosen|rejected"), over=(RANKING,),
         lost="answers without a rating, which are counted",
+    ),
+    Layout(
+        "picked", "lists of answers with the place of the best", f"{LISTS} {INDEX}",
+        "the answer at `chosen_index` (or `preferred_index`, `best_index`, ...), counted from 0, is better than each "
+        "of the others", picked, RANKING, lost="an order among the others",
+        when=lambda values: not found(values, "chosen|rejected|ranks|scores|ratings"),
     ),
     Layout(
         "several", "several better and several worse answers", f"{CHOSEN} {REJECTED}",

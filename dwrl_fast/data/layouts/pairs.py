@@ -12,6 +12,7 @@ from dwrl_fast.data.table_text import is_transcript, parsed
 
 CHOSEN = "chosen|chosen_response|preferred_output|preferred|response_j"
 REJECTED = "rejected|rejected_response|reject|non_preferred_output|dispreferred|response_k"
+REJECTED_TURN = "rejected_response|rejected_messages|rejected"
 SCORES = tuple(
     (chosen, chosen.replace("chosen", "rejected"))
     for chosen in (
@@ -27,6 +28,19 @@ def pair(row: Published) -> dict[str, Any]:
     if is_transcript(row.values.get("prompt")):  # whose last heading is parted from the answer by a blank
         sides = {name: side.strip() if isinstance(side, str) else side for name, side in sides.items()}
     return _prompt(row) | sides | _margin(row) | ours(row)
+
+
+def answered(row: Published) -> dict[str, Any]:
+    """A conversation that ends with the better answer, and the worse one beside it, alone or as its conversation."""
+    turns = content(row.take(MESSAGES))
+    worse = content(row.take(REJECTED_TURN))
+    return {"prompt": [*_system(row, turns), *turns[:-1]], "chosen": turns[-1:], "rejected": worse} | ours(row)
+
+
+def _system(row: Published, turns: list[Any]) -> list[dict[str, Any]]:
+    """A system prompt in a column of its own, unless the conversation begins with one."""
+    value = row.get(SYSTEM)
+    return [{"role": "system", "content": value}] if value and role_of(turns[0]) != "system" else []
 
 
 def listed_pair(row: Published) -> dict[str, Any]:
@@ -102,6 +116,13 @@ def _asked_in_messages(values: Values) -> bool:
     return asked and not _from_value(values) and not found(values, "prompt|question|instruction|query")
 
 
+def _answered(values: Values) -> bool:
+    """Whether the messages end with an answer."""
+    name = found(values, MESSAGES)
+    said = parsed(values[name]) if name else None
+    return isinstance(said, list) and bool(said) and role_of(said[-1]) == "assistant" and not found(values, CHOSEN)
+
+
 def _layout(name: str, title: str, columns: str, becomes: str, **more: Any) -> Layout:
     told = more.pop("when", any_values)
     return Layout(
@@ -170,6 +191,11 @@ PAIRS = (
     ),
 )  # fmt: skip
 LISTED = (
+    Layout(
+        "answered", "conversations with a worse answer beside them", f"{MESSAGES} {REJECTED_TURN}",
+        "the last turn of `messages` is chosen, those before it are the prompt; `rejected_response` (or "
+        "`rejected_messages`) is rejected", answered, BINARY, when=_answered,
+    ),
     Layout(
         "alpaca_list", "Alpaca rows with a list of two answers", "instruction output",
         "`output` holds the better and the worse answer; the prompt is as of alpaca", listed_pair, BINARY,

@@ -138,7 +138,12 @@ ARENA = Verdict(
     "conversation_a|response_a|answer_a", "conversation_b|response_b|answer_b", "winner|preference|label", BY_LETTER
 )
 COMPLETIONS = Verdict("completion_a|output_a", "completion_b|output_b", "winner|preference|label", BY_LETTER)
-INDEXED = Verdict("response_0|answer_0|output_0", "response_1|answer_1|output_1", "better_response_id|choice", BY_INDEX)
+INDEXED = Verdict(
+    "response_0|answer_0|output_0",
+    "response_1|answer_1|output_1",
+    "better_response_id|choice|chosen_index|preferred_index|winner_index|better_index",
+    BY_INDEX,
+)
 SCORED = tuple(
     (f"{answer}{a}", f"{answer}{b}", f"score{a}", f"score{b}")
     for answer in ("answer", "response", "output", "completion")

@@ -1,0 +1,136 @@
+"""Which questions a pretrained model can answer: every packaged template, and other wordings of the dialog.
+
+    python -m bench.learning.templates --data data/words/test.jsonl --json FILE
+
+For each template the model as it is judges the first --rows pairs, with two sampled thoughts of at most --tokens tokens
+a response or comparison. Label mass is the labels' share of the probability where they are read; truncated are the
+thoughts that were cut; spread is the mean standard deviation, in nats, of the scores of a response's thoughts, which is
+what thoughts are trained by; unread are verdicts in text that cannot be read. Accuracy is of the mean of both thoughts'
+p(Yes), with its interval; of the templates that compare it is not taken. The wordings beside the packaged ones are in
+WORDINGS.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+
+from bench import command
+from bench.machine import machine
+from dwrl_fast.compute import Compute, step_seed
+from dwrl_fast.config import TrainConfig
+from dwrl_fast.data import Preference, read_preferences
+from dwrl_fast.doctor import thoughts
+from dwrl_fast.doctor.examination import sampled
+from dwrl_fast.doctor.setup import Computed, Setup, compute
+from dwrl_fast.encode import Group
+from dwrl_fast.evaluation.pairs import pair_report
+from dwrl_fast.methods import METHODS
+from dwrl_fast.progress import Display
+from dwrl_fast.scoring.loading import load_dialog
+from dwrl_fast.templates import Template, load_template
+from dwrl_fast.training.policy import load_judging
+from dwrl_fast.training.rollout import Rollout
+
+METHOD = {"dialog": "dwrl", "direct": "gram", "pairwise": "judge", "pointwise": "grpo-point"}  # that asks by it
+PLAIN_RATE = "Is that response good with regard to {aspect}? Answer Yes or No."
+BRIEF = "In one sentence, say how good the assistant's last response is with regard to {aspect}, and why."
+WORDINGS = {
+    "plain rate": Template(load_template().evaluate, PLAIN_RATE),
+    "brief": Template(BRIEF, load_template().rate),
+    "brief, plain rate": Template(BRIEF, PLAIN_RATE),
+    "brief, answers": Template(BRIEF, "Does that response answer what was asked? Answer Yes or No."),
+    "brief, good or bad": Template(BRIEF, "Is that response good or bad? Answer Good or Bad.", ("Good", "Bad")),
+    "brief, true or false": Template(BRIEF, "True or False: that response is a good one.", ("True", "False")),
+}
+FIGURES = ("mass", "truncated", "tokens", "spread", "unread")
+
+
+def examined(name: str, template: str, kind: str, args: argparse.Namespace, rows: list[Preference]) -> dict[str, Any]:
+    """The figures of one template, a packaged one's name or a file."""
+    method_name = METHOD[kind]
+    config = TrainConfig(
+        model_name_or_path=str(args.model),
+        dataset_name=str(args.data),
+        eval_dataset_name=(),
+        method=method_name,  # type: ignore[arg-type]
+        template=template,
+        seed=args.seed,
+        **({"num_generations": 2} if METHODS[method_name].trains and METHODS[method_name].thinks else {}),
+        **({"max_completion_length": args.tokens} if METHODS[method_name].thinks else {}),
+    )
+    dialog, place = load_dialog(config), Compute.resolve(config.dtype)
+    method = METHODS[method_name](config, dialog)
+    judging = load_judging(config, method, dialog, place)
+    setup = Setup(config, method, judging, Rollout(method, judging).sampler)
+    seed = step_seed(config.seed, "templates", 0)
+    with Display(Console(stderr=True)) as display:
+        requests = method.requests(rows, seed) if method.thinks else []
+        groups = sampled(setup, requests, seed, display) if method.thinks else method.groups(rows, seed)
+    found: dict[str, float] = thoughts.thoughts(setup, groups).figures if method.thinks else {}
+    report = None
+    if setup.reads_labels:
+        found = found | thoughts.label_mass(setup, groups).figures
+        if method.thinks:
+            computed = compute(setup, groups)
+            found = found | thoughts.spread(groups, computed).figures
+            report = pair_report(scores(groups, computed), [group.ranks for group in groups], args.seed)
+    else:
+        found = found | thoughts.verdicts(setup, requests, groups).figures
+    figures = {k: found[k] for k in FIGURES if k in found}
+    return {"template": name, "kind": kind, "figures": figures, "report": report and report.to_dict()}
+
+
+def scores(groups: list[Group], computed: list[Computed]) -> torch.Tensor:
+    """[groups, 2]: the log of the mean p(Yes) over the thoughts of each response, in nats."""
+    rows = []
+    for group, one in zip(groups, computed, strict=True):
+        each = one.scores.double().split([len(some) for some in group.sequences])
+        rows.append(torch.stack([some.logsumexp(0) - torch.tensor(float(len(some))).log() for some in each]))
+    return torch.stack(rows)
+
+
+def main() -> None:
+    """The command: the packaged templates that are asked of a model, then WORDINGS."""
+    parser = command.parser("learning.templates", __doc__)
+    parser.add_argument("--model", type=Path, default=Path("models/smollm2"), help="default models/smollm2")
+    parser.add_argument("--data", type=Path, required=True, help="a file of pairs")
+    parser.add_argument("--rows", type=int, default=200, help="pairs (default 200)")
+    parser.add_argument("--tokens", type=int, default=48, help="of a thought at most (default 48)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", help="names of templates or wordings (default: all)")
+    parser.add_argument("--json", type=Path, help="write machine, versions, commit and figures to this file")
+    args = parser.parse_args()
+    rows = read_preferences(args.data, limit=args.rows).rows
+    console, found = Console(width=150), []
+    with tempfile.TemporaryDirectory() as folder:
+        asked = {name: (name, name) for name in METHOD}
+        for i, (name, wording) in enumerate(WORDINGS.items()):
+            path = Path(folder) / f"{i}.yaml"
+            path.write_text(yaml.safe_dump(wording.to_dict()), encoding="utf-8")
+            asked[name] = (str(path), "dialog")
+        for name, (template, kind) in asked.items():
+            if args.only is None or name in args.only:
+                found.append(examined(name, template, kind, args, rows))
+                if args.json:
+                    setting = {"model": args.model.name, "data": f"{args.data.parent.name}/{args.data.name}"}
+                    setting |= {"rows": len(rows), "tokens": args.tokens, "seed": args.seed}
+                    report = {"benchmark": "templates", "setting": setting, "machine": machine(), "templates": found}
+                    args.json.write_text(json.dumps(report, indent=1) + "\n")
+    lines = []
+    for one in found:
+        cells = [f"{one['figures'][k]:.3g}" if k in one["figures"] else "" for k in FIGURES]
+        report = one["report"]
+        accuracy = f"{report['accuracy']:.3f} [{report['low']:.3f}, {report['high']:.3f}]" if report else ""
+        lines.append((one["template"], *cells, accuracy))
+    headings = ("template", "label mass", "truncated", "tokens", "spread", "unread", "accuracy")
+    console.print(command.table(f"{len(rows)} pairs of {args.data}, thoughts of {args.tokens} tokens", headings, lines))
+
+
+if __name__ == "__main__":
+    main()
