@@ -118,7 +118,7 @@ def test_the_documents_hold_what_was_measured() -> None:
     ]
     assert len(found) == len(VARIANTS) * len(cells([0], full=True))
     assert markdown(found, swept) == results.with_suffix(".md").read_text()
-    assert overview(found) in (ROOT / "README.md").read_text()
+    assert overview(found) in (ROOT / "docs" / "results.md").read_text()
 
 
 def test_what_is_run() -> None:

@@ -1,4 +1,4 @@
-"""The code of README and of docs/scorer.md runs as it stands there, and their commands are commands."""
+"""The code of README and of the docs runs as it stands there, and their commands are commands."""
 
 import re
 import shlex
@@ -66,21 +66,31 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_code_of_the_readme_runs(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    judged, fused, *more = blocks("README.md", "python")
-    for code in (judged, fused, *more):
-        names = surroundings()
-        before = [p.detach().clone() for p in names["policy"].parameters()]
-        exec(compile(code, "README.md", "exec"), names)
-        if code == judged:
-            assert names["reward"].shape == (4,)
-            assert any(not torch.equal(p, was) for p, was in zip(names["policy"].parameters(), before, strict=True))
-        if code == fused:
-            assert names["hidden"].grad.abs().sum() > 0 and "clipped" in capsys.readouterr().out
+def test_the_code_of_the_readme_runs(place: Path) -> None:
+    [judged] = blocks("README.md", "python")
+    names: dict[str, Any] = {}
+    exec(compile(judged, "README.md", "exec"), names)
+    assert names["rewards"].shape == (2,) and 0 < names["better"] < 1
+
+
+def test_the_code_about_operators_runs(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    [fused] = blocks("docs/operators.md", "python")
+    names = surroundings()
+    exec(compile(fused, "docs/operators.md", "exec"), names)
+    assert names["hidden"].grad.abs().sum() > 0 and "clipped" in capsys.readouterr().out
+
+
+def test_a_loop_of_ones_own_runs(place: Path) -> None:
+    *_, loop = blocks("docs/scorer.md", "python")
+    names = surroundings()
+    before = [p.detach().clone() for p in names["policy"].parameters()]
+    exec(compile(loop, "docs/scorer.md", "exec"), names)
+    assert names["reward"].shape == (4,)
+    assert any(not torch.equal(p, was) for p, was in zip(names["policy"].parameters(), before, strict=True))
 
 
 def test_the_code_about_the_scorer_runs(place: Path) -> None:
-    code, any_model, _ = blocks("docs/scorer.md", "python")
+    code, any_model, *_ = blocks("docs/scorer.md", "python")
     names: dict[str, Any] = {}
     exec(compile(code, "docs/scorer.md", "exec"), names)
     plain = any_model.replace("Qwen/Qwen2.5-3B-Instruct", "runs/mine/model").replace("=512", "=6")
@@ -96,14 +106,14 @@ def test_the_code_about_trl_runs(place: Path, monkeypatch: pytest.MonkeyPatch) -
 
     small = {"use_cpu": True, "bf16": False, "report_to": [], "max_completion_length": 4, "disable_tqdm": True}
     monkeypatch.setattr(trl, "GRPOConfig", lambda _make=trl.GRPOConfig, **given: _make(**given, **small))
-    trained, _, trl_code = blocks("docs/scorer.md", "python")
+    trained, _, trl_code, _ = blocks("docs/scorer.md", "python")
     code = (trained + trl_code).replace("Qwen/Qwen2.5-0.5B-Instruct", "runs/mine/model")
     names: dict[str, Any] = {"dataset": Dataset.from_list([{"prompt": "3 5 0"}, {"prompt": "1"}] * 4)}
     exec(compile(code, "docs/scorer.md", "exec"), names)
     assert [row["reward"] for row in names["trainer"].state.log_history if "reward" in row]
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/scorer.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/scorer.md", "docs/training.md"])
 def test_commands_have_the_options_that_they_name(place: Path, name: str) -> None:
     text = "\n".join([*blocks(name, ""), *INDENTED.findall((ROOT / name).read_text("utf-8"))])
     lines = re.findall(r"^python -m dwrl_fast\.(\w+) (.*)$", text.replace("\\\n", " "), re.M)
