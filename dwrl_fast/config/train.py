@@ -51,117 +51,114 @@ class TrainConfig(MethodOptions, CommonOptions):
     command: ClassVar[str] = "python -m dwrl_fast.train"
     summary: ClassVar[str] = (
         "Trains a generative preference model: a language model that writes a thought about a response and then rates"
-        " it. Without --dataset_name it runs the embedded task, which needs no files: a tiny model is made, trained and"
-        " evaluated in a few minutes. It ends with status 2 where something that was given is wrong, and with 3 where"
-        " the run came to its end and nothing was trained in it."
+        " it. Without --dataset_name it runs the embedded task, which needs no files: a tiny model is created, trained"
+        " and evaluated in a few minutes. Exit status: 2 if an argument or a file is wrong; 3 if the run ended and"
+        " nothing was trained."
     )
     examples: ClassVar[str] = """
 # the embedded task, whole, from another seed
 python -m dwrl_fast.train --seed 1
 
-# one's own pairs (JSONL with prompt, chosen, rejected) and a model
+# your own pairs (JSONL with prompt, chosen, rejected) and a model
 python -m dwrl_fast.train --model_name_or_path Qwen/Qwen2.5-3B-Instruct --dataset_name pairs.jsonl \\
     --output_dir runs/mine
 
-# two files, 7 rows of one to 3 of the other, read as they are needed
+# two files, mixed 7 to 3, read on demand
 python -m dwrl_fast.train --model_name_or_path Qwen/Qwen2.5-3B-Instruct --output_dir runs/mixed \\
     --dataset_mixture chat.jsonl:0.7:helpfulness maths.jsonl:0.3:correctness --streaming --max_steps 400
 
-# a file of options, of which the command line changes two
+# a file of options; the command line changes two of them
 python -m dwrl_fast.train --config mine.yaml --learning_rate 1e-6 --alternate joint
 
 # several files, merged from left to right
 python -m dwrl_fast.train --config backbone.yaml data.yaml method.yaml --output_dir runs/mine
 
-# one machine with 8 GPUs; a run that was interrupted goes on by the same command
+# one machine with 8 GPUs; the same command resumes an interrupted run
 torchrun --nproc-per-node 8 -m dwrl_fast.train --config mine.yaml --output_dir runs/mine \\
     --resume_from_checkpoint auto
 
-# a run that was interrupted goes on where its last checkpoint stands
+# resume an interrupted run from its last checkpoint
 python -m dwrl_fast.train --config runs/mine/config.yaml --resume_from_checkpoint latest
 """
 
     model_name_or_path: str | None = model_option(
         None,
-        "A local folder or a hub name of a causal language model, or a local FILE.gguf, whose weights are dequantised. "
-        "Code that comes with a model is not run. A folder of LoRA adapters stands for the model that they merge into.",
+        "A causal language model: a local folder, a hub name, or a local FILE.gguf, whose weights are dequantised. "
+        "Code that comes with a model is never run. A folder of LoRA adapters is loaded as the merged model.",
     )
     model_config: str | None = model_option(
-        None, "A config.json whose weights are drawn from --seed, in place of --model_name_or_path."
+        None, "A config.json: the model is initialised at random from --seed. Replaces --model_name_or_path."
     )
     tokenizer_name_or_path: str | None = model_option(
-        None, "The tokenizer, where it is not in the model's own folder. It must have a chat template."
+        None, "The tokenizer, if it is not in the model's folder. It must have a chat template."
     )
     use_liger_kernel: bool = model_option(
         False,
-        "Liger's Triton kernels for the model's norms, rotary embedding and gated MLP. Needs CUDA and liger-kernel.",
+        "Use Liger's Triton kernels for norms, rotary embedding and gated MLP. Needs CUDA and liger-kernel.",
     )
     gradient_checkpointing: bool = model_option(
-        False, "Recompute activations in the backward pass: about a third more time for far less memory."
+        False, "Recompute activations in the backward pass: about a third more time, far less memory."
     )
 
     use_peft: bool = option(
         False,
-        "Train LoRA adapters in a frozen model, by peft, in place of the model itself: far less memory, and learning "
-        "rates some ten times higher. bt's scalar head trains whole. OUTPUT_DIR/model is merged, OUTPUT_DIR/adapter "
-        "holds the adapters alone, as checkpoints do.",
+        "Train LoRA adapters (peft) on a frozen model instead of the model itself. Uses far less memory; use "
+        "learning rates about ten times higher. The scalar head of bt is trained in full. OUTPUT_DIR/model holds the "
+        "merged model, OUTPUT_DIR/adapter and the checkpoints only the adapters.",
         group="Adapters",
     )
     lora_r: int = adapters_option(16, "Rank of the adapters.", bound=at_least(1))
-    lora_alpha: int = adapters_option(
-        32, "What the adapters add is multiplied by lora_alpha / lora_r.", bound=at_least(1)
-    )
-    lora_dropout: float = adapters_option(0.0, "Always 0: see docs/methods.md.", bound=at_least(0))
+    lora_alpha: int = adapters_option(32, "The adapters' output is scaled by lora_alpha / lora_r.", bound=at_least(1))
+    lora_dropout: float = adapters_option(0.0, "Must be 0; docs/methods.md explains why.", bound=at_least(0))
     lora_target_modules: tuple[str, ...] = adapters_option(
-        (), "Linear layers that get adapters, by name: q_proj v_proj. none: all of them but the head."
+        (), "Names of the linear layers that get adapters: q_proj v_proj. none: all except the head."
     )
     load_in_4bit: bool = adapters_option(
-        False, "Hold the frozen model in 4 bits (NF4), as QLoRA does. Needs CUDA and bitsandbytes."
+        False, "Keep the frozen model in 4 bits (NF4), as QLoRA does. Needs CUDA and bitsandbytes."
     )
 
     dataset_name: str | None = data_option(
         None,
-        "Preferences: JSON lines (.jsonl, .jsonl.gz), a Parquet file, a folder that datasets saved, or NAME:SPLIT of "
-        "the Hugging Face hub. The columns say the format, as chosen and rejected do, with a prompt where those do not "
-        "hold it; docs/data.md has them all.",
+        "Preference data: JSON lines, JSON, CSV or Parquet, a folder saved by datasets, or NAME:SPLIT of the Hugging "
+        "Face hub. The column names identify the format, for example prompt, chosen and rejected. docs/data.md lists "
+        "all formats and layouts.",
     )
     dataset_mixture: tuple[Part, ...] = data_option(
         (),
-        "Several files in place of --dataset_name: FILE:WEIGHT or FILE:WEIGHT:ASPECT each. Of any number of rows each "
-        "gives its share to within one row; the aspect is that of its rows that have no column of the name. In YAML "
-        "also {dataset_name: FILE, weight: 0.7, aspect: TEXT}.",
+        "Several files instead of --dataset_name, each as FILE:WEIGHT or FILE:WEIGHT:ASPECT. At any point of the run "
+        "each file has given its share of the rows to within one row. The aspect applies to rows without an aspect "
+        "column. In YAML also {dataset_name: FILE, weight: 0.7, aspect: TEXT}.",
     )
     streaming: bool = data_option(
         False,
-        "Read rows when they are needed, in constant memory, where a file does not fit: needs --max_steps. Rows are "
-        "shuffled within a buffer; an over-long one is found, and counted, when it is its turn. The file must stay as "
-        "it is until the run ends.",
+        "Read rows on demand, in constant memory. Needs --max_steps. Rows are shuffled within a buffer; a row that "
+        "is too long is dropped and counted when it is drawn. The file must not change during the run.",
     )
     shuffle_buffer_size: int = data_option(
         10_000,
-        "Rows of each file among which the next is drawn. The first batch comes once it is full.",
+        "Rows of each file in the shuffle buffer. Training starts once it is full.",
         bound=at_least(1),
         needs=STREAMING,
     )
     eval_dataset_name: tuple[Part, ...] = data_option(
         (),
-        "Held-out pairs in the same form; without it nothing is evaluated. Of several files each also gets an accuracy "
-        "of its own. FILE, or FILE::ASPECT.",
+        "Held-out preference data in the same formats: FILE, or FILE::ASPECT. Several files are also evaluated one by "
+        "one. Without this option nothing is evaluated.",
     )
     aspect: str | None = data_option(
         None,
-        "What the model is asked to judge. none: what it was trained on before, else helpfulness. A column named "
-        "aspect sets it row by row.",
+        "What the model is asked to judge. none: the aspect it was trained on before, or helpfulness. A column named "
+        "aspect sets it for each row.",
     )
     template: str | None = data_option(
         None,
-        "The turns that make the model judge: the name of a template of the package, or a YAML file like those in "
-        "dwrl_fast/templates. none: what it was trained with before, else dialog.",
+        "The turns that ask the model to judge: the name of a packaged template, or a YAML file like those in "
+        "dwrl_fast/templates. none: the template the model was trained with before, or dialog.",
     )
     enable_thinking: Thinking = data_option(
         "auto",
-        "Whether a thought may start with a think block, for chat templates that know enable_thinking (Qwen3) or open "
-        "one (DeepSeek-R1). auto: as the model was trained before, else off where the template lets one choose.",
+        "Whether a thought may start with a think block, for chat templates that support enable_thinking (Qwen3) or "
+        "open one (DeepSeek-R1). auto: as the model was trained before; otherwise off if the template has the choice.",
     )
 
     method: MethodName = method_option(
@@ -170,90 +167,94 @@ python -m dwrl_fast.train --config runs/mine/config.yaml --resume_from_checkpoin
 
     rollout_batch_size: int = updates_option(
         256,
-        "Preference groups that thoughts are sampled for at once, with the same weights. For the star methods this is "
-        "a round: a third of the rows, rounded up to a multiple of --minibatch_size, with --num_train_epochs 1 gives "
-        "the papers' three rounds over disjoint thirds, each sampled by the model that the last one left.",
+        "Preference groups per rollout batch: their thoughts are sampled with the same weights. For the star methods "
+        "a rollout batch is a round. The papers' three rounds over disjoint thirds are a third of the rows, rounded "
+        "up to a multiple of --minibatch_size, with --num_train_epochs 1.",
         bound=at_least(1),
     )
     minibatch_size: int = updates_option(
-        32, "Preference groups in one update. Must divide --rollout_batch_size.", bound=at_least(1)
+        32, "Preference groups per update. Must divide --rollout_batch_size.", bound=at_least(1)
     )
     num_train_epochs: int = updates_option(2, "Passes over the data.", bound=at_least(1))
     max_steps: int = updates_option(
-        -1, "Stop after so many rollout batches, whatever the epochs. -1: by epochs.", bound=at_least(-1)
+        -1, "Number of rollout batches. Overrides --num_train_epochs. -1: use the epochs.", bound=at_least(-1)
     )
     max_minutes: float | None = updates_option(
         None,
-        "Train for so long at most: no rollout batch begins that would not end in time, going by the one before it. "
-        "Evaluation and the last checkpoint come after. The learning rate falls over the time or the rows, whichever "
-        "ends first, so another machine trains to other weights. A run that is resumed has what was left.",
+        "Time limit of training in minutes. No rollout batch starts that would not end in time, judged by the one "
+        "before it. Evaluation and the last checkpoint come on top. The learning rate falls over the time or the "
+        "rows, whichever ends first, so the result depends on the machine's speed. A resumed run has the remaining "
+        "time.",
         bound=POSITIVE,
     )
 
-    learning_rate: float = optimizer_option(5e-7, "Of AdamW, at its highest.", bound=POSITIVE)
-    adam_beta1: float = optimizer_option(0.9, "Decay of AdamW's first moment.", bound=OPEN_FRACTION)
-    adam_beta2: float = optimizer_option(0.999, "Decay of AdamW's second moment.", bound=OPEN_FRACTION)
-    adam_epsilon: float = optimizer_option(1e-8, "Added to the root of AdamW's second moment.", bound=POSITIVE)
-    weight_decay: float = optimizer_option(0.0, "AdamW's, times the learning rate.", bound=at_least(0))
-    max_grad_norm: float = optimizer_option(
-        1.0, "Gradients are scaled down to this norm, in each update.", bound=POSITIVE
+    learning_rate: float = optimizer_option(5e-7, "Peak learning rate of AdamW.", bound=POSITIVE)
+    adam_beta1: float = optimizer_option(0.9, "Decay rate of AdamW's first moment.", bound=OPEN_FRACTION)
+    adam_beta2: float = optimizer_option(0.999, "Decay rate of AdamW's second moment.", bound=OPEN_FRACTION)
+    adam_epsilon: float = optimizer_option(
+        1e-8, "Epsilon of AdamW, added to the square root of the second moment.", bound=POSITIVE
     )
+    weight_decay: float = optimizer_option(
+        0.0, "Weight decay of AdamW, multiplied by the learning rate.", bound=at_least(0)
+    )
+    max_grad_norm: float = optimizer_option(1.0, "Gradients are clipped to this norm in each update.", bound=POSITIVE)
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = optimizer_option(
-        "linear", "How the learning rate falls from its highest to the end of the run."
+        "linear", "Shape of the learning-rate decay, from the peak to the end of the run."
     )
     warmup_steps: int = optimizer_option(
-        0, "Minibatches over which the learning rate first rises from 0.", bound=at_least(0)
+        0, "Minibatches of linear warm-up from 0 to the peak learning rate.", bound=at_least(0)
     )
     min_learning_rate_ratio: float = optimizer_option(
-        0.0, "What is left of the learning rate at the end of the run, as a fraction.", bound=FRACTION
+        0.0, "Final learning rate as a fraction of the peak.", bound=FRACTION
     )
 
     eval_steps: int = evaluation_option(
-        0, "Rollout batches between evaluations. 0: only before and after.", bound=at_least(0)
+        0, "Rollout batches between evaluations. 0: only before and after training.", bound=at_least(0)
     )
 
     output_dir: str | None = run_option(
-        None, "Where everything is written, by one run at a time. none: runs/METHOD-TIME."
+        None, "Output folder. Only one run at a time may write to it. none: runs/METHOD-TIME."
     )
     save_steps: int = run_option(20, "Rollout batches between checkpoints. 0: only at the end.", bound=at_least(0))
     save_total_limit: int | None = run_option(
-        2, "Keep so many of the newest checkpoints, each 12 bytes a parameter. none: all of them.", bound=at_least(1)
+        2, "Checkpoints to keep, the newest ones; each takes 12 bytes a parameter. none: all.", bound=at_least(1)
     )
     resume_from_checkpoint: str | None = run_option(
         None,
-        "A checkpoint's folder, or latest: the newest whole one in --output_dir; damaged ones past it are renamed. The "
-        "run goes on to the bit. With latest a run that has not begun begins, and a finished one is left as it is. "
-        "auto: as latest, for jobs that are started again and again, without a warning at the first start.",
+        "Checkpoint folder to resume from, or latest: the newest undamaged checkpoint in --output_dir. Damaged newer "
+        "ones are renamed. The resumed run equals an uninterrupted one bit for bit. With latest, a run without "
+        "checkpoints starts from the beginning, and a finished run is left as it is. auto: like latest, without a "
+        "warning when there is no checkpoint yet.",
     )
 
     cpu_offload: bool = ranks_option(
         False,
-        "Keep this rank's part of weights, gradients and optimizer states in the processor's memory, 16 bytes a "
-        "parameter over all ranks; layers are copied to the GPU as they are needed. Needs CUDA and torchrun.",
+        "Keep this rank's shard of weights, gradients and optimizer states in CPU memory (16 bytes a parameter over "
+        "all ranks) and copy layers to the GPU on demand. Needs CUDA and torchrun.",
     )
     reshard_after_backward: bool = ranks_option(
         True,
-        "Give up a layer's gathered weights after its backward pass. off: keep them from one micro-batch to the next, "
-        "which gathers them once a micro-batch in place of twice, for 2 bytes a parameter of the whole model on every "
-        "GPU in bf16, 4 in fp32.",
+        "Free a layer's gathered weights after its backward pass. off: keep them between micro-batches, which saves "
+        "one of two all-gathers per micro-batch and costs 2 bytes a parameter of the whole model on every GPU in "
+        "bf16, 4 in fp32.",
     )
     ddp_timeout: int = ranks_option(
         7200,
-        "Seconds that a rank waits for the others before it gives up. It must exceed what one rank alone may take: "
-        "sampling its share of a rollout batch, writing a checkpoint.",
+        "Seconds that a rank waits for the others before it stops. Must exceed the longest step of a single rank: "
+        "sampling its share of a rollout batch, or writing a checkpoint.",
         bound=at_least(1),
     )
 
     dry_run: bool = run_option(
         False,
-        "Train nothing and leave nothing written: check options, data and template, and say what the run would be. "
-        "Weights in a local folder are loaded, and the layout, sampling and saving are tried on a few tokens. The "
-        "tokenizer is needed; where that of the model cannot be reached give --tokenizer_name_or_path.",
+        "Check options, data and template, and report what the run would be. Nothing is trained or written. If the "
+        "weights are in a local folder, they are loaded, and layout, sampling and saving are tried on a few tokens. "
+        "The tokenizer is needed; if the model's cannot be reached, give --tokenizer_name_or_path.",
     )
 
     easy_fraction: float = option(
         0.7,
-        "Share of pairs whose wrong answer could not be right for any question.",
+        "Share of easy pairs: those whose wrong answer could not be right for any question.",
         group="Embedded task",
         bound=FRACTION,
     )

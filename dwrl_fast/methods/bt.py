@@ -29,8 +29,8 @@ class PrefilledOptions(Options):
 
     prefilled_thoughts: bool = method_option(
         False,
-        "Each response is read with one greedy thought about it, written by the model as it was before training. The "
-        "thoughts are kept in prefilled.jsonl in --output_dir; to score later, that model must stay where it is.",
+        "Append to each response one greedy thought, written by the model before training. The thoughts are saved in "
+        "OUTPUT_DIR/prefilled.jsonl. That model must stay at its place for later scoring.",
     )
 
 

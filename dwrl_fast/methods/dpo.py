@@ -28,9 +28,9 @@ class BetaOptions(Options):
 
     beta: float | None = method_option(
         None,
-        "How closely DPO holds the policy to its reference: the model before training or, for star-dpo, as it was when "
-        "the round's thoughts were sampled. It is no weight of a KL term, as GRPO has one elsewhere. none: 0.22, the "
-        "paper's; 0.1 for star-dpo.",
+        "Beta of DPO: how strongly the policy is tied to its reference, the model before training or, for star-dpo, "
+        "the model at the start of the round. It is not the weight of a KL term. none: 0.22, the paper's; 0.1 for "
+        "star-dpo.",
         bound=POSITIVE,
     )
 

@@ -37,37 +37,37 @@ class DualOptions(Options):
 
     alternate: Literal["minibatch", "rollout", "joint"] = dwrl_option(
         "minibatch",
-        "How the two updates take turns, A (scores) and B (thoughts). minibatch: A then B on each minibatch. rollout:"
-        " every A of the rollout batch, then every B. joint: both in one update.",
+        "Order of the two updates, A (scores) and B (thoughts). minibatch: A, then B, on each minibatch. rollout: all A"
+        " of a rollout batch, then all B. joint: both in one update.",
     )
     joint_reward: Literal["centred", "standardised"] = dwrl_option(
         "standardised",
-        "The thoughts' advantages: their weights less 1/n, or divided by their spread as well.",
+        "Advantage of a thought. centred: its weight minus 1/n. standardised: also divided by the standard deviation.",
         needs=("alternate", "joint"),
     )
     misalignment_weight: bool = dwrl_option(
         True,
-        "Weight each pair by the probability that the model has it the wrong way round. off is the paper's ablation.",
+        "Weight each pair by the probability that the model orders it wrongly. off: the paper's ablation.",
     )
     score_normalization: Literal["vocab", "yes_no"] = dwrl_option(
         "vocab",
-        "The score is the log-probability of Yes: over the whole vocabulary (the paper's), or over Yes and No alone.",
+        "The score is log p(Yes). vocab: p over the whole vocabulary, as in the paper. yes_no: over Yes and No only.",
     )
     thought_normalization: Literal["paper", "likelihood"] = dwrl_option(
         "paper",
-        "paper: thoughts are averaged over n and over their tokens. likelihood: plain sums; A and B together are then"
-        " the consistent estimator of the marginal likelihood's gradient, and B is far larger.",
+        "paper: average over the n thoughts and over their tokens. likelihood: sums; A and B together are then the"
+        " consistent estimator of the marginal likelihood's gradient, and B is far larger.",
     )
     score_learning_rate: float | None = optimizer_option(
-        None, "For update A alone. none: --learning_rate.", bound=POSITIVE
+        None, "Peak learning rate of update A. none: --learning_rate.", bound=POSITIVE
     )
     thought_learning_rate: float | None = optimizer_option(
-        None, "For update B alone. none: --learning_rate.", bound=POSITIVE
+        None, "Peak learning rate of update B. none: --learning_rate.", bound=POSITIVE
     )
     optimizer_state: Literal["shared", "per_phase"] = optimizer_option(
         "shared",
-        "Gradients of A are often ten times those of B, and in a shared state A's second moment then starves B. "
-        "per_phase keeps AdamW's moments twice: 8 bytes a parameter more.",
+        "AdamW state of the two updates. Gradients of A are often ten times larger than those of B, so with a shared "
+        "state A's second moment makes the steps of B small. per_phase: separate states, 8 bytes a parameter more.",
     )
 
 

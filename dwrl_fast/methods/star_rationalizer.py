@@ -23,12 +23,12 @@ class RationalizerOptions(Options):
     """Who is asked for the rationales, and how."""
 
     rationalizer_model: str | None = method_option(
-        None, "Another model, a folder or a hub name, that writes the thoughts to imitate. none: the model itself."
+        None, "Folder or hub name of another model that writes the thoughts to imitate. none: the model itself."
     )
     rationalizer_template: str = method_option(
         "rationalizer",
-        "What it is asked: a template of kind rationalizer, by name or as a YAML file. It must lead to the verdict "
-        "that --template asks for.",
+        "Template of kind rationalizer, by name or as a YAML file. It must ask for the verdict in the form that "
+        "--template uses.",
     )
 
 
