@@ -45,34 +45,35 @@ class CompareConfig(JudgingOptions):
 
     command: ClassVar[str] = "python -m dwrl_fast.compare A B"
     summary: ClassVar[str] = (
-        "Measures two trained models on the same preferences: the accuracy of each, the difference with its interval "
-        "by a paired bootstrap, McNemar's exact test, how often they agree, and on request the disagreements to read. "
+        "Compares two trained models on the same preference data: the accuracy of each, the difference with a paired "
+        "bootstrap interval, McNemar's exact test, and how often they agree. On request it writes the disagreements. "
         "The models may be of different methods; one is in memory at a time."
     )
     examples: ClassVar[str] = """
 # is the second run better, or is it chance?
 python -m dwrl_fast.compare runs/new/model runs/old/model --dataset_name held_out.jsonl
 
-# what they disagree about, with the thoughts of both, to read
+# write the disagreements, with the thoughts of both
 python -m dwrl_fast.compare runs/dwrl/model runs/bt/model --dataset_name held_out.jsonl --output_file differ.md
 """
 
-    model_a: str = _model(help="The folder of a model that dwrl_fast.train wrote. Also as the first argument, A.")
-    model_b: str = _model(help="The one that it is compared with. Also as the second argument, B.")
+    model_a: str = _model(help="Folder of the first model, which dwrl_fast.train wrote. Also as the first argument, A.")
+    model_b: str = _model(help="Folder of the second model. Also as the second argument, B.")
     dataset_name: tuple[Part, ...] = _data(
-        help="Preferences, in any form that training takes: FILE, or FILE::ASPECT. Rows that one of the models cannot "
-        "read are left out for both, and counted."
+        help="Preference data, in any format of training: FILE, or FILE::ASPECT. Rows that one of the models cannot read "
+        "are left out for both, and counted."
     )
     aspect: str | None = _data(
-        None, "What the models are asked to judge. none: what each was trained on. A column named aspect goes first."
+        None,
+        "What the models are asked to judge. none: the aspect of their training. A column aspect has priority.",
     )
     votes: int = _evaluation(
-        1, "1: one greedy thought. More: so many sampled ones, for models that write any.", bound=at_least(1)
+        1, "Thoughts per response. 1: one greedy thought. More: that many sampled ones.", bound=at_least(1)
     )
     output_file: str | None = option(
         None,
-        "Write what they disagree about, where their probabilities differ most first, with the thoughts and scores of "
-        "both: to read where it ends with .md, a line a pair (or ranking) where it ends with .jsonl. Nothing is "
+        "Write the disagreements to this file, the largest difference of probabilities first, with thoughts and "
+        "scores of both: FILE.md to read, FILE.jsonl with one line per pair or ranking. An existing file is not "
         "overwritten.",
         group="Run",
     )

@@ -35,9 +35,9 @@ class EvaluateConfig(JudgingOptions):
 
     command: ClassVar[str] = "python -m dwrl_fast.evaluate"
     summary: ClassVar[str] = (
-        "Measures on preferences of one's own how often a model scores the better response higher, in which orders, "
-        "subsets and lengths, and how far its probabilities can be believed. docs/evaluation.md says what each figure "
-        "means."
+        "Measures how often a model scores the better response higher on your preference data: overall, by "
+        "presentation order, subset and length, and how well its probabilities are calibrated. docs/evaluation.md "
+        "defines each figure."
     )
     examples: ClassVar[str] = """
 # one greedy thought a response; report.html, report.md, report.json and scores.jsonl in a folder
@@ -46,33 +46,32 @@ python -m dwrl_fast.evaluate --model_name_or_path runs/mine/model --dataset_name
 # 32 sampled thoughts, and what 1, 4 and 16 of them would have given
 python -m dwrl_fast.evaluate --model_name_or_path runs/mine/model --dataset_name held_out.jsonl --vote_curve
 
-# any language model of the hub, asked which of two responses is better, in both orders
+# any language model of the hub as a judge: which of two responses is better, in both orders
 python -m dwrl_fast.evaluate --method judge --model_name_or_path Qwen/Qwen2.5-3B-Instruct --dataset_name held_out.jsonl
 
-# a benchmark as its authors score it
+# a benchmark, scored as its authors do
 python -m dwrl_fast.evaluate --model_name_or_path runs/mine/model --dataset_name allenai/reward-bench:filtered \\
     --benchmark rewardbench --output_dir runs/rewardbench
 """
 
     model_name_or_path: str = model_option(
-        help="The folder of a model that dwrl_fast.train wrote; with --method judge also any other folder, hub name or "
-        "local FILE.gguf."
+        help="Folder of a model that dwrl_fast.train wrote. With --method judge any other folder, hub name or local "
+        "FILE.gguf."
     )
     dataset_name: tuple[Part, ...] = data_option(
-        help="Preferences, in any form that training takes: FILE, or FILE::ASPECT. Of several files each also gets an "
-        "accuracy of its own, and so does each value of a column named subset."
+        help="Preference data, in any format of training: FILE, or FILE::ASPECT. Several files are also reported one "
+        "by one, and so is each value of a column named subset."
     )
     aspect: str | None = data_option(
-        None, "What the model is asked to judge. none: what it was trained on. A column named aspect goes first."
+        None, "What the model is asked to judge. none: the aspect of its training. A column named aspect has priority."
     )
     method: Judge | None = method_option(
         None,
-        "judge: the model was not trained to judge, and is asked for a verdict in text. none: what the model was "
-        "trained by.",
+        "judge: ask a model that was not trained to judge for a verdict in text. none: the method of its training.",
     )
     template: str | None = data_option(
         None,
-        "What a judge is asked: a template of kind pairwise, by name or as a YAML file. none: the package's.",
+        "Template of a judge: one of kind pairwise, by name or as a YAML file. none: the packaged one.",
         needs=JUDGE,
     )
     enable_thinking: Thinking = data_option(
@@ -80,42 +79,42 @@ python -m dwrl_fast.evaluate --model_name_or_path runs/mine/model --dataset_name
     )
     max_completion_length: int | None = thoughts_option(
         None,
-        "The most tokens of a thought. none: as the model was trained; 1000 for a judge.",
+        "Maximum tokens of a thought. none: as in training; 1000 for a judge.",
         bound=at_least(1),
     )
     temperature: float | None = thoughts_option(
         None,
-        "Of sampled thoughts. none: as the model was trained; 1 for a judge.",
+        "Sampling temperature of thoughts. none: as in training; 1 for a judge.",
         bound=at_least(0.01),
     )
     votes: int | None = evaluation_option(
         None,
-        "1: one greedy thought a response. More: so many sampled ones, of which the mean of p(Yes) or the majority of "
-        "the verdicts counts. none: 1, or 32 with --vote_curve.",
+        "Thoughts per response. 1: one greedy thought. More: that many sampled ones, combined by the mean of p(Yes) or "
+        "the majority of the verdicts. none: 1, or 32 with --vote_curve.",
         bound=at_least(1),
     )
     vote_curve: bool = evaluation_option(
         False,
-        "Also the accuracy of 1, 4, 16 and 32 thoughts, by the mean of p(Yes) and by majority, each drawn from those "
-        "that --votes sampled.",
+        "Also report the accuracy with 1, 4, 16 and 32 thoughts, by the mean of p(Yes) and by majority, drawn from "
+        "those of --votes.",
     )
     calibrate: bool = evaluation_option(
         False,
-        "Find the one number by which score differences are to be divided so that their sigmoid is as likely as can "
-        "be on these pairs, and keep it in the model's card. Use other pairs than those that you report.",
+        "Fit the temperature of the score differences on these pairs by maximum likelihood, and store it in the "
+        "model's card. Use pairs other than those you report.",
     )
     probe: bool = evaluation_option(
         False,
-        'Also append forged turns, "answer Yes", flattery, padding and length to the worst response of each row, and '
-        "report how far its score shifts against the best one's and how many pairs flip. Takes several times as long.",
+        'Attack the judge: append forged turns, "answer Yes", flattery, padding and length to the worst response of '
+        "each row, and report how far its score shifts and how many pairs flip. Takes several times as long.",
     )
     benchmark: Literal["rewardbench", "rewardbench2", "rmbench", "judgebench"] | None = evaluation_option(
-        None, "The files are this benchmark's: also its score as its authors weight it, Ties included."
+        None, "The files are those of this benchmark: also report its score, weighted as its authors do."
     )
     output_dir: str | None = run_option(
         None,
-        "Write report.html, report.md, report.json and scores.jsonl into this folder. An evaluation that was "
-        "interrupted there goes on. none: only the summary is printed.",
+        "Write report.html, report.md, report.json and scores.jsonl to this folder. An interrupted evaluation in it is "
+        "resumed. none: only print the summary.",
     )
 
     def validate(self) -> None:

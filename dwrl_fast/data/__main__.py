@@ -46,8 +46,8 @@ class DataConfig(Options):
 
     command: ClassVar[str] = "python -m dwrl_fast.data"
     summary: ClassVar[str] = (
-        "Looks into files of preferences before anything is trained on them. Ends with status 0 when every row is "
-        "accounted for, used or dropped with its reason; with 1 when a file cannot be read or nothing of it is left."
+        "Examines files of preference data before training. Exit status: 0 if every row is accounted for, used or "
+        "dropped with its reason; 1 if a file cannot be read or has no usable row."
     )
     groups: ClassVar[tuple[str, ...]] = (
         DO,
@@ -56,34 +56,34 @@ class DataConfig(Options):
         "With --prepare",
     )
     examples: ClassVar[str] = """
-# what is in a file: format, every row accounted for, lengths, duplicates, contradictions
+# check a file: format, every row accounted for, lengths, duplicates, contradictions
 python -m dwrl_fast.data --check pairs.jsonl
 
-# a training file and its test file: shared prompts too; lengths in the tokens that training will see
+# check a training file and its test file, with shared prompts, and lengths in tokens
 python -m dwrl_fast.data --check train.jsonl test.jsonl --tokenizer_name_or_path Qwen/Qwen2.5-3B-Instruct \\
     --plot lengths.png --json report.json
 
-# the layouts of public data that are read as they are published
+# list the layouts of public data that are read as published
 python -m dwrl_fast.data --formats
 
-# columns of other names
+# rename columns
 python -m dwrl_fast.data --check ranked.parquet --columns responses=answers --columns scores=ratings
 
-# the good rows in good.jsonl, the others in good.quarantine.jsonl with line and reason
+# write the usable rows to good.jsonl, the others to good.quarantine.jsonl with line and reason
 python -m dwrl_fast.data --check pairs.jsonl --fix good.jsonl
 
-# a data set of the papers, from the hub or from a copy, as train.jsonl and test.jsonl
+# write a data set of the papers as train.jsonl and test.jsonl, from the hub or from a copy
 python -m dwrl_fast.data --prepare hh --output_dir data/hh
 python -m dwrl_fast.data --prepare gsm8k --source example_model_solutions.jsonl --output_dir data/gsm8k
 
-# which response answers this prompt? Pairs that a small model can learn, from any file of preferences
+# make pairs that a small model can learn: which response answers this prompt?
 python -m dwrl_fast.data --prepare on-topic --source pairs.jsonl --longest 450 --output_dir data/on-topic
 """
 
-    check: tuple[str, ...] = _do((), "A file or data set as for training, or two: the training file and the test file.")
+    check: tuple[str, ...] = _do((), "Check a file or data set, or two of them: a training file and its test file.")
     prepare: Literal["hh", "ultrafeedback", "ultrainteract", "gsm8k", "helpsteer", "rmb", "on-topic"] | None = _do(
         None,
-        "Write one of the papers' data sets from its public files, in the papers' sizes. hh: 20,000 and 1,000 pairs of "
+        "Write a data set of the papers from its public files, in the papers' sizes. hh: 20,000 and 1,000 pairs of "
         "Anthropic HH. ultrafeedback: UltraFeedback binarized. ultrainteract: its pairs. gsm8k: right against wrong "
         "solutions of GSM8K by four models, not the pairs of the paper, which are not public. helpsteer: HelpSteer2, "
         "one score a response. rmb: the pairs of RMB. on-topic: from any --source, pairs whose worse response answers "
@@ -91,48 +91,46 @@ python -m dwrl_fast.data --prepare on-topic --source pairs.jsonl --longest 450 -
         refused={"if": VENDOR, "complexif": VENDOR, "instruction_following": VENDOR, "math": LLEMMA},
     )
 
-    formats: bool = _do(False, "List the layouts that files may have, with their names for --layout.")
+    formats: bool = _do(False, "List the known layouts, with their names for --layout.")
 
-    columns: dict[str, str] = _reading({}, "Rename columns, new=old: --columns chosen=better.")
+    columns: dict[str, str] = _reading({}, "Rename columns, as OURS=THEIRS: --columns chosen=better.")
     layout: str | None = _reading(
-        None, "The layout of the files, by its name in --formats, or plain. none: told from the first row."
+        None, "Layout of the files: a name from --formats, or plain. none: detected from the first row."
     )
     aspect: str | None = _reading(None, "Which scores to take, where a layout has scores by aspect.")
     ties: Ties = _reading("drop", "Pairs of equally good responses. drop: left out and counted. keep: used as ties.")
     rankings: Rankings = _reading(
         "pairs",
-        "What a ranking of more than two responses becomes. pairs: every two of them. plackett_luce: one group.",
+        "How a ranking of more than two responses is used. pairs: every pair. plackett_luce: one group.",
     )
 
     tokenizer_name_or_path: str | None = _check(
         None,
-        "Measure lengths in the tokens of this tokenizer with its chat template, as --max_length does in training. "
+        "Measure lengths in tokens of this tokenizer, with its chat template, as --max_length does in training. "
         "none: in characters, which is many times faster.",
     )
     fix: str | None = _check(
         None,
-        "Write the rows that are used to this .jsonl file as they stand, and the others beside it to "
-        "NAME.quarantine.jsonl, each with line, reason and text. Nothing is overwritten.",
+        "Write the usable rows to this .jsonl file, unchanged, and the others to NAME.quarantine.jsonl beside it, "
+        "each with line, reason and text. Existing files are not overwritten.",
     )
-    json: str | None = _check(None, "Write all of it, every line number too, to this JSON file.")
+    json: str | None = _check(None, "Write the whole report, with every line number, to this JSON file.")
     plot: str | None = _check(None, "Draw histograms of the lengths into this PNG file.")
 
     output_dir: str | None = _prepare(
-        None, "The folder for train.jsonl, test.jsonl and prepared.json, which accounts for every row."
+        None, "Folder for train.jsonl, test.jsonl and prepared.json, which accounts for every row."
     )
     source: str | None = _prepare(
         None,
-        "A folder that is a copy of the data set's repository, or one file of it, of which prompts are then held out "
-        "for the test. none: the hub.",
+        "Copy of the data set's repository (a folder), or one file of it; prompts of a single file are held out for "
+        "the test. none: the hub.",
     )
-    train_rows: int | None = _prepare(
-        None, "Rows of train.jsonl. none: as many as the papers took, or all.", bound=at_least(1)
-    )
+    train_rows: int | None = _prepare(None, "Rows of train.jsonl. none: as in the papers, or all.", bound=at_least(1))
     longest: int | None = _prepare(
-        None, "on-topic: the most characters of a prompt with its response. none: any number.", bound=at_least(1)
+        None, "on-topic: maximum characters of a prompt with its response. none: no limit.", bound=at_least(1)
     )
-    test_rows: int | None = _prepare(None, "Rows of test.jsonl. none: likewise.", bound=at_least(1))
-    seed: int = _prepare(0, "Of the draw: whole prompts, none of them in both files.", bound=at_least(0))
+    test_rows: int | None = _prepare(None, "Rows of test.jsonl. none: as in the papers, or all.", bound=at_least(1))
+    seed: int = _prepare(0, "Seed of the split. Whole prompts are drawn, none into both files.", bound=at_least(0))
 
     def validate(self) -> None:
         """Raises ConfigError where options contradict each other, or a file to write exists."""

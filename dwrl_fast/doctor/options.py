@@ -24,20 +24,19 @@ class DoctorConfig(TrainConfig):
     summary: ClassVar[str] = (
         "Examines a set-up before it is trained: tokens, weights, thoughts, sampler against trainer, layouts, memory"
         " and, under torchrun, the ranks. It takes the options of dwrl_fast.train; those about updates, evaluation and"
-        " checkpoints have no effect, and nothing is written but --json. Each line of the report is pass, warn or fail"
-        " with its remedy; docs/doctor.md explains them. Without a model it examines the embedded one; without data, a"
-        " model on a few rows of its own. It ends with status 4 where a line fails, with 2 where an option is wrong,"
-        " otherwise with 0."
+        " checkpoints have no effect. Nothing is written except --json. Each line of the report is pass, warn or fail"
+        " with its remedy; docs/doctor.md explains them. Without a model it examines the embedded one; without data it"
+        " uses a few rows of its own. Exit status: 4 if a line fails, 2 if an option is wrong, otherwise 0."
     )
     groups: ClassVar[tuple[str, ...]] = ("Doctor", *TrainConfig.groups)
     examples: ClassVar[str] = """
-# is this installation sound? The embedded model, which is made where no run in runs/ left one: about a minute
+# does this installation work? Uses the embedded model; takes about a minute
 python -m dwrl_fast.doctor
 
-# a model, on a few rows that come with the package
+# a model, on the packaged rows
 python -m dwrl_fast.doctor --model_name_or_path Qwen/Qwen2.5-3B-Instruct
 
-# a run as it is planned: the same options, before dwrl_fast.train gets them
+# a planned run: the same options as for dwrl_fast.train
 python -m dwrl_fast.doctor --config mine.yaml --limit 16 --json report.json
 
 # the first thing to run on 8 GPUs
@@ -45,7 +44,7 @@ torchrun --nproc-per-node 8 -m dwrl_fast.doctor --config mine.yaml
 """
 
     limit: int = doctor_option(
-        4, "Rows of the data that are examined. Thoughts are sampled for all of them.", bound=at_least(1)
+        4, "Rows of the data to examine. Thoughts are sampled for all of them.", bound=at_least(1)
     )
     json: str | None = doctor_option(None, "Write the report with all its figures to this JSON file.")
 
