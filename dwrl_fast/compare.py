@@ -60,8 +60,8 @@ python -m dwrl_fast.compare runs/dwrl/model runs/bt/model --dataset_name held_ou
     model_a: str = _model(help="Folder of the first model, which dwrl_fast.train wrote. Also as the first argument, A.")
     model_b: str = _model(help="Folder of the second model. Also as the second argument, B.")
     dataset_name: tuple[Part, ...] = _data(
-        help="Preference data, in any format of training: FILE, or FILE::ASPECT. Rows that one of the models cannot read "
-        "are left out for both, and counted."
+        help="Preference data, in any format of training: FILE, or FILE::ASPECT. Rows that one of the models cannot "
+        "read are left out for both, and counted."
     )
     aspect: str | None = _data(
         None,
