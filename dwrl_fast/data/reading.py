@@ -100,8 +100,9 @@ class Reader:
                     held.update(said)
                 else:
                     preferences, notes = self._groups(form, columns)
-                    if said := [*said, *noted(preferences[0])]:
-                        notes = Counter(notes) + Counter(said)
+                    looks = noted(preferences[0])
+                    if said or looks:
+                        notes = Counter(notes) + Counter([*said, *looks])
                     yield Outcome(row.after, preferences, notes=notes, lines=(row.line,))
             except Unusable as reason:
                 dropped = (str(reason), row.line)
@@ -156,24 +157,19 @@ class Reader:
         if isinstance(row.values, DataError):
             raise row.values
         source = f"{self.source.name}:{row.line}"
-        published: Mapping[str, Any]
-        values: Mapping[str, Any]
-        mapping: Mapping[str, str]
         if not self.decided:
             self.decide(row.values, source)
         if self.layout is None:
-            published = values = row.values
-            form, mapping = self._own(values, source), self.columns
-            extra, notes = unread_columns(tuple(values), form, self.mapping), Counter[str]()
-        else:
-            published = renamed(row.values, self.columns)
-            values, read = self.layout.row(published, source, self.aspect)
-            mapping, extra, notes = {}, tuple(name for name in published if name not in read.read), read.notes
-            form = BINARYMAGN if self.layout.form is BINARY and "magnitude" in values else self.layout.form
-            self._check_format(form, source)
-        if extra:
-            self.last.add(published, extra)
-        return form, Columns(values, source, mapping, self.nulls, self.last.fields), [*notes.elements()]
+            form = self._own(row.values, source)
+            if extra := unread_columns(tuple(row.values), form, self.mapping):
+                self.last.add(row.values, extra)
+            return form, Columns(row.values, source, self.columns, self.nulls, self.last.fields), ()
+        published = renamed(row.values, self.columns)
+        values, read = self.layout.row(published, source, self.aspect)
+        form = BINARYMAGN if self.layout.form is BINARY and "magnitude" in values else self.layout.form
+        self._check_format(form, source)
+        self.last.add(published, tuple(name for name in published if name not in read.read))
+        return form, Columns(values, source, {}, self.nulls, self.last.fields), [*read.notes.elements()]
 
     def _own(self, values: Mapping[str, Any], source: str) -> Format:
         """The format of a row of ours. Raises DataError."""

@@ -3,6 +3,7 @@ like something else.
 """
 
 import functools
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ REMEDIES: Mapping[str, str] = {
     TRANSCRIPT_TEXT: "it is read as text; --layout transcripts makes turns of `Human:` and `Assistant:`",
     CONTRADICTED: "look whether chosen and rejected are the right way round",
 }
+ODD = re.compile(r"\s*(?:[\[{]|Human:|Assistant:)")  # how a text begins that is worth a closer look
 LEAST = 10  # characters of a prompt that a response is said to begin with
 
 
@@ -96,15 +98,16 @@ def unread_columns(keys: tuple[str, ...], form: Format, mapping: tuple[tuple[str
     return tuple(name for name in keys if name not in read)
 
 
-def noted(group: Preference) -> Iterator[str]:
+def noted(group: Preference) -> list[str]:
     """Notes about the texts of a group."""
     asked = group.prompt[-1]["content"]
-    if len(asked) >= LEAST and all(text.startswith(asked) for text in group.responses):
-        yield REPEATED_PROMPT
-    if any(JSON_MESSAGES.match(text) for text in (asked, *group.responses)):
-        yield JSON_TEXT
-    if any(is_transcript(text) for text in (asked, *group.responses)):
-        yield TRANSCRIPT_TEXT
+    notes: list[str] = []
+    if group.responses[0].startswith(asked) and len(asked) >= LEAST:
+        notes += [REPEATED_PROMPT] if all(text.startswith(asked) for text in group.responses) else []
+    if odd := [text for text in (asked, *group.responses) if ODD.match(text)]:
+        notes += [JSON_TEXT] if any(map(JSON_MESSAGES.match, odd)) else []
+        notes += [TRANSCRIPT_TEXT] if any(map(is_transcript, odd)) else []
+    return notes
 
 
 def _named(names: Counter[str]) -> str:
