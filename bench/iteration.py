@@ -191,7 +191,9 @@ def measured(data: str, policy: Policy, rollout: Rollout, args: argparse.Namespa
         name: ours(policy, rollout, pairs, args.tokens, sampler, type(sampler).__name__)
         for name, sampler in samplers.items()
     }
-    if trl_missing():
+    if args.alone:
+        console.print(f"{data}: ours alone, as asked")
+    elif trl_missing():
         console.print(f"{data}: no trl: {trl_missing()}")
     else:
         ways["trl"] = grpo(runtime, pairs, args.tokens)
@@ -242,6 +244,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="of each thought (default 64)")
     parser.add_argument("--rounds", type=int, default=5, help="over all variants (default 5)")
     parser.add_argument("--seconds", type=float, default=3600, help="no further round after this long in a case")
+    parser.add_argument("--alone", action="store_true", help="leave TRL out")
     parser.add_argument("--quick", action="store_true", help="a drawn model, 2 pairs, 16 tokens, 3 rounds")
     parser.add_argument("--json", type=Path, help="write machine, versions, commit and figures to this file")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
