@@ -344,7 +344,7 @@ def test_the_examples_of_the_help_parse(tmp_path: Path) -> None:
 
 
 def test_evaluate_needs_a_model_and_pairs() -> None:
-    with pytest.raises(ConfigError, match="--model_name_or_path is missing: The folder"):
+    with pytest.raises(ConfigError, match="--model_name_or_path is missing: Folder of a model"):
         parse_evaluate(["--dataset_name", "d"])
     with pytest.raises(ConfigError, match="--dataset_name is missing"):
         parse_evaluate(["--model_name_or_path", "m"])

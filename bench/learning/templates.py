@@ -19,12 +19,14 @@ from typing import Any
 import torch
 import yaml
 from rich.console import Console
+from rich.table import Table
 
 from bench import command
 from bench.machine import machine
 from dwrl_fast.compute import Compute, step_seed
 from dwrl_fast.config import TrainConfig
 from dwrl_fast.data import Preference, read_preferences
+from dwrl_fast.data.mixture import Part
 from dwrl_fast.doctor import thoughts
 from dwrl_fast.doctor.examination import sampled
 from dwrl_fast.doctor.setup import Computed, Setup, compute
@@ -54,15 +56,16 @@ FIGURES = ("mass", "truncated", "tokens", "spread", "unread")
 def examined(name: str, template: str, kind: str, args: argparse.Namespace, rows: list[Preference]) -> dict[str, Any]:
     """The figures of one template, a packaged one's name or a file."""
     method_name = METHOD[kind]
+    options: dict[str, Any] = {"max_completion_length": args.tokens} if METHODS[method_name].thinks else {}
+    options |= {"num_generations": 2} if options and METHODS[method_name].trains else {}
+    files: dict[str, Any] = {"dataset_name": str(args.data)} if METHODS[method_name].trains else {}
     config = TrainConfig(
         model_name_or_path=str(args.model),
-        dataset_name=str(args.data),
-        eval_dataset_name=(),
+        eval_dataset_name=(Part(str(args.data)),),
         method=method_name,  # type: ignore[arg-type]
         template=template,
         seed=args.seed,
-        **({"num_generations": 2} if METHODS[method_name].trains and METHODS[method_name].thinks else {}),
-        **({"max_completion_length": args.tokens} if METHODS[method_name].thinks else {}),
+        **options | files,
     )
     dialog, place = load_dialog(config), Compute.resolve(config.dtype)
     method = METHODS[method_name](config, dialog)
@@ -104,10 +107,17 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48, help="of a thought at most (default 48)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", help="names of templates or wordings (default: all)")
-    parser.add_argument("--json", type=Path, help="write machine, versions, commit and figures to this file")
+    parser.add_argument("--json", type=Path, help="where figures are kept; templates that it holds are not asked again")
     args = parser.parse_args()
     rows = read_preferences(args.data, limit=args.rows).rows
-    console, found = Console(width=150), []
+    setting = {"model": args.model.name, "data": f"{args.data.parent.name}/{args.data.name}"}  # wherever they lie
+    setting |= {"rows": len(rows), "tokens": args.tokens, "seed": args.seed}
+    report: dict[str, Any] = {"benchmark": "templates", "setting": setting, "machine": machine(), "templates": []}
+    if args.json and args.json.exists():
+        report = json.loads(args.json.read_text())
+        if report["setting"] != setting:
+            parser.error(f"{args.json} holds figures of {report['setting']}, and this is {setting}: name another file")
+    found = report["templates"]
     with tempfile.TemporaryDirectory() as folder:
         asked = {name: (name, name) for name in METHOD}
         for i, (name, wording) in enumerate(WORDINGS.items()):
@@ -115,13 +125,16 @@ def main() -> None:
             path.write_text(yaml.safe_dump(wording.to_dict()), encoding="utf-8")
             asked[name] = (str(path), "dialog")
         for name, (template, kind) in asked.items():
-            if args.only is None or name in args.only:
+            wanted = args.only is None or name in args.only
+            if wanted and all(one["template"] != name for one in found):
                 found.append(examined(name, template, kind, args, rows))
                 if args.json:
-                    setting = {"model": args.model.name, "data": f"{args.data.parent.name}/{args.data.name}"}
-                    setting |= {"rows": len(rows), "tokens": args.tokens, "seed": args.seed}
-                    report = {"benchmark": "templates", "setting": setting, "machine": machine(), "templates": found}
                     args.json.write_text(json.dumps(report, indent=1) + "\n")
+    Console(width=150).print(table(f"{len(rows)} pairs of {args.data}, thoughts of {args.tokens} tokens", found))
+
+
+def table(title: str, found: list[dict[str, Any]]) -> Table:
+    """A line a template."""
     lines = []
     for one in found:
         cells = [f"{one['figures'][k]:.3g}" if k in one["figures"] else "" for k in FIGURES]
@@ -129,7 +142,7 @@ def main() -> None:
         accuracy = f"{report['accuracy']:.3f} [{report['low']:.3f}, {report['high']:.3f}]" if report else ""
         lines.append((one["template"], *cells, accuracy))
     headings = ("template", "label mass", "truncated", "tokens", "spread", "unread", "accuracy")
-    console.print(command.table(f"{len(rows)} pairs of {args.data}, thoughts of {args.tokens} tokens", headings, lines))
+    return command.table(title, headings, lines)
 
 
 if __name__ == "__main__":

@@ -59,9 +59,12 @@ class Columns:
     def column(self, name: str, default: Any = REQUIRED) -> Any:
         """A column's value; `default` where it is not there. DataError where it must be, Unusable for a null text."""
         key = self.mapping.get(name, name)
+        value = self.values.get(key)
+        if value is not None:
+            return value
         if key in self.values:
-            if self.values[key] is not None or name not in TEXTS:
-                return self.values[key]
+            if name not in TEXTS:
+                return None
             if default is REQUIRED:
                 raise Unusable(f"null {name}")
             return default
@@ -110,7 +113,7 @@ class Columns:
     def number(self, name: str, default: Any = REQUIRED) -> float:
         """A column as a finite number."""
         value = self.column(name, default)
-        if value is None and self.nulls and default is not REQUIRED:
+        if value is default or (value is None and self.nulls and default is not REQUIRED):
             return float(default)
         return self.as_number(name, value)
 
@@ -133,21 +136,22 @@ class Columns:
     def aspect(self) -> str | None:
         """The column `aspect`, if it is there."""
         value = self.column("aspect", default=None)
-        if not isinstance(value, str | None):
+        if value is None:
+            return None
+        if not isinstance(value, str):
             raise self.mistyped("aspect", value, "a string")
-        if value is not None:
-            check_text(value)
+        check_text(value)
         return value
 
     def label(self, name: str) -> str | None:
         """A column that only names the row, as text; None where it is not there or is no text and no whole number."""
         value = self.column(name, default=None)
-        if isinstance(value, bool) or not isinstance(value, str | int):
+        if value is None or isinstance(value, bool) or not isinstance(value, str | int):
             return None
         return str(value).encode(errors="replace").decode()
 
     def _message(self, name: str, message: Any) -> Message:
-        if not isinstance(message, dict) or "role" not in message or "content" not in message:
+        if not (isinstance(message, dict) and "role" in message and "content" in message):
             known = isinstance(message, dict) and {"from", "value"} <= message.keys()
             cure = "--layout sharegpt reads from and value" if known else ""
             raise self.mistyped(name, message, "messages with 'role' and 'content'", cure)
@@ -205,7 +209,7 @@ def conversation(prompt: Turns, sides: Sequence[Turns]) -> tuple[tuple[Message, 
     Each side may hold the whole conversation, beside a prompt that repeats it or none. Raises Unusable where they are
     no answers of the assistant to one prompt.
     """
-    shared = _shared(sides)
+    shared = _shared(sides) if any(len(side) > 1 for side in sides) else []
     # Turns that begin with an answer go on with the prompt, whatever they repeat of it.
     repeated = shared and shared[0]["role"] != "assistant" and all(turn in shared for turn in prompt)
     prompt = shared if repeated else prompt + shared

@@ -2,20 +2,15 @@
 
 import json
 import math
-import re
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from dwrl_fast.data.compression import kind_of, opened, unreadable
 from dwrl_fast.data.row_source import START, Position, Row
 from dwrl_fast.errors import DataError
 
-SPACED = re.compile(rb'"[ \t\r]+:')  # a key with blanks before its colon, or what looks like one
-INTEGERS = 2.0**63  # what orjson reads as integers is smaller
 BOM = b"\xef\xbb\xbf"
 
 
@@ -28,8 +23,7 @@ class JsonLines:
     def rows(self, start: Position = START) -> Iterator[Row]:
         """The rows from `start` on, parsed or with what is wrong. Raises DataError where the file cannot be read on."""
         for raw, after in self.lines(start):
-            values = _quick(raw)
-            yield Row(after.line, _parse(raw, f"{self.name}:{after.line}") if values is None else values, after)
+            yield Row(after.line, _parse(raw, f"{self.name}:{after.line}"), after)
 
     def lines(self, start: Position = START) -> Iterator[tuple[bytes, Position]]:
         """The same rows as they stand in the file, and the position behind each. Raises DataError as `rows` does."""
@@ -59,33 +53,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=_object)
-
-
-def _quick(raw: bytes) -> dict[str, Any] | None:
-    """The row, where nothing about the line needs a closer look, at a third of the time; else None.
-
-    orjson keeps the last of equal keys, as json does, and reads a large integer as a float. So the keys are counted,
-    and a line where the count could be wrong is left to `_parse`.
-    """
-    try:
-        row = orjson.loads(raw)
-        keys = raw.count(b'":') - raw.count(b'\\":')
-        if type(row) is not dict or SPACED.search(raw) or b'\\\\"' in raw or keys != _keys(row):
-            return None
-    except (orjson.JSONDecodeError, RecursionError):
-        return None
-    return None if any(type(value) is float and abs(value) >= INTEGERS for value in row.values()) else row
-
-
-def _keys(value: Any) -> int:
-    """How many keys its objects have, however deep."""
-    count = 0
-    if type(value) is dict:
-        count, value = len(value), value.values()
-    for each in value:
-        if type(each) is dict or type(each) is list:
-            count += _keys(each)
-    return count
 
 
 def _parse(raw: bytes, source: str) -> dict[str, Any] | DataError:

@@ -33,8 +33,12 @@ def pair(row: Published) -> dict[str, Any]:
 def answered(row: Published) -> dict[str, Any]:
     """A conversation that ends with the better answer, and the worse one beside it, alone or as its conversation."""
     turns = content(row.take(MESSAGES))
+    if not isinstance(turns, list) or not turns:
+        raise row.wrong(row.name(MESSAGES) or "messages", turns, "a list of messages")
     worse = content(row.take(REJECTED_TURN))
-    return {"prompt": [*_system(row, turns), *turns[:-1]], "chosen": turns[-1:], "rejected": worse} | ours(row)
+    whole = isinstance(worse, list) and len(worse) > 1  # then the reader compares the two conversations
+    asked, answer = (turns[:0], turns) if whole else (turns[:-1], turns[-1:])
+    return {"prompt": [*_system(row, turns), *asked], "chosen": answer, "rejected": worse} | ours(row)
 
 
 def _system(row: Published, turns: list[Any]) -> list[dict[str, Any]]:
