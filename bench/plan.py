@@ -30,10 +30,10 @@ from dwrl_fast.plan import PlanConfig, Profile, planned
 from dwrl_fast.plan.lengths import groups
 from dwrl_fast.plan.seconds import step
 from dwrl_fast.plan.trace import trace
-from dwrl_fast.ranks import ALONE
+from dwrl_fast.ranks import ALONE, Ranks
+from dwrl_fast.scoring import PolicyJudging
 from dwrl_fast.training.optimizer import Optimizers
 from dwrl_fast.training.policy import Policy, load_judging
-from dwrl_fast.training.rollout import Rollout
 
 SMOLLM2 = COMMON | {
     "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
@@ -68,23 +68,33 @@ def predicted(config: PlanConfig, profile: Profile) -> dict[str, float]:
     return step(setup, trace(setup, 1), 1, 1, config.token_budget)
 
 
-def timed(config: PlanConfig, repeats: int) -> dict[str, float]:
-    """The same, of real steps: the median of `repeats`, after one."""
+def policy_of(config: PlanConfig, ranks: Ranks = ALONE) -> tuple[Policy, Any, list[Group]]:
+    """A policy on the planned model, its method, and the groups of a rollout batch, as long as planned."""
     dialog = Dialog(make_tokenizer(), Template(EVALUATE, RATE))
     method: Any = METHODS[config.method](config, dialog)
-    judging = load_judging(config, method, dialog, Compute.resolve(config.dtype), ALONE)
+    judging = load_judging(config, method, dialog, Compute.resolve(config.dtype), ranks)
     model = judging.runtime.model.train()
     if config.gradient_checkpointing:
         model.lm.gradient_checkpointing_enable({"use_reentrant": False})
     policy = Policy(judging.runtime, Optimizers(model, method, config, total=1))
     made = groups(config.lengths, method, config.rollout_batch_size, model.lm.config.vocab_size)
-    if method.old_policy is not None:
-        made = Rollout(method, judging).recomputed(made)[0]
+    if method.old_policy == "start":
+        assert isinstance(judging, PolicyJudging)
+        made = judging.with_start_logprobs(made)
+    elif method.old_policy is not None:
+        fresh = judging.runtime.logprobs(made, method.trained_temperature)
+        made = [group.with_logprobs(each) for group, each in zip(made, fresh, strict=True)]
+    return policy, method, made
+
+
+def timed(config: PlanConfig, repeats: int) -> dict[str, float]:
+    """The same, of real steps: the median of `repeats`, after one."""
+    policy, method, made = policy_of(config)
     found: list[dict[str, float]] = []
     for _ in range(repeats + 1):
         seconds: dict[str, float] = {}
         if method.thoughts_each:
-            seconds["sampling"] = _sampling(judging.runtime.sampler, made, config)
+            seconds["sampling"] = _sampling(policy.runtime.sampler, made, config)
         for minibatch in policy.pack(made, config.minibatch_size):
             for phase in method.phases:
                 started = time.perf_counter()

@@ -66,9 +66,11 @@ def parts(setup: Setup, gpus: int, tokens: float, group: float) -> Parts:
 
 
 def memory(setup: Setup, traced: Traced, gpus: int, budget: float) -> Memory:
-    """Of one of `gpus`, with micro-batches of `budget` tokens; a group that is larger is one by itself."""
+    """Of one of `gpus`, with micro-batches of `budget` tokens at most: a group that is larger is one by itself, and none
+    has more than a rank's share of a minibatch.
+    """
     group = traced.small.tokens
-    tokens = max(budget, group)
+    tokens = min(max(budget, group), group * -(-setup.config.minibatch_size // gpus))
     lying = parts(setup, gpus, tokens, group)
     kept = _kept(setup, lying)
     gradients = {"gradients": 0.0 if setup.config.cpu_offload else 4 * _trained(setup) / lying.parts}
