@@ -49,8 +49,8 @@ def main(argv: list[str]) -> None:
     """The command. UntrainedError where no rollout batch trained anything."""
     console = open_console()
     config = configure(argv)
-    ranks = start(config.ddp_timeout)
-    for name in ("reshard_after_backward", "ddp_timeout"):
+    ranks = start(config.ddp_timeout, hsdp=config.hsdp)
+    for name in ("reshard_after_backward", "ddp_timeout", "hsdp"):
         if ranks.mesh is None and config.changed(name):
             logger.warning("%s has no effect here: it applies only to processes that torchrun started.", name)
     if config.dry_run:
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
                 make_folder(wanted)  # which says why it cannot be made
             if config.resume_from_checkpoint is None:
                 refuse_used(config, wanted)
-        dry_run(config, console)
+        dry_run(config, console, ranks.count)
         return
     try:
         result = run(config, console, ranks)

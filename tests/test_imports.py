@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = (
     *("errors", "log", "lock", "yamlfile", "templates", "kernels", "ops"),
     *("ranks", "compute", "data", "dialog", "encode", "sampling", "batching", "models", "objectives"),
-    *("options", "methods", "config", "scoring", "progress", "feed", "evaluation", "training", "embedded", "doctor"),
+    *("options", "methods", "config", "plan", "scoring", "progress", "feed", "evaluation", "training", "embedded"),
+    "doctor",
     *("console", "__main__", "evaluate", "compare", "train"),
 )
 

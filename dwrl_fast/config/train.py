@@ -238,6 +238,12 @@ python -m dwrl_fast.train --config runs/mine/config.yaml --resume_from_checkpoin
         "one of two all-gathers per micro-batch and costs 2 bytes a parameter of the whole model on every GPU in "
         "bf16, 4 in fp32.",
     )
+    hsdp: bool = ranks_option(
+        False,
+        "On several machines, let each hold a whole model, in parts over its own GPUs: weights are gathered within a "
+        "machine, and only gradients cross between them. Takes as much memory as on one machine. Needs torchrun on "
+        "two machines or more.",
+    )
     ddp_timeout: int = ranks_option(
         7200,
         "Seconds that a rank waits for the others before it stops. Must exceed the longest step of a single rank: "
@@ -282,11 +288,7 @@ python -m dwrl_fast.train --config runs/mine/config.yaml --resume_from_checkpoin
 
     def _validate_sources(self) -> None:
         """The model and the data belong together; the embedded task has its own of both."""
-        if self.model_name_or_path is not None and self.model_config is not None:
-            raise ConfigError(
-                "model_name_or_path and model_config exclude each other: the first brings its weights, those of the"
-                " second are drawn."
-            )
+        self._refuse_two_models()
         self._validate_files()
         model = self.model_name_or_path or self.model_config
         if self.own_data:
@@ -330,6 +332,16 @@ python -m dwrl_fast.train --config runs/mine/config.yaml --resume_from_checkpoin
             raise ConfigError("load_in_4bit without use_peft: weights in 4 bits cannot be trained. Add --use_peft.")
         if self.use_peft and not METHODS[self.method].trains:
             raise ConfigError(f"use_peft with method = {self.method}, which trains nothing: leave it out.")
+        self._refuse_drawn_base()
+
+    def _refuse_two_models(self) -> None:
+        if self.model_name_or_path is not None and self.model_config is not None:
+            raise ConfigError(
+                "model_name_or_path and model_config exclude each other: the first brings its weights, those of the"
+                " second are drawn."
+            )
+
+    def _refuse_drawn_base(self) -> None:
         if self.use_peft and self.model_config is not None:
             raise ConfigError(
                 "use_peft with model_config: adapters belong to a model that is kept, and that one is drawn. Give "

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dwrl_fast.compute import one_thread
+from dwrl_fast.compute import Compute, one_thread
 from dwrl_fast.console import command, open_console
 from dwrl_fast.data.printing import say
 from dwrl_fast.doctor import DoctorConfig, Report, embedded_task, examine, parse_doctor
+from dwrl_fast.doctor.profile import measured, told
 from dwrl_fast.embedded.options import on_embedded
 from dwrl_fast.errors import UnfitError
 from dwrl_fast.progress import Display
@@ -21,7 +22,7 @@ def main(argv: list[str]) -> None:
     """The command. UnfitError where a line of the report fails."""
     console = open_console()
     config = parse_doctor(argv)
-    report = run(config, console, start(config.ddp_timeout))
+    report = run(config, console, start(config.ddp_timeout, hsdp=config.hsdp))
     failed = report.named("fail")
     if failed:
         raise UnfitError(f"{', '.join(failed)}: the lines above say what to do. Then run the doctor again.")
@@ -40,6 +41,11 @@ def run(config: DoctorConfig, console: Console, ranks: Ranks = ALONE) -> Report:
                 config = on_embedded(config, made)
                 head(config, f"the embedded model ({which})", console, ranks)
                 examine(config, report, display, ranks)
+    if config.profile is not None:
+        found = measured(Compute.resolve(config.dtype), ranks)
+        report.add(told(found, config.profile))
+        if ranks.first:
+            Path(config.profile).write_text(found.to_yaml(), encoding="utf-8")
     seconds = time.monotonic() - started
     say(console, f"{report.summary}   {seconds:.0f} s")
     if config.json is not None and ranks.first:

@@ -94,7 +94,7 @@ def needed(runtime: Runtime, method: Method, config: TrainConfig, longest: int) 
     """Bytes on this rank's device, by what they hold."""
     parameters = list(runtime.model.parameters())
     sharded = runtime.sharded
-    share = 1 if sharded is None else runtime.ranks.count
+    share = runtime.ranks.parts
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     states = len(method.phases) if method.separate_states else int(bool(method.phases))
     here = not (sharded is not None and sharded.offload)

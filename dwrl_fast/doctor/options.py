@@ -39,6 +39,9 @@ python -m dwrl_fast.doctor --model_name_or_path Qwen/Qwen2.5-3B-Instruct
 # a planned run: the same options as for dwrl_fast.train
 python -m dwrl_fast.doctor --config mine.yaml --limit 16 --json report.json
 
+# what this machine does in a second, for dwrl_fast.plan
+python -m dwrl_fast.doctor --profile here.yaml
+
 # the first thing to run on 8 GPUs
 torchrun --nproc-per-node 8 -m dwrl_fast.doctor --config mine.yaml
 """
@@ -47,12 +50,19 @@ torchrun --nproc-per-node 8 -m dwrl_fast.doctor --config mine.yaml
         4, "Rows of the data to examine. Thoughts are sampled for all of them.", bound=at_least(1)
     )
     json: str | None = doctor_option(None, "Write the report with all its figures to this JSON file.")
+    profile: str | None = doctor_option(
+        None,
+        "Measure what the device does in a second (products, memory, attention, links), and write it to this YAML file,"
+        " from which `python -m dwrl_fast.plan --profile FILE` predicts times.",
+    )
 
     def validate(self) -> None:
-        """Raises ConfigError as training does, and where the JSON file exists."""
+        """Raises ConfigError as training does, and where a file exists that is to be written."""
         super().validate()
-        if self.json is not None and Path(self.json).exists():
-            raise ConfigError(f"json = {self.json} exists already: name another, or remove it")
+        for name in ("json", "profile"):
+            path = getattr(self, name)
+            if path is not None and Path(path).exists():
+                raise ConfigError(f"{name} = {path} exists already: name another, or remove it")
 
 
 def parse_doctor(argv: Sequence[str]) -> DoctorConfig:

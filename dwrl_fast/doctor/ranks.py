@@ -52,7 +52,7 @@ def collectives(ranks: Ranks, device: torch.device) -> Finding:
     if part.tolist() != [count * (2.0 * own), count * (2.0 * own + 1)]:
         wrong.append("scattered sum")
     found = sorted(set().union(*ranks.gather(set(wrong))))
-    seconds = max(ranks.gather(_seconds(lambda: ranks.sum(torch.ones(SIZE, device=device)), device)))
+    seconds = max(ranks.gather(seconds_of(lambda: ranks.sum(torch.ones(SIZE, device=device)), device)))
     backend = dist.get_backend_config().strip()
     said = f"{count} ranks over {backend}; a sum of {4 * SIZE / 2**20:.0f} MiB takes {1000 * seconds:.3g} ms"
     figures = {"ranks": count, "seconds": seconds}
@@ -63,7 +63,7 @@ def collectives(ranks: Ranks, device: torch.device) -> Finding:
     )
 
 
-def _seconds(run: Callable[[], Any], device: torch.device) -> float:
+def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
     """Of the second call, the first one sets up connections."""
     for _ in range(2):
         started = time.perf_counter()

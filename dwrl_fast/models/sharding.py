@@ -40,9 +40,7 @@ class Sharded(Generic[Model]):
         self.skeleton: Model = _copied(model, lambda p: p.data.to("meta"))
         self.replica: Model | None = model if samples else None
         self.model: Model = _copied(model, lambda p: p.data) if samples else model
-        policy = _Policies(ranks.mesh, compute, offload)
-        for unit in [*layers(self.model.lm), *_float32_heads(self.model.lm), self.model]:
-            policy.shard(unit, whole=unit in _float32_heads(self.model.lm))
+        shard(self.model, ranks.mesh, compute, offload=offload)
         self.parts = dict(self.model.named_parameters())
         if self.replica is not None:
             narrow(self.replica, compute)
@@ -120,23 +118,22 @@ def cost_of(model: Any) -> Cost:
     )
 
 
-class _Policies:
-    """How a unit is sharded: computed in the run's dtype, its gradients summed over ranks in float32."""
-
-    def __init__(self, mesh: Any, compute: Compute, offload: bool):
-        self.mesh, self.compute = mesh, compute
-        self.offload = CPUOffloadPolicy() if offload else OffloadPolicy()
-
-    def shard(self, unit: Any, whole: bool) -> None:
-        """whole: in full precision."""
+def shard(model: Any, mesh: Any, compute: Compute, *, offload: bool = False) -> None:
+    """Shard `model` in place over `mesh`, unit by unit: computed in the run's dtype, gradients summed over ranks in
+    float32. A scalar head is in full precision. Of a mesh of two dimensions parts lie along the second, and the first
+    holds copies of them.
+    """
+    heads = _float32_heads(model.lm)
+    for unit in [*layers(model.lm), *heads, model]:
         for p in unit.parameters():
             if p.requires_grad and p.dtype.itemsize < 4:
                 p.data = p.data.float()
-        dtype = None if self.compute.float32 or whole else self.compute.dtype
+        dtype = None if compute.float32 or unit in heads else compute.dtype
         precision = MixedPrecisionPolicy(
             param_dtype=dtype, reduce_dtype=dtype and torch.float32, cast_forward_inputs=False
         )
-        fully_shard(unit, mesh=self.mesh, mp_policy=precision, offload_policy=self.offload, reshard_after_forward=None)
+        where = CPUOffloadPolicy() if offload else OffloadPolicy()
+        fully_shard(unit, mesh=mesh, mp_policy=precision, offload_policy=where, reshard_after_forward=None)
         assert isinstance(unit, FSDPModule)
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)

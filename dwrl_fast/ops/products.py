@@ -23,12 +23,28 @@ LARGE_WEIGHT = 32 << 20
 
 def chunk_rows(hidden: Tensor, weight: Tensor) -> int:
     """C, how many rows of logits a chunk has: a multiple of 128. hidden: [T, H], weight: [V, H]."""
-    bytes_each = 4 if _direct(hidden) else hidden.element_size()
-    rows = CHUNK_BYTES[hidden.device.type] // (weight.shape[0] * bytes_each)
+    return _chunk_rows(weight.shape, hidden.element_size(), hidden.device.type, direct=_direct(hidden))
+
+
+def _chunk_rows(head: Sequence[int], itemsize: int, device: str, *, direct: bool) -> int:
+    rows = CHUNK_BYTES[device] // (head[0] * (4 if direct else itemsize))
     least = MIN_ROWS
-    if weight.numel() * 4 > LARGE_WEIGHT:
-        least *= 2 if hidden.element_size() > 2 else 4  # in as many bytes
+    if head[0] * head[1] * 4 > LARGE_WEIGHT:
+        least *= 2 if itemsize > 2 else 4  # in as many bytes
     return max(least, rows - rows % 128)
+
+
+def workspace_bytes(rows: int, head: Sequence[int], dtype: torch.dtype, device: str, *, gradients: bool = True) -> int:
+    """What a pass over so many rows holds beside its inputs and results, of a head [V, H] whose products are computed
+    in `dtype` on a `device` of this type: logits, their gradients, and dWeight where it is summed in a wider dtype.
+    """
+    direct = _gives_float32(dtype, device)
+    chunk = _chunk_rows(head, dtype.itemsize, device, direct=direct)
+    logits = piece_rows(rows, chunk, device) * head[0] * (4 if direct else dtype.itemsize)
+    if not gradients:
+        return logits
+    waiting = piece_rows(rows, chunk * CHUNKS, device) * head[0] * dtype.itemsize if direct else 0
+    return logits + waiting + (4 * head[0] * head[1] if dtype.itemsize < 4 else 0)
 
 
 def piece_rows(rows: int, most: int, device: str) -> int:
@@ -41,7 +57,11 @@ def piece_rows(rows: int, most: int, device: str) -> int:
 
 def _direct(hidden: Tensor) -> bool:
     """Whether products of bfloat16 factors come out in float32."""
-    return hidden.device.type == "cuda" and hidden.dtype == torch.bfloat16
+    return _gives_float32(hidden.dtype, hidden.device.type)
+
+
+def _gives_float32(dtype: torch.dtype, device: str) -> bool:
+    return device == "cuda" and dtype == torch.bfloat16
 
 
 def _into_float32(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:

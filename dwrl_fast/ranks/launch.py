@@ -14,11 +14,12 @@ FAILED = "failed"  # the rank that failed first, in the store that torchrun keep
 _store: Any = None
 
 
-def start(timeout: float) -> Ranks:
+def start(timeout: float, *, hsdp: bool = False) -> Ranks:
     """Join the other processes that torchrun started, if it started this one. timeout: seconds that a rank waits for
-    the others before it gives up.
+    the others before it gives up. hsdp: each machine holds a whole model, its ranks a part each.
 
-    Raises ConfigError where there are more processes than GPUs, or the variables that torchrun sets are incomplete.
+    Raises ConfigError where there are more processes than GPUs, the variables that torchrun sets are incomplete, or
+    `hsdp` is asked for on one machine.
     """
     if "RANK" not in os.environ:
         if os.environ.get("WORLD_SIZE") not in (None, "", "1"):
@@ -49,8 +50,22 @@ def start(timeout: float) -> Ranks:
     _store = store
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timedelta(seconds=timeout))
-    mesh = dist.init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (count,))
-    return Ranks(rank, count, mesh)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Ranks(rank, count, mesh_of(device, count, beside if hsdp else None))
+
+
+def mesh_of(device: str, count: int, beside: int | None = None) -> Any:
+    """The mesh over `count` ranks: one line, along which a model lies in parts; with `beside`, the ranks of a machine,
+    a line a machine, each with all parts. ConfigError where there are not several machines with as many ranks each.
+    """
+    if beside is None:
+        return dist.init_device_mesh(device, (count,))
+    if count == beside or count % beside:
+        raise ConfigError(
+            f"--hsdp: {count} processes, {beside} of them on this machine. It needs several machines with as many "
+            "processes each (torchrun --nnodes 2 or more, the same --nproc-per-node on all): leave it out on one."
+        )
+    return dist.init_device_mesh(device, (count // beside, beside), mesh_dim_names=("machine", "part"))
 
 
 def culprit() -> int:

@@ -19,7 +19,7 @@ Value = TypeVar("Value")
 @dataclass(frozen=True, slots=True)
 class Ranks:
     """This process among `count`. mesh: their device mesh; None where the process was started by itself, which then
-    holds the whole model.
+    holds the whole model. Of a mesh of two dimensions, a line of the second holds it whole.
     """
 
     rank: int = 0
@@ -30,6 +30,11 @@ class Ranks:
     def first(self) -> bool:
         """Whether this rank is the one that logs, renames and exports."""
         return self.rank == 0
+
+    @property
+    def parts(self) -> int:
+        """Over how many ranks a model lies in parts."""
+        return 1 if self.mesh is None else int(self.mesh.size(-1))
 
     def gather(self, value: Value) -> list[Value]:
         """The `value` of every rank, in the order of ranks; on all of them."""

@@ -32,6 +32,8 @@ from dwrl_fast.methods import METHODS, Method
 from dwrl_fast.models.gguf import is_gguf
 from dwrl_fast.models.model import check_positions, check_vocabulary, load_generative, load_scalar
 from dwrl_fast.models.pretrained import try_saving
+from dwrl_fast.plan.lengths import Lengths
+from dwrl_fast.plan.short import short
 from dwrl_fast.scoring.loading import load_dialog
 from dwrl_fast.training.policy import load_judging
 from dwrl_fast.training.rollout import Rollout, sampled_groups
@@ -88,8 +90,8 @@ class Guessed:
         ]
 
 
-def dry_run(config: TrainConfig, console: Console) -> None:
-    """Say what the run would be. UserError with all that stands in its way."""
+def dry_run(config: TrainConfig, console: Console, ranks: int = 1) -> None:
+    """Say what the run would be, on so many ranks. UserError with all that stands in its way."""
     found = Findings(console)
     found.say("dry run", f"{config.method}; nothing is trained, nothing is left written")
     if not config.own_data:
@@ -120,6 +122,8 @@ def dry_run(config: TrainConfig, console: Console) -> None:
             _say_tokens([row for rows in files for row in _some(rows, SAMPLE // len(files))], config, method, found)
     with found.looking_at("model"):
         _say_model(config, method, longest, found)
+        if method is not None and made.trains and _model_at_hand(config):
+            _say_memory(config, longest, ranks, found)
         if method is not None and weights_at_hand(config.model_name_or_path):
             _say_trial(config, method, found)
     if found.obstacles:
@@ -269,9 +273,7 @@ def guessed_groups(rows: Sequence[Preference], method: Method, length: int) -> l
 def _say_model(config: TrainConfig, method: Method | None, longest: int, found: Findings) -> None:
     """The model as its config.json says, where that is at hand: on disk, or on a hub that just gave the tokenizer."""
     name = config.model_name_or_path or str(config.model_config)
-    local = Path(name).exists()
-    reached = method is not None and config.tokenizer_name_or_path in (None, config.model_name_or_path)
-    if not (local or reached):
+    if not (_model_at_hand(config) and (method is not None or Path(name).exists())):
         found.say("model", f"{name} is not on this machine, and was not looked for: training needs it")
         return
     made = METHODS[config.method]
@@ -288,6 +290,21 @@ def _say_model(config: TrainConfig, method: Method | None, longest: int, found: 
         check_vocabulary(model, max(len(method.dialog.tokenizer) - 1, method.dialog.pad_id))
         writes = method.thinks or bool(method.thoughts_each)
         check_positions(model, longest + config.max_completion_length * writes)
+
+
+def _model_at_hand(config: TrainConfig) -> bool:
+    """Whether its config.json is on disk, or on a hub that just gave the tokenizer."""
+    local = Path(config.model_name_or_path or str(config.model_config)).exists()
+    return local or config.tokenizer_name_or_path in (None, config.model_name_or_path)
+
+
+def _say_memory(config: TrainConfig, longest: int, ranks: int, found: Findings) -> None:
+    """The short form of the plan, of groups as long as the longest. What cannot be planned may still run."""
+    lengths = Lengths(max(1, longest // 2), max(1, longest // 2), min(THOUGHT, config.max_completion_length))
+    try:
+        found.say("memory", short(config, lengths, ranks))
+    except UserError as error:
+        found.say("memory", f"not planned: {error}")
 
 
 def weights_at_hand(name: str | None) -> bool:

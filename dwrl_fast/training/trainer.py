@@ -53,7 +53,7 @@ APART = {
         "model_name_or_path",
     ),
     *("model_config", "tokenizer_name_or_path", "num_train_epochs", "max_steps", "gradient_checkpointing"),
-    *("ddp_timeout", "cpu_offload", "reshard_after_backward"),
+    *("ddp_timeout", "cpu_offload", "reshard_after_backward", "hsdp"),
 }
 # Options that may be mended on the way: the run goes on, to other figures.
 TUNABLE = {

@@ -1,0 +1,210 @@
+"""A DWRL run on 8 to 1,024 ranks, simulated step by step: nothing is trained, and no GPU is needed.
+
+    python -m bench.scale
+
+Rollout batches are drawn from groups as long as those of hh, rmb and ultrafeedback, with thoughts as spread out as
+sampled ones. The balancer that trains shares each minibatch, the sampler's own split the contexts. What a rank's share
+takes is predicted as `dwrl_fast.plan` does it, at the stated rates of a published profile: so the shares of idle time
+are the code's, and the seconds are the profile's. A minibatch is an eighth of its rollout batch, as in the paper.
+
+Of each step, on the ranks that have most: `computed` is what would be left if all were shared evenly, `thoughts` the
+wait for the rank whose thoughts take longest, `stragglers` that for the most costly share of a minibatch, `gathers`
+what no computation hides of moving weights and gradients, `sync` the whole copies. A size stops scaling where twice the
+ranks are less than 1.5 times as fast; what limits it is the largest of these there.
+"""
+
+import argparse
+import itertools
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Console
+
+from bench import command
+from bench.machine import machine
+from bench.scaling import qwen_7b
+from bench.training import lengths
+from dwrl_fast.batching.balance import balanced
+from dwrl_fast.batching.tree import tree_sizes
+from dwrl_fast.plan import Setup, load_profile, parse_plan, planned
+from dwrl_fast.plan.seconds import Clock
+from dwrl_fast.plan.trace import Traced, trace
+
+MODEL = Path(__file__).parents[1] / "recipes" / "models" / "qwen2.5-7b.json"
+RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
+ROLLOUTS = (256, 1024, 4096, 16384)
+DATA = ("hh", "rmb", "ultrafeedback")
+MINIBATCHES = 8  # of a rollout batch
+ENOUGH = 1.5  # times as fast on twice the ranks
+VOCABULARY = 152_064
+LOSSES = ("thoughts", "stragglers", "gathers", "sync")
+
+
+class Pool(NamedTuple):
+    """Groups to draw from, an entry each: tokens and pairs of the tree, rows of the head, cost, tokens of the contexts
+    with what they share once, of the longest of them; and of each thought, [groups, thoughts].
+    """
+
+    tokens: np.ndarray
+    pairs: np.ndarray
+    rows: np.ndarray
+    costs: np.ndarray
+    contexts: np.ndarray
+    longest: np.ndarray
+    thoughts: np.ndarray
+
+
+def pool(data: str, count: int, mean: int) -> Pool:
+    """`count` groups of the lengths of `data`, with thoughts of `mean` tokens."""
+    found = lengths.pairs(data, count)
+    written = lengths.thought_lengths(mean, 2 * count * lengths.THOUGHTS)
+    groups = lengths.groups(found, written, VOCABULARY)
+    tokens, pairs = zip(*tree_sizes(groups), strict=True)
+    thoughts = np.array([[len(one.ids) for some in group.thoughts for one in some] for group in groups])
+    own = [(len(a.ids), len(b.ids), a.prompt.stop) for a, b in found.contexts]
+    return Pool(
+        np.array(tokens),
+        np.array(pairs),
+        thoughts.sum(1),
+        np.array(qwen_7b().of(groups, tokens, pairs)),
+        np.array([a + b - prompt for a, b, prompt in own]),
+        np.array([max(a, b) for a, b, _ in own]),
+        thoughts,
+    )
+
+
+def step(setup: Setup, traced: Traced, found: Pool, ranks: int, rollout: int, seed: int) -> dict[str, float]:
+    """Seconds of one step by what they go to."""
+    drawn = np.random.default_rng(seed).integers(len(found.tokens), size=rollout)
+    clock = Clock(setup, traced, ranks, ranks)
+    writing = _sampling(clock, found, drawn, ranks)
+    computed, whole, hidden = _updates(clock, found, drawn[: rollout // MINIBATCHES], ranks)
+    passes = MINIBATCHES * len(setup.method.phases)
+    optimizer = passes * clock.optimizer()
+    return {
+        "computed": writing.mean() + passes * computed.mean() + optimizer,
+        "thoughts": writing.max() - writing.mean(),
+        "stragglers": passes * (whole - computed.mean()),
+        "gathers": passes * hidden,
+        "sync": clock.sync(),
+    }
+
+
+def _sampling(clock: Clock, found: Pool, drawn: np.ndarray, ranks: int) -> np.ndarray:
+    """[ranks] seconds: contexts of about as many tokens each, in order, as `SplitSampler` deals them."""
+    most = clock.setup.config.max_completion_length
+    sizes = found.contexts[drawn] + found.thoughts.shape[1] * most
+    middle = np.cumsum(sizes) - sizes / 2
+    edges = np.searchsorted(middle, sizes.sum() * np.arange(ranks + 1) / ranks)
+    seconds = []
+    for first, last in itertools.pairwise(edges):
+        own = drawn[first:last]
+        if len(own) == 0:
+            seconds.append(0.0)
+            continue
+        thoughts, tokens = found.thoughts[own].ravel(), found.contexts[own].sum()
+        beside = clock.beside(len(thoughts), tokens)
+        passes = max(thoughts.max(), thoughts.sum() / beside)  # a place that is free is taken at once
+        seen = found.longest[own].mean() / clock.setup.config.num_generations + thoughts.mean() / 2
+        seconds.append(
+            clock.prefill(tokens, found.longest[own].max()) + passes * clock.token(thoughts.sum() / passes, seen)
+        )
+    return np.array(seconds)
+
+
+def _updates(clock: Clock, found: Pool, drawn: np.ndarray, ranks: int) -> tuple[np.ndarray, float, float]:
+    """One phase over a minibatch: [ranks] seconds of computation, those of the rank with most, and what of the
+    collectives they do not hide.
+    """
+    places = balanced(found.costs[drawn].tolist(), ranks)
+    budget, seconds, micro = clock.setup.config.token_budget, [], 1
+    for own in places:
+        some = drawn[own]
+        tokens = found.tokens[some].sum()
+        count = max(1, -(-int(tokens) // budget))  # whole groups may need one more
+        micro = max(micro, count)
+        layers = count * (clock.work(True, tokens / count) + clock.work(False, tokens / count)) if len(own) else 0.0
+        attention = clock.attention(found.pairs[some].sum(), 12 + 4 * clock.setup.config.gradient_checkpointing)
+        seconds.append(layers + attention + clock.head(found.rows[some].sum(), 3) / 2)  # the other phase has no rows
+    whole = max(seconds)
+    return np.array(seconds), whole, clock.together(whole, micro) - whole
+
+
+def stops(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of one size over growing numbers of ranks: up to which twice as many are still `ENOUGH` times as fast, and what
+    takes most of the next one's time beside the computation.
+    """
+    for one, other in itertools.pairwise(rows):
+        if one["seconds"] / other["seconds"] < ENOUGH:
+            return {"scales_to": one["ranks"], "limited_by": max(LOSSES, key=other.__getitem__)}
+    return {"scales_to": rows[-1]["ranks"], "limited_by": "-"}
+
+
+def main() -> None:
+    """The command."""
+    parser = command.parser("scale", __doc__)
+    parser.add_argument("--data", nargs="+", default=list(DATA), choices=DATA)
+    parser.add_argument("--profile", default="h100", help="a published device, or a file of doctor --profile")
+    parser.add_argument("--tokens", type=int, default=300, help="of a thought on average (default 300)")
+    parser.add_argument("--groups", type=int, default=400, help="of each data set that are drawn from (default 400)")
+    parser.add_argument("--steps", type=int, default=3, help="that are drawn of each size (default 3)")
+    parser.add_argument("--most", type=int, default=RANKS[-1], help="ranks (default 1024)")
+    parser.add_argument("--quick", action="store_true", help="hh, 40 groups, one step, 64 ranks")
+    parser.add_argument("--json", type=Path, help="write machine, versions, commit and figures to this file")
+    report(parser.parse_args(), Console(width=130))
+
+
+def report(args: argparse.Namespace, console: Console) -> None:
+    """Simulates, prints and writes."""
+    if args.quick:
+        args.data, args.groups, args.steps, args.most = ["hh"], 40, 1, 64
+    config = parse_plan(["--model_config", str(MODEL), "--gradient_checkpointing"])
+    setup = planned(config, config.lengths, load_profile(args.profile))
+    traced = trace(setup, 1)
+    cases: list[dict[str, Any]] = []
+    limits: list[dict[str, Any]] = []
+    for data in args.data:
+        found = pool(data, args.groups, args.tokens)
+        for rollout in ROLLOUTS:
+            rows = []
+            for ranks in (each for each in RANKS if each <= args.most):
+                taken = [step(setup, traced, found, ranks, rollout, seed) for seed in range(args.steps)]
+                mean = {name: float(np.mean([each[name] for each in taken])) for name in taken[0]}
+                row: dict[str, Any] = {"data": data, "rollout": rollout, "ranks": ranks, "seconds": sum(mean.values())}
+                idle = (mean["thoughts"] + mean["stragglers"]) / row["seconds"]
+                rows.append(row | mean | {"idle": idle})
+            cases += rows
+            limits.append({"data": data, "rollout": rollout} | stops(rows))
+    show(cases, limits, setup, console)
+    if args.json:
+        content = {"benchmark": "scale", "machine": machine(), "profile": setup.profile.name, "cases": cases}
+        args.json.write_text(json.dumps(content | {"limits": limits}, indent=1) + "\n")
+
+
+def show(cases: list[dict[str, Any]], limits: list[dict[str, Any]], setup: Setup, console: Console) -> None:
+    """Tables: every case, and where each size stops."""
+    heads = ("lengths", "rollout batch", "ranks", "step, s", "idle", *LOSSES)
+    lines = [
+        (
+            *(
+                each["data"],
+                f"{each['rollout']:,}",
+                f"{each['ranks']:,}",
+                f"{each['seconds']:.3g}",
+                f"{each['idle']:.0%}",
+            ),
+            *(f"{each[name] / each['seconds']:.0%}" for name in LOSSES),
+        )
+        for each in cases
+    ]
+    title = f"{setup.shape.name}, simulated at the rates of {setup.profile.name}; shares of a step"
+    console.print(command.table(title, heads, lines))
+    lines = [(each["data"], f"{each['rollout']:,}", f"{each['scales_to']:,}", each["limited_by"]) for each in limits]
+    heads = ("lengths", "rollout batch", "scales to, ranks", "limited by")
+    console.print(command.table(f"Twice the ranks at least {ENOUGH} times as fast", heads, lines))
+
+
+if __name__ == "__main__":
+    main()

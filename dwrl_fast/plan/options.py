@@ -1,0 +1,110 @@
+"""The options of `dwrl_fast.plan`: those of training, for it is a training run that is planned, and what it runs on."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+from dwrl_fast.config import TrainConfig
+from dwrl_fast.errors import ConfigError
+from dwrl_fast.methods import METHODS
+from dwrl_fast.options import POSITIVE, at_least, option, parse
+from dwrl_fast.plan.lengths import Lengths
+
+plan_option = partial(option, group="Plan")
+NO_ROWS = "no rows are read"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(TrainConfig):
+    """The options of `python -m dwrl_fast.plan`."""
+
+    command: ClassVar[str] = "python -m dwrl_fast.plan"
+    summary: ClassVar[str] = (
+        "Says what a training run takes before it is paid for: memory of each GPU by kind, the largest token budget "
+        "that fits, FLOPs, the time of a step and an epoch by stage, and the cost, on 1 to 1,024 GPUs. It needs no GPU "
+        "and no weights: the model's config.json is enough. It takes the options of dwrl_fast.train; rows are not "
+        "read, their lengths are options. Times come from a profile of the device, and are as good as that; "
+        "docs/plan.md says what is traced, what is arithmetic, and how far both were from real runs. It ends with "
+        "status 4 where the run does not fit."
+    )
+    groups: ClassVar[tuple[str, ...]] = ("Plan", *TrainConfig.groups)
+    examples: ClassVar[str] = """
+# a 7B model on one machine with 8 GPUs
+python -m dwrl_fast.plan --model_config recipes/models/qwen2.5-7b.json --gpus 8 --gradient_checkpointing
+
+# LoRA on one card
+python -m dwrl_fast.plan --model_config recipes/models/qwen2.5-3b.json --gpus 1 --gpu_memory 24 --profile rtx4090 \\
+    --use_peft --gradient_checkpointing --token_budget 4096
+
+# a recipe, with a price, and a plot of all sizes
+python -m dwrl_fast.plan --config recipes/backbones/qwen2.5-7b-instruct.yaml recipes/methods/dwrl.yaml \\
+    --model_config recipes/models/qwen2.5-7b.json --gpus 16 --hsdp --price 2.5 --plot plan.png
+
+# this machine, measured
+python -m dwrl_fast.doctor --profile here.yaml
+python -m dwrl_fast.plan --model_config models/smollm2/config.json --gpus 1 --profile here.yaml
+"""
+
+    gpus: int = plan_option(8, "GPUs, or processes of torchrun. 1 is one process without torchrun.", bound=at_least(1))
+    gpus_per_machine: int = plan_option(8, "Of them in one machine, whose links are faster.", bound=at_least(1))
+    gpu_memory: float | None = plan_option(None, "GiB of one. none: as the profile says.", bound=POSITIVE)
+    reserve_gib: float = plan_option(
+        5.0,
+        "GiB of each GPU that nothing is planned into: CUDA's own, NCCL's buffers, and what the allocator cannot use.",
+        bound=at_least(0),
+    )
+    profile: str = plan_option(
+        "h100",
+        "What a device can do: h100, h200, a100, rtx4090 (published figures, with a stated share that is reached), or "
+        "a file that `python -m dwrl_fast.doctor --profile FILE` measured.",
+    )
+    price: float | None = plan_option(None, "Of one GPU for an hour, in any currency.", bound=POSITIVE)
+    rows: int = plan_option(10_000, "Preference groups of an epoch.", bound=at_least(1))
+    prompt_tokens: int = plan_option(256, "Tokens of a prompt, on average.", bound=at_least(1))
+    response_tokens: int = plan_option(200, "Tokens of each of two responses, on average.", bound=at_least(1))
+    thought_tokens: int = plan_option(300, "Tokens of a thought, on average.", bound=at_least(1))
+    plot: str | None = plan_option(None, "Draw memory, time and cost over the number of GPUs into this PNG.")
+    json: str | None = plan_option(None, "Write all figures to this JSON file.")
+
+    def validate(self) -> None:
+        """Raises ConfigError as training does, and where there is nothing to plan."""
+        super().validate()
+        if not METHODS[self.method].trains:
+            raise ConfigError(f"method = {self.method} trains nothing: there is no run to plan.")
+        for name in ("plot", "json"):
+            path = getattr(self, name)
+            if path is not None and Path(path).exists():
+                raise ConfigError(f"{name} = {path} exists already: name another, or remove it")
+        if self.hsdp and (self.gpus <= self.gpus_per_machine or self.gpus % self.gpus_per_machine):
+            raise ConfigError(
+                f"hsdp with {self.gpus} GPUs, {self.gpus_per_machine} in a machine: it needs several machines, each "
+                "with as many. Give --gpus a multiple of --gpus_per_machine, or leave hsdp out."
+            )
+
+    def _refuse_two_models(self) -> None:
+        """Of a recipe's model --model_config may be the configuration, where the hub is out of reach."""
+
+    def _refuse_drawn_base(self) -> None:
+        """A model of a configuration is planned like one with weights."""
+
+    @property
+    def lengths(self) -> Lengths:
+        """Of the groups that are planned for."""
+        return Lengths(self.prompt_tokens, self.response_tokens, self.thought_tokens)
+
+
+def parse_plan(argv: Sequence[str]) -> PlanConfig:
+    """The options of a command line. ConfigError where it names no model."""
+    return parse(PlanConfig, argv, base=_base)
+
+
+def _base(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    if not (given.get("model_name_or_path") or given.get("model_config")):
+        raise ConfigError(
+            "there is no model to plan for: give --model_config CONFIG.json (recipes/models has the papers' "
+            "backbones), or --model_name_or_path"
+        )
+    named = ("dataset_name", "dataset_mixture", "eval_dataset_name")
+    return {} if any(given.get(name) for name in named) else {"dataset_name": NO_ROWS}

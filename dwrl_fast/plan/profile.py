@@ -1,0 +1,103 @@
+"""Devices as the plan knows them: what they can do at most, as published, and the share of it that is reached; or what
+`doctor --profile` measured on a machine.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import yaml
+
+from dwrl_fast.errors import ConfigError
+from dwrl_fast.yamlfile import Loader
+
+PUBLISHED = Path(__file__).with_name("profiles.yaml")
+SHARES = ("products", "attention", "memory", "link", "network", "sampling")
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """A device and its links. All rates are a second's.
+
+    source: where the figures are from, in words. products: FLOPs of matrix products by their smallest dimension;
+    one entry where the size makes no difference. attention: FLOPs of attention, forward and backward. memory: bytes
+    read or written. link, network: bytes that one device sends, and receives at the same time, within its machine and
+    to others. operator: seconds that one operator takes, whatever its size. overlaps: whether collectives run beside
+    computation. shares: of these rates, the share that is reached; `sampling`, of all of them while thoughts are
+    written.
+    """
+
+    name: str
+    source: str
+    device: Literal["cuda", "cpu"]
+    memory_gib: float
+    products: dict[int, float]
+    attention: float
+    memory: float
+    link: float
+    network: float
+    operator: float = 0.0
+    overlaps: bool = True
+    shares: dict[str, float] = field(default_factory=dict)
+
+    def share(self, name: str) -> float:
+        """The share of a published rate that is reached; 1 where it was measured."""
+        return self.shares.get(name, 1.0)
+
+    def product_rate(self, smallest: int) -> float:
+        """FLOPs a second of a product whose smallest dimension is this; between those given, by their logarithms."""
+        sizes = sorted(self.products)
+        rates = [self.products[size] for size in sizes]
+        return float(np.interp(np.log(max(1, smallest)), np.log(sizes), rates)) * self.share("products")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What --dtype auto is on such a device."""
+        return torch.bfloat16 if self.device == "cuda" else torch.float32
+
+    def to_yaml(self) -> str:
+        """The file that `load_profile` reads."""
+        values = {name: getattr(self, name) for name in self.__slots__}
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def published() -> dict[str, dict[str, Any]]:
+    """The devices of profiles.yaml by name."""
+    found: dict[str, dict[str, Any]] = yaml.load(PUBLISHED.read_text(encoding="utf-8"), Loader=Loader)
+    return found
+
+
+def load_profile(name: str) -> Profile:
+    """A published device by its name, or a file of `doctor --profile`. ConfigError where there is neither, or the file
+    is no profile.
+    """
+    known = published()
+    if name in known:
+        return _profile(name, known[name] | {"name": name})
+    try:
+        values = yaml.load(Path(name).read_text(encoding="utf-8"), Loader=Loader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"--profile {name}: it is none of {', '.join(known)}, and no file of a device ({error}). `python -m "
+            "dwrl_fast.doctor --profile FILE` measures this machine into one"
+        ) from None
+    return _profile(name, values)
+
+
+def _profile(name: str, values: Any) -> Profile:
+    try:
+        made = Profile(**values)
+        strange = set(made.shares) - set(SHARES)
+        if strange:
+            raise ValueError(f"unknown shares: {', '.join(sorted(strange))}")
+        made = Profile(**values | {"products": {int(size): float(rate) for size, rate in made.products.items()}})
+        rates = [*made.products.values(), made.attention, made.memory, made.link, made.network, *made.shares.values()]
+        if not made.products or made.device not in ("cuda", "cpu") or min(map(float, rates)) <= 0:
+            raise ValueError("the device is cuda or cpu, and rates are above 0")
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"{name} is no profile of a device: {error}. profiles.yaml in dwrl_fast/plan has the form"
+        ) from None
+    return made

@@ -1,0 +1,205 @@
+"""Seconds of one step by stage: counted work over the rates of a profile, on the rank that has most of it.
+
+A pass takes its matrix products at the product rate, everything between them at the memory's bandwidth, and a time for
+each operator; attention and head are counted from their sizes. Collectives run beside the computation where the profile
+says so; those of embedding and head never do. Groups stay whole, so a rank has at least one where there are more ranks
+than groups in a minibatch, and the others wait.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+
+from dwrl_fast.batching.tree import tree_sizes
+from dwrl_fast.plan.allocations import Work
+from dwrl_fast.plan.lengths import contexts, groups
+from dwrl_fast.plan.profile import Profile
+from dwrl_fast.plan.setup import Setup
+from dwrl_fast.plan.trace import Traced
+
+DRAWN = 10  # times that a float32 logit is read or written while a token is drawn from it
+ADAMW = 28  # bytes a trained weight that a fused step reads and writes
+CLIPPED = 12  # and finding and applying the norm of the gradients
+HEAD_ROWS = 1024  # at most as many rows of a head's product, by the smallest dimension
+
+
+class Sizes(NamedTuple):
+    """Of one group. pairs: of tokens of which one attends to the other. scores: sequences, whose last token is read.
+    rows: tokens that are trained.
+    """
+
+    tokens: int
+    pairs: int
+    scores: int
+    rows: int
+
+
+def sizes(setup: Setup) -> Sizes:
+    """Of a group of the plan's lengths."""
+    (group,) = groups(setup.lengths, setup.method, 1)
+    ((tokens, pairs),) = tree_sizes([group], shared=setup.config.packing == "tree")
+    rows = sum(one.thought.stop - one.thought.start for one in group.flat)
+    return Sizes(tokens, pairs, len(group.flat), rows)
+
+
+class Clock:
+    """What passes of a planned model take on one rank of `gpus`, in seconds. parts: over how many a model is cut."""
+
+    def __init__(self, setup: Setup, traced: Traced, gpus: int, parts: int):
+        self.setup, self.traced, self.gpus, self.parts = setup, traced, gpus, parts
+        self.profile, self.shape = setup.profile, setup.shape
+
+    def work(self, forward: bool, tokens: float) -> float:
+        """A pass of the layers over so many tokens, without attention."""
+        small, large = ((each.forward if forward else each.backward) for each in self.traced)
+        return self._products(large, tokens) + self._rest(small, large, tokens)
+
+    def _products(self, large: Work, tokens: float) -> float:
+        share = tokens / self.traced.large.tokens
+        return sum(
+            flops * share / self.profile.product_rate(min(smallest, int(tokens)))
+            for smallest, flops in large.products.items()
+        )
+
+    def _rest(self, small: Work, large: Work, tokens: float) -> float:
+        traffic = self.traced.at(tokens, small.traffic, large.traffic)
+        return traffic / rate(self.profile, "memory") + large.operators * self.profile.operator
+
+    def attention(self, pairs: float, times: int) -> float:
+        """times: 4 FLOPs of a channel and pair forward, 8 backward."""
+        flops = times * self.shape.channels * self.shape.count * pairs
+        return flops / (self.profile.attention * self.profile.share("attention"))
+
+    def head(self, rows: float, products: int) -> float:
+        """`products` of the head with so many rows each."""
+        if not self.shape.head or not rows:
+            return 0.0
+        flops = 2 * products * rows * math.prod(self.shape.head)
+        return flops / self.profile.product_rate(min(HEAD_ROWS, self.shape.head[1], int(rows)))
+
+    def collectives(self, micro: int) -> tuple[float, float]:
+        """Seconds that `micro` micro-batches move weights and gradients: of the layers, which a pass can hide, and of
+        embedding and head, which it cannot.
+        """
+        if self.gpus == 1:
+            return 0.0, 0.0
+        size, config = self.setup.dtype.itemsize, self.setup.config
+        each = []
+        for weights, gathers in ((self.shape.stack, 2 if config.reshard_after_backward else 1), (self.shape.root, 1)):
+            moved = (gathers * weights.all * size + 4 * weights.trained) * (self.parts - 1) / self.parts
+            seconds = moved / self._link(self.parts)
+            if self.parts < self.gpus:  # --hsdp: parts of gradients, summed over machines
+                copies = self.gpus // self.parts
+                crossing = 2 * 4 * weights.trained / self.parts * (copies - 1) / copies
+                seconds += crossing / rate(self.profile, "network")
+            each.append(micro * seconds)
+        return each[0], each[1]
+
+    def _link(self, parts: int) -> float:
+        beside = getattr(self.setup.config, "gpus_per_machine", parts)
+        return rate(self.profile, "link" if parts <= beside else "network")
+
+    def together(self, computed: float, micro: int) -> float:
+        """A computation with its collectives."""
+        layers, root = self.collectives(micro)
+        return (max(computed, layers) if self.profile.overlaps else computed + layers) + root
+
+    def optimizer(self) -> float:
+        """One step of AdamW, with clipping."""
+        trained = (self.shape.stack.trained + self.shape.root.trained) / self.parts
+        return (ADAMW + CLIPPED) * trained / rate(self.profile, "memory")
+
+    def sync(self) -> float:
+        """The whole copy brought up to date, where there is one."""
+        if self.gpus == 1 or not self.setup.writes:
+            return 0.0
+        trained = self.shape.stack.trained + self.shape.root.trained
+        moved = 4 * trained * (self.parts - 1) / self.parts / self._link(self.parts)
+        return moved + (4 + self.setup.dtype.itemsize) * trained / rate(self.profile, "memory")
+
+    def prefill(self, tokens: float, longest: float) -> float:
+        """Contexts of so many tokens together, the longest of so many."""
+        return (self.work(True, tokens) + self.attention(tokens * longest / 2, 4)) / self.profile.share("sampling")
+
+    def token(self, beside: float, seen: float) -> float:
+        """The next token of `beside` thoughts, each of which reads `seen` tokens of the cache that no other reads."""
+        size, head = self.setup.dtype.itemsize, self.shape.head
+        weights = self.shape.parameters * size / rate(self.profile, "memory")
+        read = beside * (seen * self.shape.cached * size + 4 * DRAWN * (head[0] if head else 0))
+        computed = max(self.work(True, beside) + self.head(beside, 1), weights)
+        return (computed + read / rate(self.profile, "memory")) / self.profile.share("sampling")
+
+    def beside(self, thoughts: float, tokens: float) -> float:
+        """How many of a rank's thoughts are written at once, over contexts of so many tokens."""
+        config = self.setup.config
+        held = config.generation_cache_gib * 2**30 / (self.shape.cached * self.setup.dtype.itemsize) - tokens
+        return min(thoughts, config.generation_batch_size, max(1.0, held / config.max_completion_length))
+
+    def sampling(self, rows: float) -> float:
+        """Thoughts about so many preference groups, all as long as planned."""
+        setup, each = self.setup, self.setup.config.num_generations
+        asked, thought = contexts(setup.lengths, setup.method), setup.lengths.thought
+        thoughts, tokens = rows * asked.count * each, rows * asked.tokens
+        beside = self.beside(thoughts, tokens)
+        passes = thoughts * thought / beside
+        return self.prefill(tokens, asked.longest) + passes * self.token(beside, asked.longest / each + thought / 2)
+
+
+def rate(profile: Profile, name: str) -> float:
+    """Bytes a second that are reached of a bandwidth of the profile."""
+    return float(getattr(profile, name)) * profile.share(name)
+
+
+def step(setup: Setup, traced: Traced, gpus: int, parts: int, budget: float) -> dict[str, float]:
+    """Seconds of a rollout batch by stage, as training's own figures name them."""
+    config, method, clock, group = setup.config, setup.method, Clock(setup, traced, gpus, parts), sizes(setup)
+    mine = -(-config.minibatch_size // gpus)  # groups of the busiest rank
+    minibatches = config.rollout_batch_size // config.minibatch_size
+    micro = -(-mine // max(1, int(budget // group.tokens)))
+    found: dict[str, float] = {}
+    if method.thoughts_each:
+        found["sync"] = clock.sync()
+        found["sampling"] = clock.sampling(-(-config.rollout_batch_size // gpus))
+    tokens = mine * group.tokens
+
+    def passes(*directions: bool) -> float:
+        """The layers over this rank's groups of a minibatch, in micro-batches."""
+        layers = sum(micro * clock.work(forward, tokens / micro) for forward in directions)
+        return layers + clock.attention(mine * group.pairs, sum(4 if forward else 8 for forward in directions))
+
+    if recomputes(setup):
+        computed = passes(True) + clock.head(mine * group.rows, 1)
+        found["old_logprobs"] = minibatches * clock.together(computed, micro)
+    formed = 3 if method.old_policy == "sampler" else 4  # the clipped loss forms its gradients in the forward pass
+    for phase in method.phases:
+        computed = passes(True, False)  # what checkpointing computes again was traced in the backward pass
+        computed += clock.attention(mine * group.pairs, 4 * config.gradient_checkpointing)
+        computed += clock.head(mine * group.scores, 1 if phase == "thought" else 4)
+        computed += clock.head(mine * group.rows, 0 if phase == "score" else formed)
+        found[phase] = minibatches * (clock.together(computed, micro) + clock.optimizer())
+    return found
+
+
+def recomputes(setup: Setup) -> bool:
+    """Whether the trainer computes the old policy's log-probs itself."""
+    old, source = setup.method.old_policy, setup.config.old_logprobs
+    if old == "sampler":
+        return source == "recompute" or (source == "auto" and setup.dtype != torch.float32)
+    return old is not None
+
+
+def flops(setup: Setup) -> Mapping[str, float]:
+    """Model FLOPs of a group by what they are for: 2 a weight and token forward, twice that backward. What is computed
+    a second time counts once.
+    """
+    group, shape, phases = sizes(setup), setup.shape, len(setup.method.phases)
+    head = math.prod(shape.head) if shape.head else shape.width
+    forward = 2 * shape.stack.all * group.tokens + 4 * shape.channels * shape.count * group.pairs
+    found = {"updates": phases * 3.0 * forward + 6.0 * head * (group.rows + group.scores)}
+    if setup.method.thoughts_each:
+        asked = contexts(setup.lengths, setup.method)
+        drawn = asked.count * setup.config.num_generations * setup.lengths.thought
+        found["thoughts"] = 2.0 * shape.stack.all * (asked.tokens + drawn) + 2.0 * head * drawn
+    return found

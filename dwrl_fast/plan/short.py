@@ -1,0 +1,38 @@
+"""The short form of a plan: one line about memory, for the dry run of a training."""
+
+import os
+
+import torch
+
+from dwrl_fast.config import TrainConfig
+from dwrl_fast.plan.lengths import Lengths
+from dwrl_fast.plan.memory import GIB, memory
+from dwrl_fast.plan.profile import Profile
+from dwrl_fast.plan.setup import planned
+from dwrl_fast.plan.trace import trace
+
+SMALL = 0.02  # of the sum: kinds below it are left out
+
+
+def short(config: TrainConfig, lengths: Lengths, ranks: int) -> str:
+    """What each of `ranks` holds at its fullest, of how much there is on this machine's device. UserError where it
+    cannot be planned.
+    """
+    profile = _here()
+    setup = planned(config, lengths, profile)
+    found = memory(setup, trace(setup, 1), ranks, config.token_budget)
+    kinds = sorted(found.moments[found.fullest].items(), key=lambda kind: -kind[1])
+    said = ", ".join(f"{kind} {size / GIB:.3g}" for kind, size in kinds if size > SMALL * found.peak)
+    each = f" on each of {ranks} ranks" if ranks > 1 else ""
+    there = profile.memory_gib if profile.device == "cuda" else profile.memory_gib / ranks
+    fits = "" if found.peak / GIB < there else "; IT DOES NOT FIT: python -m dwrl_fast.plan says what to change"
+    return f"{found.peak / GIB:.3g} GiB{each} at its fullest, of {there:.3g} ({found.fullest}: {said}){fits}"
+
+
+def _here() -> Profile:
+    """This machine's device; how fast it is has no part in its memory."""
+    if torch.cuda.is_available():
+        device, size = "cuda", torch.cuda.mem_get_info()[1]
+    else:
+        device, size = "cpu", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return Profile("here", "this machine", device, size / GIB, {1: 1.0}, 1.0, 1.0, 1.0, 1.0)  # type: ignore[arg-type]

@@ -1,0 +1,102 @@
+"""One number of GPUs after another: what fits, how long it takes, what it costs; and what to change where it does not
+fit.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from dwrl_fast.plan.memory import GIB, Memory, largest_budget, memory, parts
+from dwrl_fast.plan.seconds import step
+from dwrl_fast.plan.setup import Setup, planned
+from dwrl_fast.plan.trace import Traced, trace
+
+SIZES = tuple(2**power for power in range(11))  # 1 to 1,024
+
+
+class Sized(NamedTuple):
+    """A run on `gpus`. budget: of a micro-batch, the option's or the largest that fits; 0 where none does. largest: the
+    most that fits. memory: with that budget, or the option's where none fits. seconds: of a step, by stage.
+    """
+
+    gpus: int
+    budget: int
+    largest: int
+    memory: Memory
+    seconds: dict[str, float]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the run fits with the token budget that the options name."""
+        return self.budget > 0
+
+    def hours(self, rows: int, batch: int) -> float:
+        """Of an epoch of so many groups in rollout batches."""
+        return sum(self.seconds.values()) * rows / batch / 3600
+
+
+def room(setup: Setup) -> float:
+    """Bytes of a GPU that the plan may fill."""
+    config: Any = setup.config
+    capacity = config.gpu_memory or setup.profile.memory_gib
+    return (capacity - config.reserve_gib) * GIB
+
+
+def sized(setup: Setup, traced: Traced, gpus: int) -> Sized:
+    """The run on so many."""
+    wanted, largest = setup.config.token_budget, largest_budget(setup, traced, gpus, room(setup))
+    fits = memory(setup, traced, gpus, wanted).peak <= room(setup)
+    budget = wanted if fits else min(wanted, largest)
+    taken = budget or wanted
+    lying = parts(setup, gpus, max(taken, traced.small.tokens), traced.small.tokens)
+    seconds = step(setup, traced, gpus, lying.parts, taken)
+    return Sized(gpus, budget, largest, memory(setup, traced, gpus, taken), seconds)
+
+
+def sizes(setup: Setup, traced: Traced, most: int = SIZES[-1]) -> list[Sized]:
+    """On 1 to `most` GPUs, in powers of two. Under --hsdp, those that are whole machines."""
+    config: Any = setup.config
+    asked = [gpus for gpus in SIZES if gpus <= most and (not config.hsdp or gpus > config.gpus_per_machine)]
+    return [sized(setup, traced, gpus) for gpus in asked]
+
+
+def changes(setup: Setup, traced: Traced, gpus: int) -> Iterator[str]:
+    """What would make the run fit, each computed as the run itself was: words with the figures."""
+    now, wanted = sized(setup, traced, gpus), setup.config.token_budget
+    if now.largest:
+        yield f"--token_budget {now.largest}: the most that fits as it is"
+    for more in (size for size in SIZES if size > gpus):
+        peak = memory(setup, traced, more, wanted).peak
+        if peak <= room(setup):
+            yield f"{more} GPUs: {peak / GIB:.1f} GiB on each"
+            break
+    less: dict[str, Any] = {"gradient_checkpointing": True}
+    for values in (less, less | {"use_peft": True}):
+        if any(getattr(setup.config, name) != value for name, value in values.items()):
+            yield from _changed(setup, gpus, values)
+
+
+def _changed(setup: Setup, gpus: int, values: dict[str, Any]) -> Iterator[str]:
+    """The same run with other options, traced again, for its activations are others."""
+    other = planned(dataclasses.replace(setup.config, **values), setup.lengths, setup.profile)
+    traced = traced_on(other, gpus)
+    found = sized(other, traced, gpus)
+    if found.largest:
+        fewer = "" if found.budget == setup.config.token_budget else f" --token_budget {found.budget}"
+        yield f"{' '.join(f'--{name}' for name in values)}{fewer}: {found.memory.peak / GIB:.1f} GiB"
+    if gpus == 1 and "use_peft" in values and not found.fits:
+        smaller = dataclasses.replace(other, config=dataclasses.replace(other.config, load_in_4bit=True))
+        found = sized(smaller, traced, gpus)
+        if found.largest:
+            yield f"--use_peft --load_in_4bit --gradient_checkpointing --token_budget {found.budget}: fits"
+
+
+def _beside(setup: Setup) -> int | None:
+    """Ranks of a machine, where they hold a model by themselves."""
+    config: Any = setup.config
+    return config.gpus_per_machine if config.hsdp else None
+
+
+def traced_on(setup: Setup, gpus: int) -> Traced:
+    """The trace of the run on so many GPUs."""
+    return trace(setup, gpus, _beside(setup))

@@ -1,0 +1,209 @@
+"""The plan: its arithmetic against the trace, the trace against the profiler of real updates, and the command."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+from plan_cases import peak
+
+from bench.processes import together
+from dwrl_fast.errors import ConfigError
+from dwrl_fast.plan import PlanConfig, Setup, load_profile, parse_plan, planned
+from dwrl_fast.plan.memory import largest_budget, memory, parts
+from dwrl_fast.plan.profile import Profile
+from dwrl_fast.plan.seconds import step
+from dwrl_fast.plan.sizing import sized, sizes, traced_on
+from dwrl_fast.plan.trace import trace
+
+CPU = Profile("CPU", "made up", "cpu", 16.0, {1: 5e10}, 1e10, 1e10, 1e9, 1e9, overlaps=False)
+LLAMA = {
+    "model_type": "llama", "vocab_size": 8003, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True,
+}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": LLAMA,
+    "qwen2": LLAMA | {"model_type": "qwen2", "tie_word_embeddings": False, "vocab_size": 3001},
+    "deep": LLAMA | {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 12, "vocab_size": 1009},
+}
+# A minibatch of 4 groups, of which a rank of two has two; with a small budget in two micro-batches.
+CASES: dict[str, dict[str, Any]] = {
+    "dwrl": {"model": "llama"},
+    "dwrl, untied, two micro-batches": {"model": "qwen2", "token_budget": 100},
+    "dwrl, checkpointing": {"model": "deep", "gradient_checkpointing": True},
+    "bt": {"model": "deep", "method": "bt"},
+    "dpo": {"model": "qwen2", "method": "dpo"},
+    "dwrl, LoRA": {"model": "llama", "use_peft": True},
+}
+PAPERS = {"qwen2.5-3b": 3_085_938_688, "qwen2.5-7b": 7_615_616_512, "llama3.2-3b": 3_212_749_824,
+          "llama3.1-8b": 8_030_261_248}  # fmt: skip
+
+
+def config_of(folder: Path, model: str = "llama", **changes: Any) -> PlanConfig:
+    path = folder / f"{model}.json"
+    path.write_text(json.dumps(MODELS[model]))
+    lengths = {"prompt_tokens": 120, "response_tokens": 60, "thought_tokens": 40}
+    values = {"minibatch_size": 4, "rollout_batch_size": 4, "dtype": "fp32", "tokenizer_name_or_path": ""}
+    values |= {"gpus": 2, "gpu_memory": 16.0, "reserve_gib": 0.0, "dataset_name": "", "model_config": str(path)}
+    return PlanConfig(**lengths | values | changes)
+
+
+def setup_of(config: PlanConfig, profile: Profile = CPU) -> Setup:
+    return planned(config, config.lengths, profile)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("gpus", [1, 2, 8])
+def test_arithmetic_is_the_trace(tmp_path: Path, name: str, gpus: int) -> None:
+    """Of a micro-batch as large as the traced one, what FSDP2 and autograd hold: each kind that is arithmetic, and the
+    sum at its fullest.
+    """
+    setup = setup_of(config_of(tmp_path, **CASES[name]))
+    tokens = trace(setup, 1).large.tokens
+    lying = parts(setup, gpus, tokens, tokens / 3)
+    traced = trace(setup, gpus, accumulates=lying.accumulates)
+    found = memory(setup, traced, gpus, tokens)
+    most = traced.large.most
+    beside = ("optimizer", "whole copy", "frozen model")  # no part of a pass
+    sums = {
+        moment: sum(size for kind, size in kinds.items() if kind not in beside)
+        for moment, kinds in found.moments.items()
+        if moment != "sampling"
+    }
+    assert most["weights"] == pytest.approx(found.moments["loss"]["weights"], rel=0.05)
+    assert most.total() == pytest.approx(max(sums.values()), rel=0.1), (sums, most)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_the_profiler_of_a_real_update_on_two_ranks(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_of(tmp_path, **CASES[name])
+    measured = max(together(tmp_path, 2, peak, config, tmp_path))
+    setup = setup_of(config)
+    found = memory(setup, trace(setup, 2), 2, config.token_budget)
+    moment = max((each for each in found.moments if each != "sampling"), key=found.sum)
+    ratio = found.sum(moment) / measured
+    with capsys.disabled():
+        kinds = {kind: round(size / 2**20, 1) for kind, size in found.moments[moment].items()}
+        print(f"\n{name}: planned {found.sum(moment) / 2**20:.1f} MiB, profiler {measured / 2**20:.1f}: {ratio:.3f}")
+        print(f"  {moment}: {kinds}")
+    assert ratio == pytest.approx(1, abs=0.1)
+
+
+def test_the_shapes_of_the_papers_have_the_published_sizes() -> None:
+    for name, parameters in PAPERS.items():
+        config = parse_plan(["--model_config", str(ROOT / "recipes" / "models" / f"{name}.json")])
+        assert planned(config, config.lengths, load_profile("h100")).shape.parameters == parameters
+
+
+@pytest.mark.slow
+def test_a_7b_on_eight_ranks_by_hand() -> None:
+    """Every kind against what a pencil gives, in bytes."""
+    path = ROOT / "recipes" / "models" / "qwen2.5-7b.json"
+    config = parse_plan(["--model_config", str(path), "--gradient_checkpointing"])
+    setup = planned(config, config.lengths, load_profile("h100"))
+    traced = traced_on(setup, 8)
+    parameters, root, layer = PAPERS["qwen2.5-7b"], 2 * 152064 * 3584 + 3584, 233_057_792
+    found = memory(setup, traced, 8, config.token_budget).moments
+    kept = found["loss"]
+    assert kept["weights"] == found["end"]["gradients"] == pytest.approx(4 * parameters / 8, rel=0.01)
+    assert kept["optimizer"] == pytest.approx(8 * parameters / 8, rel=0.01)
+    assert kept["whole copy"] == 2 * parameters
+    assert kept["gathered weights"] == 2 * root
+    assert found["layers"]["collectives"] == pytest.approx(6 * layer, rel=0.01)
+    assert found["end"]["collectives"] == pytest.approx(4 * root, rel=0.01)
+    # What a layer keeps under checkpointing is its input; traced, so a pencil knows it but for the last layer's.
+    assert kept["activations"] == pytest.approx(28 * 2 * 3584 * config.token_budget, rel=0.1)
+    for traced_kinds in (traced.small.loss, traced.large.loss):
+        assert traced_kinds["weights"] == pytest.approx(4 * parameters / 8, rel=0.01)
+        assert traced_kinds["gradients"] == pytest.approx(4 * parameters / 8, rel=0.01)
+        assert traced_kinds["gathered weights"] == pytest.approx(2 * root, rel=0.1)
+
+
+def test_what_grows_and_what_does_not(tmp_path: Path) -> None:
+    setup = setup_of(config_of(tmp_path, gpus=4))
+    traced = trace(setup, 4)
+    room = memory(setup, traced, 4, 3000).peak
+    budget = largest_budget(setup, traced, 4, room)
+    assert budget <= 3000 < budget + 256
+    assert largest_budget(setup, traced, 4, 1.0) == 0
+    peaks = [each.memory.moments["layers"]["weights"] for each in sizes(setup, traced)]
+    assert len(peaks) == 11 and peaks == sorted(peaks, reverse=True)
+    seconds = [sum(each.seconds.values()) for each in sizes(setup, traced)]
+    assert seconds[1] < seconds[0] and seconds[-1] >= 0.9 * seconds[3], "4 groups do not scale past 4 ranks"
+
+
+def test_a_machine_holds_a_whole_model_under_hsdp(tmp_path: Path) -> None:
+    config = config_of(tmp_path, gpus=8, gpus_per_machine=2, hsdp=True)
+    setup = setup_of(config)
+    traced = traced_on(setup, 8)
+    line = trace(setup_of(config_of(tmp_path, gpus=2)), 2)
+    assert traced.large.most["weights"] == line.large.most["weights"]
+    assert sized(setup, traced, 8).memory.moments["loss"]["weights"] == pytest.approx(
+        sized(setup_of(config_of(tmp_path, gpus=2)), line, 2).memory.moments["loss"]["weights"]
+    )
+    with pytest.raises(ConfigError, match="several machines"):
+        config_of(tmp_path, gpus=8, gpus_per_machine=8, hsdp=True)
+
+
+def test_a_step_has_the_stages_of_training(tmp_path: Path) -> None:
+    setup = setup_of(config_of(tmp_path))
+    traced = trace(setup, 2)
+    assert set(step(setup, traced, 2, 2, 4096)) == {"sync", "sampling", "score", "thought"}
+    setup = setup_of(config_of(tmp_path, dtype="bf16"))
+    assert "old_logprobs" in step(setup, trace(setup, 2), 2, 2, 4096)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{}", "no profile of a device"),
+        ("{name: x", "no file of a device"),
+        (CPU.to_yaml().replace("16.0", "16.0\nmuch: 1"), "much"),
+        (CPU.to_yaml().replace("memory: 10000000000.0", "memory: -1.0"), "above 0"),
+    ],
+)
+def test_a_profile_that_is_none_is_refused(tmp_path: Path, content: str, said: str) -> None:
+    (tmp_path / "p.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=said):
+        load_profile(str(tmp_path / "p.yaml"))
+    with pytest.raises(ConfigError, match="h100, h200, a100, rtx4090"):
+        load_profile("h1000")
+
+
+def test_a_profile_is_read_as_it_was_written(tmp_path: Path) -> None:
+    (tmp_path / "p.yaml").write_text(CPU.to_yaml())
+    assert load_profile(str(tmp_path / "p.yaml")) == CPU
+    assert load_profile("h100").product_rate(4096) == pytest.approx(0.46 * 989e12)
+
+
+def command(folder: Path, *arguments: object) -> Any:
+    run = [sys.executable, "-m", "dwrl_fast.plan", *map(str, arguments)]
+    return subprocess.run(run, cwd=folder, env=None, capture_output=True, text=True, timeout=300)
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    path = tmp_path / "m.json"
+    path.write_text(json.dumps(LLAMA))
+    done = command(tmp_path, "--model_config", path, "--gpus", 2, "--price", 2, "--plot", "p.png", "--json", "p.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "p.json").read_text())
+    assert [each["gpus"] for each in found["sizes"]] == [2, 1, *(2**i for i in range(2, 11))]
+    assert (tmp_path / "p.png").stat().st_size > 10_000
+    tight = command(tmp_path, "--model_config", path, "--gpus", 2, "--gpu_memory", 5.3)
+    assert tight.returncode == 4 and "--token_budget" in tight.stdout and "does not fit" in tight.stderr, tight.stdout
+    none = command(tmp_path, "--gpus", 2)
+    assert none.returncode == 2 and "recipes/models" in none.stderr
+
+
+def test_the_dtype_follows_the_device(tmp_path: Path) -> None:
+    config = config_of(tmp_path, dtype="auto")
+    assert setup_of(config).dtype == torch.float32
+    assert setup_of(config, load_profile("h100")).dtype == torch.bfloat16
