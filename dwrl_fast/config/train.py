@@ -216,14 +216,39 @@ python -m dwrl_fast.train --config runs/mine/config.yaml --resume_from_checkpoin
         None, "Where everything is written, by one run at a time. none: runs/METHOD-TIME."
     )
     save_steps: int = run_option(20, "Rollout batches between checkpoints. 0: only at the end.", bound=at_least(0))
+    save_updates: int = run_option(
+        0,
+        "Updates between checkpoints within a rollout batch, where one takes long. Such a checkpoint holds the batch's "
+        "thoughts too. 0: none within.",
+        bound=at_least(0),
+    )
     save_total_limit: int | None = run_option(
-        2, "Keep so many of the newest checkpoints, each 12 bytes a parameter. none: all of them.", bound=at_least(1)
+        2,
+        "Keep so many of the newest checkpoints, each 12 bytes a parameter, beside the best one of --eval_steps. none: "
+        "all of them.",
+        bound=at_least(1),
+    )
+    async_save: bool = run_option(
+        True,
+        "Write checkpoints while training goes on, from a copy in the processor's memory, 12 bytes a parameter. "
+        "Several processes write them together, and wait.",
     )
     resume_from_checkpoint: str | None = run_option(
         None,
         "A checkpoint's folder, or latest: the newest whole one in --output_dir; damaged ones past it are renamed. The "
         "run goes on to the bit. With latest a run that has not begun begins, and a finished one is left as it is. "
         "auto: as latest, for jobs that are started again and again, without a warning at the first start.",
+    )
+    resume_anyway: bool = run_option(
+        False,
+        "Resume a checkpoint of a run with another data set, template, tokenizer, base model or other options; what is "
+        "given up by it is said.",
+    )
+    skip_bad_batches: int = run_option(
+        0,
+        "Go on without so many batches in which a log-prob, a loss or a gradient is not finite. Each is written to "
+        "OUTPUT_DIR/bad_batches; no step is taken with it. One more ends the run.",
+        bound=at_least(0),
     )
 
     cpu_offload: bool = ranks_option(
