@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from rich.console import Console
 
 from dwrl_fast.config import JudgingOptions
-from dwrl_fast.console import command, set_up_logging
+from dwrl_fast.console import command, open_console
 from dwrl_fast.data import Preference
 from dwrl_fast.data.jsonl import finite
 from dwrl_fast.data.mixture import Part, check_evaluated
@@ -107,8 +107,7 @@ def parse_compare(argv: Sequence[str]) -> CompareConfig:
 
 def main(argv: list[str]) -> None:
     """The command."""
-    console = Console()
-    set_up_logging(console)
+    console = open_console()
     run(parse_compare(argv), console)
 
 
@@ -118,6 +117,9 @@ def run(config: CompareConfig, console: Console) -> PairedReport:
     """
     for path in (config.model_a, config.model_b):
         load_card(path)  # whether it is there is said before the first one is scored
+    if config.output_file is not None:
+        open(config.output_file, "x").close()  # and whether what differs can be written
+        Path(config.output_file).unlink()
     with Display(console) as display:
         both = [_judge(config, path, display) for path in (config.model_a, config.model_b)]
     rows, first, second = _shared(*both)

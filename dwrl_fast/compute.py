@@ -68,6 +68,12 @@ def _say_slow() -> None:
         )
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether it says that memory does not suffice. PyTorch has a class for it on GPUs, and a text on CPUs."""
+    said = ("can't allocate memory", "not enough memory", "bad_alloc")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in said)
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """A context in which PyTorch uses one thread, so that sums have the same order on every machine. For models so

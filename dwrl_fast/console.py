@@ -1,30 +1,43 @@
 """What the commands share on a terminal: logging, and user errors that are printed without a traceback."""
 
+import errno
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable
+from types import FrameType
 from typing import NoReturn
 
 from rich.console import Console
 from rich.logging import RichHandler
 
-from dwrl_fast.errors import ConfigError, UserError
+from dwrl_fast.errors import ConfigError, Stopped, UserError
 from dwrl_fast.log import logger
 from dwrl_fast.ranks import culprit, stop
 
 GRACE = 5  # seconds
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.EACCES, errno.EPERM, errno.ESTALE}
 
 
-def open_console() -> Console:
+class Terminal(Console):
+    """Where a command prints. One whose reader is gone (`| head`) goes on without printing: its files matter more."""
+
+    def on_broken_pipe(self) -> None:
+        """Print nothing from now on."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def open_console(*, highlight: bool = True) -> Console:
     """The terminal; of several ranks, that of the first alone, for all of them would say the same."""
     first = os.environ.get("RANK", "0") == "0"
     if not first:
         warnings.simplefilter("ignore")
-    console = Console(quiet=not first)
+    console = Terminal(quiet=not first, highlight=highlight)
     set_up_logging(console)
     return console
 
@@ -39,9 +52,12 @@ def set_up_logging(console: Console) -> None:
 def command(main: Callable[[list[str]], None], *, ranks: bool = False) -> None:
     """Run a command's `main` with the arguments of the command line. ranks: whether torchrun may start several of it.
 
-    A UserError ends the process with the error's status and prints only its message. An interrupt ends it with 130. Of
-    several ranks, the one that fails first says why; the others fail because it is gone.
+    A UserError ends the process with the error's status and prints only its message, and so does a disk that refuses a
+    file. SIGINT ends it with 130, SIGTERM with 143. Of several ranks, the one that fails first says why; the others
+    fail because it is gone.
     """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
     try:
         if not ranks:
             refuse_processes()
@@ -51,9 +67,12 @@ def command(main: Callable[[list[str]], None], *, ranks: bool = False) -> None:
             _end(0)  # gloo's threads sometimes abort a process that ends by itself
     except UserError as error:
         _leave(error.status, f"\nerror: {error}")
-    except KeyboardInterrupt:
-        _leave(130, "\ninterrupted")
+    except KeyboardInterrupt as error:
+        _leave(getattr(error, "status", 130), f"\n{error or 'interrupted'}")
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in DISK:
+            where = f"{error.filename}: " if error.filename else ""
+            _leave(2, f"\nerror: {where}{error.strerror}. Make room there or let it be written to, then try again.")
         if "RANK" not in os.environ:
             raise
         _leave(1, f"{_failure(error)}\n{traceback.format_exc()}")
@@ -67,6 +86,10 @@ def _failure(error: Exception) -> str:
             "memory: torchrun says with which signal)."
         )
     return f"rank {rank} failed, and the others stop with it:"
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    raise Stopped(number)
 
 
 def _leave(status: int, why: str) -> NoReturn:

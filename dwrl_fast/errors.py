@@ -1,5 +1,8 @@
-"""Errors that a user can correct. The commands print them without a traceback; any other exception is a bug."""
+"""Errors that a user can correct. The commands print them without a traceback; any other exception is a bug. And the
+end of a command by a signal.
+"""
 
+import signal
 from typing import ClassVar
 
 
@@ -40,6 +43,10 @@ class CheckpointError(UserError):
     """A checkpoint is missing, incomplete, altered, or belongs to another run."""
 
 
+class UnwrittenError(CheckpointError):
+    """The disk did not take a checkpoint. Those before it are as they were, and so is the run."""
+
+
 class SamplerError(UserError):
     """An engine that writes thoughts failed, or is not one that can be trusted with them."""
 
@@ -54,3 +61,14 @@ class UnfitError(UserError):
     """An examined set-up has a fault with which it should not be trained."""
 
     status = 4
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the command to end. saved: everything up to here was saved before it was raised.
+
+    status: the exit status of the command, as a shell gives it for the signal.
+    """
+
+    def __init__(self, number: int, *, saved: bool = False):
+        super().__init__("interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}")
+        self.status, self.saved = 128 + number, saved

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dwrl_fast.config import VOTE_CURVE, EvaluateConfig, JudgingOptions, parse_evaluate
-from dwrl_fast.console import command, set_up_logging
+from dwrl_fast.console import command, open_console
 from dwrl_fast.data import Preference
 from dwrl_fast.data.jsonl import finite
 from dwrl_fast.errors import ConfigError
@@ -46,8 +46,7 @@ STAGES = {"rows": ("score", "pairs or rankings were scored"), "probe": ("probe",
 
 def main(argv: list[str]) -> None:
     """The command."""
-    console = Console()
-    set_up_logging(console)
+    console = open_console()
     run(parse_evaluate(argv), console)
 
 

@@ -20,7 +20,7 @@ from dwrl_fast.config import NEWEST, TrainConfig, parse_train
 from dwrl_fast.console import command, open_console
 from dwrl_fast.doctor import check_start
 from dwrl_fast.embedded.options import embedded_options, on_embedded
-from dwrl_fast.errors import CheckpointError, ConfigError, UntrainedError
+from dwrl_fast.errors import CheckpointError, ConfigError, Stopped, UntrainedError
 from dwrl_fast.feed import Feed, open_feed, read_rows, warn_of_shared_prompts
 from dwrl_fast.lock import sole_writer
 from dwrl_fast.log import logger
@@ -34,8 +34,8 @@ from dwrl_fast.training.checkpoint import checkpoints, latest_checkpoint
 from dwrl_fast.training.dry_run import dry_run
 from dwrl_fast.training.plots import plot_curves
 from dwrl_fast.training.policy import PREFILLED, load_judging
-from dwrl_fast.training.runlog import read_metrics
-from dwrl_fast.training.trainer import Trainer, write_json
+from dwrl_fast.training.runlog import read_metrics, write_json
+from dwrl_fast.training.trainer import Trainer
 
 BASELINE = "bt"  # trained beside every method on the embedded task
 RESULT = "result.json"  # written last: a folder that has it holds a finished run
@@ -66,9 +66,10 @@ def main(argv: list[str]) -> None:
         return
     try:
         result = run(config, console, ranks)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         folder = None if config.output_dir is None else Path(config.output_dir)
-        if folder is not None and latest_checkpoint(folder) is not None:
+        said = isinstance(error, Stopped) and error.saved
+        if not said and folder is not None and latest_checkpoint(folder) is not None:
             console.print(f"\n{folder} can go on: add --resume_from_checkpoint latest", highlight=False)
         raise
     if not result.get("trained", True):
@@ -143,7 +144,7 @@ def finished(config: TrainConfig, folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder / RESULT} cannot be read: {error}. {again}") from None
     mine = config.to_dict()
     was = parse_train(["--config", str(folder / "config.yaml")]).to_dict()
-    apart = ("output_dir", "resume_from_checkpoint")
+    apart = ("output_dir", "resume_from_checkpoint", "resume_anyway")
     other = [f"{name} was {was[name]!r}, is {value!r}" for name, value in mine.items() if value != was[name]
              and name not in apart]  # fmt: skip
     if other or config.resume_from_checkpoint not in NEWEST:
@@ -199,7 +200,7 @@ def train(
         trainer = Trainer(config, method, judging, feed, held_out, folder, display)
         trainer.resume()
         if ranks.first:
-            dataclasses.replace(saved, resume_from_checkpoint=None).save(folder / "config.yaml")
+            dataclasses.replace(saved, resume_from_checkpoint=None, resume_anyway=False).save(folder / "config.yaml")
         result = trainer.train()
     if ranks.first:
         curves = folder / "curves.png"
@@ -219,7 +220,8 @@ def train_embedded(config: TrainConfig, folder: Path, display: Display, ranks: R
         return result
     compared = configure(["--method", BASELINE, "--seed", str(config.seed), "--output_dir", str(folder / "bt")])
     shared = {
-        name: getattr(config, name) for name in ("dtype", "packing", "token_budget", "save_steps", "save_total_limit")
+        name: getattr(config, name)
+        for name in ("dtype", "packing", "token_budget", "save_steps", "save_updates", "save_total_limit", "async_save")
     }
     resume = config.resume_from_checkpoint and "auto"
     compared = on_embedded(dataclasses.replace(compared, resume_from_checkpoint=resume, **shared), made)

@@ -135,16 +135,40 @@ def test_pruning_keeps_the_newest(tmp_path: Path, keep: int | None) -> None:
 
 def test_nothing_is_pruned_for_a_checkpoint_that_went_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = save_checkpoint(tmp_path, 1, some_tensors(), STATE, 1)
-    write = checkpoint._write
+    write = checkpoint._write_rest
 
     def write_badly(folder: Path, *rest: Any) -> None:
         write(folder, *rest)
         (folder / "state.json").write_text("{}")
 
-    monkeypatch.setattr(checkpoint, "_write", write_badly)
+    monkeypatch.setattr(checkpoint, "_write_rest", write_badly)
     with pytest.raises(CheckpointError, match=r"state.json is not as it was written"):
         save_checkpoint(tmp_path, 2, some_tensors(), STATE, 1)
     assert latest_checkpoint(tmp_path) == old
+
+
+def test_places_within_steps_are_in_order_and_one_may_be_spared(tmp_path: Path) -> None:
+    places = [(1, 0), (1, 2), (1, 10), (2, 0)]
+    for step, update in places:
+        save_checkpoint(tmp_path, step, {}, {}, 2, update=update, spared={"checkpoint-000001"})
+    left = ["checkpoint-000001", "checkpoint-000001-0010", "checkpoint-000002"]
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == left
+    assert [checkpoint.place_of(tmp_path / checkpoint.name_of(place)) for place in places] == places
+    assert [path.name for path in checkpoint.checkpoints(tmp_path, past=(1, 9))] == left[1:]
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-000002"
+
+
+def test_a_checkpoint_that_is_not_accepted_fills_nothing(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, 1, some_tensors(), STATE)
+
+    def refuse(state: dict[str, Any]) -> None:
+        assert state == STATE
+        raise CheckpointError("not this one")
+
+    into = blank(some_tensors())
+    with pytest.raises(CheckpointError, match="not this one"):
+        load_checkpoint(path, into, accept=refuse)
+    assert_same(into, blank(some_tensors()))
 
 
 def test_every_dtype_and_shape_comes_back_to_the_bit(tmp_path: Path) -> None:

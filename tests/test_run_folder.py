@@ -325,8 +325,8 @@ def test_another_runs_damaged_checkpoint_stays_where_it_is(folder: Path) -> None
 def test_steps_are_compared_as_numbers(tmp_path: Path) -> None:
     for step in (999_999, 1_000_000):
         save_checkpoint(tmp_path, step, {"a": torch.zeros(1)}, {})
-    assert [path.name for path in checkpoints(tmp_path, past=999_999)] == ["checkpoint-1000000"]
-    assert checkpoints(tmp_path, past=1_000_000) == []
+    assert [path.name for path in checkpoints(tmp_path, past=(999_999, 0))] == ["checkpoint-1000000"]
+    assert checkpoints(tmp_path, past=(1_000_000, 0)) == []
 
 
 def test_the_log_drops_thoughts_past_the_checkpoint(tmp_path: Path) -> None:

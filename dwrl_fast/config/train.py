@@ -216,8 +216,22 @@ python -m dwrl_fast.train --config runs/mine/config.yaml --resume_from_checkpoin
         None, "Output folder. Only one run at a time may write to it. none: runs/METHOD-TIME."
     )
     save_steps: int = run_option(20, "Rollout batches between checkpoints. 0: only at the end.", bound=at_least(0))
+    save_updates: int = run_option(
+        0,
+        "Updates between checkpoints within a rollout batch. Such a checkpoint also holds the batch's thoughts. 0: no "
+        "checkpoints within a rollout batch.",
+        bound=at_least(0),
+    )
     save_total_limit: int | None = run_option(
-        2, "Checkpoints to keep, the newest ones; each takes 12 bytes a parameter. none: all.", bound=at_least(1)
+        2,
+        "Checkpoints to keep: the newest ones, and the best one of --eval_steps. Each takes 12 bytes a parameter. none: "
+        "all.",
+        bound=at_least(1),
+    )
+    async_save: bool = run_option(
+        True,
+        "Write checkpoints in the background, from a copy in CPU memory (12 bytes a parameter). With several processes "
+        "training waits until they are written.",
     )
     resume_from_checkpoint: str | None = run_option(
         None,
@@ -225,6 +239,17 @@ python -m dwrl_fast.train --config runs/mine/config.yaml --resume_from_checkpoin
         "ones are renamed. The resumed run equals an uninterrupted one bit for bit. With latest, a run without "
         "checkpoints starts from the beginning, and a finished run is left as it is. auto: like latest, without a "
         "warning when there is no checkpoint yet.",
+    )
+    resume_anyway: bool = run_option(
+        False,
+        "Resume even if the data set, template, tokenizer, base model or options differ from the checkpoint's. What is "
+        "lost is reported.",
+    )
+    skip_bad_batches: int = run_option(
+        0,
+        "Number of batches that may be skipped because a log-prob, a loss or a gradient is not finite. Each is written "
+        "to OUTPUT_DIR/bad_batches. One more ends the run.",
+        bound=at_least(0),
     )
 
     cpu_offload: bool = ranks_option(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from rich.console import Console
 from rich.markup import escape
 
-from dwrl_fast.console import command, set_up_logging
+from dwrl_fast.console import command, open_console
 from dwrl_fast.data import Message, Rankings, Ties, open_rows
 from dwrl_fast.data.check import FileReport, check, find_overlap
 from dwrl_fast.data.columns import Unusable
@@ -165,8 +165,7 @@ python -m dwrl_fast.data --prepare on-topic --source pairs.jsonl --longest 450 -
 
 def main(argv: list[str]) -> None:
     """The command. A DataError ends it with status 1."""
-    console = Console()
-    set_up_logging(console)
+    console = open_console()
     config = parse(DataConfig, argv)
     try:
         if config.formats:

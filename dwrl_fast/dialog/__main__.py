@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dwrl_fast.console import command, set_up_logging
+from dwrl_fast.console import command, open_console
 from dwrl_fast.data import Demonstration, Preference, Reader, open_rows
 from dwrl_fast.dialog import Chat, Dialog, SingleTurn, Thinking
 from dwrl_fast.dialog.chat import TODAY
@@ -98,8 +98,7 @@ python -m dwrl_fast.dialog --show pairs.jsonl:12 --tokenizer_name_or_path T --te
 
 def main(argv: list[str]) -> None:
     """The command."""
-    console = Console(highlight=False)
-    set_up_logging(console)
+    console = open_console(highlight=False)
     run(parse(ShowConfig, argv), console)
 
 

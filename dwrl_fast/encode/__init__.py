@@ -8,6 +8,7 @@ from dwrl_fast.encode.completions import completion_groups, plain_groups
 from dwrl_fast.encode.demonstrations import demonstration_group
 from dwrl_fast.encode.fitting import drop_long, fit
 from dwrl_fast.encode.group import Group
+from dwrl_fast.encode.record import group_of, group_record
 from dwrl_fast.encode.request import (
     Request,
     closed_groups,
@@ -31,6 +32,8 @@ __all__ = [
     "drawn_orders",
     "drop_long",
     "fit",
+    "group_of",
+    "group_record",
     "label_groups",
     "plain_groups",
     "read_thoughts",

@@ -1,14 +1,16 @@
 """The figures of a training step, which add up over its micro-batches."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dwrl_fast import ops
 from dwrl_fast.batching.batch import Batch
+from dwrl_fast.data.jsonl import finite
 from dwrl_fast.encode import Group
 from dwrl_fast.ranks import Ranks
 
@@ -23,6 +25,7 @@ class StepMetrics:
     counts: dict[str, int | Tensor] = field(default_factory=dict)
     policy: list[Tensor] = field(default_factory=list)
     scored: list[tuple[Batch, Tensor]] = field(default_factory=list)
+    restored: dict[Group, list[list[float]]] = field(default_factory=dict)  # scores from before the run was resumed
 
     def add(self, name: str, values: Tensor, count: int | None = None, where: Tensor | None = None) -> None:
         """Each of `values` counts once, or each where `where` is true, unless they are a sum over `count` already."""
@@ -35,6 +38,12 @@ class StepMetrics:
     def add_scores(self, batch: Batch, scores: Tensor) -> None:
         """The scores [S] that the model gave in `batch`, in nats; of a group only the last are kept."""
         self.scored.append((batch, scores.detach()))
+
+    def copy(self) -> "StepMetrics":
+        """The same, to go back to: what is added to one of the two is not in the other."""
+        return StepMetrics(
+            dict(self.sums), dict(self.counts), list(self.policy), list(self.scored), dict(self.restored)
+        )
 
     def joined(self, ranks: Ranks) -> "StepMetrics":
         """With the sums of all ranks; the scores are still this rank's. Synchronises."""
@@ -63,7 +72,34 @@ class StepMetrics:
 
     def scores(self, groups: Sequence[Group]) -> list[list[list[float]]]:
         """The last scores of each of `groups`: K lists of N, empty where none were given. Synchronises."""
-        found: dict[Group, list[list[float]]] = {}
+        found = dict(self.restored)
         for batch, scores in self.scored:
             found |= zip(batch.groups, batch.by_sequence(scores.tolist()), strict=True)
         return [found.get(group, []) for group in groups]
+
+    def state(self, groups: Sequence[Group]) -> dict[str, Any]:
+        """As JSON, where the step is one over `groups`; what is not finite is null. Synchronises."""
+        return {
+            "sums": finite({name: total.item() for name, total in self.sums.items()}),
+            "counts": {name: int(count) for name, count in self.counts.items()},
+            "policy": finite([stats.tolist() for stats in self.policy]),
+            "scores": finite(self.scores(groups)),
+        }
+
+    def restore(self, state: Mapping[str, Any], groups: Sequence[Group], device: torch.device) -> None:
+        """Add what `state` gave of the same step, on one of the ranks."""
+        for name, total in state["sums"].items():
+            self.add(name, _tensor(total, device), state["counts"][name])
+        self.policy += [_tensor(stats, device) for stats in state["policy"]]
+        given = ((group, scores) for group, scores in zip(groups, state["scores"], strict=True) if scores)
+        self.restored |= {group: [[_number(one) for one in some] for some in scores] for group, scores in given}
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _tensor(values: Any, device: torch.device) -> Tensor:
+    """float64 of a number or a list of them."""
+    some = [_number(each) for each in values] if isinstance(values, list) else _number(values)
+    return torch.tensor(some, dtype=torch.float64, device=device)

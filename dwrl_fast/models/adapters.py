@@ -297,12 +297,13 @@ def write_adapter(folder: Path, lm: Any) -> None:
 
 
 def base_fingerprint(lm: Any) -> str:
-    """A hash that identifies the frozen base, wherever it is stored: of some 64 elements of every frozen weight. They
-    are hashed as bfloat16, so that the dtype of the base does not matter.
+    """A hash that identifies the model that a run begins with, wherever it is stored: of some 64 elements of every
+    weight, but for adapters and what trains beside them. They are hashed as bfloat16, so that the dtype of the file
+    does not matter.
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, parameter in lm.named_parameters():
-        if not parameter.requires_grad:
+        if not (adapted(lm) and parameter.requires_grad):
             flat = parameter.detach().flatten()
             some = flat[:: max(1, flat.numel() // 64)].bfloat16()
             digest.update(name.encode() + some.view(torch.int16).cpu().numpy().tobytes())

@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from safetensors import SafetensorError
+
 from dwrl_fast.dialog import Dialog, SingleTurn, Thinking
 from dwrl_fast.errors import ConfigError, ModelError
 from dwrl_fast.models import gguf
@@ -74,8 +76,18 @@ def save_pretrained(folder: Path, model: PreferenceModel, dialog: Dialog | Singl
     is what they merge into, and `adapter` beside it holds them alone.
 
     What was written is loaded again and must compute what the model computes; ModelError otherwise, and then the new
-    folder stands in FOLDER.part and the one before where it was.
+    folder stands in FOLDER.part and the one before where it was. ModelError also where the disk refuses it.
     """
+    try:
+        _save(folder, model, dialog, card)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"the model cannot be saved in {folder}: {error}. Make room there; a run that is resumed from its last "
+            "checkpoint (--resume_from_checkpoint latest) then saves it"
+        ) from error
+
+
+def _save(folder: Path, model: PreferenceModel, dialog: Dialog | SingleTurn, card: dict[str, Any]) -> None:
     lm: Any = model.lm
     quiet()
     _replace(folder, plain(lm).save_pretrained, model, dialog, card)
@@ -90,8 +102,8 @@ def try_saving(folder: Path, model: PreferenceModel, dialog: Dialog | SingleTurn
     there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
     try:
         with tempfile.TemporaryDirectory(prefix=".trial-", dir=there) as trial:
-            save_pretrained(Path(trial) / "model", model, dialog, card)
-    except OSError as error:
+            _save(Path(trial) / "model", model, dialog, card)
+    except (OSError, SafetensorError) as error:
         raise ConfigError(
             f"the model cannot be saved in {there}: {error}. Make room, or give another folder"
         ) from error

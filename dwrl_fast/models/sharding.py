@@ -21,7 +21,7 @@ from dwrl_fast.batching.balance import Cost
 from dwrl_fast.batching.batch import Batch
 from dwrl_fast.compute import Compute
 from dwrl_fast.errors import ModelError
-from dwrl_fast.models.adapters import adapted, base_fingerprint
+from dwrl_fast.models.adapters import base_fingerprint
 from dwrl_fast.models.model import Model
 from dwrl_fast.ranks import Ranks
 
@@ -30,13 +30,13 @@ class Sharded(Generic[Model]):
     """`model`, sharded in place over `ranks`. It comes whole, in float32 or in the dtype of its file; what is trained
     is cast to float32 layer by layer, as it is sharded, so that no rank holds all of it in float32 unless it came so.
 
-    replica: where thoughts are sampled, the model as it came, in the run's dtype. fingerprint: of the frozen weights
-    under adapters. Raises ModelError where the layers of the model are not found.
+    replica: where thoughts are sampled, the model as it came, in the run's dtype. fingerprint: of the model as it
+    came. Raises ModelError where the layers of the model are not found.
     """
 
     def __init__(self, model: Model, ranks: Ranks, compute: Compute, *, samples: bool, offload: bool = False):
         self.ranks, self.compute = ranks, compute
-        self.fingerprint = base_fingerprint(model.lm) if adapted(model.lm) else ""
+        self.fingerprint = base_fingerprint(model.lm)
         self.skeleton: Model = _copied(model, lambda p: p.data.to("meta"))
         self.replica: Model | None = model if samples else None
         self.model: Model = _copied(model, lambda p: p.data) if samples else model

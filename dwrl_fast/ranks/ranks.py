@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -73,6 +74,14 @@ class Ranks:
             values = values.clone()
             dist.all_reduce(values)
         return values
+
+    def largest(self, value: int) -> int:
+        """The largest `value` of all ranks, on all of them."""
+        if self.mesh is None:
+            return value
+        found = torch.tensor(value)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
 
 
 ALONE = Ranks()

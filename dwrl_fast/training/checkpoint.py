@@ -1,12 +1,13 @@
-"""Checkpoints: one folder a step, whole or absent, given back to the bit.
+"""Checkpoints: one folder each, whole or absent, given back to the bit.
 
     parent/checkpoint-000120/   shard-00001-model-00001-of-00001.safetensors   the tensors, or one rank's parts of them
                                 state.json                                     everything else
                                 manifest.json             size and SHA-256 of each file, written last
 
-A save is written beside its final place, made durable, and renamed into it, so that a process killed at any moment
-leaves the earlier checkpoints as they were. A step once saved is never written again. One run writes to a parent folder
-at a time (lock.py).
+A checkpoint within a step is called checkpoint-000120-0007: 120 steps are over, and seven updates of the next one. A
+save is written under another name, made durable, and renamed, so that a process killed at any moment leaves the earlier
+checkpoints as they were. What was once saved is never written again. One run writes to a parent folder at a time
+(lock.py).
 
 Tensors are written and read by torch.distributed.checkpoint, each rank its own parts; so any number of ranks can go on
 from a checkpoint. Loading trusts no file: what the manifest does not vouch for is not read, and no file is a pickle.
@@ -20,7 +21,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
-from dwrl_fast.errors import CheckpointError
+from dwrl_fast.errors import CheckpointError, UnwrittenError
 from dwrl_fast.log import logger
 from dwrl_fast.ranks import ALONE, Ranks
 
@@ -41,6 +42,9 @@ FILE_BYTES = 2**30  # tensors that begin below a multiple of it share a file
 UNREADABLE = (OSError, ValueError, RecursionError)  # what reading JSON raises
 UNFINISHED = ".unfinished"
 DAMAGED = ".damaged"
+NAME = re.compile(r"checkpoint-(\d+)(?:-(\d+))?")
+
+Place = tuple[int, int]  # steps, and updates of the next one
 
 
 def save_checkpoint(
@@ -50,17 +54,21 @@ def save_checkpoint(
     state: dict[str, Any],
     keep: int | None = None,
     *,
+    update: int = 0,
+    spared: Collection[str] = (),
     ranks: Ranks = ALONE,
 ) -> Path:
-    """Write `parent/checkpoint-STEP` and return it; then remove all but the newest `keep` (this one is never removed).
+    """Write `parent/checkpoint-STEP`, or `-STEP-UPDATE`, and return it; then remove all but the newest `keep` (this one
+    is never removed, nor one whose name is `spared`).
 
     tensors: any dtypes and shapes, by name. state: what JSON gives back unchanged (no tuples, all keys text, no NaN).
     All `ranks` call it together, into one folder that all of them see; each writes its parts of sharded tensors.
-    CheckpointError: the step exists, something is not as said above, or the disk fails; earlier checkpoints stay whole.
+    UnwrittenError: the disk refused it; earlier checkpoints stay whole. CheckpointError: the place is taken, or
+    something is not as said above.
     """
     if keep is not None and keep < 1:
         raise ValueError(f"keep = {keep}: at least the checkpoint just written is kept")
-    final = parent / f"checkpoint-{step:06d}"
+    final = parent / name_of((step, update))
     text = _state_text(state)
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
@@ -68,15 +76,16 @@ def save_checkpoint(
                 f"{name} is a {type(tensor).__name__}: only tensors are saved here, the rest is state."
             )
     folder = final.with_name(final.name + UNFINISHED)
-    ranks.from_first(lambda: _make(folder))
     try:
-        _write(folder, tensors, text, ranks)
-        ranks.from_first(lambda: _name(folder, final, keep))
-    except (OSError, CheckpointException, SafetensorError) as error:
+        ranks.from_first(lambda: _make(folder, final))
+        with _writing(final):
+            files = _write_tensors(folder, tensors, ranks)
+        ranks.from_first(lambda: _complete(folder, final, text, files))
+    except (UnwrittenError, KeyboardInterrupt):
         shutil.rmtree(folder, ignore_errors=True)
-        raise CheckpointError(
-            f"{final} could not be written: {_cause(error)}. Earlier checkpoints are as they were."
-        ) from error
+        raise
+    if keep is not None:
+        ranks.from_first(lambda: _prune(final, keep, spared))
     return final
 
 
@@ -94,10 +103,22 @@ def latest_checkpoint(parent: Path) -> Path | None:
     return None
 
 
-def checkpoints(parent: Path, past: int = -1) -> list[Path]:
-    """The folders that have the name of a checkpoint, of a step past `past`; oldest first."""
-    found = [(int(m[1]), f) for f in parent.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", f.name))]
-    return [folder for step, folder in sorted(found) if step > past]
+def checkpoints(parent: Path, past: Place = (-1, 0)) -> list[Path]:
+    """The folders that have the name of a checkpoint, of a place past `past`; oldest first."""
+    found = [(place, folder) for folder in parent.glob("checkpoint-*") if (place := place_of(folder)) is not None]
+    return [folder for place, folder in sorted(found) if place > past]
+
+
+def name_of(place: Place) -> str:
+    """What the folder of a checkpoint is called."""
+    step, update = place
+    return f"checkpoint-{step:06d}" + (f"-{update:04d}" if update else "")
+
+
+def place_of(folder: Path) -> Place | None:
+    """The place of a checkpoint, from its folder's name; None where that is no checkpoint's."""
+    found = NAME.fullmatch(folder.name)
+    return None if found is None else (int(found[1]), int(found[2] or 0))
 
 
 def set_aside(folder: Path) -> Path:
@@ -109,14 +130,25 @@ def set_aside(folder: Path) -> Path:
     return folder.rename(next(name for name in names if not name.exists()))
 
 
-def load_checkpoint(path: Path, tensors: dict[str, Tensor], *, ranks: Ranks = ALONE) -> dict[str, Any]:
+def load_checkpoint(
+    path: Path,
+    tensors: dict[str, Tensor],
+    *,
+    accept: Callable[[dict[str, Any]], object] = lambda state: None,
+    ranks: Ranks = ALONE,
+) -> dict[str, Any]:
     """Fill `tensors` in place from the checkpoint at `path` and return its state. All `ranks` call it together; they
     may be more or fewer than those that wrote it.
 
+    accept: called with the state before a tensor is filled; raises where the checkpoint is not to be gone on from.
     CheckpointError: it is missing, incomplete or altered, or holds other names, shapes or dtypes.
     """
     ranks.from_first(lambda: _verify(path))
     try:
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        if not isinstance(state, dict):
+            raise TypeError(f"{STATE} holds a {type(state).__name__}")
+        accept(state)
         reader = dcp.HuggingFaceStorageReader(str(path))
         _match(path, reader.read_metadata(), tensors)
         with _quiet():
@@ -126,9 +158,6 @@ def load_checkpoint(path: Path, tensors: dict[str, Tensor], *, ranks: Ranks = AL
                 planner=dcp.DefaultLoadPlanner(flatten_state_dict=False),
                 no_dist=ranks.mesh is None,
             )
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        if not isinstance(state, dict):
-            raise TypeError(f"{STATE} holds a {type(state).__name__}")
         return state
     except CheckpointError:
         raise
@@ -141,7 +170,7 @@ def load_checkpoint(path: Path, tensors: dict[str, Tensor], *, ranks: Ranks = AL
 
 def _state_text(state: dict[str, Any]) -> str:
     try:
-        text = json.dumps(state, indent=1, allow_nan=False)
+        text = json.dumps(state, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"The state cannot be written as JSON: {error}.") from None
     if json.loads(text) != state:
@@ -151,8 +180,21 @@ def _state_text(state: dict[str, Any]) -> str:
     return text
 
 
-def _write(folder: Path, tensors: dict[str, Tensor], state: str, ranks: Ranks) -> None:
-    """All of a checkpoint: each rank its own parts, made durable; then the first the state and the manifest."""
+@contextmanager
+def _writing(final: Path) -> Iterator[None]:
+    """What the disk refuses, as UnwrittenError."""
+    try:
+        yield
+    except (OSError, CheckpointException, SafetensorError) as error:
+        raise UnwrittenError(
+            f"{final} could not be written: {_cause(error)}. Earlier checkpoints are as they were."
+        ) from error
+
+
+def _write_tensors(folder: Path, tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, Any]:
+    """Each rank its own parts, made durable; the fingerprints of the files of all ranks. Where one rank's disk refuses,
+    all raise.
+    """
     with _quiet():
         dcp.save(
             tensors,
@@ -160,16 +202,25 @@ def _write(folder: Path, tensors: dict[str, Tensor], state: str, ranks: Ranks) -
             planner=_Planner(flatten_state_dict=False),
             no_dist=ranks.mesh is None,
         )
-    own = sorted(file.name for file in folder.glob(f"shard-{ranks.rank + 1:05d}-*"))
-    for name in own:
-        _sync(folder / name)
-    parts = ranks.gather({name: _fingerprint(folder / name) for name in own})
-    if not ranks.first:
-        return
+    own: dict[str, Any] = {}
+    failure: OSError | None = None
+    try:
+        for path in sorted(folder.glob(f"shard-{ranks.rank + 1:05d}-*")):
+            _sync(path)
+            own[path.name] = _fingerprint(path)
+    except OSError as error:
+        failure = error
+    parts = ranks.gather((own, failure))
+    if failures := [failure for _, failure in parts if failure is not None]:
+        raise failures[0]
+    return {name: each for part, _ in parts for name, each in part.items()}
+
+
+def _write_rest(folder: Path, state: str, files: dict[str, Any]) -> None:
+    """The state and, last, the manifest."""
     (folder / STATE).write_text(state, encoding="utf-8")
     _sync(folder / STATE)
-    files = {name: each for part in parts for name, each in part.items()} | {STATE: _fingerprint(folder / STATE)}
-    manifest = {"format": FORMAT, "files": dict(sorted(files.items()))}
+    manifest = {"format": FORMAT, "files": dict(sorted((files | {STATE: _fingerprint(folder / STATE)}).items()))}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     _sync(folder / MANIFEST)
     _sync(folder)
@@ -202,36 +253,39 @@ def _fingerprint(path: Path) -> dict[str, Any]:
         return {"size": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _prune(newest: Path, keep: int) -> None:
+def _prune(newest: Path, keep: int, spared: Collection[str]) -> None:
     """Remove the oldest beside `newest`, once `newest` is known to be whole on the disk."""
-    old = [folder for folder in checkpoints(newest.parent) if folder != newest]
+    old = [folder for folder in checkpoints(newest.parent) if folder != newest and folder.name not in spared]
     surplus = old[: max(0, len(old) - (keep - 1))]
     if surplus:
         _verify(newest)
     for folder in surplus:
         # Renamed first: killed half-way, what is left must not look like a checkpoint that went bad.
-        shutil.rmtree(folder.rename(folder.with_name(folder.name + UNFINISHED)))
+        try:
+            shutil.rmtree(folder.rename(folder.with_name(folder.name + UNFINISHED)))
+        except OSError as error:
+            logger.warning("%s is no longer needed, and could not be removed: %s.", folder, error)
 
 
-def _make(folder: Path) -> None:
+def _make(folder: Path, final: Path) -> None:
     """The empty folder that a checkpoint is written into, in place of those that interrupted saves left."""
-    final, parent = folder.with_name(folder.name.removesuffix(UNFINISHED)), folder.parent
     if final.exists():
         raise CheckpointError(
             f"{final} exists, and a saved step is never overwritten. Give another --output_dir, or move it away."
         )
-    parent.mkdir(parents=True, exist_ok=True)
-    for folder in sorted(parent.glob(f"checkpoint-*{UNFINISHED}")):
-        logger.warning("Removing %s, left by an interrupted save or removal.", folder)
-        shutil.rmtree(folder)
+    with _writing(final):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for left in sorted(folder.parent.glob(f"checkpoint-*{UNFINISHED}")):
+            logger.warning("Removing %s, left by an interrupted save or removal.", left)
+            shutil.rmtree(left)
 
 
-def _name(folder: Path, final: Path, keep: int | None) -> None:
-    """Give what was written whole its name, and remove what it replaces."""
-    folder.rename(final)
-    _sync(final.parent)
-    if keep is not None:
-        _prune(final, keep)
+def _complete(folder: Path, final: Path, state: str, files: dict[str, Any]) -> None:
+    """Write what makes a checkpoint of the tensors in `folder`, and give it its name."""
+    with _writing(final):
+        _write_rest(folder, state, files)
+        folder.rename(final)
+        _sync(final.parent)
 
 
 # Reading

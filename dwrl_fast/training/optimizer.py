@@ -52,7 +52,12 @@ class Optimizers:
         for group in adamw.param_groups:
             group["lr"] = self.last_rates[phase]
         adamw.step()
-        adamw.zero_grad(set_to_none=True)
+        self.clear()
+
+    def clear(self) -> None:
+        """Free the gradients."""
+        for p in self.named.values():
+            p.grad = None
 
     def clip(self) -> Tensor:
         """Scale the gradients down to --max_grad_norm; their norm before that, on the device."""

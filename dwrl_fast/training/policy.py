@@ -1,6 +1,7 @@
 """The model that is trained: it alone runs micro-batches and takes optimizer steps."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,13 +10,14 @@ from torch import Tensor
 
 from dwrl_fast.batching.batch import Batch, Size
 from dwrl_fast.batching.layout import Layout
-from dwrl_fast.compute import Compute
+from dwrl_fast.compute import Compute, out_of_memory
 from dwrl_fast.config import TrainConfig
 from dwrl_fast.dialog import Dialog, SingleTurn
 from dwrl_fast.encode import Group
 from dwrl_fast.errors import ConfigError, NotFiniteError
+from dwrl_fast.log import logger
 from dwrl_fast.methods import Method, StepMetrics
-from dwrl_fast.models.adapters import Lora, adapted, base_fingerprint
+from dwrl_fast.models.adapters import Lora, base_fingerprint
 from dwrl_fast.models.liger import use_liger
 from dwrl_fast.ranks import ALONE, Ranks
 from dwrl_fast.sampling import KeptThoughts, Limits
@@ -27,8 +29,9 @@ Loss = Callable[[str, Any, Batch, Size, StepMetrics], Tensor]
 
 
 class Minibatch(NamedTuple):
-    """What one update is made of. size: over all ranks. batches: this rank's, as many as the others have."""
+    """What one update is made of. groups, size: over all ranks. batches: this rank's, as many as the others have."""
 
+    groups: Sequence[Group]
     size: Size
     batches: list[Batch]
 
@@ -41,6 +44,7 @@ class Policy:
     def __init__(self, runtime: Runtime, optimizers: Optimizers):
         self.runtime, self.optimizers = runtime, optimizers
         self.metrics = StepMetrics()
+        self.halved = 0  # minibatches that were computed again in smaller micro-batches
 
     @property
     def model(self) -> Any:
@@ -49,42 +53,101 @@ class Policy:
 
     def pack(self, groups: Sequence[Group], size: int) -> list[Minibatch]:
         """Minibatches of `size` groups, each in micro-batches, as every phase of a step takes them."""
-        shares = (self.runtime.share(groups[i : i + size]) for i in range(0, len(groups), size))
-        return [Minibatch(share.size, share.batches) for share in shares]
+        cuts = [groups[i : i + size] for i in range(0, len(groups), size)]
+        shares = map(self.runtime.share, cuts)
+        return [Minibatch(cut, share.size, share.batches) for cut, share in zip(cuts, shares, strict=True)]
 
     def update(self, phase: str, minibatch: Minibatch, loss: Loss, place: int, used: float = 0.0) -> Tensor:
         """One optimizer step of `phase` over a minibatch, at the schedule's `place`, with the share `used` of the run's
-        time over; the gradient's norm before clipping.
+        time over; the gradient's norm before clipping. Where one process runs out of memory, the minibatch is computed
+        once more in micro-batches of half the size.
 
-        NotFiniteError, and no step, where a loss or the norm is not a number.
+        Where it raises, no step was taken, and nothing of it is left in metrics and gradients. NotFiniteError: an old
+        log-prob, a loss or the norm is not a number. ConfigError: memory does not suffice.
         """
-        sharded = self.runtime.sharded
-        losses, left = [], len(minibatch.batches)
-        for batch in minibatch.batches:
-            left -= 1
-            if sharded is not None and not self.optimizers.config.reshard_after_backward:
-                sharded.model.set_reshard_after_backward(left == 0)
-            with self.runtime.compute.autocast():
-                value = (
-                    loss(phase, self.model, batch, minibatch.size, self.metrics)
-                    if batch.groups
-                    else self.model.idle(batch)
-                )
-            value.backward()
-            losses.append(value.detach())
-        norm = self.optimizers.clip()
-        total = torch.stack(losses).sum()
-        whole = self.runtime.ranks.sum(torch.stack([total.float(), norm.to(total.device).float()]))
-        if not torch.isfinite(whole).all():
-            sources = [group.preference.source for batch in minibatch.batches for group in batch.groups[:8]]
-            raise NotFiniteError(
-                f"phase {phase}: losses {torch.stack(losses).tolist()}, gradient norm {norm.item()}. No step was taken "
-                "with it. If a checkpoint was saved, resume from it with a lower learning rate, or with --dtype fp32. "
-                f"Rows: {', '.join(sources[:8])} ..."
-            )
+        before, batches = self.metrics.copy(), minibatch.batches
+        try:
+            losses = self._backward(phase, batches, minibatch.size, loss)
+            if losses is None:
+                self._forget(before)
+                batches = self._halved(minibatch)
+                losses = self._backward(phase, batches, minibatch.size, loss, last=True)
+            assert losses is not None
+            norm = self.optimizers.clip()
+            self._check_finite(phase, minibatch, batches, losses, norm)
+        except BaseException:
+            self._forget(before)
+            raise
         self.optimizers.step(phase, place, used)
         self.runtime.changed()
         return norm
+
+    def _backward(
+        self, phase: str, batches: Sequence[Batch], size: Size, loss: Loss, *, last: bool = False
+    ) -> Tensor | None:
+        """The losses of micro-batches, whose gradients are added up; None where memory did not suffice, and ConfigError
+        where it is the last try, or that of one of several ranks, which cannot try again by itself.
+        """
+        sharded, ranks = self.runtime.sharded, self.runtime.ranks
+        losses, left = [], len(batches)
+        try:
+            for batch in batches:
+                left -= 1
+                if sharded is not None and not self.optimizers.config.reshard_after_backward:
+                    sharded.model.set_reshard_after_backward(left == 0)
+                with self.runtime.compute.autocast():
+                    value = (
+                        loss(phase, self.model, batch, size, self.metrics) if batch.groups else self.model.idle(batch)
+                    )
+                value.backward()
+                losses.append(value.detach())
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            if last or ranks.mesh is not None:
+                tokens = max(batch.trunk_tokens for batch in batches)
+                raise ConfigError(
+                    f"out of memory in a micro-batch of {tokens} tokens{f' on rank {ranks.rank}' * (ranks.count > 1)}, "
+                    f"and nothing was trained with it: give --token_budget {max(1, tokens // 2)} or less, or "
+                    "--gradient_checkpointing; of one preference group alone, lower --max_completion_length or "
+                    f"--num_generations. {str(error).splitlines()[0][:200]}"
+                ) from error
+            return None
+        return torch.stack(losses)
+
+    def _halved(self, minibatch: Minibatch) -> list[Batch]:
+        """The minibatch in micro-batches of half the size, which is said and counted."""
+        budget = max(1, max(batch.trunk_tokens for batch in minibatch.batches) // 2)
+        self.halved += 1
+        logger.warning(
+            "Out of memory in a micro-batch: this minibatch is computed again in micro-batches of %d tokens. Where "
+            "this is said often, --token_budget %d saves the time.",
+            *(budget, budget),
+        )
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return replace(self.runtime.layout, token_budget=budget).batches(minibatch.groups)
+
+    def _check_finite(
+        self, phase: str, minibatch: Minibatch, batches: Sequence[Batch], losses: Tensor, norm: Tensor
+    ) -> None:
+        old = [batch.old_logprob.sum() for batch in batches if batch.old_logprob is not None]
+        known = torch.stack(old).sum() if old else losses.new_zeros(())
+        here = torch.stack([each.to(losses.device).float() for each in (losses.sum(), norm, known)])
+        if torch.isfinite(self.runtime.ranks.sum(here)).all():
+            return
+        sources = [group.preference.source for group in minibatch.groups[:8]]
+        wrong = "" if torch.isfinite(known) else "log-probs of the sampler or of the frozen model are not finite, "
+        raise NotFiniteError(
+            f"phase {phase}: {wrong}losses {losses.tolist()}, gradient norm {norm.item()}. No step was taken with it. "
+            "If a checkpoint was saved, resume from it with a lower learning rate, or with --dtype fp32. "
+            f"Rows: {', '.join(sources)} ..."
+        )
+
+    def _forget(self, metrics: StepMetrics) -> None:
+        """Leave nothing of an update that is given up: the metrics are these, and no gradient is there."""
+        self.metrics = metrics
+        self.optimizers.clear()
 
     def read_metrics(self, groups: Sequence[Group]) -> tuple[dict[str, float], list[ScoredGroup]]:
         """What the updates since the last call, over `groups`, added up to on all ranks: means by name, and the groups
@@ -100,12 +163,10 @@ class Policy:
         model = {f"model.{name}": p.detach() for name, p in self.optimizers.named.items()}
         return model | self.optimizers.tensors()
 
-    def identity(self) -> dict[str, Any]:
-        """Of a frozen model under adapters, which `state` does not hold, a fingerprint."""
-        if not adapted(self.model.lm):
-            return {}
+    def fingerprint(self) -> str:
+        """Of the model, where nothing was trained yet."""
         sharded = self.runtime.sharded
-        return {"base": base_fingerprint(self.model.lm) if sharded is None else sharded.fingerprint}
+        return base_fingerprint(self.model.lm) if sharded is None else sharded.fingerprint
 
 
 def load_judging(

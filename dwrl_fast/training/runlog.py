@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +30,7 @@ class RunLog:
 
     def __init__(self, folder: Path, resumed_at: int = 0):
         self.metrics_path, self.thoughts_folder = folder / "metrics.jsonl", folder / "thoughts"
+        self.waiting = ""  # lines that the disk has not taken yet
         folder.mkdir(parents=True, exist_ok=True)
         rows = (
             [row for row in read_metrics(self.metrics_path) if row["step"] <= resumed_at]
@@ -44,14 +46,40 @@ class RunLog:
                 path.unlink()
 
     def metrics(self, step: int, values: Mapping[str, Any]) -> None:
-        """A line of metrics.jsonl."""
-        with self.metrics_path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        """A line of metrics.jsonl. Where the disk refuses it, that is said, and it is written with the next one."""
+        self.waiting += json.dumps({"step": step, **values}) + "\n"
+        size = 0
+        try:
+            self.metrics_path.parent.mkdir(parents=True, exist_ok=True)
+            with self.metrics_path.open("ab") as file:
+                size = file.tell()
+                file.write(self.waiting.encode())
+        except OSError as error:
+            with suppress(OSError):
+                os.truncate(self.metrics_path, size)  # what was written of it, it may be half a line
+            logger.error("%s: %s. The line is written with the next one.", self.metrics_path, error.strerror)
+        else:
+            self.waiting = ""
 
     def thoughts(self, step: int, scored: Sequence[ScoredGroup], decoder: Decoder) -> None:
-        """The thoughts of a rollout batch, as `write_groups` has them."""
-        self.thoughts_folder.mkdir(exist_ok=True)
-        write_groups(self.thoughts_folder / f"step-{step:06d}.jsonl", scored, decoder)
+        """The thoughts of a rollout batch, as `write_groups` has them; lost, and said so, where the disk refuses."""
+        path = self.thoughts_folder / f"step-{step:06d}.jsonl"
+        try:
+            self.thoughts_folder.mkdir(parents=True, exist_ok=True)
+            write_groups(path, scored, decoder)
+        except OSError as error:
+            logger.error("%s: %s. The run goes on without it.", path, error.strerror)
+
+
+def write_bad_batch(folder: Path, name: str, record: Mapping[str, Any]) -> str:
+    """Write what could not be trained to `folder`/bad_batches/`name`.json; a sentence that says where it is."""
+    path = folder / "bad_batches" / f"{name}.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(finite(record), ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        return f" It could not be written to {path}: {error.strerror}."
+    return f" It is in {path}."
 
 
 def write_groups(path: Path, scored: Sequence[ScoredGroup], decoder: Decoder) -> None:
@@ -78,6 +106,13 @@ def write_groups(path: Path, scored: Sequence[ScoredGroup], decoder: Decoder) ->
             if found.scores and "score" not in own:
                 lines += [source | {"response": k, "score": each[0]} for k, each in enumerate(found.scores)]
             file.writelines(json.dumps(finite(line), ensure_ascii=False) + "\n" for line in lines)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(finite(content), indent=2) + "\n", encoding="utf-8")
+    part.replace(path)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

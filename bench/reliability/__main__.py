@@ -1,0 +1,98 @@
+"""Does a run survive what ends runs? Kills, signals, disks that refuse, damaged checkpoints; each drill proves that its
+fault fired.
+
+    python -m bench.reliability --quick          # a sample of all of it, some minutes
+    python -m bench.reliability                  # as many kills and faults as are asked for, without the long runs
+    python -m bench.reliability --only soak --minutes 60
+
+Everything runs on the embedded task in small, on one thread, in processes forked from this one. The status is 1 where a
+drill does not hold.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from rich.console import Console
+
+from bench import command
+from bench.machine import machine
+from bench.reliability import cost, disks, kills, resume, signals, soak
+from bench.reliability.drill import Drill
+from bench.reliability.task import CASES, made
+
+Drills = Callable[[], Iterator[Drill]]
+
+
+def drills(given: argparse.Namespace, work: Path) -> dict[str, Drills]:
+    """The drills by the names of --only. All work in folders of their own under `work`."""
+    task, quick = made(given.task or work / "task"), given.quick
+
+    def resumed() -> Iterator[Drill]:
+        for case in CASES:
+            yield resume.resumed_everywhere(
+                task, work / case.replace(", ", "-"), case, **{"max_steps": 3} if quick else {}
+            )
+
+    def killed() -> Iterator[Drill]:
+        yield kills.single(work / "single", 40 if quick else 200)
+        yield kills.together(work / "together", 4 if quick else 50)
+
+    def disk() -> Iterator[Drill]:
+        yield disks.refused(task, work / "refused")
+        yield disks.vanished(task, work / "vanished")
+        yield disks.unread(task, work / "unread")
+        yield disks.damaged(task, work / "damaged")
+
+    def long() -> Iterator[Drill]:
+        steps = int(given.minutes * given.steps_a_minute)
+        yield soak.hunted(task, work / "hunted", steps, (2, 6) if given.minutes < 10 else (60, 180))
+        yield soak.flat(task, work / "flat", 30 * given.minutes)
+
+    return {
+        "resume": resumed,
+        "signals": lambda: iter([signals.signalled(task, work / "signals")]),
+        "kills": killed,
+        "disks": disk,
+        "cost": lambda: iter([cost.cost(work / "cost", 20 if quick else 50, 1 if quick else 3)]),
+        "soak": long,
+    }
+
+
+def main() -> None:
+    """The command: run the drills, print their table and write the JSON."""
+    parser = command.parser("reliability", __doc__)
+    parser.add_argument("--quick", action="store_true", help="a sample")
+    parser.add_argument("--only", nargs="+", help="resume signals kills disks cost soak (default: all but soak)")
+    parser.add_argument("--minutes", type=float, default=60, help="of the run under kills; half of it left alone")
+    parser.add_argument(
+        "--steps_a_minute", type=float, default=60, help="rollout batches of it that a minute takes here"
+    )
+    parser.add_argument("--task", type=Path, help="a folder with the embedded task, made there where it is not")
+    parser.add_argument("--json", type=Path, help="where the table goes too")
+    given = parser.parse_args()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # which warns of every fork
+    rows: list[tuple[Drill, float]] = []
+    with tempfile.TemporaryDirectory(prefix="reliability-") as name:
+        able = drills(given, Path(name))
+        for part in given.only or [name for name in able if name != "soak"]:
+            started = time.monotonic()
+            for drill in able[part]():
+                rows.append((drill, time.monotonic() - started))
+                print(f"{'held' if drill.held else 'FAILED':<7}{drill.name}: {drill.found}", flush=True)
+                started = time.monotonic()
+    cells = [(d.name, d.asked, d.found, "yes" if d.held else "NO", f"{seconds:.0f}") for d, seconds in rows]
+    Console().print(command.table("Reliability", ("drill", "asked", "found", "held", "s"), cells, left=4))
+    if given.json:
+        report = {"machine": machine(), "drills": [drill._asdict() | {"seconds": round(s)} for drill, s in rows]}
+        given.json.write_text(json.dumps(report, indent=1) + "\n")
+    sys.exit(not all(drill.held for drill, _ in rows))
+
+
+if __name__ == "__main__":
+    main()

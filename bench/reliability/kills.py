@@ -1,0 +1,220 @@
+"""Does a SIGKILL, wherever in a save it falls, leave the newest whole checkpoint where it is?
+
+Lives save without end, beside what stands for training, and are killed before each file operation of a save, with half
+of a file written, and at random moments; then two processes that save together, of which either is killed.
+"""
+
+import os
+import random
+import signal
+import socket
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from bench.reliability.drill import Drill
+from bench.reliability.lives import Boundaries, die, ended, life, lived
+from dwrl_fast import ranks
+from dwrl_fast.ranks import ALONE, Ranks
+from dwrl_fast.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from dwrl_fast.training.saving import Saver
+
+SIZE = 200_000  # numbers in a tensor: what is written takes a few milliseconds
+UPDATES = 4  # saves within a step, as checkpoint-000001-0003
+
+
+class Said(NamedTuple):
+    """What a life said before it ended: the last save that it began, and the last one that it knew to be whole."""
+
+    begun: int
+    whole: int
+
+
+def numbers(save: int) -> dict[str, Tensor]:
+    """What the `save`-th save holds."""
+    return {"a": torch.arange(save, save + SIZE), "b": torch.full((1000,), save / 3), "scalar": torch.tensor(save)}
+
+
+def save_without_end(folder: Path, first: int, say: int, boundary: tuple[int, Callable[[], object]] | None) -> None:
+    """Saves `first`, `first` + 1, ..., which are told to the descriptor `say`. boundary: of which to strike, counted
+    from the third save on, which is the first one that removes an older checkpoint too.
+    """
+    torch.set_num_threads(1)
+    saver = Saver(folder, 2, ALONE, beside=True)
+    watched = None if boundary is None else Boundaries(folder, *boundary)
+    for save in range(first, first + 10_000):
+        if watched is not None and save == first + 2:
+            saver.finish()
+            watched.armed = True
+        saver.save(divmod(save, UPDATES), numbers(save), {"save": save})
+        os.write(say, f"begun {save}\n".encode())
+        assert saver.finish()
+        os.write(say, f"whole {save}\n".encode())
+        if watched is not None and save == first + 2:
+            os.write(say, f"count {watched.count}\n".encode())
+            return
+
+
+def half_written() -> None:
+    """Make this process die with half of the next small file written."""
+    write = Path.write_text
+
+    def half(self: Path, text: str, **options: Any) -> int:
+        with self.open("w") as file:
+            file.write(text[: len(text) // 2])
+            file.flush()
+        die()
+        return write(self, text, **options)
+
+    setattr(Path, "write_text", half)  # noqa: B010 - mypy takes no assignment to a method
+
+
+def told(lines: list[str], what: str, before: int) -> int:
+    """The last number that was told of `what`."""
+    return max((int(line.split()[1]) for line in lines if line.startswith(what)), default=before)
+
+
+def killed_once(folder: Path, first: int, kill: Callable[[int], object], **how: Any) -> tuple[Said, int, int]:
+    """One life; kill(process) ends it, or lets it end itself. What it said, its status, and its count of operations."""
+    hear, say = os.pipe()
+    process = life(lambda: save_without_end(folder, first, say, **how), folder.with_suffix(".log"))
+    os.close(say)
+    kill(process)
+    status = ended(process)
+    with os.fdopen(hear) as file:
+        lines = [line for line in file.read().split("\n") if line.count(" ") == 1]
+    return Said(told(lines, "begun", first - 1), told(lines, "whole", first - 1)), status, told(lines, "count", 0)
+
+
+def intact(folder: Path, said: Said) -> str:
+    """What is wrong with the newest checkpoint after a life that said so; empty where nothing is."""
+    path = latest_checkpoint(folder)
+    if path is None:
+        return "" if said.whole < 1 else f"nothing is left of {said.whole} saves"
+    into = {name: torch.full_like(tensor, 7) for name, tensor in numbers(0).items()}
+    save = load_checkpoint(path, into)["save"]
+    if any(not torch.equal(tensor, numbers(save)[name]) for name, tensor in into.items()):
+        return f"{path.name} does not hold what was saved"
+    if not said.whole <= save <= said.begun + 1:
+        return f"save {said.whole} was whole, {said.begun} begun, and {save} is the newest"
+    return ""
+
+
+def single(folder: Path, kills: int, seed: int = 0) -> Drill:
+    """SIGKILLs of one process: before every file operation of a save, with half a file written, the rest at random."""
+    chance = random.Random(seed)
+    folder.mkdir(parents=True)
+    _, status, count = killed_once(folder / "counted", 4, lambda _: None, boundary=(0, die))
+    assert status == 0 and count > 10, (status, count)
+    wrong, done, lost = [], 0, 0
+
+    def judge(place: Path, result: tuple[Said, int, int], where: str) -> None:
+        nonlocal done, lost
+        said, status, _ = result
+        if status != -signal.SIGKILL:
+            wrong.append(f"{where}: the kill did not fire, status {status}")
+            return
+        done += 1
+        found = intact(place, said)
+        newest = latest_checkpoint(place)
+        lost = max(lost, said.begun - _save_of(newest))
+        if found:
+            wrong.append(f"{where}: {found}")
+
+    for number in range(1, count + 1):
+        place = folder / f"boundary-{number}"
+        judge(place, killed_once(place, 4, lambda _: None, boundary=(number, die)), f"operation {number}")
+    place = folder / "half"
+    judge(place, killed_once(place, 4, lambda _: None, boundary=(1, half_written)), "half a file")
+    place, first = folder / "random", 4
+    while done + len(wrong) < kills:
+        result = killed_once(place, first, partial(_after, chance.uniform(0.0, 0.08)), boundary=None)
+        judge(place, result, f"at random, save {result[0].begun}")
+        first = _save_of(latest_checkpoint(place)) + 1
+    found = f"{done - len(wrong)} of {done} load, {count} operations of a save, at most {max(0, lost)} saves lost"
+    name = "SIGKILL while one process saves"
+    return Drill(
+        name, f"{kills} of {kills} load, at most one lost", found + "; ".join(wrong[:3]), not wrong and lost <= 1
+    )
+
+
+def _save_of(path: Path | None) -> int:
+    if path is None:
+        return 3
+    step, _, update = path.name.removeprefix("checkpoint-").partition("-")
+    return int(step) * UPDATES + int(update or 0)
+
+
+def _after(seconds: float, process: int) -> None:
+    time.sleep(seconds)
+    os.kill(process, signal.SIGKILL)
+
+
+# Two processes
+
+
+def save_together(folder: Path, rank: int, port: int, first: int, say: int) -> None:
+    """One of two processes that save sharded tensors without end."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    both: Ranks = ranks.start(30)
+    for save in range(first, first + 10_000):
+        tensors = {k: distribute_tensor(v, both.mesh, [Shard(0)]) if v.dim() else v for k, v in numbers(save).items()}
+        os.write(say, f"begun {save}\n".encode())
+        save_checkpoint(folder, save // UPDATES, tensors, {"save": save}, 2, update=save % UPDATES, ranks=both)
+        os.write(say, f"whole {save}\n".encode())
+
+
+def together(folder: Path, kills: int, seed: int = 0) -> Drill:
+    """SIGKILLs of either of two processes that save together."""
+    chance = random.Random(seed)
+    folder.mkdir(parents=True)
+    place, first, wrong, lost, during = folder / "run", 4, list[str](), 0, 0
+    for number in range(kills):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        hear, say = os.pipe()
+        pair = [
+            life(partial(save_together, place, rank, port, first, say), folder / f"rank-{rank}.log") for rank in (0, 1)
+        ]
+        os.close(say)
+        text = b""
+        while text.count(b"whole") < 2 and (more := os.read(hear, 4096)):  # until both are at it
+            text += more
+        time.sleep(chance.uniform(0.0, 0.2))
+        victim = number % 2
+        os.kill(pair[victim], signal.SIGKILL)
+        status = ended(pair[victim])
+        time.sleep(0.2)  # the other loses the connection; if not, it waits for its timeout
+        os.kill(pair[1 - victim], signal.SIGKILL)
+        ended(pair[1 - victim])
+        while more := os.read(hear, 4096):
+            text += more
+        os.close(hear)
+        lines = text.decode().splitlines()
+        said = Said(told(lines, "begun", first - 1), told(lines, "whole", first - 1))
+        during += said.begun > said.whole
+        log = folder / "intact.log"
+        if status != -signal.SIGKILL:
+            wrong.append(f"kill {number} did not fire, status {status}")
+        elif lived(lambda said=said: _assert_intact(place, said), log) != 0:  # type: ignore[misc]
+            wrong.append(f"kill {number}: {log.read_text()[-200:]}")
+        lost = max(lost, said.begun - _save_of(latest_checkpoint(place)))
+        first = _save_of(latest_checkpoint(place)) + 1
+    found = f"{kills - len(wrong)} of {kills} load, {during} kills within a save, at most {max(0, lost)} saves lost"
+    name = "SIGKILL of either of two processes that save"
+    return Drill(
+        name, f"{kills} of {kills} load, at most one lost", found + "; ".join(wrong[:3]), not wrong and lost <= 1
+    )
+
+
+def _assert_intact(folder: Path, said: Said) -> None:
+    assert not (why := intact(folder, said)), why

@@ -1,0 +1,101 @@
+"""Do SIGTERM and SIGINT save, say so, and leave with 143 and 130; and is the resumed run the uninterrupted one?"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from bench.reliability.drill import Drill
+from bench.reliability.lives import lived
+from bench.reliability.task import small, written
+from dwrl_fast import train
+from dwrl_fast.config import TrainConfig
+from dwrl_fast.console import command
+from dwrl_fast.embedded import Embedded
+from dwrl_fast.training.checkpoint import checkpoints
+from dwrl_fast.training.trainer import Trainer
+
+STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
+
+
+def command_line(config: TrainConfig, folder: Path) -> None:
+    """The command of training, in this process, with its handlers of signals."""
+    file = folder / "options.yaml"
+    config.save(file)
+    os.environ["COLUMNS"] = "1000"  # messages stay on their lines
+    torch.set_num_threads(1)
+    sys.argv = [
+        "train",
+        "--config",
+        str(file),
+        "--output_dir",
+        str(config.output_dir),
+        "--resume_from_checkpoint",
+        "auto",
+    ]
+    command(train.main, ranks=True)
+
+
+def struck(config: TrainConfig, folder: Path, strikes: Iterable[tuple[str, int, Callable[[], object]]]) -> None:
+    """The command, in which (method of Trainer, place, strike) strikes before the `place`-th call of that method."""
+    for name, place, strike in strikes:
+        setattr(Trainer, name, _counted(getattr(Trainer, name), place, strike))
+    command_line(config, folder)
+
+
+def _counted(method: Callable[..., object], place: int, strike: Callable[[], object]) -> Callable[..., object]:
+    calls = 0
+
+    def watched(self: Trainer, *arguments: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == place:
+            strike()
+        return method(self, *arguments)
+
+    return watched
+
+
+def send(number: int) -> None:
+    """That signal to this process, which has noted it when this returns."""
+    os.kill(os.getpid(), number)
+
+
+def twice(number: int) -> None:
+    """The first is noted, the second ends the process."""
+    send(number)
+    time.sleep(0.1)
+    send(number)
+
+
+def signalled(task: Embedded, folder: Path) -> Drill:
+    """Each signal in a rollout, within an update, in the last update of a step, and twice."""
+    folder.mkdir(parents=True)
+    changes = {"save_steps": 0, "save_updates": 0, "max_steps": 3, "num_train_epochs": 1}
+    assert lived(lambda: command_line(small(task, folder / "whole", **changes), folder), folder / "whole.log") == 0
+    expected, wrong, done = written(folder / "whole"), list[str](), 0
+    for number in STATUS:
+        for name, place, how in (
+            ("_roll_out", 2, send),
+            ("update", 6, send),
+            ("update", 8, send),
+            ("update", 6, twice),
+        ):
+            done += 1
+            run = folder / f"{signal.Signals(number).name}-{name}-{place}-{how.__name__}"
+            config, log = small(task, run, **changes), run.with_suffix(".log")
+            status = lived(partial(struck, config, folder, [(name, place, partial(how, number))]), log)
+            saved, said = checkpoints(run), log.read_text(encoding="utf-8")
+            if status != STATUS[number] or "Traceback" in said or bool(saved) != (how is send):
+                wrong.append(f"{run.name}: status {status}, {len(saved)} checkpoints")
+            elif how is send and "saves a checkpoint" not in said:
+                wrong.append(f"{run.name}: it does not say that it saves")
+            elif lived(lambda config=config: command_line(config, folder), log) != 0 or written(run) != expected:  # type: ignore[misc]
+                wrong.append(f"{run.name}: the resumed run is another")
+    found = f"{done - len(wrong)} of {done}" + "; ".join(["", *wrong[:3]])
+    return Drill("SIGTERM and SIGINT", "143 and 130, saved, resumed to the bit; a second one at once", found, not wrong)

@@ -1,0 +1,47 @@
+"""Groups as JSON, and back: what a checkpoint holds of a rollout batch that is being trained."""
+
+import dataclasses
+from typing import Any
+
+from dwrl_fast.data import Demonstration, Preference
+from dwrl_fast.dialog import TokenSequence
+from dwrl_fast.encode.group import Group
+from dwrl_fast.encode.thought import Thought
+
+KINDS = {kind.__name__: kind for kind in (Preference, Demonstration)}
+SPANS = ("prompt", "response", "thought", "rate")
+
+
+def group_record(group: Group) -> dict[str, Any]:
+    """`group` as JSON holds it."""
+    row = group.preference
+    values = {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
+    lists = {name: list(values[name]) for name in ("prompt", "responses", "ranks")}
+    return {
+        "kind": type(row).__name__,
+        "row": values | lists,
+        "sequences": [[_sequence_record(one) for one in some] for some in group.sequences],
+        "thoughts": [[dataclasses.asdict(one) for one in some] for some in group.thoughts],
+        "labels": list(group.labels),
+    }
+
+
+def group_of(record: dict[str, Any]) -> Group:
+    """The group that `group_record` wrote. Raises LookupError, TypeError or ValueError where it is none."""
+    row = record["row"]
+    tuples = {name: tuple(row[name]) for name in ("prompt", "responses", "ranks")}
+    return Group(
+        KINDS[record["kind"]](**row | tuples),
+        [[_sequence(one) for one in some] for some in record["sequences"]],
+        [[Thought(**one) for one in some] for some in record["thoughts"]],
+        record["labels"],
+    )
+
+
+def _sequence_record(one: TokenSequence) -> dict[str, Any]:
+    spans = {name: getattr(one, name) for name in SPANS}
+    return {"ids": list(one.ids)} | {name: [span.start, span.stop] for name, span in spans.items()}
+
+
+def _sequence(record: dict[str, Any]) -> TokenSequence:
+    return TokenSequence(record["ids"], **{name: slice(*record[name]) for name in SPANS})

@@ -1,0 +1,49 @@
+"""Which checkpoint of a folder a run goes on from, and what becomes of those past it."""
+
+from pathlib import Path
+
+from dwrl_fast.config import NEWEST
+from dwrl_fast.errors import CheckpointError
+from dwrl_fast.log import logger
+from dwrl_fast.training.checkpoint import checkpoints, latest_checkpoint, place_of, set_aside
+
+
+def found(folder: Path, wanted: str) -> Path | None:
+    """The checkpoint that --resume_from_checkpoint `wanted` names for a run in `folder`; None where the run is to
+    begin. CheckpointError where there is none to go on from, and the run must not begin.
+    """
+    path = latest_checkpoint(folder) if wanted in NEWEST else Path(wanted)
+    if path is None or path.resolve().parent != folder.resolve():
+        _refuse_finished(folder)
+    if path is None:
+        if checkpoints(folder):
+            raise CheckpointError(
+                f"{folder} holds checkpoints, and none is whole (see above). Move them away to begin anew."
+            )
+        if wanted != "auto":
+            logger.warning("%s holds no checkpoint to resume from: the run starts at its beginning.", folder)
+    return path
+
+
+def set_later_aside(folder: Path, path: Path, wanted: str) -> None:
+    """Rename the checkpoints of `folder` past `path`, which were found damaged. CheckpointError where they may be
+    whole.
+    """
+    place = place_of(path)
+    for later in checkpoints(folder, past=(-1, 0) if place is None else place):
+        if wanted not in NEWEST:
+            raise CheckpointError(
+                f"{folder} holds {later.name}, which lies past {path} and would have to be overwritten. Give another "
+                "--output_dir, or move the later checkpoints away."
+            )
+        logger.warning("%s is damaged, and was set aside as %s.", later, set_aside(later).name)
+
+
+def _refuse_finished(folder: Path) -> None:
+    """CheckpointError where the folder holds a model, which this run would write over."""
+    held = [name for name in ("model", "adapter") if (folder / name).exists()]
+    if held:
+        raise CheckpointError(
+            f"{folder} holds {' and '.join(held)} of a run that came to its end, and no checkpoint of it to go on from."
+            " A finished run is never written over: give another --output_dir."
+        )

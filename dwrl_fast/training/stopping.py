@@ -1,0 +1,53 @@
+"""SIGTERM and SIGINT while a run trains: the first is noted, so that the run can save and end; the second ends it."""
+
+import signal
+import threading
+import time
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+from dwrl_fast.errors import Stopped
+from dwrl_fast.log import logger
+from dwrl_fast.ranks import Ranks
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+TOGETHER = 2.0  # seconds in which several processes get one signal twice, from the terminal and from torchrun
+
+
+class Stopping:
+    """A context in which the first signal is only noted. A second one raises `Stopped` at once.
+
+    Outside the main thread, where Python takes no signals, it does nothing.
+    """
+
+    def __init__(self, ranks: Ranks):
+        self.ranks = ranks
+        self.signal, self.since = 0, 0.0
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        if self.signal and kind is None:  # it came after the last save, which holds all of the run
+            raise Stopped(self.signal, saved=True)
+
+    def asked(self) -> int:
+        """The signal by which any rank was asked to end; 0 where none was. All ranks call it together."""
+        return self.ranks.largest(self.signal)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal:
+            if self.ranks.mesh is not None and time.monotonic() - self.since < TOGETHER:
+                return
+            raise Stopped(number)
+        self.signal, self.since = number, time.monotonic()
+        logger.warning(
+            "%s: the run saves a checkpoint after the update that it is at, and ends. A second signal ends it at once, "
+            "without one.",
+            signal.Signals(number).name,
+        )

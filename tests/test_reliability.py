@@ -1,0 +1,86 @@
+"""A sample of `python -m bench.reliability`: its drills hold, and would not where the fault they plant does harm."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_embedded import TINY
+
+from bench.reliability import disks, kills, resume, signals
+from bench.reliability.lives import lived
+from bench.reliability.task import made
+from dwrl_fast.embedded import Embedded
+from dwrl_fast.training import checkpoint, in_flight
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Embedded:
+    return made(tmp_path_factory.mktemp("task"), TINY)
+
+
+@pytest.mark.parametrize("case", ["dwrl, minibatch", "dwrl, rollout", "dwrl, joint"])
+def test_a_run_that_dies_after_every_update_is_the_run(task: Embedded, tmp_path: Path, case: str) -> None:
+    drill = resume.resumed_everywhere(task, tmp_path / "drill", case, max_steps=2)
+    assert drill.held, drill.found
+
+
+def test_the_drill_sees_what_is_lost(task: Embedded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    restored = in_flight.InFlight.restored
+
+    def lossy(state: dict[str, Any], device: Any) -> Any:
+        found = restored(state, device)
+        found.groups.reverse()
+        return found
+
+    monkeypatch.setattr(in_flight.InFlight, "restored", lossy)
+    drill = resume.resumed_everywhere(task, tmp_path / "drill", "dwrl, joint", max_steps=2)
+    assert not drill.held
+
+
+def test_kills_within_saves(tmp_path: Path) -> None:
+    drill = kills.single(tmp_path / "drill", 40)
+    assert drill.held, drill.found
+
+
+def test_the_drill_sees_a_save_that_is_not_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the folder bears its name before its files are written, and nothing is verified."""
+    monkeypatch.setattr(checkpoint, "UNFINISHED", "")
+    monkeypatch.setattr(checkpoint, "_verify", lambda path: None)
+    drill = kills.single(tmp_path / "drill", 25)
+    assert not drill.held
+
+
+def test_kills_of_one_of_two(tmp_path: Path) -> None:
+    drill = kills.together(tmp_path / "drill", 3)
+    assert drill.held, drill.found
+
+
+def test_signals(task: Embedded, tmp_path: Path) -> None:
+    drill = signals.signalled(task, tmp_path / "drill")
+    assert drill.held, drill.found
+
+
+@pytest.mark.parametrize("drill", [disks.vanished, disks.unread, disks.damaged])
+def test_disks(task: Embedded, tmp_path: Path, drill: Any) -> None:
+    found = drill(task, tmp_path / "drill")
+    assert found.held, found.found
+
+
+def test_a_disk_that_refuses(task: Embedded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disks, "FAULTS", {"ENOSPC": disks.FAULTS["ENOSPC"]})
+    drill = disks.refused(task, tmp_path / "drill")
+    assert drill.held, drill.found
+
+
+def test_a_life_ends_as_it_ends(tmp_path: Path) -> None:
+    def ends() -> Iterator[tuple[int, Any]]:
+        yield 0, lambda: print("said")
+        yield 1, lambda: 1 / 0
+        yield 7, lambda: exec("raise SystemExit(7)")
+        yield -9, kills.die
+
+    assert all(lived(run, tmp_path / "log") == status for status, run in ends())
+    assert "said" in (tmp_path / "log").read_text() and "ZeroDivisionError" in (tmp_path / "log").read_text()
