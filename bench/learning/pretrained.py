@@ -81,7 +81,7 @@ VARIANTS = {
 BUDGETS: dict[str, dict[str, Any]] = {
     "cpu": {
         "variants": ["zero-shot", "bt, 1/4", "bt, 1/2", "bt", "dwrl", "btpo"],
-        "rows": 96, "swept": 100, "held_out": 200, "batch": 16, "tokens": 32, "votes": 1,
+        "rows": 64, "swept": 60, "held_out": 150, "batch": 16, "tokens": 32, "votes": 1,
     },
     "gpu": {
         "variants": list(VARIANTS), "rows": 1024, "swept": 200, "held_out": 500, "batch": 64, "tokens": 48, "votes": 4,

@@ -13,6 +13,9 @@ WORDINGS.
 import argparse
 import json
 import tempfile
+from collections.abc import Iterable
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +26,14 @@ from rich.table import Table
 
 from bench import command
 from bench.machine import machine
+from dwrl_fast.batching.batch import Batch
 from dwrl_fast.compute import Compute, step_seed
 from dwrl_fast.config import TrainConfig
 from dwrl_fast.data import Preference, read_preferences
 from dwrl_fast.data.mixture import Part
 from dwrl_fast.doctor import thoughts
 from dwrl_fast.doctor.examination import sampled
-from dwrl_fast.doctor.setup import Computed, Setup, compute
+from dwrl_fast.doctor.setup import Computed, Setup
 from dwrl_fast.encode import Group
 from dwrl_fast.evaluation.pairs import pair_report
 from dwrl_fast.methods import METHODS
@@ -78,15 +82,29 @@ def examined(name: str, template: str, kind: str, args: argparse.Namespace, rows
     found: dict[str, float] = thoughts.thoughts(setup, groups).figures if method.thinks else {}
     report = None
     if setup.reads_labels:
-        found = found | thoughts.label_mass(setup, groups).figures
+        read = setup.runtime.run_batches(groups, partial(labels_of, setup))
+        computed, masses = [one for one, _ in read], torch.cat([mass for _, mass in read])
+        found = found | {"mass": masses.mean().item()}
         if method.thinks:
-            computed = compute(setup, groups)
             found = found | thoughts.spread(groups, computed).figures
             report = pair_report(scores(groups, computed), [group.ranks for group in groups], args.seed)
     else:
         found = found | thoughts.verdicts(setup, requests, groups).figures
     figures = {k: found[k] for k in FIGURES if k in found}
     return {"template": name, "kind": kind, "figures": figures, "report": report and report.to_dict()}
+
+
+def labels_of(setup: Setup, batch: Batch) -> list[tuple[Computed, torch.Tensor]]:
+    """Of each group the scores of its sequences and the labels' mass where they are read, in one pass."""
+    head = setup.runtime.model(batch, tokens=False)
+    both = head.scores_and_mass(setup.method.dialog.label_ids, "vocab")
+    scores, mass = ([joined(some) for some in batch.by_sequence(each.tolist())] for each in both)
+    return [(Computed(one, torch.empty(0)), other) for one, other in zip(scores, mass, strict=True)]
+
+
+def joined(nested: Iterable[Iterable[float]]) -> torch.Tensor:
+    """Flat."""
+    return torch.tensor(list(chain.from_iterable(nested)))
 
 
 def scores(groups: list[Group], computed: list[Computed]) -> torch.Tensor:
