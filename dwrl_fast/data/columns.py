@@ -197,6 +197,8 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
 
 def check_text(text: str) -> None:
     """Raises Unusable where a text cannot be encoded."""
+    if text.isascii():  # known without a look at it
+        return
     try:
         text.encode()
     except UnicodeEncodeError:
