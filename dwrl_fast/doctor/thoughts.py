@@ -12,11 +12,11 @@ from dwrl_fast.doctor.setup import NATS_FAIL, NATS_WARN, Computed, Setup, said
 from dwrl_fast.encode import Group, Request
 from dwrl_fast.sampling import RatingSampler
 from dwrl_fast.sampling.draws import logprobs_at
+from dwrl_fast.training.first_figures import CUT_WARN, MASS_WARN, UNREAD_WARN
 
-MASS_WARN, MASS_FAIL = 0.5, 0.05
-CUT_WARN = 0.2
+MASS_FAIL = 0.05
 SPREAD_WARN = 0.01  # nats
-UNREAD_WARN, UNREAD_FAIL = 0.2, 0.95
+UNREAD_FAIL = 0.95
 RATIO = 1.1
 SIGMAS_WARN, SIGMAS_FAIL = 4.0, 6.0
 TOKENS = 100  # too few to tell how they were drawn

@@ -30,6 +30,7 @@ from dwrl_fast.models.pretrained import save_pretrained
 from dwrl_fast.progress import Display, Stage
 from dwrl_fast.scoring import Judging
 from dwrl_fast.training.checkpoint import load_checkpoint, name_of
+from dwrl_fast.training.first_figures import warnings
 from dwrl_fast.training.identity import compare, identity
 from dwrl_fast.training.in_flight import InFlight
 from dwrl_fast.training.optimizer import Optimizers
@@ -90,6 +91,9 @@ class Trainer:
         with self.stopping, self.saver, train as stage:
             while not self._over():
                 values = self.train_step(log, stage)
+                if self.step == 1:
+                    for line in warnings(values, self.config.max_completion_length):
+                        logger.warning("first rollout batch: %s.", line)
                 if self.step == first + 1:
                     logger.info(
                         "--packing %s: the backbone computes %s tokens for sequences of %s, padding %s, head rows %s",

@@ -1,0 +1,25 @@
+"""What the first rollout batch shows of a model that will learn slowly, before hours are spent on it."""
+
+from collections.abc import Iterator, Mapping
+
+MASS_WARN, CUT_WARN, UNREAD_WARN = 0.5, 0.2, 0.2  # the doctor warns by the same
+
+
+def warnings(values: Mapping[str, float], limit: int) -> Iterator[str]:
+    """A line for each figure of the first step that is bad, with the remedy. limit: tokens of a thought at most."""
+    if values.get("label_mass", 1.0) < MASS_WARN:
+        yield (
+            f"the two labels have only {values['label_mass']:.2g} of the probability where the score is read. Training "
+            "works from there, but --score_normalization yes_no, a question that asks plainly for one of the labels "
+            "(--template), or a model that follows instructions better starts higher; docs/pretrained.md has figures"
+        )
+    if values.get("truncation_rate", 0.0) > CUT_WARN:
+        yield (
+            f"{values['truncation_rate']:.0%} of the thoughts are cut at --max_completion_length {limit}. Raise it, or "
+            "give a --template that asks for a thought of one sentence"
+        )
+    if values.get("unparsable", 0.0) > UNREAD_WARN:
+        yield (
+            f"{values['unparsable']:.0%} of the verdicts cannot be read, and earn nothing. Raise "
+            "--max_completion_length, or start from a model that knows the verdict's form (docs/methods.md, sft)"
+        )
