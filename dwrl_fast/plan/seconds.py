@@ -134,8 +134,9 @@ class Clock:
     def beside(self, thoughts: float, tokens: float) -> float:
         """How many of a rank's thoughts are written at once, over contexts of so many tokens."""
         config = self.setup.config
-        held = config.generation_cache_gib * 2**30 / (self.shape.cached * self.setup.dtype.itemsize) - tokens
-        return min(thoughts, config.generation_batch_size, max(1.0, held / config.max_completion_length))
+        held = config.generation_cache_gib * 2**30 / (self.shape.cached * self.setup.dtype.itemsize)
+        each = config.max_completion_length + tokens / thoughts  # room is kept for its full length
+        return min(thoughts, config.generation_batch_size, max(1.0, held / each))
 
     def sampling(self, rows: float) -> float:
         """Thoughts about so many preference groups, all as long as planned."""
