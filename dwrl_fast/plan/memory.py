@@ -198,7 +198,7 @@ def _sampling(setup: Setup, gpus: int, budget: float) -> Kinds:
         return {"vLLM": share * setup.profile.memory_gib * GIB}
     asked = contexts(setup.lengths, setup.method)
     rows = -(-config.rollout_batch_size // gpus)
-    thoughts = rows * asked.count * config.num_generations
+    thoughts = rows * asked.number * config.num_generations
     needed = rows * asked.tokens + min(thoughts, config.generation_batch_size) * config.max_completion_length
     tokens = min(budget, rows * asked.tokens)
     return {

@@ -114,7 +114,12 @@ def to_dict(setup: Setup, found: Sequence[Sized]) -> dict[str, Any]:
     rows = []
     for each in found:
         hours = each.hours(config.rows, config.rollout_batch_size)
-        row = {"gpus": each.gpus, "token_budget": each.budget, "largest_token_budget": each.largest, "fits": each.fits}
+        row: dict[str, Any] = {
+            "gpus": each.gpus,
+            "token_budget": each.budget,
+            "largest_token_budget": each.largest,
+            "fits": each.fits,
+        }
         row |= {"bytes": each.memory.moments, "seconds": each.seconds, "epoch_hours": hours}
         rows.append(row | ({"cost": hours * each.gpus * config.price} if config.price else {}))
     return {"options": config.to_dict(), "shape": setup.shape._asdict(), "flop_per_group": dict(flops(setup)),
