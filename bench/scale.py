@@ -201,9 +201,14 @@ def show(cases: list[dict[str, Any]], limits: list[dict[str, Any]], setup: Setup
     ]
     title = f"{setup.shape.name}, simulated at the rates of {setup.profile.name}; shares of a step"
     console.print(command.table(title, heads, lines))
-    lines = [(each["data"], f"{each['rollout']:,}", f"{each['scales_to']:,}", each["limited_by"]) for each in limits]
-    heads = ("lengths", "rollout batch", "scales to, ranks", "limited by")
-    console.print(command.table(f"Twice the ranks at least {ENOUGH} times as fast", heads, lines))
+    ends = [(each["data"], f"{each['rollout']:,}", f"{each['scales_to']:,}", each["limited_by"]) for each in limits]
+    console.print(
+        command.table(
+            f"Twice the ranks at least {ENOUGH} times as fast",
+            ("lengths", "rollout batch", "scales to, ranks", "limited by"),
+            ends,
+        )
+    )
 
 
 if __name__ == "__main__":

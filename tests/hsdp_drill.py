@@ -6,13 +6,18 @@ import os
 import pickle
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from rank_cases import all_updated, config_of
 
 from dwrl_fast import ranks
 
-CASES = {"dwrl": {"method": "dwrl"}, "bt": {"method": "bt"}, "dwrl, LoRA": {"method": "dwrl", "use_peft": True}}
+CASES: dict[str, dict[str, Any]] = {
+    "dwrl": {"method": "dwrl"},
+    "bt": {"method": "bt"},
+    "dwrl, LoRA": {"method": "dwrl", "use_peft": True},
+}
 
 
 if __name__ == "__main__":

@@ -46,10 +46,10 @@ PAPERS = {"qwen2.5-3b": 3_085_938_688, "qwen2.5-7b": 7_615_616_512, "llama3.2-3b
 def config_of(folder: Path, model: str = "llama", **changes: Any) -> PlanConfig:
     path = folder / f"{model}.json"
     path.write_text(json.dumps(MODELS[model]))
-    lengths = {"prompt_tokens": 120, "response_tokens": 60, "thought_tokens": 40}
-    values = {"minibatch_size": 4, "rollout_batch_size": 4, "dtype": "fp32", "tokenizer_name_or_path": ""}
+    values: dict[str, Any] = {"prompt_tokens": 120, "response_tokens": 60, "thought_tokens": 40}
+    values |= {"minibatch_size": 4, "rollout_batch_size": 4, "dtype": "fp32", "tokenizer_name_or_path": ""}
     values |= {"gpus": 2, "gpu_memory": 16.0, "reserve_gib": 0.0, "dataset_name": "", "model_config": str(path)}
-    return PlanConfig(**lengths | values | changes)
+    return PlanConfig(**values | changes)
 
 
 def setup_of(config: PlanConfig, profile: Profile = CPU) -> Setup:

@@ -2,7 +2,8 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,20 +19,22 @@ from dwrl_fast.plan import Profile
 from dwrl_fast.plan.allocations import Allocations
 from dwrl_fast.ranks import Ranks
 
-REPEATS = 5
+REPEATS, SUMS = 5, 4
+COLD, FEW = 12, 64  # weights in turn, for products with so few rows
 SMALLEST = {"cpu": (8, 32, 64, 128, 256, 512, 1024, 2048), "cuda": (64, 256, 1024, 4096, 8192)}
 WIDE = {"cpu": 2048, "cuda": 8192}
-NUMBERS = {"cpu": 1 << 21, "cuda": 1 << 28}  # of what is read and written: on a CPU as large as activations are
+NUMBERS = {"cpu": 1 << 24, "cuda": 1 << 28}  # of what is read and written: more than caches hold
 TOKENS, HEADS, CHANNELS = 1024, 8, 64  # of the attention
 TINY = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 4, "vocab_size": 16}
 
 
-def measured(compute: Compute, ranks: Ranks) -> Profile:
-    """The device of this process, all ranks together; some seconds. Links are measured where there are several ranks:
-    within one machine, or over whatever lies between them.
+def measured(compute: Compute, ranks: Ranks, clock: Callable[[], float] = time.perf_counter) -> Profile:
+    """The device of this process, all ranks together; some seconds of `clock`. Links are measured where there are
+    several ranks: within one machine, or over whatever lies between them.
     """
+    timer = Timer(compute, clock)
     device = compute.device.type
-    memory = _memory(compute)
+    memory = _memory(timer)
     link, links = memory, "no link was measured (one process)"
     if ranks.count > 1:
         taken = max(
@@ -46,12 +49,12 @@ def measured(compute: Compute, ranks: Ranks) -> Profile:
         source=f"measured by dwrl_fast.doctor: {named}, {kind}; {links}",
         device="cuda" if device == "cuda" else "cpu",
         memory_gib=available(compute.device)[1],
-        products={size: _products(compute, size) for size in SMALLEST[device]},
-        attention=_attention(compute),
+        products={size: _products(timer, size) for size in SMALLEST[device]},
+        attention=_attention(timer),
         memory=memory,
         link=link,
         network=link,
-        operator=_operator(compute),
+        operator=_operator(timer),
         overlaps=device == "cuda",
     )
 
@@ -67,61 +70,79 @@ def told(found: Profile, path: str) -> Finding:
     return Finding("profile", "pass", said, figures=figures)
 
 
-def _seconds(run: Callable[[], object], compute: Compute) -> float:
-    """The median of some runs, after one."""
-    found = []
-    for _ in range(REPEATS + 1):
-        started = time.perf_counter()
-        run()
-        if compute.device.type == "cuda":
-            torch.cuda.synchronize()
-        found.append(time.perf_counter() - started)
-    return statistics.median(found[1:])
+class Timer:
+    """Measures runs by `clock`, which a machine with other work wants to be the process's own time."""
+
+    def __init__(self, compute: Compute, clock: Callable[[], float]):
+        self.compute, self.clock = compute, clock
+
+    def __call__(self, run: Callable[[], object]) -> float:
+        """The median of some runs, after one."""
+        found = []
+        for _ in range(REPEATS + 1):
+            started = self.clock()
+            run()
+            if self.compute.device.type == "cuda":
+                torch.cuda.synchronize()
+            found.append(self.clock() - started)
+        return statistics.median(found[1:])
+
+    def drawn(self, *shape: int) -> Tensor:
+        """Random numbers of this shape."""
+        return torch.randn(*shape, device=self.compute.device, dtype=self.compute.dtype)
 
 
-def _drawn(compute: Compute, *shape: int) -> Tensor:
-    return torch.randn(*shape, device=compute.device, dtype=compute.dtype)
-
-
-def _products(compute: Compute, smallest: int) -> float:
-    """FLOPs a second, the mean time of the three products with this as one of their dimensions."""
-    wide = WIDE[compute.device.type]
+def _products(timer: Timer, smallest: int) -> float:
+    """FLOPs a second, the mean time of the three products with this as one of their dimensions. A product with few rows
+    reads weights that are in no cache, as those of a model are.
+    """
+    wide = WIDE[timer.compute.device.type]
     taken, flops = 0.0, 0
     for rows, inner, columns in ((smallest, wide, wide), (wide, smallest, wide), (wide, wide, smallest)):
-        one, other = _drawn(compute, rows, inner), _drawn(compute, columns, inner)  # a linear layer's weight
-        taken += _seconds(lambda one=one, other=other: torch.nn.functional.linear(one, other), compute)  # type: ignore[misc]
+        one = timer.drawn(rows, inner)
+        weights = [timer.drawn(columns, inner) for _ in range(COLD if rows <= FEW else 1)]
+        taken += timer(partial(_each, one, weights)) / len(weights)
         flops += 2 * rows * inner * columns
     return flops / taken
 
 
-def _memory(compute: Compute) -> float:
-    """Bytes a second of a sum into new memory."""
-    one, other = (_drawn(compute, NUMBERS[compute.device.type]) for _ in "ab")
-    return 3 * one.nbytes / _seconds(lambda: one + other, compute)
+def _each(x: Tensor, weights: Sequence[Tensor]) -> None:
+    for weight in weights:
+        torch.nn.functional.linear(x, weight)
 
 
-def _attention(compute: Compute) -> float:
+def _memory(timer: Timer) -> float:
+    """Bytes a second of a sum in place: new memory of that size would be given page by page."""
+    one, other = (timer.drawn(NUMBERS[timer.compute.device.type]) for _ in "ab")
+    return 3 * one.nbytes * SUMS / timer(partial(_sums, one, other))
+
+
+def _sums(one: Tensor, other: Tensor) -> None:
+    for _ in range(SUMS):
+        one.add_(other)
+
+
+def _attention(timer: Timer) -> float:
     """FLOPs a second of one causal sequence, forward and backward."""
     plan = TreePlan(torch.tensor([0]), torch.tensor([TOKENS]), torch.tensor([-1]))
-    q, k, v = (_drawn(compute, TOKENS, HEADS, CHANNELS).requires_grad_() for _ in "qkv")
+    q, k, v = (timer.drawn(TOKENS, HEADS, CHANNELS).requires_grad_() for _ in "qkv")
     pairs = TOKENS * (TOKENS + 1) // 2
-    taken = _seconds(lambda: ops.tree_attention(q, k, v, plan).sum().backward(), compute)
-    return 12 * HEADS * CHANNELS * pairs / taken
+    return 12 * HEADS * CHANNELS * pairs / timer(lambda: ops.tree_attention(q, k, v, plan).sum().backward())
 
 
-def _operator(compute: Compute) -> float:
+def _operator(timer: Timer) -> float:
     """Seconds that an operator of a model takes that has next to nothing to compute, forward and backward."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     with torch.random.fork_rng(devices=[]):
-        lm: Any = LlamaForCausalLM(LlamaConfig(**TINY)).to(compute.device)
-    ids = torch.zeros(1, 2, dtype=torch.int64, device=compute.device)
+        lm: Any = LlamaForCausalLM(LlamaConfig(**TINY)).to(timer.compute.device)
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=timer.compute.device)
 
     def run() -> None:
-        with compute.autocast():
+        with timer.compute.autocast():
             lm.model(input_ids=ids, use_cache=False).last_hidden_state.sum().backward()
 
     seen = Allocations((), lambda name, args: 0)
     with seen:
         run()
-    return _seconds(run, compute) / seen.work.operators
+    return timer(run) / seen.work.operators

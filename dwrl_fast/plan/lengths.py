@@ -26,7 +26,7 @@ class Contexts(NamedTuple):
     tokens of the longest.
     """
 
-    count: int
+    number: int
     tokens: int
     longest: int
 

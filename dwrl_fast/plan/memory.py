@@ -65,12 +65,14 @@ def parts(setup: Setup, gpus: int, tokens: float, group: float) -> Parts:
     return Parts(min(gpus, beside) if config.hsdp else gpus, gpus > 1, mine > whole)
 
 
-def memory(setup: Setup, traced: Traced, gpus: int, budget: float) -> Memory:
-    """Of one of `gpus`, with micro-batches of `budget` tokens at most: a group that is larger is one by itself, and none
-    has more than a rank's share of a minibatch.
+def memory(setup: Setup, traced: Traced, gpus: int, budget: float, *, full: bool = False) -> Memory:
+    """Of one of `gpus`, with micro-batches of `budget` tokens at most: a group that is larger is one by itself, and
+    none has more than a rank's share of a minibatch, unless they are to be `full`.
     """
     group = traced.small.tokens
-    tokens = min(max(budget, group), group * -(-setup.config.minibatch_size // gpus))
+    tokens = max(budget, group)
+    if not full:
+        tokens = min(tokens, group * -(-setup.config.minibatch_size // gpus))
     lying = parts(setup, gpus, tokens, group)
     kept = _kept(setup, lying)
     gradients = {"gradients": 0.0 if setup.config.cpu_offload else 4 * _trained(setup) / lying.parts}
@@ -86,13 +88,13 @@ def memory(setup: Setup, traced: Traced, gpus: int, budget: float) -> Memory:
 
 
 def largest_budget(setup: Setup, traced: Traced, gpus: int, room: float) -> int:
-    """The most tokens of a micro-batch that fit into `room` bytes; 0 where not even one group does."""
-    if memory(setup, traced, gpus, 0).peak > room:
+    """The most tokens of a full micro-batch that fit into `room` bytes; 0 where not even one group does."""
+    if memory(setup, traced, gpus, 0, full=True).peak > room:
         return 0
     low, high = traced.small.tokens // STEP, MOST // STEP
     while low < high:
         middle = (low + high + 1) // 2
-        if memory(setup, traced, gpus, middle * STEP).peak <= room:
+        if memory(setup, traced, gpus, middle * STEP, full=True).peak <= room:
             low = middle
         else:
             high = middle - 1
@@ -196,7 +198,7 @@ def _sampling(setup: Setup, gpus: int, budget: float) -> Kinds:
         return {"vLLM": share * setup.profile.memory_gib * GIB}
     asked = contexts(setup.lengths, setup.method)
     rows = -(-config.rollout_batch_size // gpus)
-    thoughts = rows * asked.count * config.num_generations
+    thoughts = rows * asked.number * config.num_generations
     needed = rows * asked.tokens + min(thoughts, config.generation_batch_size) * config.max_completion_length
     tokens = min(budget, rows * asked.tokens)
     return {

@@ -47,9 +47,8 @@ def memory_table(setup: Setup, found: Sized, console: Console) -> None:
     """Memory of one GPU by kind, at every moment."""
     moments = found.memory.moments
     title = f"GiB of each of {found.gpus} GPU{'s' * (found.gpus > 1)}, micro-batches of {found.budget or 'any'} tokens"
-    table = Table("", *moments, title=title, title_justify="left")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = _table(title, "", *moments)
+    table.columns[0].justify = "left"
     for kind in ORDER:
         if any(kind in kinds for kinds in moments.values()):
             table.add_row(kind, *(f"{kinds.get(kind, 0) / GIB:.2f}" for kinds in moments.values()))
@@ -79,26 +78,34 @@ def verdict(setup: Setup, found: Sized, traced: Traced, console: Console) -> Non
 
 
 def size_table(setup: Setup, found: Sequence[Sized], console: Console) -> None:
-    """Every number of GPUs in a line."""
+    """Every number of GPUs in a line, and below, in the same order, the stages of its step."""
     config: Any = setup.config
-    stages = list(dict.fromkeys(stage for each in found for stage in each.seconds))
     costs = [f"cost at {config.price:g}"] if config.price else []
-    table = Table("GPUs", "GiB", "budget", "largest", *stages, "step, s", "epoch, h", *costs,
-                  title="By number of GPUs: seconds of a step by stage", title_justify="left")  # fmt: skip
-    for column in table.columns:
-        column.justify = "right"
+    table = _table("By number of GPUs; largest: the budget of full micro-batches that fits", "GPUs", "GiB", "budget",
+                   "largest", "step, s", "epoch, h", "GPU hours", *costs)  # fmt: skip
     for each in found:
         hours = each.hours(config.rows, config.rollout_batch_size)
+        cells = [f"{each.gpus:,}", f"{each.memory.peak / GIB:.1f}", f"{each.budget:,}", f"{each.largest:,}"]
         if not each.fits:
-            table.add_row(str(each.gpus), f"{each.memory.peak / GIB:.1f}", "does not fit")
-            continue
-        cost = [f"{hours * each.gpus * config.price:,.2f}"] if config.price else []
-        table.add_row(
-            *(str(each.gpus), f"{each.memory.peak / GIB:.1f}", f"{each.budget:,}", f"{each.largest:,}"),
-            *(f"{each.seconds[stage]:.3g}" for stage in stages),
-            *(f"{sum(each.seconds.values()):.3g}", f"{hours:.3g}", *cost),
-        )
+            cells[2:] = ["-", "none"]
+        else:
+            cells += [f"{sum(each.seconds.values()):.3g}", f"{hours:.3g}", f"{hours * each.gpus:,.1f}"]
+            cells += [f"{hours * each.gpus * config.price:,.0f}"] if config.price else []
+        table.add_row(*cells)
     console.print(table)
+    fitting = [each for each in found if each.fits]
+    stages = list(dict.fromkeys(stage for each in fitting for stage in each.seconds))
+    table = _table("Seconds of a step by stage", "GPUs", *stages)
+    for each in fitting:
+        table.add_row(f"{each.gpus:,}", *(f"{each.seconds[stage]:.3g}" for stage in stages))
+    console.print(table)
+
+
+def _table(title: str, *columns: str) -> Table:
+    made = Table(*columns, title=title, title_justify="left")
+    for column in made.columns:
+        column.justify = "right"
+    return made
 
 
 def to_dict(setup: Setup, found: Sequence[Sized]) -> dict[str, Any]:
@@ -107,7 +114,12 @@ def to_dict(setup: Setup, found: Sequence[Sized]) -> dict[str, Any]:
     rows = []
     for each in found:
         hours = each.hours(config.rows, config.rollout_batch_size)
-        row = {"gpus": each.gpus, "token_budget": each.budget, "largest_token_budget": each.largest, "fits": each.fits}
+        row: dict[str, Any] = {
+            "gpus": each.gpus,
+            "token_budget": each.budget,
+            "largest_token_budget": each.largest,
+            "fits": each.fits,
+        }
         row |= {"bytes": each.memory.moments, "seconds": each.seconds, "epoch_hours": hours}
         rows.append(row | ({"cost": hours * each.gpus * config.price} if config.price else {}))
     return {"options": config.to_dict(), "shape": setup.shape._asdict(), "flop_per_group": dict(flops(setup)),

@@ -69,7 +69,7 @@ class Clock:
 
     def attention(self, pairs: float, times: int) -> float:
         """times: 4 FLOPs of a channel and pair forward, 8 backward."""
-        flops = times * self.shape.channels * self.shape.count * pairs
+        flops = times * self.shape.channels * self.shape.depth * pairs
         return flops / (self.profile.attention * self.profile.share("attention"))
 
     def head(self, rows: float, products: int) -> float:
@@ -134,14 +134,15 @@ class Clock:
     def beside(self, thoughts: float, tokens: float) -> float:
         """How many of a rank's thoughts are written at once, over contexts of so many tokens."""
         config = self.setup.config
-        held = config.generation_cache_gib * 2**30 / (self.shape.cached * self.setup.dtype.itemsize) - tokens
-        return min(thoughts, config.generation_batch_size, max(1.0, held / config.max_completion_length))
+        held = config.generation_cache_gib * 2**30 / (self.shape.cached * self.setup.dtype.itemsize)
+        each = config.max_completion_length + tokens / thoughts  # room is kept for its full length
+        return min(thoughts, config.generation_batch_size, max(1.0, held / each))
 
     def sampling(self, rows: float) -> float:
         """Thoughts about so many preference groups, all as long as planned."""
         setup, each = self.setup, self.setup.config.num_generations
         asked, thought = contexts(setup.lengths, setup.method), setup.lengths.thought
-        thoughts, tokens = rows * asked.count * each, rows * asked.tokens
+        thoughts, tokens = rows * asked.number * each, rows * asked.tokens
         beside = self.beside(thoughts, tokens)
         passes = thoughts * thought / beside
         return self.prefill(tokens, asked.longest) + passes * self.token(beside, asked.longest / each + thought / 2)
@@ -196,10 +197,10 @@ def flops(setup: Setup) -> Mapping[str, float]:
     """
     group, shape, phases = sizes(setup), setup.shape, len(setup.method.phases)
     head = math.prod(shape.head) if shape.head else shape.width
-    forward = 2 * shape.stack.all * group.tokens + 4 * shape.channels * shape.count * group.pairs
+    forward = 2 * shape.stack.all * group.tokens + 4 * shape.channels * shape.depth * group.pairs
     found = {"updates": phases * 3.0 * forward + 6.0 * head * (group.rows + group.scores)}
     if setup.method.thoughts_each:
         asked = contexts(setup.lengths, setup.method)
-        drawn = asked.count * setup.config.num_generations * setup.lengths.thought
+        drawn = asked.number * setup.config.num_generations * setup.lengths.thought
         found["thoughts"] = 2.0 * shape.stack.all * (asked.tokens + drawn) + 2.0 * head * drawn
     return found

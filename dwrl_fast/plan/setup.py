@@ -35,13 +35,13 @@ class Weights(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """A model's sizes. layer: of its largest layer. root: embedding, norm and head. head: [V, H], empty of a scalar
+    """A model's sizes. depth: of its layers. layer: of its largest layer. root: embedding, norm and head. head: [V, H], empty of a scalar
     one; tied: it is the embedding. inner: the widest state of a layer. channels: of all query heads. cached: numbers of
     keys and values that a token leaves in all layers.
     """
 
     name: str
-    count: int
+    depth: int
     layer: Weights
     stack: Weights
     root: Weights
@@ -138,7 +138,7 @@ def _shape(model: Any) -> Shape:
     keys = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return Shape(
         name=type(model.lm).__name__,
-        count=len(blocks),
+        depth=len(blocks),
         layer=max((_weights(block.parameters()) for block in blocks), key=lambda weights: weights.all),
         stack=_weights(p for block in blocks for p in block.parameters()),
         root=_weights(p for p in model.parameters() if id(p) not in inside),

@@ -3,6 +3,7 @@ and what it would compute. One process stands for all ranks, over a process grou
 """
 
 import dataclasses
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from dwrl_fast.batching.batch import Batch
 from dwrl_fast.batching.layout import Layout
 from dwrl_fast.compute import Compute
 from dwrl_fast.errors import ConfigError
+from dwrl_fast.log import logger
 from dwrl_fast.models.sharding import shard
 from dwrl_fast.ops import extension
 from dwrl_fast.ops.products import workspace_bytes
@@ -72,7 +74,7 @@ def trace(setup: Setup, gpus: int, beside: int | None = None, *, accumulates: bo
     packing = "packed" if setup.config.packing == "padded" else setup.config.packing
     layout = Layout(packing, 1 << 62, 0, compute.device)
     batches = [layout.batches(groups(setup.lengths, setup.method, number))[0] for number in NUMBERS]
-    with FakeTensorMode() as mode, _ranks(gpus, beside) as mesh:
+    with FakeTensorMode() as mode, _ranks(gpus, beside) as mesh, _quiet():
         model = built(setup.config, setup.dtype)
         if mesh is not None:
             shard(model, mesh, compute)
@@ -95,6 +97,17 @@ def _ranks(count: int, beside: int | None) -> Iterator[Any]:
         yield mesh
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Backends are chosen for the CPU's tensors, which is no news of the planned device."""
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _fake(mode: FakeTensorMode, record: Any) -> Any:
