@@ -1,6 +1,7 @@
 """`python -m dwrl_fast.compare A B`: two trained models on the same pairs, and what they disagree about."""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +25,7 @@ from dwrl_fast.evaluation.pairs import check_ordered
 from dwrl_fast.evaluation.scoring import score_rows
 from dwrl_fast.evaluation.units import Units
 from dwrl_fast.feed import read_rows
-from dwrl_fast.log import logger
+from dwrl_fast.log import escaped, logger
 from dwrl_fast.models.pretrained import load_card
 from dwrl_fast.options import at_least, option, parse
 from dwrl_fast.progress import Display
@@ -186,9 +187,9 @@ def _json_lines(differ: Sequence[Difference], config: CompareConfig) -> Iterator
 
 
 def _markdown(differ: Sequence[Difference], config: CompareConfig) -> Iterator[str]:
-    yield f"# {len(differ)} disagreements\n\nA: `{config.model_a}`  \nB: `{config.model_b}`\n"
+    yield f"# {len(differ)} disagreements\n\nA: {_inline(config.model_a)}  \nB: {_inline(config.model_b)}\n"
     for row, models in differ:
-        yield f"\n## {row.source}\n\n{_quoted(transcript(row.prompt))}"
+        yield f"\n## {_inline(row.source)}\n\n{_quoted(transcript(row.prompt))}"
         for k, response in enumerate(row.responses):
             scores = ", ".join(f"{name} {found.scores[k]:.4f}" for name, found in zip("AB", models, strict=True))
             yield f"\n**Response {k + 1}** (rank {models[0].ranks[k]}; {scores})\n\n{_quoted(response)}"
@@ -201,7 +202,14 @@ def _markdown(differ: Sequence[Difference], config: CompareConfig) -> Iterator[s
 
 
 def _quoted(text: str) -> str:
-    return "".join(f"> {line}\n" for line in text.split("\n"))
+    """A block of code, in which nothing is markup; its fence is longer than any in the text."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}text\n{escaped(text)}\n{fence}\n"
+
+
+def _inline(text: str) -> str:
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence} {escaped(text)} {fence}" if "`" in text else f"`{escaped(text)}`"
 
 
 if __name__ == "__main__":

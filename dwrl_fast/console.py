@@ -8,15 +8,16 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import NoReturn
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.logging import RichHandler
+from rich.segment import Segment
 
 from dwrl_fast.errors import ConfigError, Stopped, UserError
-from dwrl_fast.log import logger
+from dwrl_fast.log import escaped, logger
 from dwrl_fast.ranks import culprit, stop
 
 GRACE = 5  # seconds
@@ -24,7 +25,14 @@ DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.E
 
 
 class Terminal(Console):
-    """Where a command prints. One whose reader is gone (`| head`) goes on without printing: its files matter more."""
+    """Where a command prints. Nothing that comes out of a file speaks to it. One whose reader is gone (`| head`) goes
+    on without printing: its files matter more.
+    """
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """As the base has it, with the control characters of all texts as escapes."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=escaped(segment.text))
 
     def on_broken_pipe(self) -> None:
         """Print nothing from now on."""
@@ -96,10 +104,10 @@ def _leave(status: int, why: str) -> NoReturn:
     """End the process. Of several, at once: threads of collectives that others wait in would hold it."""
     rank = os.environ.get("RANK")
     if rank is None:
-        print(why, file=sys.stderr)
+        print(escaped(why), file=sys.stderr)
         sys.exit(status)
     if int(rank) == culprit():
-        print(why, file=sys.stderr)
+        print(escaped(why), file=sys.stderr)
     else:
         time.sleep(GRACE)  # torchrun names the first to end as the cause, and ends the others
     _end(status)

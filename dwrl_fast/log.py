@@ -2,8 +2,19 @@
 
 import functools
 import logging
+import re
 
 logger = logging.getLogger("dwrl_fast")
+
+# What moves the cursor, speaks to the terminal, or turns the order of letters; a tab and a line end are harmless.
+CONTROLS = re.compile(
+    "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u061c\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069\\ud800-\\udfff]"
+)
+
+
+def escaped(text: str) -> str:
+    """`text` with its control characters as escapes, so that what comes out of a file can only be read."""
+    return CONTROLS.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), text)
 
 
 @functools.cache

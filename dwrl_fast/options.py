@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin,
 import yaml
 
 from .errors import ConfigError
-from .yamlfile import Loader
+from .files import bounded_text, bounded_yaml
 
 COMMAND_LINE = "the command line"
 Configuration = TypeVar("Configuration", bound="Options")
@@ -243,11 +243,10 @@ def checked(cls: type[Options], given: Mapping[str, Any], where: str) -> dict[st
 
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
-        with open(path, encoding="utf-8") as file:
-            values = yaml.load(file, Loader=Loader)  # a SafeLoader
+        values = bounded_yaml(bounded_text(path), path)
     except OSError as error:
         raise ConfigError(f"--config {path}: cannot be read ({error.strerror}).") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"--config {path}: not valid YAML. {error}") from None
     if values is None:
         return {}

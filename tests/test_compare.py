@@ -100,7 +100,7 @@ def test_two_models_and_what_they_disagree_about(folder: Path, tmp_path: Path) -
     run(folder, "--output_file", f"{tmp_path}/differ.md")
     text = (tmp_path / "differ.md").read_text()
     assert text.count("\n## ") == len(lines) and text.count("A on response 1:") == len(lines)
-    assert text.startswith(f"# {len(lines)} disagreements") and f"\n> {lines[0]['responses'][1]}\n" in text
+    assert text.startswith(f"# {len(lines)} disagreements") and f"\n```text\n{lines[0]['responses'][1]}\n```\n" in text
     assert text.index(lines[0]["source"]) < text.index(lines[1]["source"])
 
 

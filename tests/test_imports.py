@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A room, a module or folder of the package, may import only rooms that stand before it; so nothing imports `train`.
 # A folder's __main__ is a command: it stands late, with the rooms that it shows, and nothing imports it at all.
 ROOMS = (
-    *("errors", "log", "lock", "yamlfile", "templates", "kernels", "ops"),
+    *("errors", "log", "lock", "files", "templates", "kernels", "ops"),
     *("ranks", "compute", "data", "dialog", "encode", "sampling", "batching", "models", "objectives"),
     *("options", "methods", "config", "plan", "scoring", "progress", "feed", "evaluation", "training", "embedded"),
     "doctor",

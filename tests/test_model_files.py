@@ -175,7 +175,10 @@ def configured(**changes: Any) -> Callable[[Path], None]:
 
 DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "half the weights": (cut, r"model.safetensors, each whole. Copy it again"),
-    "no weights": (lambda folder: (folder / WEIGHTS).write_bytes(b""), r"SafetensorError"),
+    "no weights": (
+        lambda folder: (folder / WEIGHTS).write_bytes(b""),
+        r"has 0 bytes, which is no safetensors file: copy it again",
+    ),
     "a card without an end": (nested, r"cannot be read as a model's card"),
     "no heads": (configured(num_attention_heads=0), r"cannot load a (model|tokenizer)"),
     "layers in words": (configured(num_hidden_layers="two"), r"cannot load a (model|tokenizer)"),

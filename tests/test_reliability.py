@@ -1,5 +1,6 @@
 """A sample of `python -m bench.reliability`: its drills hold, and would not where the fault they plant does harm."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,11 @@ from typing import Any
 import pytest
 from test_embedded import TINY
 
-from bench.reliability import disks, kills, resume, signals
+from bench.reliability import disks, files, kills, resume, signals
 from bench.reliability.lives import lived
 from bench.reliability.task import made
 from dwrl_fast.embedded import Embedded
+from dwrl_fast.errors import DataError
 from dwrl_fast.training import checkpoint, in_flight
 
 pytestmark = pytest.mark.slow
@@ -73,6 +75,40 @@ def test_a_disk_that_refuses(task: Embedded, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(disks, "FAULTS", {"ENOSPC": disks.FAULTS["ENOSPC"]})
     drill = disks.refused(task, tmp_path / "drill")
     assert drill.held, drill.found
+
+
+def test_hostile_files(task: Embedded, tmp_path: Path) -> None:
+    assert len(list(files.cases())) >= 60
+    drill = files.hostile(task, tmp_path / "drill")
+    assert drill.held, drill.found
+
+
+def test_the_drill_of_files_sees_each_kind_of_harm(task: Embedded, tmp_path: Path) -> None:
+    """Cases that do what no loader does: the verdict names each."""
+
+    def wrong(craft: Any, loads: Any) -> str:
+        folder = tmp_path / "case"
+        folder.mkdir(exist_ok=True)
+        (folder.parent / "outside").mkdir(exist_ok=True)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(files, "load", lambda *_: loads(folder))
+            patch.setattr(files, "SECONDS", 2.0)
+            return files.verdict(files.Case("data", "", "rows.jsonl", craft), folder, tmp_path / "log")
+
+    def named(folder: Path) -> Any:
+        raise DataError(f"{folder}/rows.jsonl")
+
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "x").touch()
+    assert wrong(None, named) == ""
+    assert "Traceback" in wrong(None, lambda folder: 1 / 0)
+    assert "status 0" in wrong(None, lambda folder: None)
+    assert "more than 2 s" in wrong(None, lambda folder: time.sleep(60))
+    assert "MiB" in wrong(None, lambda folder: (bytearray(2 << 30), named(folder)))
+    assert "outside was read" in wrong(
+        None, lambda folder: ((folder.parent / "outside" / "x").read_bytes(), named(folder))
+    )
+    assert "code was run" in wrong(None, lambda folder: ((folder / "ran").mkdir(), named(folder)))
 
 
 def test_a_life_ends_as_it_ends(tmp_path: Path) -> None:

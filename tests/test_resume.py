@@ -288,7 +288,7 @@ def test_a_bad_batch_is_skipped_as_if_it_were_not_there(folder: Path) -> None:
         steps.append(phase)
         step(phase, *rest)
 
-    trainer.policy.optimizers.step = counted  # type: ignore[method-assign]
+    trainer.policy.optimizers.step = counted  # type: ignore[method-assign, assignment]
     trainer.train()
     assert len(steps) == 3 * 4 - 1
     rows = read_metrics(folder / "run" / "metrics.jsonl")

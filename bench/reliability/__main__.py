@@ -11,6 +11,7 @@ drill does not hold.
 
 import argparse
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -22,9 +23,10 @@ from rich.console import Console
 
 from bench import command
 from bench.machine import machine
-from bench.reliability import cost, disks, kills, resume, signals, soak
+from bench.reliability import cost, disks, files, kills, resume, signals, soak
 from bench.reliability.drill import Drill
 from bench.reliability.task import CASES, made
+from dwrl_fast.log import logger
 
 Drills = Callable[[], Iterator[Drill]]
 
@@ -51,7 +53,7 @@ def drills(given: argparse.Namespace, work: Path) -> dict[str, Drills]:
 
     def long() -> Iterator[Drill]:
         steps = int(given.minutes * given.steps_a_minute)
-        yield soak.hunted(task, work / "hunted", steps, (2, 6) if given.minutes < 10 else (60, 180))
+        yield soak.hunted(task, work / "hunted", steps, (given.minutes, 3 * given.minutes))
         yield soak.flat(task, work / "flat", 30 * given.minutes)
 
     return {
@@ -59,6 +61,7 @@ def drills(given: argparse.Namespace, work: Path) -> dict[str, Drills]:
         "signals": lambda: iter([signals.signalled(task, work / "signals")]),
         "kills": killed,
         "disks": disk,
+        "files": lambda: iter([files.hostile(task, work / "files")]),
         "cost": lambda: iter([cost.cost(work / "cost", 20 if quick else 50, 1 if quick else 3)]),
         "soak": long,
     }
@@ -68,7 +71,7 @@ def main() -> None:
     """The command: run the drills, print their table and write the JSON."""
     parser = command.parser("reliability", __doc__)
     parser.add_argument("--quick", action="store_true", help="a sample")
-    parser.add_argument("--only", nargs="+", help="resume signals kills disks cost soak (default: all but soak)")
+    parser.add_argument("--only", nargs="+", help="resume signals kills disks files cost soak (default: all but soak)")
     parser.add_argument("--minutes", type=float, default=60, help="of the run under kills; half of it left alone")
     parser.add_argument(
         "--steps_a_minute", type=float, default=60, help="rollout batches of it that a minute takes here"
@@ -76,6 +79,7 @@ def main() -> None:
     parser.add_argument("--task", type=Path, help="a folder with the embedded task, made there where it is not")
     parser.add_argument("--json", type=Path, help="where the table goes too")
     given = parser.parse_args()
+    logger.setLevel(logging.ERROR)  # each drill leaves checkpoints that are passed over
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # which warns of every fork
     rows: list[tuple[Drill, float]] = []
     with tempfile.TemporaryDirectory(prefix="reliability-") as name:

@@ -27,6 +27,7 @@ from dwrl_fast.training.saving import Saver
 
 SIZE = 200_000  # numbers in a tensor: what is written takes a few milliseconds
 UPDATES = 4  # saves within a step, as checkpoint-000001-0003
+FIRST = 4  # save of a drill
 
 
 class Said(NamedTuple):
@@ -80,15 +81,30 @@ def told(lines: list[str], what: str, before: int) -> int:
     return max((int(line.split()[1]) for line in lines if line.startswith(what)), default=before)
 
 
-def killed_once(folder: Path, first: int, kill: Callable[[int], object], **how: Any) -> tuple[Said, int, int]:
-    """One life; kill(process) ends it, or lets it end itself. What it said, its status, and its count of operations."""
+def heard(hear: int, saves: int | None = None) -> bytes:
+    """What lives say until they have told of so many whole saves; None: until they have ended."""
+    text = b""
+    while (saves is None or text.count(b"whole") < saves) and (more := os.read(hear, 4096)):
+        text += more
+    return text
+
+
+def killed_once(folder: Path, first: int, moment: tuple[int, float] | None, **how: Any) -> tuple[Said, int, int]:
+    """One life, which is killed so many seconds after a number of saves; None: it ends by itself. What it said, its
+    status, and its count of operations.
+    """
     hear, say = os.pipe()
     process = life(lambda: save_without_end(folder, first, say, **how), folder.with_suffix(".log"))
     os.close(say)
-    kill(process)
+    text = b""
+    if moment is not None:
+        text = heard(hear, moment[0])
+        time.sleep(moment[1])
+        os.kill(process, signal.SIGKILL)
     status = ended(process)
-    with os.fdopen(hear) as file:
-        lines = [line for line in file.read().split("\n") if line.count(" ") == 1]
+    text += heard(hear)
+    os.close(hear)
+    lines = [line for line in text.decode().split("\n") if line.count(" ") == 1]
     return Said(told(lines, "begun", first - 1), told(lines, "whole", first - 1)), status, told(lines, "count", 0)
 
 
@@ -96,7 +112,7 @@ def intact(folder: Path, said: Said) -> str:
     """What is wrong with the newest checkpoint after a life that said so; empty where nothing is."""
     path = latest_checkpoint(folder)
     if path is None:
-        return "" if said.whole < 1 else f"nothing is left of {said.whole} saves"
+        return "" if said.whole < FIRST else f"nothing is left of {said.whole} saves"
     into = {name: torch.full_like(tensor, 7) for name, tensor in numbers(0).items()}
     save = load_checkpoint(path, into)["save"]
     if any(not torch.equal(tensor, numbers(save)[name]) for name, tensor in into.items()):
@@ -110,7 +126,7 @@ def single(folder: Path, kills: int, seed: int = 0) -> Drill:
     """SIGKILLs of one process: before every file operation of a save, with half a file written, the rest at random."""
     chance = random.Random(seed)
     folder.mkdir(parents=True)
-    _, status, count = killed_once(folder / "counted", 4, lambda _: None, boundary=(0, die))
+    _, status, count = killed_once(folder / "counted", FIRST, None, boundary=(0, die))
     assert status == 0 and count > 10, (status, count)
     wrong, done, lost = [], 0, 0
 
@@ -129,15 +145,18 @@ def single(folder: Path, kills: int, seed: int = 0) -> Drill:
 
     for number in range(1, count + 1):
         place = folder / f"boundary-{number}"
-        judge(place, killed_once(place, 4, lambda _: None, boundary=(number, die)), f"operation {number}")
+        judge(place, killed_once(place, FIRST, None, boundary=(number, die)), f"operation {number}")
     place = folder / "half"
-    judge(place, killed_once(place, 4, lambda _: None, boundary=(1, half_written)), "half a file")
-    place, first = folder / "random", 4
+    judge(place, killed_once(place, FIRST, None, boundary=(1, half_written)), "half a file")
+    place, first, within = folder / "random", FIRST, 0
     while done + len(wrong) < kills:
-        result = killed_once(place, first, partial(_after, chance.uniform(0.0, 0.08)), boundary=None)
+        moment = chance.randint(0, 2), chance.uniform(0.0, 0.04)
+        result = killed_once(place, first, moment, boundary=None)
+        within += result[0].begun > result[0].whole
         judge(place, result, f"at random, save {result[0].begun}")
         first = _save_of(latest_checkpoint(place)) + 1
-    found = f"{done - len(wrong)} of {done} load, {count} operations of a save, at most {max(0, lost)} saves lost"
+    found = f"{done - len(wrong)} of {done} load, {count} operations of a save, {within} at random within one, "
+    found += f"at most {max(0, lost)} saves lost"
     name = "SIGKILL while one process saves"
     return Drill(
         name, f"{kills} of {kills} load, at most one lost", found + "; ".join(wrong[:3]), not wrong and lost <= 1
@@ -146,14 +165,9 @@ def single(folder: Path, kills: int, seed: int = 0) -> Drill:
 
 def _save_of(path: Path | None) -> int:
     if path is None:
-        return 3
+        return FIRST - 1
     step, _, update = path.name.removeprefix("checkpoint-").partition("-")
     return int(step) * UPDATES + int(update or 0)
-
-
-def _after(seconds: float, process: int) -> None:
-    time.sleep(seconds)
-    os.kill(process, signal.SIGKILL)
 
 
 # Two processes
@@ -176,7 +190,7 @@ def together(folder: Path, kills: int, seed: int = 0) -> Drill:
     """SIGKILLs of either of two processes that save together."""
     chance = random.Random(seed)
     folder.mkdir(parents=True)
-    place, first, wrong, lost, during = folder / "run", 4, list[str](), 0, 0
+    place, first, wrong, lost, during = folder / "run", FIRST, list[str](), 0, 0
     for number in range(kills):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -186,9 +200,7 @@ def together(folder: Path, kills: int, seed: int = 0) -> Drill:
             life(partial(save_together, place, rank, port, first, say), folder / f"rank-{rank}.log") for rank in (0, 1)
         ]
         os.close(say)
-        text = b""
-        while text.count(b"whole") < 2 and (more := os.read(hear, 4096)):  # until both are at it
-            text += more
+        text = heard(hear, 2)  # until both are at it
         time.sleep(chance.uniform(0.0, 0.2))
         victim = number % 2
         os.kill(pair[victim], signal.SIGKILL)
@@ -196,8 +208,7 @@ def together(folder: Path, kills: int, seed: int = 0) -> Drill:
         time.sleep(0.2)  # the other loses the connection; if not, it waits for its timeout
         os.kill(pair[1 - victim], signal.SIGKILL)
         ended(pair[1 - victim])
-        while more := os.read(hear, 4096):
-            text += more
+        text += heard(hear)
         os.close(hear)
         lines = text.decode().splitlines()
         said = Said(told(lines, "begun", first - 1), told(lines, "whole", first - 1))

@@ -4,14 +4,16 @@ import bz2
 import gzip
 import importlib
 import io
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, AnyStr
 
 from dwrl_fast.errors import DataError
 
 KINDS = {"gzip": b"\x1f\x8b", "bzip2": b"BZh", "zstd": b"\x28\xb5\x2f\xfd"}
 PIECE = 1 << 20
+MOST = 64 << 20  # bytes of a row
 
 
 def kind_of(path: str | Path) -> str | None:
@@ -36,6 +38,26 @@ def opened(path: str | Path, offset: int = 0) -> IO[bytes]:
     else:
         file.seek(offset)
     return file
+
+
+def lines_of(file: IO[AnyStr], name: str, before: int) -> Iterator[AnyStr]:
+    """The lines of a file of bytes or text, of which `before` were read. DataError at one that is longer than a row can
+    be, before it is read: compressed, it may be as long as a disk.
+    """
+    for number in itertools.count(before + 1):
+        line = file.readline(MOST + 1)
+        if len(line) > MOST:
+            raise too_long(f"{name}:{number}")
+        if not line:
+            return
+        yield line
+
+
+def too_long(source: str) -> DataError:
+    """The error of the row `source`, which is not read."""
+    return DataError(
+        f"{source}: a row of more than {MOST >> 20} MiB; write each row on a line of its own, and leave out this one"
+    )
 
 
 def _zstd(path: str | Path, mode: str) -> IO[bytes]:

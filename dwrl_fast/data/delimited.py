@@ -2,13 +2,12 @@
 
 import csv
 import io
-import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dwrl_fast.data.compression import kind_of, opened, unreadable
+from dwrl_fast.data.compression import MOST, kind_of, lines_of, opened, unreadable
 from dwrl_fast.data.messages import from_text
 from dwrl_fast.data.row_source import START, Position, Row
 from dwrl_fast.data.table_text import Cell
@@ -25,12 +24,12 @@ class Delimited:
 
     def rows(self, start: Position = START) -> Iterator[Row]:
         """The rows from `start` on. Raises DataError."""
-        csv.field_size_limit(sys.maxsize)  # a text may be long; by default a cell is not
+        csv.field_size_limit(MOST)  # a text may be long; by default a cell is not
         line, kind = 0, None
         try:
             kind = kind_of(self.path)
             with io.TextIOWrapper(opened(self.path), encoding="utf-8-sig", newline="") as file:
-                read = csv.reader(file, delimiter=self.separator, strict=True)
+                read = csv.reader(lines_of(file, self.name, 0), delimiter=self.separator, strict=True)
                 names = self._names(next(read, []))
                 for cells in read:
                     number, line = line + 1 if line else 2, read.line_num

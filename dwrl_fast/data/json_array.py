@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dwrl_fast.data.compression import PIECE, kind_of, opened, unreadable
+from dwrl_fast.data.compression import MOST, PIECE, kind_of, opened, too_long, unreadable
 from dwrl_fast.data.jsonl import DECODER, as_object
 from dwrl_fast.data.row_source import START, Position, Row
 from dwrl_fast.errors import DataError
@@ -99,6 +99,8 @@ class Growing:
                 cut = error.msg.startswith("Unterminated") or error.pos >= len(self.text) - NEAR
                 if not cut or not self._grow():
                     raise
+                if len(self.text) - self.at > 2 * MOST:
+                    raise too_long(source) from None
         self.at = end
         return as_object(value, source)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dwrl_fast.data.compression import kind_of, opened, unreadable
+from dwrl_fast.data.compression import kind_of, lines_of, opened, unreadable
 from dwrl_fast.data.row_source import START, Position, Row
 from dwrl_fast.errors import DataError
 
@@ -32,7 +32,7 @@ class JsonLines:
         try:
             kind = kind_of(self.path)
             with opened(self.path, offset) as file:
-                for raw in file:
+                for raw in lines_of(file, self.name, line):
                     line += 1
                     offset += len(raw)
                     if not raw.isspace():

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dwrl_fast.data.compression import MOST
 from dwrl_fast.data.messages import from_text
 from dwrl_fast.data.row_source import START, Position, Row
 from dwrl_fast.errors import DataError
@@ -35,6 +36,7 @@ class Parquet:
         parquet = library("pyarrow.parquet", self.name)
         with readable(self.name), parquet.ParquetFile(self.path) as file:
             decoders = _decoders(file.schema_arrow, self.name)
+            _refuse_large(file.metadata, self.name)
             sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
             first = bisect_right(list(itertools.accumulate(sizes)), start.line)  # groups before it are passed over
             batches = file.iter_batches(batch_size=BATCH, row_groups=range(first, len(sizes)))
@@ -89,6 +91,18 @@ class HubDataset:
             data = datasets.load_dataset(self.repository, self.config, split=self.split, streaming=True)
             rows = ({name: from_text(value) for name, value in row.items()} for row in data.skip(start.line))
             yield from _numbered(rows, start.line, start)
+
+
+def _refuse_large(metadata: Any, name: str) -> None:
+    """DataError where a row group has cells that no row of text can have, going by their mean size."""
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            mean = column.total_uncompressed_size / max(1, column.num_values)
+            if mean > MOST:
+                raise DataError(
+                    f"{name}: cells of {mean / 2**20:,.0f} MiB in the column {column.path_in_schema!r}; no row may "
+                    f"have more than {MOST >> 20}: write the file without them"
+                )
 
 
 Decode = Callable[[Any], Any]

@@ -12,12 +12,14 @@ import functools
 import re
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from dwrl_fast.data import Message
 from dwrl_fast.dialog.contents import ContentTokenizer
+from dwrl_fast.dialog.limits import LimitError, within_bounds
 from dwrl_fast.dialog.sequence import TokenSequence
 from dwrl_fast.errors import LabelError, TemplateError
 from dwrl_fast.log import info_once
@@ -221,25 +223,30 @@ class Chat:
             )
         return opened
 
-    def _apply(self, messages: Sequence[Message], head: Head | None, tokenize: bool) -> Any:
+    def _apply(self, messages: Sequence[Message], head: Head | None, tokenize: bool, *, first: bool = False) -> Any:
+        """first: with these roles for the first time, and so within bounds, which cost too much for every row."""
         from jinja2.exceptions import TemplateError as JinjaError
 
         thinking = {"enable_thinking": self.enable_thinking == "on" and head == "thought"} if self._switch else {}
         try:
-            return self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                chat_template=self._chat_template,
-                tokenize=tokenize,
-                return_dict=False,
-                add_generation_prompt=head is not None,
-                date_string=TODAY.strftime("%d %b %Y"),
-                **thinking,
-            )
+            with within_bounds() if first else nullcontext():
+                return self.tokenizer.apply_chat_template(
+                    [dict(message) for message in messages],
+                    chat_template=self._chat_template,
+                    tokenize=tokenize,
+                    return_dict=False,
+                    add_generation_prompt=head is not None,
+                    date_string=TODAY.strftime("%d %b %Y"),
+                    **thinking,
+                )
         except JinjaError as error:
             raise self.error(f"refuses the roles ({', '.join(roles_of(messages))}): {error}") from error
+        except (LimitError, MemoryError, OverflowError, TypeError, ValueError) as error:
+            what = str(error) or "it takes more memory than any conversation"
+            raise self.error(f"cannot be run ({what}); give the tokenizer of another model") from error
 
-    def _render(self, messages: Sequence[Message], head: Head | None) -> str:
-        text = self._apply(messages, head, tokenize=False)
+    def _render(self, messages: Sequence[Message], head: Head | None, *, first: bool = False) -> str:
+        text = self._apply(messages, head, tokenize=False, first=first)
         return text.removesuffix(self._unclosed) if head == "label" else text
 
     def _tokenized(self, messages: Sequence[Message], head: Head | None) -> list[int]:
@@ -251,7 +258,7 @@ class Chat:
     def _render_structure(self, roles: tuple[str, ...], head: Head | None) -> Structure:
         places = [PLACEHOLDER.format(i) for i in range(len(roles))]
         messages: list[Message] = [{"role": r, "content": place} for r, place in zip(roles, places, strict=True)]
-        texts, rest = [], self._render(messages, head)
+        texts, rest = [], self._render(messages, head, first=True)
         for role, place in zip(roles, places, strict=True):
             before, found, rest = rest.partition(place)
             if not found or place in rest:

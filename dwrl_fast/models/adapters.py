@@ -7,7 +7,6 @@ head and its sampling are reached as before. They are float32, like all that an 
 import copy
 import hashlib
 import importlib.util
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from dwrl_fast.compute import Compute
 from dwrl_fast.errors import ConfigError, ModelError
+from dwrl_fast.files import bounded_json, check_folder
 from dwrl_fast.log import logger
 
 NAME = "default"  # of the one adapter that a model has; peft's own default
@@ -173,15 +173,23 @@ def is_adapter(name_or_path: str) -> bool:
 
 def adapter_base(folder: str) -> str:
     """The name or path of the model that the adapters in `folder` belong to. ModelError where none is written there."""
-    base = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
+    base = _config(folder).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
         raise ModelError(f"{folder}/{CONFIG} does not say which model its adapters belong to (base_model_name_or_path)")
     return base
 
 
 def holds_head(folder: str) -> bool:
     """Whether the adapters in `folder` come with a scalar head."""
-    return "score" in (json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8")).get("modules_to_save") or ())
+    return "score" in (_config(folder).get("modules_to_save") or ())
+
+
+def _config(folder: str) -> dict[str, Any]:
+    try:
+        check_folder(folder)
+        return dict(bounded_json(Path(folder) / CONFIG))
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(f"{folder} cannot be read as a folder of adapters: {error}. Copy it again") from None
 
 
 def merged_adapter(lm: Any, folder: str) -> Any:
@@ -198,8 +206,10 @@ def merged_adapter(lm: Any, folder: str) -> Any:
         tensors = {name.removeprefix(PREFIX): t for name, t in load_file(Path(folder) / WEIGHTS).items()}
         inject_adapter_in_model(config, lm, NAME)
         fit = set_peft_model_state_dict(lm, tensors, NAME)
-    except (OSError, ValueError, TypeError, LookupError, RuntimeError) as error:
-        raise ModelError(f"{folder} cannot be merged into its base: {error}") from error
+    except Exception as error:  # the libraries below raise anything where a file is damaged
+        raise ModelError(
+            f"{folder} cannot be merged into its base: {error}. Copy it again, or give the model that it merges into"
+        ) from error
     strange = [*fit.unexpected_keys, *(name for name in fit.missing_keys if f".{NAME}" in name)]
     if strange:
         raise ModelError(f"{folder} cannot be merged into its base, which does not fit it: {', '.join(strange[:3])}")

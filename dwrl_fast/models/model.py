@@ -17,6 +17,7 @@ from dwrl_fast.batching.batch import Batch
 from dwrl_fast.batching.layout import Layout
 from dwrl_fast.compute import Compute
 from dwrl_fast.errors import ModelError, NotFiniteError, UserError
+from dwrl_fast.files import check_folder
 from dwrl_fast.log import logger
 from dwrl_fast.models import gguf
 from dwrl_fast.models.adapters import (
@@ -206,6 +207,7 @@ def _load(
     with torch.random.fork_rng(devices=[]), gguf.source(source) as (path, keywords):
         torch.manual_seed(seed)
         try:
+            check_folder(path)
             if name_or_path is not None:
                 options = extra | ({"dtype": dtype or torch.float32} if lora is None else lora.base_options())
                 options = gguf.dequantising(options, source) if keywords else options

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from dwrl_fast.dialog import Dialog, SingleTurn, Thinking
 from dwrl_fast.errors import ConfigError, ModelError
+from dwrl_fast.files import bounded_json, check_folder
 from dwrl_fast.models import gguf
 from dwrl_fast.models.adapters import adapted, plain, write_adapter
 from dwrl_fast.models.model import GenerativeModel, PreferenceModel, load_generative, load_scalar, quiet
@@ -29,6 +30,7 @@ def load_tokenizer(name_or_path: str) -> Any:
 
     with gguf.source(name_or_path) as (path, keywords):
         try:
+            check_folder(path)
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **keywords)
         except Exception as error:  # the libraries below raise anything where a file is damaged
             needs = (
@@ -167,8 +169,8 @@ def load_card(folder: str | Path) -> dict[str, Any]:
             '--method judge (in Python method="judge").'
         )
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, OSError, RecursionError) as error:
+        return dict(bounded_json(path))
+    except (ValueError, TypeError, OSError) as error:
         raise ModelError(
             f"{path} cannot be read as a model's card: copy it again from where the model was trained.\n  {error}"
         ) from None

@@ -9,13 +9,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from dwrl_fast.errors import TemplateError
-from dwrl_fast.yamlfile import Loader
+from dwrl_fast.files import bounded_text, bounded_yaml
 
 PLACE = re.compile(r"\{([a-z_]+)\}")
 DEFAULT = "dialog"
@@ -76,15 +75,15 @@ def load_template(name_or_file: str = DEFAULT) -> Template:
         text = (_folder() / f"{name_or_file}.yaml").read_text(encoding="utf-8")
     else:
         try:
-            text = Path(name_or_file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = bounded_text(name_or_file)
+        except (OSError, ValueError) as error:
             near = difflib.get_close_matches(name_or_file, template_names(), n=1)
             raise TemplateError(
                 f"--template {name_or_file}: neither a file that can be read ({error}) nor one of "
                 f"{', '.join(template_names())}" + (f"; did you mean {near[0]}?" if near else "")
             ) from None
     try:
-        values = yaml.load(text, Loader=Loader)  # a SafeLoader
+        values = bounded_yaml(text, name_or_file)
     except yaml.YAMLError as error:
         raise TemplateError(f"template {name_or_file}: not valid YAML. {error}") from None
     template = read_template(values, name_or_file)

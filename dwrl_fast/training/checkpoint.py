@@ -33,13 +33,15 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 from dwrl_fast.errors import CheckpointError, UnwrittenError
+from dwrl_fast.files import bounded_json, check_folder, opened
 from dwrl_fast.log import logger
 from dwrl_fast.ranks import ALONE, Ranks
 
 MANIFEST, STATE = "manifest.json", "state.json"
 FORMAT = 2  # 1 held a pickle
 FILE_BYTES = 2**30  # tensors that begin below a multiple of it share a file
-UNREADABLE = (OSError, ValueError, RecursionError)  # what reading JSON raises
+UNREADABLE = (OSError, ValueError)  # what reading JSON raises
+MOST_STATE = 1 << 30  # bytes: the thoughts of a round of a million
 UNFINISHED = ".unfinished"
 DAMAGED = ".damaged"
 NAME = re.compile(r"checkpoint-(\d+)(?:-(\d+))?")
@@ -145,10 +147,11 @@ def load_checkpoint(
     """
     ranks.from_first(lambda: _verify(path))
     try:
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        state = bounded_json(path / STATE, MOST_STATE)
         if not isinstance(state, dict):
             raise TypeError(f"{STATE} holds a {type(state).__name__}")
         accept(state)
+        check_folder(path)
         reader = dcp.HuggingFaceStorageReader(str(path))
         _match(path, reader.read_metadata(), tensors)
         with _quiet():
@@ -249,7 +252,7 @@ def _sync(path: Path) -> None:
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
+    with opened(path) as file:
         return {"size": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
@@ -294,7 +297,7 @@ def _complete(folder: Path, final: Path, state: str, files: dict[str, Any]) -> N
 def _verify(path: Path) -> None:
     """CheckpointError unless all files of the manifest are there as they were written, and no other tensors."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = bounded_json(path / MANIFEST)
     except FileNotFoundError:
         what = f"has no {MANIFEST}: it is not a checkpoint, or is incomplete" if path.is_dir() else "does not exist"
         raise CheckpointError(f"{path} {what}.") from None

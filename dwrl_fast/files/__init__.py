@@ -1,0 +1,7 @@
+"""Files that users give, read within bounds: of a size, a depth and a kind that a file of its sort can have."""
+
+from dwrl_fast.files.bounded import bounded_json, bounded_text, opened
+from dwrl_fast.files.folder import check_folder, check_tensors
+from dwrl_fast.files.yaml import bounded_yaml
+
+__all__ = ["bounded_json", "bounded_text", "bounded_yaml", "check_folder", "check_tensors", "opened"]

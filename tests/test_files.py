@@ -1,0 +1,107 @@
+"""Files read within bounds, and text that cannot speak to a terminal."""
+
+import io
+import logging
+import os
+from pathlib import Path
+
+import jinja2
+import pytest
+import yaml
+
+from dwrl_fast.console import Terminal, set_up_logging
+from dwrl_fast.data.compression import lines_of
+from dwrl_fast.dialog.limits import LimitError, within_bounds
+from dwrl_fast.errors import DataError
+from dwrl_fast.files import bounded_json, bounded_text, bounded_yaml, check_folder, opened
+from dwrl_fast.log import escaped, logger
+
+
+def test_only_regular_files_are_opened_and_none_is_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/null"), tmp_path):
+        with pytest.raises(OSError, match=r"not a regular file|Is a directory"):
+            opened(path)
+    with pytest.raises(OSError, match="null byte"):
+        opened("a\0b")
+    (tmp_path / "text").write_text("ä")
+    assert opened(tmp_path / "text").read() == "ä".encode()
+
+
+def test_texts_and_json_have_bounds(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("[1]")
+    assert bounded_text(path, 3) == "[1]" and bounded_json(path) == [1]
+    with pytest.raises(ValueError, match="larger than"):
+        bounded_text(path, 2)
+    path.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="nested too deeply"):
+        bounded_json(path)
+    path.write_text("[" + "[]," * 4_000_000 + "[]]")
+    with pytest.raises(ValueError, match="lists and objects"):
+        bounded_json(path, 1 << 30)
+
+
+def test_yaml_has_bounds_and_says_which_file() -> None:
+    assert bounded_yaml("a: &x [1]\nb: *x", "f") == {"a": [1], "b": [1]}
+    for text, said in {
+        "a: 1\na: 2": 'a given more than once\n  in "f.yaml"',
+        "a: " + "[" * 100_000: "nested too deeply",
+        "a: &a [*a]": "anchors unfold",
+        "a: 2024-99-99": "month must be",
+        "a: " + "x" * (1 << 20): "larger than 1 MiB",
+        "a: !!python/object/apply:os.mkdir [x]": "could not determine a constructor",
+    }.items():
+        with pytest.raises(yaml.YAMLError, match=said):
+            bounded_yaml(text, "f.yaml")
+
+
+def test_a_snapshot_of_the_hub_links_to_its_own_blobs(tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "snapshots" / "abc", tmp_path / "blobs"
+    for folder in (snapshot, blobs):
+        folder.mkdir(parents=True)
+    (blobs / "1").write_text("{}")
+    (snapshot / "config.json").symlink_to("../../blobs/1")
+    check_folder(snapshot)
+    (snapshot / "tokenizer.json").symlink_to("/etc/hostname")
+    with pytest.raises(ValueError, match=r"tokenizer\.json is a link to /etc/hostname, out of the folder"):
+        check_folder(snapshot)
+    check_folder("owner/name")  # of the hub: passed over
+
+
+def test_a_folder_of_a_model_may_be_linked_to_as_a_whole(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "config.json").write_text("{}")
+    (tmp_path / "here").symlink_to(tmp_path / "there")
+    check_folder(tmp_path / "here")
+
+
+def test_lines_have_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dwrl_fast.data.compression.MOST", 10)
+    assert list(lines_of(io.BytesIO(b"123456789\nabc"), "f", 0)) == [b"123456789\n", b"abc"]
+    with pytest.raises(DataError, match="f:8: a row of more than"):
+        list(lines_of(io.StringIO("a\nbcdefghijkl\n"), "f", 6))
+
+
+def test_code_runs_within_bounds() -> None:
+    with within_bounds():
+        assert sum(range(1000)) == 499500
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(LimitError), within_bounds():
+        jinja2.Template(loop).render()
+    with pytest.raises(MemoryError), within_bounds():
+        "a" * 2**33
+
+
+def test_nothing_from_a_file_speaks_to_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    hostile = "a\x1b]0;owned\x07\u202eb\x9b2J\rc\td\n"
+    assert escaped(hostile) == "a\\x1b]0;owned\\x07\\u202eb\\x9b2J\\rc\td\n"
+    assert escaped("naïve 你好 👍🏽") == "naïve 你好 👍🏽"
+    console = Terminal(width=200)
+    set_up_logging(console)
+    console.print(hostile, markup=False)
+    logger.log(logging.WARNING, "%s", hostile)
+    assert not {"\x1b", "\x07", "\u202e", "\x9b"} & set(capsys.readouterr().out)
+    styled = io.StringIO()
+    Terminal(file=styled, force_terminal=True, width=80).print("[bold]x[/bold]")
+    assert "\x1b[1m" in styled.getvalue(), "its own styles stay"
