@@ -5,10 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from dwrl_fast.console import command
 from dwrl_fast.doctor.__main__ import main
-from dwrl_fast.models.sharding import Sharded, _Policies
+from dwrl_fast.models.sharding import Sharded
 from dwrl_fast.ranks import Ranks
 
 
@@ -22,14 +23,9 @@ def averaged(sum_: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     return lambda self, x: sum_(self, x) / self.count
 
 
-def halved(shard: Callable[..., None]) -> Callable[..., None]:
+def halved(divide: Callable[..., None]) -> Callable[..., None]:
     """Gradients that are divided on their way between the ranks."""
-
-    def made(self: Any, unit: Any, whole: bool) -> None:
-        shard(self, unit, whole)
-        unit.set_gradient_divide_factor(2.0)
-
-    return made
+    return lambda self, factor: divide(self, 2 * factor)
 
 
 if __name__ == "__main__":
@@ -38,5 +34,5 @@ if __name__ == "__main__":
     elif os.environ["FAULT"] == "sum":
         setattr(Ranks, "sum", averaged(Ranks.sum))  # noqa: B010
     elif os.environ["FAULT"] == "gradient":
-        setattr(_Policies, "shard", halved(_Policies.shard))  # noqa: B010
+        setattr(FSDPModule, "set_gradient_divide_factor", halved(FSDPModule.set_gradient_divide_factor))  # noqa: B010
     command(main, ranks=True)

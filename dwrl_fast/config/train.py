@@ -224,8 +224,8 @@ python -m dwrl_fast.train --config runs/mine/config.yaml --resume_from_checkpoin
     )
     save_total_limit: int | None = run_option(
         2,
-        "Checkpoints to keep: the newest ones, and the best one of --eval_steps. Each takes 12 bytes a parameter. none: "
-        "all.",
+        "Checkpoints to keep: the newest ones, and the best one of --eval_steps. Each takes 12 bytes a parameter. "
+        "none: all.",
         bound=at_least(1),
     )
     async_save: bool = run_option(
