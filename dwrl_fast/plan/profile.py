@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from dwrl_fast.errors import ConfigError
-from dwrl_fast.yamlfile import Loader
+from dwrl_fast.files import bounded_text, bounded_yaml
 
 PUBLISHED = Path(__file__).with_name("profiles.yaml")
 SHARES = ("products", "attention", "memory", "link", "network", "sampling")
@@ -65,7 +65,7 @@ class Profile:
 
 def published() -> dict[str, dict[str, Any]]:
     """The devices of profiles.yaml by name."""
-    found: dict[str, dict[str, Any]] = yaml.load(PUBLISHED.read_text(encoding="utf-8"), Loader=Loader)
+    found: dict[str, dict[str, Any]] = bounded_yaml(bounded_text(PUBLISHED), PUBLISHED.name)
     return found
 
 
@@ -77,8 +77,8 @@ def load_profile(name: str) -> Profile:
     if name in known:
         return _profile(name, known[name] | {"name": name})
     try:
-        values = yaml.load(Path(name).read_text(encoding="utf-8"), Loader=Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        values = bounded_yaml(bounded_text(name), name)
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(
             f"--profile {name}: it is none of {', '.join(known)}, and no file of a device ({error}). `python -m "
             "dwrl_fast.doctor --profile FILE` measures this machine into one"
