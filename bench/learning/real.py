@@ -78,6 +78,7 @@ def configured(args: argparse.Namespace, data: Path) -> TrainConfig:
         score_learning_rate=2e-5,
         thought_learning_rate=1e-5,
         optimizer_state="per_phase",
+        template="brief",
         save_steps=0,
         eval_votes=0,
         seed=args.seed,

@@ -39,17 +39,16 @@ from dwrl_fast.evaluation.pairs import pair_report
 from dwrl_fast.methods import METHODS
 from dwrl_fast.progress import Display
 from dwrl_fast.scoring.loading import load_dialog
-from dwrl_fast.templates import Template, load_template
+from dwrl_fast.templates import Template, load_template, template_names
 from dwrl_fast.training.policy import load_judging
 from dwrl_fast.training.rollout import Rollout
 
 METHOD = {"dialog": "dwrl", "direct": "gram", "pairwise": "judge", "pointwise": "grpo-point"}  # that asks by it
-PLAIN_RATE = "Is that response good with regard to {aspect}? Answer Yes or No."
-BRIEF = "In one sentence, say how good the assistant's last response is with regard to {aspect}, and why."
+REVIEW, BRIEF = load_template("dialog").evaluate, load_template("brief").evaluate
+LONG_RATE = "On the strength of your review, is that response good with regard to {aspect}? Reply with Yes or No only."
 WORDINGS = {
-    "plain rate": Template(load_template().evaluate, PLAIN_RATE),
-    "brief": Template(BRIEF, load_template().rate),
-    "brief, plain rate": Template(BRIEF, PLAIN_RATE),
+    "dialog, long rate": Template(REVIEW, LONG_RATE),
+    "brief, long rate": Template(BRIEF, LONG_RATE),
     "brief, answers": Template(BRIEF, "Does that response answer what was asked? Answer Yes or No."),
     "brief, good or bad": Template(BRIEF, "Is that response good or bad? Answer Good or Bad.", ("Good", "Bad")),
     "brief, true or false": Template(BRIEF, "True or False: that response is a good one.", ("True", "False")),
@@ -137,7 +136,8 @@ def main() -> None:
             parser.error(f"{args.json} holds figures of {report['setting']}, and this is {setting}: name another file")
     found = report["templates"]
     with tempfile.TemporaryDirectory() as folder:
-        asked = {name: (name, name) for name in METHOD}
+        kinds = {name: load_template(name).kind for name in template_names()}
+        asked = {name: (name, kind) for name, kind in kinds.items() if kind in METHOD}
         for i, (name, wording) in enumerate(WORDINGS.items()):
             path = Path(folder) / f"{i}.yaml"
             path.write_text(yaml.safe_dump(wording.to_dict()), encoding="utf-8")

@@ -9,14 +9,14 @@ def warnings(values: Mapping[str, float], limit: int) -> Iterator[str]:
     """A line for each figure of the first step that is bad, with the remedy. limit: tokens of a thought at most."""
     if values.get("label_mass", 1.0) < MASS_WARN:
         yield (
-            f"the two labels have only {values['label_mass']:.2g} of the probability where the score is read. Training "
-            "works from there, but --score_normalization yes_no, a question that asks plainly for one of the labels "
-            "(--template), or a model that follows instructions better starts higher; docs/pretrained.md has figures"
+            f"the two labels have only {values['label_mass']:.2g} of the probability where the score is read. A "
+            "template of your own (--template) may ask more plainly for a label, or for one that the model answers "
+            "with; a model that follows instructions better starts higher. docs/pretrained.md has figures"
         )
     if values.get("truncation_rate", 0.0) > CUT_WARN:
         yield (
-            f"{values['truncation_rate']:.0%} of the thoughts are cut at --max_completion_length {limit}. Raise it, or "
-            "give a --template that asks for a thought of one sentence"
+            f"{values['truncation_rate']:.0%} of the thoughts are cut at --max_completion_length {limit}. Raise "
+            "it, or ask for a thought of one sentence: --template brief"
         )
     if values.get("unparsable", 0.0) > UNREAD_WARN:
         yield (
