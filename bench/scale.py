@@ -7,10 +7,11 @@ sampled ones. The balancer that trains shares each minibatch, the sampler's own 
 takes is predicted as `dwrl_fast.plan` does it, at the stated rates of a published profile: so the shares of idle time
 are the code's, and the seconds are the profile's. A minibatch is an eighth of its rollout batch, as in the paper.
 
-Of each step, on the ranks that have most: `computed` is what would be left if all were shared evenly, `thoughts` the
-wait for the rank whose thoughts take longest, `stragglers` that for the most costly share of a minibatch, `gathers`
-what no computation hides of moving weights and gradients, `sync` the whole copies. A size stops scaling where twice the
-ranks are less than 1.5 times as fast; what limits it is the largest of these there.
+Of each step: `sampling` and `updates` are what a rank computes on average, `thoughts` the wait for the rank whose
+thoughts take longest, `stragglers` that for the most costly share of a minibatch, `gathers` what no computation hides
+of moving weights and gradients, `sync` the whole copies. A size stops scaling where twice the ranks are less than 1.5
+times as fast; what limits it is what stayed furthest there from half of what it was. Sampling does where the longest
+thought, which is written token by token, takes as long on more ranks.
 """
 
 import argparse
@@ -39,7 +40,7 @@ DATA = ("hh", "rmb", "ultrafeedback")
 MINIBATCHES = 8  # of a rollout batch
 ENOUGH = 1.5  # times as fast on twice the ranks
 VOCABULARY = 152_064
-LOSSES = ("thoughts", "stragglers", "gathers", "sync")
+PARTS = ("sampling", "thoughts", "updates", "stragglers", "gathers", "sync")
 
 
 class Pool(NamedTuple):
@@ -56,10 +57,10 @@ class Pool(NamedTuple):
     thoughts: np.ndarray
 
 
-def pool(data: str, count: int, mean: int) -> Pool:
-    """`count` groups of the lengths of `data`, with thoughts of `mean` tokens."""
+def pool(data: str, count: int, mean: int, most: int) -> Pool:
+    """`count` groups of the lengths of `data`, with thoughts of `mean` tokens before they are cut at `most`."""
     found = lengths.pairs(data, count)
-    written = lengths.thought_lengths(mean, 2 * count * lengths.THOUGHTS)
+    written = [min(size, most) for size in lengths.thought_lengths(mean, 2 * count * lengths.THOUGHTS)]
     groups = lengths.groups(found, written, VOCABULARY)
     tokens, pairs = zip(*tree_sizes(groups), strict=True)
     thoughts = np.array([[len(one.ids) for some in group.thoughts for one in some] for group in groups])
@@ -84,8 +85,9 @@ def step(setup: Setup, traced: Traced, found: Pool, ranks: int, rollout: int, se
     passes = MINIBATCHES * len(setup.method.phases)
     optimizer = passes * clock.optimizer()
     return {
-        "computed": writing.mean() + passes * computed.mean() + optimizer,
+        "sampling": writing.mean(),
         "thoughts": writing.max() - writing.mean(),
+        "updates": passes * computed.mean() + optimizer,
         "stragglers": passes * (whole - computed.mean()),
         "gathers": passes * hidden,
         "sync": clock.sync(),
@@ -134,11 +136,12 @@ def _updates(clock: Clock, found: Pool, drawn: np.ndarray, ranks: int) -> tuple[
 
 def stops(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Of one size over growing numbers of ranks: up to which twice as many are still `ENOUGH` times as fast, and what
-    takes most of the next one's time beside the computation.
+    is furthest from half of what it was on twice as many.
     """
     for one, other in itertools.pairwise(rows):
         if one["seconds"] / other["seconds"] < ENOUGH:
-            return {"scales_to": one["ranks"], "limited_by": max(LOSSES, key=other.__getitem__)}
+            lost = {part: other[part] - one[part] / 2 for part in PARTS}
+            return {"scales_to": one["ranks"], "limited_by": max(PARTS, key=lost.__getitem__)}
     return {"scales_to": rows[-1]["ranks"], "limited_by": "-"}
 
 
@@ -166,7 +169,7 @@ def report(args: argparse.Namespace, console: Console) -> None:
     cases: list[dict[str, Any]] = []
     limits: list[dict[str, Any]] = []
     for data in args.data:
-        found = pool(data, args.groups, args.tokens)
+        found = pool(data, args.groups, args.tokens, config.max_completion_length)
         for rollout in ROLLOUTS:
             rows = []
             for ranks in (each for each in RANKS if each <= args.most):
@@ -185,7 +188,7 @@ def report(args: argparse.Namespace, console: Console) -> None:
 
 def show(cases: list[dict[str, Any]], limits: list[dict[str, Any]], setup: Setup, console: Console) -> None:
     """Tables: every case, and where each size stops."""
-    heads = ("lengths", "rollout batch", "ranks", "step, s", "idle", *LOSSES)
+    heads = ("lengths", "rollout batch", "ranks", "step, s", "idle", *PARTS)
     lines = [
         (
             *(
@@ -195,7 +198,7 @@ def show(cases: list[dict[str, Any]], limits: list[dict[str, Any]], setup: Setup
                 f"{each['seconds']:.3g}",
                 f"{each['idle']:.0%}",
             ),
-            *(f"{each[name] / each['seconds']:.0%}" for name in LOSSES),
+            *(f"{each[name] / each['seconds']:.0%}" for name in PARTS),
         )
         for each in cases
     ]

@@ -35,9 +35,9 @@ class Weights(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """A model's sizes. depth: of its layers. layer: of its largest layer. root: embedding, norm and head. head: [V, H], empty of a scalar
-    one; tied: it is the embedding. inner: the widest state of a layer. channels: of all query heads. cached: numbers of
-    keys and values that a token leaves in all layers.
+    """A model's sizes. depth: of its layers. layer: of its largest layer; stack: of all. root: embedding, norm and
+    head. head: [V, H], empty of a scalar one; tied: it is the embedding. inner: the widest state of a layer. channels:
+    of all query heads. cached: numbers of keys and values that a token leaves in all layers.
     """
 
     name: str
