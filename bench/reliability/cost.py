@@ -34,31 +34,42 @@ def cost(folder: Path, updates: int, rounds: int) -> Drill:
     (minibatch,) = policy.pack(it.groups, len(it.groups))
     size = sum(tensor.nbytes for tensor in policy.state().values()) / 2**20
 
-    def interval(how: How) -> float:
-        """Seconds of the updates, with a save after the first of them."""
+    def interval(how: How) -> tuple[float, float, float]:
+        """Of the updates, with a save after the first of them: seconds, seconds of all processors that this process
+        took, and seconds that the loop was held by the save.
+        """
         shutil.rmtree(folder, ignore_errors=True)
-        saver = Saver(folder, 1, ALONE, beside=how == "beside")
+        saver, held = Saver(folder, 1, ALONE, beside=how == "beside"), 0.0
         saver.copies = copies
-        started = time.perf_counter()
+        started, taken = time.perf_counter(), time.process_time()
         for update in range(updates):
             policy.update(it.method.phases[update % 2], minibatch, it.method.loss, 0)
             if update == 0 and how != "none":
+                begun = time.perf_counter()
                 saver.save((1, 0), policy.state(), {})
-        assert how == "none" or saver.thread is None or not saver.thread.is_alive(), "the save outlasts the interval"
-        seconds = time.perf_counter() - started
+                held = time.perf_counter() - begun
+        assert saver.thread is None or not saver.thread.is_alive(), "the save outlasts the interval"
+        found = time.perf_counter() - started, time.process_time() - taken, held
         assert how == "none" or saver.finish()
-        return seconds
+        return found
 
     copies: dict[str, torch.Tensor] = {}
     policy.update(it.method.phases[0], minibatch, it.method.loss, 0)
-    shares: dict[How, list[float]] = {"beside": [], "in the way": []}
-    base = []
+    rows: dict[How, list[tuple[float, float, float]]] = {"none": [], "beside": [], "in the way": []}
     for _ in range(rounds):
-        base.append(interval("none"))
-        for how, some in shares.items():
-            some.append(interval(how) / base[-1] - 1)
+        for how, some in rows.items():
+            some.append(interval(how))
     shutil.rmtree(folder, ignore_errors=True)
-    beside, within = (statistics.median(some) for some in shares.values())
-    spread = f"{min(shares['beside']):+.1%} to {max(shares['beside']):+.1%}"
-    found = f"{beside:+.1%} ({spread}), in the way {within:+.1%}; {size:.0f} MiB, {statistics.median(base):.0f} s"
-    return Drill(f"a save beside {updates} updates", f"under {SHARE:.0%}", found, beside < SHARE)
+    seconds = statistics.median(row[0] for row in rows["none"])
+
+    def share(how: How, column: int) -> float:
+        """Beyond the same round without a save; of the last column, of the interval."""
+        pairs = zip(rows[how], rows["none"], strict=True)
+        return statistics.median(a[2] / b[0] if column == 2 else a[column] / b[column] - 1 for a, b in pairs)
+
+    found = (
+        f"{share('beside', 0):+.1%} of the time, {share('beside', 1):+.1%} of the processors' work, the loop held for "
+    )
+    found += f"{share('beside', 2):.1%}; in the way {share('in the way', 0):+.1%}, {share('in the way', 2):.1%}; "
+    found += f"{size:.0f} MiB, intervals of {seconds:.0f} s"
+    return Drill(f"a save beside {updates} updates", f"under {SHARE:.0%}", found, share("beside", 0) < SHARE)
