@@ -7,11 +7,11 @@ sampled ones. The balancer that trains shares each minibatch, the sampler's own 
 takes is predicted as `dwrl_fast.plan` does it, at the stated rates of a published profile: so the shares of idle time
 are the code's, and the seconds are the profile's. A minibatch is an eighth of its rollout batch, as in the paper.
 
-Of each step: `sampling` and `updates` are what a rank computes on average, `thoughts` the wait for the rank whose
-thoughts take longest, `stragglers` that for the most costly share of a minibatch, `gathers` what no computation hides
-of moving weights and gradients, `sync` the whole copies. A size stops scaling where twice the ranks are less than 1.5
-times as fast; what limits it is what stayed furthest there from half of what it was. Sampling does where the longest
-thought, which is written token by token, takes as long on more ranks.
+Of each step: `sampling` and `updates` (with the old policy's log-probs) are what a rank computes on average, `thoughts`
+the wait for the rank whose thoughts take longest, `stragglers` that for the most costly share of a minibatch, `gathers`
+what no computation hides of moving weights and gradients, `sync` the whole copies. A size stops scaling where twice the
+ranks are less than 1.5 times as fast; what limits it is what stayed furthest there from half of what it was. Sampling
+does where the longest thought, which is written token by token, takes as long on more ranks.
 """
 
 import argparse
@@ -81,15 +81,17 @@ def step(setup: Setup, traced: Traced, found: Pool, ranks: int, rollout: int, se
     drawn = np.random.default_rng(seed).integers(len(found.tokens), size=rollout)
     clock = Clock(setup, traced, ranks, ranks)
     writing = _sampling(clock, found, drawn, ranks)
-    computed, whole, hidden = _updates(clock, found, drawn[: rollout // MINIBATCHES], ranks)
-    passes = MINIBATCHES * len(setup.method.phases)
-    optimizer = passes * clock.optimizer()
+    phases, drawn = len(setup.method.phases), drawn[: rollout // MINIBATCHES]
+    places = balanced(found.costs[drawn].tolist(), ranks)
+    both = _passes(clock, found, drawn, places, gradients=True)
+    old = _passes(clock, found, drawn, places, gradients=False)  # log-probs of the old policy
+    mean, most, exposed = (MINIBATCHES * (phases * one + other) for one, other in zip(both, old, strict=True))
     return {
         "sampling": writing.mean(),
         "thoughts": writing.max() - writing.mean(),
-        "updates": passes * computed.mean() + optimizer,
-        "stragglers": passes * (whole - computed.mean()),
-        "gathers": passes * hidden,
+        "updates": mean + MINIBATCHES * phases * clock.optimizer(),
+        "stragglers": most - mean,
+        "gathers": exposed,
         "sync": clock.sync(),
     }
 
@@ -116,22 +118,27 @@ def _sampling(clock: Clock, found: Pool, drawn: np.ndarray, ranks: int) -> np.nd
     return np.array(seconds)
 
 
-def _updates(clock: Clock, found: Pool, drawn: np.ndarray, ranks: int) -> tuple[np.ndarray, float, float]:
-    """One phase over a minibatch: [ranks] seconds of computation, those of the rank with most, and what of the
-    collectives they do not hide.
+def _passes(
+    clock: Clock, found: Pool, drawn: np.ndarray, places: list[list[int]], *, gradients: bool
+) -> tuple[float, float, float]:
+    """A pass over a minibatch shared so, with or without a backward: seconds that a rank computes on average, that the
+    one with most does, and what of the collectives they do not hide.
     """
-    places = balanced(found.costs[drawn].tolist(), ranks)
-    budget, seconds, micro = clock.setup.config.token_budget, [], 1
+    config = clock.setup.config
+    directions = (True, False) if gradients else (True,)
+    times = 12 + 4 * config.gradient_checkpointing if gradients else 4
+    seconds, micro = [], 1
     for own in places:
         some = drawn[own]
         tokens = found.tokens[some].sum()
-        count = max(1, -(-int(tokens) // budget))  # whole groups may need one more
+        count = max(1, -(-int(tokens) // config.token_budget))  # whole groups may need one more
         micro = max(micro, count)
-        layers = count * (clock.work(True, tokens / count) + clock.work(False, tokens / count)) if len(own) else 0.0
-        attention = clock.attention(found.pairs[some].sum(), 12 + 4 * clock.setup.config.gradient_checkpointing)
-        seconds.append(layers + attention + clock.head(found.rows[some].sum(), 3) / 2)  # the other phase has no rows
-    whole = max(seconds)
-    return np.array(seconds), whole, clock.together(whole, micro) - whole
+        layers = sum(count * clock.work(forward, tokens / count) for forward in directions) if len(own) else 0.0
+        # Of the two phases one trains the rows; old log-probs take a product of them.
+        head = clock.head(found.rows[some].sum(), 3) / 2 if gradients else clock.head(found.rows[some].sum(), 1)
+        seconds.append(layers + clock.attention(found.pairs[some].sum(), times) + head)
+    most = max(seconds)
+    return float(np.mean(seconds)), most, clock.together(most, micro, gradients=gradients) - most
 
 
 def stops(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -34,9 +34,12 @@ def _chunk_rows(head: Sequence[int], itemsize: int, device: str, *, direct: bool
     return max(least, rows - rows % 128)
 
 
-def workspace_bytes(rows: int, head: Sequence[int], dtype: torch.dtype, device: str, *, gradients: bool = True) -> int:
+def workspace_bytes(
+    rows: int, head: Sequence[int], dtype: torch.dtype, device: str, *, gradients: bool = True, trained: bool = True
+) -> int:
     """What a pass over so many rows holds beside its inputs and results, of a head [V, H] whose products are computed
-    in `dtype` on a `device` of this type: logits, their gradients, and dWeight where it is summed in a wider dtype.
+    in `dtype` on a `device` of this type: logits, with `gradients` theirs, and dWeight of a `trained` head where it is
+    summed in a wider dtype.
     """
     direct = _gives_float32(dtype, device)
     chunk = _chunk_rows(head, dtype.itemsize, device, direct=direct)
@@ -44,7 +47,7 @@ def workspace_bytes(rows: int, head: Sequence[int], dtype: torch.dtype, device: 
     if not gradients:
         return logits
     waiting = piece_rows(rows, chunk * CHUNKS, device) * head[0] * dtype.itemsize if direct else 0
-    return logits + waiting + (4 * head[0] * head[1] if dtype.itemsize < 4 else 0)
+    return logits + waiting + (4 * head[0] * head[1] if trained and dtype.itemsize < 4 else 0)
 
 
 def piece_rows(rows: int, most: int, device: str) -> int:

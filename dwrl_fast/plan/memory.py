@@ -150,12 +150,12 @@ def _head_gradient(setup: Setup) -> float:
 def _loss(setup: Setup, traced: Traced, lying: Parts, tokens: float) -> Kinds:
     small, large = traced
     rows = math.ceil(tokens * large.rows / large.tokens)
-    trained, head = setup.shape.root.trained > 0, setup.shape.head
+    trained, head, device = setup.shape.root.trained > 0, setup.shape.head, setup.profile.device
     return {
         "gathered weights": _gathered(setup, lying),
         "gathered gradients": _head_gradient(setup),
         "activations": traced.at(tokens, small.loss["activations"], large.loss["activations"]),
-        "head workspace": workspace_bytes(rows, head, setup.dtype, setup.profile.device) * trained if head else 0.0,
+        "head workspace": float(workspace_bytes(rows, head, setup.dtype, device, trained=trained)) if head else 0.0,
     }
 
 

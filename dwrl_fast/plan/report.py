@@ -140,7 +140,7 @@ def plot(setup: Setup, found: Sequence[Sized], path: Path) -> None:
     fitting = [each for each in found if each.fits]
     stages = list(dict.fromkeys(stage for each in fitting for stage in each.seconds))
     _stack(seconds, [str(each.gpus) for each in fitting], [each.seconds for each in fitting], stages)
-    seconds.set(title="seconds of a step", xlabel="GPUs", yscale="log")
+    seconds.set(title="seconds of a step", xlabel="GPUs")
     hours = [each.hours(config.rows, config.rollout_batch_size) for each in fitting]
     epoch.plot([each.gpus for each in fitting], hours, marker="o", label="hours of an epoch")
     epoch.plot([each.gpus for each in fitting], [h * e.gpus for h, e in zip(hours, fitting, strict=True)], marker="s",

@@ -79,18 +79,19 @@ class Clock:
         flops = 2 * products * rows * math.prod(self.shape.head)
         return flops / self.profile.product_rate(min(HEAD_ROWS, self.shape.head[1], int(rows)))
 
-    def collectives(self, micro: int) -> tuple[float, float]:
-        """Seconds that `micro` micro-batches move weights and gradients: of the layers, which a pass can hide, and of
-        embedding and head, which it cannot.
+    def collectives(self, micro: int, *, gradients: bool = True) -> tuple[float, float]:
+        """Seconds that `micro` micro-batches move weights and, with `gradients`, theirs: of the layers, which a pass
+        can hide, and of embedding and head, which it cannot.
         """
         if self.gpus == 1:
             return 0.0, 0.0
         size, config = self.setup.dtype.itemsize, self.setup.config
         each = []
-        for weights, gathers in ((self.shape.stack, 2 if config.reshard_after_backward else 1), (self.shape.root, 1)):
-            moved = (gathers * weights.all * size + 4 * weights.trained) * (self.parts - 1) / self.parts
-            seconds = moved / self._link(self.parts)
-            if self.parts < self.gpus:  # --hsdp: parts of gradients, summed over machines
+        again = gradients and config.reshard_after_backward  # for the backward pass
+        for weights, gathers in ((self.shape.stack, 1 + again), (self.shape.root, 1)):
+            moved = gathers * weights.all * size + 4 * weights.trained * gradients
+            seconds = moved * (self.parts - 1) / self.parts / self._link(self.parts)
+            if gradients and self.parts < self.gpus:  # --hsdp: parts of gradients, summed over machines
                 copies = self.gpus // self.parts
                 crossing = 2 * 4 * weights.trained / self.parts * (copies - 1) / copies
                 seconds += crossing / rate(self.profile, "network")
@@ -101,9 +102,9 @@ class Clock:
         beside = getattr(self.setup.config, "gpus_per_machine", parts)
         return rate(self.profile, "link" if parts <= beside else "network")
 
-    def together(self, computed: float, micro: int) -> float:
+    def together(self, computed: float, micro: int, *, gradients: bool = True) -> float:
         """A computation with its collectives."""
-        layers, root = self.collectives(micro)
+        layers, root = self.collectives(micro, gradients=gradients)
         return (max(computed, layers) if self.profile.overlaps else computed + layers) + root
 
     def optimizer(self) -> float:
@@ -172,7 +173,7 @@ def step(setup: Setup, traced: Traced, gpus: int, parts: int, budget: float) -> 
 
     if recomputes(setup):
         computed = passes(True) + clock.head(mine * group.rows, 1)
-        found["old_logprobs"] = minibatches * clock.together(computed, micro)
+        found["old_logprobs"] = minibatches * clock.together(computed, micro, gradients=False)
     formed = 3 if method.old_policy == "sampler" else 4  # the clipped loss forms its gradients in the forward pass
     for phase in method.phases:
         computed = passes(True, False)  # what checkpointing computes again was traced in the backward pass

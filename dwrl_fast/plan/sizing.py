@@ -70,25 +70,35 @@ def changes(setup: Setup, traced: Traced, gpus: int) -> Iterator[str]:
         if peak <= room(setup):
             yield f"{more} GPUs: {peak / GIB:.1f} GiB on each"
             break
+    yield from (_told(setup, values, traced, gpus) for values in _as_traced(setup, gpus))
     less: dict[str, Any] = {"gradient_checkpointing": True}
     for values in (less, less | {"use_peft": True}):
         if any(getattr(setup.config, name) != value for name, value in values.items()):
-            yield from _changed(setup, gpus, values)
+            yield _told(setup, values, None, gpus)
 
 
-def _changed(setup: Setup, gpus: int, values: dict[str, Any]) -> Iterator[str]:
-    """The same run with other options, traced again, for its activations are others."""
+def _as_traced(setup: Setup, gpus: int) -> Iterator[dict[str, Any]]:
+    """Options that change no pass with gradients."""
+    config = setup.config
+    if setup.writes and config.generation_cache_gib > 1:
+        yield {"generation_cache_gib": 1.0}
+    if config.use_peft and gpus == 1 and not config.load_in_4bit:
+        yield {"load_in_4bit": True}
+    if gpus > 1 and not config.cpu_offload:
+        yield {"cpu_offload": True}
+    if setup.writes and gpus > 1:
+        yield {"use_vllm": True, "vllm_mode": "server"}
+
+
+def _told(setup: Setup, values: dict[str, Any], traced: Traced | None, gpus: int) -> str:
+    """The same run with other options; traced again where their activations are others."""
     other = planned(dataclasses.replace(setup.config, **values), setup.lengths, setup.profile)
-    traced = traced_on(other, gpus)
-    found = sized(other, traced, gpus)
-    if found.largest:
-        fewer = "" if found.budget == setup.config.token_budget else f" --token_budget {found.budget}"
-        yield f"{' '.join(f'--{name}' for name in values)}{fewer}: {found.memory.peak / GIB:.1f} GiB"
-    if gpus == 1 and "use_peft" in values and not found.fits:
-        smaller = dataclasses.replace(other, config=dataclasses.replace(other.config, load_in_4bit=True))
-        found = sized(smaller, traced, gpus)
-        if found.largest:
-            yield f"--use_peft --load_in_4bit --gradient_checkpointing --token_budget {found.budget}: fits"
+    found = sized(other, traced or traced_on(other, gpus), gpus)
+    words = " ".join(f"--{name}" + ("" if value is True else f" {value}") for name, value in values.items())
+    if not found.largest:
+        return f"{words}: {found.memory.peak / GIB:.1f} GiB, still too much"
+    fewer = "" if found.budget == setup.config.token_budget else f" --token_budget {found.budget}"
+    return f"{words}{fewer}: {found.memory.peak / GIB:.1f} GiB"
 
 
 def _beside(setup: Setup) -> int | None:

@@ -150,6 +150,9 @@ def _workspace(setup: Setup) -> Any:
             return 0
         hidden, head = [x for x in args if isinstance(x, Tensor) and x.dim() == 2][:2]
         last = name.endswith("backward") or name == "linear_policy_loss"
-        return workspace_bytes(len(hidden), head.shape, setup.dtype, setup.profile.device, gradients=last)
+        trained = setup.shape.root.trained > 0
+        return workspace_bytes(
+            len(hidden), head.shape, setup.dtype, setup.profile.device, gradients=last, trained=trained
+        )
 
     return bytes_of
