@@ -50,7 +50,7 @@ def test_kills_within_saves(tmp_path: Path) -> None:
 def test_the_drill_sees_a_save_that_is_not_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the folder bears its name before its files are written, and nothing is verified."""
     monkeypatch.setattr(checkpoint, "UNFINISHED", "")
-    monkeypatch.setattr(checkpoint, "_verify", lambda path: None)
+    monkeypatch.setattr(checkpoint, "verify", lambda path: None)
     drill = kills.single(tmp_path / "drill", 25)
     assert not drill.held
 

@@ -34,7 +34,8 @@ from dwrl_fast.models.model import load_generative
 from dwrl_fast.models.pretrained import CARD, load_tokenizer
 from dwrl_fast.scoring.loading import load_trained
 from dwrl_fast.templates import load_template
-from dwrl_fast.training.checkpoint import FORMAT, _fingerprint, load_checkpoint, save_checkpoint
+from dwrl_fast.training.checkpoint import load_checkpoint, save_checkpoint
+from dwrl_fast.training.manifest import FORMAT, fingerprint
 
 SECONDS, MIB = 20.0, 1024
 LARGE = 90 << 20
@@ -164,7 +165,7 @@ def vouched(craft: Craft) -> Craft:
 
     def crafted(path: Path) -> None:
         craft(path)
-        files = {p.name: _fingerprint(p) for p in path.parent.iterdir() if p.name != "manifest.json" and p.is_file()}
+        files = {p.name: fingerprint(p) for p in path.parent.iterdir() if p.name != "manifest.json" and p.is_file()}
         (path.parent / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": files}))
 
     return crafted
