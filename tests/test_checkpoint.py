@@ -72,7 +72,7 @@ def header(file: Path) -> dict[str, Any]:
 def reseal(folder: Path) -> None:
     """Make the manifest vouch for the files that are there now, as an attacker would."""
     (folder / "manifest.json").unlink()
-    files = {path.name: checkpoint._fingerprint(path) for path in folder.iterdir()}
+    files = {path.name: checkpoint.fingerprint(path) for path in folder.iterdir()}
     (folder / "manifest.json").write_text(json.dumps({"format": checkpoint.FORMAT, "files": files}))
 
 
@@ -410,7 +410,7 @@ def test_a_checkpoint_of_format_1_is_refused_with_what_to_do(tmp_path: Path, cap
     (path / ".metadata").write_bytes(pickled(trace))
     (path / "__0_0.distcp").write_bytes(saved_by_torch(trace))
     (path / "state.json").write_text("{}")
-    files = {file.name: checkpoint._fingerprint(file) for file in path.iterdir()}
+    files = {file.name: checkpoint.fingerprint(file) for file in path.iterdir()}
     (path / "manifest.json").write_text(json.dumps({"format": 1, "files": files}))
     with pytest.raises(CheckpointError) as error:
         load_checkpoint(path, {"a": torch.zeros(1)})
@@ -452,7 +452,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path, monkeypatch: 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    for function in ("_fingerprint", "_sync"):
+    for function in ("fingerprint", "_sync"):
         with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="No space left on device"):
             patch.setattr(checkpoint, function, full)
             save_checkpoint(tmp_path, 2, some_tensors(), STATE, 1)

@@ -49,10 +49,15 @@ def test_kills_within_saves(tmp_path: Path) -> None:
 
 def test_the_drill_sees_a_save_that_is_not_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the folder bears its name before its files are written, and nothing is verified."""
-    monkeypatch.setattr(checkpoint, "UNFINISHED", "")
-    monkeypatch.setattr(checkpoint, "_verify", lambda path: None)
+
+    def hasty(folder: Path, final: Path, state: str, files: dict[str, Any]) -> None:
+        folder.rename(final)
+        checkpoint._write_rest(final, state, files)
+
+    monkeypatch.setattr(checkpoint, "_complete", hasty)
+    monkeypatch.setattr(checkpoint, "verify", lambda path: None)
     drill = kills.single(tmp_path / "drill", 25)
-    assert not drill.held
+    assert not drill.held and "cannot be read" in drill.found
 
 
 def test_kills_of_one_of_two(tmp_path: Path) -> None:
@@ -86,29 +91,27 @@ def test_hostile_files(task: Embedded, tmp_path: Path) -> None:
 def test_the_drill_of_files_sees_each_kind_of_harm(task: Embedded, tmp_path: Path) -> None:
     """Cases that do what no loader does: the verdict names each."""
 
-    def wrong(craft: Any, loads: Any) -> str:
+    def wrong(loads: Any, seconds: float = files.SECONDS) -> str:
         folder = tmp_path / "case"
         folder.mkdir(exist_ok=True)
-        (folder.parent / "outside").mkdir(exist_ok=True)
+        (tmp_path / "log").unlink(missing_ok=True)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(files, "load", lambda *_: loads(folder))
-            patch.setattr(files, "SECONDS", 2.0)
-            return files.verdict(files.Case("data", "", "rows.jsonl", craft), folder, tmp_path / "log")
+            patch.setattr(files, "SECONDS", seconds)
+            return files.verdict(files.Case("data", "", "rows.jsonl", named), folder, tmp_path / "log")
 
     def named(folder: Path) -> Any:
         raise DataError(f"{folder}/rows.jsonl")
 
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "x").touch()
-    assert wrong(None, named) == ""
-    assert "Traceback" in wrong(None, lambda folder: 1 / 0)
-    assert "status 0" in wrong(None, lambda folder: None)
-    assert "more than 2 s" in wrong(None, lambda folder: time.sleep(60))
-    assert "MiB" in wrong(None, lambda folder: (bytearray(2 << 30), named(folder)))
-    assert "outside was read" in wrong(
-        None, lambda folder: ((folder.parent / "outside" / "x").read_bytes(), named(folder))
-    )
-    assert "code was run" in wrong(None, lambda folder: ((folder / "ran").mkdir(), named(folder)))
+    assert wrong(named) == ""
+    assert "Traceback" in wrong(lambda folder: 1 / 0)
+    assert "status 0" in wrong(lambda folder: None)
+    assert "more than 2 s" in wrong(lambda folder: time.sleep(60), 2.0)
+    assert "MiB" in wrong(lambda folder: (b"x" * (1200 << 20), named(folder)))
+    assert "outside was read" in wrong(lambda folder: ((folder.parent / "outside" / "x").read_bytes(), named(folder)))
+    assert "code was run" in wrong(lambda folder: ((folder / "ran").mkdir(), named(folder)))
 
 
 def test_a_life_ends_as_it_ends(tmp_path: Path) -> None:

@@ -86,9 +86,9 @@ def test_what_is_compared_would_show_a_lost_thought(folder: Path) -> None:
         thought["logprobs"] = [logprob - 1e-3 for logprob in thought["logprobs"]]
     (path / "state.json").write_text(json.dumps(state))
     manifest = json.loads((path / "manifest.json").read_text())
-    from dwrl_fast.training.checkpoint import _fingerprint
+    from dwrl_fast.training.manifest import fingerprint
 
-    manifest["files"]["state.json"] = _fingerprint(path / "state.json")
+    manifest["files"]["state.json"] = fingerprint(path / "state.json")
     (path / "manifest.json").write_text(json.dumps(manifest))
     resumed = dataclasses.replace(config, resume_from_checkpoint=str(path))
     make_trainer(resumed, folder / "run").train()

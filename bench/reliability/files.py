@@ -34,7 +34,8 @@ from dwrl_fast.models.model import load_generative
 from dwrl_fast.models.pretrained import CARD, load_tokenizer
 from dwrl_fast.scoring.loading import load_trained
 from dwrl_fast.templates import load_template
-from dwrl_fast.training.checkpoint import FORMAT, _fingerprint, load_checkpoint, save_checkpoint
+from dwrl_fast.training.checkpoint import load_checkpoint, save_checkpoint
+from dwrl_fast.training.manifest import FORMAT, fingerprint
 
 SECONDS, MIB = 20.0, 1024
 LARGE = 90 << 20
@@ -164,7 +165,7 @@ def vouched(craft: Craft) -> Craft:
 
     def crafted(path: Path) -> None:
         craft(path)
-        files = {p.name: _fingerprint(p) for p in path.parent.iterdir() if p.name != "manifest.json" and p.is_file()}
+        files = {p.name: fingerprint(p) for p in path.parent.iterdir() if p.name != "manifest.json" and p.is_file()}
         (path.parent / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": files}))
 
     return crafted
@@ -376,7 +377,7 @@ def attempt(case: Case, folder: Path) -> None:
 
 def verdict(case: Case, folder: Path, log: Path) -> str:
     """What is wrong with how it ends; empty where nothing is."""
-    rss = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024
+    _, _, idle = os.wait4(life(lambda: None, log), 0)  # a fork does not take over all pages of this process
     process, started = life(partial(attempt, case, folder), log), time.monotonic()
     while True:
         found, status, usage = os.wait4(process, os.WNOHANG)
@@ -390,7 +391,7 @@ def verdict(case: Case, folder: Path, log: Path) -> str:
     said, code, grown = (
         log.read_text(errors="replace"),
         os.waitstatus_to_exitcode(status),
-        (usage.ru_maxrss - rss) // 1024,
+        (usage.ru_maxrss - idle.ru_maxrss) // 1024,
     )
     if (folder / "ran").exists() or (folder.parent / "ran").exists():
         return "code was run"

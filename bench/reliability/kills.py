@@ -21,6 +21,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from bench.reliability.drill import Drill
 from bench.reliability.lives import Boundaries, die, ended, life, lived
 from dwrl_fast import ranks
+from dwrl_fast.errors import CheckpointError
 from dwrl_fast.ranks import ALONE, Ranks
 from dwrl_fast.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from dwrl_fast.training.saving import Saver
@@ -114,7 +115,10 @@ def intact(folder: Path, said: Said) -> str:
     if path is None:
         return "" if said.whole < FIRST else f"nothing is left of {said.whole} saves"
     into = {name: torch.full_like(tensor, 7) for name, tensor in numbers(0).items()}
-    save = load_checkpoint(path, into)["save"]
+    try:
+        save = load_checkpoint(path, into)["save"]
+    except CheckpointError as error:
+        return str(error)
     if any(not torch.equal(tensor, numbers(save)[name]) for name, tensor in into.items()):
         return f"{path.name} does not hold what was saved"
     if not said.whole <= save <= said.begun + 1:

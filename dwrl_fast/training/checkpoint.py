@@ -13,7 +13,6 @@ Tensors are written and read by torch.distributed.checkpoint, each rank its own 
 from a checkpoint. Loading trusts no file: what the manifest does not vouch for is not read, and no file is a pickle.
 """
 
-import hashlib
 import itertools
 import json
 import math
@@ -33,14 +32,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 from dwrl_fast.errors import CheckpointError, UnwrittenError
-from dwrl_fast.files import bounded_json, check_folder, opened
+from dwrl_fast.files import bounded_json, check_folder
 from dwrl_fast.log import logger
 from dwrl_fast.ranks import ALONE, Ranks
+from dwrl_fast.training.manifest import FORMAT, MANIFEST, STATE, UNREADABLE, fingerprint, verify
 
-MANIFEST, STATE = "manifest.json", "state.json"
-FORMAT = 2  # 1 held a pickle
 FILE_BYTES = 2**30  # tensors that begin below a multiple of it share a file
-UNREADABLE = (OSError, ValueError)  # what reading JSON raises
 MOST_STATE = 1 << 30  # bytes: the thoughts of a round of a million
 UNFINISHED = ".unfinished"
 DAMAGED = ".damaged"
@@ -97,7 +94,7 @@ def latest_checkpoint(parent: Path) -> Path | None:
         logger.warning("Passed over %s, left by an interrupted save or removal.", folder)
     for folder in reversed(checkpoints(parent)):
         try:
-            _verify(folder)
+            verify(folder)
         except CheckpointError as error:
             logger.warning("PASSED OVER: %s", error)
             continue
@@ -145,7 +142,7 @@ def load_checkpoint(
     accept: called with the state before a tensor is filled; raises where the checkpoint is not to be gone on from.
     CheckpointError: it is missing, incomplete or altered, or holds other names, shapes or dtypes.
     """
-    ranks.from_first(lambda: _verify(path))
+    ranks.from_first(lambda: verify(path))
     try:
         state = bounded_json(path / STATE, MOST_STATE)
         if not isinstance(state, dict):
@@ -210,7 +207,7 @@ def _write_tensors(folder: Path, tensors: dict[str, Tensor], ranks: Ranks) -> di
     try:
         for path in sorted(folder.glob(f"shard-{ranks.rank + 1:05d}-*")):
             _sync(path)
-            own[path.name] = _fingerprint(path)
+            own[path.name] = fingerprint(path)
     except OSError as error:
         failure = error
     parts = ranks.gather((own, failure))
@@ -223,7 +220,7 @@ def _write_rest(folder: Path, state: str, files: dict[str, Any]) -> None:
     """The state and, last, the manifest."""
     (folder / STATE).write_text(state, encoding="utf-8")
     _sync(folder / STATE)
-    manifest = {"format": FORMAT, "files": dict(sorted((files | {STATE: _fingerprint(folder / STATE)}).items()))}
+    manifest = {"format": FORMAT, "files": dict(sorted((files | {STATE: fingerprint(folder / STATE)}).items()))}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     _sync(folder / MANIFEST)
     _sync(folder)
@@ -251,17 +248,12 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
-    with opened(path) as file:
-        return {"size": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
 def _prune(newest: Path, keep: int, spared: Collection[str]) -> None:
     """Remove the oldest beside `newest`, once `newest` is known to be whole on the disk."""
     old = [folder for folder in checkpoints(newest.parent) if folder != newest and folder.name not in spared]
     surplus = old[: max(0, len(old) - (keep - 1))]
     if surplus:
-        _verify(newest)
+        verify(newest)
     for folder in surplus:
         # Renamed first: killed half-way, what is left must not look like a checkpoint that went bad.
         try:
@@ -292,37 +284,6 @@ def _complete(folder: Path, final: Path, state: str, files: dict[str, Any]) -> N
 
 
 # Reading
-
-
-def _verify(path: Path) -> None:
-    """CheckpointError unless all files of the manifest are there as they were written, and no other tensors."""
-    try:
-        manifest = bounded_json(path / MANIFEST)
-    except FileNotFoundError:
-        what = f"has no {MANIFEST}: it is not a checkpoint, or is incomplete" if path.is_dir() else "does not exist"
-        raise CheckpointError(f"{path} {what}.") from None
-    except UNREADABLE as error:
-        raise CheckpointError(f"{path}: {MANIFEST} cannot be read ({error}).") from None
-    files = manifest.get("files") if isinstance(manifest, dict) else None
-    if isinstance(files, dict) and manifest.get("format") == 1:
-        raise CheckpointError(
-            f"{path} was written by dwrl_fast 0.1, in a format with a pickle, which this version does not read: go on "
-            "with that version, or start anew in another --output_dir."
-        )
-    if not isinstance(files, dict) or manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: {MANIFEST} is not of format {FORMAT}, the one this version writes.")
-    there = {file.name for file in path.glob("*.safetensors")}
-    for name in sorted({STATE, *there, *files}):
-        if not name.isprintable():
-            raise CheckpointError(f"{path}: {MANIFEST} names {name!a}, which no file of a checkpoint is called.")
-        if name not in files or Path(name).name != name:
-            raise CheckpointError(f"{path}: {MANIFEST} does not vouch for {name}.")
-        try:
-            intact = _fingerprint(path / name) == files[name]
-        except OSError as error:
-            raise CheckpointError(f"{path}: {name} cannot be read ({error.strerror}).") from None
-        if not intact:
-            raise CheckpointError(f"{path}: {name} is not as it was written; the checkpoint is damaged.")
 
 
 def _match(path: Path, metadata: Metadata, tensors: dict[str, Tensor]) -> None:

@@ -1,0 +1,50 @@
+"""The manifest of a checkpoint: by it a folder is known to be whole, as it was written, and to hold nothing else."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+from dwrl_fast.errors import CheckpointError
+from dwrl_fast.files import bounded_json, opened
+
+MANIFEST, STATE = "manifest.json", "state.json"
+FORMAT = 2  # 1 held a pickle
+UNREADABLE = (OSError, ValueError, RecursionError)  # what reading JSON raises
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """What the manifest says of a file. OSError where it is no file that can be read."""
+    with opened(path) as file:
+        return {"size": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def verify(path: Path) -> None:
+    """CheckpointError unless all files of the manifest are there as they were written, and no other tensors."""
+    try:
+        manifest = bounded_json(path / MANIFEST)
+    except FileNotFoundError:
+        what = f"has no {MANIFEST}: it is not a checkpoint, or is incomplete" if path.is_dir() else "does not exist"
+        raise CheckpointError(f"{path} {what}.") from None
+    except UNREADABLE as error:
+        raise CheckpointError(f"{path}: {MANIFEST} cannot be read ({error}).") from None
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if isinstance(files, dict) and manifest.get("format") == 1:
+        raise CheckpointError(
+            f"{path} was written by dwrl_fast 0.1, in a format with a pickle, which this version does not read: go on "
+            "with that version, or start anew in another --output_dir."
+        )
+    if not isinstance(files, dict) or manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: {MANIFEST} is not of format {FORMAT}, the one this version writes.")
+    there = {file.name for file in path.glob("*.safetensors")}
+    for name in sorted({STATE, *there, *files}):
+        if not name.isprintable():
+            raise CheckpointError(f"{path}: {MANIFEST} names {name!a}, which no file of a checkpoint is called.")
+        if name not in files or Path(name).name != name:
+            raise CheckpointError(f"{path}: {MANIFEST} does not vouch for {name}.")
+        try:
+            intact = fingerprint(path / name) == files[name]
+        except OSError as error:
+            raise CheckpointError(f"{path}: {name} cannot be read ({error.strerror}).") from None
+        if not intact:
+            raise CheckpointError(f"{path}: {name} is not as it was written; the checkpoint is damaged.")
