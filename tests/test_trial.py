@@ -190,15 +190,18 @@ def test_default_adapters_merge_and_save(kind: str, tmp_path: Path, caplog: pyte
     base.save_pretrained(tmp_path / "base")
     lm = load_generative(str(tmp_path / "base"), None, 0).lm.eval()
     add_adapters(lm, LORA, str(tmp_path / "base"))
+    noise = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in lm.named_parameters():
             if "lora_B" in name:
-                parameter.normal_(std=0.1)
+                parameter.normal_(std=0.1, generator=noise)
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     with torch.no_grad():
         expected, before = lm(ids).logits, base(ids).logits
-        torch.testing.assert_close(plain(lm).eval()(ids).logits, expected, rtol=1e-4, atol=1e-5)
-    assert (expected - before).abs().amax() > 1e-3
+        apart = (plain(lm).eval()(ids).logits - expected).abs().amax()
+    # Merging rounds every weight to float32 once more, 6e-8 of it. Layers that normalise small states (gated linear
+    # attention) pass that on a thousandfold; what is not merged at all is further away than that.
+    assert apart < 1e-3 * (expected - before).abs().amax(), (apart, (expected - before).abs().amax())
     assert ("several experts in one tensor" in caplog.text) == (kind not in ("llama", "gpt2", "qwen3_5_text", "lfm2"))
     save_pretrained(tmp_path / "model", GenerativeModel(lm), tiny_dialog(), {})  # and both folders are read again
     assert (tmp_path / "adapter").is_dir()
