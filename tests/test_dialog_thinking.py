@@ -89,7 +89,7 @@ def test_on_keeps_the_whole_thought_and_reads_the_label_without_one(
     assert "its think block too" in caplog.text
     before, after = texts(tokenizer, dialog, thought)
     assert before.endswith(TURN) and "<think>" not in before
-    assert after.startswith(thought) and after.endswith("Yes or No only." + TURN + EMPTY)
+    assert after.startswith(thought) and after.endswith("Answer Yes or No." + TURN + EMPTY)
 
     tokenizer, dialog = thinking(shared, EITHER, "on")
     before, after = texts(tokenizer, dialog, "Hm.\n</think>\n\nFine.<|im_end|>")
@@ -104,7 +104,7 @@ def test_a_head_that_always_opens_a_block(shared: Path, wanted: Thinking, caplog
     thought = "Hm.\n</think>\n\nFine.<|end|>"
     before, after = texts(tokenizer, dialog, thought)
     assert before.endswith("<|Assistant|><think>\n") and after.startswith(thought + "<|User|>")
-    assert after.endswith("Yes or No only.<|Assistant|>"), "where the template itself shows a turn without reasoning"
+    assert after.endswith("Answer Yes or No.<|Assistant|>"), "where the template itself shows a turn without reasoning"
     label = tokenizer.decode([dialog.yes_id])
     shown = tokenizer.apply_chat_template(
         messages(messages(PROMPT, "Six.", "Why?", "Fine.", "Good?"), label), tokenize=False

@@ -29,7 +29,7 @@ PAIRS, THOUGHTS = 2, 4
 SAMPLED = 400  # rows of a file that are encoded to find its quantiles
 # Under Qwen2.5's template, in tokens: what begins every prompt, the evaluate turn with the thought's header, and what
 # closes a dialog after the thought.
-HEADER, EVALUATE, TAIL = 24, 55, 34
+HEADER, EVALUATE, TAIL = 24, 55, 25
 # Of the pairs that `real` picks: prompt, either response, and how much the responses have in common at their beginning.
 LENGTHS = {
     "hh": [(49, 86, 12, 0), (254, 8, 12, 0)],
