@@ -357,7 +357,8 @@ def train_smollm2(folder: Path) -> None:
     ]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = {"max_steps": 1, "rollout_batch_size": 2, "num_generations": 2, "max_completion_length": 16}
-    check_training(folder, None, SMOLLM2, "run", **config, token_budget=4096, learning_rate=1e-5, save_steps=0)
+    small: dict[str, Any] = {"generation_cache_gib": 1.0, "async_save": False}  # other tests run beside it
+    check_training(folder, None, SMOLLM2, "run", **config, **small, token_budget=4096, learning_rate=1e-5, save_steps=0)
 
 
 def started(folder: Path, name: str, how: list[str], **options: Any) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from dwrl_fast.errors import DataError
 
 KINDS = {"gzip": b"\x1f\x8b", "bzip2": b"BZh", "zstd": b"\x28\xb5\x2f\xfd"}
 PIECE = 1 << 20
-MOST = 64 << 20  # bytes of a row
+MOST = 128 << 20  # bytes of a row
 
 
 def kind_of(path: str | Path) -> str | None:
