@@ -17,7 +17,7 @@ from bench.processes import together
 from dwrl_fast.compute import Compute
 from dwrl_fast.config import parse_train
 from dwrl_fast.doctor import profile
-from dwrl_fast.errors import ConfigError
+from dwrl_fast.errors import ConfigError, ModelError
 from dwrl_fast.plan import PlanConfig, Setup, load_profile, parse_plan, planned
 from dwrl_fast.plan.memory import largest_budget, memory, parts
 from dwrl_fast.plan.profile import Profile
@@ -242,3 +242,10 @@ def test_a_trace_without_compiled_operators_is_refused(tmp_path: Path, monkeypat
     monkeypatch.setattr("dwrl_fast.ops.extension.problem", lambda: "build it: make install")
     with pytest.raises(ConfigError, match="make install"):
         trace(setup, 1)
+
+
+def test_a_configuration_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    config = parse_plan(["--model_config", "nowhere.json"])
+    with pytest.raises(ModelError, match=r"cannot load a model from 'nowhere.json'. There is no such file."):
+        planned(config, config.lengths, load_profile("h100"))

@@ -227,6 +227,8 @@ def _load(
                 else "The folder exists but does not load: it needs config.json and model.safetensors, each whole. "
                 "Copy it again."
                 if Path(source).exists()
+                else "There is no such file."
+                if source.endswith(".json")
                 else "Give a local folder, or a hub name while the hub can be reached."
             )
             raise ModelError(

@@ -22,12 +22,12 @@ class PlanConfig(TrainConfig):
 
     command: ClassVar[str] = "python -m dwrl_fast.plan"
     summary: ClassVar[str] = (
-        "Says what a training run takes before it is paid for: memory of each GPU by kind, the largest token budget "
-        "that fits, FLOPs, the time of a step and an epoch by stage, and the cost, on 1 to 1,024 GPUs. It needs no GPU "
-        "and no weights: the model's config.json is enough. It takes the options of dwrl_fast.train; rows are not "
-        "read, their lengths are options. Times come from a profile of the device, and are as good as that; "
-        "docs/plan.md says what is traced, what is arithmetic, and how far both were from real runs. It ends with "
-        "status 4 where the run does not fit."
+        "Predicts what a training run needs: memory of each GPU by kind, the largest token budget that fits, FLOPs, "
+        "the time of a step and an epoch by stage, and the cost, on 1 to 1,024 GPUs. It needs no GPU and no weights: "
+        "the model's config.json is enough. It takes the options of dwrl_fast.train. Rows are not read; their "
+        "lengths are options. Times are only as good as the profile of the device; docs/plan.md says what is traced, "
+        "what is arithmetic, and how they compare with real runs. Exit status: 4 if the run does not fit, 2 if an "
+        "option is wrong."
     )
     groups: ClassVar[tuple[str, ...]] = ("Plan", *TrainConfig.groups)
     examples: ClassVar[str] = """
@@ -48,11 +48,11 @@ python -m dwrl_fast.plan --model_config models/smollm2/config.json --gpus 1 --pr
 """
 
     gpus: int = plan_option(8, "GPUs, or processes of torchrun. 1 is one process without torchrun.", bound=at_least(1))
-    gpus_per_machine: int = plan_option(8, "Of them in one machine, whose links are faster.", bound=at_least(1))
-    gpu_memory: float | None = plan_option(None, "GiB of one. none: as the profile says.", bound=POSITIVE)
+    gpus_per_machine: int = plan_option(8, "GPUs per machine; links within a machine are faster.", bound=at_least(1))
+    gpu_memory: float | None = plan_option(None, "Memory of one GPU in GiB. none: that of the profile.", bound=POSITIVE)
     reserve_gib: float = plan_option(
         5.0,
-        "GiB of each GPU that nothing is planned into: CUDA's own, NCCL's buffers, and what the allocator cannot use.",
+        "GiB of each GPU to leave free, for CUDA, NCCL's buffers and memory that the allocator cannot use.",
         bound=at_least(0),
     )
     profile: str = plan_option(
@@ -60,11 +60,11 @@ python -m dwrl_fast.plan --model_config models/smollm2/config.json --gpus 1 --pr
         "What a device can do: h100, h200, a100, rtx4090 (published figures, with a stated share that is reached), or "
         "a file that `python -m dwrl_fast.doctor --profile FILE` measured.",
     )
-    price: float | None = plan_option(None, "Of one GPU for an hour, in any currency.", bound=POSITIVE)
-    rows: int = plan_option(10_000, "Preference groups of an epoch.", bound=at_least(1))
-    prompt_tokens: int = plan_option(256, "Tokens of a prompt, on average.", bound=at_least(1))
-    response_tokens: int = plan_option(200, "Tokens of each of two responses, on average.", bound=at_least(1))
-    thought_tokens: int = plan_option(300, "Tokens of a thought, on average.", bound=at_least(1))
+    price: float | None = plan_option(None, "Price of one GPU for one hour, in any currency.", bound=POSITIVE)
+    rows: int = plan_option(10_000, "Preference groups per epoch.", bound=at_least(1))
+    prompt_tokens: int = plan_option(256, "Mean tokens of a prompt.", bound=at_least(1))
+    response_tokens: int = plan_option(200, "Mean tokens of a response; a group has two.", bound=at_least(1))
+    thought_tokens: int = plan_option(300, "Mean tokens of a thought.", bound=at_least(1))
     plot: str | None = plan_option(None, "Draw memory, time and cost over the number of GPUs into this PNG.")
     json: str | None = plan_option(None, "Write all figures to this JSON file.")
 
