@@ -15,7 +15,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -340,16 +340,41 @@ def _accepts(hint: Any) -> str:
 
 def _default(f: dataclasses.Field) -> str:
     if f.default_factory is not dataclasses.MISSING:
-        return "[none]"
+        return "none"
     if f.default is dataclasses.MISSING:
-        return "[must be given]"
-    return "[none]" if f.default == () else f"[{_said(f.default)}]"
+        return "must be given"
+    return "none" if f.default == () else _said(f.default)
+
+
+class Described(NamedTuple):
+    """An option in words: its name with dashes, what it accepts, its range, its default, what it needs, its help. Range
+    and need are empty where there is none.
+    """
+
+    name: str
+    accepts: str
+    bound: str
+    default: str
+    needs: str
+    help: str
+
+
+def described(cls: type[Options]) -> dict[str, list[Described]]:
+    """The options by group, as the help page and the documentation show them."""
+    hints = get_type_hints(cls)
+
+    def one(f: dataclasses.Field) -> Described:
+        bound, need = f.metadata["bound"], cls.needs(f)
+        needs = "" if need is None or need[0] not in hints else "with {} {}".format(*map(_said, need))
+        words = "" if bound is None else bound.words
+        return Described(f"--{f.name}", _accepts(hints[f.name]), words, _default(f), needs, f.metadata["help"])
+
+    return {group: [one(f) for f in fields] for group, fields in grouped(cls).items()}
 
 
 def help_page(cls: type[Options], width: int | None = None) -> str:
     """The text of --help, wrapped to `width` columns (by default the terminal's, at most 110)."""
     width = width or min(shutil.get_terminal_size().columns, 110)
-    hints = get_type_hints(cls)
     lines = [f"Usage: {cls.command} [--config FILE ...] [--option value] ...", ""]
     lines += [*textwrap.wrap(cls.summary, width), ""]
     order = (
@@ -358,15 +383,11 @@ def help_page(cls: type[Options], width: int | None = None) -> str:
         "mapping whole. A second --config adds its files to the first's."
     )
     lines += textwrap.wrap(order, width)
-    for group, fields in grouped(cls).items():
+    for group, options in described(cls).items():
         lines += ["", group]
-        for f in fields:
-            head = [f"--{f.name}", _accepts(hints[f.name])]
-            if f.metadata["bound"] is not None:
-                head.append(f.metadata["bound"].words)
-            head.append(_default(f))
-            if (need := cls.needs(f)) is not None and need[0] in hints:
-                head.append("(with {} {})".format(*map(_said, need)))
-            lines += textwrap.wrap(" ".join(head), width, initial_indent=" " * 2, subsequent_indent=" " * 6)
-            lines += textwrap.wrap(f.metadata["help"], width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        for each in options:
+            needs = each.needs and f"({each.needs})"
+            head = " ".join(filter(None, (each.name, each.accepts, each.bound, f"[{each.default}]", needs)))
+            lines += textwrap.wrap(head, width, initial_indent=" " * 2, subsequent_indent=" " * 6)
+            lines += textwrap.wrap(each.help, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join([*lines, "", "Examples", textwrap.indent(cls.examples.strip(), "  "), ""])
