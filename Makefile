@@ -13,10 +13,11 @@ ARGS ?=
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+DOCUMENTING := .venv/.documenting
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install $(CONSTRAINTS:%=-c %)
 
 .DELETE_ON_ERROR:
-.PHONY: help install train test test-slow smollm2 real vllm clean
+.PHONY: help install train test test-slow smollm2 real vllm docs clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,14 +47,22 @@ real: install  ## a pretrained model learns to judge real text: 45 minutes; DATA
 
 vllm: .venv-vllm/.installed  ## .venv-vllm, where vLLM runs on the CPU (docs/vllm.md); `make test-slow` takes it
 
+docs: $(DOCUMENTING)  ## the documentation site, in site/; open site/index.html
+	$(BIN)/python -m mkdocs build --strict
+
 clean:  ## everything that can be made again, .venv too; runs/ and models/ stay
-	rm -rf .venv .venv-vllm build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis dwrl_fast/_C.*.so
+	rm -rf .venv .venv-vllm build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis dwrl_fast/_C.*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The operators are compiled against the very PyTorch they run with, so it comes first and the build is not isolated.
 $(INSTALLED): $(BIN)/python setup.py pyproject.toml $(CONSTRAINTS) $(wildcard csrc/*)
 	$(PIP) setuptools ninja numpy torch
 	$(PIP) --no-build-isolation -e ".[test,bench]"
+	@touch $@
+
+# The extra alone: installing `.[docs]` would compile the operators again.
+$(DOCUMENTING): $(INSTALLED)
+	$(PIP) $$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
 	@touch $@
 
 # vLLM's own PyTorch is the one that the operators were compiled against, so the checkout is only put on the path. Three
