@@ -6,23 +6,30 @@ follows in tables of its own.
 
 import json
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 PARTS = {"h100": "NVIDIA H100", "cpu": "CPU", "simulated": "Simulated"}  # by how a file's name begins
-SETTINGS = ("profile", "kernels", "machine", "versions")  # of no table: texts of many lines, kernel by kernel, and below
+SETTINGS = (
+    "profile",
+    "kernels",
+    "machine",
+    "versions",
+)  # of no table: texts of many lines, kernel by kernel, and below
+BAR = "\\|"  # as it can stand in a cell
 HEAD = """# Benchmarks
 
-Every table below is printed from a file of `bench/results` when this site is built. Times are in seconds and memory is in bytes unless
-a column says otherwise. Where a cell has several numbers they are those of several runs. The times of single kernels are in the
-files only.
+Every table below is printed from a file of `bench/results` when this site is built. Times are in seconds and memory is
+in bytes unless a column says otherwise. Where a cell has several numbers they are those of several runs. The times of
+single kernels are in the files only.
 
-What the figures mean: [performance](docs/performance.md), [operators](docs/operators.md), [what is learnt](docs/results.md),
-[how predictions compare with runs](docs/plan.md). How to measure them again: [commands](bench/README.md).
+What the figures mean: [performance](docs/performance.md), [operators](docs/operators.md),
+[what is learnt](docs/results.md), [how predictions compare with runs](docs/plan.md). How to measure them again:
+[commands](bench/README.md).
 """
 
 Record = dict[str, Any]
-ESCAPED = r"\|"
 
 
 def results_page(folder: Path) -> str:
@@ -127,20 +134,20 @@ def empty(value: Any) -> bool:
 
 def table(rows: list[Record]) -> list[str]:
     """The lines of a Markdown table. A column in which no row has anything is left out."""
-    names = [name for name in dict.fromkeys(key for row in rows for key in row) if not all(empty(row.get(name)) for row in rows)]
+    names = [name for name in dict.fromkeys(chain(*rows)) if not all(empty(row.get(name)) for row in rows)]
     return [line(names), "|---" * len(names) + "|", *(line(cell(row.get(name)) for name in names) for row in rows)]
 
 
 def line(cells: Iterable[str]) -> str:
     """One line of a table."""
-    return f"| {' | '.join(text.replace('|', ESCAPED) for text in cells)} |"
+    return f"| {' | '.join(text.replace('|', BAR) for text in cells)} |"
 
 
 def cell(value: Any) -> str:
     """A value as text: four digits of a fraction, thousands of whole numbers set apart."""
     if isinstance(value, list):
         return ", ".join(map(cell, value))
-    if isinstance(value, bool) or isinstance(value, str):
+    if isinstance(value, bool | str):
         return str(value)
     if isinstance(value, float) and not value.is_integer():
         return f"{value:.4g}"
