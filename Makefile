@@ -48,7 +48,7 @@ real: install  ## a pretrained model learns to judge real text: 45 minutes; DATA
 vllm: .venv-vllm/.installed  ## .venv-vllm, where vLLM runs on the CPU (docs/vllm.md); `make test-slow` takes it
 
 docs: $(DOCUMENTING)  ## the documentation site, in site/; open site/index.html
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:  ## everything that can be made again, .venv too; runs/ and models/ stay
 	rm -rf .venv .venv-vllm build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis dwrl_fast/_C.*.so

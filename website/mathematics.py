@@ -17,6 +17,6 @@ def on_page_content(content: str, page: Any, **_: Any) -> str:
         made: str = convert(latex, display="block" if found[1] == "div" else "inline")
         if "\\" in made:  # a command that the converter does not know comes out as it is
             raise ValueError(f"{page.file.src_uri}: this formula cannot be shown: {latex}")
-        return made
+        return made.replace("<mi>log</mi>", '<mi>log</mi><mspace width="0.17em"/>')  # as TeX sets it
 
     return FORMULA.sub(formula, content)

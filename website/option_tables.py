@@ -51,7 +51,7 @@ def _rows(cls: type[Options]) -> Iterator[Described]:
 
 def _row(option: Described) -> str:
     """One table row. The option's name is an anchor, so that it can be linked to."""
-    values = "<br>".join(filter(None, (f"`{option.accepts}`", option.bound)))
+    values = " ".join([*(f"`{value}`" for value in option.accepts.split("|")), option.bound])
     meaning = f"{option.help} *Only {option.needs}.*" if option.needs else option.help
     name = f"`{option.name}`{{ #{option.name.removeprefix('--')} }}"
     return "| {} | {} | `{}` | {} |".format(name, *(_cell(text) for text in (values, option.default, meaning)))

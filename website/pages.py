@@ -8,12 +8,14 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 from website.option_tables import command_pages
 from website.result_tables import results_page
 
 ROOT = Path(__file__).parents[1]
+ELSEWHERE = re.compile(r"<(?:script|link|img|iframe|source)\b[^>]*\b(?:src|href)=\"(?:https?:)?//[^>]*>")
 LINK = re.compile(r"\]\(([^)#:\s]+)")  # to a file: neither an anchor alone nor another site
 
 
@@ -24,6 +26,13 @@ def on_files(files: Files, config: Any) -> Files:
     for path, text in (command_pages() | {"benchmarks.md": results_page(ROOT / "bench" / "results")}).items():
         files.append(File.generated(config, path, content=text))
     return files
+
+
+def on_post_page(output: str, page: Any, **_: Any) -> str:
+    """The page as it is. PluginError where a reader's browser would fetch something from another site for it."""
+    if found := ELSEWHERE.search(output):
+        raise PluginError(f"{page.file.src_uri} loads something from elsewhere: {found[0]}")
+    return output
 
 
 def documents() -> list[str]:
