@@ -1,5 +1,6 @@
 """The reference pages of the commands: every option as a table row, from the classes that the commands parse."""
 
+import re
 from collections.abc import Iterator
 
 from dwrl_fast.compare import CompareConfig
@@ -10,6 +11,7 @@ from dwrl_fast.doctor import DoctorConfig
 from dwrl_fast.options import Described, Options, described
 from dwrl_fast.plan import PlanConfig
 
+DOCUMENT = re.compile(r"docs/\w+\.md")
 COMMANDS: dict[str, type[Options]] = {
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
@@ -52,7 +54,8 @@ def _rows(cls: type[Options]) -> Iterator[Described]:
 def _row(option: Described) -> str:
     """One table row. The option's name is an anchor, so that it can be linked to."""
     values = " ".join([*(f"`{value}`" for value in option.accepts.split("|")), option.bound])
-    meaning = f"{option.help} *Only {option.needs}.*" if option.needs else option.help
+    meaning = DOCUMENT.sub(r"[\g<0>](../\g<0>)", option.help)
+    meaning += f" *Only {option.needs}.*" if option.needs else ""
     name = f"`{option.name}`{{ #{option.name.removeprefix('--')} }}"
     return "| {} | {} | `{}` | {} |".format(name, *(_cell(text) for text in (values, option.default, meaning)))
 

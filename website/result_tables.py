@@ -11,12 +11,7 @@ from pathlib import Path
 from typing import Any
 
 PARTS = {"h100": "NVIDIA H100", "cpu": "CPU", "simulated": "Simulated"}  # by how a file's name begins
-SETTINGS = (
-    "profile",
-    "kernels",
-    "machine",
-    "versions",
-)  # of no table: texts of many lines, kernel by kernel, and below
+APART = ("benchmark", "machine", "versions", "profile", "kernels")  # in no table: what stands above, and long lists
 BAR = "\\|"  # as it can stand in a cell
 HEAD = """# Benchmarks
 
@@ -77,7 +72,7 @@ def tables(content: Record, title: str = "") -> Iterator[tuple[str, list[Record]
     """The tables of a record, each with its title: the record's own values first, then those of its parts."""
     own, parts = {}, {}
     for name, value in content.items():
-        if name not in SETTINGS and not empty(value):
+        if name not in APART and not empty(value):
             (own if single(value) else parts)[name] = value
     if own:
         yield title, [own]
@@ -107,7 +102,7 @@ def flat(record: Record) -> Record:
     """A record without what it nests; the values of a record within it beside its own."""
     made: Record = {}
     for name, value in record.items():
-        if name in SETTINGS or nests(value):
+        if name in APART or nests(value):
             continue
         if isinstance(value, dict):
             made |= {f"{name}: {key}": part for key, part in value.items()}
