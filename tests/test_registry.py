@@ -60,7 +60,7 @@ def test_the_methods_are_those_of_the_papers() -> None:
 
 def test_the_method_of_the_documentation_is_a_file_and_a_line(tmp_path: Path) -> None:
     (source,) = re.findall(r"```python\n(.*?class ShortImitation.*?)```", DOCS, re.S)
-    (line,) = re.findall(r'```python\n( +"star_short:ShortImitation",\n)```', DOCS)
+    (line,) = re.findall(r'```text\n( +"star_short:ShortImitation",\n)```', DOCS)
     methods = Path(shutil.copytree(ROOT / "dwrl_fast", tmp_path / "dwrl_fast")) / "methods"
     (tmp_path / "kernels").symlink_to(ROOT / "kernels")
     (methods / "star_short.py").write_text(source)
