@@ -6,7 +6,6 @@ A block that the tests cannot run has a comment before it that says what the mac
 import re
 import shlex
 from collections.abc import Iterator
-from itertools import takewhile
 from typing import NamedTuple
 
 from conftest import ROOT
@@ -48,7 +47,7 @@ def statements(code: str) -> Iterator[str]:
         while line.endswith("\\"):
             line = line[:-1] + next(lines)
         if end := re.search(r"<<'(\w+)'", line):
-            line = "\n".join([line, *takewhile(lambda each, word=end[1]: each != word, lines), end[1]])
+            line = "\n".join([line, *iter(lines.__next__, end[1]), end[1]])
         if line.strip() and not line.startswith("#"):
             yield line
 

@@ -70,7 +70,8 @@ def told(machine: Record) -> str:
 
 def tables(content: Record, title: str = "") -> Iterator[tuple[str, list[Record]]]:
     """The tables of a record, each with its title: the record's own values first, then those of its parts."""
-    own, parts = {}, {}
+    own: Record = {}
+    parts: Record = {}
     for name, value in content.items():
         if name not in APART and not empty(value):
             (own if single(value) else parts)[name] = value
