@@ -40,10 +40,10 @@ class EvaluateConfig(JudgingOptions):
         "defines each figure."
     )
     examples: ClassVar[str] = """
-# one greedy thought a response; report.html, report.md, report.json and scores.jsonl in a folder
+# one greedy thought per response; report.html, report.md, report.json and scores.jsonl in a folder
 python -m dwrl_fast.evaluate --model_name_or_path runs/mine/model --dataset_name held_out.jsonl --output_dir runs/report
 
-# 32 sampled thoughts, and what 1, 4 and 16 of them would have given
+# 32 sampled thoughts, and the accuracy with 1, 4 and 16 of them
 python -m dwrl_fast.evaluate --model_name_or_path runs/mine/model --dataset_name held_out.jsonl --vote_curve
 
 # any language model of the hub as a judge: which of two responses is better, in both orders

@@ -56,7 +56,7 @@ class TrainConfig(MethodOptions, CommonOptions):
         " nothing was trained."
     )
     examples: ClassVar[str] = """
-# the embedded task, whole, from another seed
+# the whole embedded task, with another seed
 python -m dwrl_fast.train --seed 1
 
 # your own pairs (JSONL with prompt, chosen, rejected) and a model
@@ -265,9 +265,9 @@ python -m dwrl_fast.train --config runs/mine/config.yaml --resume_from_checkpoin
     )
     hsdp: bool = ranks_option(
         False,
-        "On several machines, let each hold a whole model, in parts over its own GPUs: weights are gathered within a "
-        "machine, and only gradients cross between them. Takes as much memory as on one machine. Needs torchrun on "
-        "two machines or more.",
+        "On several machines, let each machine hold a whole model, sharded over its own GPUs: weights are gathered "
+        "within a machine, and only gradients cross between machines. Takes as much memory as on one machine. Needs "
+        "torchrun on two machines or more.",
     )
     ddp_timeout: int = ranks_option(
         7200,
@@ -279,7 +279,7 @@ python -m dwrl_fast.train --config runs/mine/config.yaml --resume_from_checkpoin
     dry_run: bool = run_option(
         False,
         "Check options, data and template, and report what the run would be. Nothing is trained or written. If the "
-        "weights are in a local folder, they are loaded, and layout, sampling and saving are tried on a few tokens. "
+        "weights are in a local folder, they are loaded, and packing, sampling and saving are tried on a few tokens. "
         "The tokenizer is needed; if the model's cannot be reached, give --tokenizer_name_or_path.",
     )
 
