@@ -86,8 +86,8 @@ python -m dwrl_fast.data --prepare on-topic --source pairs.jsonl --longest 450 -
         "Write a data set of the papers from its public files, in the papers' sizes. hh: 20,000 and 1,000 pairs of "
         "Anthropic HH. ultrafeedback: UltraFeedback binarized. ultrainteract: its pairs. gsm8k: right against wrong "
         "solutions of GSM8K by four models, not the pairs of the paper, which are not public. helpsteer: HelpSteer2, "
-        "one score per response. rmb: the pairs of RMB. on-topic: from any --source, pairs whose worse response answers "
-        "another prompt.",
+        "one score per response. rmb: the pairs of RMB. on-topic: from any --source, pairs whose worse response "
+        "answers another prompt.",
         refused={"if": VENDOR, "complexif": VENDOR, "instruction_following": VENDOR, "math": LLEMMA},
     )
 

@@ -83,7 +83,9 @@ python -m dwrl_fast.dialog --show pairs.jsonl:12 --tokenizer_name_or_path T --te
         None, "A packaged template, by name, or a YAML file. none: the model's own, or dialog.", group="Template"
     )
     aspect: str | None = option(
-        None, "What the model is asked to judge. none: the row's aspect, or the model's, or helpfulness.", group="Template"
+        None,
+        "What the model is asked to judge. none: the row's aspect, or the model's, or helpfulness.",
+        group="Template",
     )
     enable_thinking: Thinking = option("auto", "As for training.", group="Template")
 

@@ -26,8 +26,8 @@ class PlanConfig(TrainConfig):
         "the time of a step and an epoch by stage, and the cost, on 1 to 1,024 GPUs. It needs no GPU and no weights: "
         "the model's config.json is enough. It takes the options of dwrl_fast.train. Rows are not read; their "
         "lengths are options. The accuracy of the times depends on the profile of the device; docs/plan.md explains "
-        "what is traced and what is computed, and compares both with real runs. Exit status: 4 if the run does not fit, 2 if an "
-        "option is wrong."
+        "what is traced and what is computed, and compares both with real runs. Exit status: 4 if the run does not "
+        "fit, 2 if an option is wrong."
     )
     groups: ClassVar[tuple[str, ...]] = ("Plan", *TrainConfig.groups)
     examples: ClassVar[str] = """
