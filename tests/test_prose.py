@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from prose import RULES, faults, of_help, of_markdown
 
 from dwrl_fast.compare import CompareConfig
 from dwrl_fast.config import EvaluateConfig, TrainConfig
@@ -17,6 +16,9 @@ from dwrl_fast.dialog.__main__ import ShowConfig
 from dwrl_fast.doctor.options import DoctorConfig
 from dwrl_fast.options import Options, help_page
 from dwrl_fast.plan import PlanConfig
+
+pytest.importorskip("proselint", reason="proselint is not installed (pip install proselint)")
+from prose import RULES, faults, of_help, of_markdown
 
 PAGES = sorted(
     path.relative_to(ROOT)

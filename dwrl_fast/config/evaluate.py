@@ -63,7 +63,7 @@ python -m dwrl_fast.evaluate --model_name_or_path runs/mine/model --dataset_name
         "by one, and so is each value of a column named subset."
     )
     aspect: str | None = data_option(
-        None, "What the model is asked to judge. none: the aspect of its training. A column named aspect has priority."
+        None, "The criterion for judging. none: the aspect of the training. A column named aspect has priority."
     )
     method: Judge | None = method_option(
         None,
@@ -101,7 +101,7 @@ python -m dwrl_fast.evaluate --model_name_or_path runs/mine/model --dataset_name
     calibrate: bool = evaluation_option(
         False,
         "Fit the temperature of the score differences on these pairs by maximum likelihood, and store it in the "
-        "model's card. Use pairs other than those you report.",
+        "model card. Use pairs other than those you report.",
     )
     probe: bool = evaluation_option(
         False,

@@ -119,9 +119,9 @@ python -m dwrl_fast.train --config runs/mine/config.yaml --resume_from_checkpoin
 
     dataset_name: str | None = data_option(
         None,
-        "Preference data: JSON lines, JSON, CSV or Parquet, a folder saved by datasets, or NAME:SPLIT of the Hugging "
-        "Face hub. The column names identify the format, for example prompt, chosen and rejected. docs/data.md lists "
-        "all formats and layouts.",
+        "Preference data: JSON lines, JSON, CSV or Parquet, a folder saved by the datasets library, or NAME:SPLIT of "
+        "the Hugging Face hub. The column names identify the format, for example prompt, chosen and rejected. "
+        "docs/data.md lists all formats and layouts.",
     )
     dataset_mixture: tuple[Part, ...] = data_option(
         (),
@@ -147,8 +147,8 @@ python -m dwrl_fast.train --config runs/mine/config.yaml --resume_from_checkpoin
     )
     aspect: str | None = data_option(
         None,
-        "What the model is asked to judge. none: the aspect it was trained on before, or helpfulness. A column named "
-        "aspect sets it for each row.",
+        "The criterion for judging. none: the aspect that the model was trained on before, or helpfulness. A column "
+        "named aspect sets it for each row.",
     )
     template: str | None = data_option(
         None,
@@ -242,8 +242,8 @@ python -m dwrl_fast.train --config runs/mine/config.yaml --resume_from_checkpoin
     )
     resume_anyway: bool = run_option(
         False,
-        "Resume even if the data set, template, tokenizer, base model or options differ from the checkpoint's. What is "
-        "lost is reported.",
+        "Resume even if the data set, template, tokenizer, base model or options differ from the checkpoint's. The "
+        "consequences are reported.",
     )
     skip_bad_batches: int = run_option(
         0,

@@ -84,7 +84,7 @@ python -m dwrl_fast.dialog --show pairs.jsonl:12 --tokenizer_name_or_path T --te
     )
     aspect: str | None = option(
         None,
-        "What the model is asked to judge. none: the row's aspect, or the model's, or helpfulness.",
+        "The criterion for judging. none: the aspect of the row, or of the model, or helpfulness.",
         group="Template",
     )
     enable_thinking: Thinking = option("auto", "As for training.", group="Template")

@@ -47,7 +47,7 @@ class DualOptions(Options):
     )
     misalignment_weight: bool = dwrl_option(
         True,
-        "Weight each pair by the probability that the model orders it wrongly. off: the paper's ablation.",
+        "Weight each pair by the probability that the model orders it incorrectly. off: the paper's ablation.",
     )
     score_normalization: Literal["vocab", "yes_no"] = dwrl_option(
         "vocab",
