@@ -48,7 +48,8 @@ from dwrl_fast.evaluation.units import Units
 from dwrl_fast.train import run
 from dwrl_fast.training.runlog import read_metrics
 
-TWO = {"score_learning_rate": 2e-5, "thought_learning_rate": 1e-5, "optimizer_state": "per_phase"}
+BRIEF = {"template": "brief"}  # a small model's thoughts end in time, and its labels are likely (docs/pretrained.md)
+TWO = BRIEF | {"score_learning_rate": 2e-5, "thought_learning_rate": 1e-5, "optimizer_state": "per_phase"}
 RATES = ("learning_rate", "score_learning_rate", "thought_learning_rate")
 SIGNALS = ("label_mass", "truncation_rate", "advantage", "effective_groups", "clip_fraction")
 SUMMED = ("naive_tokens", "trunk_tokens", "thought_tokens")
@@ -65,13 +66,13 @@ class Variant(NamedTuple):
 
 
 VARIANTS = {
-    "zero-shot": Variant("dwrl", {}, trains=False),
+    "zero-shot": Variant("dwrl", BRIEF, trains=False),
     "judge": Variant("judge", {}, trains=False),
     "bt, 1/4": Variant("bt", {"learning_rate": 2e-5}, share=0.25),
     "bt, 1/2": Variant("bt", {"learning_rate": 2e-5}, share=0.5),
     "bt": Variant("bt", {"learning_rate": 2e-5}),
     "dwrl": Variant("dwrl", TWO),
-    "btpo": Variant("btpo", {"learning_rate": 2e-5}),
+    "btpo": Variant("btpo", BRIEF | {"learning_rate": 2e-5}),
     "dwrl, unweighted": Variant("dwrl", TWO | {"misalignment_weight": False}),
     "grpo-point": Variant("grpo-point", {"learning_rate": 1e-5}),
     "grpo-pair": Variant("grpo-pair", {"learning_rate": 1e-5}),
@@ -242,7 +243,7 @@ def main() -> None:
     for name, value in BUDGETS[args.budget].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    setting = {"model": args.model.name, "data": args.data.name}  # wherever they lie
+    setting = {"model": args.model.name, "data": args.data.name} | BRIEF  # wherever the folders lie
     setting |= {name: getattr(args, name) for name in ("rows", "swept", "held_out", "batch", "tokens", "votes")}
     setting |= {name: getattr(args, name) for name in ("factors", "seeds")}
     found: dict[str, Any] = {"benchmark": "pretrained", "cells": []}
