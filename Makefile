@@ -1,9 +1,9 @@
-# `make train` and `make test` are each enough on a fresh machine: what they need is installed first, once, into .venv.
+# `make train` and `make test` each work on a fresh machine: they first install what they need into .venv, once.
 #
-#   PYTHON       the interpreter that .venv is made with, 3.11 or 3.12
-#   CONSTRAINTS  the versions to install; `make install CONSTRAINTS=` takes the newest that pyproject.toml admits
-#   ARGS         further arguments of `make train`, `make real`, `make test`, `make test-slow` and `make smollm2`
-#   DATA         preferences for `make real`: a file, or a data set of the Hugging Face hub
+#   PYTHON       the interpreter for .venv, 3.11 or 3.12
+#   CONSTRAINTS  the file of versions to install; `make install CONSTRAINTS=` installs the newest that pyproject.toml admits
+#   ARGS         more arguments for `make train`, `make real`, `make test`, `make test-slow` and `make smollm2`
+#   DATA         preference data for `make real`: a file, or a data set of the Hugging Face hub
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -19,42 +19,42 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install $(CON
 .DELETE_ON_ERROR:
 .PHONY: help install train test test-slow smollm2 real vllm docs clean
 
-help:  ## this list
+help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@sed -n 's/^#   //p' $(firstword $(MAKEFILE_LIST))
 
-install: $(INSTALLED)  ## .venv with the constrained versions, the package (editable) and its C++ operators
+install: $(INSTALLED)  ## create .venv with the pinned versions, the package (editable) and its C++ operators
 	@$(BIN)/python -m dwrl_fast.ops.extension || true
 
-train: install  ## train with no arguments: the embedded task; ARGS="--config mine.yaml" for your own data
+train: install  ## train on the embedded task, or on your own data with ARGS="--config mine.yaml"
 	$(BIN)/python -m dwrl_fast.train $(ARGS)
 
-test: install  ## linter, formatter, type checker and the quick tests
+test: install  ## run linter, formatter, type checker and the quick tests
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
 
-test-slow: install  ## the tests that take minutes
+test-slow: install  ## run the tests that take minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist loadfile $(ARGS)
 
-smollm2: install  ## models/smollm2, a pretrained model of 135M parameters (fetches 93 MB), for tests and trials
+smollm2: install  ## fetch a pretrained model of 135M parameters (93 MB) into models/smollm2
 	$(BIN)/python -m bench.smollm2 $(ARGS)
 
-real: install  ## a pretrained model learns to judge real text: 45 minutes; DATA=FILE for your own preferences
+real: install  ## train SmolLM2 to judge real text: 45 minutes; DATA=FILE for your own preferences
 	$(BIN)/python -m bench.smollm2
 	$(BIN)/python -m bench.learning.real $(DATA:%=--data %) $(ARGS)
 
-vllm: .venv-vllm/.installed  ## .venv-vllm, where vLLM runs on the CPU (docs/vllm.md); `make test-slow` takes it
+vllm: .venv-vllm/.installed  ## create .venv-vllm, where vLLM runs on the CPU (docs/vllm.md); `make test-slow` uses it
 
 docs: $(DOCUMENTING)  ## the documentation site, in site/; open site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-clean:  ## everything that can be made again, .venv too; runs/ and models/ stay
+clean:  ## delete everything that can be made again, also .venv; keep runs/ and models/
 	rm -rf .venv .venv-vllm build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis dwrl_fast/_C.*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The operators are compiled against the very PyTorch they run with, so it comes first and the build is not isolated.
+# The operators must be compiled against the PyTorch that they run with: PyTorch is installed first, and the build is not isolated.
 $(INSTALLED): $(BIN)/python setup.py pyproject.toml $(CONSTRAINTS) $(wildcard csrc/*)
 	$(PIP) setuptools ninja numpy torch
 	$(PIP) --no-build-isolation -e ".[test,bench]"
@@ -65,8 +65,8 @@ $(DOCUMENTING): $(INSTALLED)
 	$(PIP) $$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
 	@touch $@
 
-# vLLM's own PyTorch is the one that the operators were compiled against, so the checkout is only put on the path. Three
-# packages that it asks for are CUDA's builds there, and break the import of transformers.
+# vLLM's PyTorch has the version that the operators were compiled against, so the checkout is only put on the path. Three of
+# vLLM's dependencies are CUDA builds, which break the import of transformers; they are removed.
 .venv-vllm/.installed: $(INSTALLED) constraints-vllm.txt
 	$(BIN)/python -m venv --clear .venv-vllm
 	.venv-vllm/bin/python -m pip --disable-pip-version-check --no-input install -c constraints-vllm.txt \
@@ -82,6 +82,6 @@ $(BIN)/python:
 	    "$$python" -c 'import ensurepip, venv, sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null || continue; \
 	    echo "$$python -m venv .venv"; exec "$$python" -m venv .venv; \
 	done; \
-	echo "dwrl_fast needs Python 3.11 or 3.12 with its venv module, and none of these is one: $(PYTHON)." >&2; \
+	echo "dwrl_fast needs Python 3.11 or 3.12 with its venv module. None of these has it: $(PYTHON)." >&2; \
 	echo "Install one (Debian, Ubuntu: apt-get install python3.11 python3.11-venv) or name it: make PYTHON=/path/to/python3.12 ..." >&2; \
 	exit 1

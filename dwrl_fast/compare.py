@@ -66,7 +66,7 @@ python -m dwrl_fast.compare runs/dwrl/model runs/bt/model --dataset_name held_ou
     )
     aspect: str | None = _data(
         None,
-        "What the models are asked to judge. none: the aspect of their training. A column aspect has priority.",
+        "The criterion for judging. none: the aspect of the training. A column named aspect has priority.",
     )
     votes: int = _evaluation(
         1, "Thoughts per response. 1: one greedy thought. More: that many sampled ones.", bound=at_least(1)

@@ -379,8 +379,8 @@ def help_page(cls: type[Options], width: int | None = None) -> str:
     lines += [*textwrap.wrap(cls.summary, width), ""]
     order = (
         "Values come from the defaults [in brackets], then the files of --config, then the command line. Files are "
-        "merged from left to right: of an option that two of them set, the later file's value counts, a list or "
-        "mapping whole. A second --config adds its files to the first's."
+        "merged from left to right: the later value of an option applies, also if it is a list or a mapping. A second "
+        "--config adds its files to those of the first."
     )
     lines += textwrap.wrap(order, width)
     for group, options in described(cls).items():

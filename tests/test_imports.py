@@ -100,7 +100,7 @@ def test_rooms_on_disk_are_modules_and_folders_with_modules(tmp_path: Path) -> N
 def test_the_picture_of_the_rooms_shows_each_of_them() -> None:
     """docs/architecture.md draws the rooms, and names the modules without a room."""
     _, picture, rest = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("```", 2)
-    beside = rest.partition("Beside them stand")[2].partition("\n\n")[0]
+    beside = rest.partition("The picture leaves out")[2].partition("\n\n")[0]
     shown = re.findall(r"\b([a-z_]+)(?:/|\.py)", picture) + re.findall(r"`([a-z_]+)(?:/|\.py)`", beside)
     assert set(shown) - {"csrc"} == rooms_on_disk(ROOT) - {"__main__"}
 
@@ -150,7 +150,7 @@ def test_importing_the_package_stays_light() -> None:
 
 def test_the_documented_way_of_a_pair_is_short_and_exists() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    way = text.partition("## The way of one pair")[2].partition("\n## ")[0]
+    way = text.partition("## The path of one pair")[2].partition("\n## ")[0]
     files = set(re.findall(r"`(dwrl_fast/[\w/]+\.py)`", way))
     assert 10 < len(files) <= 20 and all((ROOT / file).is_file() for file in files)
     assert sum(path.is_file() for path in (ROOT / "dwrl_fast").glob("*.py")) <= 12

@@ -71,8 +71,8 @@ class CommonOptions(Options):
     )
     packing: Packing = forward_option(
         "tree",
-        "Layout of sequences in a forward pass. tree: a shared prefix is computed once. packed: sequences end to end."
-        " padded: one sequence a row, for models that cannot run the other two. The results are the same.",
+        "How sequences are packed for a forward pass. tree: a shared prefix is computed once. packed: sequences end to"
+        " end. padded: one sequence per row, for models that cannot run the other two. The results are the same.",
     )
     token_budget: int = forward_option(
         16384,

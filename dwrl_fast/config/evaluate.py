@@ -40,10 +40,10 @@ class EvaluateConfig(JudgingOptions):
         "defines each figure."
     )
     examples: ClassVar[str] = """
-# one greedy thought a response; report.html, report.md, report.json and scores.jsonl in a folder
+# one greedy thought per response; report.html, report.md, report.json and scores.jsonl in a folder
 python -m dwrl_fast.evaluate --model_name_or_path runs/mine/model --dataset_name held_out.jsonl --output_dir runs/report
 
-# 32 sampled thoughts, and what 1, 4 and 16 of them would have given
+# 32 sampled thoughts, and the accuracy with 1, 4 and 16 of them
 python -m dwrl_fast.evaluate --model_name_or_path runs/mine/model --dataset_name held_out.jsonl --vote_curve
 
 # any language model of the hub as a judge: which of two responses is better, in both orders
@@ -63,7 +63,7 @@ python -m dwrl_fast.evaluate --model_name_or_path runs/mine/model --dataset_name
         "by one, and so is each value of a column named subset."
     )
     aspect: str | None = data_option(
-        None, "What the model is asked to judge. none: the aspect of its training. A column named aspect has priority."
+        None, "The criterion for judging. none: the aspect of the training. A column named aspect has priority."
     )
     method: Judge | None = method_option(
         None,
@@ -101,7 +101,7 @@ python -m dwrl_fast.evaluate --model_name_or_path runs/mine/model --dataset_name
     calibrate: bool = evaluation_option(
         False,
         "Fit the temperature of the score differences on these pairs by maximum likelihood, and store it in the "
-        "model's card. Use pairs other than those you report.",
+        "model card. Use pairs other than those you report.",
     )
     probe: bool = evaluation_option(
         False,

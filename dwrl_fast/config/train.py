@@ -56,7 +56,7 @@ class TrainConfig(MethodOptions, CommonOptions):
         " nothing was trained."
     )
     examples: ClassVar[str] = """
-# the embedded task, whole, from another seed
+# the whole embedded task, with another seed
 python -m dwrl_fast.train --seed 1
 
 # your own pairs (JSONL with prompt, chosen, rejected) and a model
@@ -119,9 +119,9 @@ python -m dwrl_fast.train --config runs/mine/config.yaml --resume_from_checkpoin
 
     dataset_name: str | None = data_option(
         None,
-        "Preference data: JSON lines, JSON, CSV or Parquet, a folder saved by datasets, or NAME:SPLIT of the Hugging "
-        "Face hub. The column names identify the format, for example prompt, chosen and rejected. docs/data.md lists "
-        "all formats and layouts.",
+        "Preference data: JSON lines, JSON, CSV or Parquet, a folder saved by the datasets library, or NAME:SPLIT of "
+        "the Hugging Face hub. The column names identify the format, for example prompt, chosen and rejected. "
+        "docs/data.md lists all formats and layouts.",
     )
     dataset_mixture: tuple[Part, ...] = data_option(
         (),
@@ -147,8 +147,8 @@ python -m dwrl_fast.train --config runs/mine/config.yaml --resume_from_checkpoin
     )
     aspect: str | None = data_option(
         None,
-        "What the model is asked to judge. none: the aspect it was trained on before, or helpfulness. A column named "
-        "aspect sets it for each row.",
+        "The criterion for judging. none: the aspect that the model was trained on before, or helpfulness. A column "
+        "named aspect sets it for each row.",
     )
     template: str | None = data_option(
         None,
@@ -242,8 +242,8 @@ python -m dwrl_fast.train --config runs/mine/config.yaml --resume_from_checkpoin
     )
     resume_anyway: bool = run_option(
         False,
-        "Resume even if the data set, template, tokenizer, base model or options differ from the checkpoint's. What is "
-        "lost is reported.",
+        "Resume even if the data set, template, tokenizer, base model or options differ from the checkpoint's. The "
+        "consequences are reported.",
     )
     skip_bad_batches: int = run_option(
         0,
@@ -265,9 +265,9 @@ python -m dwrl_fast.train --config runs/mine/config.yaml --resume_from_checkpoin
     )
     hsdp: bool = ranks_option(
         False,
-        "On several machines, let each hold a whole model, in parts over its own GPUs: weights are gathered within a "
-        "machine, and only gradients cross between them. Takes as much memory as on one machine. Needs torchrun on "
-        "two machines or more.",
+        "On several machines, let each machine hold a whole model, sharded over its own GPUs: weights are gathered "
+        "within a machine, and only gradients cross between machines. Takes as much memory as on one machine. Needs "
+        "torchrun on two machines or more.",
     )
     ddp_timeout: int = ranks_option(
         7200,
@@ -279,7 +279,7 @@ python -m dwrl_fast.train --config runs/mine/config.yaml --resume_from_checkpoin
     dry_run: bool = run_option(
         False,
         "Check options, data and template, and report what the run would be. Nothing is trained or written. If the "
-        "weights are in a local folder, they are loaded, and layout, sampling and saving are tried on a few tokens. "
+        "weights are in a local folder, they are loaded, and packing, sampling and saving are tried on a few tokens. "
         "The tokenizer is needed; if the model's cannot be reached, give --tokenizer_name_or_path.",
     )
 

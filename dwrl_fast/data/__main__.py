@@ -86,8 +86,8 @@ python -m dwrl_fast.data --prepare on-topic --source pairs.jsonl --longest 450 -
         "Write a data set of the papers from its public files, in the papers' sizes. hh: 20,000 and 1,000 pairs of "
         "Anthropic HH. ultrafeedback: UltraFeedback binarized. ultrainteract: its pairs. gsm8k: right against wrong "
         "solutions of GSM8K by four models, not the pairs of the paper, which are not public. helpsteer: HelpSteer2, "
-        "one score a response. rmb: the pairs of RMB. on-topic: from any --source, pairs whose worse response answers "
-        "another prompt.",
+        "one score per response. rmb: the pairs of RMB. on-topic: from any --source, pairs whose worse response "
+        "answers another prompt.",
         refused={"if": VENDOR, "complexif": VENDOR, "instruction_following": VENDOR, "math": LLEMMA},
     )
 
@@ -97,7 +97,7 @@ python -m dwrl_fast.data --prepare on-topic --source pairs.jsonl --longest 450 -
     layout: str | None = _reading(
         None, "Layout of the files: a name from --formats, or plain. none: detected from the first row."
     )
-    aspect: str | None = _reading(None, "Which scores to take, where a layout has scores by aspect.")
+    aspect: str | None = _reading(None, "Which scores to read, if a layout has scores by aspect.")
     ties: Ties = _reading("drop", "Pairs of equally good responses. drop: left out and counted. keep: used as ties.")
     rankings: Rankings = _reading(
         "pairs",
@@ -111,8 +111,8 @@ python -m dwrl_fast.data --prepare on-topic --source pairs.jsonl --longest 450 -
     )
     fix: str | None = _check(
         None,
-        "Write the usable rows to this .jsonl file, unchanged, and the others to NAME.quarantine.jsonl beside it, "
-        "each with line, reason and text. Existing files are not overwritten.",
+        "Write the usable rows to this .jsonl file, unchanged, and the others to NAME.quarantine.jsonl in the same "
+        "folder, each with line, reason and text. Existing files are not overwritten.",
     )
     json: str | None = _check(None, "Write the whole report, with every line number, to this JSON file.")
     plot: str | None = _check(None, "Draw histograms of the lengths into this PNG file.")
@@ -130,7 +130,7 @@ python -m dwrl_fast.data --prepare on-topic --source pairs.jsonl --longest 450 -
         None, "on-topic: maximum characters of a prompt with its response. none: no limit.", bound=at_least(1)
     )
     test_rows: int | None = _prepare(None, "Rows of test.jsonl. none: as in the papers, or all.", bound=at_least(1))
-    seed: int = _prepare(0, "Seed of the split. Whole prompts are drawn, none into both files.", bound=at_least(0))
+    seed: int = _prepare(0, "Seed of the split. No prompt is in both files.", bound=at_least(0))
 
     def validate(self) -> None:
         """Raises ConfigError where options contradict each other, or a file to write exists."""

@@ -42,9 +42,8 @@ class ShowConfig(Options):
 
     command: ClassVar[str] = "python -m dwrl_fast.dialog"
     summary: ClassVar[str] = (
-        "Shows one row of a data file as the model reads it: the conversation that the chat template and the template"
-        " make of it, its token ids and their spans, and what was done to its texts on the way. Needs a tokenizer, no"
-        " weights."
+        "Shows one row of a data file as the model reads it: the conversation after the template and the chat template"
+        " were applied, its token ids and their spans, and changes to its texts. Needs a tokenizer and no weights."
     )
     groups: ClassVar[tuple[str, ...]] = ("Row", "Model", "Template")
     examples: ClassVar[str] = """
@@ -54,13 +53,13 @@ python -m dwrl_fast.dialog --show pairs.jsonl:12 --tokenizer_name_or_path Qwen/Q
 # the other response, under another aspect, as a model trained here reads it
 python -m dwrl_fast.dialog --show pairs.jsonl:12 --response 2 --model_name_or_path runs/mine/model --aspect honesty
 
-# both responses in one prompt, and a template of one's own
+# both responses in one prompt, and your own template
 python -m dwrl_fast.dialog --show pairs.jsonl:12 --tokenizer_name_or_path T --template pairwise
 python -m dwrl_fast.dialog --show pairs.jsonl:12 --tokenizer_name_or_path T --template mine.yaml
 """
 
     show: str = option(
-        help="FILE:N, a data file of any format and the number of a line in it, from 1. No other line matters.",
+        help="FILE:N, a data file of any format and the number of a line, from 1. Other lines are not read.",
         group="Row",
     )
     response: int = option(1, "Which response: 1 is the best one of the row.", group="Row", bound=at_least(1))
@@ -68,23 +67,25 @@ python -m dwrl_fast.dialog --show pairs.jsonl:12 --tokenizer_name_or_path T --te
     layout: str | None = option(None, "The layout of the file, as for training.", group="Row")
     max_length: int = option(
         4096,
-        "As for training, which drops rows whose prompt and response are longer. Here they are shown all the same.",
+        "As for training, where rows with a longer prompt and response are dropped. Here they are shown.",
         group="Row",
         bound=at_least(1),
     )
     model_name_or_path: str | None = option(
         None,
-        "A model's folder, hub name or FILE.gguf; one trained here brings its own template and aspect.",
+        "A model's folder, hub name or FILE.gguf. A model trained with this package has its own template and aspect.",
         group="Model",
     )
     tokenizer_name_or_path: str | None = option(
-        None, "The tokenizer, where it is not in the model's own folder.", group="Model"
+        None, "The tokenizer, if it is not in the model's folder.", group="Model"
     )
     template: str | None = option(
-        None, "A template of the package or a YAML file. none: the model's own, else dialog.", group="Template"
+        None, "A packaged template, by name, or a YAML file. none: the model's own, or dialog.", group="Template"
     )
     aspect: str | None = option(
-        None, "What is judged. none: the row's own, else the model's, else helpfulness.", group="Template"
+        None,
+        "The criterion for judging. none: the aspect of the row, or of the model, or helpfulness.",
+        group="Template",
     )
     enable_thinking: Thinking = option("auto", "As for training.", group="Template")
 

@@ -22,11 +22,11 @@ class DoctorConfig(TrainConfig):
 
     command: ClassVar[str] = "python -m dwrl_fast.doctor"
     summary: ClassVar[str] = (
-        "Examines a set-up before it is trained: tokens, weights, thoughts, sampler against trainer, layouts, memory"
-        " and, under torchrun, the ranks. It takes the options of dwrl_fast.train; those about updates, evaluation and"
-        " checkpoints have no effect. Nothing is written except --json. Each line of the report is pass, warn or fail"
-        " with its remedy; docs/doctor.md explains them. Without a model it examines the embedded one; without data it"
-        " uses a few rows of its own. Exit status: 4 if a line fails, 2 if an option is wrong, otherwise 0."
+        "Tests a setup before training: tokens, weights, thoughts, sampler against trainer, packing, memory and, under"
+        " torchrun, the ranks. It takes the options of dwrl_fast.train; those about updates, evaluation and checkpoints"
+        " have no effect. Only --json and --profile write files. Each line of the report is pass, warn or fail with its"
+        " remedy; docs/doctor.md explains them. Without a model the embedded model is tested; without data a few"
+        " packaged rows are used. Exit status: 4 if a line fails, 2 if an option is wrong, otherwise 0."
     )
     groups: ClassVar[tuple[str, ...]] = ("Doctor", *TrainConfig.groups)
     examples: ClassVar[str] = """
@@ -39,7 +39,7 @@ python -m dwrl_fast.doctor --model_name_or_path Qwen/Qwen2.5-3B-Instruct
 # a planned run: the same options as for dwrl_fast.train
 python -m dwrl_fast.doctor --config mine.yaml --limit 16 --json report.json
 
-# what this machine does in a second, for dwrl_fast.plan
+# measure the speed of this machine, for dwrl_fast.plan
 python -m dwrl_fast.doctor --profile here.yaml
 
 # the first thing to run on 8 GPUs
@@ -47,13 +47,13 @@ torchrun --nproc-per-node 8 -m dwrl_fast.doctor --config mine.yaml
 """
 
     limit: int = doctor_option(
-        4, "Rows of the data to examine. Thoughts are sampled for all of them.", bound=at_least(1)
+        4, "Rows of the data to test on. Thoughts are sampled for all of them.", bound=at_least(1)
     )
     json: str | None = doctor_option(None, "Write the report with all its figures to this JSON file.")
     profile: str | None = doctor_option(
         None,
-        "Measure what the device does in a second (products, memory, attention, links), and write it to this YAML file,"
-        " from which `python -m dwrl_fast.plan --profile FILE` predicts times.",
+        "Measure the speed of the device (matrix products, memory, attention, links), and write it to this YAML file."
+        " `python -m dwrl_fast.plan --profile FILE` predicts times from it.",
     )
 
     def validate(self) -> None:

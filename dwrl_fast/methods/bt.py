@@ -30,7 +30,7 @@ class PrefilledOptions(Options):
     prefilled_thoughts: bool = method_option(
         False,
         "Append to each response one greedy thought, written by the model before training. The thoughts are saved in "
-        "OUTPUT_DIR/prefilled.jsonl. That model must stay at its place for later scoring.",
+        "OUTPUT_DIR/prefilled.jsonl. Do not move that model: later scoring needs it.",
     )
 
 
@@ -38,7 +38,7 @@ class BradleyTerry(Method):
     """A scalar reward, trained by the likelihood of the preferences."""
 
     name = "bt"
-    summary = "a scalar head under the Bradley-Terry loss, without thoughts"
+    summary = "a scalar head with the Bradley-Terry loss, without thoughts"
     options = (PrefilledOptions,)
     scalar = True
     verdict = "reward"

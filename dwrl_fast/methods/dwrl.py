@@ -37,8 +37,8 @@ class DualOptions(Options):
 
     alternate: Literal["minibatch", "rollout", "joint"] = dwrl_option(
         "minibatch",
-        "Order of the two updates, A (scores) and B (thoughts). minibatch: A, then B, on each minibatch. rollout: all A"
-        " of a rollout batch, then all B. joint: both in one update.",
+        "Order of the two phases: A trains the score, B trains the thoughts. minibatch: A, then B, on each minibatch."
+        " rollout: A on all minibatches of a rollout batch, then B. joint: both in one update.",
     )
     joint_reward: Literal["centred", "standardised"] = dwrl_option(
         "standardised",
@@ -47,7 +47,7 @@ class DualOptions(Options):
     )
     misalignment_weight: bool = dwrl_option(
         True,
-        "Weight each pair by the probability that the model orders it wrongly. off: the paper's ablation.",
+        "Weight each pair by the probability that the model orders it incorrectly. off: the paper's ablation.",
     )
     score_normalization: Literal["vocab", "yes_no"] = dwrl_option(
         "vocab",
@@ -59,14 +59,14 @@ class DualOptions(Options):
         " consistent estimator of the marginal likelihood's gradient, and B is far larger.",
     )
     score_learning_rate: float | None = optimizer_option(
-        None, "Peak learning rate of update A. none: --learning_rate.", bound=POSITIVE
+        None, "Peak learning rate of phase A. none: --learning_rate.", bound=POSITIVE
     )
     thought_learning_rate: float | None = optimizer_option(
-        None, "Peak learning rate of update B. none: --learning_rate.", bound=POSITIVE
+        None, "Peak learning rate of phase B. none: --learning_rate.", bound=POSITIVE
     )
     optimizer_state: Literal["shared", "per_phase"] = optimizer_option(
         "shared",
-        "AdamW state of the two updates. Gradients of A are often ten times larger than those of B, so with a shared "
+        "AdamW state of the two phases. Gradients of A are often ten times larger than those of B, so with a shared "
         "state A's second moment makes the steps of B small. per_phase: separate states, 8 bytes a parameter more.",
     )
 
@@ -75,7 +75,7 @@ class DualWeightedRL(ClippedMethod):
     """Scores and thoughts are trained in turn, or jointly, by the weights of DWRL Eq. 12."""
 
     name = "dwrl"
-    summary = "thoughts and scores are learnt together, weighted by how far the model is from the preference"
+    summary = "thoughts and score are trained together, with weights for pairs and thoughts"
     options = (*ClippedMethod.options, DualOptions)
     card_options = (*ClippedMethod.card_options, "score_normalization")
     verdict = "label after a thought"

@@ -10,5 +10,5 @@ class GenRM(Gram):
     """`gram` with the whole target on the right label."""
 
     name = "genrm"
-    summary = "gram with a plain target"
+    summary = "gram without label smoothing"
     smoothing = 0.0

@@ -22,7 +22,7 @@ class Gram(Method):
     """Cross-entropy on the label of the better response, with a smoothed target."""
 
     name = "gram"
-    summary = "both responses in one prompt and the label of the better one, its target smoothed, without thoughts"
+    summary = "both responses in one prompt; the label of the better one, with label smoothing, without thoughts"
     template = "direct"
     verdict = "label"
     smoothing: ClassVar[float] = 0.1  # how much of the target the other label gets

@@ -10,5 +10,5 @@ class PairwiseGroupRelative(PairwiseVerdicts, GroupRelative):
     """A verdict on two responses, rewarded where it is right."""
 
     name = "grpo-pair"
-    summary = "a thought about both responses that ends with a verdict, rewarded where it is right"
+    summary = "a thought about both responses that ends with a verdict, rewarded if the verdict is correct"
     options = GroupRelative.options

@@ -15,7 +15,7 @@ class PointwiseGroupRelative(GroupRelative):
     """A number for each response, rewarded by the numbers of the others."""
 
     name = "grpo-point"
-    summary = "a thought about one response that ends with a number, rewarded by the numbers of the other"
+    summary = "a thought about one response that ends with a number, rewarded by comparison with the other responses"
     template = "pointwise"
     verdict = "number after a thought"
 

@@ -16,7 +16,7 @@ class Judge(PairwiseVerdicts):
     """A model that judges two responses as it is."""
 
     name = "judge"
-    summary = "nothing is trained; the model is evaluated as it is, and saved so that evaluate can use it"
+    summary = "nothing is trained; the model is evaluated without training, and saved for dwrl_fast.evaluate"
     options = (WritingOptions,)
     trains = False
 

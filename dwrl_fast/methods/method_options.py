@@ -33,7 +33,7 @@ class VllmOptions(Options):
     )
     vllm_mode: Literal["colocate", "server"] = vllm_option(
         "colocate",
-        "Where vLLM runs. colocate: in each training process and on its GPU; it sleeps during updates. server: in"
+        "The process of vLLM. colocate: in each training process and on its GPU; it sleeps during updates. server: in"
         " separate processes that you start first, on GPUs that are not used for training.",
     )
     vllm_server_base_url: tuple[str, ...] = vllm_option(

@@ -25,16 +25,16 @@ class PlanConfig(TrainConfig):
         "Predicts what a training run needs: memory of each GPU by kind, the largest token budget that fits, FLOPs, "
         "the time of a step and an epoch by stage, and the cost, on 1 to 1,024 GPUs. It needs no GPU and no weights: "
         "the model's config.json is enough. It takes the options of dwrl_fast.train. Rows are not read; their "
-        "lengths are options. Times are only as good as the profile of the device; docs/plan.md says what is traced, "
-        "what is arithmetic, and how they compare with real runs. Exit status: 4 if the run does not fit, 2 if an "
-        "option is wrong."
+        "lengths are options. The accuracy of the times depends on the profile of the device; docs/plan.md explains "
+        "what is traced and what is computed, and compares both with real runs. Exit status: 4 if the run does not "
+        "fit, 2 if an option is wrong."
     )
     groups: ClassVar[tuple[str, ...]] = ("Plan", *TrainConfig.groups)
     examples: ClassVar[str] = """
 # a 7B model on one machine with 8 GPUs
 python -m dwrl_fast.plan --model_config recipes/models/qwen2.5-7b.json --gpus 8 --gradient_checkpointing
 
-# LoRA on one card
+# LoRA on one GPU
 python -m dwrl_fast.plan --model_config recipes/models/qwen2.5-3b.json --gpus 1 --gpu_memory 24 --profile rtx4090 \\
     --use_peft --gradient_checkpointing --token_budget 4096
 
@@ -57,8 +57,8 @@ python -m dwrl_fast.plan --model_config models/smollm2/config.json --gpus 1 --pr
     )
     profile: str = plan_option(
         "h100",
-        "What a device can do: h100, h200, a100, rtx4090 (published figures, with a stated share that is reached), or "
-        "a file that `python -m dwrl_fast.doctor --profile FILE` measured.",
+        "Speed and memory of the device: h100, h200, a100, rtx4090 (published figures, times an assumed share), or a "
+        "file that `python -m dwrl_fast.doctor --profile FILE` measured.",
     )
     price: float | None = plan_option(None, "Price of one GPU for one hour, in any currency.", bound=POSITIVE)
     rows: int = plan_option(10_000, "Preference groups per epoch.", bound=at_least(1))

@@ -1,14 +1,14 @@
 #!/bin/bash
-# A run over several machines under Slurm, each of which holds a whole model in parts (--hsdp), with vLLM servers on
-# machines of their own where VLLM_NODES is above 0. Arguments are options of dwrl_fast.train:
+# Starts a run over several machines under Slurm. Each machine holds a whole model, sharded over its GPUs (--hsdp). If
+# VLLM_NODES is above 0, that many more machines run vLLM servers. Arguments are options of dwrl_fast.train:
 #
 #   sbatch --nodes 2 recipes/machines/slurm.sh --config recipes/backbones/qwen2.5-7b-instruct.yaml recipes/data/hh.yaml \
 #       recipes/methods/dwrl.yaml recipes/machines/8-gpus.yaml --output_dir runs/hh-dwrl
 #
 #   VLLM_NODES=1 MODEL=Qwen/Qwen2.5-7B-Instruct sbatch --nodes 3 recipes/machines/slurm.sh --config ...
 #
-# All machines must see the checkout, --output_dir and, with servers, TMPDIR. The script ran with stand-ins for Slurm's
-# commands alone; no cluster has run it yet.
+# All machines must see the checkout, --output_dir and, with servers, TMPDIR. The script was tested only with stand-ins
+# for Slurm's commands; no cluster has run it yet.
 #SBATCH --job-name dwrl
 #SBATCH --ntasks-per-node 1
 #SBATCH --gpus-per-node 8
@@ -23,9 +23,9 @@ PORT=${PORT:-29500}
 mapfile -t HOSTS < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 TRAINERS=("${HOSTS[@]:0:$((${#HOSTS[@]} - VLLM_NODES))}")
 WRITERS=("${HOSTS[@]:${#TRAINERS[@]}}")
-OPTIONS=("$@" --resume_from_checkpoint auto) # a job that is put back into the queue goes on
+OPTIONS=("$@" --resume_from_checkpoint auto) # a job that is queued again resumes
 if ((${#TRAINERS[@]} == 0)); then
-    echo "VLLM_NODES=$VLLM_NODES leaves no machine to train on: take more --nodes" >&2
+    echo "VLLM_NODES=$VLLM_NODES leaves no machine to train on: request more --nodes" >&2
     exit 2
 fi
 if ((${#TRAINERS[@]} > 1)); then
@@ -33,7 +33,7 @@ if ((${#TRAINERS[@]} > 1)); then
 fi
 
 if ((VLLM_NODES > 0)); then
-    # Whoever reaches these ports controls the server: keep them in the cluster's own network.
+    # Anyone who can reach these ports controls the server: keep them in the cluster's own network.
     ADDRESSES=()
     for host in "${WRITERS[@]}"; do
         srun --nodes 1 --ntasks 1 --nodelist "$host" env VLLM_SERVER_DEV_MODE=1 \

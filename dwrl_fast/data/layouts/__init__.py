@@ -126,7 +126,7 @@ def names_of(layouts: Iterable[Layout] = LAYOUTS) -> set[str]:
 
 def layout_table() -> str:
     """The layouts as a table of Markdown."""
-    lines = ["| `--layout` | read as | told by | what becomes of it | not carried |", "|---|---|---|---|---|"]
+    lines = ["| `--layout` | read as | identified by | conversion | lost |", "|---|---|---|---|---|"]
     for layout in LAYOUTS:
         columns = " and ".join(_shown(names) for names in layout.columns.split())
         lines.append(f"| `{layout.name}` | {layout.title} | {columns} | {layout.becomes} | {layout.lost} |")

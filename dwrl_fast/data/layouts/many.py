@@ -187,8 +187,8 @@ def _by_aspect(values: Values) -> bool:
 MANY = (
     Layout(
         "ultrafeedback", "UltraFeedback completions", "completions",
-        "`response` of each of the `completions`; its `overall_score`, or with `--aspect` the `Rating` of that of "
-        "its `annotations`, is its score", rated, RANKING, when=_completions, over=(RANKING,),
+        "`response` of each of the `completions`; its `overall_score`, or with `--aspect` the `Rating` of that "
+        "aspect in its `annotations`, is its score", rated, RANKING, when=_completions, over=(RANKING,),
         lost="rationales; completions without a score, which are counted",
     ),
     Layout(
@@ -203,7 +203,7 @@ MANY = (
         lost="answers without a rating, which are counted",
     ),
     Layout(
-        "picked", "lists of answers with the place of the best", f"{LISTS} {INDEX}",
+        "picked", "lists of answers with the index of the best", f"{LISTS} {INDEX}",
         "the answer at `chosen_index` (or `preferred_index`, `best_index`, ...), counted from 0, is better than each "
         "of the others", picked, RANKING, lost="an order among the others",
         when=lambda values: not found(values, "chosen|rejected|ranks|scores|ratings"),

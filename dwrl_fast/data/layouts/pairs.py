@@ -156,7 +156,7 @@ PAIRS = (
     ),
     _layout(
         "messages", "messages with two answers", f"{MESSAGES} {TWO}",
-        "`messages` is the prompt, unless there is one beside it",
+        "`messages` is the prompt, unless the row has a `prompt`",
         when=_asked_in_messages,
     ),
     _layout(
@@ -174,7 +174,7 @@ PAIRS = (
     ),
     _layout(
         "named_prompt", "pairs whose prompt has another name", f"{NAMED} {TWO}",
-        "the first of these columns that there is becomes the prompt",
+        "the first of these columns in the row becomes the prompt",
         when=lambda values: not any(name in values for name in ("prompt", "instruction"))
         and found(values, PROMPT) is not None,
     ),
@@ -188,15 +188,15 @@ PAIRS = (
     ),
     _layout(
         "margins", "pairs with scores as margins", TWO,
-        "`score_chosen` less `score_rejected` (also `chosen-rating`, `chosen_avg_rating`, ...) is the margin, unless "
-        "there is one",
+        "`score_chosen` minus `score_rejected` (also `chosen-rating`, `chosen_avg_rating`, ...) is the margin, "
+        "unless the row has a `margin`",
         when=lambda values: any(all(name in values for name in names) for names in SCORES),
         lost="scores that contradict the order, which are counted",
     ),
 )  # fmt: skip
 LISTED = (
     Layout(
-        "answered", "conversations with a worse answer beside them", f"{MESSAGES} {REJECTED_TURN}",
+        "answered", "conversations with a separate worse answer", f"{MESSAGES} {REJECTED_TURN}",
         "the last turn of `messages` is chosen, those before it are the prompt; `rejected_response` (or "
         "`rejected_messages`) is rejected", answered, BINARY, when=_answered,
     ),

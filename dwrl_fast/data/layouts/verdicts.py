@@ -160,7 +160,7 @@ TIES = "; ties follow `--ties`"
 VERDICTS = (
     _layout(
         "label_1_2", "two outputs with a label of 1 or 2", NUMBERED,
-        "`output_1` is chosen where `label` is 1, `output_2` where it is 2",
+        "`output_1` is chosen if `label` is 1, `output_2` if it is 2",
         when=lambda values: not found(values, "overall_preference"),
     ),
     _layout(
@@ -169,7 +169,7 @@ VERDICTS = (
     ),
     _layout(
         "arena", "arena battles", ARENA,
-        "`conversation_a` (or `response_a` to a `prompt`) is chosen where `winner` is model_a; `tie` and "
+        "`conversation_a` (or `response_a` to a `prompt`) is chosen if `winner` is model_a; `tie` and "
         "`tie (bothbad)` are ties" + TIES, lost="that both are bad",
     ),
     Layout(
@@ -180,11 +180,11 @@ VERDICTS = (
     ),
     _layout(
         "completion_winner", "two completions and the winner", COMPLETIONS,
-        "`completion_a` is chosen where `winner` is a, `completion_b` where it is b" + TIES,
+        "`completion_a` is chosen if `winner` is a, `completion_b` if it is b" + TIES,
     ),
     _layout(
         "better_id", "two responses and the number of the better", INDEXED,
-        "`response_0` is chosen where `better_response_id` is 0; for another label "
+        "`response_0` is chosen if `better_response_id` is 0; for another label "
         "`--columns better_response_id=safer_response_id`", lost="the other labels",
     ),
     Layout(
@@ -202,7 +202,7 @@ VERDICTS = (
     ),
     _layout(
         "references", "two references with labels", SHP,
-        "`history` is the prompt; `human_ref_A` is chosen where `labels` is 1, `human_ref_B` where it is 0",
+        "`history` is the prompt; `human_ref_A` is chosen if `labels` is 1, `human_ref_B` if it is 0",
         lost="`score_A` and `score_B`",
     ),
     Layout(
