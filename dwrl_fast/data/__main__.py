@@ -186,7 +186,7 @@ def run_check(config: DataConfig, console: Console) -> None:
         print_report(reports[-1], console)
         if dialog is not None and dialog.counts:
             counts = ", ".join(f"{count:,} {what}" for what, count in dialog.counts.most_common())
-            say(console, f"Of its conversations, kept but counted: {counts}")
+            say(console, f"Conversations that are kept but counted: {counts}")
             dialog.counts.clear()
     overlap = find_overlap(*reports) if len(reports) == 2 else None
     if overlap is not None:
@@ -194,12 +194,12 @@ def run_check(config: DataConfig, console: Console) -> None:
     if config.json is not None:
         found = {"files": [found.to_dict() for found in reports], "overlap": overlap and overlap.to_dict()}
         Path(config.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        say(console, f"All of it: {config.json}")
+        say(console, f"Full report: {config.json}")
     if config.plot is not None and any(found.used for found in reports):
         plot_lengths(reports, Path(config.plot))
         say(console, f"Histograms: {config.plot}")
     if not all(found.used for found in reports):
-        raise DataError("nothing is left that can be used; see the reasons above")
+        raise DataError("no usable row is left; see the reasons above")
     if config.fix is not None:
         run_fix(config, reports[0], console)
 
@@ -235,12 +235,13 @@ def run_fix(config: DataConfig, found: FileReport, console: Console) -> None:
     again = check_one(config.fix, config, console, None)
     if again.used != good or again.dropped:
         raise DataError(
-            f"{config.fix}: {len(again.dropped)} reasons are left in what was written; fix it again, into another file"
+            f"{config.fix}: {len(again.dropped)} reasons to drop rows remain in the written file; run --fix on it "
+            "again, with another output file"
         )
     say(
         console,
-        f"{found.rows:,} rows = {good:,} in {Path(config.fix)}, which was read again and is clean, + "
-        f"{bad:,} in {quarantine_of(Path(config.fix))}",
+        f"{found.rows:,} rows = {good:,} in {Path(config.fix)} (read again and clean) + {bad:,} in "
+        f"{quarantine_of(Path(config.fix))}",
     )
 
 
@@ -260,7 +261,7 @@ def run_prepare(config: DataConfig, console: Console) -> None:
         )
     for name, split in found.items():
         print_split(name, split, folder, console)
-    say(console, f"Look at them: python -m dwrl_fast.data --check {folder / 'train.jsonl'} {folder / 'test.jsonl'}")
+    say(console, f"Check them: python -m dwrl_fast.data --check {folder / 'train.jsonl'} {folder / 'test.jsonl'}")
 
 
 def print_split(name: str, split: Split, folder: Path, console: Console) -> None:
@@ -271,7 +272,7 @@ def print_split(name: str, split: Split, folder: Path, console: Console) -> None
         say(console, f"{name}: {split.read:,} published rows read = {split.used:,} used + {left_out:,} dropped")
     for what, count in (*dropped.items(), *split.notes.items()):
         say(console, f"  {count:,} x {what}")
-    rest = [f"{split.withheld:,} whose prompt the test file has"] if split.withheld else []
+    rest = [f"{split.withheld:,} left out because their prompt is in the test file"] if split.withheld else []
     rest += [f"{split.not_drawn:,} not drawn"] if split.not_drawn else []
     say(console, f"  {split.written:,} rows in {folder / name}.jsonl" + "".join(f"; {what}" for what in rest))
 

@@ -72,7 +72,7 @@ class Columns:
             return default
         others = ", or --layout transcripts: the texts look like those" if self._transcripts(name) else ""
         raise DataError(
-            f"{self.source}: no column '{key}' among {quoted(self.values)}; say which it is with --columns "
+            f"{self.source}: no column '{key}' among {quoted(self.values)}; name it with --columns "
             f"{name}={nearest(key, self.values) or 'NAME'}{others}"
         )
 
@@ -123,14 +123,14 @@ class Columns:
         if isinstance(value, bool) or not isinstance(value, int | float | None):
             graded = name == "score" and isinstance(value, bool)
             raise self.mistyped(
-                name, value, "a number", "true and false are grades with --columns label=score" * graded
+                name, value, "a number", "with --columns label=score, true and false are read as scores" * graded
             )
         try:
             number = math.nan if value is None else float(value)
         except OverflowError:
             number = math.inf
         if not math.isfinite(number):
-            raise Unusable(f"{name} is no finite number")
+            raise Unusable(f"{name} is not a finite number")
         return number
 
     def aspect(self) -> str | None:
@@ -202,7 +202,7 @@ def check_text(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise Unusable("a lone surrogate, which is no text") from None
+        raise Unusable("a lone surrogate, which is not valid text") from None
 
 
 def conversation(prompt: Turns, sides: Sequence[Turns]) -> tuple[tuple[Message, ...], tuple[str, ...]]:
@@ -222,7 +222,7 @@ def conversation(prompt: Turns, sides: Sequence[Turns]) -> tuple[tuple[Message, 
         if len(side) == len(shared) or not (text := side[-1]["content"]).strip():
             raise Unusable("empty response")
         if side[-1]["role"] != "assistant":
-            raise Unusable("the response is no assistant turn")
+            raise Unusable("the response is not an assistant turn")
         responses.append(text)
     check_prompt(prompt)
     return tuple(prompt), tuple(responses)

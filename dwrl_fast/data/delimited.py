@@ -39,8 +39,8 @@ class Delimited:
             raise DataError(f"{self.name}: not UTF-8 ({error.reason}); convert the file to UTF-8") from error
         except csv.Error as error:
             raise DataError(
-                f"{self.name}:{line + 1}: no table of this kind ({error}); write a cell that holds separators, quotes "
-                "or line ends in double quotes, and a quote in it twice"
+                f"{self.name}:{line + 1}: not a valid table of this kind ({error}); put a cell that contains "
+                "separators, quotes or line breaks in double quotes, and double each quote inside it"
             ) from error
         except (EOFError, OSError, zlib.error) as error:
             raise unreadable(error, self.name, line, kind) from error
@@ -53,7 +53,7 @@ class Delimited:
     def _values(self, names: list[str], cells: list[str], number: int) -> dict[str, Any] | DataError:
         if len(cells) != len(names):
             return DataError(
-                f"{self.name}:{number}: {len(cells)} cells under {len(names)} names; write a cell that holds "
+                f"{self.name}:{number}: {len(cells)} cells, but {len(names)} column names; put a cell that contains "
                 "separators in double quotes"
             )
         return {name: from_text(Cell(cell)) if cell else None for name, cell in zip(names, cells, strict=True)}

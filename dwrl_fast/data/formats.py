@@ -60,8 +60,8 @@ def check_mapping(mapping: Mapping[str, str], others: Collection[str] = ()) -> N
     for name, theirs in mapping.items():
         if twice := [each for each in mapping if mapping[each] == theirs and each != name]:
             raise DataError(
-                f"--columns {name}={theirs}: the column '{theirs}' is to fill '{twice[0]}' too; name another for one "
-                "of the two"
+                f"--columns {name}={theirs}: the column '{theirs}' is already mapped to '{twice[0]}'; map one of the "
+                "two to another column"
             )
         if name not in COLUMNS and name not in others:
             near = nearest(name, COLUMNS)
@@ -74,13 +74,13 @@ def check_first(form: Format, values: Mapping[str, object], mapping: Mapping[str
     for ours, theirs in mapping.items():
         if theirs not in mapping and any(theirs in needs for needs in form.needs) and ours not in values:
             raise DataError(
-                f"{source}: --columns {ours}={theirs}: the rows are {form.name}, whose own column '{theirs}' is; say "
-                f"which it is with --columns {theirs}=NAME, or name another for '{ours}'"
+                f"{source}: --columns {ours}={theirs}: '{theirs}' is a column of {form.name}, the format of these "
+                f"rows; name its source with --columns {theirs}=NAME, or map another column to '{ours}'"
             )
         if theirs not in values:
             near = nearest(theirs, values) or "NAME"
             raise DataError(
-                f"{source}: no column '{theirs}' among {quoted(values)}; say which it is with --columns {ours}={near}"
+                f"{source}: no column '{theirs}' among {quoted(values)}; name it with --columns {ours}={near}"
             )
         if ours not in form.columns:
             raise DataError(
@@ -94,7 +94,7 @@ def unrecognised(values: Mapping[str, object], source: str) -> DataError:
         " and ".join(sorted(needs)) for form in FORMATS if form is not BINARYMAGN for needs in form.needs
     )
     return DataError(
-        f"{source}: the columns {quoted(values)} are those of no format. Needed are {wanted}. Where they have other "
-        "names, say so: --columns chosen=THEIR_NAME (or is it a layout "
-        "that `python -m dwrl_fast.data --formats` lists? Then name it with --layout)"
+        f"{source}: the columns {quoted(values)} match no format. The formats need {wanted}. If the columns have "
+        "other names, map them: --columns chosen=THEIR_NAME. If the file has a layout that `python -m dwrl_fast.data "
+        "--formats` lists, name it with --layout"
     )

@@ -17,7 +17,7 @@ Turns = tuple[Message, ...]
 def as_list(name: str, values: Any) -> list[Any]:
     """DataError where `values`, which the caller knows as `name`, are no list or an empty one."""
     if isinstance(values, str | bytes | dict) or not hasattr(values, "__len__"):
-        raise DataError(f"{name} should be a list, with one for each response, not a {type(values).__name__}")
+        raise DataError(f"{name} should be a list with one entry per response, not a {type(values).__name__}")
     if not len(values):
         raise DataError(f"{name} is empty: there is nothing to score")
     return list(values)
@@ -27,7 +27,7 @@ def as_responses(name: str, values: Any, count: int | None = None) -> list[str]:
     """DataError where they are no list of responses, `count` of them if it is given."""
     found = as_list(name, values)
     if count is not None and len(found) != count:
-        raise DataError(f"{name} has {len(found)} texts for {count} responses: give one for each")
+        raise DataError(f"{name} has {len(found)} texts for {count} responses: give one per response")
     return [as_response(f"{name}[{i}]", value) for i, value in enumerate(found)]
 
 
@@ -35,13 +35,11 @@ def as_response(name: str, value: Any) -> str:
     """The text of a response: a string, or a list with one turn of the assistant. DataError where it is neither."""
     if not isinstance(value, str | list | tuple):
         kind = type(value).__name__
-        raise DataError(
-            f"{name} should be a string, not the {kind} {value!r:.60}, or a list with one turn of the assistant"
-        )
+        raise DataError(f"{name} should be a string or a list with one assistant turn, not the {kind} {value!r:.60}")
     with _named(name):
         turns = _turns(name, value, "assistant")
         if [turn["role"] for turn in turns] != ["assistant"]:
-            raise Unusable("not one turn of the assistant")
+            raise Unusable("not one assistant turn")
         return turns[0]["content"]
 
 
@@ -59,7 +57,7 @@ def as_prompt(name: str, prompt: Any) -> tuple[Turns, str]:
 
 def unusable(error: DataError) -> str:
     """Why a row cannot be judged, in words that many such rows share."""
-    return str(error.__cause__) if isinstance(error.__cause__, Unusable) else "not of the form"
+    return str(error.__cause__) if isinstance(error.__cause__, Unusable) else "not in the expected form"
 
 
 @contextmanager

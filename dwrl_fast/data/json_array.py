@@ -52,7 +52,7 @@ class JsonArray:
             yield text.element(f"{self.name}:{line}")
         text.at += 1
         if text.ahead():
-            raise self._broken(line, "there is more behind the end of the array")
+            raise self._broken(line, "there is text after the end of the array")
 
     def _pieces(self) -> Iterator[str]:
         kind = None
@@ -67,7 +67,7 @@ class JsonArray:
         yield decode(b"", final=True)
 
     def _broken(self, line: int, what: str) -> DataError:
-        return DataError(f"{self.name}:{line + 1}: {what}; mend the array here, for nothing behind it can be read")
+        return DataError(f"{self.name}:{line + 1}: {what}; fix the array here; nothing after this point can be read")
 
 
 class Growing:

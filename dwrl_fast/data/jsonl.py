@@ -48,7 +48,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         twice = repr(next(key for key in keys if keys.count(key) > 1))
         shown = twice if len(twice) <= 60 else twice[:57] + "..."
-        raise DataError(f"the key {shown} stands twice in one object; remove one of the two")
+        raise DataError(f"the key {shown} occurs twice in one object; remove one of the two")
     return values
 
 
@@ -62,8 +62,8 @@ def _parse(raw: bytes, source: str) -> dict[str, Any] | DataError:
         return DataError(f"{source}: not UTF-8 ({error.reason} at byte {error.start}); convert the file to UTF-8")
     except json.JSONDecodeError as error:
         return DataError(
-            f"{source}: not JSON ({error.msg} at character {error.pos}); each line must be one object, the file no"
-            " array"
+            f"{source}: not JSON ({error.msg} at character {error.pos}); each line must be one object, and the file "
+            "must not be an array"
         )
     except DataError as error:  # of _object
         return DataError(f"{source}: {error}")

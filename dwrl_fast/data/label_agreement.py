@@ -87,6 +87,6 @@ def _library(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise ConfigError(
-            "several labels of one comparison are there, and measuring their agreement needs scipy, statsmodels and "
-            "krippendorff; run `pip install scipy statsmodels krippendorff`"
+            "the rows have several labels for one comparison, and measuring their agreement needs scipy, statsmodels "
+            "and krippendorff; run `pip install scipy statsmodels krippendorff`"
         ) from error

@@ -74,8 +74,8 @@ def _folder(path: Path, name: str, split: str | None) -> RowSource:
     if not files:
         named = "" if split is None else f" with '{split}' in their names"
         raise DataError(
-            f"{name}: cannot be read: a folder, and none that datasets.save_to_disk wrote; name a file in it; there "
-            f"are no files of rows{named}"
+            f"{name}: cannot be read: it is a folder that datasets.save_to_disk did not write, and it has no data "
+            f"files{named}; name a file in it"
         )
     return Several(name, [_file(Path(file), file) for file in files])
 

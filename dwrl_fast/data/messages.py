@@ -67,7 +67,7 @@ def joined(value: Any) -> Any:
         return value
     texts = [_text(part) for part in value["content"]]
     if not all(isinstance(text, str) for text in texts):
-        raise Unusable("a part of a content that is no text")
+        raise Unusable("a content part that is not text")
     return {**value, "content": "".join(texts)}
 
 
@@ -79,7 +79,7 @@ def transcript(text: str) -> list[Message]:
     """The turns of a text that heads them Human: and Assistant:. Unusable where it is none."""
     before, *rest = TURN.split("\n\n" + text.lstrip())
     if before.strip() or not rest:
-        raise Unusable("no transcript that begins with Human: or Assistant:")
+        raise Unusable("not a transcript that begins with Human: or Assistant:")
     return [
         Message(role="user" if role == "Human" else "assistant", content=said.strip())
         for role, said in zip(rest[::2], rest[1::2], strict=True)

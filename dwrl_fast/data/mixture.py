@@ -68,7 +68,7 @@ def _checked(given: Mapping[str, Any]) -> dict[str, Any]:
     names = [f.name for f in fields(Part)]
     unknown = [str(key) for key in given if key not in names]
     if unknown:
-        raise ValueError(f"{', '.join(unknown)} is none of {', '.join(names)}")
+        raise ValueError(f"unknown key {', '.join(unknown)}; the keys are {', '.join(names)}")
     name, weight, aspect = (given.get(key) for key in names)
     if not isinstance(name, str) or not name:
         raise ValueError("dataset_name is missing: the file, folder or hub name")
@@ -105,8 +105,8 @@ def check_evaluated(option: str, parts: Sequence[Part]) -> None:
     for part in parts:
         if part.weight is not None:
             raise ConfigError(
-                f"{option}: {part.dataset_name} has a weight ({part.weight:g}), and evaluation reads every row: leave "
-                "it out (with an aspect: FILE::ASPECT)."
+                f"{option}: {part.dataset_name} has a weight ({part.weight:g}), but evaluation reads every row: leave "
+                "the weight out (with an aspect: FILE::ASPECT)."
             )
     _check_distinct(option, parts)
 

@@ -50,8 +50,8 @@ def _unfit(preference: Preference, kept: Collection[int], responses: Collection[
     if longest is not None and characters > longest:
         return f"prompt and response have over {longest:,} characters"
     if prompt_digest(preference.prompt) in kept:
-        return "its prompt stood before"
-    return "its response stood before" if preference.responses[0] in responses else ""
+        return "its prompt occurs in an earlier row"
+    return "its response occurs in an earlier row" if preference.responses[0] in responses else ""
 
 
 def _row(preference: Preference, other: Preference) -> str:

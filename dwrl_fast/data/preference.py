@@ -91,7 +91,7 @@ class Dataset:
         reasons = sorted(self.dropped.items(), key=lambda item: -len(item[1]))
         parts = (
             f"{name}: {used + dropped} rows read, {used} used, {dropped} dropped",
-            *([f"{len(self.rows)} groups come of the {used}"] if len(self.rows) != used else []),
+            *([f"{len(self.rows)} groups from the {used} used rows"] if len(self.rows) != used else []),
             *(f"{len(lines)} x {reason} (line {first_lines(sorted(lines))})" for reason, lines in reasons),
             *(f"{count} x {note}" for note, count in self.notes.most_common()),
             *([self.unread.summary] if self.unread is not None and self.unread.summary else []),

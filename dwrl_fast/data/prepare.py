@@ -21,7 +21,7 @@ from dwrl_fast.errors import ConfigError, DataError
 
 ON_TOPIC, ON_TOPIC_TEST_ROWS = "on-topic", 500
 FILES = ("train.jsonl", "test.jsonl", "prepared.json")
-REMEDY = "can it be reached from here? --source names a copy on disk"
+REMEDY = "check that this machine can reach it, or give a local copy with --source"
 
 PublishedRows = Iterable[Mapping[str, Any]]
 
@@ -66,7 +66,7 @@ def prepare_data_set(
     train.withheld = _count(train.prompts) - _count(left)
     train.not_drawn = _count(left) - train.written
     if not (train.written and test.written):
-        raise DataError(f"{where}: too few rows that can be used for a training and a test file")
+        raise DataError(f"{where}: too few usable rows for a training and a test file")
     folder.mkdir(parents=True, exist_ok=True)
     for file, groups in (("train.jsonl", trained), ("test.jsonl", tested)):
         with open(folder / file, "x", encoding="utf-8") as out:
@@ -107,7 +107,7 @@ def _load(name: str, source: str | None, where: str) -> dict[str, PublishedRows]
     path, files = source or data.repository, dict(data.files)
     if path is None:
         raise ConfigError(
-            f"--prepare {name}: it is not on the hub; get it by `{data.address}` and give the folder as --source"
+            f"--prepare {name}: it is not on the hub; get it with `{data.address}` and give the folder as --source"
         )
     if source is not None and Path(source).is_dir():
         files = {split: pattern for split, pattern in files.items() if any(Path(source).glob(pattern))}
@@ -150,8 +150,8 @@ class Converted:
             return []
         except (LookupError, TypeError, AttributeError, ValueError) as error:
             raise DataError(
-                f"{self.name}, row {self.read}: not as the data set is published ({type(error).__name__}: {error}); "
-                f"its columns are {quoted(row)}. Is it the right file?"
+                f"{self.name}, row {self.read}: the row does not have the published form ({type(error).__name__}: "
+                f"{error}); its columns are {quoted(row)}. Check that it is the right file"
             ) from error
 
 
@@ -171,7 +171,7 @@ def _read(source: Converted) -> Split:
     found.read, found.used, found.notes = source.read, len(used), source.notes
     for reason, number in source.unusable:
         if number in used:
-            found.notes[f"of several rows that one makes, left out: {reason}"] += 1
+            found.notes[f"left out of the rows that one published row makes: {reason}"] += 1
         else:
             used.add(number)
             found.drop(reason, number)

@@ -16,7 +16,9 @@ from dwrl_fast.data.columns import REQUIRED, Columns, Turns, Unusable, conversat
 from dwrl_fast.data.preference import Preference, Rankings, Ties
 
 MOST_TIED = 7  # a Plackett-Luce group averages over the orders of its ties: 5,040 of seven responses
-NO_ORDER = "the ranks are no order (they count from the best on, equal where responses tie, with no other gap)"
+NO_ORDER = (
+    "the ranks are not an order (they start at the best response, and tied responses share a rank: 1 2 2 3 or 1 2 2 4)"
+)
 NO_WINNER = "all responses tie (--ties keep would use them)"
 
 
@@ -77,9 +79,9 @@ def compare_ranked(
         if tie and ties == "drop":
             notes["pairs left out: tied"] += 1
         elif better.text.strip() == worse.text.strip():
-            notes["pairs left out: of identical responses"] += 1
+            notes["pairs left out: identical responses"] += 1
         elif not math.isfinite(margin):
-            notes["pairs left out: whose margin is no finite number"] += 1
+            notes["pairs left out: margin is not a finite number"] += 1
         else:
             texts, source = (better.text, worse.text), f"{like.source}:{better.name}-{worse.name}"
             pairs.append(replace(like, responses=texts, margin=margin, ranks=(1, 1) if tie else (), source=source))
@@ -95,7 +97,9 @@ def ranks_of(scores: Sequence[float]) -> list[int]:
 def _no_pair(found: Sequence[Ranked]) -> str:
     if found[0].rank == found[-1].rank:
         return NO_WINNER
-    return "identical responses" if len({one.text.strip() for one in found}) == 1 else "no two that can be compared"
+    return (
+        "identical responses" if len({one.text.strip() for one in found}) == 1 else "no two responses can be compared"
+    )
 
 
 def _group(found: Sequence[Ranked], like: Preference, ties: Ties) -> Preference:
@@ -151,7 +155,7 @@ def _rank(row: Columns, name: str, value: Any) -> int:
 def _order(ranks: list[int] | None, scores: list[float] | None, count: int) -> list[int]:
     """The ranks, from 1; of scores where there are none. Raises Unusable where the two are no one order."""
     if any(len(values) != count for values in (ranks, scores) if values is not None):
-        raise Unusable("not as many ranks or scores as responses")
+        raise Unusable("not one rank or score per response")
     if ranks is None:
         return ranks_of(scores or [])
     distinct = {rank: place for place, rank in enumerate(sorted(set(ranks)), start=1)}

@@ -192,8 +192,8 @@ class Reader:
                 info_once(f"{self.source.name}: completions are held in memory until the last one is read")
         elif form is not self.format:
             raise DataError(
-                f"{source}: the columns of a {form.name} row, where those before are {self.format.name}; "
-                "put the two in separate files"
+                f"{source}: the columns of a {form.name} row, but the rows before it are {self.format.name}; put the "
+                "two in separate files"
             )
 
     def _groups(self, form: Format, columns: Columns) -> Groups:

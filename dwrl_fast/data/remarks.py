@@ -14,10 +14,10 @@ from dwrl_fast.data.preference import Preference
 from dwrl_fast.data.table_text import JSON_MESSAGES, is_transcript
 
 _VERDICT = (
-    "it usually says which response is the better one; look whether chosen and rejected agree with it, or name the "
-    "layout that reads it with --layout (python -m dwrl_fast.data --formats lists them)"
+    "it usually names the better response; check that chosen and rejected agree with it, or choose a layout that "
+    "reads it with --layout (python -m dwrl_fast.data --formats lists them)"
 )
-_ANSWERS = "answers that need it are judged without it; take such rows out, or write it into the prompt"
+_ANSWERS = "answers that need it are judged without it; remove such rows, or write it into the prompt"
 _REASONING = "only `content` is judged; write it into the content if it is to be judged too"
 # Columns and fields of messages that usually carry meaning, and what to do where they are not read.
 MEANING: Mapping[str, str] = {
@@ -38,10 +38,10 @@ CONTRADICTED = "scores contradict chosen and rejected, and are left out"
 JSON_TEXT = "rows with a text that looks like messages written as JSON"
 TRANSCRIPT_TEXT = "rows with a text that looks like a transcript"
 REMEDIES: Mapping[str, str] = {
-    REPEATED_PROMPT: "the prompt is then read twice; take it off the responses",
-    JSON_TEXT: "it is read as text; parse it, so that the column holds a list of messages",
-    TRANSCRIPT_TEXT: "it is read as text; --layout transcripts makes turns of `Human:` and `Assistant:`",
-    CONTRADICTED: "look whether chosen and rejected are the right way round",
+    REPEATED_PROMPT: "the model then reads the prompt twice; remove it from the responses",
+    JSON_TEXT: "it is read as plain text; parse it so that the column holds a list of messages",
+    TRANSCRIPT_TEXT: "it is read as plain text; --layout transcripts makes turns from `Human:` and `Assistant:`",
+    CONTRADICTED: "check that chosen and rejected are not swapped",
 }
 ODD = re.compile(r"\s*(?:[\[{]|Human:|Assistant:)")  # how a text begins that is worth a closer look
 LEAST = 10  # characters of a prompt that a response is said to begin with

@@ -46,7 +46,9 @@ def is_pipe(name: str) -> bool:
 def spooled(name: str) -> Path:
     """A file with all that comes out of a pipe; it is removed at the end. Raises DataError."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise DataError(f"{name}: a pipe is read once, and here are several processes; write it to a file first")
+        raise DataError(
+            f"{name}: a pipe can be read only once, but there are several processes; write it to a file first"
+        )
     handle, path = tempfile.mkstemp(prefix="dwrl_fast_", suffix=".piped")
     atexit.register(Path(path).unlink, missing_ok=True)
     try:

@@ -60,7 +60,7 @@ class SavedDataset:
             if isinstance(data, Mapping):
                 data = _split(data, self.split, self.name)
             elif self.split is not None:
-                raise DataError(f"{self.name}: the folder holds one data set, no splits; leave :{self.split} out")
+                raise DataError(f"{self.name}: the folder holds one data set without splits; leave :{self.split} out")
             data = data.with_format(None)  # a saved one would give tensors or arrays
             if start.line < len(data):
                 yield from _numbered(data.select(range(start.line, len(data))), start.line, start)
@@ -85,8 +85,8 @@ class HubDataset:
         datasets = library("datasets", self.name)
         with readable(
             self.name,
-            "it is no file here; is NAME:SPLIT or NAME:CONFIG:SPLIT a data set of the hub that "
-            "can be reached from here?",
+            "there is no such file; if NAME:SPLIT or NAME:CONFIG:SPLIT is a data set of the hub, check that this "
+            "machine can reach the hub",
         ):
             data = datasets.load_dataset(self.repository, self.config, split=self.split, streaming=True)
             rows = ({name: from_text(value) for name, value in row.items()} for row in data.skip(start.line))
@@ -114,7 +114,7 @@ def _decoders(schema: Any, name: str) -> dict[str, Decode]:
     """
     if twice := next((column for column in schema.names if schema.names.count(column) > 1), None):
         raise DataError(
-            f"{name}: the column name '{twice}' occurs {schema.names.count(twice)} times, and a row has one value of a "
+            f"{name}: the column name '{twice}' occurs {schema.names.count(twice)} times, but a row has one value per "
             "name; rename one of the columns"
         )
     found = ((field.name, _decoder(field.type)) for field in schema)
@@ -147,7 +147,7 @@ def _refuse_local(repository: str, name: str) -> None:
     readers = {module.name for module in pkgutil.iter_modules(library("datasets.packaged_modules", name).__path__)}
     if repository in readers:
         raise DataError(
-            f"{name}: cannot be read: {repository} is a file reader of the `datasets` package, and no data set. Name "
+            f"{name}: cannot be read: {repository} is a file reader of the `datasets` package, not a data set. Name "
             "the file, or a data set of the hub with its owner, as in OWNER/NAME"
         )
     if os.path.isdir(repository):

@@ -63,8 +63,8 @@ class Chosen:
                 absent = f"no column '{theirs}' among {quoted(values)}"
                 wrong = absent if theirs not in values else f"no '{name}' is read"
                 raise DataError(
-                    f"{source}: --columns {name}={theirs}: {wrong}, and the rows are read as {self.title}; correct it, "
-                    "or leave it out"
+                    f"{source}: --columns {name}={theirs}: {wrong}; the rows are read as {self.title}. Correct the "
+                    "option or leave it out"
                 )
 
     def row(self, values: Mapping[str, Any], source: str, aspect: str | None) -> tuple[dict[str, Any], Published]:
@@ -85,7 +85,7 @@ def choose(values: Mapping[str, Any], source: str) -> Chosen | None:
         candidates = [f"{PLAIN} ({plain.name})"] if plain else []
         candidates += [f"{layout.name} ({layout.title})" for layout in told]
         raise DataError(
-            f"{source}: the rows can be read in several ways; say which with --layout NAME: {', '.join(candidates)}"
+            f"{source}: the rows can be read in several ways; choose one with --layout NAME: {', '.join(candidates)}"
         )
     return Chosen(tuple(told)) if told else None
 
@@ -115,7 +115,7 @@ def asked_for(names: str | None) -> Chosen | None:
         return None
     layouts = tuple(map(layout_of, str(names).split("+")))
     if len({id(layout.convert) for layout in layouts}) > 1:
-        raise DataError(f"--layout {names}: these do not go together; name one of them")
+        raise DataError(f"--layout {names}: these layouts cannot be combined; name one of them")
     return Chosen(layouts)
 
 

@@ -50,8 +50,8 @@ class Published:
             first = names.split("|")[0]
             near = nearest(first, self.values) or "NAME"
             raise DataError(
-                f"{self.source}: no column '{first}' among {quoted(self.values)}, and the rows are read as "
-                f"{self.title}; say which it is with --columns {first}={near}, or name another --layout"
+                f"{self.source}: no column '{first}' among {quoted(self.values)}; the rows are read as {self.title}. "
+                f"Name it with --columns {first}={near}, or name another --layout"
             )
         self.read.add(name)
         return self.values[name]

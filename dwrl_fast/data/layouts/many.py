@@ -55,7 +55,7 @@ def generations(row: Published) -> dict[str, Any]:
     """A list of answers and a list of their ratings."""
     texts, ratings = (listed(row, name, row.take(name)) for name in (GENERATIONS, "ratings"))
     if len(texts) != len(ratings):
-        raise Unusable("not as many ratings as answers")
+        raise Unusable("the numbers of ratings and answers differ")
     return _ranking(row, [(text, number(row, "ratings", each)) for text, each in zip(texts, ratings, strict=True)])
 
 
@@ -73,9 +73,9 @@ def picked(row: Published) -> dict[str, Any]:
     name, texts = row.name(LISTS) or "", [_text(item) for item in listed(row, "responses", row.take(LISTS))]
     place = number(row, row.name(INDEX) or "", row.take(INDEX))
     if place is None:
-        raise Unusable("null place of the best response")
+        raise Unusable("null index of the best response")
     if place not in range(len(texts)):
-        raise row.wrong(row.name(INDEX) or "", place, f"a place in {name}, 0 to {len(texts) - 1}")
+        raise row.wrong(row.name(INDEX) or "", place, f"an index into {name}, 0 to {len(texts) - 1}")
     ranks = [1 if i == place else 2 for i in range(len(texts))]
     return prompt(row) | {"responses": [content(text) for text in texts], "ranks": ranks} | ours(row)
 
@@ -90,8 +90,8 @@ def by_aspect(row: Published) -> dict[str, Any]:
     there = [name for name in ASPECTS if name in row.values]
     if aspect not in row.values and there:
         raise DataError(
-            f"{row.source}: the rows are read as {row.title}, and have no scores of {row.aspect or aspect}; say which "
-            f"to take: --aspect {there[0]}" + "".join(f", or {name}" for name in there[1:])
+            f"{row.source}: the rows are read as {row.title}, and have no scores of {row.aspect or aspect}; name the "
+            f"scores to take: --aspect {there[0]}" + "".join(f", or {name}" for name in there[1:])
         )
     score = number(row, aspect, row.take(aspect))
     return prompt(row) | {"completion": content(row.take("response|completion|answer")), "score": score} | ours(row)

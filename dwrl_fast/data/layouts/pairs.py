@@ -51,7 +51,7 @@ def listed_pair(row: Published) -> dict[str, Any]:
     """An instruction with a list of two answers, the better first."""
     answers = listed(row, "output", row.take("output"))
     if len(answers) != 2:
-        raise Unusable(f"{len(answers)} answers, where two are a pair")
+        raise Unusable(f"{len(answers)} answers, but a pair has two")
     return prompt(row) | {"chosen": content(answers[0]), "rejected": content(answers[1])} | ours(row)
 
 

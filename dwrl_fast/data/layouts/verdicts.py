@@ -77,7 +77,7 @@ def choice(row: Published) -> dict[str, Any]:
     summaries = listed(row, "summaries", row.take("summaries"))
     texts = [each.get("text") if isinstance(each, dict) else each for each in summaries]
     if len(texts) != 2:
-        raise Unusable(f"{len(texts)} summaries, where two are a pair")
+        raise Unusable(f"{len(texts)} summaries, but a pair has two")
     said = BY_INDEX.get(_word(row.take("choice")))
     if said is None:
         raise row.wrong("choice", row.values["choice"], "0 or 1")
@@ -90,7 +90,7 @@ def one_hot(row: Published) -> dict[str, Any]:
     """Questions and answers as lists, and three columns of which one is 1."""
     questions, first, second = (_texts(row, name) for name in ("prompt", "response_a", "response_b"))
     if not len(questions) == len(first) == len(second):
-        raise Unusable("not as many answers as questions")
+        raise Unusable("the numbers of answers and questions differ")
     sides = tuple(
         [
             {"role": role, "content": text}
@@ -101,7 +101,11 @@ def one_hot(row: Published) -> dict[str, Any]:
     )
     marks = [number(row, name, row.take(name)) for name in ("winner_model_a", "winner_model_b", "winner_tie")]
     if sorted(mark or 0.0 for mark in marks) != [0, 0, 1]:
-        raise row.wrong("winner_model_a", marks, "1 where winner_model_b and winner_tie hold 0, or the other way round")
+        raise row.wrong(
+            "winner_model_a",
+            marks,
+            "1 in exactly one of winner_model_a, winner_model_b and winner_tie, and 0 in the others",
+        )
     both = {"chosen": sides[0], "rejected": sides[1]}
     return _paired(row, (both["chosen"], both["rejected"]), (FIRST, SECOND, TIE)[marks.index(1)], asked={})
 
