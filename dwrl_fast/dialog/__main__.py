@@ -91,7 +91,7 @@ python -m dwrl_fast.dialog --show pairs.jsonl:12 --tokenizer_name_or_path T --te
     def validate(self) -> None:
         """Raises ConfigError where no tokenizer is named, or `show` is not FILE:N."""
         if self.model_name_or_path is None and self.tokenizer_name_or_path is None:
-            raise ConfigError("give --model_name_or_path or --tokenizer_name_or_path: ids are those of a tokenizer")
+            raise ConfigError("give --model_name_or_path or --tokenizer_name_or_path: token ids need a tokenizer")
         if not self.show.rpartition(":")[2].isascii() or not self.show.rpartition(":")[2].isdigit():
             raise ConfigError(f"show = {self.show}: expected FILE:N, as in pairs.jsonl:12")
 
@@ -106,7 +106,7 @@ def run(config: ShowConfig, console: Console) -> None:
     """Print the row."""
     row = read_row(config)
     if config.response > len(row.responses):
-        raise ConfigError(f"response = {config.response}: the row has {len(row.responses)}")
+        raise ConfigError(f"response = {config.response}: the row has {len(row.responses)} responses")
     tokenizer = config.tokenizer_name_or_path or config.model_name_or_path
     assert tokenizer is not None  # validate() saw to it
     chat = load_chat(
@@ -127,7 +127,7 @@ def run(config: ShowConfig, console: Console) -> None:
     console.rule("ids")
     console.print(Text(" ").join(Text(" ".join(map(str, part)), STYLES[name]) for name, part in runs(ids, names)))
     console.print(table(spans))
-    console.rule("what was done to it")
+    console.rule("changes and remarks")
     for line in remarks(chat, ids, length, config.max_length):
         console.print(f"- {line}", markup=False, soft_wrap=True)
 
@@ -166,8 +166,8 @@ def build(chat: Chat, row: Preference, response: int, aspect: str | None) -> tup
         shown = [row.responses[response]] if len(chat.shows) == 1 else list(row.responses[:2])
         if len(shown) < len(chat.shows):
             raise ConfigError(
-                f"a template of kind {chat.template.kind} shows two responses, and the row holds one; see it by a "
-                "template that shows one: --template dialog"
+                f"a template of kind {chat.template.kind} shows two responses, but the row has one; use a template "
+                "that shows one: --template dialog"
             )
         context = chat.context(row.prompt, shown, aspect, "A" if chat.takes_verdict else None)
         sequence = chat.sequence(context, [] if chat.label_ids else thought)
@@ -220,9 +220,9 @@ def remarks(chat: Chat, ids: list[int], length: int, max_length: int) -> list[st
     done = [f"{what}: {MEANING[what]}" for what in chat.counts]
     over = f", more than --max_length {max_length}: training drops this row" if length > max_length else ""
     said = (
-        *(done or ["the texts stand as they are: nothing trimmed, merged, rewritten or forged"]),
+        *(done or ["the texts are unchanged: nothing trimmed, merged, rewritten or forged"]),
         "BOS: this tokenizer has none" if bos is None else f"BOS: {ids.count(int(bos))} of id {bos}",
-        f"the date that the chat template prints is held at {TODAY:%d %b %Y}" if chat.dated else "",
+        f"the date that the chat template prints is fixed at {TODAY:%d %b %Y}" if chat.dated else "",
         f"thinking: {chat.thinking_said}" if chat.thinking_said else "",
         f"prompt and response: {length} tokens{over}",
     )
@@ -230,12 +230,12 @@ def remarks(chat: Chat, ids: list[int], length: int, max_length: int) -> list[st
 
 
 MEANING = {
-    "trimmed": "the chat template strips white space from a text, and so do we",
-    "reasoning kept": "the chat template would cut a think block out of an earlier turn; it stays",
-    "rewritten": "the chat template changes a text in another way; it stays as it is",
-    "control text": "a text spells a control token; its ids are those of the letters",
-    "merged": "tokenized as a whole, a text would merge with what stands beside it; it does not here",
-    "imitated": "a text has a line of the template's own",
+    "trimmed": "the chat template strips white space from a text, and this package does the same",
+    "reasoning kept": "the chat template would remove a think block from an earlier turn; it is kept",
+    "rewritten": "the chat template changes a text in another way; the text is kept unchanged",
+    "control text": "a text spells a control token; it is encoded as ordinary text",
+    "merged": "in one pass the tokenizer would merge a text with its neighbour; here each text is tokenized alone",
+    "imitated": "a text contains a line that belongs to the template",
 }
 
 

@@ -128,8 +128,8 @@ class Chat:
             ) from error
         if ids != dialog.special_ids():
             raise TemplateError(
-                f"{dialog.name} is not the tokenizer this model was trained with: it gives {dialog.special_ids()}, "
-                f"saved were {ids}; load the one that was saved with the model"
+                f"{dialog.name} is not the tokenizer this model was trained with: its special ids are "
+                f"{dialog.special_ids()}, the saved ones are {ids}; load the tokenizer that was saved with the model"
             )
         return dialog
 
@@ -161,7 +161,8 @@ class Chat:
             self._chat_template = CLOCK + self._chat_template
         if self.dated:
             info_once(
-                f"the chat template of {self.name} prints the date: held at {TODAY:%d %b %Y}, so that runs repeat"
+                f"the chat template of {self.name} prints the date: fixed at {TODAY:%d %b %Y}, so that runs are "
+                "reproducible"
             )
 
     def _set_thinking(self, wanted: Thinking) -> None:
@@ -175,15 +176,15 @@ class Chat:
             self._structure.cache_clear()
         if self._unclosed and wanted == "off":
             raise self.error(
-                "opens a think block in every generation head and cannot be told not to; use --enable_thinking on, "
-                "where the block belongs to the thought, or the tokenizer of a model that does not think"
+                "opens a think block in every generation head and has no switch against it; use --enable_thinking "
+                "on, which makes the block part of the thought, or the tokenizer of a model that does not think"
             )
         if self._unclosed:
             self.enable_thinking = "on"
         elif wanted == "on" and not self._switch:
             raise self.error(
-                "knows no enable_thinking, so that it cannot be switched on; leave --enable_thinking at auto: the "
-                "thought itself is where this model reasons"
+                "does not support enable_thinking, so thinking cannot be switched on; leave --enable_thinking at "
+                "auto: this model reasons in the thought itself"
             )
         self._head = self._opened("thought")
         if self.thinking_said:
@@ -196,13 +197,14 @@ class Chat:
             return ""
         if self.enable_thinking == "off":
             return (
-                "it is told not to (--enable_thinking off). What it puts in the head instead, an empty think block, "
-                "stays before each thought when it is scored, though the template shows earlier turns without one"
+                "thinking is off (--enable_thinking off). The template then puts an empty think block into the "
+                "generation head. The block stays before each thought when the thought is scored, although the "
+                "template shows earlier turns without it"
             )
         return (
-            "a thought is all that the model writes, its think block too (--enable_thinking on), and stays whole when "
-            "it is scored, though the template cuts think blocks out of earlier turns; the label is read in a turn "
-            "without one"
+            "thinking is on (--enable_thinking on). A thought is all that the model writes, including its think "
+            "block, and it is scored unchanged, although the template removes think blocks from earlier turns. The "
+            "label is read in a turn without a think block"
         )
 
     @property
@@ -218,8 +220,8 @@ class Chat:
         opened = text.removeprefix(header)
         if not text.startswith(header) or (opened and not THINK.fullmatch(opened)):
             raise self.error(
-                f"ends with {text!r} where an assistant's turn starts with {header!r}: a generation head may add a "
-                f"think block to it and nothing else; use {self.alternative}"
+                f"ends with {text!r} but an assistant's turn starts with {header!r}: a generation head may add only a "
+                f"think block to that; use {self.alternative}"
             )
         return opened
 
@@ -242,7 +244,7 @@ class Chat:
         except JinjaError as error:
             raise self.error(f"refuses the roles ({', '.join(roles_of(messages))}): {error}") from error
         except (LimitError, MemoryError, OverflowError, TypeError, ValueError) as error:
-            what = str(error) or "it takes more memory than any conversation"
+            what = str(error) or "it needs more memory than any conversation should"
             raise self.error(f"cannot be run ({what}); give the tokenizer of another model") from error
 
     def _render(self, messages: Sequence[Message], head: Head | None, *, first: bool = False) -> str:
@@ -310,9 +312,9 @@ class Chat:
             self.tokenizer.convert_ids_to_tokens(ids[max(0, place - 3) : place + 4]) for ids in (ours, theirs)
         )
         raise self.error(
-            f"rewrites a plain turn's text, or merges it with what stands beside it, at token {place}: turn by turn "
-            f"{ours_near}, as a whole {theirs_near}; change the evaluate or rate turn if it is theirs, or use another "
-            "chat template"
+            f"rewrites a plain turn's text, or merges it with the text next to it, at token {place}: tokenized turn "
+            f"by turn it is {ours_near}, in one piece {theirs_near}; change the evaluate or rate turn if the text is "
+            "from there, or use another chat template"
         )
 
     def _label_ids(self, labels: tuple[str, str], messages: Sequence[Message]) -> tuple[int, int]:
@@ -330,8 +332,8 @@ class Chat:
             by_itself, read = map(self.tokenizer.convert_ids_to_tokens, (alone, after[len(before) - 1 :]))
             raise LabelError(
                 self._said(
-                    f"does not leave the label {label!r} one token: by itself it is {by_itself}, with the end of the "
-                    f"generation head {read}; choose other labels"
+                    f"does not keep the label {label!r} one token: alone it is {by_itself}, after the end of the "
+                    f"generation head it is {read}; choose other labels"
                 )
             )
         if alone[0] == self.tokenizer.unk_token_id:

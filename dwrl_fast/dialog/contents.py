@@ -58,7 +58,7 @@ class ContentTokenizer:
         if not self.control.isdisjoint(ids):
             names = [self._whole.id_to_token(i) for i in ids if i in self.control]
             raise TemplateError(
-                f"the tokenizer makes control tokens {names} of a text that spells them; use another tokenizer"
+                f"the tokenizer encodes a text that spells {names} as control tokens; use another tokenizer"
             )
         return ids
 

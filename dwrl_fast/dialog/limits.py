@@ -28,7 +28,7 @@ def within_bounds() -> Iterator[None]:
         nonlocal left
         left -= 1
         if left < 0:
-            raise LimitError(f"more than {STEPS:,} steps of it were taken")
+            raise LimitError(f"it took more than {STEPS:,} steps")
         return traced if frame.f_code.co_filename == TEMPLATE else None
 
     before, limits = sys.gettrace(), resource.getrlimit(resource.RLIMIT_AS)

@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
     report = run(config, console, start(config.ddp_timeout, hsdp=config.hsdp))
     failed = report.named("fail")
     if failed:
-        raise UnfitError(f"{', '.join(failed)}: the lines above say what to do. Then run the doctor again.")
+        raise UnfitError(f"failed: {', '.join(failed)}. The lines above say what to do. Then run the doctor again.")
 
 
 def run(config: DoctorConfig, console: Console, ranks: Ranks = ALONE) -> Report:

@@ -30,7 +30,7 @@ from dwrl_fast.training.policy import load_judging
 from dwrl_fast.training.rollout import Rollout
 
 Result = TypeVar("Result")
-REST = "the rest of the examination"
+REST = "all other checks"
 AS_SAID = "Do what the message says; docs/doctor.md has more."
 
 
@@ -42,7 +42,11 @@ def examine(config: DoctorConfig, report: Report, display: Display, together: Ra
         report.add(ranks.collectives(together, where.device))
     else:
         report.leave_out(
-            "one process: start it by torchrun", "collectives", "uneven ranks", "sharded gradients", "replicas"
+            "there is one process: start it with torchrun",
+            "collectives",
+            "uneven ranks",
+            "sharded gradients",
+            "replicas",
         )
     dialog = _dialog(config, report)
     found = dialog and _attempt("rows", report, lambda: _rows(config, dialog, display))
@@ -137,7 +141,14 @@ def _look_at_rows(setup: Setup, rows: Sequence[Preference], report: Report, disp
     else:
         groups = method.groups(rows, seed)
     if not groups:
-        report.add(Finding("rows", "fail", "none of the rows that were read is asked about: all tie", "Raise --limit."))
+        report.add(
+            Finding(
+                "rows",
+                "fail",
+                "the method uses none of the rows that were read: the responses of each row tie",
+                "Raise --limit.",
+            )
+        )
         return
     computed = compute(setup, groups)
     if method.thinks:
@@ -156,7 +167,7 @@ def _look_at_rows(setup: Setup, rows: Sequence[Preference], report: Report, disp
     report.add(*layouts.one_and_many(setup, contexts, groups, computed, seed))
     layout = layouts.tree_and_padded(setup, groups)
     if layout is None:
-        report.leave_out("this model runs in no other than --packing padded", "layouts")
+        report.leave_out("this model runs only with --packing padded", "layouts")
     else:
         report.add(layout)
     if setup.samples_itself and method.trains:
@@ -214,4 +225,4 @@ def _found_or_made(config: DoctorConfig, display: Display, stack: ExitStack) -> 
 
     with ExitStack() as bars:
         made = embedded.prepare(folder, config.seed, easy_fraction=config.easy_fraction, progress=progress)
-    return made, f"warmed up in {made.seconds:.0f} s, for no run in runs/ left one"
+    return made, f"warmed up in {made.seconds:.0f} s, because no run in runs/ left one"

@@ -56,11 +56,11 @@ def _sampled_alone(setup: Setup, contexts: Sequence[Sequence[int]], groups: Sequ
     return Finding(
         "a thought alone",
         status,
-        f"{compared} tokens of thoughts sampled alone are those sampled in a batch, their log-probs within "
-        f"{max(apart):.2g} nats{f'; {rounded} of 2 thoughts go on otherwise' if rounded else ''}",
-        "A thought must follow its own seed alone. An engine whose rounding depends on the batch warns here now and "
-        "then, and its runs cannot be repeated to the bit; --dtype fp32 makes it rarer. Where it fails, the engine has "
-        "to give each request a seed of its own (sampling.request_key).",
+        f"{compared} tokens of thoughts sampled alone equal those sampled in a batch, with log-probs within "
+        f"{max(apart):.2g} nats{f'; {rounded} of 2 thoughts differ after that' if rounded else ''}",
+        "A thought must depend on its own seed alone. If the engine's rounding depends on the batch, this check "
+        "warns now and then and runs cannot be repeated bit for bit; --dtype fp32 makes this rarer. If the check "
+        "fails, the engine must give each request its own seed (sampling.request_key).",
         {"tokens": compared, "most": max(apart), "differ": rounded},
     )
 
@@ -93,7 +93,7 @@ def shortened(group: Group) -> Group:
 def _finding(name: str, what: str, apart: dict[str, float], remedy: str) -> Finding:
     means = [value for key, value in apart.items() if key.endswith("mean")]
     parts = [
-        f"{said} differ by {apart[key + ' mean']:.2g} nats in the mean, {apart[key + ' most']:.2g} at most"
+        f"{said} differ by {apart[key + ' mean']:.2g} nats on average, {apart[key + ' most']:.2g} at most"
         for key, said in (("scores", "scores"), ("logprobs", "log-probs"))
         if key + " mean" in apart
     ]

@@ -77,7 +77,7 @@ def memory(runtime: Runtime, method: Method, config: TrainConfig, longest: int) 
     beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if runtime.compute.device.type == "cpu" else 1
     each = ", ".join(f"{name} {size:.3g}" for name, size in parts.items())
     said = (
-        f"{need:.3g} GiB by arithmetic ({each}) and activations on top{f', times {beside} ranks' * (beside > 1)}; "
+        f"{need:.3g} GiB by arithmetic ({each}), plus activations{f', times {beside} ranks' * (beside > 1)}; "
         f"{free:.3g} of {total:.3g} GiB are free, with the weights loaded"
     )
     figures = {f"{name} GiB": size for name, size in parts.items()} | {"free GiB": free, "total GiB": total}

@@ -26,8 +26,8 @@ ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 NETWORK = (
-    "Look at the network and at the libraries between the processes (NCCL_DEBUG=INFO, NCCL_SOCKET_IFNAME, "
-    "GLOO_SOCKET_IFNAME), and run the doctor on one machine first."
+    "Check the network and the communication libraries (NCCL_DEBUG=INFO, NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME), "
+    "and run the doctor on one machine first."
 )
 
 
@@ -57,9 +57,9 @@ def collectives(ranks: Ranks, device: torch.device) -> Finding:
     said = f"{count} ranks over {backend}; a sum of {4 * SIZE / 2**20:.0f} MiB takes {1000 * seconds:.3g} ms"
     figures = {"ranks": count, "seconds": seconds}
     if found:
-        return Finding("collectives", "fail", f"{said}; wrong answers of: {', '.join(found)}", NETWORK, figures)
+        return Finding("collectives", "fail", f"{said}; wrong results from: {', '.join(found)}", NETWORK, figures)
     return Finding(
-        "collectives", "pass", f"{said}; gather, broadcast, sum and scatter give what they must", figures=figures
+        "collectives", "pass", f"{said}; gather, broadcast, sum and scatter give the right results", figures=figures
     )
 
 
@@ -83,8 +83,8 @@ def uneven(setup: Setup, groups: Sequence[Group], computed: Sequence[Computed]) 
     return Finding(
         "uneven ranks",
         status_of(worst, 0.02, 0.1),
-        f"1 group, which leaves all ranks but one without any, and {len(odd)} groups: within {worst:.2g} nats of "
-        "all together, on every rank",
+        f"1 group (all ranks but one have none) and {len(odd)} groups: on every rank within {worst:.2g} nats of all "
+        "groups computed together",
         "This is a fault of the package or of the backend: please report it with this line.",
         {"mean": worst},
     )
@@ -124,7 +124,7 @@ def gradients(runtime: Runtime) -> Finding:
     worst = ranks.from_first(lambda: torch.tensor([*relative.values(), *[math.nan] * (not relative)]).max().item())
     most = ROUNDING[runtime.compute.dtype]
     wrong = ranks.from_first(lambda: [name for name, each in relative.items() if not each <= most])
-    seen = f"on two tokens they differ by {worst:.1g} of their size at most from those of the whole model"
+    seen = f"on two tokens the gradients differ from those of the whole model by at most {worst:.1g} of their size"
     if wrong or not worst <= most:
         return Finding(
             "sharded gradients",
@@ -159,7 +159,8 @@ def synced(runtime: Runtime) -> Iterator[Finding]:
         yield Finding(
             "replicas",
             "fail",
-            f"after a change of {name} some ranks would sample from other weights than are trained: {listed(wrong)}",
+            f"after a change of {name} some ranks would sample from weights that are not the trained ones: "
+            f"{listed(wrong)}",
             "Do not train over several processes here: use one, or other versions of PyTorch and of the backend.",
         )
     else:
@@ -181,5 +182,5 @@ def peak(ranks: Ranks, device: torch.device) -> Finding:
     else:
         own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
     every = ranks.gather(own)
-    said = f"{', '.join(f'{each:.3g}' for each in every)} GiB by rank: the most that this examination held"
+    said = f"{', '.join(f'{each:.3g}' for each in every)} GiB by rank: the peak of this examination"
     return Finding("peak memory", "pass", said, figures={f"rank {i} GiB": each for i, each in enumerate(every)})

@@ -13,15 +13,15 @@ OTHER_TEMPLATE = (
     "chat_template.jinja in the tokenizer's folder, or chat_template in its tokenizer_config.json."
 )
 OTHER_LABELS = (
-    'Copy dwrl_fast/templates/dialog.yaml, give it labels that are one token each, such as ["Yes", "No"], and name the '
-    "file by --template."
+    'Copy dwrl_fast/templates/dialog.yaml, give it labels that are one token each, such as ["Yes", "No"], and name '
+    "the file with --template."
 )
 CANONICAL = (user("What is two plus three?"),)
 
 
 def chat_template(dialog: Dialog | SingleTurn) -> Finding:
     """That there is one, whose turns stay as they are when others follow: the dialog could not be made otherwise."""
-    said = f"{dialog.name}: earlier turns stay as they are when others follow; a thought ends with "
+    said = f"{dialog.name}: earlier turns stay unchanged when turns follow; a thought ends with "
     said += _token(dialog, dialog.end_id)
     return Finding("chat template", "pass", said + (f"; {dialog.thinking_said}" if dialog.thinking_said else ""))
 
@@ -45,18 +45,18 @@ def bos(dialog: Dialog | SingleTurn) -> Finding:
         return Finding(
             "BOS",
             "fail",
-            f"{name} stands {count} times at the beginning of every conversation, and a model is trained on one",
-            "Take all but one out of the chat template: the file chat_template.jinja in the tokenizer's folder, or "
+            f"{name} occurs {count} times at the beginning of every conversation, but models are trained with one",
+            "Remove all but one from the chat template: the file chat_template.jinja in the tokenizer's folder, or "
             "chat_template in its tokenizer_config.json.",
         )
     if count == 0 and tokenizer.encode("a")[:1] == [token]:
         return Finding(
             "BOS",
             "warn",
-            f"the tokenizer puts {name} before a plain text, and the chat template puts none before a conversation",
+            f"the tokenizer puts {name} before a plain text, but the chat template puts none before a conversation",
             "Put {{ bos_token }} at the beginning of the chat template, unless the model was trained without it.",
         )
-    said = f"{name} stands once at the beginning" if count else f"conversations begin without {name}, as plain texts do"
+    said = f"{name} occurs once at the beginning" if count else f"conversations begin without {name}, as plain texts do"
     return Finding("BOS", "pass", said)
 
 
@@ -70,18 +70,22 @@ def padding(dialog: Dialog | SingleTurn, *, scalar: bool) -> Finding:
     if given is None:
         said = f"the tokenizer has no pad token; {_token(dialog, dialog.pad_id)} is used"
     elif given != dialog.pad_id:
-        said = f"the tokenizer's pad token {_token(dialog, given)} ends turns; {_token(dialog, dialog.pad_id)} is used"
+        said = (
+            f"the tokenizer's pad token {_token(dialog, given)} also ends turns; {_token(dialog, dialog.pad_id)} is "
+            "used instead"
+        )
     else:
         said = f"pad token {_token(dialog, given)}"
-    said += f"; {tokenizer.padding_side} is the tokenizer's side" + ("" if side else " (not set)")
+    said += f"; the tokenizer's padding side is {tokenizer.padding_side}" + ("" if side else " (not set)")
     if side is None or side == wanted:
-        return Finding("padding", "pass", said + "; batches are padded and masked here whatever it says")
+        return Finding("padding", "pass", said + "; this package pads and masks batches regardless of it")
     use = "reads scores at the last token" if scalar else "generates in batches"
     return Finding(
         "padding",
         "warn",
-        f"{said}, and it is saved with the model: code that {use} with this tokenizer needs the {wanted}",
-        f'Set "padding_side": "{wanted}" in tokenizer_config.json. Training here gives the same either way.',
+        f"{said}; the tokenizer is saved with the model, and code that {use} with it needs the {wanted} side",
+        f'Set "padding_side": "{wanted}" in tokenizer_config.json. Training with this package gives the same result '
+        "either way.",
     )
 
 
@@ -93,8 +97,8 @@ def texts(dialog: Dialog | SingleTurn, rows: int) -> Finding:
         return Finding(
             "texts",
             "warn",
-            said + ": the chat template changes a text, and the model reads it as the row has it",
-            "Look at a row by python -m dwrl_fast.dialog --show FILE:LINE; use another chat template if it matters.",
+            said + ": the chat template would change a text; the model reads the text as the row has it",
+            "Look at a row with python -m dwrl_fast.dialog --show FILE:LINE; use another chat template if it matters.",
         )
     return Finding("texts", "pass", said)
 

@@ -44,7 +44,7 @@ SHAPING: dict[str, Any] = {
     "forced_bos_token_id": None,
     "forced_eos_token_id": None,
 }
-OTHER_WEIGHTS = "Take a checkpoint from before, or copy the model again."
+OTHER_WEIGHTS = "Use an earlier checkpoint, or copy the model again."
 
 
 def finite(runtime: Runtime) -> Finding:
@@ -62,13 +62,13 @@ def generation_config(lm: Any) -> Finding:
     neutral = {name: (None, value, getattr(default, name, None)) for name, value in SHAPING.items()}
     found = [f"{name} {value}" for name in SHAPING if (value := getattr(config, name, None)) not in neutral[name]]
     if not found:
-        return Finding("generation_config", "pass", "nothing in it would alter samples")
+        return Finding("generation_config", "pass", "nothing in it changes sampling")
     return Finding(
         "generation_config",
         "warn",
         f"{', '.join(found)}: the samplers here ignore it, but it is saved with the model, and an engine that applies "
-        "it writes other thoughts than those that were trained",
-        "Take these lines out of generation_config.json in the model's folder, or serve the model without it (vLLM: "
+        "it samples from a distribution that was not trained",
+        "Remove these lines from generation_config.json in the model's folder, or serve the model without it (vLLM: "
         'generation_config="vllm").',
     )
 
@@ -89,20 +89,21 @@ def current(setup: Setup, requests: Sequence[Request], seed: int) -> Finding:
             break
     figures = {"gap": gap, "moved": moved}
     if not moved >= MOVED:
-        seen = f"no change of a small weight (the last was {name}) moved log-probs by {MOVED} nats: nothing is known"
+        seen = (
+            f"no change of a small weight (the last was {name}) moved log-probs by {MOVED} nats, so the check says "
+            "nothing"
+        )
         remedy = "Compare sampler_gap_mean in metrics.jsonl of a short run with --old_logprobs recompute."
         return Finding("fresh weights", "warn", seen, remedy, figures)
-    seen = (
-        f"{name} was changed, which moved log-probs by {moved:.2g} nats, and back; the sampler's differ by {gap:.2g} "
-    )
+    seen = f"a change of {name} moved the log-probs by {moved:.2g} nats; the sampler's log-probs differ by {gap:.2g} "
     seen += "nats from those of the changed model"
     if gap > max(moved / 2, NATS_WARN):
         return Finding(
             "fresh weights",
             "fail",
-            seen + ": it samples from weights that are not those of the model",
-            "The engine has to take up the weights, and reset its prefix cache after the last of them, before each "
-            "rollout. The samplers of this package do so: leave the other one out.",
+            seen + ": the engine samples from weights that are not those of the model",
+            "Before each rollout the engine must load the new weights and then reset its prefix cache. The samplers "
+            "of this package do so: use one of them.",
             figures,
         )
     return Finding("fresh weights", "pass", seen, figures=figures)

@@ -19,11 +19,11 @@ def demonstration_group(row: Demonstration, dialog: Dialog | SingleTurn) -> Grou
     kind, labels = dialog.template.kind, dialog.template.labels
     shows = 1 if isinstance(dialog, Dialog) else len(dialog.shows)
     if len(row.responses) != shows:
-        raise TemplateError(f"not as many responses as a template of kind {kind} shows: {shows}")
+        raise TemplateError(f"not {shows} responses, the number that a template of kind {kind} shows")
     if labels is not None and row.verdict not in labels:
-        raise TemplateError(f"the verdict is none of the template's labels, {' and '.join(labels)}")
+        raise TemplateError(f"the verdict is not one of the template's labels, {' and '.join(labels)}")
     if labels is not None and isinstance(dialog, SingleTurn) and row.thought.strip():
-        raise TemplateError(f"a thought, where a template of kind {kind} has none")
+        raise TemplateError(f"the row has a thought, but a template of kind {kind} has none")
     if isinstance(dialog, Dialog):
         context = dialog.context(row.prompt, row.responses[0], row.aspect)
     else:
@@ -44,5 +44,5 @@ def _with_verdict(thought: str, verdict: str, kind: str) -> str:
         return thought
     form = write(verdict)
     if read(form) is None:
-        raise TemplateError(f"the verdict is none that a template of kind {kind} asks for")
+        raise TemplateError(f"the verdict is not one that a template of kind {kind} asks for")
     return f"{thought}\n{form}" if thought else form
