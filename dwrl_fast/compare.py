@@ -99,7 +99,7 @@ def parse_compare(argv: Sequence[str]) -> CompareConfig:
     models = argv[:named]
     if len(models) not in (0, 2):
         raise ConfigError(
-            f"{len(models)} models stand before the options, and two are compared: python -m dwrl_fast.compare A B "
+            f"expected two models before the options, found {len(models)}: python -m dwrl_fast.compare A B "
             "--dataset_name FILE"
         )
     given = [part for name, model in zip(("a", "b"), models, strict=False) for part in (f"--model_{name}", model)]
@@ -165,10 +165,12 @@ def _shared(a: Judgements, b: Judgements) -> tuple[list[Preference], list[Judged
     """The rows that both models can read, and what the first and the second made of each."""
     found = [source for source in a if source in b]
     if not found:
-        raise DataError("no row can be read by both models: raise --max_length, or see above what each left out")
+        raise DataError(
+            "no row can be read by both models: raise --max_length, or see above which rows each model left out"
+        )
     for name, mine in (("A", a), ("B", b)):
         if len(found) < len(mine):
-            logger.info("%d pairs or rankings are left out that only %s can read", len(mine) - len(found), name)
+            logger.info("%d pairs or rankings are left out because only %s can read them", len(mine) - len(found), name)
     return [a[source][0] for source in found], [a[source][1] for source in found], [b[source][1] for source in found]
 
 

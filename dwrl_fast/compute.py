@@ -60,8 +60,8 @@ def _say_slow() -> None:
     known = multiplies_bfloat16()
     if not known:
         logger.warning(
-            "%s: without them a product in bfloat16 takes 5 times (with AVX-512) to 100 times as long as in float32. "
-            "Use --dtype fp32.",
+            "%s: a matrix product in bfloat16 takes 5 times (with AVX-512) to 100 times as long as in float32. Use "
+            "--dtype fp32.",
             "This processor has no instructions for bfloat16"
             if known is False
             else "PyTorch does not say whether this processor has instructions for bfloat16",

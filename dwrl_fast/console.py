@@ -80,7 +80,7 @@ def command(main: Callable[[list[str]], None], *, ranks: bool = False) -> None:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in DISK:
             where = f"{error.filename}: " if error.filename else ""
-            _leave(2, f"\nerror: {where}{error.strerror}. Make room there or let it be written to, then try again.")
+            _leave(2, f"\nerror: {where}{error.strerror}. Free disk space there or make it writable, then try again.")
         if "RANK" not in os.environ:
             raise
         _leave(1, f"{_failure(error)}\n{traceback.format_exc()}")
@@ -90,10 +90,10 @@ def _failure(error: Exception) -> str:
     rank = os.environ["RANK"]
     if isinstance(error, RuntimeError) and "onnection" in str(error):
         return (
-            f"rank {rank} lost the connection to another rank, which ended without saying why (killed, or out of "
-            "memory: torchrun says with which signal)."
+            f"rank {rank} lost the connection to another rank, which ended without an error message (it was killed or "
+            "ran out of memory; torchrun reports the signal)."
         )
-    return f"rank {rank} failed, and the others stop with it:"
+    return f"rank {rank} failed, and the other ranks stop with it:"
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
@@ -125,7 +125,7 @@ def refuse_processes() -> None:
     processes = os.environ.get("WORLD_SIZE", "1")
     if processes != "1":
         raise ConfigError(
-            f"WORLD_SIZE = {processes}: only dwrl_fast.train and dwrl_fast.doctor take several processes; each of "
-            "these would do the whole work. Start the command as one process, by python -m; CUDA_VISIBLE_DEVICES=N "
-            "chooses its GPU."
+            f"WORLD_SIZE = {processes}: only dwrl_fast.train and dwrl_fast.doctor run as several processes; here each "
+            "process would do the whole work. Start one process with python -m; CUDA_VISIBLE_DEVICES=N selects its "
+            "GPU."
         )

@@ -86,7 +86,7 @@ def run(config: EvaluateConfig, console: Console) -> PairReport:
         write(folder, report, table, scored.rows, rows, config.seed)
     show(console, report, time.monotonic() - started)
     if folder is not None:
-        console.print(f"the report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+        console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
     return report.pairs
 
 
@@ -133,7 +133,7 @@ def stage_of(steps: Steps, name: str, sizes: Sequence[int], display: Display) ->
     title, done_before = STAGES[name]
     done = steps.behind(name)
     if done:
-        logger.info("%d of %d %s before: going on behind them", done, len(sizes), done_before)
+        logger.info("resuming: %d of %d %s before", done, len(sizes), done_before)
     return display.stage(title, sum(sizes), sum(sizes[:done]))
 
 
@@ -147,9 +147,9 @@ def say_unread(report: Report, verdicts: int) -> None:
     """A low accuracy of verdicts that were not read says nothing of the judge."""
     if 2 * report.pairs.unparsable > verdicts:
         logger.warning(
-            "%d of %d verdicts could not be read, and count as wrong: see the thoughts in scores.jsonl (--output_dir). "
-            "They may be cut (raise --max_completion_length), or the model does not answer as its template asks (give "
-            "a judge another by --template).",
+            "%d of %d verdicts could not be read and count as wrong: see the thoughts in scores.jsonl "
+            "(--output_dir). They may be cut (raise --max_completion_length), or the model does not answer as its "
+            "template asks (for a judge, try another --template).",
             report.pairs.unparsable,
             verdicts,
         )
@@ -178,8 +178,8 @@ def calibrate(config: EvaluateConfig, report: Report) -> None:
     """Put the fitted temperature into the model's card."""
     if report.temperature is None:
         logger.warning(
-            "no temperature was found, and none is stored: the model orders all of these pairs right, or no more of "
-            "them than wrong. Give more pairs, or others."
+            "no temperature could be fitted, so none is stored: the model orders all of these pairs correctly, or "
+            "not more than half of them. Give more pairs, or other pairs."
         )
         return
     folder = Path(config.model_name_or_path)

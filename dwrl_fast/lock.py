@@ -25,7 +25,7 @@ def hold(file: IO[bytes], folder: Path, what: str) -> None:
         ) from None
     except OSError as error:
         logger.warning(
-            "%s cannot be locked here (%s): see to it that no second process writes there.", folder, error.strerror
+            "%s cannot be locked here (%s): make sure that no other process writes there.", folder, error.strerror
         )
 
 

@@ -70,10 +70,12 @@ def main(argv: list[str]) -> None:
         folder = None if config.output_dir is None else Path(config.output_dir)
         said = isinstance(error, Stopped) and error.saved
         if not said and folder is not None and latest_checkpoint(folder) is not None:
-            console.print(f"\n{folder} can go on: add --resume_from_checkpoint latest", highlight=False)
+            console.print(f"\n{folder} can be resumed: add --resume_from_checkpoint latest", highlight=False)
         raise
     if not result.get("trained", True):
-        raise UntrainedError(f"in none of the {result['steps']} rollout batches did training work: {result['why']}.")
+        raise UntrainedError(
+            f"training had no effect in any of the {result['steps']} rollout batches: {result['why']}."
+        )
 
 
 def configure(argv: list[str]) -> TrainConfig:
@@ -126,8 +128,8 @@ def refuse_used(config: TrainConfig, folder: Path) -> None:
     used = [name for name in written if (folder / name).exists()] + [p.name for p in checkpoints(folder)]
     if used:
         raise ConfigError(
-            f"--output_dir {folder} holds {', '.join(used)} already. Give another folder, or go on with the run in it "
-            "by --resume_from_checkpoint latest."
+            f"--output_dir {folder} holds {', '.join(used)} already. Give another folder, or resume the run in it "
+            "with --resume_from_checkpoint latest."
         )
 
 
@@ -135,9 +137,9 @@ def finished(config: TrainConfig, folder: Path) -> dict[str, Any]:
     """What result.json holds of the run in `folder`. ConfigError where `config` is not to go on with that run,
     CheckpointError where part of what it wrote is gone.
     """
-    again = f"Remove {folder / RESULT}: the same command then makes it again from the last checkpoint."
+    again = f"Remove {folder / RESULT}: the same command then writes it again from the last checkpoint."
     if not (folder / "model").is_dir():
-        raise CheckpointError(f"{folder} holds a finished run, and its model is gone. {again}")
+        raise CheckpointError(f"{folder} holds a finished run, but its model is missing. {again}")
     try:
         result = dict(json.loads((folder / RESULT).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
@@ -150,7 +152,7 @@ def finished(config: TrainConfig, folder: Path) -> dict[str, Any]:
     if other or config.resume_from_checkpoint not in NEWEST:
         what = f" with other options ({'; '.join(other)})" if other else ""
         raise ConfigError(
-            f"--output_dir {folder} holds a finished run{what}, which is never written over: give another folder."
+            f"--output_dir {folder} holds a finished run{what}, which is never overwritten: give another folder."
         )
     logger.info("%s holds the finished run: nothing was left to do, and nothing was written.", folder)
     return result
@@ -161,9 +163,7 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(
-            f"--output_dir {folder} cannot be made: {error}. Give a folder that can be written to."
-        ) from error
+        raise ConfigError(f"--output_dir {folder} cannot be made: {error}. Give a writable folder.") from error
 
 
 def train(
@@ -177,7 +177,7 @@ def train(
     if METHODS[config.method].trains:
         feed, longest = open_feed(config, dialog, display)
     else:
-        logger.info("%s trains nothing: the model is evaluated as it is, and saved to be used", config.method)
+        logger.info("%s trains nothing: the model is evaluated unchanged, and saved for later use", config.method)
         feed, longest = Feed([], [], batch_size=config.rollout_batch_size, epochs=0, max_steps=0), 0
     held_out, _ = read_rows(config.eval_dataset_name, config, dialog, display)
     warn_of_shared_prompts(feed, held_out)

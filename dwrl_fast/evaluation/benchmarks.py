@@ -98,7 +98,7 @@ def _part(row: Preference | Judged, known: Mapping[str, str], name: str, column:
     found = next((part for start, part in known.items() if subset.startswith(start)), None)
     if found is None:
         raise DataError(
-            f"{row.source}: the subset {row.subset!r} is none of {name}'s ({', '.join(known)}). Leave --benchmark out, "
-            f"or say which column it is with --columns subset={column}"
+            f"{row.source}: the subset {row.subset!r} is not one of {name}'s ({', '.join(known)}). Leave --benchmark "
+            f"out, or name the column with --columns subset={column}"
         )
     return found

@@ -46,7 +46,7 @@ def _svg(draw: Callable[[Any], None], height: float = 3.6) -> str:
 
 
 def _reliability(report: Report, axes: Any) -> None:
-    axes.plot([0.5, 1], [0.5, 1], "--", color=PLAIN, label="to be believed")
+    axes.plot([0.5, 1], [0.5, 1], "--", color=PLAIN, label="perfect calibration")
     for found, color, label in (
         (report.calibration, RIGHT, "as scored"),
         (report.calibrated, WRONG, "with the fitted temperature"),
@@ -68,7 +68,7 @@ def _gaps(gap: NDArray[np.float64], axes: Any) -> None:
     edges = np.linspace(-reach, reach, 41)
     for values, color, label in ((finite[finite < 0], WRONG, "wrong"), (finite[finite >= 0], RIGHT, "right or equal")):
         axes.hist(np.clip(values, -reach, reach), edges, color=color, label=f"{label} ({len(values):,})")
-    axes.set(xlabel="score of the better response less that of the worse (nats)", ylabel="pairs")
+    axes.set(xlabel="score of the better response minus that of the worse (nats)", ylabel="pairs")
 
 
 def _votes(report: Report, axes: Any) -> None:

@@ -118,7 +118,7 @@ SLICED = {
     "source": ("By source", "Each file by itself."),
     "subset": ("By subset", "The values of the column `subset`."),
     "turns": ("By number of turns", "Turns of the user in the prompt."),
-    "length": ("By difference of length", "Characters that the better response has more than the worse one."),
+    "length": ("By difference of length", "How many characters the better response is longer than the worse one."),
 }
 FEW = 20  # rows or prompts, of which a bootstrap says little
 WAYS = {"mean": "mean of p(Yes)", "majority": "majority"}
@@ -142,7 +142,7 @@ def _summary(report: Report) -> Section:
     drawn, what = report.pairs.groups, "rows"
     if report.pairs.prompts is not None:
         drawn, what = report.pairs.prompts, "prompts"
-    few = f"The interval is drawn from {drawn} {what}: too few to believe it." if drawn < FEW else ""
+    few = f"The interval comes from only {drawn} {what}: too few to rely on it." if drawn < FEW else ""
     return Section("Summary", few, ("figure", "value"), _figures(report))
 
 
@@ -150,7 +150,7 @@ def _orders(found: Orders) -> Section:
     shares = {
         "better one shown first": found.better_first,
         "better one shown second": found.better_second,
-        "both orders name the same": found.agree,
+        "both orders choose the same response": found.agree,
     }
     rows = [(name, f"{share:.3f}") for name, share in shares.items()]
     return Section("Order", "Accuracy in either order; without bias the two are equal.", ("", "share"), rows)
@@ -160,7 +160,7 @@ def _votes(report: Report) -> Section:
     ways = {**WAYS, "mean": "mean of the numbers"} if report.kind == "number" else WAYS
     return Section(
         "Votes",
-        "Each line of fewer thoughts is drawn from those that were sampled, 64 times a pair.",
+        "For fewer thoughts, subsets of the sampled thoughts are drawn, 64 per pair.",
         ("thoughts", "combined by", "accuracy", "95 % interval"),
         [(f"{p.votes}", ways[p.by], f"{p.accuracy:.3f}", f"{p.low:.3f} to {p.high:.3f}") for p in report.votes],
     )
@@ -180,7 +180,7 @@ def _slices(by: str, parts: Sequence[Slice]) -> Section:
 def _reliability(found: Calibration) -> Section:
     return Section(
         "Reliability",
-        "Confidence is sigmoid(|score difference|); where it can be believed, accuracy equals it.",
+        "Confidence is sigmoid(|score difference|); with perfect calibration it equals the accuracy.",
         ("confidence", "mean", "accuracy", "of all pairs"),
         [
             (f"{b.low:.2f} to {b.high:.2f}", f"{b.confidence:.3f}", f"{b.accuracy:.3f}", f"{b.share:.1%}")
@@ -198,7 +198,7 @@ def _figures(report: Report) -> list[tuple[str, str]]:
         ("longer response wins", f"{report.all.longer_wins:.3f}"),
         ("rows, pairs", f"{pairs.groups:,}, {report.all.pairs:,}"),
         ("pairs of equal scores", f"{pairs.ties:,}"),
-        ("prompts, which the intervals are drawn from", None if pairs.prompts is None else f"{pairs.prompts:,}"),
+        ("prompts, the units of the intervals", None if pairs.prompts is None else f"{pairs.prompts:,}"),
         ("rows left out, all of whose responses tie", f"{pairs.tied:,}" if pairs.tied else None),
         ("verdicts that could not be read", None if report.kind == "score" else f"{pairs.unparsable:,}"),
         ("verdicts for the response shown first", None if pairs.first_share is None else f"{pairs.first_share:.3f}"),
@@ -223,7 +223,7 @@ def _benchmark(found: Benchmark) -> Section:
     headline = "none, parts are missing" if found.headline is None else f"{found.headline:.4f}"
     rows = [("headline", headline), *((name, f"{value:.4f}") for name, value in found.parts.items())]
     rows += [(f"· {name}", f"{value:.4f}") for name, value in found.details.items()]
-    return Section(found.name, "As its authors weight it; the indented ones are what the others are made of.",
+    return Section(found.name, "Weighted as its authors do. Indented rows are the parts of the rows above them.",
                    ("part", "score"), rows)  # fmt: skip
 
 
@@ -234,8 +234,8 @@ def _probe(found: ProbeReport) -> Section:
         shift = (f"{each.shift:+.3f}", f"{each.low:+.3f} to {each.high:+.3f}") if known else ("infinite", "")
         rows.append((each.name, *shift, f"{each.flipped:.3f}" if right else "none was right", f"{each.accuracy:.3f}"))
     note = (
-        f"What is appended to the worse response of {found.pairs:,} pairs, by how much its score rises against the "
-        "better one's, and which share of the pairs ordered rightly before no longer are."
+        f"A text is appended to the worse response of {found.pairs:,} pairs: by how much the score of that response "
+        "rises against the better one's, and which share of the correctly ordered pairs is then ordered wrongly."
     )
     return Section("Probe", note, ("appended", "shift", "95 % interval", "right pairs flipped", "accuracy"), rows)
 

@@ -151,8 +151,8 @@ def _by_subset(rows: Sequence[Row], name: str, known: Sequence[str]) -> dict[str
         subset = names.get((row.subset or "").casefold())
         if subset is None:
             raise DataError(
-                f"{row.source}: the subset {row.subset!r} is none of {name}'s ({', '.join(known)}). Leave --benchmark "
-                "out, or say which column it is with --columns subset=NAME"
+                f"{row.source}: the subset {row.subset!r} is not one of {name}'s ({', '.join(known)}). Leave "
+                "--benchmark out, or name the column with --columns subset=NAME"
             )
         found.setdefault(subset, []).append(row)
     return found
@@ -170,7 +170,10 @@ def benchmark(
 ) -> Benchmark:
     """headline: the mean of the parts where None; there is none where something is missing."""
     if missing:
-        warn_once(f"{name} without {', '.join(missing)}: there is no headline, and it compares with no one else's.")
+        warn_once(
+            f"{name} without {', '.join(missing)}: there is no headline figure, and the result cannot be compared "
+            "with published ones."
+        )
     headline = float(np.mean(list(parts.values()))) if headline is None else headline
     return Benchmark(name, None if missing else headline, parts, details, missing)
 

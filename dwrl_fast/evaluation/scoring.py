@@ -75,8 +75,8 @@ class PartFile:
                     self.done[saved["stage"]].add(saved["results"], saved["tokens"])
             except (ValueError, KeyError, TypeError):
                 raise ConfigError(
-                    f"{path}, line {number}, is no step of an unfinished evaluation: remove the file to begin anew, or "
-                    "name another --output_dir"
+                    f"{path}, line {number}, is not a step of an unfinished evaluation: remove the file to start "
+                    "again, or name another --output_dir"
                 ) from None
             if number == 1:
                 _refuse_other(path, saved, identity)
@@ -154,5 +154,5 @@ def _refuse_other(path: Path, was: Mapping[str, Any], now: Mapping[str, Any]) ->
     if changed:
         raise ConfigError(
             f"{path.parent} holds an unfinished evaluation of another kind: {'; '.join(changed)}. Name another "
-            f"--output_dir, or remove {path.name} to begin anew."
+            f"--output_dir, or remove {path.name} to start again."
         )

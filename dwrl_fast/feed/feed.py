@@ -32,7 +32,7 @@ class Feed:
         if max_steps >= 0:
             self.total = max_steps * batch_size
         elif None in sizes:
-            raise ConfigError("the rows of a stream are not counted beforehand: give --max_steps")
+            raise ConfigError("the number of rows of a stream is not known in advance: give --max_steps")
         else:
             self.total = epochs * sum(size or 0 for size in sizes)
         self.steps = -(-self.total // batch_size)
@@ -41,8 +41,8 @@ class Feed:
             if source.rows is not None and batch_size * weight > source.rows:
                 warn_once(
                     f"--rollout_batch_size {batch_size} takes {batch_size * weight:.0f} rows of {source.name}, which "
-                    f"has {source.rows}: a batch holds rows twice, sampled from the same weights. Lower it, and "
-                    "--minibatch_size with it."
+                    f"has {source.rows}: a batch then holds some rows twice, sampled from the same weights. Lower it, "
+                    "and --minibatch_size with it."
                 )
 
     def minibatches(self, size: int) -> int:

@@ -64,8 +64,9 @@ class StreamedFiles:
 
 def _changed(path: Path, was: Stamp, now: Stamp | str) -> DataError:
     return DataError(
-        f"{path} was changed while it was streamed: it was {was}; it is {now}. A run that read on would mix the two. "
-        "Put the file back as it was and give --resume_from_checkpoint latest, or start anew in another --output_dir."
+        f"{path} was changed while it was streamed: it was {was}; it is {now}. A run that continued would mix both "
+        "versions. Restore the file and give --resume_from_checkpoint latest, or start a new run in another "
+        "--output_dir."
     )
 
 

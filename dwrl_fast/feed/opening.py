@@ -95,7 +95,7 @@ def _read_whole(
         logger.warning("%s: %s", part.dataset_name, line)
     if dialog.counts:
         counts = ", ".join(f"{count} {what}" for what, count in dialog.counts.most_common())
-        logger.info("of their conversations, kept but counted: %s", counts)
+        logger.info("conversations that are kept but counted: %s", counts)
     return dataset.rows, longest
 
 
@@ -128,7 +128,7 @@ def _stream(part: Part, stream: str, config: TrainConfig, dialog: Dialog | Singl
         if outcome.error is not None:
             raise outcome.error
         for line in reader.unread.warnings(outcome.notes):
-            logger.warning("%s, of its first row: %s", part.dataset_name, line)
+            logger.warning("%s, first row: %s", part.dataset_name, line)
         break
     return Streamed(
         reader,

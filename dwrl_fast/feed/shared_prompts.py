@@ -19,8 +19,8 @@ def warn_of_shared_prompts(feed: Feed, held_out: Sequence[Preference]) -> None:
             trained |= prompts(source.content)
         else:
             logger.info(
-                "%s is streamed: whether held-out prompts occur in it is not known (python -m dwrl_fast.data --check "
-                "TRAIN TEST says it)",
+                "%s is streamed: it was not checked for held-out prompts (python -m dwrl_fast.data --check TRAIN "
+                "TEST does this)",
                 source.name,
             )
     if said := shared(trained, held_out):
@@ -34,7 +34,7 @@ def shared(trained: set[Any], held_out: Sequence[Preference]) -> str:
         return ""
     return (
         f"{len(again):,} of the {len(held_out):,} held-out groups ({again[0].source}, ...) have a prompt that occurs "
-        "in the training rows: their accuracy says nothing of new prompts. Take them out of one of the two files "
+        "in the training rows: their accuracy says nothing about new prompts. Remove them from one of the two files "
         "(python -m dwrl_fast.data --check TRAIN TEST lists them)."
     )
 

@@ -18,7 +18,7 @@ from dwrl_fast.feed.files import StreamedFiles
 from dwrl_fast.feed.source import content_hash, with_aspect
 from dwrl_fast.log import logger
 
-MALFORMED = "not of the form"
+MALFORMED = "not in the expected form"
 
 Check = Callable[[Preference], tuple[str, Counter[str]]]  # why a row is left out, or ""; and notes about it
 
@@ -164,8 +164,8 @@ class Streamed:
         self.buffer = self._read_again(Position(*state["buffer_from"]), keys)
         if content_hash(held.row for held in self.buffer) != state["buffer_content"]:
             raise CheckpointError(
-                f"{self.name} is not as it was when the checkpoint was written: the rows that stood in the shuffle "
-                "buffer are others now. Resume with the file as it was, or start anew in another --output_dir."
+                f"{self.name} has changed since the checkpoint was written: the rows of the shuffle buffer are "
+                "different now. Resume with the original file, or start a new run in another --output_dir."
             )
         self.reading = self._read()
 
@@ -244,7 +244,7 @@ class Streamed:
             if not self.drawn:
                 raise error
             if not self.epoch and MALFORMED not in self.account.counts:
-                logger.warning("A row is left out, and so will be any other not of the form: %s", error)
+                logger.warning("A malformed row is left out, and so is every other malformed row: %s", error)
             self._count(MALFORMED, line)
         for reason, line in segment.outcome.dropped:
             self._count(reason, line)

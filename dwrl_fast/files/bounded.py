@@ -15,7 +15,7 @@ NESTED = 4_000_000  # lists and objects: each takes some hundred bytes of memory
 def opened(path: str | Path) -> BufferedReader:
     """A regular file, to be read. OSError where it cannot be, or is a pipe, a device or a folder."""
     if "\0" in str(path):
-        raise OSError(errno.EINVAL, "no file name holds a null byte", str(path).replace("\0", "\\0"))
+        raise OSError(errno.EINVAL, "a file name cannot contain a null byte", str(path).replace("\0", "\\0"))
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # which a pipe's other end would hold up
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -32,7 +32,7 @@ def bounded_text(path: str | Path, most: int = MOST) -> str:
     with opened(path) as file:
         data = file.read(most + 1)
     if len(data) > most:
-        raise ValueError(f"larger than {most >> 20} MiB, which no such file is")
+        raise ValueError(f"larger than {most >> 20} MiB, the limit for such files")
     return data.decode("utf-8")
 
 
@@ -42,7 +42,7 @@ def bounded_json(path: str | Path, most: int = MOST) -> Any:
     """
     text = bounded_text(path, most)
     if text.count("[") + text.count("{") > NESTED:
-        raise ValueError(f"JSON of more than {NESTED:,} lists and objects, which no such file holds")
+        raise ValueError(f"JSON with more than {NESTED:,} lists and objects, the limit for such files")
     try:
         return json.loads(text)
     except RecursionError:

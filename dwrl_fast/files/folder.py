@@ -34,7 +34,7 @@ def check_folder(name: str | Path) -> None:
         elif path.suffix in (".json", ".jinja"):
             size, most = path.stat().st_size, TEXT if path.name in VOCABULARIES else CONFIG
             if size > most and path.name != "state.json":
-                raise ValueError(f"{path} has {size >> 20} MiB, and no such file has more than {most >> 20}")
+                raise ValueError(f"{path} has {size >> 20} MiB; the limit for such files is {most >> 20}")
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -47,9 +47,9 @@ def _files(folder: Path) -> Iterator[Path]:
             continue
         target = path.resolve()
         if path.is_symlink() and not any(target.is_relative_to(one) for one in roots):
-            raise ValueError(f"{path} is a link to {target}, out of the folder: put the file itself there")
+            raise ValueError(f"{path} is a link to {target}, which is outside the folder: put the file itself there")
         if not path.is_file():
-            raise ValueError(f"{path} is no file (a pipe, a device or a link to nothing): remove it")
+            raise ValueError(f"{path} is not a regular file (it is a pipe, a device or a broken link): remove it")
         yield path
 
 
@@ -59,12 +59,12 @@ def check_tensors(path: Path) -> None:
         start = file.read(8)
         size = os.fstat(file.fileno()).st_size
     if len(start) < 8:
-        raise ValueError(f"{path} has {size} bytes, which is no safetensors file: copy it again")
+        raise ValueError(f"{path} has {size} bytes, too few for a safetensors file: copy it again")
     (header,) = struct.unpack("<Q", start)
     if header > size - 8:
-        raise ValueError(f"{path} is cut off, or no safetensors file: copy it again")
+        raise ValueError(f"{path} is truncated or not a safetensors file: copy it again")
     if header > HEADER:
-        raise ValueError(f"{path} has a header of {header >> 20} MiB, and no model's has more than {HEADER >> 20}")
+        raise ValueError(f"{path} has a header of {header >> 20} MiB; the limit is {HEADER >> 20}")
 
 
 def _check_config(path: Path) -> None:
@@ -76,7 +76,7 @@ def _check_config(path: Path) -> None:
             if isinstance(value, dict):
                 waiting.append(value)
             elif "layer" in name and isinstance(value, int | float) and value > LAYERS:
-                raise ValueError(f"{path}: {name} = {value}, and no model has more than {LAYERS:,}: copy it again")
+                raise ValueError(f"{path}: {name} = {value}; the limit is {LAYERS:,}: copy it again")
 
 
 def _check_index(path: Path) -> None:
@@ -86,4 +86,4 @@ def _check_index(path: Path) -> None:
         raise ValueError(f"{path} has no weight_map: copy it again")
     for name in names.values():
         if not isinstance(name, str) or Path(name).name != name or "\\" in name:
-            raise ValueError(f"{path} names {name!r:.100}, which is no file beside it: copy it again")
+            raise ValueError(f"{path} names {name!r:.100}, which is not a file in that folder: copy it again")

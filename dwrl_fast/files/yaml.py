@@ -24,7 +24,7 @@ class _Loader(yaml.SafeLoader):
 def bounded_yaml(text: str, name: str) -> Any:
     """What the text of the file `name` holds. Raises yaml.YAMLError for whatever is wrong with it."""
     if len(text) > MOST:
-        raise yaml.YAMLError(f"larger than {MOST >> 20} MiB, which no file of options or templates is")
+        raise yaml.YAMLError(f"larger than {MOST >> 20} MiB, the limit for options and templates")
     try:
         loader = _Loader(text)
         loader.name = name
@@ -37,7 +37,7 @@ def bounded_yaml(text: str, name: str) -> Any:
         value = waiting.pop()
         left -= 1
         if left < 0:
-            raise yaml.YAMLError(f"its anchors unfold to more than {VALUES:,} values")
+            raise yaml.YAMLError(f"its anchors expand to more than {VALUES:,} values")
         if isinstance(value, dict):
             waiting += [*value, *value.values()]
         elif isinstance(value, list | tuple):

@@ -48,8 +48,8 @@ class BradleyTerry(Method):
     def validate(cls, config: Any) -> None:
         if config.prefilled_thoughts and config.model_config is not None:
             raise ConfigError(
-                "prefilled_thoughts with model_config: the thoughts are written by the model before training, which "
-                "must be found again to score later. Give it as --model_name_or_path."
+                "prefilled_thoughts with model_config: the thoughts are written by the model before training, and "
+                "scoring later needs the same model. Give it as --model_name_or_path."
             )
 
     @classmethod

@@ -50,7 +50,7 @@ class Lora:
             raise ConfigError("--load_in_4bit: bitsandbytes is not installed (pip install bitsandbytes)")
         if self.compute.device.type != "cuda":
             raise ConfigError(
-                f"--load_in_4bit: the model would be on {self.compute.device.type}, and its 4-bit products are CUDA's; "
+                f"--load_in_4bit: the model would be on {self.compute.device.type}, but 4-bit products need CUDA; "
                 "leave the option out"
             )
 
@@ -93,8 +93,8 @@ def add_adapters(lm: Any, lora: Lora, base: str) -> None:
     )
     if stray := sorted(name for name in targets if name not in linear and name.rpartition(".")[2] not in linear):
         raise ConfigError(
-            f"--lora_target_modules {' '.join(stray)}: {type(lm).__name__} has adapters in its linear layers below the "
-            f"head, whose weight the fused operators take as it is: {', '.join(sorted(linear))}"
+            f"--lora_target_modules {' '.join(stray)}: {type(lm).__name__} can have adapters only in its linear "
+            f"layers below the head (the fused operators read the head's weight directly): {', '.join(sorted(linear))}"
         )
     try:
         inject_adapter_in_model(config, lm, NAME)
@@ -113,7 +113,7 @@ def add_adapters(lm: Any, lora: Lora, base: str) -> None:
     logger.info("LoRA of rank %d in %d layers: %s trained parameters", lora.rank, len(_layers(lm)), f"{trained:,}")
     if fused:
         logger.warning(
-            "LoRA does not reach %s, several experts in one tensor, nor the feed-forward layers beside them: they stay "
+            "LoRA cannot adapt %s (several experts in one tensor) or the feed-forward layers next to them: they stay "
             "frozen.",
             ", ".join(fused),
         )
@@ -208,15 +208,15 @@ def merged_adapter(lm: Any, folder: str) -> Any:
         fit = set_peft_model_state_dict(lm, tensors, NAME)
     except Exception as error:  # the libraries below raise anything where a file is damaged
         raise ModelError(
-            f"{folder} cannot be merged into its base: {error}. Copy it again, or give the model that it merges into"
+            f"{folder} cannot be merged into its base: {error}. Copy it again, or give the merged model"
         ) from error
     strange = [*fit.unexpected_keys, *(name for name in fit.missing_keys if f".{NAME}" in name)]
     if strange:
-        raise ModelError(f"{folder} cannot be merged into its base, which does not fit it: {', '.join(strange[:3])}")
+        raise ModelError(f"{folder} does not fit its base and cannot be merged into it: {', '.join(strange[:3])}")
     if not isinstance(config, LoraConfig) or not _mergeable(lm, config):
         raise ModelError(
-            f"{folder} holds more than plain LoRA in linear layers below the head (biases, DoRA, embeddings and their "
-            "like), and nothing else is merged here; merge it by peft's merge_and_unload"
+            f"{folder} holds more than plain LoRA in linear layers below the head (biases, DoRA, embeddings or "
+            "similar), which this package does not merge; merge it with peft's merge_and_unload"
         )
     return plain(lm)
 

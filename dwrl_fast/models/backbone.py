@@ -53,7 +53,7 @@ def keep_softcap(lm: Any) -> None:
     config = lm.config.get_text_config()
     if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":
         lm.set_attn_implementation("eager")
-        info_once(f"{type(lm).__name__}: eager attention, for SDPA would leave its soft-cap out")
+        info_once(f"{type(lm).__name__}: eager attention, because SDPA would ignore its soft-cap")
 
 
 def rotary_limit(lm: Any) -> int | None:
@@ -101,7 +101,7 @@ def refuse_past_rotary(lm: Any, longest: int) -> None:
     if limit is not None and longest > limit:
         raise ModelError(
             f"a sequence of {longest} tokens: the rotary embedding of {type(lm).__name__} is the same in every batch "
-            f"only up to {limit} tokens; past that, scores would depend on what they are computed beside. Lower "
+            f"only up to {limit} tokens; past that, scores would depend on the other sequences of the batch. Lower "
             f"--max_length and --max_completion_length to {limit} tokens together"
         )
 
@@ -178,7 +178,8 @@ def _attention(
     unknown += ["dropout"] if dropout else []
     if unknown:
         raise ModelError(
-            f"{type(module).__name__} asks its attention for {', '.join(unknown)}, which a tree of tokens does not have"
+            f"{type(module).__name__} asks its attention for {', '.join(unknown)}, which a tree of tokens does not "
+            "support"
         )
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     options: dict[str, Any] = {"scale": scaling, "softcap": softcap, "window": sliding_window, "sinks": s_aux}

@@ -37,6 +37,6 @@ def check_exported_names(lm: Any) -> None:
         same = False
     if not same:
         raise ModelError(
-            f"--use_vllm: {type(lm).__name__} keeps its weights under other names in a file than in memory, and they "
-            "are not sent to vLLM under those. Leave --use_vllm out."
+            f"--use_vllm: {type(lm).__name__} has different weight names in its files and in memory, and this package "
+            "cannot send such weights to vLLM. Leave --use_vllm out."
         )

@@ -22,7 +22,7 @@ def use_liger(lm: Any) -> None:
         raise ConfigError("--use_liger_kernel: liger-kernel is not installed (pip install liger-kernel)")
     if lm.device.type != "cuda" and not interpreted():
         raise ConfigError(
-            f"--use_liger_kernel: the model is on {lm.device.type}, and Liger runs on CUDA; leave the option out"
+            f"--use_liger_kernel: the model is on {lm.device.type}, but Liger needs CUDA; leave the option out"
         )
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as FAMILIES
 

@@ -81,7 +81,8 @@ class GenerativeModel(PreferenceModel):
         super().__init__(lm)
         if lm.get_output_embeddings() is None or lm.base_model is lm:
             raise ModelError(
-                f"{type(lm).__name__} is no causal language model with an output head; give a *ForCausalLM checkpoint"
+                f"{type(lm).__name__} is not a causal language model with an output head; give a *ForCausalLM "
+                "checkpoint"
             )
         config = lm.config.get_text_config()
         for name in LOGIT_SCALES:
@@ -241,7 +242,7 @@ def _load(
                 gguf.say_dequantised(model, source)
         if adapted(model):
             raise ModelError(
-                f"{source} is an adapter of the hub: give a local folder of it, or the model that it merges into"
+                f"{source} is an adapter of the hub: give a local folder of it, or the merged model"
             )
         if lora is not None:
             add_adapters(model, lora, source)
@@ -271,7 +272,7 @@ def _refuse_other_weights(source: str, model: Any, report: dict[str, Any], new_h
         missing = {name for name in missing if not name.startswith("score.")}
         others = {name for name in others if not name.startswith("lm_head.")}
     sizes = {f"{name} as {list(there)} for {list(here)}" for name, there, here in report["mismatched_keys"]}
-    said = {"lacks": missing, "holds besides": others, "has": sizes}
+    said = {"lacks": missing, "also holds": others, "has": sizes}
     found = [f"{what} {listed(names)}" for what, names in said.items() if names]
     if found:
         raise ModelError(
@@ -294,16 +295,16 @@ def _read_tying(model: Any) -> None:
 def _load_merged(auto: Any, folder: str, seed: int, lora: Lora | None, **extra: Any) -> Any:
     if lora is not None:
         raise ModelError(
-            f"{folder} is an adapter, and --use_peft trains a new one over a whole model: give the one that it merges "
-            "into (OUTPUT_DIR/model beside OUTPUT_DIR/adapter)"
+            f"{folder} is an adapter, and --use_peft trains a new one over a whole model: give the merged model "
+            "(OUTPUT_DIR/model, next to OUTPUT_DIR/adapter)"
         )
     name = adapter_base(folder)
     try:
         base = _load(auto, name, None, seed, None, None, new_head=holds_head(folder), **extra)
     except ModelError as error:
         raise ModelError(
-            f"{folder} holds adapters of {name}, which must be there too: put it back, or write where it lies now into "
-            f"adapter_config.json, base_model_name_or_path. {error}"
+            f"{folder} holds adapters of {name}, which is also needed: put it back, or write its new place into "
+            f"adapter_config.json as base_model_name_or_path. {error}"
         ) from error
     return merged_adapter(base, folder)
 
@@ -322,7 +323,7 @@ def place(model: Model, compute: Compute, layout: Layout, *, thinks: bool = True
         if wrong := not_finite(model.lm):
             raise NotFiniteError(
                 f"{type(model.lm).__name__} cannot be used: its weights hold NaN or infinities, in {listed(wrong)}. "
-                "Take a checkpoint from before, or copy the model again"
+                "Use an earlier checkpoint, or copy the model again"
             ) from error
         raise
     return model
@@ -367,7 +368,7 @@ def check_positions(
     most = positions(model)
     past = most is not None and longest > most
     if past:
-        logger.warning("Sequences may reach %d tokens, and the model was made for %d: %s.", longest, most, remedy)
+        logger.warning("Sequences may reach %d tokens, but the model has positions for %d: %s.", longest, most, remedy)
     return past
 
 

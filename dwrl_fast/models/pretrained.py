@@ -147,8 +147,8 @@ def _compare(folder: Path, model: PreferenceModel) -> None:
     apart = difference(saved, model)
     if apart:
         raise ModelError(
-            f"what was saved in {folder} is not the model that was trained: {apart}. It is kept there for a look; "
-            "nothing before it was replaced, and checkpoints hold what was trained"
+            f"what was saved in {folder} is not the model that was trained: {apart}. The folder is kept for "
+            "inspection; it replaced nothing, and the checkpoints hold the trained weights"
         )
 
 
@@ -165,7 +165,7 @@ def load_card(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise ModelError(
             f"{folder} has no {CARD}, so it was not written by dwrl_fast.train, which saves it beside the weights in "
-            "OUTPUT_DIR/model. Give that folder; dwrl_fast.evaluate can ask any other causal language model, by "
+            "OUTPUT_DIR/model. Give that folder; dwrl_fast.evaluate can ask any other causal language model, with "
             '--method judge (in Python method="judge").'
         )
     try:

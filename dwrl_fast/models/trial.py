@@ -51,17 +51,19 @@ def admit(model: Any, packing: Packing, pad_id: int, compute: Compute, *, thinks
         sharing = flat or _fault(lambda: _sampler_fault(model, works, pad_id, compute, sharing=True)) if tried else ""
         writing = _fault(lambda: _sampler_fault(model, works, pad_id, compute)) if sharing else None
     if packed and padded:
-        raise ModelError(f"{name} cannot be used here, in no layout: {packed}; padded: {padded}. Take another model")
+        raise ModelError(
+            f"{name} cannot be used here, because it works in no layout: {packed}; padded: {padded}. Use another model"
+        )
     also = " with --packing padded" if packed else ""
     if writing:
         raise ModelError(
-            f"{name} cannot write thoughts here: {writing}. Take another model, or a method without thoughts{also} "
+            f"{name} cannot write thoughts here: {writing}. Use another model, or a method without thoughts{also} "
             f"({WITHOUT_THOUGHTS})"
         )
     if packed:
         raise ModelError(f"{name} cannot run on a tree of tokens: {packed}; use --packing padded, which works")
     if sharing:
-        info_once(f"{name} writes each thought over a cache of its own, without what they share: {sharing}")
+        info_once(f"{name} gets a separate cache for each thought, without shared prefixes: {sharing}")
     return thinks and not sharing
 
 
@@ -77,7 +79,7 @@ def difference(saved: Any, model: Any) -> str | None:
     same = apart <= STATES.get(model.lm.dtype, STATES[torch.bfloat16]) * size
     if 2 * same.sum() > len(same):
         return None
-    return f"on a few tokens what the head gives differs by {apart.median():.1g}, and is {size.median():.1g} in size"
+    return f"on a few tokens the output of its head, of size {size.median():.1g}, differs by {apart.median():.1g}"
 
 
 def _outputs(lm: Any) -> Tensor:
@@ -124,7 +126,7 @@ def _alone(lm: Any) -> Tensor:
         if not found[-1].isfinite().all():
             raise NotFiniteError(
                 f"{type(lm).__name__} gives states that are not finite even for one short sequence: its weights hold "
-                "NaN or infinities, or its activations overflow. Take a checkpoint from before, or copy the model again"
+                "NaN or infinities, or its activations overflow. Use an earlier checkpoint, or copy the model again"
             )
     return torch.cat(found)
 
@@ -149,8 +151,8 @@ def _layout_fault(lm: Any, packing: Packing, pad_id: int, alone: Tensor) -> str 
         apart = ((found - one).norm() / one.norm()).item()
         if not apart <= _allowed(STATES, lm):
             return (
-                f"on a few tokens its states differ by {apart:.1g} of their size from those of each sequence alone, so "
-                "it computes something across tokens that follows the layout"
+                f"on a few tokens its states differ by {apart:.1g} of their size from those of each sequence alone, "
+                "so a part of the model that works across tokens depends on the layout"
             )
     return None
 

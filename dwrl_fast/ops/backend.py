@@ -40,7 +40,7 @@ def _choose(backend: str, operator: str, device: str, dtype: torch.dtype) -> str
     problem = _problem(natural, device, dtype)
     if problem and natural == "cpu":
         warn_once(problem)  # once for all operators: what is missing, with the command that builds it
-        problem = "its C++ operators are not there"
+        problem = "its C++ operators are missing"
     chosen = "reference" if problem else natural
     reason = f" ({natural} cannot run: {problem})" if problem else ""
     say = warn_once if problem else info_once

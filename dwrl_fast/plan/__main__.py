@@ -30,7 +30,7 @@ def run(config: PlanConfig, console: Console) -> Sized:
     every = sizes(setup, traced)
     report.size_table(setup, every, console)
     if found.budget != config.token_budget:
-        report.say(console, "what would change it:")
+        report.say(console, "possible changes:")
         for line in changes(setup, traced, config.gpus):
             report.say(console, f"  {line}")
     if config.plot is not None:

@@ -79,8 +79,8 @@ python -m dwrl_fast.plan --model_config models/smollm2/config.json --gpus 1 --pr
                 raise ConfigError(f"{name} = {path} exists already: name another, or remove it")
         if self.hsdp and (self.gpus <= self.gpus_per_machine or self.gpus % self.gpus_per_machine):
             raise ConfigError(
-                f"hsdp with {self.gpus} GPUs, {self.gpus_per_machine} in a machine: it needs several machines, each "
-                "with as many. Give --gpus a multiple of --gpus_per_machine, or leave hsdp out."
+                f"hsdp with {self.gpus} GPUs, {self.gpus_per_machine} in a machine: it needs several machines with "
+                "equally many GPUs. Give --gpus a multiple of --gpus_per_machine, or leave hsdp out."
             )
 
     def _refuse_two_models(self) -> None:

@@ -80,8 +80,8 @@ def load_profile(name: str) -> Profile:
         values = bounded_yaml(bounded_text(name), name)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(
-            f"--profile {name}: it is none of {', '.join(known)}, and no file of a device ({error}). `python -m "
-            "dwrl_fast.doctor --profile FILE` measures this machine into one"
+            f"--profile {name}: it is neither one of {', '.join(known)} nor a profile file ({error}). `python -m "
+            "dwrl_fast.doctor --profile FILE` measures this machine and writes such a file"
         ) from None
     return _profile(name, values)
 
@@ -98,6 +98,6 @@ def _profile(name: str, values: Any) -> Profile:
             raise ValueError("the device is cuda or cpu, and rates are above 0")
     except (TypeError, ValueError, AttributeError) as error:
         raise ConfigError(
-            f"{name} is no profile of a device: {error}. profiles.yaml in dwrl_fast/plan has the form"
+            f"{name} is not a device profile: {error}. dwrl_fast/plan/profiles.yaml shows the form"
         ) from None
     return made

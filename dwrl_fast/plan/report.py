@@ -40,7 +40,7 @@ def head(setup: Setup, console: Console) -> None:
     say(console, f"device: {setup.profile.source}")
     if setup.profile.shares:
         shares = ", ".join(f"{name} {share:g}" for name, share in setup.profile.shares.items())
-        say(console, f"shares of these rates that are taken to be reached (assumed, not measured): {shares}")
+        say(console, f"shares of these rates that a run is assumed to reach (not measured): {shares}")
 
 
 def memory_table(setup: Setup, found: Sized, console: Console) -> None:
@@ -136,7 +136,7 @@ def plot(setup: Setup, found: Sequence[Sized], path: Path) -> None:
     places = [str(each.gpus) for each in found]
     _stack(memory, places, [_peak(each.memory) for each in found], ORDER)
     memory.axhline(room(setup) / GIB, color="black", linestyle="--", linewidth=1)
-    memory.set(title="GiB of a GPU at its fullest; the line: what may be filled", xlabel="GPUs")
+    memory.set(title="peak GiB of a GPU; the line is the limit", xlabel="GPUs")
     fitting = [each for each in found if each.fits]
     stages = list(dict.fromkeys(stage for each in fitting for stage in each.seconds))
     _stack(seconds, [str(each.gpus) for each in fitting], [each.seconds for each in fitting], stages)

@@ -26,7 +26,7 @@ def short(config: TrainConfig, lengths: Lengths, ranks: int) -> str:
     each = f" on each of {ranks} ranks" if ranks > 1 else ""
     there = profile.memory_gib if profile.device == "cuda" else profile.memory_gib / ranks
     fits = "" if found.peak / GIB < there else "; IT DOES NOT FIT: python -m dwrl_fast.plan says what to change"
-    return f"{found.peak / GIB:.3g} GiB{each} at its fullest, of {there:.3g} ({found.fullest}: {said}){fits}"
+    return f"{found.peak / GIB:.3g} GiB{each} at the peak, of {there:.3g} ({found.fullest}: {said}){fits}"
 
 
 def _here() -> Profile:

@@ -64,7 +64,7 @@ def changes(setup: Setup, traced: Traced, gpus: int) -> Iterator[str]:
     """What would make the run fit, each computed as the run itself was: words with the figures."""
     now, wanted = sized(setup, traced, gpus), setup.config.token_budget
     if now.largest:
-        yield f"--token_budget {now.largest}: the most that fits as it is"
+        yield f"--token_budget {now.largest}: the largest that fits without other changes"
     for more in (size for size in SIZES if size > gpus):
         peak = memory(setup, traced, more, wanted).peak
         if peak <= room(setup):

@@ -69,7 +69,7 @@ def trace(setup: Setup, gpus: int, beside: int | None = None, *, accumulates: bo
     """
     problem = extension.problem()
     if problem is not None:
-        raise ConfigError(f"the trace needs the compiled operators, which know their sizes: {problem}")
+        raise ConfigError(f"the trace needs the compiled operators, which report their sizes: {problem}")
     compute = Compute(torch.device("cpu"), setup.dtype)
     packing = "packed" if setup.config.packing == "padded" else setup.config.packing
     layout = Layout(packing, 1 << 62, 0, compute.device)

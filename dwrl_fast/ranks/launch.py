@@ -24,8 +24,8 @@ def start(timeout: float, *, hsdp: bool = False) -> Ranks:
     if "RANK" not in os.environ:
         if os.environ.get("WORLD_SIZE") not in (None, "", "1"):
             raise ConfigError(
-                f"WORLD_SIZE = {os.environ['WORLD_SIZE']} without RANK: several processes are started by torchrun, "
-                "which sets both. For one process unset WORLD_SIZE."
+                f"WORLD_SIZE = {os.environ['WORLD_SIZE']} without RANK: start several processes with torchrun, which "
+                "sets both. For one process unset WORLD_SIZE."
             )
         return ALONE
     local, beside = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -33,7 +33,7 @@ def start(timeout: float, *, hsdp: bool = False) -> Ranks:
     if torch.cuda.is_available():
         if beside > gpus:
             raise ConfigError(
-                f"torchrun started {beside} processes on a machine with {gpus} GPUs, and each process needs one: give "
+                f"torchrun started {beside} processes on a machine with {gpus} GPUs, but each process needs one: give "
                 f"--nproc-per-node {gpus}"
             )
         torch.cuda.set_device(local)
@@ -41,7 +41,7 @@ def start(timeout: float, *, hsdp: bool = False) -> Ranks:
         store, rank, count = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=timeout))))
     except (ValueError, dist.DistError) as error:
         raise ConfigError(
-            f"the processes cannot find each other: {error} Start them by torchrun, which sets RANK, WORLD_SIZE, "
+            f"the processes cannot find each other: {error} Start them with torchrun, which sets RANK, WORLD_SIZE, "
             "MASTER_ADDR and MASTER_PORT."
         ) from None
     # torchrun may keep one store over its restarts, with the addresses of processes that are gone.
@@ -62,8 +62,9 @@ def mesh_of(device: str, count: int, beside: int | None = None) -> Any:
         return dist.init_device_mesh(device, (count,))
     if count == beside or count % beside:
         raise ConfigError(
-            f"--hsdp: {count} processes, {beside} of them on this machine. It needs several machines with as many "
-            "processes each (torchrun --nnodes 2 or more, the same --nproc-per-node on all): leave it out on one."
+            f"--hsdp: {count} processes, {beside} of them on this machine. It needs several machines with equally "
+            "many processes (torchrun --nnodes 2 or more, the same --nproc-per-node on all): leave it out on one "
+            "machine."
         )
     return dist.init_device_mesh(device, (count // beside, beside), mesh_dim_names=("machine", "part"))
 

@@ -16,7 +16,7 @@ def pick(logprob: Tensor, temperature: float, keys: Tensor, positions: Tensor) -
     found = logprob.gather(-1, chosen[:, None]).squeeze(-1)
     if not torch.isfinite(found).all():
         raise NotFiniteError(
-            "the model's logits are not finite, so no thought can be sampled. If a checkpoint from before was saved, "
+            "the model's logits are not finite, so no thought can be sampled. If there is an earlier checkpoint, "
             "resume from it with a lower learning rate or with --dtype fp32"
         )
     return chosen, found

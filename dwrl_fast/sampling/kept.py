@@ -54,7 +54,7 @@ class KeptThoughts:
     ) -> list[list[Thought]]:
         """See `Sampler.sample`; without log-probs. ValueError but for one greedy thought a context."""
         if n != 1 or temperature:
-            raise ValueError(f"n = {n}, temperature = {temperature}: one greedy thought a context is kept")
+            raise ValueError(f"n = {n}, temperature = {temperature}: only one greedy thought per context is kept")
         keys = [_key(ids) for ids in contexts]
         missing = {key: ids for key, ids in zip(keys, contexts, strict=True) if key not in self.found}
         if missing:

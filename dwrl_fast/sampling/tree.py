@@ -188,8 +188,8 @@ class _Sampling:
             if least > there:
                 raise ConfigError(
                     f"a context of {len(self.contexts[c])} tokens with a thought of up to {self.max_tokens} takes "
-                    f"{least * size / 2**20:,.0f} MiB of keys and values, and --generation_cache_gib "
-                    f"{self.sampler.limits.cache_gib:g} holds {there * size / 2**20:,.0f}: raise it, or lower "
+                    f"{least * size / 2**20:,.0f} MiB of keys and values, but --generation_cache_gib "
+                    f"{self.sampler.limits.cache_gib:g} holds only {there * size / 2**20:,.0f}: raise it, or lower "
                     "--max_length or --max_completion_length"
                 )
         return min(need, there)

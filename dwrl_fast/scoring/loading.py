@@ -24,9 +24,9 @@ def load_dialog(config: TrainConfig) -> Dialog | SingleTurn:
         card = load_card(config.model_name_or_path)
         if METHODS[card["method"]].scalar:
             raise ModelError(
-                f"{config.model_name_or_path} was trained by {card['method']} and has a scalar head in place of a "
-                f"language model's, which {'prefilled_thoughts' if method.scalar else config.method} needs: start from "
-                "the model that it started from"
+                f"{config.model_name_or_path} was trained by {card['method']} and has a scalar head instead of a "
+                f"language model's head, which {'prefilled_thoughts' if method.scalar else config.method} needs: "
+                "start from the model that its own training started from"
             )
     chat = load_chat(
         config.model_name_or_path,
@@ -62,13 +62,13 @@ def load_trained(folder: str | Path, aspect: str | None = None) -> tuple[Dialog 
 def _check_card(card: dict[str, Any]) -> None:
     """ConfigError where a card lacks what its method needs, or a value has a wrong type or is out of range."""
     if str(card.get("method")) not in METHODS:
-        raise ConfigError(f"its method is {card.get('method')!r}, which is none of {', '.join(METHODS)}.")
+        raise ConfigError(f"its method is {card.get('method')!r}, which is not one of {', '.join(METHODS)}.")
     options = [*METHODS[str(card["method"])].card_options, *["max_completion_length"] * ("prefilled_by" in card)]
     if absent := [name for name in ("dialog", *options) if card.get(name) is None]:
         raise ConfigError(f"it has no {', '.join(absent)}.")
     texts = {name for name in options if isinstance(card[name], str)} - {"score_normalization"}
     if texts:
-        raise ConfigError(f"{', '.join(sorted(texts))}: must be a number, and is text.")
+        raise ConfigError(f"{', '.join(sorted(texts))}: must be a number, but is text.")
     checked(TrainConfig, {name: card[name] for name in options}, "the card")
     calibration = card.get("calibration", {"temperature": 1.0})
     shapes = {"dialog": dict, "prefilled_by": str, "reference": dict, "calibration": dict}

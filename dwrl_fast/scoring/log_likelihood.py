@@ -81,7 +81,7 @@ def _load_start(runtime: Runtime, card: dict[str, Any]) -> Runtime | None:
     except ModelError as error:
         warn_once(
             "the model that this one was trained from is not found, so the scores are beta log pi(y | x), without "
-            f"the reference's; accuracy and margin are those of another reward.\n  {error}"
+            f"the reference's term; accuracy and margin are then those of a different reward.\n  {error}"
         )
         return None
     return start

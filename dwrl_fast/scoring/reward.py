@@ -69,7 +69,7 @@ class Rewards:
         reference = None if references is None else references[i]
         if not isinstance(reference, str | list | tuple | None):
             raise DataError(
-                f"the reference of completion {i} is no text but the {type(reference).__name__} {reference!r:.60}"
+                f"the reference of completion {i} is not text but the {type(reference).__name__} {reference!r:.60}"
             )
         try:
             turns, begun = as_prompt("its prompt", prompt)
@@ -81,15 +81,15 @@ class Rewards:
             return None
         tokens, reason = fit(Preference(turns, tuple(texts)), self.dialog, sys.maxsize)
         if reason or tokens > self.longest:
-            self._pass_over(i, reason or "more tokens, with its thought, than the model has positions for")
+            self._pass_over(i, reason or "with its thought it has more tokens than the model has positions")
             return None
         return Judgeable(i, turns, texts[0], None if references is None else texts[1])
 
     def _pass_over(self, i: int, reason: str, said: str = "") -> None:
         if not self.unjudged:
             logger.warning(
-                "completion %d of a batch gets no reward (None): %s. So will others that cannot be judged; they are "
-                "counted by reason in Scorer.unjudged",
+                "completion %d of a batch gets no reward (None): %s. The same holds for every completion that cannot "
+                "be judged; Scorer.unjudged counts them by reason",
                 *(i, said or reason),
             )
         self.unjudged[reason] += 1

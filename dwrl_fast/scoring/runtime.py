@@ -235,5 +235,7 @@ def _prefilled(runtime: Runtime, writer: str, limits: Limits) -> Runtime:
     try:
         sampler = load_writer(writer, dialog, runtime.compute, runtime.layout, limits, runtime.ranks)
     except ModelError as error:
-        raise ModelError(f"this model reads thoughts that {writer} writes, which must be there too. {error}") from error
+        raise ModelError(
+            f"this model reads thoughts that {writer} writes, so that model is needed too. {error}"
+        ) from error
     return replace(runtime, sampler=KeptThoughts(sampler, dialog.tokenizer, dialog.stop_ids))

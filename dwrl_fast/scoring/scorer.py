@@ -163,7 +163,7 @@ class Scorer:
             if any(math.isnan(score) for scores in found.scores for score in scores):
                 raise NotFiniteError(
                     f"{found.group.preference.source}: the model's score is not a number (NaN): its weights hold NaN, "
-                    'or its activations overflow. Try dtype "fp32", or a checkpoint from before'
+                    'or its activations overflow. Try dtype "fp32", or an earlier checkpoint'
                 )
         return groups
 
@@ -247,7 +247,8 @@ class Scorer:
             fitted = self._calibration.get("votes", votes)
             if fitted != votes:
                 warn_once(
-                    f"the stored temperature was fitted to scores of {fitted} thoughts, and these are of {votes}."
+                    f"the stored temperature was fitted to scores of {fitted} thoughts, but these scores are of "
+                    f"{votes}."
                 )
             scores = self.score(prompts, responses, votes, reference=reference, seed=seed)
             return (scores / self._calibration["temperature"]).sigmoid()
@@ -299,8 +300,8 @@ class Scorer:
             others = columns.get(reference) if self.compares else None
             if self.compares and others is None:
                 raise DataError(
-                    f"the training data have no column {reference!r}, with which the method {self.method} compares "
-                    "each completion; name it in as_reward_function(reference=...)"
+                    f"the training data have no column {reference!r}, which the method {self.method} compares each "
+                    "completion with; name it in as_reward_function(reference=...)"
                 )
             if self.compares and self.thinks and not probability:
                 raise ModelError(

@@ -98,7 +98,7 @@ def read_template(values: Any, where: str) -> Template:
     name = values.get("kind", DEFAULT)
     if not isinstance(name, str) or name not in KINDS:
         near = difflib.get_close_matches(str(name), KINDS, n=1, cutoff=0.0)[0]
-        raise _error(where, "kind", f"{name!r} is none of {', '.join(KINDS)}; the nearest is {near}")
+        raise _error(where, "kind", f"{name!r} is not one of {', '.join(KINDS)}; the nearest is {near}")
     kind = KINDS[name]
     keys = ["kind", *kind.texts, *["labels"] * kind.labels]
     for key in values:
@@ -146,16 +146,16 @@ def _text(value: Any, key: str, shown: tuple[str, ...], where: str) -> str:
     for name in used:
         if name not in allowed:
             near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.0)[0]
-            raise _error(where, key, f"there is nothing to put in place of {{{name}}}; the nearest is {{{near}}}")
+            raise _error(where, key, f"{{{name}}} is not a known placeholder; the nearest is {{{near}}}")
     for name in shown:
         if name not in used:
             raise _error(where, key, f"{{{name}}} is missing, so the model would not see it; write it where it belongs")
         if used.count(name) > 1 and name != "verdict":
-            raise _error(where, key, f"{{{name}}} stands there {used.count(name)} times; leave one")
+            raise _error(where, key, f"{{{name}}} occurs {used.count(name)} times; leave one")
     order = [name for name in used if name in ("prompt", "response_a", "response_b")]
     if order != sorted(order):
         raise _error(
-            where, key, f"the contents stand in the order {', '.join(order)}; put them in {', '.join(sorted(order))}"
+            where, key, f"the contents are in the order {', '.join(order)}; put them in {', '.join(sorted(order))}"
         )
     return value.strip()
 

@@ -72,7 +72,7 @@ def save_checkpoint(
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise CheckpointError(
-                f"{name} is a {type(tensor).__name__}: only tensors are saved here, the rest is state."
+                f"{name} is a {type(tensor).__name__}: only tensors are saved here; other values belong to the state."
             )
     folder = final.with_name(final.name + UNFINISHED)
     try:
@@ -91,12 +91,12 @@ def save_checkpoint(
 def latest_checkpoint(parent: Path) -> Path | None:
     """The newest checkpoint under `parent` that is whole, or None. Those passed over are said, with what is wrong."""
     for folder in sorted(parent.glob(f"*{UNFINISHED}")):
-        logger.warning("Passed over %s, left by an interrupted save or removal.", folder)
+        logger.warning("Ignored %s, left by an interrupted save or removal.", folder)
     for folder in reversed(checkpoints(parent)):
         try:
             verify(folder)
         except CheckpointError as error:
-            logger.warning("PASSED OVER: %s", error)
+            logger.warning("SKIPPED: %s", error)
             continue
         return folder
     return None
@@ -175,7 +175,7 @@ def _state_text(state: dict[str, Any]) -> str:
         raise CheckpointError(f"The state cannot be written as JSON: {error}.") from None
     if json.loads(text) != state:
         raise CheckpointError(
-            "The state would not come back from JSON as it is: it holds tuples, or keys that are not text."
+            "The state would change when it is read back from JSON: it holds tuples, or keys that are not text."
         )
     return text
 
@@ -187,7 +187,7 @@ def _writing(final: Path) -> Iterator[None]:
         yield
     except (OSError, CheckpointException, SafetensorError) as error:
         raise UnwrittenError(
-            f"{final} could not be written: {_cause(error)}. Earlier checkpoints are as they were."
+            f"{final} could not be written: {_cause(error)}. Earlier checkpoints are unchanged."
         ) from error
 
 
@@ -259,7 +259,7 @@ def _prune(newest: Path, keep: int, spared: Collection[str]) -> None:
         try:
             shutil.rmtree(folder.rename(folder.with_name(folder.name + UNFINISHED)))
         except OSError as error:
-            logger.warning("%s is no longer needed, and could not be removed: %s.", folder, error)
+            logger.warning("%s is no longer needed, but could not be removed: %s.", folder, error)
 
 
 def _make(folder: Path, final: Path) -> None:
@@ -288,19 +288,23 @@ def _complete(folder: Path, final: Path, state: str, files: dict[str, Any]) -> N
 
 def _match(path: Path, metadata: Metadata, tensors: dict[str, Tensor]) -> None:
     """CheckpointError unless the checkpoint holds these tensors, whole, and no others."""
-    remedy = "It belongs to a run with other options: resume with the configuration saved beside it."
+    remedy = "It belongs to a run with other options: resume with the configuration saved next to it."
     stored: dict[str, Any] = metadata.state_dict_metadata
     missing, surplus = tensors.keys() - stored.keys(), stored.keys() - tensors.keys()
     if missing or surplus:
-        what = [f"lacks {_listed(missing)}"] * bool(missing) + [f"holds {_listed(surplus)} besides"] * bool(surplus)
+        what = [f"lacks {_listed(missing)}"] * bool(missing) + [f"also holds {_listed(surplus)}"] * bool(surplus)
         raise CheckpointError(f"{path} {' and '.join(what)}. {remedy}")
     for name, tensor in tensors.items():
         there, here = (stored[name].size, stored[name].properties.dtype), (tensor.size(), tensor.dtype)
         if there != here:
             there_text, here_text = (f"{dtype} {list(size)}" for size, dtype in (there, here))
-            raise CheckpointError(f"{path}: {name} is {there_text} there and {here_text} here. {remedy}")
+            raise CheckpointError(
+                f"{path}: {name} is {there_text} in the checkpoint and {here_text} in this run. {remedy}"
+            )
         if not _tiled(stored[name].chunks, tensor.size()):
-            raise CheckpointError(f"{path}: the parts of {name} do not make the whole of it. Use another checkpoint.")
+            raise CheckpointError(
+                f"{path}: the parts of {name} do not add up to the whole tensor. Use another checkpoint."
+            )
     for index, place in metadata.storage_data.items():
         if place.dtype != tensors[index.fqn].dtype:
             raise CheckpointError(f"{path}: a part of {index.fqn} is {place.dtype}. Use another checkpoint.")

@@ -93,9 +93,9 @@ class Guessed:
 def dry_run(config: TrainConfig, console: Console, ranks: int = 1) -> None:
     """Say what the run would be, on so many ranks. UserError with all that stands in its way."""
     found = Findings(console)
-    found.say("dry run", f"{config.method}; nothing is trained, nothing is left written")
+    found.say("dry run", f"{config.method}; nothing is trained, no file is kept")
     if not config.own_data:
-        found.say("data", "the embedded task makes its model and its pairs when it runs; the options are valid")
+        found.say("data", "the embedded task creates its model and its pairs when it runs; the options are valid")
         return
     dialog = method = None
     with found.looking_at("template"):
@@ -161,7 +161,7 @@ def _look_at(
         dataset = _read(part, config)
         if not demonstrated:
             refuse_demonstration(dataset.rows[0])
-        found.say("data", dataset.summary + (" (of a stream, the first)" if config.streaming else ""))
+        found.say("data", dataset.summary + (" (the first rows of the stream)" if config.streaming else ""))
         for line in dataset.warnings:
             found.say("warning", line)
         if dialog is None:
@@ -181,7 +181,7 @@ def _read(part: Part, config: TrainConfig) -> Dataset:
         )
     except DataError as error:
         command = preparation(name)
-        remedy = "" if Path(name).exists() or not command else f"\n  This makes it: {command}"
+        remedy = "" if Path(name).exists() or not command else f"\n  This command makes it: {command}"
         raise DataError(f"{error}{remedy}") from error
     dataset.rows = [with_aspect(row, part.aspect) for row in dataset.rows]
     return dataset
@@ -203,13 +203,13 @@ def _say_encoded(dataset: Dataset, config: TrainConfig, dialog: Dialog | SingleT
             sizes.append(tokens)
     left_out = "".join(f"; {count} left out: {reason}" for reason, count in reasons.most_common())
     if not sizes:
-        raise DataError(f"{dataset.path}: of {len(some)} rows that were encoded none can be used{left_out}")
+        raise DataError(f"{dataset.path}: none of the {len(some)} encoded rows can be used{left_out}")
     half, most, longest = np.percentile(sizes, (50, 95, 100)).round().astype(int).tolist()
     notes = "".join(f"; {count} {what}" for what, count in dialog.counts.most_common())
     found.say(
         "encoded",
-        f"{len(some):,} of its {len(dataset.rows):,} groups: longest sequence without thought {half} tokens at the "
-        f"median, {most} at 95 %, {longest} at most{left_out}{notes}",
+        f"{len(some):,} of its {len(dataset.rows):,} groups: longest sequence without thought {half} tokens in the "
+        f"median, {most} at the 95th percentile, {longest} at most{left_out}{notes}",
     )
     return longest
 
@@ -240,19 +240,19 @@ def _say_tokens(rows: Sequence[Preference], config: TrainConfig, method: Method,
     rows = [row for row in rows if not fit(row, dialog, config.max_length)[1]]
     groups = guessed_groups(rows, method, length) if rows else []
     if not groups:
-        found.say("tokens", "not counted: no row that was encoded is trained on")
+        found.say("tokens", "not counted: the method trains on none of the encoded rows")
         return
     layout = Layout(config.packing, config.token_budget, dialog.pad_id, torch.device("cpu"))
     size = config.minibatch_size
     batches = [b for i in range(0, len(groups), size) for b in layout.batches(groups[i : i + size])]
     computed, naive = (sum(getattr(b, name) for b in batches) for name in ("trunk_tokens", "naive_tokens"))
     scale = config.rollout_batch_size / len(groups)
-    thoughts = f", thoughts guessed at {length} tokens," if method.thoughts_each else ""
+    thoughts = f", with thoughts assumed to have {length} tokens," if method.thoughts_each else ""
     about = "at most" if method.selects else "about"  # only what was judged rightly is trained
     found.say(
         "tokens",
-        f"a rollout batch{thoughts} is {about} {computed * scale:,.0f} through the backbone ({config.packing}), where "
-        f"each sequence by itself would be {naive * scale:,.0f}: {naive / computed:.2f} x; about "
+        f"a rollout batch{thoughts} is {about} {computed * scale:,.0f} tokens through the backbone "
+        f"({config.packing}); each sequence alone would be {naive * scale:,.0f}: {naive / computed:.2f} x; about "
         f"{len(batches) * scale:,.0f} forward passes of at most {config.token_budget:,}",
     )
 
@@ -274,7 +274,7 @@ def _say_model(config: TrainConfig, method: Method | None, longest: int, found: 
     """The model as its config.json says, where that is at hand: on disk, or on a hub that just gave the tokenizer."""
     name = config.model_name_or_path or str(config.model_config)
     if not (_model_at_hand(config) and (method is not None or Path(name).exists())):
-        found.say("model", f"{name} is not on this machine, and was not looked for: training needs it")
+        found.say("model", f"{name} is not on this machine, and the hub was not asked for it: training needs it")
         return
     made = METHODS[config.method]
     with torch.device("meta"):
@@ -283,7 +283,7 @@ def _say_model(config: TrainConfig, method: Method | None, longest: int, found: 
     moments = 8 * (len(method.phases) if method is not None and method.separate_states else 1)
     least = parameters * (4 + 4 + moments) / 2**30
     trained = "" if config.use_peft or not made.trains else (
-        f"; weights, gradients and AdamW's moments in float32 take {least:.3g} GiB, and activations come on top"
+        f"; weights, gradients and AdamW's moments in float32 take {least:.3g} GiB, plus activations"
     )  # fmt: skip
     found.say("model", f"{name}: {type(model.lm).__name__}, {parameters:,} parameters{trained}")
     if method is not None:

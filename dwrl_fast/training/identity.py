@@ -32,16 +32,16 @@ TUNABLE = {
 CONTENT = {
     "rows": (
         "the data set: its rows, or how they are chosen (--max_length, --columns, --aspect, the shares of a mixture)",
-        "rows may come twice or never",
+        "rows may be used twice or never",
     ),
-    "dialog": ("the template", "the steps before asked the model another question"),
-    "chat_template": ("the chat template of the tokenizer", "the steps before saw other turns"),
-    "tokenizer": ("the tokenizer", "a token id may mean another text than in the steps before"),
+    "dialog": ("the template", "earlier steps asked the model a different question"),
+    "chat_template": ("the chat template of the tokenizer", "earlier steps saw different turns"),
+    "tokenizer": ("the tokenizer", "a token id may mean a different text than in earlier steps"),
     "base": (
         "the base model (the weights that the run began with)",
-        "adapters and a frozen reference no longer belong to the model that they were trained beside",
+        "adapters and a frozen reference no longer belong to the model that they were trained with",
     ),
-    "steps": ("the number of steps", "the learning rate falls over another length"),
+    "steps": ("the number of steps", "the learning rate falls over a different number of steps"),
 }
 
 
@@ -72,19 +72,19 @@ def compare(path: Path, theirs: Mapping[str, Any], mine: Mapping[str, Any], *, a
     tuned = [text for name, text in other.items() if name in TUNABLE]
     strange = {name: text for name, text in other.items() if name not in TUNABLE}
     if tuned:
-        logger.warning("The run goes on, but no longer as it began: %s.", "; ".join(tuned))
+        logger.warning("The run continues with changed options: %s.", "; ".join(tuned))
     if not strange:
         return
     if not anyway:
         raise CheckpointError(
-            f"{path} belongs to another run: {'; '.join(strange.values())}. Resume with what "
-            f"{path.parent / 'config.yaml'} names as it was, start anew in another --output_dir, or give "
-            "--resume_anyway to go on as another run."
+            f"{path} belongs to another run: {'; '.join(strange.values())}. Restore what "
+            f"{path.parent / 'config.yaml'} names, start a new run in another --output_dir, or give --resume_anyway "
+            "to continue as a different run."
         )
     given_up = [CONTENT[name][1] for name in strange if name in CONTENT]
     logger.warning(
-        "--resume_anyway: %s is gone on from by another run: %s. Given up: that the result is the one that an "
-        "uninterrupted run gives%s.",
+        "--resume_anyway: this run continues from %s of a different run: %s. What is lost: the result no longer "
+        "equals that of an uninterrupted run%s.",
         *(path, "; ".join(strange.values()), "".join(f"; {text}" for text in given_up)),
     )
 
@@ -94,11 +94,11 @@ def _said(name: str, was: Any, now: Any) -> str:
         return f"{CONTENT[name][0] if name in CONTENT else name} was {was!r}, is {now!r}"
     what, _ = CONTENT[name]
     if not (isinstance(was, dict) and isinstance(now, dict)):
-        return f"{what} is another"
+        return f"{what} is different"
     parts = [
         f"{k} was {was.get(k)!r}, is {now.get(k)!r}" for k in dict.fromkeys([*was, *now]) if was.get(k) != now.get(k)
     ]
-    return f"{what} is another ({', '.join(parts)})"
+    return f"{what} is different ({', '.join(parts)})"
 
 
 def _rules(tokenizer: Any) -> str:

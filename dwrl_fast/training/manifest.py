@@ -31,17 +31,17 @@ def verify(path: Path) -> None:
     files = manifest.get("files") if isinstance(manifest, dict) else None
     if isinstance(files, dict) and manifest.get("format") == 1:
         raise CheckpointError(
-            f"{path} was written by dwrl_fast 0.1, in a format with a pickle, which this version does not read: go on "
-            "with that version, or start anew in another --output_dir."
+            f"{path} was written by dwrl_fast 0.1, in a format with a pickle, which this version does not read: "
+            "continue with that version, or start a new run in another --output_dir."
         )
     if not isinstance(files, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path}: {MANIFEST} is not of format {FORMAT}, the one this version writes.")
     there = {file.name for file in path.glob("*.safetensors")}
     for name in sorted({STATE, *there, *files}):
         if not name.isprintable():
-            raise CheckpointError(f"{path}: {MANIFEST} names {name!a}, which no file of a checkpoint is called.")
+            raise CheckpointError(f"{path}: {MANIFEST} names {name!a}, which is not the name of a checkpoint file.")
         if name not in files or Path(name).name != name:
-            raise CheckpointError(f"{path}: {MANIFEST} does not vouch for {name}.")
+            raise CheckpointError(f"{path}: {MANIFEST} does not list {name}.")
         try:
             intact = fingerprint(path / name) == files[name]
         except OSError as error:

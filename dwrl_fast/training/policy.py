@@ -107,10 +107,11 @@ class Policy:
             if last or ranks.mesh is not None:
                 tokens = max(batch.trunk_tokens for batch in batches)
                 raise ConfigError(
-                    f"out of memory in a micro-batch of {tokens} tokens{f' on rank {ranks.rank}' * (ranks.count > 1)}, "
-                    f"and nothing was trained with it: give --token_budget {max(1, tokens // 2)} or less, or "
-                    "--gradient_checkpointing; of one preference group alone, lower --max_completion_length or "
-                    f"--num_generations. {str(error).splitlines()[0][:200]}"
+                    f"out of memory in a micro-batch of {tokens} "
+                    f"tokens{f' on rank {ranks.rank}' * (ranks.count > 1)}, before any training step: give "
+                    f"--token_budget {max(1, tokens // 2)} or less, or --gradient_checkpointing. If one preference "
+                    "group alone is too large, lower --max_completion_length or --num_generations. "
+                    f"{str(error).splitlines()[0][:200]}"
                 ) from error
             return None
         return torch.stack(losses)
@@ -120,8 +121,8 @@ class Policy:
         budget = max(1, max(batch.trunk_tokens for batch in minibatch.batches) // 2)
         self.halved += 1
         logger.warning(
-            "Out of memory in a micro-batch: this minibatch is computed again in micro-batches of %d tokens. Where "
-            "this is said often, --token_budget %d saves the time.",
+            "Out of memory in a micro-batch: this minibatch is computed again in micro-batches of %d tokens. If this "
+            "line is frequent, --token_budget %d avoids the repeated work.",
             *(budget, budget),
         )
         if torch.cuda.is_available():
@@ -139,9 +140,9 @@ class Policy:
         sources = [group.preference.source for group in minibatch.groups[:8]]
         wrong = "" if torch.isfinite(known) else "log-probs of the sampler or of the frozen model are not finite, "
         raise NotFiniteError(
-            f"phase {phase}: {wrong}losses {losses.tolist()}, gradient norm {norm.item()}. No step was taken with it. "
-            "If a checkpoint was saved, resume from it with a lower learning rate, or with --dtype fp32. "
-            f"Rows: {', '.join(sources)} ..."
+            f"phase {phase}: {wrong}losses {losses.tolist()}, gradient norm {norm.item()}. The optimizer took no "
+            "step. If a checkpoint was saved, resume from it with a lower learning rate, or with --dtype fp32. Rows: "
+            f"{', '.join(sources)} ..."
         )
 
     def _forget(self, metrics: StepMetrics) -> None:
@@ -183,7 +184,7 @@ def load_judging(
         mask_truncated=config.truncated_thoughts == "mask",
     )
     if config.cpu_offload and (ranks.mesh is None or compute.device.type != "cuda"):
-        raise ConfigError("--cpu_offload: it needs a GPU and processes that torchrun started; leave it out.")
+        raise ConfigError("--cpu_offload: it needs GPUs and processes started by torchrun; leave it out.")
     if config.load_in_4bit and ranks.count > 1:
         raise ConfigError("--load_in_4bit: weights in 4 bits are not sharded here; leave it out, or use one process.")
     lora = Lora(config.lora_r, config.lora_alpha, config.lora_target_modules, config.load_in_4bit, compute)

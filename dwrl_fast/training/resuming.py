@@ -18,10 +18,10 @@ def found(folder: Path, wanted: str) -> Path | None:
     if path is None:
         if checkpoints(folder):
             raise CheckpointError(
-                f"{folder} holds checkpoints, and none is whole (see above). Move them away to begin anew."
+                f"{folder} holds checkpoints, but none is intact (see above). Move them away to start again."
             )
         if wanted != "auto":
-            logger.warning("%s holds no checkpoint to resume from: the run starts at its beginning.", folder)
+            logger.warning("%s holds no checkpoint to resume from: the run starts from the beginning.", folder)
     return path
 
 
@@ -33,10 +33,10 @@ def set_later_aside(folder: Path, path: Path, wanted: str) -> None:
     for later in checkpoints(folder, past=(-1, 0) if place is None else place):
         if wanted not in NEWEST:
             raise CheckpointError(
-                f"{folder} holds {later.name}, which lies past {path} and would have to be overwritten. Give another "
-                "--output_dir, or move the later checkpoints away."
+                f"{folder} holds {later.name}, which is later than {path} and would have to be overwritten. Give "
+                "another --output_dir, or move the later checkpoints away."
             )
-        logger.warning("%s is damaged, and was set aside as %s.", later, set_aside(later).name)
+        logger.warning("%s is damaged and was renamed to %s.", later, set_aside(later).name)
 
 
 def _refuse_finished(folder: Path) -> None:
@@ -44,6 +44,6 @@ def _refuse_finished(folder: Path) -> None:
     held = [name for name in ("model", "adapter") if (folder / name).exists()]
     if held:
         raise CheckpointError(
-            f"{folder} holds {' and '.join(held)} of a run that came to its end, and no checkpoint of it to go on from."
-            " A finished run is never written over: give another --output_dir."
+            f"{folder} holds {' and '.join(held)} of a finished run, but no checkpoint to continue from. A finished "
+            "run is never overwritten: give another --output_dir."
         )

@@ -37,7 +37,8 @@ class Rollout:
         if method.thinks and config.old_logprobs == "sampler" and not compute.float32:
             raise ConfigError(
                 "--old_logprobs sampler needs a sampler that computes in float32, and this one computes in "
-                f"{compute.dtype}: its rounding would pass for a change of the policy. Use recompute, or --dtype fp32."
+                f"{compute.dtype}: its rounding would look like a change of the policy. Use recompute, or --dtype "
+                "fp32."
             )
         self.sampler: Sampler | None = self.runtime.sampler
         if method.writer is not None:
@@ -91,8 +92,9 @@ class Rollout:
         gap = (_logprobs(found) - _logprobs(groups)).abs()
         if gap.numel() and gap.mean() > FAR:
             logger.warning(
-                "The log-probs of sampler and trainer are %.3f nats apart in the mean. More than rounding does that: "
-                "the trainer's are taken, and thoughts still come from another policy than the one that is trained.",
+                "The log-probs of sampler and trainer differ by %.3f nats on average, which is more than rounding. "
+                "The trainer's log-probs are used, but the thoughts still come from a policy other than the trained "
+                "one.",
                 gap.mean().item(),
             )
         return found, {"sampler_gap_mean": gap.mean().item(), "sampler_gap_max": gap.max().item()}

@@ -57,7 +57,9 @@ class RunLog:
         except OSError as error:
             with suppress(OSError):
                 os.truncate(self.metrics_path, size)  # what was written of it, it may be half a line
-            logger.error("%s: %s. The line is written with the next one.", self.metrics_path, error.strerror)
+            logger.error(
+                "%s: %s. The line will be written together with the next one.", self.metrics_path, error.strerror
+            )
         else:
             self.waiting = ""
 
@@ -68,7 +70,7 @@ class RunLog:
             self.thoughts_folder.mkdir(parents=True, exist_ok=True)
             write_groups(path, scored, decoder)
         except OSError as error:
-            logger.error("%s: %s. The run goes on without it.", path, error.strerror)
+            logger.error("%s: %s. The run continues without it.", path, error.strerror)
 
 
 def write_bad_batch(folder: Path, name: str, record: Mapping[str, Any]) -> str:
@@ -122,7 +124,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         try:
             rows.append(json.loads(line)) if line else None
         except json.JSONDecodeError:
-            logger.warning("%s: a half-written line was dropped", path)
+            logger.warning("%s: an incomplete last line was dropped", path)
     return rows
 
 
@@ -168,23 +170,23 @@ def _idle(values: Mapping[str, float]) -> tuple[str, str]:
     """
     if "kept_comparisons" in values and values["kept_comparisons"] == 0:
         return "none", (
-            f"of {values['comparisons']:.0f} comparisons none has a thought to train on (right "
+            f"none of {values['comparisons']:.0f} comparisons has a thought to train on (right "
             f"{values.get('right_thoughts', 0):.1%}, unparsable {values.get('unparsable', 0):.1%}). Raise "
-            "--num_generations; where hardly any can be read, start from a model that knows the verdict's form"
+            "--num_generations; if almost none can be read, start from a model that knows the verdict's form"
         )
     if "loss" not in values:
-        return "ties", "no row has a response that is better than another. Train on rows that are no ties"
+        return "ties", "no row has a response that is better than another. Train on rows that are not ties"
     if values.get("label_mass", 1.0) < NEAR_ZERO:
         return "mass", (
-            f"the labels have {values['label_mass']:.1e} of the probability where the verdict is read: the model does "
-            "not answer as it is asked. Give a --template whose labels it uses, or start from a model that follows "
+            f"the labels have probability {values['label_mass']:.1e} where the verdict is read: the model does not "
+            "answer as asked. Give a --template with labels that it uses, or start from a model that follows "
             "instructions"
         )
     if "reward" in values and values["advantage"] < NEAR_ZERO:
         return "equal", (
             f"the thoughts of a comparison are all right or all wrong (mean reward {values['reward']:.3g}, "
             f"unparsable {values['unparsable']:.1%}), so they give no gradient. Raise --temperature or "
-            "--num_generations; where hardly any can be read, start from a model that knows the verdict's form"
+            "--num_generations; if almost none can be read, start from a model that knows the verdict's form"
         )
     if "effective_groups" in values and values["advantage"] < NEAR_ZERO and values["loss"] >= SOLVED:
         return "equal", (
@@ -195,13 +197,13 @@ def _idle(values: Mapping[str, float]) -> tuple[str, str]:
     still = [name.removeprefix("grad_norm_") for name, norm in values.items() if "grad_norm_" in name and not norm]
     if still and values.get("trained_tokens") == 0:
         return "cut", (
-            "all thoughts are cut at the limit, and cut ones are not trained. Raise --max_completion_length, or give "
-            "--truncated_thoughts keep"
+            "all thoughts are cut at the limit, and cut thoughts are not trained. Raise --max_completion_length, or "
+            "give --truncated_thoughts keep"
         )
     if still:
         return "still", (
-            f"the gradient of the update {' and '.join(still)} is 0 (mean loss {values['loss']:.3g}). Where the loss "
-            "is near 0 the pairs are solved: add harder ones"
+            f"the gradient of the update {' and '.join(still)} is 0 (mean loss {values['loss']:.3g}). If the loss is "
+            "near 0, the pairs are solved: add harder ones"
         )
     return "", ""
 
@@ -210,6 +212,6 @@ def _narrow(values: Mapping[str, float], minibatch_size: int) -> tuple[str, str]
     """The same, where a rollout batch trained, but too little of it."""
     few = values.get("effective_groups", minibatch_size) < 0.08 * minibatch_size and values["loss"] >= SOLVED
     return ("few", (
-        f"of {minibatch_size} groups in a minibatch about {values['effective_groups']:.1f} carry the gradient; the "
-        "others are solved. Raise --minibatch_size, or add harder pairs"
+        f"of {minibatch_size} groups in a minibatch about {values['effective_groups']:.1f} contribute to the "
+        "gradient; the others are solved. Raise --minibatch_size, or add harder pairs"
     )) if few else ("", "")  # fmt: skip

@@ -67,7 +67,7 @@ class Saver:
         failure, self.place = self.failure, self.place if self.failure is None else None
         self.failure = None
         if isinstance(failure, UnwrittenError):
-            logger.error("%s The run goes on without it; the next one is tried when it is due.", failure)
+            logger.error("%s The run continues without it; the next checkpoint is tried when it is due.", failure)
         elif failure is not None:
             raise failure
         return self.place is not None

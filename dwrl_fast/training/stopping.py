@@ -47,7 +47,7 @@ class Stopping:
             raise Stopped(number)
         self.signal, self.since = number, time.monotonic()
         logger.warning(
-            "%s: the run saves a checkpoint after the update that it is at, and ends. A second signal ends it at once, "
-            "without one.",
+            "%s: the run saves a checkpoint after the current update, then stops. A second signal stops it at once, "
+            "without a checkpoint.",
             signal.Signals(number).name,
         )

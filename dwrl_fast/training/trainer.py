@@ -212,7 +212,7 @@ class Trainer:
             said += write_bad_batch(self.folder, name, record | {"error": str(error)})
         self.skipped += 1
         if self.skipped > self.config.skip_bad_batches:
-            raise NotFiniteError(f"{said} --skip_bad_batches N goes on without up to N such batches.") from None
+            raise NotFiniteError(f"{said} --skip_bad_batches N skips up to N such batches.") from None
         logger.warning("Skipped, %d of at most %d: %s", self.skipped, self.config.skip_bad_batches, said)
 
     def _best(self, now: dict[str, PairReport]) -> bool:
@@ -286,7 +286,7 @@ class Trainer:
         if asked:
             saved = self.saver.finish()
             if saved:
-                logger.warning("Saved, and ended. The run goes on by --resume_from_checkpoint latest.")
+                logger.warning("Saved and stopped. Resume the run with --resume_from_checkpoint latest.")
             raise Stopped(asked, saved=saved)
 
     def save(self) -> None:

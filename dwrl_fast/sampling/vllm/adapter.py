@@ -33,8 +33,9 @@ def check_version(version: str, where: str) -> None:
     found = tuple(int(part) for part in parts if part.isdigit())
     if not OLDEST <= found < BELOW:
         raise SamplerError(
-            f"{where} is vLLM {version}. How weights reach it changes from version to version: 0.29 to 0.33 are taken "
-            "(0.29 to 0.32 were read, 0.32 was run). Install one of them: pip install 'vllm>=0.29,<0.34'"
+            f"{where} is vLLM {version}. The interface for sending weights changes between versions: 0.29 to 0.33 are "
+            "supported (the code of 0.29 to 0.32 was read, 0.32 was run). Install one of them: pip install "
+            "'vllm>=0.29,<0.34'"
         )
 
 
@@ -77,8 +78,9 @@ def check_cpu_heads(config: Any) -> None:
     taken = CPUAttentionBackend.get_supported_head_sizes()
     if size not in taken:
         raise SamplerError(
-            f"vLLM's attention on a CPU takes heads of {', '.join(map(str, taken))} numbers, and this model has heads "
-            f"of {size} (as the embedded task's has). Leave --use_vllm out, or take another model."
+            f"vLLM's attention on a CPU supports the head sizes {', '.join(map(str, taken))}, but this model has "
+            f"heads of size {size} (so has the model of the embedded task). Leave --use_vllm out, or use another "
+            "model."
         )
 
 
@@ -162,9 +164,14 @@ def unfit(config: dict[str, Any], dtype: str) -> list[str]:
         f"{name} is {model.get(name)!r}, not {value!r}" for name, value in wanted.items() if model.get(name) != value
     ]
     if on_cpu(config) and config["parallel_config"].get("worker_extension_cls") != EXTENSION:
-        found.append(f"worker_extension_cls is not {EXTENSION}, without which a tied head stays as it was on a CPU")
+        found.append(
+            f"worker_extension_cls is not {EXTENSION}, without which a tied head keeps its old weights on a CPU"
+        )
     if on_cpu(config) and config["scheduler_config"].get("enable_chunked_prefill"):
-        found.append("enable_chunked_prefill is on, and on a CPU it ends vLLM at the first seeded request that is cut")
+        found.append(
+            "enable_chunked_prefill is on, which on a CPU makes vLLM crash at the first seeded request that is split "
+            "into chunks"
+        )
     return found
 
 

@@ -92,7 +92,9 @@ class Colocated:
                     engine.abort_request(left)
         for place, ask in enumerate(asks):
             if why := "no answer came" if place not in found else wrong(ask, found[place]):
-                raise SamplerError(f"vLLM in this process gave no whole thought: {why}. Nothing was trained on it.")
+                raise SamplerError(
+                    f"vLLM in this process returned an incomplete thought: {why}. It was not used for training."
+                )
         return [found[place] for place in range(len(asks))]
 
     def load(self, weights: Sent, version: str) -> None:
@@ -113,8 +115,8 @@ class Colocated:
         """Forget all keys and values. SamplerError where vLLM does not."""
         if not self.llm.reset_prefix_cache():
             raise SamplerError(
-                "vLLM in this process did not reset its prefix cache, which holds keys and values of older weights: "
-                "nothing is sampled from it. Leave --use_vllm out, or report this with vLLM's version."
+                "vLLM in this process did not reset its prefix cache, which holds keys and values of older weights, "
+                "so it is not used for sampling. Leave --use_vllm out, or report this with vLLM's version."
             )
 
     def sleep(self) -> None:

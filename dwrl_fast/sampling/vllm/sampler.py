@@ -151,9 +151,9 @@ class VllmSampler:
     def _check_length(self, longest: int) -> None:
         if longest > self.engine.longest:
             raise ConfigError(
-                f"a context with its thought may take {longest} tokens, and vLLM takes {self.engine.longest}: raise "
-                "--vllm_max_model_length (of a server, its --max-model-len), or lower --max_completion_length or "
-                "--max_length"
+                f"a context with its thought may take {longest} tokens, but vLLM takes at most {self.engine.longest}: "
+                "raise --vllm_max_model_length (of a server, its --max-model-len), or lower --max_completion_length "
+                "or --max_length"
             )
 
 
@@ -194,6 +194,6 @@ def _score(labels: tuple[float, ...], normalization: str) -> float:
 def _check_finite(answers: Sequence[Answer]) -> None:
     if not all(math.isfinite(p) for answer in answers for p in answer.logprobs):
         raise NotFiniteError(
-            "vLLM's log-probs are not finite, so no thought can be taken from it. If a checkpoint from before was "
-            "saved, resume from it with a lower learning rate or with --dtype fp32"
+            "vLLM's log-probs are not finite, so its thoughts cannot be used. If there is an earlier checkpoint, "
+            "resume from it with a lower learning rate or with --dtype fp32"
         )

@@ -46,7 +46,7 @@ class Server:
             what = f"no answer within {self.timeout:g} s" if "Timeout" in type(error).__name__ else str(error)
             raise TroubleError(f"{method} {path}: {what or type(error).__name__}") from error
         if answer.status_code == 404:
-            raise self.refused(f"it has no route {path}, which VLLM_SERVER_DEV_MODE=1 gives it")
+            raise self.refused(f"it has no route {path}; set VLLM_SERVER_DEV_MODE=1 for it")
         if answer.status_code == 429 or answer.status_code >= 500:
             raise TroubleError(f"{method} {path}: status {answer.status_code}, {answer.text[:300]}")
         if answer.status_code != 200:
@@ -54,20 +54,21 @@ class Server:
         try:
             found = answer.json() if answer.content else {}
         except ValueError as error:
-            raise TroubleError(f"{method} {path}: {answer.text[:100]!r} is no JSON") from error
+            raise TroubleError(f"{method} {path}: {answer.text[:100]!r} is not JSON") from error
         return found if isinstance(found, dict) else {"content": found}
 
     def refused(self, why: str) -> SamplerError:
         """The error of a server that was started otherwise than it must be."""
         return SamplerError(
-            f"the vLLM server {self.url} cannot be sampled from: {why}. Stop it, and start it as\n  {self._command()}"
+            f"the vLLM server {self.url} cannot be used for sampling: {why}. Stop it, and start it with\n  "
+            f"{self._command()}"
         )
 
     def failed(self, what: str) -> SamplerError:
         """The error of a server that was right and is no longer."""
         return SamplerError(
-            f"the vLLM server {self.url} failed: {what}. Nothing was trained on what it had written. See what it "
-            "printed, start it again, and go on with the run by --resume_from_checkpoint latest."
+            f"the vLLM server {self.url} failed: {what}. None of its unfinished output was used for training. Look at "
+            "its log, start it again, and resume the run with --resume_from_checkpoint latest."
         )
 
     def _command(self) -> str:
@@ -81,13 +82,13 @@ class Server:
             try:
                 if self.client.get("/health", timeout=min(self.timeout, 10.0)).status_code == 200:
                     return
-                why = "its /health says that it is not well"
+                why = "its /health reports a failure"
             except self.failures as error:
                 why = str(error) or type(error).__name__
             if time.monotonic() > until:
                 raise SamplerError(
                     f"no vLLM server answers at {self.url} within {self.timeout:g} s (--vllm_server_timeout): {why}. "
-                    f"Start one as\n  {self._command()}"
+                    f"Start one with\n  {self._command()}"
                 )
             time.sleep(PAUSE)
 
@@ -108,7 +109,7 @@ class Server:
         except (LookupError, TypeError, ValueError) as error:
             if isinstance(error, SamplerError):
                 raise
-            raise self.failed(f"it says of itself what cannot be read ({error!r})") from error
+            raise self.failed(f"its description of itself cannot be read ({error!r})") from error
 
     def _probe(self) -> None:
         """Whether its log-probs are those of softmax(logits / temperature), and its own defaults alter nothing."""
@@ -123,7 +124,7 @@ class Server:
         altering = {"temperature", *adapter.SAMPLING}
         own = self._logprobs({k: v for k, v in body.items() if k not in altering}, labels)
         if any(not abs(a - b) <= TOLERANCE * max(1.0, abs(a)) for a, b in zip(plain, own, strict=True)):
-            raise self.refused("defaults of its own alter what it samples, as a generation_config's top-k does")
+            raise self.refused("its own defaults change what it samples, for example top-k from a generation_config")
 
     def _logprobs(self, body: dict[str, Any], labels: tuple[int, ...]) -> tuple[float, ...]:
         return adapter.answer_of_body(

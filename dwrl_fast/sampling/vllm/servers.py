@@ -45,7 +45,7 @@ class Servers:
             server.model, server.longest, server.cpu, server.nccl = said
         joined = {server.nccl for server in self.servers}
         self.nccl = Nccl(self.servers, ranks) if joined == {True} and device.type == "cuda" else None
-        logger.info("weights go to vLLM's servers by %s", "NCCL" if self.nccl else "a folder of safetensors")
+        logger.info("weights are sent to vLLM's servers by %s", "NCCL" if self.nccl else "a folder of safetensors")
         self.longest = min(server.longest for server in self.servers)
         if settings.max_model_length is not None:
             self.longest = min(self.longest, settings.max_model_length)
@@ -157,16 +157,17 @@ class Servers:
         if self._ours(version):
             return version
         if self.nccl is not None:
-            raise server.failed(f"it has the weights {version!r} and not the last ones, as after a restart")
+            raise server.failed(f"it has the weights {version!r} instead of the latest ones, as after a restart")
         if self.folder is None or not self.wanted:
-            raise SamplerError(f"the vLLM server {server.url} has weights {version!r}, and none were sent to it")
+            raise SamplerError(f"the vLLM server {server.url} has weights {version!r}, but none were sent to it")
         with (self.folder / "lock").open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # of several ranks one sends, and no other asks meanwhile
             version = server.version()
             if self._ours(version):
                 return version
             logger.warning(
-                "the vLLM server %s has the weights %r and not the last ones, as after a restart: they are sent again",
+                "the vLLM server %s has the weights %r instead of the latest ones, as after a restart: the latest "
+                "are sent again",
                 *(server.url, version),
             )
             server.settle()
