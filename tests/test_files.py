@@ -64,7 +64,7 @@ def test_a_snapshot_of_the_hub_links_to_its_own_blobs(tmp_path: Path) -> None:
     (snapshot / "config.json").symlink_to("../../blobs/1")
     check_folder(snapshot)
     (snapshot / "tokenizer.json").symlink_to("/etc/hostname")
-    with pytest.raises(ValueError, match=r"tokenizer\.json is a link to /etc/hostname, out of the folder"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json is a link to /etc/hostname, which is outside the folder"):
         check_folder(snapshot)
     check_folder("owner/name")  # of the hub: passed over
 

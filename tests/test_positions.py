@@ -13,7 +13,7 @@ from dwrl_fast import compare, evaluate
 from dwrl_fast.log import logger
 from dwrl_fast.scoring.scorer import Scorer
 
-SAID = "and the model was made for"
+SAID = "but the model has positions for"
 
 
 def with_positions(model: Path, count: int) -> Path:

@@ -254,7 +254,7 @@ def test_another_runs_checkpoint_is_refused(folder: Path) -> None:
     with pytest.raises(CheckpointError, match="score_normalization was 'vocab', is 'yes_no'"):
         make_trainer(other, folder / "other").train()
     (folder / "pairs.jsonl").write_text((folder / "pairs.jsonl").read_text().replace("user", "assistant", 1))
-    with pytest.raises(CheckpointError, match=r"the data set: its rows, .* is another"):
+    with pytest.raises(CheckpointError, match=r"the data set: its rows, .* is different"):
         make_trainer(dataclasses.replace(other, score_normalization="vocab"), folder / "other").train()
     tiny_pairs(folder / "pairs.jsonl")
     earlier = dataclasses.replace(config, resume_from_checkpoint=str(folder / "run" / "checkpoint-000001"))

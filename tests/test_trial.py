@@ -82,7 +82,8 @@ def test_what_no_layout_computes_is_refused_without_a_remedy() -> None:
     forward = layer.mlp.forward
     layer.mlp.forward = lambda x: forward(x + x[:, -1:])
     with pytest.raises(
-        ModelError, match=r"LlamaForCausalLM cannot be used here, in no layout: .*padded: .*other model"
+        ModelError,
+        match=r"LlamaForCausalLM cannot be used here, because it works in no layout: .*padded: .*other model",
     ):
         placed(lm)
 
