@@ -1,8 +1,8 @@
-"""BINARY: a row with `prompt`, `chosen` and `rejected`, and maybe a `margin`, or `tie` where neither is better.
+"""BINARY: a row with `prompt`, `chosen` and `rejected`, and optionally a `margin`, or `tie` if neither is better.
 
-BINARYMAGN: with a `magnitude` instead.
+BINARYMAGN: the same with a `magnitude` instead.
 
-Strings, message lists, or the prompt inside both.
+Values are strings or message lists. The prompt may also be part of both message lists.
 """
 
 from dwrl_fast.data.columns import Columns, Unusable, conversation, differing_fields

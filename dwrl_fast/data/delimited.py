@@ -1,4 +1,4 @@
-"""Tables of text, CSV or TSV, with the names of their columns in the first line."""
+"""Text tables (CSV or TSV) with the column names in the first line."""
 
 import csv
 import io
@@ -15,7 +15,7 @@ from dwrl_fast.errors import DataError
 
 
 class Delimited:
-    """A RowSource. A row has the number of the line that it begins on. Cells are text; an empty one is a null."""
+    """A RowSource. The number of a row is that of its first line. Cells are text; an empty cell is a null."""
 
     table = True
 
@@ -24,7 +24,7 @@ class Delimited:
 
     def rows(self, start: Position = START) -> Iterator[Row]:
         """The rows from `start` on. Raises DataError."""
-        csv.field_size_limit(MOST)  # a text may be long; by default a cell is not
+        csv.field_size_limit(MOST)  # the default limit is too small for long texts
         line, kind = 0, None
         try:
             kind = kind_of(self.path)

@@ -1,4 +1,4 @@
-"""Reports of files for people: tables and sentences on a terminal, histograms as a PNG."""
+"""Shows reports of files: tables and sentences on a terminal, histograms as a PNG."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -23,7 +23,7 @@ _shown = partial(first_lines, most=5)
 
 
 def print_report(found: FileReport, console: Console) -> None:
-    """Everything that is in one file's report; of line numbers the first."""
+    """Print the report of one file; of line numbers only the first ones."""
     console.rule(f"[bold]{found.format or 'no format'}[/bold]", align="left", style="dim")
     left = found.rows - found.used
     say(console, f"{found.path}: {found.rows:,} rows read = {found.used:,} used + {left:,} dropped")
@@ -68,7 +68,7 @@ def print_report(found: FileReport, console: Console) -> None:
 
 
 def print_overlap(found: Overlap, first: FileReport, second: FileReport, console: Console) -> None:
-    """What a training file and its test file have in common."""
+    """Print what a training file and its test file have in common."""
     console.rule("[bold]both files[/bold]", align="left", style="dim")
     if not found.prompts:
         say(console, "No prompt occurs in both files.")
@@ -84,7 +84,7 @@ def print_overlap(found: Overlap, first: FileReport, second: FileReport, console
 
 
 def say(console: Console, line: str) -> None:
-    """A sentence as it is: file names and reasons are no markup."""
+    """Print a sentence without interpreting markup in file names and reasons."""
     console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -116,7 +116,7 @@ def _agreement(found: Agreement) -> str:
 
 
 def print_layouts(console: Console) -> None:
-    """The layouts that a file may have."""
+    """Print all layouts."""
     for layout in LAYOUTS:
         lost = "" if layout.lost == "-" else f"; not carried: {layout.lost}"
         say(console, f"{layout.name}: {layout.title}. {layout.becomes}{lost}.".replace("`", ""))

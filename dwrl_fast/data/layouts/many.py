@@ -1,4 +1,4 @@
-"""Many answers: in a list with ranks or scores, as winners and losers, or one a row with its scores."""
+"""Layouts with many answers: a list with ranks or scores, winners and losers, or one answer per row with scores."""
 
 from typing import Any
 
@@ -60,7 +60,7 @@ def generations(row: Published) -> dict[str, Any]:
 
 
 def several(row: Published) -> dict[str, Any]:
-    """Lists of better and of worse answers: each of the first against each of the second."""
+    """Lists of better and of worse answers; every better answer is compared with every worse one."""
     better, worse = (_texts(row.take(names)) for names in (CHOSEN, REJECTED))
     if not better or not worse:
         raise Unusable("no chosen or no rejected response")
@@ -69,7 +69,7 @@ def several(row: Published) -> dict[str, Any]:
 
 
 def picked(row: Published) -> dict[str, Any]:
-    """A list of answers and the place of the best, counted from 0: it is better than each of the others."""
+    """A list of answers and the index of the best, from 0; it is better than each of the others."""
     name, texts = row.name(LISTS) or "", [_text(item) for item in listed(row, "responses", row.take(LISTS))]
     place = number(row, row.name(INDEX) or "", row.take(INDEX))
     if place is None:
@@ -85,7 +85,7 @@ def _text(item: Any) -> Any:
 
 
 def by_aspect(row: Published) -> dict[str, Any]:
-    """One answer a row, with scores by aspect in columns."""
+    """One answer per row, with scores by aspect in columns."""
     aspect = row.aspect if row.aspect is not None and row.aspect in row.values else DEFAULT
     there = [name for name in ASPECTS if name in row.values]
     if aspect not in row.values and there:
@@ -98,14 +98,14 @@ def by_aspect(row: Published) -> dict[str, Any]:
 
 
 def scored(row: Published) -> dict[str, Any]:
-    """One answer a row, with a score under another name."""
+    """One answer per row, with a score under another name."""
     name = row.name(f"{SCORE}|label") or "score"
     score = number(row, name, row.take(f"{SCORE}|label"))
     return prompt(row) | {"completion": content(row.take("response|completion|answer")), "score": score} | ours(row)
 
 
 def graded(row: Published) -> dict[str, Any]:
-    """One answer a row, labelled true or false; the answer may be the last turn of a conversation."""
+    """One answer per row, labelled true or false; the answer may be the last turn of a conversation."""
     label = row.take(LABEL)
     if _truth(label) is None:
         raise row.wrong("label", label, "true or false")
@@ -161,7 +161,7 @@ def _answers(values: Values) -> bool:
     items = parsed(values[name]) if name else None
     if name not in ("completions", "responses"):
         return True
-    # `completions` of rank and completion are a format of ours, those with a response UltraFeedback's.
+    # `completions` with rank and completion are this package's format, those with a response are UltraFeedback's.
     return isinstance(items, list) and all(
         isinstance(item, dict) and found(item, SCORE) and found(item, TEXT) and not item.keys() & {"rank", "response"}
         for item in items
@@ -169,7 +169,7 @@ def _answers(values: Values) -> bool:
 
 
 def _several(values: Values) -> bool:
-    """Whether an answer is a list of texts, or of conversations."""
+    """Whether an answer column holds a list of texts or of conversations."""
     sides = [values.get(found(values, names) or "") for names in (CHOSEN, REJECTED)]
     sides = [parsed(side) for side in sides]
     return any(isinstance(side, list) and side and isinstance(side[0], str | list) for side in sides)
