@@ -1,4 +1,4 @@
-"""From demonstrations to groups: one sequence each, in which thought and verdict are what is trained."""
+"""From demonstrations to groups: one sequence each, with thought and verdict as trained tokens."""
 
 from collections.abc import Callable
 
@@ -12,9 +12,10 @@ FORMS: Forms = {"pairwise": (write_choice, read_choice), "pointwise": (write_sco
 
 
 def demonstration_group(row: Demonstration, dialog: Dialog | SingleTurn) -> Group:
-    """The thought in `thought`; the verdict in it too, or where the template has labels in `labels`.
+    """The group of a demonstration. The trained span holds the thought and the verdict. If the template has labels, the
+    verdict is in `labels` instead.
 
-    Raises TemplateError where the template shows another number of responses, or does not know the verdict.
+    Raises TemplateError if the template shows a different number of responses, or does not know the verdict.
     """
     kind, labels = dialog.template.kind, dialog.template.labels
     shows = 1 if isinstance(dialog, Dialog) else len(dialog.shows)
@@ -36,7 +37,7 @@ def demonstration_group(row: Demonstration, dialog: Dialog | SingleTurn) -> Grou
 
 
 def _with_verdict(thought: str, verdict: str, kind: str) -> str:
-    """The thought, with its verdict in the form that it is read in, on a line of its own."""
+    """The thought, followed by a line with the verdict in the form that the parser reads."""
     write, read = FORMS[kind]
     if not verdict:
         if read(thought) is None:

@@ -1,4 +1,4 @@
-"""Folders that libraries read by themselves: looked through first, so that they find nothing but files of its own."""
+"""Checks folders before libraries read them, so that the libraries read only regular files of the folder itself."""
 
 import os
 import struct
@@ -15,9 +15,9 @@ VOCABULARIES = ("tokenizer.json", "vocab.json")
 
 
 def check_folder(name: str | Path) -> None:
-    """ValueError, which names the file, where a folder of a model, tokenizer or checkpoint holds what no library must
-    read: a pipe or a device, a link out of it, a header or a text that is too large, an index of files elsewhere, more
-    layers than any model has. Of a file it is the config that is looked at; any other name is passed over.
+    """Raise ValueError, which names the file, if a folder of a model, tokenizer or checkpoint holds something unsafe: a
+    pipe or a device, a link to outside the folder, a header or a text that is too large, an index of files elsewhere,
+    or too many layers. If `name` is a file, only a config is checked; any other name is ignored.
     """
     folder = Path(name)
     if folder.is_file():
@@ -38,9 +38,9 @@ def check_folder(name: str | Path) -> None:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """The files in a folder. ValueError for a special file, or a link that leads out of it."""
+    """The files in a folder. Raises ValueError for a special file, or a link to outside the folder."""
     root = folder.resolve()
-    # A snapshot in the cache of the hub links to the files that its revisions share.
+    # A snapshot in the hub's cache links to blobs that its revisions share.
     roots = (root, root.parent.parent / "blobs") if root.parent.name == "snapshots" else (root,)
     for path in sorted(folder.iterdir()):
         if path.is_dir():
@@ -54,7 +54,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def check_tensors(path: Path) -> None:
-    """ValueError where a safetensors file is cut or its header is larger than any model's."""
+    """Raise ValueError if a safetensors file is truncated or its header is too large."""
     with opened(path) as file:
         start = file.read(8)
         size = os.fstat(file.fileno()).st_size
@@ -68,7 +68,7 @@ def check_tensors(path: Path) -> None:
 
 
 def _check_config(path: Path) -> None:
-    """Layers are made one by one before any weight is read."""
+    """Check the number of layers: layers are created one by one before any weight is read."""
     waiting = [bounded_json(path, CONFIG)]
     while waiting:
         values = waiting.pop()
