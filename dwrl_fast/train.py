@@ -1,6 +1,4 @@
-"""`python -m dwrl_fast.train`: train a preference model on your pairs or, without arguments, watch DWRL learn the
-embedded task.
-"""
+"""`python -m dwrl_fast.train`: trains a preference model on your pairs or, without arguments, on the embedded task."""
 
 import dataclasses
 import json
@@ -37,8 +35,8 @@ from dwrl_fast.training.policy import PREFILLED, load_judging
 from dwrl_fast.training.runlog import read_metrics, write_json
 from dwrl_fast.training.trainer import Trainer
 
-BASELINE = "bt"  # trained beside every method on the embedded task
-RESULT = "result.json"  # written last: a folder that has it holds a finished run
+BASELINE = "bt"  # also trained on the embedded task, for comparison
+RESULT = "result.json"  # written last: a folder with this file holds a finished run
 WRITTEN = ("config.yaml", "model", "adapter", "metrics.jsonl", "thoughts", PREFILLED, RESULT)
 OWN_DATA = """\
 Your own data: a JSONL file of {"prompt": ..., "chosen": ..., "rejected": ...}, then
@@ -46,7 +44,7 @@ Your own data: a JSONL file of {"prompt": ..., "chosen": ..., "rejected": ...}, 
 
 
 def main(argv: list[str]) -> None:
-    """The command. UntrainedError where no rollout batch trained anything."""
+    """The command. Raises UntrainedError if no rollout batch trained anything."""
     console = open_console()
     config = configure(argv)
     ranks = start(config.ddp_timeout, hsdp=config.hsdp)
@@ -59,7 +57,7 @@ def main(argv: list[str]) -> None:
         if config.output_dir is not None:
             wanted = Path(config.output_dir)
             if next(path for path in (wanted, *wanted.absolute().parents) if path.exists()).is_file():
-                make_folder(wanted)  # which says why it cannot be made
+                make_folder(wanted)  # its error says why the folder cannot be created
             if config.resume_from_checkpoint is None:
                 refuse_used(config, wanted)
         dry_run(config, console, ranks.count)
@@ -79,13 +77,14 @@ def main(argv: list[str]) -> None:
 
 
 def configure(argv: list[str]) -> TrainConfig:
-    """The command line's options; without data of one's own, over the embedded task's recipe."""
+    """The options of the command line. Without data of the user they override the recipe of the embedded task."""
     return parse_train(argv, base=embedded_options)
 
 
 def run(config: TrainConfig, console: Console, ranks: Ranks = ALONE) -> dict[str, Any]:
-    """One command's whole run: everything is written under its folder; returns what result.json holds. A finished run
-    that is to go on is left as it is. ranks: all of them run it together, into a folder that all of them see.
+    """The whole run of the command. Writes everything below its folder and returns the content of result.json. A
+    finished run that is to be resumed is left unchanged. ranks: all of them call this together, with a folder that all
+    of them can read.
     """
     name = f"runs/{config.method}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(config.output_dir or ranks.from_first(lambda: name))
@@ -97,7 +96,7 @@ def run(config: TrainConfig, console: Console, ranks: Ranks = ALONE) -> dict[str
 
 
 def begun(config: TrainConfig, folder: Path) -> dict[str, Any]:
-    """What result.json holds of a finished run in `folder`; nothing where the run is to begin or go on."""
+    """The content of result.json if `folder` holds a finished run; empty if the run is to start or resume."""
     if config.resume_from_checkpoint is None:
         refuse_used(config, folder)
     elif (folder / RESULT).exists():
@@ -106,7 +105,7 @@ def begun(config: TrainConfig, folder: Path) -> dict[str, Any]:
 
 
 def run_in(folder: Path, config: TrainConfig, console: Console, ranks: Ranks) -> dict[str, Any]:
-    """The run, in a folder that is its own."""
+    """The run, in a folder that no other process writes to."""
     started = time.monotonic()
     with Display(console) as display:
         if config.own_data:
@@ -118,12 +117,12 @@ def run_in(folder: Path, config: TrainConfig, console: Console, ranks: Ranks) ->
     if ranks.first:
         write_json(folder / RESULT, result)
         report(result, config, folder, console)
-    ranks.gather(None)  # none ends while the first still writes
+    ranks.gather(None)  # no rank ends while the first still writes
     return result
 
 
 def refuse_used(config: TrainConfig, folder: Path) -> None:
-    """Nothing of an earlier run, or of anybody's, is overwritten."""
+    """Raise ConfigError if `folder` holds files of an earlier run: nothing is overwritten."""
     written = WRITTEN if config.own_data else (*WRITTEN, "embedded", "bt")
     used = [name for name in written if (folder / name).exists()] + [p.name for p in checkpoints(folder)]
     if used:
@@ -134,8 +133,8 @@ def refuse_used(config: TrainConfig, folder: Path) -> None:
 
 
 def finished(config: TrainConfig, folder: Path) -> dict[str, Any]:
-    """What result.json holds of the run in `folder`. ConfigError where `config` is not to go on with that run,
-    CheckpointError where part of what it wrote is gone.
+    """The content of result.json of the run in `folder`. Raises ConfigError if `config` does not resume that run, and
+    CheckpointError if some of its files are missing.
     """
     again = f"Remove {folder / RESULT}: the same command then writes it again from the last checkpoint."
     if not (folder / "model").is_dir():
@@ -159,7 +158,7 @@ def finished(config: TrainConfig, folder: Path) -> dict[str, Any]:
 
 
 def make_folder(folder: Path) -> None:
-    """ConfigError where it cannot be made."""
+    """Create `folder`. Raises ConfigError if that is not possible."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -169,9 +168,7 @@ def make_folder(folder: Path) -> None:
 def train(
     config: TrainConfig, folder: Path, display: Display, saved: TrainConfig, ranks: Ranks = ALONE
 ) -> dict[str, Any]:
-    """Train one method on the files that are named and draw its curves. `saved` is the configuration that would do it
-    again.
-    """
+    """Train one method on the given files and plot its curves. saved: the configuration that would repeat this run."""
     compute = Compute.resolve(config.dtype)
     dialog = load_dialog(config)
     if METHODS[config.method].trains:
@@ -209,8 +206,8 @@ def train(
 
 
 def train_embedded(config: TrainConfig, folder: Path, display: Display, ranks: Ranks) -> dict[str, Any]:
-    """The demonstration: make the task and a warmed-up model, train on it, and BT from the same model on the same pairs
-    beside it.
+    """The demonstration: create the task and a warmed-up model, and train the method on it. For comparison, also train
+    BT from the same model on the same pairs.
     """
     made = ranks.from_first(lambda: make_embedded(folder / "embedded", config, display))
     result = train(on_embedded(config, made), folder, display, config, ranks)
@@ -234,7 +231,7 @@ def train_embedded(config: TrainConfig, folder: Path, display: Display, ranks: R
 
 
 def make_embedded(folder: Path, config: TrainConfig, display: Display) -> embedded.Embedded:
-    """The embedded task's pairs and warmed-up model; those of a run that is resumed are found again."""
+    """The pairs and the warmed-up model of the embedded task. A resumed run reads those that it saved."""
     if (folder / embedded.RECORD).exists():
         return embedded.Embedded.read(folder)
     with ExitStack() as stack:
@@ -249,13 +246,15 @@ def make_embedded(folder: Path, config: TrainConfig, display: Display) -> embedd
 
 
 def versions() -> dict[str, str]:
-    """dwrl_fast's own is read from the code: a checkout runs without being installed."""
+    """The versions of the packages used. That of dwrl_fast comes from the code, because a checkout runs without being
+    installed.
+    """
     others = {name: version(name) for name in ("torch", "transformers", "numpy")}
     return {"dwrl_fast": __version__, **others, "python": platform.python_version()}
 
 
 def report(result: dict[str, Any], config: TrainConfig, folder: Path, console: Console) -> None:
-    """The short table at the end, where things are, and what to type next."""
+    """Print the final table, the paths of the results, and the next commands."""
     thinks = METHODS[config.method].thinks
     votes = config.eval_votes if config.eval_votes > 1 and thinks else 0
     table = Table(title=f"Held-out pair accuracy, {config.method}, seed {config.seed}")

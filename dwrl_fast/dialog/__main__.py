@@ -89,7 +89,7 @@ python -m dwrl_fast.dialog --show pairs.jsonl:12 --tokenizer_name_or_path T --te
     enable_thinking: Thinking = option("auto", "As for training.", group="Template")
 
     def validate(self) -> None:
-        """Raises ConfigError where no tokenizer is named, or `show` is not FILE:N."""
+        """Raises ConfigError if no tokenizer is named, or `show` is not FILE:N."""
         if self.model_name_or_path is None and self.tokenizer_name_or_path is None:
             raise ConfigError("give --model_name_or_path or --tokenizer_name_or_path: token ids need a tokenizer")
         if not self.show.rpartition(":")[2].isascii() or not self.show.rpartition(":")[2].isdigit():

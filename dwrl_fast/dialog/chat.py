@@ -117,7 +117,7 @@ class Chat:
 
     @classmethod
     def from_dict(cls, tokenizer: "PreTrainedTokenizerBase", saved: dict[str, Any]) -> Self:
-        """The inverse of `to_dict`; TemplateError where something is missing or the tokenizer is another one."""
+        """The inverse of `to_dict`; Raises TemplateError if something is missing or the tokenizer is another one."""
         try:
             template = read_template(saved["template"], "saved with the model")
             dialog = cls(tokenizer, template, saved["aspect"], saved.get("enable_thinking", "auto"))

@@ -19,7 +19,7 @@ from dwrl_fast.ranks import ALONE, Ranks, start
 
 
 def main(argv: list[str]) -> None:
-    """The command. UnfitError where a line of the report fails."""
+    """The command. Raises UnfitError if a line of the report fails."""
     console = open_console()
     config = parse_doctor(argv)
     report = run(config, console, start(config.ddp_timeout, hsdp=config.hsdp))

@@ -64,7 +64,7 @@ def examine(config: DoctorConfig, report: Report, display: Display, together: Ra
 
 
 def _attempt(name: str, report: Report, attempt: Callable[[], Result], remedy: str = AS_SAID) -> Result | None:
-    """What it gives; None where it raises a UserError, which becomes a finding."""
+    """What it gives; None if it raises a UserError, which becomes a finding."""
     try:
         return attempt()
     except UserError as error:

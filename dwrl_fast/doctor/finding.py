@@ -17,7 +17,7 @@ WIDTH = 21  # of the longest name, and two blanks
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """seen: what was found, in words with its figures. remedy: what to do about it; empty where it passes."""
+    """seen: what was found, in words with its figures. remedy: what to do about it; empty if it passes."""
 
     name: str
     status: Status

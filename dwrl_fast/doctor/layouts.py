@@ -66,7 +66,7 @@ def _sampled_alone(setup: Setup, contexts: Sequence[Sequence[int]], groups: Sequ
 
 
 def tree_and_padded(setup: Setup, groups: Sequence[Group]) -> Finding | None:
-    """The run's layout against one that shares nothing; None where the model can run only one."""
+    """The run's layout against one that shares nothing; None if the model can run only one."""
     own: Packing = setup.config.packing
     other: Packing = "padded" if own != "padded" else "tree"
     if own == "padded" and not setup.runtime.model.shares_cache:

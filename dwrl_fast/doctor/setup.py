@@ -22,7 +22,7 @@ NATS_FAIL = 0.1  # half of the usual clip range, log 1.2: ratios would be clippe
 @dataclass(frozen=True, slots=True)
 class Setup:
     """One run's method and model, placed as they would be trained. sampler: what writes the thoughts that the method is
-    trained on, or judges by; None where there are none.
+    trained on, or judges by; None if there are none.
     """
 
     config: TrainConfig
@@ -53,7 +53,7 @@ class Setup:
 
 class Computed(NamedTuple):
     """What the trainer computes of one group: scores of its sequences and log-probs of its trained tokens, in nats,
-    both flat, float32 on the CPU; empty where the model gives none.
+    both flat, float32 on the CPU; empty if the model gives none.
     """
 
     scores: Tensor

@@ -30,7 +30,7 @@ CATEGORIES: Mapping[str, str] = {
 
 
 def check_benchmark(name: Name, rows: Sequence[Preference]) -> None:
-    """DataError where the rows are not those of the benchmark: better before they are scored than after."""
+    """DataError if the rows are not those of the benchmark: better before they are scored than after."""
     if name == "rewardbench" or name == "rewardbench2":
         check_rows(name, rows)
         return

@@ -63,7 +63,7 @@ def calibration(gap: Floats, weight: Floats, temperature: float = 1.0) -> Calibr
 def fit_temperature(gap: Floats, weight: Floats) -> float | None:
     """The T > 0 under which sigmoid(gap / T) is likeliest. Infinite gaps, which no T changes, do not count.
 
-    None where there is no such T: where every pair is right, the likelihood grows as T falls to 0; where the pairs are
+    None if there is no such T: where every pair is right, the likelihood grows as T falls to 0; where the pairs are
     wrong as much as right, as T rises without end.
     """
     finite = np.isfinite(gap)

@@ -76,7 +76,7 @@ def counted(rows: int, prompts: int | None, pairs: int) -> str:
 
 
 def check_ordered(rows: Sequence[Preference]) -> None:
-    """DataError where no row says which response is better: before they are scored, not after."""
+    """DataError if no row says which response is better: before they are scored, not after."""
     if rows and all(len(set(row.ranks)) == 1 for row in rows):
         raise DataError(
             f"there is no pair to evaluate: in all of the {Units.of(rows).rows:,} rows, from {rows[0].source} on, the "

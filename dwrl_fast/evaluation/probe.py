@@ -77,7 +77,7 @@ def probe(
     steps: Steps, rows: Sequence[Preference], progress: Progress | None = None, cluster: Cluster = "row"
 ) -> ProbeReport:
     """Of the pairs of `pairs_of`. `progress` counts responses, `responses_each` of every pair. A step holds as many
-    responses as one of two-response rows does. DataError where the responses of every row tie.
+    responses as one of two-response rows does. Raises DataError if the responses of every row tie.
     """
     pairs, scorer = pairs_of(rows), steps.scorer
     if not pairs:

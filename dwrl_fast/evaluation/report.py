@@ -67,7 +67,7 @@ def make_report(
 ) -> tuple[Report, PairTable]:
     """What can be said of any model; votes, benchmark, temperature and probe are put in by `dataclasses.replace`.
 
-    units: of `judged` and `rows`, which are the same groups. DataError where there is nothing to measure.
+    units: of `judged` and `rows`, which are the same groups. Raises DataError if there is nothing to measure.
     """
     pairs = judged_report(judged, seed, units)
     table = PairTable.of(judged, rows, units)

@@ -45,7 +45,7 @@ BEST_OF_FOUR = ("Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties")
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """Fractions of 1. headline: None where a part is missing. parts: the sections, or the six subsets.
+    """Fractions of 1. headline: None if a part is missing. parts: the sections, or the six subsets.
 
     details: the accuracies that sections are made of; what the score of Ties is made of.
     """
@@ -58,7 +58,7 @@ class Benchmark:
 
 
 def check_rows(benchmark: Literal["rewardbench", "rewardbench2"], rows: Sequence[Preference]) -> None:
-    """DataError where the rows are not those of the benchmark: better before they are scored than after."""
+    """DataError if the rows are not those of the benchmark: better before they are scored than after."""
     if benchmark == "rewardbench":
         _by_subset(rows, "RewardBench", SUBSETS)
         return
@@ -69,7 +69,8 @@ def check_rows(benchmark: Literal["rewardbench", "rewardbench2"], rows: Sequence
 def rewardbench(judged: Sequence[Judged], kind: Kind) -> Benchmark:
     """A tie is wrong where responses are scored, and one half where verdicts compare them, as in the authors' scripts.
 
-    Sections of which a subset is missing are of the others, as there. DataError where a subset is not RewardBench's.
+    Sections of which a subset is missing are of the others, as there. Raises DataError if a subset is not
+    RewardBench's.
     """
     found = _by_subset(judged, "RewardBench", SUBSETS)
     tie = 0.5 if kind == "comparison" else 0.0
@@ -99,7 +100,7 @@ def rewardbench2(judged: Sequence[Judged]) -> Benchmark:
 
 
 def ties_score(rows: Sequence[Judged]) -> dict[str, float]:
-    """The score of `Ties` and what it is the sum of. DataError where a row's id is not TYPE:NUMBER.
+    """The score of `Ties` and what it is the sum of. Raises DataError if a row's id is not TYPE:NUMBER.
 
     Rows come in twos with one number: `ref`, which has one right response, and `tied`, which has several. Right is
     where every right response scores above every wrong one. A tied row is `preferred` where the worst right response

@@ -37,8 +37,8 @@ class PartFile:
     """An evaluation on its way, a line a step: {"stage", "results", "tokens"}. The first line holds what makes it this
     evaluation. Use as a context manager: until its end no other process can go on with the same one.
 
-    `done` is what an interrupted one left, by stage. ConfigError where that was another, of another model or another
-    file, or under other options; and where it is still on its way.
+    `done` is what an interrupted one left, by stage. Raises ConfigError if that was another, of another model or
+    another file, or under other options; and where it is still on its way.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any]):

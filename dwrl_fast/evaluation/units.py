@@ -57,7 +57,7 @@ class Units:
 
     @property
     def prompts(self) -> int | None:
-        """How many are drawn for an interval; None where rows are drawn."""
+        """How many are drawn for an interval; None if rows are drawn."""
         return len(np.unique(self.unit)) if self.cluster == "prompt" else None
 
     @property

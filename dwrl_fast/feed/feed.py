@@ -80,16 +80,18 @@ class Feed:
         return [[weight, source.identity()] for weight, source in zip(self.weights, self.sources, strict=True)]
 
     def state(self) -> list[dict[str, Any]]:
-        """As JSON, how far the feed is between two batches. DataError where a streamed file was changed."""
+        """As JSON, how far the feed is between two batches. Raises DataError if a streamed file was changed."""
         return [source.state() for source in self.sources]
 
     def restore(self, state: list[dict[str, Any]]) -> None:
-        """Go on from what `state` gave of a feed like this one. CheckpointError or DataError as from the sources."""
+        """Go on from what `state` gave of a feed like this one. Raises CheckpointError or DataError as from the
+        sources.
+        """
         for source, each in zip(self.sources, state, strict=True):
             source.restore(each)
 
     def result(self) -> dict[str, Any]:
-        """What `result.json` holds of it: the groups there are (None where a stream has not come to its file's end),
+        """What `result.json` holds of it: the groups there are (None if a stream has not come to its file's end),
         and of each of several sources also the rows drawn.
         """
         sizes = [source.rows for source in self.sources]

@@ -47,7 +47,7 @@ class StreamedFiles:
         self.identity: dict[str, Any] = found[0] if len(found) == 1 else {"files": found} if found else {"name": name}
 
     def verify(self) -> None:
-        """DataError where one of them was written, cut, replaced or removed since."""
+        """DataError if one of them was written, cut, replaced or removed since."""
         for path, was in self.stamps.items():
             try:
                 now = Stamp.of(path)

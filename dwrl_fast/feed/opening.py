@@ -25,7 +25,7 @@ Read = Callable[..., Dataset]  # (name of the file, columns, limit)
 
 def open_feed(config: TrainConfig, dialog: Dialog | SingleTurn, display: Display) -> tuple[Feed, int]:
     """The rows to train on, and the most tokens that a sequence of them has with an empty thought (of a stream, which
-    is not known beforehand, --max_length). DataError where a file cannot be read or has no usable row.
+    is not known beforehand, --max_length). Raises DataError if a file cannot be read or has no usable row.
     """
     demonstrated = METHODS[config.method].demonstrations
     parts = config.dataset_mixture or (Part(str(config.dataset_name), 1.0),)
@@ -106,7 +106,7 @@ def reading(part: Part, config: CommonOptions) -> dict[str, Any]:
 
 
 def refuse_demonstration(row: Preference) -> None:
-    """DataError where a row says nothing of which response is preferred."""
+    """DataError if a row says nothing of which response is preferred."""
     if isinstance(row, Demonstration):
         raise DataError(
             f"{row.source}: a judgement with its thought and verdict. Only --method sft trains on such rows, and no "

@@ -28,7 +28,7 @@ def warn_of_shared_prompts(feed: Feed, held_out: Sequence[Preference]) -> None:
 
 
 def shared(trained: set[Any], held_out: Sequence[Preference]) -> str:
-    """A sentence on the held-out rows whose prompt is among the trained ones; empty where there are none."""
+    """A sentence on the held-out rows whose prompt is among the trained ones; empty if there are none."""
     again = [row for row in held_out if _key(row) in trained]
     if not again:
         return ""

@@ -24,7 +24,7 @@ class Source(Protocol):
         """How far it is; of a stream also what became of the rows, those left out with their reasons."""
 
     def draw(self) -> Preference:
-        """The next row. DataError where there is none to use, or the file cannot be read on or was changed."""
+        """The next row. Raises DataError if there is none to use, or the file cannot be read on or was changed."""
 
     def identity(self) -> Any:
         """What makes the rows these rows, whatever the file is called. JSON."""
@@ -35,7 +35,7 @@ class Source(Protocol):
         """
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` gave. Raises CheckpointError where the rows are others now."""
+        """Go on from what `state` gave. Raises CheckpointError if the rows are others now."""
 
 
 def content_hash(rows: Iterable[Preference]) -> str:

@@ -108,7 +108,7 @@ class Streamed:
         return f"{self.name}: {self.drawn:,} rows drawn, {where}; {self.account}"
 
     def draw(self) -> Preference:
-        """The next usable row. DataError where a pass gives none, or the file cannot be read on or was changed."""
+        """The next usable row. Raises DataError if a pass gives none, or the file cannot be read on or was changed."""
         while True:
             if not self.buffer:
                 self._begin()
@@ -138,7 +138,7 @@ class Streamed:
         return self.files.identity | {"columns": self.reader.columns, "aspect": self.aspect, "salt": self.salt} | layout
 
     def state(self) -> dict[str, Any]:
-        """As JSON. DataError where the file was changed."""
+        """As JSON. DataError if the file was changed."""
         self.files.verify()
         first = min((held.start for held in self.buffer), default=self.read_to)
         return {
@@ -156,7 +156,7 @@ class Streamed:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` gave. CheckpointError where the rows of the buffer are others now."""
+        """Go on from what `state` gave. Raises CheckpointError if the rows of the buffer are others now."""
         self.drawn, self.epoch, self.turns, self.used = (state[k] for k in ("drawn", "epoch", "turns", "used"))
         self.account = Account(**state["account"])
         self.read_to, self.taken = Position(*state["read_to"]), state["taken"]
@@ -170,7 +170,7 @@ class Streamed:
         self.reading = self._read()
 
     def _begin(self) -> None:
-        """Another pass. Raises DataError where there is nothing to read, or the last pass gave nothing."""
+        """Another pass. Raises DataError if there is nothing to read, or the last pass gave nothing."""
         self.files.verify()
         if self.turns:
             self._check_used()

@@ -60,7 +60,7 @@ class Method(ABC):
 
     @classmethod
     def validate(cls, config: Any) -> None:
-        """Raise ConfigError where options contradict each other under this method."""
+        """Raise ConfigError if options contradict each other under this method."""
         return
 
     @classmethod

@@ -71,7 +71,7 @@ class StepMetrics:
         return found
 
     def scores(self, groups: Sequence[Group]) -> list[list[list[float]]]:
-        """The last scores of each of `groups`: K lists of N, empty where none were given. Synchronises."""
+        """The last scores of each of `groups`: K lists of N, empty if none were given. Synchronises."""
         found = dict(self.restored)
         for batch, scores in self.scored:
             found |= zip(batch.groups, batch.by_sequence(scores.tolist()), strict=True)

@@ -84,7 +84,7 @@ class StarRationalizer(StarImitation):
 
 
 def load_rationalizer(name: str) -> Template:
-    """The template that --rationalizer_template names. ConfigError where it is of another kind."""
+    """The template that --rationalizer_template names. Raises ConfigError if it is of another kind."""
     template = load_template(name)
     if template.kind != "rationalizer":
         raise ConfigError(

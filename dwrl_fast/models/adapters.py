@@ -33,7 +33,7 @@ class Lora:
     """Adapters as the options ask for them (LoRA, arXiv 2106.09685).
 
     rank, alpha: the adapters' product is scaled by alpha / rank. targets: names of linear layers; empty is all but the
-    head. four_bit: the frozen model is quantised to NF4. Raises ConfigError where a package or a GPU is missing.
+    head. four_bit: the frozen model is quantised to NF4. Raises ConfigError if a package or a GPU is missing.
     """
 
     rank: int
@@ -73,7 +73,7 @@ def add_adapters(lm: Any, lora: Lora, base: str) -> None:
     """Freeze `lm`, which was loaded from `base`, and add adapters that change nothing yet (B is 0). A scalar head is
     trained in full beside them.
 
-    Raises ConfigError where the targets are not linear layers of `lm`, or its head or embedding is one of them.
+    Raises ConfigError if the targets are not linear layers of `lm`, or its head or embedding is one of them.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -149,7 +149,7 @@ def adapted(lm: Any) -> bool:
 def switched_off(lm: Any) -> Iterator[None]:
     """A context in which the adapters of `lm` are off, so that it computes what it did before training.
 
-    The adapters take no gradient there. Raises ModelError where `lm` has none.
+    The adapters take no gradient there. Raises ModelError if `lm` has none.
     """
     if not adapted(lm):
         raise ModelError(f"{type(lm).__name__} has no adapters to switch off; add --use_peft")
@@ -172,7 +172,9 @@ def is_adapter(name_or_path: str) -> bool:
 
 
 def adapter_base(folder: str) -> str:
-    """The name or path of the model that the adapters in `folder` belong to. ModelError where none is written there."""
+    """The name or path of the model that the adapters in `folder` belong to. Raises ModelError if none is written
+    there.
+    """
     base = _config(folder).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ModelError(f"{folder}/{CONFIG} does not say which model its adapters belong to (base_model_name_or_path)")
@@ -195,7 +197,7 @@ def _config(folder: str) -> dict[str, Any]:
 def merged_adapter(lm: Any, folder: str) -> Any:
     """The model that results from merging the adapters in `folder` into `lm`, their base in float32.
 
-    Raises ModelError where they are not plain LoRA, or do not fit `lm`.
+    Raises ModelError if they are not plain LoRA, or do not fit `lm`.
     """
     _need_peft()
     from peft import LoraConfig, PeftConfig, inject_adapter_in_model, set_peft_model_state_dict

@@ -57,7 +57,7 @@ def keep_softcap(lm: Any) -> None:
 
 
 def rotary_limit(lm: Any) -> int | None:
-    """The longest sequence, in tokens, for which the rotary factors of `lm` do not depend on the batch; None where they
+    """The longest sequence, in tokens, for which the rotary factors of `lm` do not depend on the batch; None if they
     never do. Past it, dynamic NTK and LongRoPE use the factors of the batch's longest sequence for all sequences.
     """
     config = lm.config.get_text_config()
@@ -96,7 +96,7 @@ def keep_rotary(lm: Any) -> None:
 
 
 def refuse_past_rotary(lm: Any, longest: int) -> None:
-    """Raise ModelError where a sequence of `longest` tokens is longer than `rotary_limit`."""
+    """Raise ModelError if a sequence of `longest` tokens is longer than `rotary_limit`."""
     limit = rotary_limit(lm)
     if limit is not None and longest > limit:
         raise ModelError(

@@ -24,7 +24,7 @@ def exported(model: Any, sharded: Sharded | None, dtype: torch.dtype) -> Iterato
 
 
 def check_exported_names(lm: Any) -> None:
-    """ModelError where an exported model names its weights otherwise than the model that is trained, as some mixtures
+    """ModelError if an exported model names its weights otherwise than the model that is trained, as some mixtures
     of experts do.
     """
     from transformers.core_model_loading import revert_weight_conversion

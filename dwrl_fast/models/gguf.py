@@ -33,7 +33,7 @@ def source(name_or_path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """A context with the arguments of `from_pretrained` for a name: a folder or hub name, and keyword arguments, which
     are empty except for a GGUF file.
 
-    Raises ModelError where the file is missing or no GGUF file, or where the packages that read one are not installed.
+    Raises ModelError if the file is missing or no GGUF file, or where the packages that read one are not installed.
     """
     if not is_gguf(name_or_path):
         yield name_or_path, {}
@@ -48,7 +48,7 @@ def dequantising(options: dict[str, Any], name: str) -> dict[str, Any]:
     """`options` of a model's `from_pretrained`, extended so that the GGUF file `name` is dequantised: packed weights
     cannot be trained.
 
-    Raises ConfigError where the options ask for a quantisation of their own.
+    Raises ConfigError if the options ask for a quantisation of their own.
     """
     from transformers import GgufConfig
 

@@ -65,7 +65,7 @@ class PreferenceModel(nn.Module):
         """A context in which the adapters are off, so that the model computes what it did before training. Take no
         gradient in it.
 
-        Raises ModelError where the model has no adapters: its weights before training are then gone.
+        Raises ModelError if the model has no adapters: its weights before training are then gone.
         """
         return switched_off(self.lm)
 
@@ -151,7 +151,7 @@ def load_generative(
     `config_path`. The weights are float32 masters, with dtype "auto" as the file has them; with `lora` the model is
     frozen and has adapters. A folder of adapters loads as the model that they merge into.
 
-    Raises ModelError where it does not load, and ConfigError for options of `lora` that do not fit.
+    Raises ModelError if it does not load, and ConfigError for options of `lora` that do not fit.
     """
     from transformers import AutoModelForCausalLM
 
@@ -264,7 +264,7 @@ def _without_remarks() -> Iterator[None]:
 
 
 def _refuse_other_weights(source: str, model: Any, report: dict[str, Any], new_head: bool) -> None:
-    """ModelError where the file lacks weights of `model`, which would be drawn at random, or holds others. The head of
+    """ModelError if the file lacks weights of `model`, which would be drawn at random, or holds others. The head of
     a language model may make room for a scalar one that is about to be trained.
     """
     missing, others = set(report["missing_keys"]), set(report["unexpected_keys"])
@@ -312,7 +312,7 @@ def _load_merged(auto: Any, folder: str, seed: int, lora: Lora | None, **extra: 
 def place(model: Model, compute: Compute, layout: Layout, *, thinks: bool = True) -> Model:
     """Move `model` to the device and try it there on batches of `layout` and, where it `thinks`, in sampling.
 
-    Returns the model. Raises ModelError where it cannot run them, and NotFiniteError, which names the weights that hold
+    Returns the model. Raises ModelError if it cannot run them, and NotFiniteError, which names the weights that hold
     NaN, if any do.
     """
     model.to(compute.device)
@@ -352,7 +352,7 @@ def check_vocabulary(model: "GenerativeModel | ScalarModel", largest_id: int) ->
 
 
 def positions(model: "GenerativeModel | ScalarModel") -> int | None:
-    """How many tokens a sequence may have at most; None where the config does not say."""
+    """How many tokens a sequence may have at most; None if the config does not say."""
     said = getattr(model.lm.config.get_text_config(), "max_position_embeddings", None)
     return min((most for most in (said, rotary_limit(model.lm)) if most is not None), default=None)
 

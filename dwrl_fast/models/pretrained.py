@@ -99,7 +99,7 @@ def _save(folder: Path, model: PreferenceModel, dialog: Dialog | SingleTurn, car
 
 def try_saving(folder: Path, model: PreferenceModel, dialog: Dialog | SingleTurn, card: dict[str, Any]) -> None:
     """Save the model once where `folder` is or will be, and take it away again: what cannot be saved is known before it
-    is trained. ModelError as of `save_pretrained`, ConfigError where the disk refuses.
+    is trained. ModelError as of `save_pretrained`, ConfigError if the disk refuses.
     """
     there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
     try:
@@ -139,7 +139,7 @@ def _replace(
 
 
 def _compare(folder: Path, model: PreferenceModel) -> None:
-    """ModelError where the model in `folder` gives other logits, or rewards, than `model`."""
+    """ModelError if the model in `folder` gives other logits, or rewards, than `model`."""
     if isinstance(model, GenerativeModel):
         saved: PreferenceModel = load_generative(str(folder), None, 0)
     else:

@@ -31,7 +31,7 @@ class Sharded(Generic[Model]):
     is cast to float32 layer by layer, as it is sharded, so that no rank holds all of it in float32 unless it came so.
 
     replica: where thoughts are sampled, the model as it came, in the run's dtype. fingerprint: of the model as it
-    came. Raises ModelError where the layers of the model are not found.
+    came. Raises ModelError if the layers of the model are not found.
     """
 
     def __init__(self, model: Model, ranks: Ranks, compute: Compute, *, samples: bool, offload: bool = False):
@@ -94,7 +94,7 @@ def narrow(model: nn.Module, compute: Compute) -> None:
 
 
 def layers(lm: Any) -> list[nn.Module]:
-    """The decoder layers of `lm`, in order. ModelError where they are not found."""
+    """The decoder layers of `lm`, in order. Raises ModelError if they are not found."""
     names = set(lm._no_split_modules or ())
     found = [module for module in lm.base_model.modules() if type(module).__name__ in names]
     if not found:

@@ -35,7 +35,7 @@ def admit(model: Any, packing: Packing, pad_id: int, compute: Compute, *, thinks
     where it `thinks`, sampling. Returns whether it can write thoughts over a cache that they share (`TreeSampler`);
     where it cannot, that is said, and it writes them one context at a time.
 
-    Raises ModelError where it cannot run, with the reason and a remedy that was tried, and NotFiniteError where its
+    Raises ModelError if it cannot run, with the reason and a remedy that was tried, and NotFiniteError if its
     weights hold NaN.
     """
     lm, name = model.lm, type(model.lm).__name__
@@ -68,7 +68,7 @@ def admit(model: Any, packing: Packing, pad_id: int, compute: Compute, *, thinks
 
 
 def difference(saved: Any, model: Any) -> str | None:
-    """In words, how the logits (or rewards) of `saved` differ from those of `model` on a few tokens; None where they
+    """In words, how the logits (or rewards) of `saved` differ from those of `model` on a few tokens; None if they
     differ by rounding only.
 
     They differ where most tokens do: a wrong weight moves all of them, and rounding may send one or another to a

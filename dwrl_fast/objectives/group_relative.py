@@ -31,7 +31,7 @@ def choice_rewards(choices: Sequence[int | None], right: int) -> list[float]:
 def point_rewards(points: Sequence[Sequence[float | None]], ranks: Sequence[int]) -> list[list[float]]:
     """The reward of every thought that gave one response a number (J1-point: Whitehouse et al. 2025).
 
-    points: for each of K responses the number of each of its thoughts, None where none could be read. ranks: K, the
+    points: for each of K responses the number of each of its thoughts, None if none could be read. ranks: K, the
     smallest is the best. A thought is compared with every thought about a response of another rank. Its reward is the
     share of comparisons in which its number is on the right side; equal numbers are not. Without a number of its own
     its reward is 0, and a comparison with a thought that has no number is lost. Shaped as `points`.

@@ -49,7 +49,7 @@ def preference_likelihood(ranks: Sequence[Ranks], margins: Sequence[float]) -> L
     fewer than K responses the last marginals are unused: they may hold anything, and their gradient is 0.
     margins: for each group, in nats, by how much the better response of a pair must lead; 0 for every other group.
 
-    The losses have the dtype and device of the marginals. Raises ValueError where no likelihood is defined: for a group
+    The losses have the dtype and device of the marginals. Raises ValueError if no likelihood is defined: for a group
     of one response, for a margin of anything but an ordered pair, and for a ranking of more than 7 responses with ties
     (it has to come as pairs). The likelihood raises ValueError for marginals of another shape.
     """

@@ -126,7 +126,7 @@ def check_attention(
 
 
 def check_channels(name: str, q: Tensor) -> None:
-    """UserError where a head does not fit the Triton kernels."""
+    """UserError if a head does not fit the Triton kernels."""
     if q.shape[2] > MOST_CHANNELS:
         raise UserError(
             f"{name}: heads have {q.shape[2]} channels; backend 'triton' takes {MOST_CHANNELS} at most "

@@ -22,7 +22,7 @@ BACKENDS = ("auto", "reference", "cpu", "triton")
 def choose_backend(backend: str, operator: str, x: Tensor) -> str:
     """The name of the backend for `operator` on x. What "auto" chose is logged once.
 
-    Raises UserError where the backend is unknown, or is named and cannot run.
+    Raises UserError if the backend is unknown, or is named and cannot run.
     """
     return _choose(backend, operator, x.device.type, x.dtype)
 
@@ -121,7 +121,7 @@ def check_scaling(operator: str, temperature: float, softcap: float | None) -> N
 
 
 def check_targets(operator: str, targets: Tensor, vocabulary: int) -> None:
-    """UserError where a target is outside the vocabulary. On the CPU only: elsewhere the check would wait for the
+    """UserError if a target is outside the vocabulary. On the CPU only: elsewhere the check would wait for the
     device, and the kernels make such rows NaN.
     """
     if targets.device.type == "cpu" and targets.numel() and not 0 <= targets.min() <= targets.max() < vocabulary:

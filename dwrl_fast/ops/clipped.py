@@ -107,7 +107,7 @@ def policy_loss(
     entropy only goes into stats. Rows with token_weight 0, or with advantage 0 when beta is 0, are left out and may
     hold anything.
 
-    Returns PolicyLoss(loss, logprob, stats): a scalar; logprob [T], detached, NaN where a row was left out; and what
+    Returns PolicyLoss(loss, logprob, stats): a scalar; logprob [T], detached, NaN if a row was left out; and what
     `dwrl_fast.ops.stats` describes. Raises UserError, which names the argument.
     """
     name = "policy_loss"
@@ -249,7 +249,7 @@ def _linear_policy_loss(
     need_bias: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss, logprob, stats, dHidden, dWeight, dBias (empty where not needed). Differentiating through it raises."""
+    """The loss, logprob, stats, dHidden, dWeight, dBias (empty if not needed). Differentiating through it raises."""
     rows = row_pass(backend)
     rule = (clip_low, clip_high, beta)
     tokens = (targets, old_logprob, advantage, token_weight, ref_logprob)

@@ -23,5 +23,5 @@ def logprob_rows_grad(logits: Tensor, gradient: Tensor, *rest: Tensor | float | 
 
 
 def policy_loss_rows(*args: Tensor | float | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """loss [], logprob with NaN where untrained [T], dLoss/dlogprob [T], stats [10] float64."""
+    """loss [], logprob with NaN if untrained [T], dLoss/dlogprob [T], stats [10] float64."""
     return torch.ops.dwrl_fast.policy_loss_rows(*args)

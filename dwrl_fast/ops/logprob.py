@@ -200,7 +200,7 @@ def _linear_logprob_backward(
     need_bias: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients, empty where not needed. It has no formula for autograd, so that a double backward raises."""
+    """The gradients, empty if not needed. It has no formula for autograd, so that a double backward raises."""
     rows = row_pass(backend)
     products = Products(hidden, weight, bias, (need_hidden, need_weight, need_bias))
     moved = grad_logprob != 0 if grad_entropy is None else (grad_logprob != 0) | (grad_entropy != 0)

@@ -159,7 +159,7 @@ class Products:
             self.d_weight = self.d_weight.to(kind).add_(torch.mm(a, b))  # terms are rounded as their sum will be
 
     def gradients(self, wide_weight: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """dHidden [T, H], dWeight [V, H], dBias [V]; empty where not needed.
+        """dHidden [T, H], dWeight [V, H], dBias [V]; empty if not needed.
 
         With `wide_weight` dWeight on CUDA stays in the dtype of its sum.
         """

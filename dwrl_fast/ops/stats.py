@@ -8,10 +8,10 @@ trained rows, unweighted:
     token_weight        sum of token_weight
     ratio, log_ratio    sums of g = pi/pi_old and of log g; mean ratio - 1 - mean log_ratio estimates KL(old || new)
     clipped             how many rows the clip left without a policy gradient
-    kl                  sum of the KL estimate to the reference policy; NaN where none was given
-    entropy             sum of the policy's entropy in nats; NaN where `policy_loss` is given none
+    kl                  sum of the KL estimate to the reference policy; NaN if none was given
+    entropy             sum of the policy's entropy in nats; NaN if `policy_loss` is given none
     invalid             how many rows have a log-probability that is not finite: look at it before the optimizer's step
-    ratio_max, log_ratio_abs_max    NaN where any row's is
+    ratio_max, log_ratio_abs_max    NaN if any row's is
 """
 
 from collections.abc import Iterable

@@ -155,7 +155,7 @@ _FORESTS: MutableMapping[Tensor, tuple[Tensor, Tensor, Forest]] = WeakIdKeyDicti
 def forest(plan: Plan, tokens: int) -> Forest:
     """`plan` as read on the host, once: a plan on a GPU is waited for then, and not in the layers that follow.
 
-    Raises ValueError where it is no depth-first cover of so many tokens.
+    Raises ValueError if it is no depth-first cover of so many tokens.
     """
     found = _FORESTS.get(plan.start)
     if found is None or found[0] is not plan.stop or found[1] is not plan.parent:

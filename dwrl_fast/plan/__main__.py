@@ -12,7 +12,7 @@ from dwrl_fast.plan.sizing import changes, sized, sizes, traced_on
 
 
 def main(argv: list[str]) -> None:
-    """The command. UnfitError where the run does not fit."""
+    """The command. Raises UnfitError if the run does not fit."""
     console = open_console()
     config = parse_plan(argv)
     if run(config, console).budget != config.token_budget:

@@ -113,7 +113,7 @@ class Allocations(TorchDispatchMode):
         return "" if held is None else held.kind
 
     def _count(self, tensor: Tensor, kind: str) -> None:
-        """kind: empty where the operator does not show it; a new storage is then an activation."""
+        """kind: empty if the operator does not show it; a new storage is then an activation."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         held = self.held.get(key)

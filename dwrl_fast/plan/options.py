@@ -96,7 +96,7 @@ python -m dwrl_fast.plan --model_config models/smollm2/config.json --gpus 1 --pr
 
 
 def parse_plan(argv: Sequence[str]) -> PlanConfig:
-    """The options of a command line. ConfigError where it names no model."""
+    """The options of a command line. Raises ConfigError if it names no model."""
     return parse(PlanConfig, argv, base=_base)
 
 

@@ -70,8 +70,8 @@ def published() -> dict[str, dict[str, Any]]:
 
 
 def load_profile(name: str) -> Profile:
-    """A published device by its name, or a file of `doctor --profile`. ConfigError where there is neither, or the file
-    is no profile.
+    """A published device by its name, or a file of `doctor --profile`. Raises ConfigError if there is neither, or the
+    file is no profile.
     """
     known = published()
     if name in known:

@@ -82,7 +82,9 @@ class Setup:
 
 
 def planned(config: TrainConfig, lengths: Lengths, profile: Profile) -> Setup:
-    """The run of `config`. ModelError where the model's configuration cannot be read, or it cannot run on a tree."""
+    """The run of `config`. Raises ModelError if the model's configuration cannot be read, or if it cannot run on a
+    tree.
+    """
     made = METHODS[config.method]
     method = made.__new__(made)  # its traits follow from its options; a dialog would need a tokenizer
     method.config = config

@@ -15,7 +15,7 @@ SMALL = 0.02  # of the sum: kinds below it are left out
 
 
 def short(config: TrainConfig, lengths: Lengths, ranks: int) -> str:
-    """What each of `ranks` holds at its fullest, of how much there is on this machine's device. UserError where it
+    """What each of `ranks` holds at its fullest, of how much there is on this machine's device. Raises UserError if it
     cannot be planned.
     """
     profile = _here()

@@ -64,7 +64,7 @@ def trace(setup: Setup, gpus: int, beside: int | None = None, *, accumulates: bo
     """Passes on one of `gpus` ranks; of one GPU without ranks. beside: ranks of a machine, under --hsdp. accumulates:
     gradients of an earlier micro-batch are there.
 
-    ConfigError where the operators are not compiled (plain PyTorch would hold what they do not), or torchrun started
+    ConfigError if the operators are not compiled (plain PyTorch would hold what they do not), or torchrun started
     this process.
     """
     problem = extension.problem()

@@ -18,7 +18,7 @@ def start(timeout: float, *, hsdp: bool = False) -> Ranks:
     """Join the other processes that torchrun started, if it started this one. timeout: seconds that a rank waits for
     the others before it gives up. hsdp: each machine holds a whole model, its ranks a part each.
 
-    Raises ConfigError where there are more processes than GPUs, the variables that torchrun sets are incomplete, or
+    Raises ConfigError if there are more processes than GPUs, the variables that torchrun sets are incomplete, or
     `hsdp` is asked for on one machine.
     """
     if "RANK" not in os.environ:
@@ -56,7 +56,7 @@ def start(timeout: float, *, hsdp: bool = False) -> Ranks:
 
 def mesh_of(device: str, count: int, beside: int | None = None) -> Any:
     """The mesh over `count` ranks: one line, along which a model lies in parts; with `beside`, the ranks of a machine,
-    a line a machine, each with all parts. ConfigError where there are not several machines with as many ranks each.
+    a line a machine, each with all parts. Raises ConfigError if there are not several machines with as many ranks each.
     """
     if beside is None:
         return dist.init_device_mesh(device, (count,))

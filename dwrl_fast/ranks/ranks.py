@@ -19,7 +19,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """This process among `count`. mesh: their device mesh; None where the process was started by itself, which then
+    """This process among `count`. mesh: their device mesh; None if the process was started by itself, which then
     holds the whole model. Of a mesh of two dimensions, a line of the second holds it whole.
     """
 

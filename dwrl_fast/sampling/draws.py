@@ -10,7 +10,8 @@ from dwrl_fast.errors import NotFiniteError
 def pick(logprob: Tensor, temperature: float, keys: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Chosen ids [R] and their log-probs [R], from log-probs [R, V] in float32; temperature 0 is greedy.
 
-    logprob: of `logprobs_at`. keys, positions: [R], as of `ops.gumbel_pick`. NotFiniteError where a log-prob is not.
+    logprob: of `logprobs_at`. keys, positions: [R], as of `ops.gumbel_pick`. Raises NotFiniteError if a log-prob is
+    not.
     """
     chosen = ops.gumbel_pick(logprob, keys, positions) if temperature else logprob.argmax(-1)
     found = logprob.gather(-1, chosen[:, None]).squeeze(-1)

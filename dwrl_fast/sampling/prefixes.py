@@ -71,7 +71,7 @@ def _common(a: np.ndarray, b: np.ndarray) -> int:
 
 def _branch(last: Prefix | None, shared: int, roots: list[Prefix]) -> Prefix | None:
     """The node that ends where the next context leaves the last one, whose first `shared` tokens it has: one is cut in
-    two for it. None where it has too little in common with any.
+    two for it. None if it has too little in common with any.
     """
     node = last
     while node is not None and shared < node.stop:

@@ -107,7 +107,7 @@ class TreeSampler:
         seed: int,
         progress: Callable[[int], None] | None = None,
     ) -> list[list[Thought]]:
-        """See `Sampler.sample`. ConfigError where the cache cannot hold one context with one thought."""
+        """See `Sampler.sample`. Raises ConfigError if the cache cannot hold one context with one thought."""
         return self._sample(contexts, n, max_tokens, temperature, seed, progress, None)
 
     def rated(

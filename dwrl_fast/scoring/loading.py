@@ -60,7 +60,7 @@ def load_trained(folder: str | Path, aspect: str | None = None) -> tuple[Dialog 
 
 
 def _check_card(card: dict[str, Any]) -> None:
-    """ConfigError where a card lacks what its method needs, or a value has a wrong type or is out of range."""
+    """ConfigError if a card lacks what its method needs, or a value has a wrong type or is out of range."""
     if str(card.get("method")) not in METHODS:
         raise ConfigError(f"its method is {card.get('method')!r}, which is not one of {', '.join(METHODS)}.")
     options = [*METHODS[str(card["method"])].card_options, *["max_completion_length"] * ("prefilled_by" in card)]

@@ -42,7 +42,7 @@ class Rewards:
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], references: Sequence[Any] | None
     ) -> list[float | None]:
-        """One a row, None where it cannot be judged. DataError where these are no lists of one length, or a reference
+        """One a row, None if it cannot be judged. Raises DataError if these are no lists of one length, or a reference
         is no text.
         """
         if not len(completions):

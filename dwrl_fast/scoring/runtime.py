@@ -38,7 +38,7 @@ class Share(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """model: a `GenerativeModel` or `ScalarModel`. sampler: None where it cannot write thoughts. sharded: what is whole
+    """model: a `GenerativeModel` or `ScalarModel`. sampler: None if it cannot write thoughts. sharded: what is whole
     of the model where ranks hold parts of it. vllm: what writes the model's thoughts, where it is not the model itself.
     """
 
@@ -154,7 +154,7 @@ def load_runtime(
     limits: of sampling. new_head: a scalar head that the folder does not hold is drawn, to be trained. frozen: nothing
     will be trained. ranks: those that hold the model together, each a part; offload: in the processor's memory. vllm:
     that writes the model's thoughts.
-    ModelError where the model, or the one that prefills its thoughts, cannot be loaded.
+    ModelError if the model, or the one that prefills its thoughts, cannot be loaded.
     """
     method = METHODS[card["method"]]
     dtype = _dtype(compute, ranks)
@@ -211,8 +211,8 @@ def load_writer(
     limits: Limits,
     ranks: Ranks = ALONE,
 ) -> Sampler:
-    """A language model, as it stands, that only writes thoughts in `dialog`; every rank has all of it. ModelError where
-    it cannot be loaded.
+    """A language model, as it stands, that only writes thoughts in `dialog`; every rank has all of it. Raises
+    ModelError if it cannot be loaded.
     """
     dtype = _dtype(compute, ranks)
     model = place(load_generative(name_or_path, None, 0, dtype=dtype), compute, layout, thinks=True)

@@ -16,7 +16,7 @@ class ScoredGroup:
     compare responses, or whose verdict is a number, give K lists of one.
     verdicts: where they are no scores in nats, what each thought says, or what is read without one: for each response,
     or for each of `comparisons`, N numbers; of comparisons, 1 where the response shown first wins, 0 where the other
-    does, a probability between. None where it cannot be read.
+    does, a probability between. None if it cannot be read.
     token_scores: K scores a token, where a score is a response's log-prob.
     """
 

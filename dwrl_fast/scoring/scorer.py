@@ -100,8 +100,8 @@ class Scorer:
         """From a folder that `dwrl_fast.train` wrote (OUTPUT_DIR/model); or, as a "judge" that is asked for a verdict
         in text, from any causal language model, by folder, hub name or GGUF file. On the GPU if there is one.
 
-        The options are those of `dwrl_fast.evaluate`; None is what the model was trained with. ModelError where it
-        cannot be loaded or was not trained here, ConfigError where an option is wrong.
+        The options are those of `dwrl_fast.evaluate`; None is what the model was trained with. Raises ModelError if it
+        cannot be loaded or was not trained here, ConfigError if an option is wrong.
         """
         options: dict[str, Any] = {
             "method": method,
@@ -148,7 +148,7 @@ class Scorer:
 
         The groups are in the order of `rows`. A verdict that cannot be read is wrong: it counts for the response of the
         worse rank. `progress` counts responses. This is what everything else here, and evaluation, is made of.
-        NotFiniteError where the model gives NaN.
+        NotFiniteError if the model gives NaN.
         """
         if votes < 1:
             raise DataError(f"votes = {votes}: must be at least 1")
@@ -211,8 +211,8 @@ class Scorer:
         """Scores [N] of N responses, each to the prompt at its place; with `reference`, log-odds that it is better than
         the text at its place there.
 
-        With `return_thoughts`, also the thoughts about each response, as text. ModelError where the method writes none,
-        or needs a `reference`.
+        With `return_thoughts`, also the thoughts about each response, as text. Raises ModelError if the method writes
+        none, or needs a `reference`.
         """
         turns, texts, others = _conversations(prompts, responses, reference)
         if return_thoughts and not self._writes:
@@ -287,8 +287,8 @@ class Scorer:
         reference: the column of the training data that holds what a method that compares needs. A row that cannot be
         judged gets None, which TRL takes for no reward, is counted in `unjudged`, and the first is said: one with a
         tool's turns or an image, with no completion, of more tokens than the model has positions for, that the chat
-        template cannot carry, or whose verdict cannot be read. DataError where the lists differ in length or the
-        column is missing, ModelError where log-odds would be infinite as a rule.
+        template cannot carry, or whose verdict cannot be read. Raises DataError if the lists differ in length or the
+        column is missing, ModelError if log-odds would be infinite as a rule.
         """
         scored = partial(self.probability if probability else self.score, votes=votes)
         most = positions(self._judging.runtime.model) or sys.maxsize

@@ -115,7 +115,7 @@ def name_of(place: Place) -> str:
 
 
 def place_of(folder: Path) -> Place | None:
-    """The place of a checkpoint, from its folder's name; None where that is no checkpoint's."""
+    """The place of a checkpoint, from its folder's name; None if that is no checkpoint's."""
     found = NAME.fullmatch(folder.name)
     return None if found is None else (int(found[1]), int(found[2] or 0))
 

@@ -132,7 +132,7 @@ def dry_run(config: TrainConfig, console: Console, ranks: int = 1) -> None:
 
 
 def preparation(name: str) -> str:
-    """The command that makes the file `name`; empty where none does.
+    """The command that makes the file `name`; empty if none does.
 
     The file's folder is called as the data set, or that with the rows of both files: data/ultrafeedback-14407-784.
     """

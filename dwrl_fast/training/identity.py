@@ -60,8 +60,8 @@ def identity(config: TrainConfig, rows: Any, steps: int, dialog: Any, base: str)
 
 
 def compare(path: Path, theirs: Mapping[str, Any], mine: Mapping[str, Any], *, anyway: bool) -> None:
-    """Say where the checkpoint at `path` is of a run that was `theirs`, and this one is `mine`. CheckpointError where
-    one is not the other's continuation; anyway: that is said, with what is given up.
+    """Say where the checkpoint at `path` is of a run that was `theirs`, and this one is `mine`. Raises CheckpointError
+    if one is not the other's continuation; anyway: that is said, with what is given up.
     """
     # What a checkpoint of an older version does not hold cannot differ.
     other = {

@@ -14,7 +14,7 @@ UNREADABLE = (OSError, ValueError, RecursionError)  # what reading JSON raises
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
-    """What the manifest says of a file. OSError where it is no file that can be read."""
+    """What the manifest says of a file. Raises OSError if it is no file that can be read."""
     with opened(path) as file:
         return {"size": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 

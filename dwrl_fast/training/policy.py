@@ -85,7 +85,7 @@ class Policy:
     def _backward(
         self, phase: str, batches: Sequence[Batch], size: Size, loss: Loss, *, last: bool = False
     ) -> Tensor | None:
-        """The losses of micro-batches, whose gradients are added up; None where memory did not suffice, and ConfigError
+        """The losses of micro-batches, whose gradients are added up; None if memory did not suffice, and ConfigError
         where it is the last try, or that of one of several ranks, which cannot try again by itself.
         """
         sharded, ranks = self.runtime.sharded, self.runtime.ranks
@@ -174,7 +174,7 @@ def load_judging(
     config: TrainConfig, method: Method, dialog: Dialog | SingleTurn, compute: Compute, ranks: Ranks = ALONE
 ) -> Judging:
     """The model that a run starts from, placed and ready to be trained, and how it gives its verdict. ranks: those that
-    train it together. ModelError where it cannot be loaded or cannot run the layout.
+    train it together. Raises ModelError if it cannot be loaded or cannot run the layout.
     """
     layout = Layout(
         config.packing,

@@ -9,8 +9,8 @@ from dwrl_fast.training.checkpoint import checkpoints, latest_checkpoint, place_
 
 
 def found(folder: Path, wanted: str) -> Path | None:
-    """The checkpoint that --resume_from_checkpoint `wanted` names for a run in `folder`; None where the run is to
-    begin. CheckpointError where there is none to go on from, and the run must not begin.
+    """The checkpoint that --resume_from_checkpoint `wanted` names for a run in `folder`; None if the run is to
+    begin. Raises CheckpointError if there is none to go on from, and the run must not begin.
     """
     path = latest_checkpoint(folder) if wanted in NEWEST else Path(wanted)
     if path is None or path.resolve().parent != folder.resolve():
@@ -26,7 +26,7 @@ def found(folder: Path, wanted: str) -> Path | None:
 
 
 def set_later_aside(folder: Path, path: Path, wanted: str) -> None:
-    """Rename the checkpoints of `folder` past `path`, which were found damaged. CheckpointError where they may be
+    """Rename the checkpoints of `folder` past `path`, which were found damaged. Raises CheckpointError if they may be
     whole.
     """
     place = place_of(path)
@@ -40,7 +40,7 @@ def set_later_aside(folder: Path, path: Path, wanted: str) -> None:
 
 
 def _refuse_finished(folder: Path) -> None:
-    """CheckpointError where the folder holds a model, which this run would write over."""
+    """CheckpointError if the folder holds a model, which this run would write over."""
     held = [name for name in ("model", "adapter") if (folder / name).exists()]
     if held:
         raise CheckpointError(

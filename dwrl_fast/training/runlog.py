@@ -165,7 +165,7 @@ class StallWatch:
 
 
 def _idle(values: Mapping[str, float]) -> tuple[str, str]:
-    """The kind of reason for which a rollout batch trained nothing, and the reason with what to do; both empty where it
+    """The kind of reason for which a rollout batch trained nothing, and the reason with what to do; both empty if it
     trained.
     """
     if "kept_comparisons" in values and values["kept_comparisons"] == 0:

@@ -192,7 +192,7 @@ class Trainer:
             yield from ((phase, m) for m in range(minibatches) for phase in phases)
 
     def update(self, phase: str, minibatch: Minibatch, index: int) -> Tensor | None:
-        """One optimizer step of `phase` over a minibatch; the gradient's norm before clipping. None where it was given
+        """One optimizer step of `phase` over a minibatch; the gradient's norm before clipping. None if it was given
         up, as often as --skip_bad_batches allows.
         """
         place = self.step * (self.config.rollout_batch_size // self.config.minibatch_size) + index

@@ -28,7 +28,7 @@ SAMPLING: dict[str, Any] = {  # every way to sample from another distribution, s
 
 
 def check_version(version: str, where: str) -> None:
-    """SamplerError where vLLM `version` is none that this file was written for."""
+    """SamplerError if vLLM `version` is none that this file was written for."""
     parts = version.split("+")[0].split(".")[:2]
     found = tuple(int(part) for part in parts if part.isdigit())
     if not OLDEST <= found < BELOW:
@@ -70,7 +70,7 @@ def make_llm(folder: str, **options: Any) -> Any:
 
 
 def check_cpu_heads(config: Any) -> None:
-    """SamplerError where vLLM's attention on a CPU cannot take the heads of a model with this configuration."""
+    """SamplerError if vLLM's attention on a CPU cannot take the heads of a model with this configuration."""
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
     text = config.get_text_config()
@@ -142,7 +142,7 @@ def completion_body(ask: Ask, model: str) -> dict[str, Any]:
 
 
 def answer_of_body(body: dict[str, Any], ask: Ask) -> Answer:
-    """From what /v1/completions answers. LookupError or TypeError where it is something else."""
+    """From what /v1/completions answers. Raises LookupError or TypeError if it is something else."""
     (choice,) = body["choices"]
     if choice["prompt_token_ids"] != ask.prompt:
         raise LookupError("the prompt came back changed")

@@ -22,7 +22,7 @@ class Colocated:
     memory. limits: of sequences that are written at once, and on a CPU of the cache. trains: the device is needed for
     training too, so vLLM sleeps between calls, which a CPU cannot.
 
-    ConfigError where vLLM is missing or cannot run as it is asked to.
+    ConfigError if vLLM is missing or cannot run as it is asked to.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Colocated:
             adapter.set_version(self.llm, version)
 
     def reset(self) -> None:
-        """Forget all keys and values. SamplerError where vLLM does not."""
+        """Forget all keys and values. Raises SamplerError if vLLM does not."""
         if not self.llm.reset_prefix_cache():
             raise SamplerError(
                 "vLLM in this process did not reset its prefix cache, which holds keys and values of older weights, "

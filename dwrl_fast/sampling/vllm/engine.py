@@ -51,13 +51,13 @@ class Engine(Protocol):
 
     def complete(self, asks: Sequence[Ask], done: Callable[[int], None]) -> list[Answer]:
         """The answers, in the order of `asks`, all of them whole. `done` is told the place of each that is finished, at
-        least once. SamplerError where one cannot be had.
+        least once. Raises SamplerError if one cannot be had.
         """
         ...
 
     def load(self, weights: Sent, version: str) -> None:
         """Take over all `weights`, then forget every key and value that older ones left. All ranks call it together.
-        SamplerError where any of it fails; then nothing is sampled before the next `load`.
+        SamplerError if any of it fails; then nothing is sampled before the next `load`.
         """
         ...
 
@@ -71,7 +71,7 @@ class Engine(Protocol):
 
 
 def wrong(ask: Ask, answer: Answer) -> str:
-    """What is missing in `answer`, in words; empty where nothing is."""
+    """What is missing in `answer`, in words; empty if nothing is."""
     if not answer.ids or len(answer.ids) != len(answer.logprobs):
         return f"{len(answer.ids)} tokens came with {len(answer.logprobs)} log-probs"
     if len(answer.labels) != len(ask.labels):

@@ -72,7 +72,7 @@ class Nccl:
 
     def send(self, weights: Sent) -> None:
         """Send all of them. All ranks call it together; before the first time they go through the weights once more,
-        for servers want to know names and sizes beforehand. SamplerError where a server fails.
+        for servers want to know names and sizes beforehand. Raises SamplerError if a server fails.
         """
         if not self.known:
             self.known = [(name, weight.dtype, tuple(weight.shape)) for name, weight in weights()]

@@ -24,7 +24,7 @@ class VllmSampler:
     """A `RatingSampler` over `engine`. weights: gives the trainer's as they are, by their names in an exported model;
     ranks go through it together. run: names this run among others that may use a server.
 
-    version: of the trainer's weights. sent: the version that the engine has; None where it has none of ours.
+    version: of the trainer's weights. sent: the version that the engine has; None if it has none of ours.
     """
 
     float32 = False  # its kernels are not the trainer's: the old policy's log-probs are computed again
@@ -61,7 +61,7 @@ class VllmSampler:
         seed: int,
         progress: Callable[[int], None] | None = None,
     ) -> list[list[Thought]]:
-        """See `Sampler.sample`. ConfigError where a sequence would be longer than the engine takes."""
+        """See `Sampler.sample`. Raises ConfigError if a sequence would be longer than the engine takes."""
         return self._sample(contexts, n, max_tokens, temperature, seed, progress, None)
 
     def rated(

@@ -39,7 +39,7 @@ class Server:
         self.model, self.longest, self.cpu, self.nccl = "", 0, False, False
 
     def call(self, method: str, path: str, body: Any = None, **query: str) -> dict[str, Any]:
-        """The JSON that it answers. TroubleError where it does not answer, SamplerError where it refuses."""
+        """The JSON that it answers. Raises TroubleError if it does not answer, SamplerError if it refuses."""
         try:
             answer = self.client.request(method, path, json=body, params=query or None)
         except self.failures as error:
@@ -76,7 +76,7 @@ class Server:
         return adapter.server_command(self.model or "MODEL", dtype=self.dtype, cpu=self.cpu, port=port)
 
     def wait(self) -> None:
-        """Until it is up. SamplerError where it is not within `timeout` seconds."""
+        """Until it is up. Raises SamplerError if it is not within `timeout` seconds."""
         until = time.monotonic() + self.timeout
         while True:
             try:
@@ -93,7 +93,7 @@ class Server:
             time.sleep(PAUSE)
 
     def settle(self) -> None:
-        """Find out what it is. SamplerError where it was not started as it must be."""
+        """Find out what it is. Raises SamplerError if it was not started as it must be."""
         self.wait()
         try:
             adapter.check_version(str(self.call("GET", "/version").get("version")), f"the server {self.url}")
@@ -137,7 +137,7 @@ class Server:
 
     def load(self, folder: Path, version: str) -> None:
         """Let it take over the safetensors in `folder`; its prefix cache is reset after the last of them, and only then
-        it bears `version`. TroubleError or SamplerError where any of that fails.
+        it bears `version`. Raises TroubleError or SamplerError if any of that fails.
         """
         for path, body in adapter.load_calls(str(folder), self.cpu):
             self.call("POST", path, body)
@@ -149,7 +149,7 @@ class Server:
         self.call("POST", "/update_weight_version", {"new_version": version})
 
     def reset(self) -> None:
-        """Forget all keys and values. SamplerError where it does not."""
+        """Forget all keys and values. Raises SamplerError if it does not."""
         if self.call("POST", "/reset_prefix_cache").get("success") is not True:
             raise self.failed(
                 "it did not reset its prefix cache, which holds keys and values of older weights (another program may "
@@ -157,7 +157,7 @@ class Server:
             )
 
     def ask(self, ask: Ask) -> Answer:
-        """One answer. TroubleError where it is not whole."""
+        """One answer. Raises TroubleError if it is not whole."""
         body = self.call("POST", "/v1/completions", adapter.completion_body(ask, self.model))
         try:
             answer = adapter.answer_of_body(body, ask)

@@ -32,7 +32,7 @@ class Servers:
     """An engine over servers that are up. at_once: requests to each at a time. ranks: those that share the servers; the
     first of them sends the weights.
 
-    SamplerError where a server does not answer or was not started as it must be.
+    SamplerError if a server does not answer or was not started as it must be.
     """
 
     sleeps = False
