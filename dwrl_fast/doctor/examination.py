@@ -1,4 +1,4 @@
-"""All checks of one set-up, in the order in which one rests on another."""
+"""All checks of one set-up, in the order of their dependencies."""
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +35,7 @@ AS_SAID = "Do what the message says; docs/doctor.md has more."
 
 
 def examine(config: DoctorConfig, report: Report, display: Display, together: Ranks) -> None:
-    """Add what is found to `report`. together: the ranks that call it."""
+    """Run all checks and add their findings to `report`. together: the ranks, which all call this."""
     where = Compute.resolve(config.dtype)
     report.add(machine.device(where, together), machine.kernels(where))
     if together.mesh is not None:
@@ -64,7 +64,7 @@ def examine(config: DoctorConfig, report: Report, display: Display, together: Ra
 
 
 def _attempt(name: str, report: Report, attempt: Callable[[], Result], remedy: str = AS_SAID) -> Result | None:
-    """What it gives; None if it raises a UserError, which becomes a finding."""
+    """The result of `attempt`; None if it raises a UserError, which becomes a finding."""
     try:
         return attempt()
     except UserError as error:
@@ -92,7 +92,7 @@ def _dialog(config: DoctorConfig, report: Report) -> Dialog | SingleTurn | None:
 
 
 def _rows(config: DoctorConfig, dialog: Dialog | SingleTurn, display: Display) -> tuple[list[Preference], int]:
-    """The first usable rows of all files together, and the tokens of the longest sequence."""
+    """The first usable rows of all files, and the tokens of the longest sequence."""
     method = METHODS[config.method]
     parts: Sequence[Part] = config.eval_dataset_name
     if method.trains:
@@ -105,7 +105,7 @@ def _rows(config: DoctorConfig, dialog: Dialog | SingleTurn, display: Display) -
 def _setup(
     config: DoctorConfig, dialog: Dialog | SingleTurn, where: Compute, together: Ranks, longest: int, report: Report
 ) -> Setup | None:
-    """The model, loaded and tried on a few tokens as training does it."""
+    """The model, loaded and tried on a few tokens as in training."""
 
     def load() -> Setup:
         method = METHODS[config.method](config, dialog)
@@ -180,7 +180,7 @@ def _look_at_rows(setup: Setup, rows: Sequence[Preference], report: Report, disp
 
 
 def sampled(setup: Setup, requests: Sequence[Request], seed: int, display: Display) -> list[Group]:
-    """Thoughts about all of `requests`, as many and as long as in training; with their scores where the sampler gives
+    """Groups with thoughts for all `requests`, as many and as long as in training, and with scores if the sampler gives
     them.
     """
     assert setup.sampler is not None
@@ -201,13 +201,13 @@ def sampled(setup: Setup, requests: Sequence[Request], seed: int, display: Displ
 
 @contextmanager
 def embedded_task(config: DoctorConfig, display: Display, together: Ranks) -> Iterator[tuple[embedded.Embedded, str]]:
-    """The embedded task that the last run in runs/ left, or one made here and taken away again; and which it is."""
+    """The embedded task of the last run in runs/, or a temporary one; and a text that says which."""
     with ExitStack() as stack:
         made, which = together.from_first(lambda: _found_or_made(config, display, stack))
         try:
             yield made, which
         finally:
-            together.gather(None)  # none reads it any more
+            together.gather(None)  # no rank reads it any more
 
 
 def _found_or_made(config: DoctorConfig, display: Display, stack: ExitStack) -> tuple[embedded.Embedded, str]:

@@ -1,4 +1,4 @@
-"""What must not depend on what is computed beside it, or on how it is laid out."""
+"""Checks that results do not depend on the rest of the batch or on the layout."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -10,14 +10,16 @@ from dwrl_fast.doctor.finding import Finding, status_of
 from dwrl_fast.doctor.setup import NATS_FAIL, NATS_WARN, Computed, Setup, compute, difference
 from dwrl_fast.encode import Group
 
-TOKENS = 32  # of thoughts that are sampled again: a thought's beginning does not depend on its limit
-FEW = 2  # groups, and thoughts about a response, that are computed again
+TOKENS = 32  # length of thoughts that are sampled again; the beginning of a thought does not depend on the limit
+FEW = 2  # groups, and thoughts per response, that are computed again
 
 
 def one_and_many(
     setup: Setup, contexts: Sequence[Sequence[int]], groups: Sequence[Group], computed: Sequence[Computed], seed: int
 ) -> Iterator[Finding]:
-    """Thoughts sampled alone against those sampled in a batch; groups computed alone against all together."""
+    """Compare thoughts sampled alone with those sampled in a batch, and groups computed alone with all computed
+    together.
+    """
     alone = [compute(setup, [group])[0] for group in groups[:FEW]]
     yield _finding(
         "a group alone",
@@ -66,7 +68,7 @@ def _sampled_alone(setup: Setup, contexts: Sequence[Sequence[int]], groups: Sequ
 
 
 def tree_and_padded(setup: Setup, groups: Sequence[Group]) -> Finding | None:
-    """The run's layout against one that shares nothing; None if the model can run only one."""
+    """Compare the run's layout with one that shares nothing; None if the model can run only one."""
     own: Packing = setup.config.packing
     other: Packing = "padded" if own != "padded" else "tree"
     if own == "padded" and not setup.runtime.model.shares_cache:
@@ -82,7 +84,7 @@ def tree_and_padded(setup: Setup, groups: Sequence[Group]) -> Finding | None:
 
 
 def shortened(group: Group) -> Group:
-    """The group with the first thoughts about each response."""
+    """The group with only the first thoughts about each response."""
     return dataclasses.replace(
         group,
         sequences=[some[:FEW] for some in group.sequences],
@@ -97,5 +99,5 @@ def _finding(name: str, what: str, apart: dict[str, float], remedy: str) -> Find
         for key, said in (("scores", "scores"), ("logprobs", "log-probs"))
         if key + " mean" in apart
     ]
-    worst = torch.tensor(means).max().item()  # NaN where one is
+    worst = torch.tensor(means).max().item()  # NaN if any of them is NaN
     return Finding(name, status_of(worst, NATS_WARN, NATS_FAIL), f"{what}: {'; '.join(parts)}", remedy, apart)

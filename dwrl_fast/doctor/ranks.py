@@ -1,4 +1,4 @@
-"""Several processes: what they tell each other, what each computes of the whole, and what they hold."""
+"""Checks of several processes: communication, shared computation, and memory."""
 
 import math
 import resource
@@ -20,9 +20,9 @@ from dwrl_fast.ranks import Ranks
 from dwrl_fast.scoring import Runtime
 
 SIZE = 2**22  # numbers in the timed sum: 16 MiB
-# Gradients may differ by rounding: of their size, by the dtype of the pass.
+# Gradients may differ by rounding: the relative bound, by the dtype of the pass.
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.1}
-# Newer versions of PyTorch have other names for them, and warn of these.
+# Newer versions of PyTorch have new names for these functions and warn about the old ones.
 ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 NETWORK = (
@@ -32,7 +32,7 @@ NETWORK = (
 
 
 def collectives(ranks: Ranks, device: torch.device) -> Finding:
-    """What training uses, each with a known answer, and how fast a sum is."""
+    """Run the collectives of training on inputs with known results, and time a sum."""
     own, count = ranks.rank, ranks.count
     wrong = []
     if ranks.gather(own) != list(range(count)):
@@ -64,7 +64,7 @@ def collectives(ranks: Ranks, device: torch.device) -> Finding:
 
 
 def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
-    """Of the second call, the first one sets up connections."""
+    """The seconds of the second call; the first call sets up connections."""
     for _ in range(2):
         started = time.perf_counter()
         run()
@@ -74,7 +74,7 @@ def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def uneven(setup: Setup, groups: Sequence[Group], computed: Sequence[Computed]) -> Finding:
-    """One group, which leaves all ranks but one without any, and an odd number of them, against all together."""
+    """Compare one group (all ranks but one have none) and an odd number of groups with all groups computed together."""
     ranks = setup.runtime.ranks
     one = compute(setup, groups[:1])
     odd = groups[: max(1, len(groups) - 1 + len(groups) % 2)]
@@ -91,8 +91,8 @@ def uneven(setup: Setup, groups: Sequence[Group], computed: Sequence[Computed]) 
 
 
 def gradients(runtime: Runtime) -> Finding:
-    """The gradient of a loss on two tokens, which one rank computes beside idle ones, against that of the whole model
-    on the first rank's processor. All ranks call it together.
+    """Compare the sharded gradient of a loss on two tokens, which one rank computes while the others are idle, with
+    that of the whole model on the first rank's CPU. All ranks call this together.
     """
     ranks, sharded, layout = runtime.ranks, runtime.sharded, runtime.layout
     assert sharded is not None
@@ -145,7 +145,9 @@ def _loss(model: Any, batch: Any) -> Tensor:
 
 
 def synced(runtime: Runtime) -> Iterator[Finding]:
-    """The replica of every rank against the gathered weights, after one of them has changed. All call it together."""
+    """Compare the replica of every rank with the gathered weights after a change of one weight. All ranks call this
+    together.
+    """
     ranks, sharded = runtime.ranks, runtime.sharded
     if sharded is None or sharded.replica is None:
         return
@@ -170,13 +172,13 @@ def synced(runtime: Runtime) -> Iterator[Finding]:
 
 
 def _stale(sharded: Any) -> set[str]:
-    """Weights of which this rank's replica holds others than are gathered, bit by bit."""
+    """The weights whose values in this rank's replica are not bit-identical to the gathered ones."""
     whole = dict(sharded.replica.named_parameters())
     return {name for name, full in sharded.gathered() if not torch.equal(whole[name].data, full.to(whole[name].dtype))}
 
 
 def peak(ranks: Ranks, device: torch.device) -> Finding:
-    """The most memory that each rank has held so far."""
+    """The peak memory of each rank so far."""
     if device.type == "cuda":
         own = torch.cuda.max_memory_allocated(device) / 2**30
     else:

@@ -1,4 +1,4 @@
-"""What the model makes of a few rows: its thoughts, its labels, and whether they come from what is trained."""
+"""Checks of the model's output on a few rows: thoughts, labels, and whether they come from the trained distribution."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -19,8 +19,8 @@ SPREAD_WARN = 0.01  # nats
 UNREAD_FAIL = 0.95
 RATIO = 1.1
 SIGMAS_WARN, SIGMAS_FAIL = 4.0, 6.0
-TOKENS = 100  # too few to tell how they were drawn
-ROWS_AT_ONCE = 256  # of logits
+TOKENS = 100  # fewer tokens say too little about their distribution
+ROWS_AT_ONCE = 256  # rows of logits
 OTHER_ENGINE = (
     "Make the engine sample from softmax(logits / temperature) alone and give the log-probs of that: no top-k, "
     'top-p, min-p or penalties (vLLM: generation_config="vllm", logprobs_mode="processed_logprobs"). The samplers of '
@@ -30,7 +30,7 @@ OTHER_ENGINE = (
 
 
 def thoughts(setup: Setup, groups: Sequence[Group]) -> Finding:
-    """How long they are, and how many were cut."""
+    """The length of the thoughts, and the share that was cut."""
     found = [thought for group in groups for some in group.thoughts for thought in some]
     limit = setup.config.max_completion_length
     cut = sum(not thought.ended for thought in found) / len(found)
@@ -46,7 +46,7 @@ def thoughts(setup: Setup, groups: Sequence[Group]) -> Finding:
 
 
 def verdicts(setup: Setup, requests: Sequence[Request], groups: Sequence[Group]) -> Finding:
-    """Of verdicts in text, how many can be read."""
+    """The share of verdicts in text that cannot be read."""
     count = sum(len(group.flat) for group in groups)
     unread = setup.method.reward(requests, list(groups))[1] / count
     return Finding(
@@ -60,7 +60,7 @@ def verdicts(setup: Setup, requests: Sequence[Request], groups: Sequence[Group])
 
 
 def spread(groups: Sequence[Group], computed: Sequence[Computed]) -> Finding:
-    """How far scores of several thoughts about one response lie apart: what the thoughts are trained by."""
+    """The spread of the scores of thoughts about one response, which is the training signal of the thoughts."""
     found = []
     for group, one in zip(groups, computed, strict=True):
         found += [some.std() for some in one.scores.split([len(each) for each in group.sequences]) if len(some) > 1]
@@ -78,7 +78,7 @@ def spread(groups: Sequence[Group], computed: Sequence[Computed]) -> Finding:
 
 
 def label_mass(setup: Setup, groups: Sequence[Group]) -> Finding:
-    """p(Yes) + p(No) where the label is read, and what is likely there in their place."""
+    """p(Yes) + p(No) where the label is read, and the most likely tokens there."""
     model, dialog = setup.runtime.model, setup.method.dialog
 
     def read(batch: Batch) -> list[tuple[list[float], list[float]]]:
@@ -109,8 +109,8 @@ def label_mass(setup: Setup, groups: Sequence[Group]) -> Finding:
 
 
 def sampler_and_trainer(setup: Setup, groups: Sequence[Group], computed: Sequence[Computed]) -> Iterator[Finding]:
-    """The log-probs that the sampler gave against those of the forward pass that is trained; then whether the tokens
-    were drawn from that distribution.
+    """Compare the sampler's log-probs with those of the training forward pass; then check whether the tokens were drawn
+    from that distribution.
     """
     fresh = torch.cat([one.logprobs for one in computed])
     gap = (said(groups) - fresh).abs()
@@ -132,8 +132,8 @@ def sampler_and_trainer(setup: Setup, groups: Sequence[Group], computed: Sequenc
 
 
 def _draws(setup: Setup, groups: Sequence[Group]) -> Finding:
-    """Of tokens drawn from p, log p is minus the entropy in the mean. Whatever log-probs a sampler claims, what it drew
-    from a distribution cut to its most likely tokens is likelier than that.
+    """For tokens drawn from p, the mean of log p is minus the entropy. Tokens from a distribution restricted to its
+    most likely tokens have a higher mean, whatever log-probs the sampler reports.
     """
     runtime = setup.runtime
 
@@ -141,7 +141,7 @@ def _draws(setup: Setup, groups: Sequence[Group]) -> Finding:
         head = runtime.model(batch, tokens=True)
         found = []
         for states, targets in zip(head.token.split(ROWS_AT_ONCE), batch.targets.split(ROWS_AT_ONCE), strict=True):
-            logp = logprobs_at(head.logits(states), setup.temperature).clamp_min(-1e4)  # p log p of a p of 0 is 0
+            logp = logprobs_at(head.logits(states), setup.temperature).clamp_min(-1e4)  # p log p is 0 for p = 0
             p = logp.exp()
             mean = (p * logp).sum(-1)
             drawn = logp.gather(-1, targets[:, None]).squeeze(-1)

@@ -1,5 +1,5 @@
-"""What the tokenizer and its chat template make of a conversation. `Chat` and `Dialog` refuse most of what is wrong
-when they are made; here is what they admit.
+"""Checks of the tokenizer and its chat template. `Chat` and `Dialog` already refuse most faults in their constructors;
+these checks cover what they accept.
 """
 
 from collections.abc import Iterator
@@ -20,21 +20,21 @@ CANONICAL = (user("What is two plus three?"),)
 
 
 def chat_template(dialog: Dialog | SingleTurn) -> Finding:
-    """That there is one, whose turns stay as they are when others follow: the dialog could not be made otherwise."""
+    """Pass: a dialog can only be made from a chat template that keeps earlier turns unchanged when turns follow."""
     said = f"{dialog.name}: earlier turns stay unchanged when turns follow; a thought ends with "
     said += _token(dialog, dialog.end_id)
     return Finding("chat template", "pass", said + (f"; {dialog.thinking_said}" if dialog.thinking_said else ""))
 
 
 def labels(dialog: Dialog | SingleTurn) -> Iterator[Finding]:
-    """One token each, where the template has any."""
+    """The labels and their ids, if the template has labels."""
     if dialog.template.labels is not None and dialog.label_ids is not None:
         pairs = zip(dialog.template.labels, dialog.label_ids, strict=True)
         yield Finding("labels", "pass", "one token each: " + ", ".join(f"{label!r} is {i}" for label, i in pairs))
 
 
 def bos(dialog: Dialog | SingleTurn) -> Finding:
-    """How often the token that begins a text stands at the beginning of a conversation."""
+    """How often the BOS token occurs at the beginning of a conversation."""
     tokenizer = dialog.tokenizer
     if tokenizer.bos_token_id is None:
         return Finding("BOS", "pass", "the tokenizer has none")
@@ -61,8 +61,8 @@ def bos(dialog: Dialog | SingleTurn) -> Finding:
 
 
 def padding(dialog: Dialog | SingleTurn, *, scalar: bool) -> Finding:
-    """The token and the side of the tokenizer. Batches are padded and masked here by themselves, so that neither
-    changes a result; they go with the saved model to whoever pads with its tokenizer.
+    """The pad token and the padding side of the tokenizer. They do not change results here, because this package pads
+    and masks batches itself. But they are saved with the model, and other code may use them.
     """
     tokenizer = dialog.tokenizer
     given, side = tokenizer.pad_token_id, tokenizer.init_kwargs.get("padding_side")
@@ -90,7 +90,7 @@ def padding(dialog: Dialog | SingleTurn, *, scalar: bool) -> Finding:
 
 
 def texts(dialog: Dialog | SingleTurn, rows: int) -> Finding:
-    """What was done to the texts of `rows` rows when they were encoded (`Chat.counts`)."""
+    """The changes to the texts of `rows` rows when they were encoded (`Chat.counts`)."""
     counts = dict(dialog.counts)
     said = f"{rows} rows" + "".join(f"; {count} conversations {what}" for what, count in counts.items())
     if counts.get("rewritten"):
