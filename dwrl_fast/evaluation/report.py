@@ -1,4 +1,4 @@
-"""All figures of one evaluation, as JSON and as tables that a terminal, Markdown and a page can show alike."""
+"""All figures of one evaluation, as JSON and as tables for terminal, Markdown and HTML."""
 
 import dataclasses
 import math
@@ -23,8 +23,8 @@ from dwrl_fast.scoring import Kind
 
 @dataclass(frozen=True, slots=True)
 class Orders:
-    """Of methods that show two responses together: accuracy where the better one is shown first, where it is second,
-    and the share of pairs whose two verdicts name the same response. A draw counts one half.
+    """For methods that show two responses together: the accuracy if the better one is shown first and if it is shown
+    second, and the share of pairs whose two verdicts choose the same response. A draw counts one half.
     """
 
     better_first: float
@@ -34,8 +34,9 @@ class Orders:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """about: what was evaluated, in words. slices: accuracies of parts of the pairs, by what parts them. temperature:
-    what --calibrate found; calibrated: the figures under it. tokens: computed, naive.
+    """about: what was evaluated, in words. slices: accuracies of subsets of the pairs, by the kind of subset.
+    temperature: the result of --calibrate; calibrated: the figures with it. tokens: computed, and naive (without
+    sharing).
     """
 
     about: dict[str, Any]
@@ -53,7 +54,7 @@ class Report:
     tokens: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON: null stands for what is not finite."""
+        """As JSON; values that are not finite become null."""
         return finite(dataclasses.asdict(self))
 
 
@@ -65,7 +66,7 @@ def make_report(
     about: Mapping[str, Any],
     seed: int,
 ) -> tuple[Report, PairTable]:
-    """What can be said of any model; votes, benchmark, temperature and probe are put in by `dataclasses.replace`.
+    """The report that every model has; `dataclasses.replace` adds votes, benchmark, temperature and probe.
 
     units: of `judged` and `rows`, which are the same groups. Raises DataError if there is nothing to measure.
     """
@@ -84,7 +85,7 @@ def make_report(
 
 
 def orders(judged: Sequence[Judged], units: Units) -> Orders | None:
-    """None for methods that judge responses one by one. units: of `judged`."""
+    """The figures by presentation order; None for methods that judge responses one by one. units: of `judged`."""
     leads = [
         (place, lead, won[j, i])
         for place, row in enumerate(judged)
@@ -94,19 +95,19 @@ def orders(judged: Sequence[Judged], units: Units) -> Orders | None:
     ]
     if not leads:
         return None
-    places, first, second = np.array(leads, dtype=np.float64).T  # None becomes nan, which has no credit
+    places, first, second = np.array(leads, dtype=np.float64).T  # None becomes nan, which gets no credit
     mean = units.at(places.astype(np.int64)).mean
     return Orders(mean(credit(first)), mean(credit(-second)), mean(credit(-first * second)))
 
 
 def _better_by(verdicts: Sequence[float | None]) -> float | None:
-    """1 where the verdicts are for the response shown first, -1 for the other, 0 a draw; None: none can be read."""
+    """1 if the verdicts favour the response shown first, -1 for the other, 0 for a draw; None if none can be read."""
     read = [value for value in verdicts if value is not None]
     return float(np.sign(sum(read) / len(read) - 0.5)) if read else None
 
 
 class Section(NamedTuple):
-    """A table: the first column names, the others are figures. note: one sentence on how to read it."""
+    """A table: the first column holds names, the others figures. note: how to read it."""
 
     title: str
     note: str
@@ -120,12 +121,12 @@ SLICED = {
     "turns": ("By number of turns", "Turns of the user in the prompt."),
     "length": ("By difference of length", "How many characters the better response is longer than the worse one."),
 }
-FEW = 20  # rows or prompts, of which a bootstrap says little
+FEW = 20  # with fewer rows or prompts a bootstrap is unreliable
 WAYS = {"mean": "mean of p(Yes)", "majority": "majority"}
 
 
 def sections(report: Report) -> list[Section]:
-    """The tables of a report, in the order in which they are shown."""
+    """The tables of a report, in order."""
     found = (
         _summary(report),
         _orders(report.orders) if report.orders else None,
@@ -190,7 +191,7 @@ def _reliability(found: Calibration) -> Section:
 
 
 def _figures(report: Report) -> list[tuple[str, str]]:
-    """Names and figures; what is None does not apply to the model or was not asked for."""
+    """Names and figures, without those that do not apply or were not requested (None)."""
     pairs, found, after = report.pairs, report.calibration, report.calibrated
     rows: list[tuple[str, Any]] = [
         ("accuracy", f"{pairs.accuracy:.3f}, 95 % interval {pairs.low:.3f} to {pairs.high:.3f}"),
@@ -241,7 +242,7 @@ def _probe(found: ProbeReport) -> Section:
 
 
 def markdown(report: Report) -> str:
-    """The tables; no text of rows is in it."""
+    """The tables as Markdown. It contains no text of rows."""
     lines = [
         f"# {_cell(report.about['model'])}",
         "",
@@ -259,6 +260,6 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def _cell(value: Any) -> str:
-    """One line that Markdown takes as text: names of files and subsets are the user's."""
+    """A cell as one line of escaped text, because names of files and subsets come from the user."""
     text = " ".join(str(value).split())
     return "".join(f"\\{c}" if c in r"\|`*_<>[]#" else c for c in text)
