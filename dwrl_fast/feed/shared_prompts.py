@@ -1,4 +1,4 @@
-"""Prompts that are trained on and held out too: what is measured on them is memory."""
+"""Warns about prompts that occur in both training and held-out rows: accuracy on them measures memory."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,7 +10,9 @@ from dwrl_fast.log import logger
 
 
 def warn_of_shared_prompts(feed: Feed, held_out: Sequence[Preference]) -> None:
-    """Count the held-out rows whose prompt occurs in the training rows, as far as these are in memory, and say it."""
+    """Count the held-out rows whose prompt occurs in the training rows, as far as these are in memory, and log a
+    warning.
+    """
     if not held_out:
         return
     trained = set[Any]()
@@ -28,7 +30,7 @@ def warn_of_shared_prompts(feed: Feed, held_out: Sequence[Preference]) -> None:
 
 
 def shared(trained: set[Any], held_out: Sequence[Preference]) -> str:
-    """A sentence on the held-out rows whose prompt is among the trained ones; empty if there are none."""
+    """A sentence about the held-out rows whose prompt is in `trained`; empty if there are none."""
     again = [row for row in held_out if _key(row) in trained]
     if not again:
         return ""
@@ -40,7 +42,7 @@ def shared(trained: set[Any], held_out: Sequence[Preference]) -> str:
 
 
 def prompts(rows: Iterable[Preference]) -> set[Any]:
-    """The prompts of rows, as they are compared."""
+    """The prompts of rows, in the form in which they are compared."""
     return {_key(row) for row in rows}
 
 
