@@ -27,7 +27,7 @@ def _untimed(stage: str) -> AbstractContextManager[None]:
 class Rollout:
     """What `method` trains on, under the model of `judging` as it stands at each call.
 
-    ConfigError if the sampler's log-probs are asked for and cannot stand for the trainer's; Raises ModelError if
+    ConfigError if the sampler's log-probs are asked for and cannot stand for the trainer's. ModelError if
     another model writes the thoughts and cannot be loaded. timed: a context whose seconds are added to a stage's.
     """
 
