@@ -39,9 +39,7 @@ class StreamedFiles:
 
     def __init__(self, name: str):
         paths = _paths(name)
-        self.stamps = {
-            path: Stamp.of(path) for path in paths
-        }  # before the content, so that a change between is noticed
+        self.stamps = {path: Stamp.of(path) for path in paths}  # taken first, so that a later change is noticed
         self.contents = {path: _content(path) for path in paths}
         found = list(self.contents.values())
         self.identity: dict[str, Any] = found[0] if len(found) == 1 else {"files": found} if found else {"name": name}
