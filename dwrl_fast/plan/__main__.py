@@ -1,4 +1,4 @@
-"""`python -m dwrl_fast.plan`: what a training run takes, before it is paid for."""
+"""`python -m dwrl_fast.plan`: predicts memory, time and cost of a training run."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ def main(argv: list[str]) -> None:
 
 
 def run(config: PlanConfig, console: Console) -> Sized:
-    """The whole plan, printed; the run on --gpus."""
+    """Print the whole plan. Returns the result for --gpus."""
     setup = planned(config, config.lengths, load_profile(config.profile))
     report.head(setup, console)
     traced = traced_on(setup, config.gpus)

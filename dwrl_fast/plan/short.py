@@ -11,12 +11,12 @@ from dwrl_fast.plan.profile import Profile
 from dwrl_fast.plan.setup import planned
 from dwrl_fast.plan.trace import trace
 
-SMALL = 0.02  # of the sum: kinds below it are left out
+SMALL = 0.02  # kinds below this share of the sum are left out
 
 
 def short(config: TrainConfig, lengths: Lengths, ranks: int) -> str:
-    """What each of `ranks` holds at its fullest, of how much there is on this machine's device. Raises UserError if it
-    cannot be planned.
+    """The peak memory of each of `ranks`, and the memory of this machine's device. Raises UserError if the run cannot
+    be planned.
     """
     profile = _here()
     setup = planned(config, lengths, profile)
@@ -30,7 +30,7 @@ def short(config: TrainConfig, lengths: Lengths, ranks: int) -> str:
 
 
 def _here() -> Profile:
-    """This machine's device; how fast it is has no part in its memory."""
+    """A profile of this machine's memory; its rates are not used."""
     if torch.cuda.is_available():
         device, size = "cuda", torch.cuda.mem_get_info()[1]
     else:
