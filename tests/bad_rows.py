@@ -144,7 +144,7 @@ COLUMNS = {
     "columns that cannot be typed": Bad({"chosen\ud800": "a", "b\n": "b"}, error=r"no column .*ud800.* chosen=NAME"),
     "ten thousand columns": Bad({f"column {i}": i for i in range(10_000)}, error="no column 'chosen' .* chosen=NAME"),
     "no prompt": Bad({"chosen": "a", "rejected": "b"}, error="no column 'prompt' among .*; .* --columns prompt=NAME"),
-    "another format": Bad(RANKS, error="the columns of a RANKING row, where .* BINARY; put the two in separate files"),
+    "another format": Bad(RANKS, error="the columns of a RANKING row, but .* BINARY; put the two in separate files"),
     "no magnitude": Bad(
         PAIR, [MAGNITUDE], error="the columns of a BINARY row, but the rows before it are BINARYMAGN; put"
     ),

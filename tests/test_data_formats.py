@@ -253,7 +253,7 @@ def test_formats_are_told_from_their_columns(
             {},
             r":1: the columns 'text' match no format. The formats need chosen and rejected; or .*--col",
         ),
-        ([{}], {}, ":1: the columns none are those of no format"),
+        ([{}], {}, ":1: the columns none match no format"),
         (
             [PAIR, ABC | {"ranks": [1, 2, 3]}],
             {},
@@ -270,7 +270,7 @@ def test_formats_are_told_from_their_columns(
         ([PROMPT | {"ranks": [1, 2]}], {}, ":1: no column 'responses' among"),
         ([{"completion": "a", "prompt": "p"}], {}, ":1: no column 'score' among .*--columns score=NAME"),
         ([{"completions": [{"rank": 0, "completion": "a"}]}], {}, ":1: no column 'context' among .*--columns context="),
-        ([{f"column {i}": 1 for i in range(100)}], {}, r":1: the columns 'column 0', .*'column 11', \.\.\. are"),
+        ([{f"column {i}": 1 for i in range(100)}], {}, r":1: the columns 'column 0', .*'column 11', \.\.\. match"),
     ],
 )
 def test_rows_of_no_format_or_of_another_are_errors(

@@ -56,7 +56,7 @@ def test_responses_that_differ_only_in_what_nobody_reads(tmp_path: Path) -> None
     answers = [[{"role": "assistant", "content": YES, "thinking": text}] for text in ("a", "b")]
     rows = [PLAIN, {"prompt": [USER], "chosen": answers[0], "rejected": answers[1]}]
     assert read_preferences(write(tmp_path, *rows)).dropped == {
-        "identical responses: they differ only in 'thinking', not read": [2]
+        "identical responses: they differ only in 'thinking', which is not read": [2]
     }
 
 

@@ -47,7 +47,7 @@ def test_yaml_has_bounds_and_says_which_file() -> None:
     for text, said in {
         "a: 1\na: 2": 'a given more than once\n  in "f.yaml"',
         "a: " + "[" * 100_000: "nested too deeply",
-        "a: &a [*a]": "anchors unfold",
+        "a: &a [*a]": "anchors expand",
         "a: 2024-99-99": "month must be",
         "a: " + "x" * (1 << 20): "larger than 1 MiB",
         "a: !!python/object/apply:os.mkdir [x]": "could not determine a constructor",
