@@ -1,4 +1,4 @@
-"""The rewards of a foreign trainer's rows: each that can be judged is, whatever stands beside it; others have none."""
+"""Rewards for rows of other trainers. Every row that can be judged gets a reward; the others get None."""
 
 import math
 import sys
@@ -20,7 +20,7 @@ INFINITE = "infinite log-odds, which cannot be a reward: use as_reward_function(
 
 
 class Judgeable(NamedTuple):
-    """A row that can be judged. reference: what the response is compared with, if it is."""
+    """A row that can be judged. reference: the text to compare the response with, if any."""
 
     place: int
     prompt: Turns
@@ -30,8 +30,8 @@ class Judgeable(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Rewards:
-    """score: takes prompts, responses and `reference`, gives [N]. longest: the most tokens that a sequence may have
-    before a thought is written. unjudged: counts the rows without a reward, by reason; the first is said.
+    """score: takes prompts, responses and `reference`, returns [N]. longest: maximum tokens of a sequence before its
+    thought. unjudged: counts the rows without a reward, by reason; the first one is logged.
     """
 
     score: Callable[..., Tensor]
@@ -42,8 +42,8 @@ class Rewards:
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], references: Sequence[Any] | None
     ) -> list[float | None]:
-        """One a row, None if it cannot be judged. Raises DataError if these are no lists of one length, or a reference
-        is no text.
+        """One reward per row; None if it cannot be judged. Raises DataError if the arguments are not lists of the same
+        length, or if a reference is not text.
         """
         if not len(completions):
             return []
