@@ -1,12 +1,12 @@
-"""What the first rollout batch shows of a model that will learn slowly, before hours are spent on it."""
+"""Warnings after the first rollout batch about a model that will learn slowly."""
 
 from collections.abc import Iterator, Mapping
 
-MASS_WARN, CUT_WARN, UNREAD_WARN = 0.5, 0.2, 0.2  # the doctor warns by the same
+MASS_WARN, CUT_WARN, UNREAD_WARN = 0.5, 0.2, 0.2  # the same limits as in the doctor
 
 
 def warnings(values: Mapping[str, float], limit: int) -> Iterator[str]:
-    """A line for each figure of the first step that is bad, with the remedy. limit: tokens of a thought at most."""
+    """A line for each bad figure of the first step, with the remedy. limit: maximum tokens of a thought."""
     if values.get("label_mass", 1.0) < MASS_WARN:
         yield (
             f"the two labels together have only probability {values['label_mass']:.2g} where the score is read. Use a "

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: by it a folder is known to be whole, as it was written, and to hold nothing else."""
+"""The manifest of a checkpoint. It shows that a folder is complete, unchanged, and holds no other tensor files."""
 
 import hashlib
 import os
@@ -9,18 +9,18 @@ from dwrl_fast.errors import CheckpointError
 from dwrl_fast.files import bounded_json, opened
 
 MANIFEST, STATE = "manifest.json", "state.json"
-FORMAT = 2  # 1 held a pickle
-UNREADABLE = (OSError, ValueError, RecursionError)  # what reading JSON raises
+FORMAT = 2  # format 1 contained a pickle
+UNREADABLE = (OSError, ValueError, RecursionError)  # errors of reading JSON
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
-    """What the manifest says of a file. Raises OSError if it is no file that can be read."""
+    """The manifest entry of a file. Raises OSError if the file cannot be read."""
     with opened(path) as file:
         return {"size": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def verify(path: Path) -> None:
-    """CheckpointError unless all files of the manifest are there as they were written, and no other tensors."""
+    """Raise CheckpointError unless all files of the manifest exist unchanged and there are no other tensor files."""
     try:
         manifest = bounded_json(path / MANIFEST)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Which checkpoint of a folder a run goes on from, and what becomes of those past it."""
+"""Chooses the checkpoint from which a run resumes, and renames damaged later ones."""
 
 from pathlib import Path
 
@@ -9,8 +9,9 @@ from dwrl_fast.training.checkpoint import checkpoints, latest_checkpoint, place_
 
 
 def found(folder: Path, wanted: str) -> Path | None:
-    """The checkpoint that --resume_from_checkpoint `wanted` names for a run in `folder`; None if the run is to
-    begin. Raises CheckpointError if there is none to go on from, and the run must not begin.
+    """The checkpoint that --resume_from_checkpoint `wanted` names for a run in `folder`; None if the run starts from
+    the beginning. Raises CheckpointError if there is no usable checkpoint and the run must not start from the
+    beginning.
     """
     path = latest_checkpoint(folder) if wanted in NEWEST else Path(wanted)
     if path is None or path.resolve().parent != folder.resolve():
@@ -26,8 +27,8 @@ def found(folder: Path, wanted: str) -> Path | None:
 
 
 def set_later_aside(folder: Path, path: Path, wanted: str) -> None:
-    """Rename the checkpoints of `folder` past `path`, which were found damaged. Raises CheckpointError if they may be
-    whole.
+    """Rename the damaged checkpoints in `folder` that are later than `path`. Raises CheckpointError if they may be
+    intact.
     """
     place = place_of(path)
     for later in checkpoints(folder, past=(-1, 0) if place is None else place):
@@ -40,7 +41,7 @@ def set_later_aside(folder: Path, path: Path, wanted: str) -> None:
 
 
 def _refuse_finished(folder: Path) -> None:
-    """CheckpointError if the folder holds a model, which this run would write over."""
+    """Raise CheckpointError if the folder holds a model, which this run would overwrite."""
     held = [name for name in ("model", "adapter") if (folder / name).exists()]
     if held:
         raise CheckpointError(
