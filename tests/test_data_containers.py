@@ -183,7 +183,7 @@ def test_an_array_is_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.Mon
 TABLES = {
     "cells missing": ("prompt,chosen,rejected\na,b\n", ":2: 2 cells, but 3 column names; put a cell that contains"),
     "name twice": ("prompt,chosen,chosen\na,b,c\n", ":1: the column name 'chosen' occurs 2 times; rename one"),
-    "open quote": ('prompt,chosen,rejected\n"a,b,c\n', r":\d: no table of this kind .*; write a cell that holds"),
+    "open quote": ('prompt,chosen,rejected\n"a,b,c\n', r":\d: not a valid table of this kind .*; put a cell that"),
     "no number": ("prompt,chosen,rejected,margin\na,b,c,much\n", ":2: 'margin' should hold a number, not the Cell"),
     "no rows": ("prompt,chosen,rejected\n", ": 0 rows read"),
     "nothing": ("", ": 0 rows read"),

@@ -61,7 +61,11 @@ def without(values: dict, key: str) -> dict:
         (DIALOG | {"labels": [True, False]}, "labels", r'as in \["Yes", "No"\] with the quotes'),
         (DIALOG | {"labels": ["Yes", "Yes"]}, "labels", "both are 'Yes'"),
         (DIALOG | {"evaluate": "Judge it."}, "evaluate", r"\{aspect\} is missing"),
-        (DIALOG | {"evaluate": "Judge its {aspects}."}, "evaluate", r"\{aspects\} is not a known placeholder; the nearest is \{aspect\}"),
+        (
+            DIALOG | {"evaluate": "Judge its {aspects}."},
+            "evaluate",
+            r"\{aspects\} is not a known placeholder; the nearest is \{aspect\}",
+        ),
         (DIALOG | {"evaluate": "Its {aspect}: {response}"}, "evaluate", r"\{response\} is not a known placeholder"),
         (DIALOG | {"rate": " "}, "rate", "expected a text"),
         (DIALOG | {"rate": 3}, "rate", "expected a text, found 3"),
