@@ -196,7 +196,7 @@ def _convert(hint: Any, value: Any) -> Any:
         if isinstance(value, str) and value:
             return value
         raise ValueError(
-            "expected text" + ("" if isinstance(value, str) else ", in quotes where YAML would read it otherwise")
+            "expected text" + ("" if isinstance(value, str) else ", in quotes if YAML would read it as another type")
         )
     return _number(hint, value)
 

@@ -142,7 +142,7 @@ def test_nothing_is_pruned_for_a_checkpoint_that_went_bad(tmp_path: Path, monkey
         (folder / "state.json").write_text("{}")
 
     monkeypatch.setattr(checkpoint, "_write_rest", write_badly)
-    with pytest.raises(CheckpointError, match=r"state.json is not as it was written"):
+    with pytest.raises(CheckpointError, match=r"state.json has changed since it was written"):
         save_checkpoint(tmp_path, 2, some_tensors(), STATE, 1)
     assert latest_checkpoint(tmp_path) == old
 
@@ -265,7 +265,7 @@ DAMAGES: list[tuple[Callable[[Path], object], str]] = [
     (flip_byte, f"{SHARD} is not as it was written"),
     (truncate, f"{SHARD} is not as it was written"),
     (lambda folder: (folder / SHARD).unlink(), f"{SHARD} cannot be read"),
-    (lambda folder: (folder / "state.json").write_text("{}"), "state.json is not as it was written"),
+    (lambda folder: (folder / "state.json").write_text("{}"), "state.json has changed since it was written"),
     (lambda folder: (folder / "state.json").unlink(), "state.json cannot be read"),
     (lambda folder: (folder / "manifest.json").unlink(), "has no manifest.json"),
     (manifest("{"), "manifest.json cannot be read"),

@@ -153,7 +153,7 @@ def test_a_card_that_was_changed_is_refused(trained: Path, tmp_path: Path, what:
     name, change, said = CARDS[what]
     folder = copied(trained, name, tmp_path)
     (folder / CARD).write_text(json.dumps(json.loads((folder / CARD).read_text()) | change))
-    with pytest.raises(ModelError, match=rf"the card of .*{name} is not as it was saved: .*{said}"):
+    with pytest.raises(ModelError, match=rf"the card of .*{name} is not valid: .*{said}"):
         Scorer.from_pretrained(folder, dtype="fp32")
 
 

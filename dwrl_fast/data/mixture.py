@@ -73,7 +73,7 @@ def _checked(given: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(name, str) or not name:
         raise ValueError("dataset_name is missing: the file, folder or hub name")
     if aspect is not None and (not isinstance(aspect, str) or not aspect):
-        raise ValueError(f"aspect = {aspect!r}: expected text, in quotes where YAML would read it otherwise")
+        raise ValueError(f"aspect = {aspect!r}: expected text, in quotes if YAML would read it as another type")
     if weight is not None:
         weight = _number(weight) or weight if isinstance(weight, str) else weight  # YAML 1.1 reads 5e-1 as text
         if isinstance(weight, bool) or not isinstance(weight, int | float):

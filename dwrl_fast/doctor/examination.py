@@ -51,15 +51,15 @@ def examine(config: DoctorConfig, report: Report, display: Display, together: Ra
     dialog = _dialog(config, report)
     found = dialog and _attempt("rows", report, lambda: _rows(config, dialog, display))
     if not (dialog and found):
-        return report.leave_out("what fails above stands in its way", REST)
+        return report.leave_out("they need what failed above", REST)
     rows, longest = found
     report.add(tokens.texts(dialog, len(rows)))
     setup = _setup(config, dialog, where, together, longest, report)
     if setup is None:
-        return report.leave_out("what fails above stands in its way", REST)
+        return report.leave_out("they need what failed above", REST)
     _look_at_model(setup, longest, report)
     if "weights" in report.named("fail"):
-        return report.leave_out("what fails above stands in its way", REST)
+        return report.leave_out("they need what failed above", REST)
     _look_at_rows(setup, rows, report, display)
 
 

@@ -54,8 +54,8 @@ def dequantising(options: dict[str, Any], name: str) -> dict[str, Any]:
 
     if "quantization_config" in options:
         raise ConfigError(
-            f"--load_in_4bit quantises a model as it is loaded, and {name} is quantised already: leave the option out, "
-            "or give the folder or hub name that the file was made from"
+            f"--load_in_4bit quantises a model when it is loaded, but {name} is quantised already: leave the option "
+            "out, or give the folder or hub name that the file was made from"
         )
     return options | {"quantization_config": GgufConfig(dequantize=True)}
 
@@ -78,9 +78,9 @@ def check_split(tokenizer: Any, name: str) -> None:
     taken = type(tokenizer.backend_tokenizer.pre_tokenizer).__name__
     if rule is not None and rule not in SPLIT_AS_GPT2 and taken == "ByteLevel":
         warn_once(
-            f"{name} asks for its text to be split as by {rule!r}, which transformers does not know: it is split as by "
-            "GPT-2, and some ids may not be those that the model was trained on. Give its own tokenizer by "
-            "--tokenizer_name_or_path where it can be had."
+            f"{name} splits text by the rule {rule!r}, which transformers does not know. GPT-2's rule is used "
+            "instead, so some ids may differ from those of the model's training. If the model's own tokenizer is "
+            "available, give it with --tokenizer_name_or_path."
         )
 
 
@@ -95,7 +95,7 @@ def _metadata(name: str) -> dict[str, Any]:
         needed = ", ".join(missing)
         raise ModelError(f"{name}: reading a GGUF file needs {needed}; run `pip install {shlex.join(missing)}`")
     if not Path(name).is_file():
-        raise ModelError(f"there is no file {name}: GGUF files are read from this machine, so fetch it first")
+        raise ModelError(f"there is no file {name}: GGUF files are read only from this machine, so fetch it first")
     try:
         return dict(reader.read_gguf_metadata(name)[0])
     except (OSError, ValueError, LookupError, struct.error) as error:

@@ -164,7 +164,7 @@ def load_card(folder: str | Path) -> dict[str, Any]:
         raise ModelError(f"{folder} is a run's folder: give {Path(folder) / 'model'}, which holds its model")
     if not path.is_file():
         raise ModelError(
-            f"{folder} has no {CARD}, so it was not written by dwrl_fast.train, which saves it beside the weights in "
+            f"{folder} has no {CARD}, so it was not written by dwrl_fast.train, which saves it next to the weights in "
             "OUTPUT_DIR/model. Give that folder; dwrl_fast.evaluate can ask any other causal language model, with "
             '--method judge (in Python method="judge").'
         )

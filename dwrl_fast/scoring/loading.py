@@ -54,7 +54,7 @@ def load_trained(folder: str | Path, aspect: str | None = None) -> tuple[Dialog 
         _check_card(card)
     except ConfigError as error:
         raise ModelError(
-            f"the card of {folder} is not as it was saved: {error} Copy {CARD} again from where the model was trained"
+            f"the card of {folder} is not valid: {error} Copy {CARD} again from where the model was trained"
         ) from None
     saved = card["dialog"] | ({} if aspect is None else {"aspect": aspect})
     make = Dialog if saved["template"].get("kind", DEFAULT) == "dialog" else SingleTurn

@@ -47,4 +47,4 @@ def verify(path: Path) -> None:
         except OSError as error:
             raise CheckpointError(f"{path}: {name} cannot be read ({error.strerror}).") from None
         if not intact:
-            raise CheckpointError(f"{path}: {name} is not as it was written; the checkpoint is damaged.")
+            raise CheckpointError(f"{path}: {name} has changed since it was written; the checkpoint is damaged.")

@@ -182,9 +182,9 @@ def _idle(values: Mapping[str, float]) -> tuple[str, str]:
         return "ties", "no row has a response that is better than another. Train on rows that are not ties"
     if values.get("label_mass", 1.0) < NEAR_ZERO:
         return "mass", (
-            f"the labels have probability {values['label_mass']:.1e} where the verdict is read: the model does not "
-            "answer as asked. Give a --template with labels that it uses, or start from a model that follows "
-            "instructions"
+            f"the labels together have probability {values['label_mass']:.1e} where the verdict is read: the model "
+            "does not answer as asked. Give a --template with labels that it uses, or start from a model that "
+            "follows instructions"
         )
     if "reward" in values and values["advantage"] < NEAR_ZERO:
         return "equal", (
