@@ -262,8 +262,8 @@ def also_vouching_for(name: str) -> Callable[[Path], object]:
 
 
 DAMAGES: list[tuple[Callable[[Path], object], str]] = [
-    (flip_byte, f"{SHARD} is not as it was written"),
-    (truncate, f"{SHARD} is not as it was written"),
+    (flip_byte, f"{SHARD} has changed since it was written"),
+    (truncate, f"{SHARD} has changed since it was written"),
     (lambda folder: (folder / SHARD).unlink(), f"{SHARD} cannot be read"),
     (lambda folder: (folder / "state.json").write_text("{}"), "state.json has changed since it was written"),
     (lambda folder: (folder / "state.json").unlink(), "state.json cannot be read"),
