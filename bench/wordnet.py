@@ -33,7 +33,7 @@ class NotFetched(UserError):
 
 
 def fetch(archive: Path | None) -> dict[str, str]:
-    """The three files of the archive; of a copy where one is named. NotFetched, and UserError where it is another."""
+    """The three files of the archive; of a copy where one is named. NotFetched, and UserError if it is another."""
     if archive is None:
         try:
             with urllib.request.urlopen(ADDRESS, timeout=SECONDS) as answer:

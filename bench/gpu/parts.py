@@ -150,7 +150,7 @@ def sanitizer(job: Job) -> Outcome:
 
 
 def read_sanitizer(output: str) -> dict[str, Any]:
-    """The count of its summary, None where there is none; the kernels it names; whether it refused the device; how many
+    """The count of its summary, None if there is none; the kernels it names; whether it refused the device; how many
     calls ran to their end.
     """
     summary = re.findall(r"(?:ERROR SUMMARY: |RACECHECK SUMMARY: )(\d+)", output)

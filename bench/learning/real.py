@@ -44,7 +44,7 @@ HELD_OUT, LONGEST, SHOWN = (
 
 
 def pairs(data: str | None, folder: Path) -> Path:
-    """The folder of train.jsonl and test.jsonl, made where it is not there yet. ConfigError where it was made from
+    """The folder of train.jsonl and test.jsonl, made where it is not there yet. Raises ConfigError if it was made from
     another source of that name.
     """
     name = "words" if data is None else f"on-topic-{Path(data).name.split('.')[0].replace(':', '-')}"

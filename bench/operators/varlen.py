@@ -15,7 +15,7 @@ from dwrl_fast.ops.tiles import forest, ranges
 
 class Segments(NamedTuple):
     """Queries [bounds_q[s], bounds_q[s + 1]) attend causally, aligned at the ends, to the keys of the same segment,
-    gathered from `keys`; None where they lie as the queries do.
+    gathered from `keys`; None if they lie as the queries do.
     """
 
     bounds_q: Tensor

@@ -1,8 +1,8 @@
-"""What does a checkpoint cost the training loop? Fifty updates with one save among them, beside fifty without any, on
+"""Measures the cost of a checkpoint for the training loop: fifty updates with one save, compared with fifty without, on
 the CPU's trunk-heavy model.
 
-The save is what the trainer saves: weights and AdamW's moments, copied at once and written beside training; and for
-comparison the same save in the loop's way.
+The save has the data of a real checkpoint: weights and AdamW's moments, copied at once and written in the background.
+For comparison the same save is also made in the foreground.
 """
 
 import shutil
@@ -27,7 +27,7 @@ How = Literal["none", "beside", "in the way"]
 
 
 def cost(folder: Path, updates: int, rounds: int) -> Drill:
-    """Rounds take the three ways in turn; the medians of their shares count."""
+    """Rounds run the three variants alternately; the result is the median of their shares."""
     pairs = lengths.pairs("hh", 2)
     it = setting(MODELS["trunk-heavy"], pairs, lengths.thought_lengths(40, 2 * lengths.THOUGHTS * len(pairs.contexts)))
     policy = Policy(it.runtime, Optimizers(it.runtime.model, it.method, it.method.config, total=10_000))
@@ -35,8 +35,8 @@ def cost(folder: Path, updates: int, rounds: int) -> Drill:
     size = sum(tensor.nbytes for tensor in policy.state().values()) / 2**20
 
     def interval(how: How) -> tuple[float, float, float]:
-        """Of the updates, with a save after the first of them: seconds, seconds of all processors that this process
-        took, and seconds that the loop was held by the save.
+        """Run the updates, with a save after the first one. Returns seconds, CPU seconds of this process, and seconds
+        that the save blocked the loop.
         """
         shutil.rmtree(folder, ignore_errors=True)
         saver, held = Saver(folder, 1, ALONE, beside=how == "beside"), 0.0
@@ -63,7 +63,7 @@ def cost(folder: Path, updates: int, rounds: int) -> Drill:
     seconds = statistics.median(row[0] for row in rows["none"])
 
     def share(how: How, column: int) -> float:
-        """Beyond the same round without a save; of the last column, of the interval."""
+        """The share relative to the same round without a save; for the last column, relative to the interval."""
         pairs = zip(rows[how], rows["none"], strict=True)
         return statistics.median(a[2] / b[0] if column == 2 else a[column] / b[column] - 1 for a, b in pairs)
 

@@ -1,5 +1,5 @@
-"""What a disk does to a run: it is full, broken or read-only for one operation of a save, its folder vanishes, its
-checkpoints are damaged, or nobody reads what is printed.
+"""Disk faults: the disk is full, broken or read-only for one operation of a save; the folder vanishes; checkpoints are
+damaged; the reader of the output is gone.
 """
 
 import errno
@@ -27,7 +27,7 @@ SHORT = {"max_steps": 3, "num_train_epochs": 1, "save_updates": 0, "save_total_l
 
 
 def failing(config: TrainConfig, folder: Path, number: int, code: int, fired: Path) -> None:
-    """The command; in its second save the `number`-th file operation fails, which makes the file `fired`."""
+    """The command. In its second save, file operation `number` fails, and the file `fired` is created."""
     write, saves = saving.save_checkpoint, 0
 
     def fail() -> None:
@@ -52,7 +52,9 @@ def failing(config: TrainConfig, folder: Path, number: int, code: int, fired: Pa
 
 
 def refused(task: Embedded, folder: Path) -> Drill:
-    """Every file operation of a save fails once by each fault: the run says it, goes on, and ends with its weights."""
+    """Every file operation of a save fails once with each fault. The run must log it, continue, and end with the right
+    weights.
+    """
     folder.mkdir(parents=True)
     count = folder / "count"
     config = small(task, folder / "whole", **SHORT)
@@ -81,7 +83,7 @@ def refused(task: Embedded, folder: Path) -> Drill:
 
 
 def vanished(task: Embedded, folder: Path) -> Drill:
-    """The run's folder is removed between two updates."""
+    """The folder of the run is removed between two updates."""
     folder.mkdir(parents=True)
     run = folder / "run"
     log = folder / "run.log"
@@ -96,7 +98,7 @@ def vanished(task: Embedded, folder: Path) -> Drill:
 
 
 def unread(task: Embedded, folder: Path) -> Drill:
-    """What is printed goes into a pipe that is closed after the first line, as by `| head -1`."""
+    """The output goes into a pipe that is closed after the first line, as with `| head -1`."""
     folder.mkdir(parents=True)
     config = small(task, folder / "run", **SHORT)
     config.save(folder / "options.yaml")
@@ -112,19 +114,19 @@ def unread(task: Embedded, folder: Path) -> Drill:
 
 
 def flip(path: Path) -> None:
-    """One bit of the middle."""
+    """Flip one bit in the middle."""
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
 
 
 def halve(path: Path) -> None:
-    """What a lost second half leaves."""
+    """Remove the second half."""
     os.truncate(path, path.stat().st_size // 2)
 
 
 def empty(path: Path) -> None:
-    """A file of no bytes."""
+    """Make the file empty."""
     os.truncate(path, 0)
 
 
@@ -132,7 +134,7 @@ DAMAGES: tuple[Callable[[Path], object], ...] = (flip, halve, empty, Path.unlink
 
 
 def damaged(task: Embedded, folder: Path) -> Drill:
-    """Each file of the newest checkpoint, of a step and of one within a step, flipped, truncated, emptied, deleted."""
+    """Flip, truncate, empty and delete each file of the newest checkpoint, for checkpoints after and within a step."""
     folder.mkdir(parents=True)
     changes = SHORT | {"save_total_limit": None, "save_updates": 1}
     assert lived(lambda: command_line(small(task, folder / "whole", **changes), folder), folder / "whole.log") == 0
@@ -161,7 +163,7 @@ def damaged(task: Embedded, folder: Path) -> Drill:
 
 
 def _dying(config: TrainConfig, folder: Path, number: int) -> None:
-    """The command; it dies once its `number`-th checkpoint is on the disk."""
+    """The command. It dies when checkpoint `number` is on disk."""
     save, saves = Saver.save, 0
 
     def fatal(self: Saver, *arguments: Any) -> None:
