@@ -257,9 +257,9 @@ def test_formats_are_told_from_their_columns(
         (
             [PAIR, ABC | {"ranks": [1, 2, 3]}],
             {},
-            ":2: the columns of a RANKING row, where .* BINARY; put the two in sep",
+            ":2: the columns of a RANKING row, but .* BINARY; put the two in sep",
         ),
-        ([PAIR | {"magnitude": 1}, PAIR], {}, ":2: the columns of a BINARY row, where .* BINARYMAGN"),
+        ([PAIR | {"magnitude": 1}, PAIR], {}, ":2: the columns of a BINARY row, but .* BINARYMAGN"),
         (
             [PAIR | {"overall": 3}],
             {"score": "overall"},
