@@ -1,8 +1,8 @@
 // The row functions in at::vec. Each `row_pass_*.cpp` includes this once, for its own instruction set and in its own namespace.
 //
-// A row is processed in blocks that fit into the first-level cache. The first pass computes the running maximum, exponentials relative to
-// the maximum so far, their sum, and the entropy's dot product; the second pass computes dLoss/dx. Sums within a block are in float32, sums over
-// blocks in float64.
+// A row is processed in blocks that fit into the first-level cache. The first pass computes the running maximum, exponentials relative
+// to the maximum so far, their sum, and the entropy's dot product; the second pass computes dLoss/dx. Sums within a block are in float32,
+// sums over blocks in float64.
 
 #include "row_pass_table.h"
 
