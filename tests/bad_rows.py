@@ -1,4 +1,4 @@
-"""The corpus of bad input: each kind is a line between two good ones, or a whole file, with what must become of it."""
+"""Malformed input for tests. Each case is a line between two good ones, or a whole file, with the expected outcome."""
 
 import gzip
 import json

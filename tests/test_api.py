@@ -1,4 +1,4 @@
-"""`dwrl_fast.Scorer`: its scores against plain forward passes, whatever is scored beside them, and what it refuses."""
+"""`dwrl_fast.Scorer`: its scores equal plain forward passes, do not depend on the batch, and bad input is refused."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""Bad input: every kind is an error that names file, line and remedy, or a counted reason; nothing else is raised."""
+"""Bad input gives an error that names file, line and remedy, or a counted reason, and never another exception."""
 
 import builtins
 import gzip

@@ -1,4 +1,4 @@
-"""RM-Bench's matrix and JudgeBench's totals against what is worked out by hand."""
+"""RM-Bench's matrix and JudgeBench's totals against values computed by hand."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Checkpoints: to the bit, whole or absent, never overwritten, refusing what was altered or would run code."""
+"""Checkpoints are restored bit for bit, written atomically, never overwritten, and refused if altered or unsafe."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Two models on the same pairs: the statistics against scipy and statsmodels, the command and what it writes."""
+"""The comparison of two models: statistics against scipy and statsmodels, the command and its output file."""
 
 import json
 import re

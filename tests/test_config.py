@@ -1,4 +1,4 @@
-"""Options: where values come from, what is refused and how it is said, the help page, the saved file."""
+"""Options: sources of values, refused values and their messages, the help page, the saved file."""
 
 import dataclasses
 import logging

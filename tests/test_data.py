@@ -1,4 +1,4 @@
-"""Reading pairs: a row is used, or counted under a reason with its line, or an error names file, line and remedy."""
+"""Reading pairs: a row is used, or counted with a reason and its line, or an error names file, line and remedy."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""A check accounts for every row, whoever reads it and in how many parts; its figures are those worked out by hand."""
+"""The check accounts for every row, with any reader and number of parts. Its figures equal those computed by hand."""
 
 import base64
 import gzip

@@ -1,4 +1,4 @@
-"""Every layout in every container gives the same rows; what a container cannot hold, or holds badly, is said."""
+"""Every layout in every container gives the same rows. What a container cannot represent is reported."""
 
 import bz2
 import csv

@@ -1,4 +1,4 @@
-"""What each format's rows become: groups, margins, ranks and sources, against the rows themselves."""
+"""Rows of each format become the right groups, margins, ranks and sources."""
 
 import gzip
 import itertools

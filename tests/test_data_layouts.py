@@ -1,4 +1,4 @@
-"""Layouts of public data: every one is told, read as it must be, said, overridden and refused where it is ambiguous."""
+"""Layouts of public data are detected, read correctly, reported, overridden, and refused if ambiguous."""
 
 import json
 import logging

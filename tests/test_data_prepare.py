@@ -1,4 +1,4 @@
-"""The papers' data sets, in the schema they are published in, become rows that read as they should, split by prompt."""
+"""The papers' data sets, in their published schema, become the right rows, split by prompt."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""Files, folders and the hub give the same rows, lazily, from any position on; what cannot be read is a DataError."""
+"""Files, folders and the hub give the same rows, lazily, from any position. Unreadable sources raise DataError."""
 
 import gzip
 import json

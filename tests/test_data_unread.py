@@ -1,5 +1,5 @@
-"""Nothing is ignored in silence: columns and fields that nobody reads, texts that look like something else, prompts
-that are held out and trained on, and cures for the file at hand.
+"""Nothing is ignored silently: columns and fields that are not read, suspicious texts, held-out prompts that are also
+trained on, and remedies that fit the file.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Chat templates, tokenizers and labels that do not fit a dialog are refused by name."""
+"""Chat templates, tokenizers and labels that do not fit a dialog are refused, with their names."""
 
 import pytest
 from chats import CHATML, LETTERS, LONG, TEMPLATE, TURN, encoded, merging, word_level

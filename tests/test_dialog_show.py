@@ -1,4 +1,4 @@
-"""`python -m dwrl_fast.dialog --show`: what it prints of real rows, and how it refuses."""
+"""`python -m dwrl_fast.dialog --show`: its output for real rows, and its errors."""
 
 import functools
 import gzip

@@ -1,4 +1,4 @@
-"""Chat templates that think: what the sampler saw is the beginning of what is scored, and what is kept is said."""
+"""Chat templates with think blocks: the sampled sequence is a prefix of the scored one, and a log line says so."""
 
 import importlib.util
 import logging

@@ -1,4 +1,4 @@
-"""The doctor names what was planted, with a remedy; what the remedy says is done, and the next report passes."""
+"""The doctor finds planted faults and names a remedy; after applying the remedy, the next report passes."""
 
 import copy
 import json

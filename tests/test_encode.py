@@ -1,4 +1,4 @@
-"""What is asked about a preference and what becomes a group, against sequences and lists written out by hand."""
+"""Requests and groups made from preferences, against sequences and lists written by hand."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""`python -m dwrl_fast.evaluate` from files to reports: what is written, what goes on, what is refused."""
+"""`python -m dwrl_fast.evaluate` from files to reports: its files, resumption, and refusals."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Evaluation judges through `dwrl_fast.Scorer`: a report has what that class says of the same texts."""
+"""Evaluation uses `dwrl_fast.Scorer`: a report has the same scores as that class."""
 
 import json
 import math

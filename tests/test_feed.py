@@ -1,4 +1,4 @@
-"""Feeds: a seeded order that covers every epoch, shares that are the weights, laziness, and resuming to the row."""
+"""Feeds: a seeded order that covers every epoch, shares equal to the weights, lazy reading, and exact resumption."""
 
 import gzip
 import itertools

@@ -1,4 +1,4 @@
-"""A file that is changed while it is streamed: noticed at every pass and save, and where it is read."""
+"""A file that changes while it is streamed is detected at every pass and save, and while reading."""
 
 import gzip
 import json

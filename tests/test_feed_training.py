@@ -1,4 +1,4 @@
-"""Mixtures and streams through the real trainer: shares, aspects, accuracies by source, resuming to the bit."""
+"""Mixtures and streams with the real trainer: shares, aspects, accuracies by source, bit-exact resumption."""
 
 import dataclasses
 import json

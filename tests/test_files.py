@@ -1,4 +1,4 @@
-"""Files read within bounds, and text that cannot speak to a terminal."""
+"""Files are read with limits, and text cannot control a terminal."""
 
 import io
 import logging

@@ -1,4 +1,4 @@
-"""A run says at its first rollout batch what will make it slow."""
+"""A run warns at its first rollout batch about figures that make learning slow."""
 
 import logging
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""GGUF files wherever a model is named: read as what they hold, trained, judged, saved as plain folders, or refused."""
+"""GGUF files as models: read, trained, judged, saved as plain folders, or refused."""
 
 import json
 import logging

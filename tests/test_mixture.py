@@ -1,4 +1,4 @@
-"""Files in the options: how they are written, what is refused and how it is said, what figures call them."""
+"""File names in options: their forms, refused forms and messages, and short names in figures."""
 
 from pathlib import Path
 from typing import Any

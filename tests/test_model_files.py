@@ -1,4 +1,4 @@
-"""Folders of models: weights that are missing or others, heads that are tied or not, cards that were changed."""
+"""Model folders: missing or foreign weights, tied and untied heads, changed cards."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""LoRA in the trained path: what the adapters compute, what trains, what is written, what is refused."""
+"""LoRA in training: the computation of adapters, the trained weights, the written files, the refusals."""
 
 import copy
 import dataclasses

@@ -1,4 +1,4 @@
-"""Folders of adapters and of what they merge into: written, read by peft and without it, and refused."""
+"""Folders of adapters and of merged models: written, read with and without peft, and refused."""
 
 import dataclasses
 import json

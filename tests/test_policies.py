@@ -1,4 +1,4 @@
-"""`sft` and `dpo`: their losses on every preference format and on demonstrations, their scores, and that they learn."""
+"""`sft` and `dpo`: losses on every preference format and on demonstrations, scores, and learning."""
 
 import json
 import shutil

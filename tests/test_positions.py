@@ -1,4 +1,6 @@
-"""Sequences past a model's positions are said by everything that scores, before or at the first of them, once."""
+"""Everything that scores warns once about sequences with more tokens than the model has positions, not later than
+at the first one.
+"""
 
 import json
 from pathlib import Path

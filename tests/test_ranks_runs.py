@@ -1,4 +1,4 @@
-"""Whole runs under torchrun: resumed on other numbers of ranks, killed, failing, interrupted."""
+"""Whole runs under torchrun: resumed with other numbers of ranks, killed, failing, interrupted."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The code of README and of the docs runs as it stands there, and their commands are commands."""
+"""The code in README and docs runs unchanged, and their commands are valid."""
 
 import re
 import shlex

@@ -1,4 +1,4 @@
-"""The recipes: the files compose the papers' experiments, which dry-run with tokenizers and rows that stand in."""
+"""The recipes: the files compose the papers' experiments, which dry-run with substitute tokenizers and rows."""
 
 import dataclasses
 import functools

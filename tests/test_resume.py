@@ -1,4 +1,4 @@
-"""A run that goes on after any update, that is asked to end, that is resumed as another, and whose batches go bad."""
+"""A run that resumes after any update, is asked to stop, is resumed with different content, or has bad batches."""
 
 import dataclasses
 import json

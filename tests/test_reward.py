@@ -1,5 +1,5 @@
-"""`Scorer.as_reward_function`: whatever rows a trainer brings, those that can be judged get their own score and no row
-ends the batch.
+"""`Scorer.as_reward_function`: for any rows of a trainer, rows that can be judged get their own score, and no row fails
+the batch.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""RewardBench 1 and 2 against what is worked out by hand, from files to the headline."""
+"""RewardBench 1 and 2 against values computed by hand, from files to the headline."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""A run's folder: one run at a time, a finished one stays as it is, and what a damaged checkpoint holds up."""
+"""The folder of a run: one run at a time, finished runs are unchanged, and the effect of damaged checkpoints."""
 
 import dataclasses
 import json

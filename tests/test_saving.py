@@ -1,4 +1,4 @@
-"""Checkpoints beside training: a copy of the moment, one at a time, and a disk that refuses ends no run."""
+"""Checkpoints in the background: a consistent copy, one write at a time, and disk errors do not end the run."""
 
 import dataclasses
 import errno

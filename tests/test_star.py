@@ -1,4 +1,4 @@
-"""The star methods: which thoughts are kept, what is computed on them, and rounds that leave little or nothing."""
+"""The star methods: the kept thoughts, the computation on them, and rounds with few or no thoughts."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The package's templates, and what is said about a file that is none."""
+"""The packaged templates, and the errors for invalid template files."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The loop: what it computes does not depend on how it is cut up, and a resumed run is the run."""
+"""The training loop: its results do not depend on the division into micro-batches, and a resumed run equals the run."""
 
 import dataclasses
 import json

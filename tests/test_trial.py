@@ -1,4 +1,4 @@
-"""What a model can do here is found out before it is trained: on a tree, padded, sampled from, merged and saved."""
+"""Before training, a trial finds what a model can do: on a tree, padded, in sampling, merged and saved."""
 
 from collections.abc import Callable
 from pathlib import Path

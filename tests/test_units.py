@@ -1,4 +1,4 @@
-"""Intervals and p-values of rows of several pairs, against scipy's bootstrap over rows that are counted by hand."""
+"""Intervals and p-values for rows with several pairs, against scipy's bootstrap over rows counted by hand."""
 
 import gzip
 import itertools

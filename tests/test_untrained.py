@@ -1,4 +1,4 @@
-"""A run in which nothing trained says so at its end: in result.json, by its message, and by a status of its own."""
+"""A run that trained nothing reports this at its end: in result.json, in its message, and by its exit status."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Servers that die, hang, restart, lie or return too little: what the sampler does about each."""
+"""Servers that die, hang, restart, give wrong answers or return too little: the reaction of the sampler."""
 
 import math
 import socket
