@@ -31,9 +31,9 @@ def together(folder: Path, count: int, function: Callable[..., Any], *args: Any,
     alive = [process for process in made if process.is_alive()]
     for process in alive:
         process.kill()
-    found = [pickle.loads(file.read_bytes()) if file.exists() else (None, "it left nothing") for file in files]
+    found = [pickle.loads(file.read_bytes()) if file.exists() else (None, "it returned nothing") for file in files]
     errors = [error for _, error in found if error]
-    assert not errors and not alive, "\n\n".join(errors) or "they did not come to an end"
+    assert not errors and not alive, "\n\n".join(errors) or "the processes did not end"
     return [value for value, _ in found]
 
 

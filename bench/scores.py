@@ -84,7 +84,7 @@ def main() -> None:
         console.print(f"scores {name}: {statistics.median(some):.1f} s")
     console.print(
         f"ratio {statistics.median(ratios):.2f} (asked {ASKED}), rounds {', '.join(f'{r:.2f}' for r in ratios)}; "
-        f"scores are apart by {found['apart']:.0e} nats at most"
+        f"scores differ by at most {found['apart']:.0e} nats"
     )
     plain = {"data": Path(args.data).name, "json": None}
     if args.json:

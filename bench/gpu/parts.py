@@ -33,7 +33,7 @@ RESULTS = ROOT / "bench" / "results"
 TOOLS = ("memcheck", "racecheck", "initcheck")
 REPEATS = 100
 MISSING_PACKAGE = re.compile(r"liger-kernel is not installed")
-INSTEAD = """there is no CUDA device, and every part needs one. Without one there are
+INSTEAD = """there is no CUDA device, but every part needs one. Without a GPU you can run
     python -m pytest tests/test_ops_triton.py    the kernels through Triton's interpreter, and compiled for three GPUs
     python -m pytest tests/test_bench_gpu.py     what the parts run, on tiny shapes
     python -m bench.gpu.roofline                 what to expect, counted"""
@@ -197,14 +197,14 @@ def pairs(job: Job) -> Outcome:
     files = [str(lengths.SHARED / lengths.FILES[name]) for name in ("hh", "gsm8k_real")]
     missing = [path for path in (str(tokenizers), *files) if not Path(path).exists()]
     if missing:
-        print(f"NOT RUN: there is no {', '.join(missing)}; name the folder above data/ in DWRL_FAST_SHARED")
+        print(f"NOT RUN: there is no {', '.join(missing)}; set DWRL_FAST_SHARED to the folder above data/")
         return {"ok": False, "missing": missing}
     given = ("--tokenizers", str(tokenizers), "--data", *files)
     return against_cpu(job, "bench.learning.overfit", "cpu_overfit.json", *given)
 
 
 PARTS = {
-    "tests": Part("every test that needs a GPU, against float64; a skip for want of one is a failure", 9, tests),
+    "tests": Part("every test that needs a GPU, against float64; a skip without a GPU is a failure", 9, tests),
     "sanitizer": Part("memcheck, racecheck and initcheck over every kernel and backend", 9, sanitizer),
     "repeats": Part(f"{REPEATS} repeats in deterministic mode, equal bit for bit", 5, repeats),
     "head": Part(

@@ -48,7 +48,7 @@ def cost(folder: Path, updates: int, rounds: int) -> Drill:
                 begun = time.perf_counter()
                 saver.save((1, 0), policy.state(), {})
                 held = time.perf_counter() - begun
-        assert saver.thread is None or not saver.thread.is_alive(), "the save outlasts the interval"
+        assert saver.thread is None or not saver.thread.is_alive(), "the save takes longer than the interval"
         found = time.perf_counter() - started, time.process_time() - taken, held
         assert how == "none" or saver.finish()
         return found
@@ -67,9 +67,9 @@ def cost(folder: Path, updates: int, rounds: int) -> Drill:
         pairs = zip(rows[how], rows["none"], strict=True)
         return statistics.median(a[2] / b[0] if column == 2 else a[column] / b[column] - 1 for a, b in pairs)
 
-    found = (
-        f"{share('beside', 0):+.1%} of the time, {share('beside', 1):+.1%} of the processors' work, the loop held for "
+    found = f"{share('beside', 0):+.1%} of the time, {share('beside', 1):+.1%} of CPU time, the loop blocked for "
+    found += (
+        f"{share('beside', 2):.1%}; in the foreground {share('in the way', 0):+.1%}, {share('in the way', 2):.1%}; "
     )
-    found += f"{share('beside', 2):.1%}; in the way {share('in the way', 0):+.1%}, {share('in the way', 2):.1%}; "
     found += f"{size:.0f} MiB, intervals of {seconds:.0f} s"
     return Drill(f"a save beside {updates} updates", f"under {SHARE:.0%}", found, share("beside", 0) < SHARE)

@@ -68,17 +68,20 @@ def refused(task: Embedded, folder: Path) -> Drill:
             status = lived(partial(failing, small(task, run, **SHORT), folder, number, code, fired), log)
             said, left = log.read_text(encoding="utf-8"), [path.name for path in checkpoints(run)]
             if not fired.exists():
-                wrong.append(f"{run.name}: the fault did not fire")
+                wrong.append(f"{run.name}: the fault did not occur")
             elif status or "Traceback" in said or written(run) != expected:
-                wrong.append(f"{run.name}: status {status}, or another run")
+                wrong.append(f"{run.name}: status {status}, or a different result")
             elif "checkpoint-000003" not in left or ("checkpoint-000002" not in left and os.strerror(code) not in said):
-                wrong.append(f"{run.name}: {', '.join(left)}, or nothing is said")
+                wrong.append(f"{run.name}: {', '.join(left)}, or nothing is logged")
             shutil.rmtree(run)
     found = f"{done - len(wrong)} of {done} ({operations} operations, {', '.join(FAULTS)})" + "; ".join(
         ["", *wrong[:3]]
     )
     return Drill(
-        "a disk that refuses one operation of a save", "said, the run goes on to its weights", found, not wrong
+        "a disk that refuses one operation of a save",
+        "an error is logged, the run continues to the right weights",
+        found,
+        not wrong,
     )
 
 
@@ -93,7 +96,7 @@ def vanished(task: Embedded, folder: Path) -> Drill:
     held = status == 0 and {"model", "result.json", "checkpoint-000003"} <= set(there)
     held = held and "Traceback" not in log.read_text(encoding="utf-8")
     return Drill(
-        "the output folder vanishes", "the run goes on and is saved", f"status {status}, {', '.join(there)}", held
+        "the output folder vanishes", "the run continues and is saved", f"status {status}, {', '.join(there)}", held
     )
 
 
@@ -156,10 +159,15 @@ def damaged(task: Embedded, folder: Path) -> Drill:
                 if status or "SKIPPED" not in said or file not in said:
                     wrong.append(f"{run.name}: status {status}, or the file is not named")
                 elif written(run) != expected:
-                    wrong.append(f"{run.name}: another run")
+                    wrong.append(f"{run.name}: a different result")
                 shutil.rmtree(run)
     found = f"{done - len(wrong)} of {done}" + "; ".join(["", *wrong[:3]])
-    return Drill("damaged checkpoints", "the one before, the file named, the same weights: 20 of 20", found, not wrong)
+    return Drill(
+        "damaged checkpoints",
+        "the previous checkpoint is used, the file is named, equal weights: 20 of 20",
+        found,
+        not wrong,
+    )
 
 
 def _dying(config: TrainConfig, folder: Path, number: int) -> None:

@@ -394,7 +394,7 @@ def verdict(case: Case, folder: Path, log: Path) -> str:
         (usage.ru_maxrss - idle.ru_maxrss) // 1024,
     )
     if (folder / "ran").exists() or (folder.parent / "ran").exists():
-        return "code was run"
+        return "code ran"
     if "READ OUTSIDE" in said:
         return "a file outside was read"
     if code != 2 or "Traceback" in said:
@@ -403,7 +403,7 @@ def verdict(case: Case, folder: Path, log: Path) -> str:
         return f"{grown} MiB"
     if str(folder) not in said and case.file not in said:
         return f"the file is not named: {said[-300:]}"
-    return "" if "\x1b" not in said else "it speaks to the terminal"
+    return "" if "\x1b" not in said else "it prints control characters"
 
 
 def hostile(task: Embedded, folder: Path, only: str = "") -> Drill:
@@ -425,5 +425,5 @@ def hostile(task: Embedded, folder: Path, only: str = "") -> Drill:
         shutil.rmtree(place.parent)
     found = f"{done - len(wrong)} of {done}" + "; ".join(["", *wrong])
     return Drill(
-        "hostile and broken files", "60 and more: an error that names the file, within 20 s and 1 GiB", found, not wrong
+        "hostile and broken files", "60 or more: an error that names the file, within 20 s and 1 GiB", found, not wrong
     )

@@ -114,7 +114,7 @@ def intact(folder: Path, said: Said) -> str:
     """What is wrong with the newest checkpoint after a process with these reports; empty if nothing is."""
     path = latest_checkpoint(folder)
     if path is None:
-        return "" if said.whole < FIRST else f"nothing is left of {said.whole} saves"
+        return "" if said.whole < FIRST else f"none of {said.whole} saves is left"
     into = {name: torch.full_like(tensor, 7) for name, tensor in numbers(0).items()}
     try:
         save = load_checkpoint(path, into)["save"]
@@ -123,7 +123,7 @@ def intact(folder: Path, said: Said) -> str:
     if any(not torch.equal(tensor, numbers(save)[name]) for name, tensor in into.items()):
         return f"{path.name} does not hold what was saved"
     if not said.whole <= save <= said.begun + 1:
-        return f"save {said.whole} was whole, {said.begun} begun, and {save} is the newest"
+        return f"save {said.whole} was complete, {said.begun} started, but {save} is the newest"
     return ""
 
 
@@ -141,7 +141,7 @@ def single(folder: Path, kills: int, seed: int = 0) -> Drill:
         nonlocal done, lost
         said, status, _ = result
         if status != -signal.SIGKILL:
-            wrong.append(f"{where}: the kill did not fire, status {status}")
+            wrong.append(f"{where}: the kill did not occur, status {status}")
             return
         done += 1
         found = intact(place, said)
@@ -222,13 +222,13 @@ def together(folder: Path, kills: int, seed: int = 0) -> Drill:
         during += said.begun > said.whole
         log = folder / "intact.log"
         if status != -signal.SIGKILL:
-            wrong.append(f"kill {number} did not fire, status {status}")
+            wrong.append(f"kill {number} did not occur, status {status}")
         elif lived(lambda said=said: _assert_intact(place, said), log) != 0:  # type: ignore[misc]
             wrong.append(f"kill {number}: {log.read_text()[-200:]}")
         lost = max(lost, said.begun - _save_of(latest_checkpoint(place)))
         first = _save_of(latest_checkpoint(place)) + 1
     found = f"{kills - len(wrong)} of {kills} load, {during} kills within a save, at most {max(0, lost)} saves lost"
-    name = "SIGKILL of either of two processes that save"
+    name = "SIGKILL of one of two processes that save"
     return Drill(
         name, f"{kills} of {kills} load, at most one lost", found + "; ".join(wrong[:3]), not wrong and lost <= 1
     )

@@ -69,7 +69,7 @@ def resumed_everywhere(task: Embedded, folder: Path, case: str, **changes: Any) 
     while (end := lived(lambda: traced(saved, traces["killed"], deadly=True), folder / "killed.log")) != 0:
         assert end == -signal.SIGKILL, f"status {end}: see {folder / 'killed.log'}"
         kills += 1
-        assert kills < LIVES, "the run comes no further"
+        assert kills < LIVES, "the run makes no progress"
     whole, killed = ([json.loads(line) for line in path.read_text().splitlines()] for path in traces.values())
     one, other = written(folder / "whole"), written(folder / "killed")
     steps = [name for name in one if name.startswith("step ")]
@@ -80,8 +80,8 @@ def resumed_everywhere(task: Embedded, folder: Path, case: str, **changes: Any) 
     held = len(same) == len(steps) and whole == killed and one == other and kills >= len(whole)
     return Drill(
         f"resume after every update: {case}",
-        "30 of 30 steps to the bit",
-        f"{len(same)} of {len(steps)} steps, {len(whole)} updates, {kills} lives ended by SIGKILL",
+        "30 of 30 steps equal bit for bit",
+        f"{len(same)} of {len(steps)} steps, {len(whole)} updates, {kills} processes ended by SIGKILL",
         held,
     )
 

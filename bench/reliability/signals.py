@@ -98,8 +98,10 @@ def signalled(task: Embedded, folder: Path) -> Drill:
             if status != STATUS[number] or "Traceback" in said or bool(saved) != (how is send):
                 wrong.append(f"{run.name}: status {status}, {len(saved)} checkpoints")
             elif how is send and "saves a checkpoint" not in said:
-                wrong.append(f"{run.name}: it does not say that it saves")
+                wrong.append(f"{run.name}: it does not log that it saves")
             elif lived(lambda config=config: command_line(config, folder), log) != 0 or written(run) != expected:  # type: ignore[misc]
-                wrong.append(f"{run.name}: the resumed run is another")
+                wrong.append(f"{run.name}: the resumed run is different")
     found = f"{done - len(wrong)} of {done}" + "; ".join(["", *wrong[:3]])
-    return Drill("SIGTERM and SIGINT", "143 and 130, saved, resumed to the bit; a second one at once", found, not wrong)
+    return Drill(
+        "SIGTERM and SIGINT", "143 and 130, saved, resumed bit for bit; a second signal ends at once", found, not wrong
+    )

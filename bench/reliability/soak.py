@@ -50,7 +50,7 @@ def hunted(task: Embedded, folder: Path, steps: int, between: tuple[float, float
         f"{'the same' if same else 'OTHER'} weights, thoughts and metrics; {kills} kills in {minutes:.0f} minutes"
     )
     return Drill(
-        "a long run under kills", "weights equal to the bit after an hour of kills", found_text, same and kills > 0
+        "a long run under kills", "weights equal bit for bit after an hour of kills", found_text, same and kills > 0
     )
 
 
@@ -82,4 +82,4 @@ def flat(task: Embedded, folder: Path, seconds: float) -> Drill:
     )
     found += f"of {len(rows)} rollout batches in {seconds / 60:.0f} minutes"
     held = status == 0 and after - before < GROWTH and open_after <= open_before
-    return Drill("a long run left alone", "memory and descriptors flat in 30 minutes", found, held)
+    return Drill("a long undisturbed run", "memory and descriptors constant in 30 minutes", found, held)

@@ -43,7 +43,7 @@ class Work(NamedTuple):
     def check(self, lengths: list[int]) -> None:
         """Raise ValueError unless these are the right lengths of all thoughts."""
         if lengths != [self.tokens] * (len(self.contexts) * self.n):
-            raise ValueError(f"{len(lengths)} thoughts of {min(lengths)} to {max(lengths)} tokens in place of {self}")
+            raise ValueError(f"{len(lengths)} thoughts of {min(lengths)} to {max(lengths)} tokens instead of {self}")
 
 
 class Engine(NamedTuple):
