@@ -1,10 +1,11 @@
-"""The package map and the C++ (and, on request, CUDA) operators; everything else is in pyproject.toml.
+"""Maps the packages and builds the C++ (and, on request, CUDA) operators. Everything else is in pyproject.toml.
 
-Every `csrc/*.cpp` becomes part of the one module `dwrl_fast._C`. Where what it takes is missing, that is said, here
-and by `python -m dwrl_fast.ops.extension`, and the install succeeds. A source that does not compile fails the install.
+Every `csrc/*.cpp` becomes part of the module `dwrl_fast._C`. If something that the build needs is missing, a message
+says so, here and in `python -m dwrl_fast.ops.extension`, and the install succeeds. A source that does not compile fails
+the install.
 
-Environment: `CXX` names the compiler; `DWRL_FAST_CUDA` 1 or 0 builds or leaves out `csrc/*.cu`, which by default are
-built where a CUDA toolkit (`CUDA_HOME`) and a CUDA build of PyTorch are found, whether or not there is a GPU.
+Environment: `CXX` names the compiler; `DWRL_FAST_CUDA` 1 or 0 builds or omits `csrc/*.cu`. By default they are built if
+a CUDA toolkit (`CUDA_HOME`) and a CUDA build of PyTorch are found, with or without a GPU.
 """
 
 import os
@@ -19,7 +20,7 @@ os.chdir(Path(__file__).resolve().parent)  # the extension's sources must be rel
 
 
 def missing() -> str | None:
-    """What the C++ operators need and this environment lacks."""
+    """What the C++ operators need but this environment lacks; None if nothing is missing."""
     try:
         from torch.utils.cpp_extension import get_cxx_compiler
     except ImportError as error:

@@ -1,10 +1,10 @@
-"""Times variants of one operator side by side: interleaved, so that a busy machine is busy for all of them.
+"""Times variants of one operator, interleaved, so that other load on the machine affects all of them equally.
 
-A script gives cases; a case gives variants, each a function to time and, where it cannot run here, the reason. Every
-variant runs once unmeasured, once for its peak of memory, once under the profiler for its matrix products, then
-`--repeats` times in turn with the others, each time from an idle device to an idle device; on a GPU once more for its
-kernels. What it returns is compared with what the first variant returns, or one that is there as the reference: a peer
-that computes something else is shown as such. Prints a table; `--json` and `--plot` write files.
+A script provides cases. A case provides variants, each with a function to time or the reason why it cannot run here.
+Every variant runs once unmeasured, once for its peak memory, once under the profiler for its matrix products, and then
+`--repeats` times alternately with the others, each time from an idle device to an idle device. On a GPU it runs once
+more for its kernels. Its result is compared with that of the first variant, or of a reference variant; a peer that
+computes something else is marked. Prints a table; `--json` and `--plot` write files.
 """
 
 import argparse
@@ -29,62 +29,64 @@ from bench.machine import ceilings, machine
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to compute the case. `run` is None where it cannot run here, and `why` says the reason."""
+    """One way to compute the case. If it cannot run here, `run` is None and `why` is the reason."""
 
     name: str
     run: Callable[[], object] | None
     why: str = ""
     quick: bool = True
-    comparable: bool = True  # whether it returns what the first variant does
-    reference: bool = False  # the others are compared with what it returns; it is not timed
-    flops: float = 0.0  # of one run, where it is known what has to be done
-    times: float = 1.0  # how many of the case's `per` one run does
-    note: str = ""  # how it runs, where that was chosen here
-    counters: Mapping[str, float] = field(default_factory=dict)  # of its own, shown beside those that are measured
+    comparable: bool = True  # whether it returns the same as the first variant
+    reference: bool = False  # the others are compared with its result; it is not timed
+    flops: float = 0.0  # required FLOPs of one run, if known
+    times: float = 1.0  # the number of the case's units `per` in one run
+    note: str = ""  # its settings, if they were chosen here
+    counters: Mapping[str, float] = field(default_factory=dict)  # its own counters, shown next to the measured ones
 
 
 @dataclass(frozen=True)
 class Case:
-    """One set of inputs, on which variants are compared."""
+    """One set of inputs on which variants are compared."""
 
     name: str
-    variants: Callable[[], list[Variant]]  # made when it is the case's turn, so that one case is in memory at a time
+    variants: Callable[[], list[Variant]]  # created when the case runs, so that one case at a time is in memory
     quick: bool = True
-    unit: float = 1.0  # multiplications of one row's product, H V: counters count rows
-    per: str = ""  # what seconds are divided by; a whole run where it is empty
-    floor: str = ""  # the variant in whose times the others' are given
-    loose: float | None = None  # relative differences that rounding explains, where the results' dtype does not say
+    unit: float = 1.0  # multiplications of the product of one row, H V, so that counters count rows
+    per: str = ""  # the unit that seconds are divided by; a whole run if empty
+    floor: str = ""  # the variant that is the unit of the others' times
+    loose: float | None = None  # relative difference explained by rounding, if it does not follow from the dtype
 
 
 @dataclass
 class Row:
-    """What was measured of one variant of one case, as `--json` writes it."""
+    """The measurements of one variant of one case, as `--json` writes them."""
 
     case: str
     variant: str
     seconds_median: float | None
     seconds_iqr: float | None
     peak_bytes: int | None
-    beyond_bytes: int | None = None  # the peak without what `run` returns: gradients are not overhead
-    difference: float | None = None  # from the first variant, relative, of the tensor that is furthest off
+    beyond_bytes: int | None = None  # the peak without the results of `run`, because gradients are not overhead
+    difference: float | None = None  # relative difference from the first variant, of the worst tensor
     counters: dict[str, float] = field(default_factory=dict)
     skipped: str = ""
     disagrees: bool = False
     unit: str = "seconds"  # of seconds_median and seconds_iqr
     note: str = ""
     flop_rate: float | None = None  # FLOP per second
-    floors: float | None = None  # the time, in times of the case's floor
-    kernels: list[tuple[str, int, float]] = field(default_factory=list)  # on a GPU: name, calls, seconds of one run
+    floors: float | None = None  # the time divided by that of the case's floor
+    kernels: list[tuple[str, int, float]] = field(default_factory=list)  # on a GPU: name, calls, seconds per run
 
 
 HEADINGS = ("variant", "ms", "± iqr", "peak MiB", "beyond gradients", "products", "rows", "MiB moved")
-MEASURED = ("products", "rows", "bytes")  # the counters of every row; a variant's own come beside them
+MEASURED = ("products", "rows", "bytes")  # the counters of every row; variants may add their own
 ELEMENT_BYTES = {"double": 8, "float": 4, "c10::BFloat16": 2, "c10::Half": 2}
-LOOSE = {torch.bfloat16: 0.1}  # relative differences that rounding explains; of other dtypes 0.01
+LOOSE = {torch.bfloat16: 0.1}  # relative differences explained by rounding; 0.01 for other dtypes
 
 
 def matrix_products(run: Callable[[], object], unit: float = 1.0) -> dict[str, float]:
-    """How many matrix products `run` takes, their multiplications in `unit`s, and the bytes they read and write."""
+    """The number of matrix products in `run`, their multiplications in units of `unit`, and the bytes that they read
+    and write.
+    """
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as trace:
         run()
     found = {"products": 0, "rows": 0.0, "bytes": 0.0}
@@ -93,7 +95,7 @@ def matrix_products(run: Callable[[], object], unit: float = 1.0) -> dict[str, f
         first = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::addmm_": 1}.get(event.name())
         if first is not None and len(event.shapes()) >= first + 2:
             a, b = event.shapes()[first : first + 2]
-            size = ELEMENT_BYTES[event.dtypes()[first]]  # the result's too, but for bfloat16 into float32 on CUDA
+            size = ELEMENT_BYTES[event.dtypes()[first]]  # also of the result, except bfloat16 into float32 on CUDA
             batch = a[0] if len(a) == 3 else 1
             m, k, n = a[-2], a[-1], b[-1]
             found["products"] += 1
@@ -103,7 +105,7 @@ def matrix_products(run: Callable[[], object], unit: float = 1.0) -> dict[str, f
 
 
 def device_kernels(run: Callable[[], object]) -> list[tuple[str, int, float]]:
-    """The GPU's kernels and copies during `run`: name, calls, and seconds in all, the longest first."""
+    """The GPU kernels and copies during `run`: name, calls and total seconds, longest first."""
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
         run()
         torch.cuda.synchronize()
@@ -113,7 +115,7 @@ def device_kernels(run: Callable[[], object]) -> list[tuple[str, int, float]]:
 
 
 def peak_memory(run: Callable[[], object]) -> int | None:
-    """Bytes that `run` held at its peak beyond what was held before; None where the system does not say."""
+    """Peak bytes of `run` above the level before it; None if the system does not report them."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -122,8 +124,8 @@ def peak_memory(run: Callable[[], object]) -> int | None:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # else what the allocator kept from the last run hides what this one takes
-        Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory starts again from here
+        ctypes.CDLL(None).malloc_trim(0)  # otherwise memory cached by the allocator would hide the need of this run
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak of resident memory
     except (OSError, AttributeError):
         return None
     before = proc_bytes("/proc/self/status", "VmRSS")
@@ -132,7 +134,7 @@ def peak_memory(run: Callable[[], object]) -> int | None:
 
 
 def proc_bytes(path: str, key: str) -> int:
-    """What such a file of the kernel says of `key` in kB, in bytes."""
+    """The value of `key` in a /proc file, converted from kB to bytes."""
     lines = Path(path).read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
 
@@ -142,12 +144,12 @@ def measure(
 ) -> Iterator[Row]:
     """A row for each variant, or for those named in `only`.
 
-    Stops repeating when the case has taken `seconds`, after three rounds at least.
+    Stops repeating when the case has taken `seconds`, but not before three rounds.
     """
     rows: list[Row] = []
-    able: list[tuple[Variant, Callable[[], object], Row, list[float]]] = []  # with the seconds of each repeat
+    able: list[tuple[Variant, Callable[[], object], Row, list[float]]] = []  # with the seconds of each repetition
     expected: list[torch.Tensor] = []
-    gc.collect()  # the case before
+    gc.collect()  # free the previous case
     for variant in (v for v in case.variants() if only is None or v.name in only):
         left_out = "it takes longer than --quick may" if quick and not variant.quick else ""
         row = Row(case.name, variant.name, None, None, None, note=variant.note)
@@ -171,11 +173,11 @@ def measure(
             row.counters = matrix_products(variant.run, case.unit) | dict(variant.counters)
             if torch.cuda.is_available():
                 row.kernels = device_kernels(variant.run)
-        except Exception as error:  # a peer that breaks is a row of the table, not the end of it
+        except Exception as error:  # a failing peer is a row of the table and does not end the benchmark
             row.skipped = f"{type(error).__name__}: {str(error).splitlines()[0][:90] if str(error) else ''}"
             continue
         able.append((variant, variant.run, row, []))
-    # What ran before leaves its caches and its free memory behind: no variant may always follow the same one.
+    # The previous variant affects caches and free memory, so the order of variants is random.
     order = random.Random(0)
     start = time.perf_counter()
     for done in range(repeats):
@@ -202,7 +204,7 @@ def tensors(returned: object) -> list[torch.Tensor]:
 
 
 def furthest(found: list[torch.Tensor], like: list[torch.Tensor], loose: float | None = None) -> tuple[float, bool]:
-    """The largest relative difference, in the 2-norm, and whether any is beyond what rounding explains."""
+    """The largest relative difference, in the 2-norm, and whether any is too large for rounding."""
     if [x.shape for x in found] != [x.shape for x in like]:
         return math.inf, True
     each = [((x.double() - y.double()).norm() / y.double().norm()).item() for x, y in zip(found, like, strict=True)]
@@ -211,7 +213,7 @@ def furthest(found: list[torch.Tensor], like: list[torch.Tensor], loose: float |
 
 
 def timed(run: Callable[[], object]) -> float:
-    """Seconds that `run` takes, the device's work included."""
+    """Seconds of `run`, including the work of the device."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -222,7 +224,7 @@ def timed(run: Callable[[], object]) -> float:
 
 
 def show(rows: Collection[Row], console: Console) -> None:
-    """Prints a table for each case."""
+    """Print a table for each case."""
     for case in dict.fromkeys(row.case for row in rows):
         some = [row for row in rows if row.case == case]
         own = dict.fromkeys(key for row in some for key in row.counters if key not in MEASURED)
@@ -256,7 +258,7 @@ def _cells(row: Row, own: Iterable[str]) -> dict[str, str]:
 
 
 def show_kernels(rows: Collection[Row], console: Console, most: int = 12) -> None:
-    """Prints where the first variant of each case spends the GPU's time: its longest kernels."""
+    """Print the longest GPU kernels of the first variant of each case."""
     for case in dict.fromkeys(row.case for row in rows if row.kernels):
         row = next(row for row in rows if row.case == case and row.kernels)
         total = sum(seconds for *_, seconds in row.kernels)
@@ -269,7 +271,7 @@ def show_kernels(rows: Collection[Row], console: Console, most: int = 12) -> Non
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """A PNG: one line of panels a case, time on the left, memory on the right."""
+    """Plot a PNG with one row of panels per case: time on the left, memory on the right."""
     from matplotlib.figure import Figure
 
     cases = list(dict.fromkeys(row.case for row in rows))
@@ -294,9 +296,9 @@ def main(
     summary: Callable[[list[Row], Console], None] = lambda rows, console: None,
     options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
 ) -> None:
-    """Measure what the command line of `python -m bench.<name>` asks of `cases`; `summary` prints what holds over all.
+    """The command `python -m bench.<name>`: measure the selected `cases`. `summary` prints figures over all cases.
 
-    about: the docstring of its module. options: adds those of its own that `cases` are made from.
+    about: the docstring of its module. options: adds its own options, which `cases` reads.
     """
     parser = command.parser(name, about)
     options(parser)

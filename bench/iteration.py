@@ -1,19 +1,19 @@
-"""A whole iteration of DWRL beside one of TRL's GRPO: thoughts are written, and the model is updated with them.
+"""Compares a whole iteration (sampling and updates) of DWRL with one of TRL's GRPO.
 
     python -m bench.iteration --quick
 
-Ours: thoughts are sampled, old log-probs are the sampler's (the default in float32), a minibatch is laid out, and
-phases A and B each take a pass forward and backward and a step of AdamW; `plain loop` samples without a shared cache.
-TRL's: GRPOTrainer's own `training_step`s, which generate, score with a reward that only counts, and take one pass
-forward and backward; then clipping and a step of AdamW. It generates at the beginning of an update, so it needs no old
-log-probs either. Its micro-batches, and whether it generates for each or for all of them in one, are the fastest of a
-sweep.
+dwrl_fast: thoughts are sampled, the old log-probs are the sampler's (the default in float32), a minibatch is laid out,
+and phases A and B each run forward, backward and an AdamW step; `plain loop` samples without a shared cache. TRL:
+GRPOTrainer's own `training_step`s, which generate, score with a trivial reward, and run forward and backward once; then
+clipping and an AdamW step. It generates at the beginning of an update, so it also needs no old log-probs. Its
+micro-batch size, and whether it generates per micro-batch or once, are the fastest of a sweep.
 
-Same weights, pairs and lengths: pairs as long as those of hh and of rmb (bench/training/lengths.py), sorted by length,
-4 thoughts about each response, all of --tokens tokens: what would end one is an id that no model writes. Learning rates
-are next to nothing, so that rounds compute alike. The model is that in the folder --model, with --quick a small one
-with drawn weights. Rounds run all in turn; a ratio is one of each round, its median (least to most). Last comes the
-rate of our two updates, in model FLOPs (bench/training/flops.py), beside that of bare products of the same weights.
+Weights, pairs and lengths are the same: pairs with the lengths of hh and of rmb (bench/training/lengths.py), sorted by
+length, 4 thoughts per response, all with --tokens tokens (the stop token is an id that no model writes). Learning rates
+are almost 0, so that all rounds compute the same. The model is in the folder --model; with --quick it is a small one
+with random weights. Each round runs all variants; a ratio is computed per round and reported as median (least to most).
+Finally the rate of our two updates in model FLOPs (bench/training/flops.py) is compared with that of bare products of
+the same weights.
 """
 
 import argparse
@@ -46,20 +46,20 @@ from dwrl_fast.training.optimizer import Optimizers
 from dwrl_fast.training.policy import Policy
 from dwrl_fast.training.rollout import Rollout
 
-TRL_HELD = 3  # times what logits take in a plain update: entropies and masks of every position beside them
-RATE = 1e-12  # of learning
+TRL_HELD = 3  # times the logits of a plain update: it also holds entropies and masks of every position
+RATE = 1e-12  # learning rate
 ASKED = {"hh": 2.5, "rmb": 4.0}
 
 
 class Stages:
-    """The seconds of each stage since `begin`; of one within another they are its own alone."""
+    """The seconds of each stage since `begin`, without the time of nested stages."""
 
     def __init__(self) -> None:
         self.inner: list[float] = []
         self.begin()
 
     def begin(self) -> None:
-        """Forget what was before."""
+        """Reset all times."""
         self.seconds: dict[str, float] = defaultdict(float)
 
     @contextmanager
@@ -73,7 +73,7 @@ class Stages:
             self.inner[-1] += taken
 
     def wrap(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function` as a stage."""
+        """`function`, timed as a stage."""
 
         def staged(*args: Any, **options: Any) -> Any:
             with self(name):
@@ -82,32 +82,32 @@ class Stages:
         return staged
 
     def shares(self) -> dict[str, float]:
-        """Of all the time."""
+        """The shares of the total time."""
         total = sum(self.seconds.values())
         return {name: seconds / total for name, seconds in self.seconds.items()}
 
 
 class Iteration(NamedTuple):
-    """One way to run it."""
+    """One variant of the iteration."""
 
     note: str
     run: Callable[[], object]
     stages: Stages
-    updates: dict[str, float]  # model GFLOP of both phases, of the last run; empty for peers
+    updates: dict[str, float]  # model GFLOPs of both phases in the last run; empty for peers
 
     def seconds(self) -> float:
-        """Of one run."""
+        """The seconds of one run."""
         return timed(self.run)
 
 
 def work_of(pairs: lengths.Pairs, tokens: int, vocabulary: int) -> Work:
-    """Thoughts about the contexts of `pairs`."""
+    """The sampling work for the contexts of `pairs`."""
     contexts = [[i % vocabulary for i in context.ids] for both in pairs.contexts for context in both]
     return Work(contexts, lengths.THOUGHTS, tokens)
 
 
 def ours(policy: Policy, rollout: Rollout, pairs: lengths.Pairs, tokens: int, sampler: Sampler, note: str) -> Iteration:
-    """The trainer's own parts, in its order."""
+    """An iteration with the components of the trainer, in its order."""
     method, stages, updates = rollout.method, Stages(), dict[str, float]()
     vocabulary = policy.model.lm.config.vocab_size
     work = work_of(pairs, tokens, vocabulary)
@@ -134,12 +134,13 @@ def ours(policy: Policy, rollout: Rollout, pairs: lengths.Pairs, tokens: int, sa
 
 
 def grpo(runtime: Runtime, pairs: lengths.Pairs, tokens: int) -> Iteration:
-    """GRPOTrainer at its fastest settings."""
+    """An iteration of GRPOTrainer with its fastest settings."""
     stages = Stages()
     work = work_of(pairs, tokens, runtime.model.lm.config.vocab_size)
     trainer = generation_trainer(runtime, work.n, tokens, learning_rate=RATE)
     trainer.create_optimizer()
-    # A prompt is text, and ours are ids: its text says which. All else is done as for any other.
+    # TRL's prompts are texts, but ours are ids, so the text of a prompt is the index of its ids. Everything else is
+    # unchanged.
     trainer._tokenize_prompts = lambda prompts: ([work.contexts[int(prompt)] for prompt in prompts], None, {})
     trainer._generate_single_turn = stages.wrap("sampling", trainer._generate_single_turn)
     trainer._generate_and_score_completions = stages.wrap("laying out", trainer._generate_and_score_completions)
@@ -157,7 +158,7 @@ def grpo(runtime: Runtime, pairs: lengths.Pairs, tokens: int) -> Iteration:
         trainer._step, trainer._buffered_inputs = 0, None
         metrics.clear()
         for step in range(accumulated):
-            first = step // at_once * at_once * size  # a batch of generation comes again for each of its steps
+            first = step // at_once * at_once * size  # a generation batch is passed again for each of its steps
             with stages("update"):
                 trainer.training_step(trainer.model, rows[first : first + at_once * size], None)
         with stages("update"):
@@ -167,7 +168,7 @@ def grpo(runtime: Runtime, pairs: lengths.Pairs, tokens: int) -> Iteration:
         work.check([int(min(metrics["completions/min_length"]))] * len(rows))
 
     longest = max(map(len, work.contexts)) + tokens
-    held = LOGITS_HELD * longest * runtime.model.lm.config.vocab_size * 4  # of one thought's logits
+    held = LOGITS_HELD * longest * runtime.model.lm.config.vocab_size * 4  # bytes for the logits of one thought
 
     def ladder(together: bool) -> Iterator[Way]:
         for size in powers(work.n, len(rows)):
@@ -183,7 +184,7 @@ def grpo(runtime: Runtime, pairs: lengths.Pairs, tokens: int) -> Iteration:
 
 
 def measured(data: str, policy: Policy, rollout: Rollout, args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Times and prints the lengths of one data set; what `--json` holds of it."""
+    """Measure and print one data set. Returns its entry for `--json`."""
     runtime = policy.runtime
     pairs, size = lengths.pairs(data, args.pairs), default_limits(runtime).batch_size
     samplers: dict[str, Sampler] = {"ours": tree_sampler(runtime), "plain loop": plain_sampler(runtime, size)}
@@ -228,7 +229,9 @@ def measured(data: str, policy: Policy, rollout: Rollout, args: argparse.Namespa
 
 
 def rate_of_updates(way: Iteration, rounds: int, runtime: Runtime) -> dict[str, float]:
-    """Their model GFLOP and seconds in a round, and the share of the rate of bare products, measured here and now."""
+    """The model GFLOPs and seconds of the updates in a round, and their rate relative to bare products, measured
+    now.
+    """
     seconds = sum(taken for name, taken in way.stages.seconds.items() if name.startswith("phase")) / rounds
     products = rates(runtime.model.lm, default_limits(runtime).batch_size).prefill / 1e9
     share = way.updates["model GFLOP"] / seconds / products
@@ -236,7 +239,7 @@ def rate_of_updates(way: Iteration, rounds: int, runtime: Runtime) -> dict[str, 
 
 
 def main() -> None:
-    """The command: the lengths of each data set in turn."""
+    """The command: all data sets in turn."""
     parser = command.parser("iteration", __doc__)
     parser.add_argument("--model", type=Path, default=Path("models/smollm2"), help="default models/smollm2")
     parser.add_argument("--data", nargs="+", default=list(ASKED), choices=list(ASKED), help="default: both")
@@ -262,7 +265,7 @@ def main() -> None:
 
 
 def trained(source: Any) -> tuple[Policy, Rollout]:
-    """A model to be trained by DWRL: a folder, or a shape. What writes thoughts to train on, too."""
+    """A policy for training a model with DWRL (from a folder or a shape), and its rollout."""
     method, judging = loaded(source, learning_rate=RATE, score_learning_rate=RATE, thought_learning_rate=RATE)
     model = judging.runtime.model.train()
     optimizers = Optimizers(model, method, method.config, total=1)

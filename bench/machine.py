@@ -1,4 +1,4 @@
-"""What a figure was measured on: machine, versions, commit, settings; and on a GPU what it can do at most."""
+"""Records the machine, versions, commit and settings of a measurement, and the peak rates of a GPU."""
 
 import functools
 import os
@@ -24,7 +24,7 @@ QUERY = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperatu
 
 
 def machine() -> dict[str, Any]:
-    """What a report says of where it was made."""
+    """The machine entry of a report."""
     models = [x.split(":")[1].strip() for x in _lines("/proc/cpuinfo") if x.startswith("model name")]
     found: dict[str, Any] = {
         "cpu": models[0] if models else platform.processor(),
@@ -40,13 +40,13 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """What the environment says in DWRL_FAST_COMMIT, for a copy of a commit, else that of the checkout."""
+    """The commit from DWRL_FAST_COMMIT (for a copy without git), otherwise that of the checkout."""
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     return os.environ.get("DWRL_FAST_COMMIT") or git.stdout.strip() or None
 
 
 def gpu() -> dict[str, Any]:
-    """What a report says of the first GPU and of how PyTorch uses it."""
+    """The GPU entry of a report: the first GPU and PyTorch's settings for it."""
     properties = torch.cuda.get_device_properties(0)
     return {
         "compute_capability": f"{properties.major}.{properties.minor}",
@@ -60,7 +60,7 @@ def gpu() -> dict[str, Any]:
 
 
 def state() -> dict[str, str]:
-    """Driver, clocks, power limit and temperature as nvidia-smi reads them; nothing is set."""
+    """Driver, clocks, power limit and temperature from nvidia-smi. Nothing is changed."""
     try:
         run = subprocess.run(
             ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"], capture_output=True, text=True
@@ -71,10 +71,10 @@ def state() -> dict[str, str]:
     return dict(zip(QUERY.split(","), map(str.strip, lines[0].split(",")), strict=True)) if lines else {}
 
 
-@functools.cache  # once a run, however many ask
+@functools.cache  # measured once per run
 def ceilings(side: int = 8192, copied: int = 4 << 30) -> dict[str, float]:
-    """What this GPU reaches here and now: bytes a second of a copy, read and written, and FLOP a second of a product
-    [side, side] x [side, side] in bfloat16, of random numbers.
+    """The rates that this GPU reaches now: bytes per second of a copy (read and written), and FLOP per second of a
+    product [side, side] x [side, side] of random numbers in bfloat16.
     """
     a, b = (torch.randn(side, side, device="cuda", dtype=torch.bfloat16) for _ in "ab")
     flops = 2 * side**3 / seconds(lambda: a @ b)
@@ -84,7 +84,7 @@ def ceilings(side: int = 8192, copied: int = 4 << 30) -> dict[str, float]:
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """The median of as many runs as a tenth of a second takes, by the device's events and from a cold cache."""
+    """The median of as many runs as fit into a tenth of a second, timed with device events and a cold cache."""
     from triton.testing import do_bench
 
     return float(do_bench(run, return_mode="median")) / 1e3

@@ -1,11 +1,11 @@
-"""Steps as `dwrl_fast.plan` predicts them, beside the same steps timed on this machine.
+"""Compares predictions of `dwrl_fast.plan` with the same steps timed on this machine.
 
     python -m bench.plan
 
-The profile is measured before every setting, as `dwrl_fast.doctor --profile` does it. Then drawn models take whole
-steps, thoughts and both updates, over groups of made-up ids as long as planned, in this process; no thought ends
-early. All is timed on one thread, by the time that the processor gave to this process: what else runs on the machine
-counts for less.
+The profile is measured before every setting, as with `dwrl_fast.doctor --profile`. Then models with random weights run
+whole steps (sampling and both updates) in this process, on artificial groups with the planned lengths; no thought ends
+early. Everything runs on one thread and is timed in CPU time of this process, so other load on the machine matters
+less.
 """
 
 import json
@@ -41,7 +41,7 @@ SMOLLM2 = COMMON | {
     "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
     "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
 }  # fmt: skip
-# Model, then options of training and of the plan.
+# The model, then options of training and of the plan.
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dwrl, 8 layers of 512": (MODELS["trunk-heavy"], {"method": "dwrl", "rollout_batch_size": 2, "minibatch_size": 1}),
     "dwrl, SmolLM2-135M's shape": (SMOLLM2, {"method": "dwrl", "rollout_batch_size": 1, "minibatch_size": 1}),
@@ -55,7 +55,7 @@ ASKED = 0.25
 
 
 def configured(model: dict[str, Any], options: dict[str, Any], folder: Path) -> PlanConfig:
-    """One process on this machine."""
+    """The plan's options for one process on this machine."""
     path = folder / "config.json"
     path.write_text(json.dumps(model))
     rest = {"max_completion_length": LENGTHS["thought_tokens"], "gpus": 1, "reserve_gib": 0.0, "learning_rate": 1e-9}
@@ -65,13 +65,13 @@ def configured(model: dict[str, Any], options: dict[str, Any], folder: Path) -> 
 
 
 def predicted(config: PlanConfig, profile: Profile) -> dict[str, float]:
-    """Seconds of a step by stage."""
+    """The predicted seconds of a step by stage."""
     setup = planned(config, config.lengths, profile)
     return step(setup, trace(setup, 1), 1, 1, config.token_budget)
 
 
 def policy_of(config: PlanConfig, ranks: Ranks = ALONE) -> tuple[Policy, Any, list[Group]]:
-    """A policy on the planned model, its method, and the groups of a rollout batch, as long as planned."""
+    """A policy with the planned model, its method, and the groups of a rollout batch with the planned lengths."""
     dialog = Dialog(make_tokenizer(), Template(EVALUATE, RATE))
     method: Any = METHODS[config.method](config, dialog)
     judging = load_judging(config, method, dialog, Compute.resolve(config.dtype), ranks)
@@ -90,7 +90,7 @@ def policy_of(config: PlanConfig, ranks: Ranks = ALONE) -> tuple[Policy, Any, li
 
 
 def timed(config: PlanConfig, repeats: int) -> dict[str, float]:
-    """The same, of real steps: the median of `repeats`, after one."""
+    """The measured seconds of real steps: the median of `repeats`, after one warm-up."""
     policy, method, made = policy_of(config)
     found: list[dict[str, float]] = []
     for _ in range(repeats + 1):
@@ -107,7 +107,7 @@ def timed(config: PlanConfig, repeats: int) -> dict[str, float]:
 
 
 def _sampling(sampler: Any, made: list[Group], config: PlanConfig) -> float:
-    """Seconds that thoughts take about the responses of `made`."""
+    """Seconds of sampling thoughts about the responses of `made`."""
     sampler.stop_ids = frozenset()  # every thought has its full length
     some = [group.sequences[k][0] for group in made for k in range(2)]
     asked = [one.ids[: one.thought.start] for one in some]
@@ -147,7 +147,7 @@ def main() -> None:
 
 
 def show(name: str, case: dict[str, Any], console: Console) -> None:
-    """A table of one setting, by stage and in all."""
+    """Print a table of one setting, by stage and in total."""
     said, real = case["predicted"], case["measured"]
     rows = [(stage, said[stage], real[stage]) for stage in real] + [("step", sum(said.values()), sum(real.values()))]
     lines = [(stage, f"{a:.2f}", f"{b:.2f}", f"{a / b:.2f}") for stage, a, b in rows]

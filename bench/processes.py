@@ -1,4 +1,4 @@
-"""Several processes of one run, as torchrun starts them, each of which gives back what a function returns there."""
+"""Runs a function in several processes, started like by torchrun, and collects the results."""
 
 import multiprocessing
 import os
@@ -15,9 +15,7 @@ from dwrl_fast import ranks
 
 
 def together(folder: Path, count: int, function: Callable[..., Any], *args: Any, seconds: float = 300) -> list[Any]:
-    """What `function(ranks, *args)` returns on each of `count` ranks. folder: for what they return. seconds: that they
-    may take.
-    """
+    """The results of `function(ranks, *args)` on each of `count` ranks. folder: for results. seconds: time limit."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -33,9 +31,9 @@ def together(folder: Path, count: int, function: Callable[..., Any], *args: Any,
     alive = [process for process in made if process.is_alive()]
     for process in alive:
         process.kill()
-    found = [pickle.loads(file.read_bytes()) if file.exists() else (None, "it left nothing") for file in files]
+    found = [pickle.loads(file.read_bytes()) if file.exists() else (None, "it returned nothing") for file in files]
     errors = [error for _, error in found if error]
-    assert not errors and not alive, "\n\n".join(errors) or "they did not come to an end"
+    assert not errors and not alive, "\n\n".join(errors) or "the processes did not end"
     return [value for value, _ in found]
 
 

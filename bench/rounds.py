@@ -1,4 +1,4 @@
-"""Whole runs in turn, round by round: what is compared was taken side by side, so a ratio is one of each round."""
+"""Runs all variants in every round, so that compared times come from the same round. Ratios are computed per round."""
 
 import random
 import statistics
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Ratio(NamedTuple):
-    """How many times as long one way takes as another: over the rounds the median, the least and the most."""
+    """The time of one variant divided by that of another: median, minimum and maximum over the rounds."""
 
     median: float
     least: float
@@ -19,8 +19,8 @@ class Ratio(NamedTuple):
 
 
 def in_turn(ways: Mapping[str, Callable[[], float]], rounds: int, seconds: float) -> dict[str, list[float]]:
-    """The seconds that each way says it took, a figure a round, in another order each round. No further round begins
-    after `seconds`.
+    """The seconds of each variant, one figure per round. The order differs in each round. No round begins after
+    `seconds`.
     """
     order, start = random.Random(0), time.perf_counter()
     found: dict[str, list[float]] = {name: [] for name in ways}
@@ -33,6 +33,6 @@ def in_turn(ways: Mapping[str, Callable[[], float]], rounds: int, seconds: float
 
 
 def ratio(slow: list[float], fast: list[float]) -> Ratio:
-    """Of the seconds of the same rounds."""
+    """The ratio of seconds from the same rounds."""
     each = [a / b for a, b in zip(slow, fast, strict=True)]
     return Ratio(statistics.median(each), min(each), max(each))

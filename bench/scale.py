@@ -1,17 +1,19 @@
-"""A DWRL run on 8 to 1,024 ranks, simulated step by step: nothing is trained, and no GPU is needed.
+"""Simulates a DWRL run on 8 to 1,024 ranks, step by step. Nothing is trained, and no GPU is needed.
 
     python -m bench.scale
 
-Rollout batches are drawn from groups as long as those of hh, rmb and ultrafeedback, with thoughts as spread out as
-sampled ones. The balancer that trains shares each minibatch, the sampler's own split the contexts. What a rank's share
-takes is predicted as `dwrl_fast.plan` does it, at the stated rates of a published profile: so the shares of idle time
-are the code's, and the seconds are the profile's. A minibatch is an eighth of its rollout batch, as in the paper.
+Rollout batches are drawn from groups with the lengths of hh, rmb and ultrafeedback; the lengths of thoughts are
+distributed like those of sampled ones. The trainer's balancer divides each minibatch, and the sampler's own split
+divides the contexts. The time of a rank's share is predicted like in `dwrl_fast.plan`, with the rates of a published
+profile. So the shares of idle time come from the code, and the seconds from the profile. A minibatch is an eighth of
+its rollout batch, as in the paper.
 
-Of each step: `sampling` and `updates` (with the old policy's log-probs) are what a rank computes on average, `thoughts`
-the wait for the rank whose thoughts take longest, `stragglers` that for the most costly share of a minibatch, `gathers`
-what no computation hides of moving weights and gradients, `sync` the whole copies. A size stops scaling where twice the
-ranks are less than 1.5 times as fast; what limits it is what stayed furthest there from half of what it was. Sampling
-does where the longest thought, which is written token by token, takes as long on more ranks.
+For each step: `sampling` and `updates` (including the old policy's log-probs) are a rank's average computation;
+`thoughts` is the wait for the rank with the longest sampling; `stragglers` is the wait for the most costly share of a
+minibatch; `gathers` is the communication of weights and gradients that computation does not hide; `sync` is the update
+of whole copies. A size stops scaling when twice the ranks are less than 1.5 times as fast. Its limit is the part that
+is furthest from being halved. For sampling this happens because the longest thought, which is sampled token by token,
+takes as long on more ranks.
 """
 
 import argparse
@@ -37,15 +39,16 @@ MODEL = Path(__file__).parents[1] / "recipes" / "models" / "qwen2.5-7b.json"
 RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
 ROLLOUTS = (256, 1024, 4096, 16384)
 DATA = ("hh", "rmb", "ultrafeedback")
-MINIBATCHES = 8  # of a rollout batch
-ENOUGH = 1.5  # times as fast on twice the ranks
+MINIBATCHES = 8  # minibatches per rollout batch
+ENOUGH = 1.5  # required speed-up on twice the ranks
 VOCABULARY = 152_064
 PARTS = ("sampling", "thoughts", "updates", "stragglers", "gathers", "sync")
 
 
 class Pool(NamedTuple):
-    """Groups to draw from, an entry each: tokens and pairs of the tree, rows of the head, cost, tokens of the contexts
-    with what they share once, of the longest of them; and of each thought, [groups, thoughts].
+    """Groups to draw from, one entry per group: tokens and attention pairs of the tree, rows of the head, cost, tokens
+    of the contexts with shared prefixes counted once, tokens of the longest context; and tokens of each thought,
+    [groups, thoughts].
     """
 
     tokens: np.ndarray
@@ -58,7 +61,7 @@ class Pool(NamedTuple):
 
 
 def pool(data: str, count: int, mean: int, most: int) -> Pool:
-    """`count` groups of the lengths of `data`, with thoughts of `mean` tokens before they are cut at `most`."""
+    """`count` groups with the lengths of `data`, and thoughts of `mean` tokens on average, cut at `most`."""
     found = lengths.pairs(data, count)
     written = [min(size, most) for size in lengths.thought_lengths(mean, 2 * count * lengths.THOUGHTS)]
     groups = lengths.groups(found, written, VOCABULARY)
@@ -77,7 +80,7 @@ def pool(data: str, count: int, mean: int, most: int) -> Pool:
 
 
 def step(setup: Setup, traced: Traced, found: Pool, ranks: int, rollout: int, seed: int) -> dict[str, float]:
-    """Seconds of one step by what they go to."""
+    """The seconds of one step by part."""
     drawn = np.random.default_rng(seed).integers(len(found.tokens), size=rollout)
     clock = Clock(setup, traced, ranks, ranks)
     writing = _sampling(clock, found, drawn, ranks)
@@ -97,7 +100,9 @@ def step(setup: Setup, traced: Traced, found: Pool, ranks: int, rollout: int, se
 
 
 def _sampling(clock: Clock, found: Pool, drawn: np.ndarray, ranks: int) -> np.ndarray:
-    """[ranks] seconds: contexts of about as many tokens each, in order, as `SplitSampler` deals them."""
+    """[ranks], seconds of sampling. The contexts are divided as in `SplitSampler`: contiguous, with about equal
+    tokens.
+    """
     most = clock.setup.config.max_completion_length
     sizes = found.contexts[drawn] + found.thoughts.shape[1] * most
     middle = np.cumsum(sizes) - sizes / 2
@@ -110,7 +115,7 @@ def _sampling(clock: Clock, found: Pool, drawn: np.ndarray, ranks: int) -> np.nd
             continue
         thoughts, tokens = found.thoughts[own].ravel(), found.contexts[own].sum()
         beside = clock.beside(len(thoughts), tokens)
-        passes = max(thoughts.max(), thoughts.sum() / beside)  # a place that is free is taken at once
+        passes = max(thoughts.max(), thoughts.sum() / beside)  # a free slot is filled at once
         seen = found.longest[own].mean() / clock.setup.config.num_generations + thoughts.mean() / 2
         seconds.append(
             clock.prefill(tokens, found.longest[own].max()) + passes * clock.token(thoughts.sum() / passes, seen)
@@ -121,8 +126,8 @@ def _sampling(clock: Clock, found: Pool, drawn: np.ndarray, ranks: int) -> np.nd
 def _passes(
     clock: Clock, found: Pool, drawn: np.ndarray, places: list[list[int]], *, gradients: bool
 ) -> tuple[float, float, float]:
-    """A pass over a minibatch shared so, with or without a backward: seconds that a rank computes on average, that the
-    one with most does, and what of the collectives they do not hide.
+    """A pass over a minibatch divided as `places`, with or without a backward pass: the average and the maximum seconds
+    of computation per rank, and the seconds of collectives that are not hidden.
     """
     config = clock.setup.config
     directions = (True, False) if gradients else (True,)
@@ -131,10 +136,10 @@ def _passes(
     for own in places:
         some = drawn[own]
         tokens = found.tokens[some].sum()
-        count = max(1, -(-int(tokens) // config.token_budget))  # whole groups may need one more
+        count = max(1, -(-int(tokens) // config.token_budget))  # groups are not split, so one more may be needed
         micro = max(micro, count)
         layers = sum(count * clock.work(forward, tokens / count) for forward in directions) if len(own) else 0.0
-        # Of the two phases one trains the rows; old log-probs take a product of them.
+        # One of the two phases trains the rows; old log-probs need one product of them.
         head = clock.head(found.rows[some].sum(), 3) / 2 if gradients else clock.head(found.rows[some].sum(), 1)
         seconds.append(layers + clock.attention(found.pairs[some].sum(), times) + head)
     most = max(seconds)
@@ -142,8 +147,8 @@ def _passes(
 
 
 def stops(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of one size over growing numbers of ranks: up to which twice as many are still `ENOUGH` times as fast, and what
-    is furthest from half of what it was on twice as many.
+    """For one size over growing numbers of ranks: the largest number up to which doubling is still `ENOUGH` times as
+    fast, and the part that is then furthest from being halved.
     """
     for one, other in itertools.pairwise(rows):
         if one["seconds"] / other["seconds"] < ENOUGH:
@@ -167,7 +172,7 @@ def main() -> None:
 
 
 def report(args: argparse.Namespace, console: Console) -> None:
-    """Simulates, prints and writes."""
+    """Simulate, print and write."""
     if args.quick:
         args.data, args.groups, args.steps, args.most = ["hh"], 40, 1, 64
     config = parse_plan(["--model_config", str(MODEL), "--gradient_checkpointing"])
@@ -194,7 +199,7 @@ def report(args: argparse.Namespace, console: Console) -> None:
 
 
 def show(cases: list[dict[str, Any]], limits: list[dict[str, Any]], setup: Setup, console: Console) -> None:
-    """Tables: every case, and where each size stops."""
+    """Print tables of every case, and of the limit of each size."""
     heads = ("lengths", "rollout batch", "ranks", "step, s", "idle", *PARTS)
     lines = [
         (

@@ -1,15 +1,15 @@
-"""One DWRL update, phases A and B with their optimizer steps, by one process and shared by two ranks.
+"""Compares one DWRL update (phases A and B with optimizer steps) in one process and on two ranks.
 
     python -m bench.scaling
 
-Processes of this machine, one thread each, which speak over loopback (gloo): the same minibatch, the same weights.
-Rounds run both in turn; while the one process computes, the other rank waits. Efficiency is the time of one over ranks
-times theirs. A rank's own work is what its thread computes; idle is the wait for the rank with the most of it; the rest
-is collectives. On a machine whose cores share what they compute with, that is in the efficiency too.
+The ranks are processes of this machine with one thread each, connected over loopback (gloo), with the same minibatch
+and weights. Rounds run both variants; while the single process computes, the other rank waits. Efficiency is the time
+of one process divided by (ranks times their time). A rank's own work is the computation of its thread; idle is the wait
+for the rank with the most work; the rest is collectives. If cores share resources, this is included in the efficiency.
 
-Then, without running anything, how evenly groups as long as those of hh and of rmb are shared by 8 ranks, at the costs
-of Qwen2.5-7B: the most costly rank against the mean, over draws of a minibatch; and what dealing the groups out in turn
-would give.
+Then, without running anything: how evenly groups with the lengths of hh and of rmb are divided over 8 ranks, with the
+costs of Qwen2.5-7B. It prints the most costly rank relative to the mean, over draws of a minibatch, and the same for
+round-robin distribution.
 """
 
 import argparse
@@ -36,21 +36,21 @@ from dwrl_fast.training.optimizer import Optimizers
 from dwrl_fast.training.policy import Minibatch, Policy
 from dwrl_fast.training.rollout import Rollout
 
-RATE = 1e-9  # so small that all rounds compute alike
+RATE = 1e-9  # so small that all rounds compute the same
 RANKS, SIMULATED = 2, 8
 MINIBATCHES = (32, 64, 128, 256)
-ASKED = 1.05  # of the mean, the most costly rank
+ASKED = 1.05  # target for the most costly rank, relative to the mean
 
 
 class Trained(NamedTuple):
-    """A policy with a minibatch to update it by."""
+    """A policy with a minibatch for its updates."""
 
     policy: Policy
     method: Any
     minibatch: Minibatch
 
     def update(self) -> tuple[float, float]:
-        """Seconds that both phases take, and those that this process's thread computed."""
+        """The seconds of both phases, and the seconds that this process's thread computed."""
         start, own = time.perf_counter(), time.thread_time()
         for phase in self.method.phases:
             self.policy.update(phase, self.minibatch, self.method.loss, 0)
@@ -58,7 +58,9 @@ class Trained(NamedTuple):
 
 
 def trained(ranks: Ranks, model: str, data: str, pairs: int, tokens: int, budget: int) -> Trained:
-    """A drawn model with `pairs` as long as those of `data`, and thoughts of `tokens` tokens on average."""
+    """A model with random weights, and `pairs` pairs with the lengths of `data` and thoughts of `tokens` tokens on
+    average.
+    """
     shape = MODELS[model]
     rates = dict.fromkeys(("learning_rate", "score_learning_rate", "thought_learning_rate"), RATE)
     method, judging = loaded(shape, ranks=ranks, token_budget=budget, **rates)
@@ -70,11 +72,11 @@ def trained(ranks: Ranks, model: str, data: str, pairs: int, tokens: int, budget
 
 
 def rounds(ranks: Ranks, count: int, *case: Any) -> dict[str, list[Any]]:
-    """Seconds of the one process in each round, and seconds and own work of every rank."""
+    """For each round: the seconds of the single process, and the seconds and own work of every rank."""
     shared = trained(ranks, *case)
     alone = trained(ALONE, *case) if ranks.first else None
     found: dict[str, list[Any]] = {"alone": [], "shared": []}
-    for round_ in range(count + 1):  # the first is not counted
+    for round_ in range(count + 1):  # the first round is not counted
         taken = alone.update() if alone is not None else None
         ranks.gather(None)
         each = ranks.gather(shared.update())
@@ -85,7 +87,7 @@ def rounds(ranks: Ranks, count: int, *case: Any) -> dict[str, list[Any]]:
 
 
 def summary(found: dict[str, list[Any]]) -> dict[str, float]:
-    """Medians over the rounds; shares are of the ranks' time."""
+    """Medians over the rounds; shares are relative to the ranks' time."""
     ratios, collectives, idle = [], [], []
     for (one, _), each in zip(found["alone"], found["shared"], strict=True):
         wall, most = max(seconds for seconds, _ in each), max(own for _, own in each)
@@ -102,7 +104,7 @@ def summary(found: dict[str, list[Any]]) -> dict[str, float]:
 
 
 def qwen_7b() -> Cost:
-    """What the parts of a pass through Qwen2.5-7B cost."""
+    """The costs of the parts of a pass through Qwen2.5-7B."""
     hidden, inner, layers = QWEN_7B["hidden_size"], QWEN_7B["intermediate_size"], 28
     narrow = hidden * QWEN_7B["num_key_value_heads"] // QWEN_7B["num_attention_heads"]
     layer = 2 * hidden * hidden + 2 * hidden * narrow + 3 * hidden * inner
@@ -110,7 +112,9 @@ def qwen_7b() -> Cost:
 
 
 def balance(data: str, pairs: int, tokens: int, draws: int) -> list[dict[str, Any]]:
-    """For each size of a minibatch, the most costly of `SIMULATED` ranks over the mean: median and most over draws."""
+    """For each minibatch size, the most costly of `SIMULATED` ranks relative to the mean: median and maximum over
+    draws.
+    """
     thoughts = lengths.thought_lengths(tokens, 2 * pairs * lengths.THOUGHTS)
     groups = lengths.groups(lengths.pairs(data, pairs), thoughts, QWEN_7B["vocab_size"])
     sizes = tree_sizes(groups)
@@ -128,7 +132,7 @@ def balance(data: str, pairs: int, tokens: int, draws: int) -> list[dict[str, An
 
 
 def uneven(costs: list[int], places: list[list[int]]) -> float:
-    """The largest share over the mean."""
+    """The largest share relative to the mean."""
     loads = [sum(costs[i] for i in own) for own in places]
     return max(loads) * len(loads) / sum(loads)
 
@@ -149,7 +153,7 @@ def main() -> None:
 
 
 def report(args: argparse.Namespace, console: Console) -> None:
-    """Measures, prints and writes."""
+    """Measure, print and write."""
     if args.quick:
         args.pairs, args.rounds, args.draws = 2, 1, 10
     cases = {}

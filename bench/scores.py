@@ -1,11 +1,11 @@
-"""Evaluation with scores from the sampler's cache, and with a forward pass of everything for them.
+"""Compares evaluation with scores from the sampler's cache and with scores from a separate forward pass.
 
     python -m bench.scores --model models/smollm2 --data pairs.jsonl
 
-The same sampler writes the same thoughts, `--votes` of them about each response. Then p(Yes) is read either where the
-cache ends that sampling left, by appending the turn that asks for the label, or in a pass over prompts, responses,
-thoughts and that turn. Both are timed in turn, a round at a time. Thoughts have `--tokens` tokens: no stop token is
-drawn. Printed: medians, the ratio of each round, and how far the scores are apart.
+The same sampler samples the same thoughts, `--votes` per response. Then p(Yes) is computed either by appending the rate
+turn to the sampler's cache, or in a separate pass over prompts, responses, thoughts and rate turn. Both variants run in
+every round. Thoughts have `--tokens` tokens, because no stop token is drawn. Prints medians, the ratio of each round,
+and the differences of the scores.
 """
 
 import json
@@ -28,18 +28,18 @@ from dwrl_fast.scoring.runtime import Runtime
 from dwrl_fast.scoring.yes_no import GenerativeJudging
 from dwrl_fast.training.policy import load_judging
 
-ASKED = 1.3  # times as fast, at the lengths of hh pairs with 4 votes
+ASKED = 1.3  # target speed-up, at the lengths of hh pairs with 4 votes
 
 
 class Unrated:
-    """`sampler`, which does not say that it can rate."""
+    """`sampler` without its ability to rate."""
 
     def __init__(self, sampler: Sampler):
         self.float32, self.sample = sampler.float32, sampler.sample
 
 
 def measured(rows: list[Preference], judging: GenerativeJudging, votes: int, rounds: int) -> dict[str, Any]:
-    """Seconds of each round with and without the cache's scores, and the largest difference of a score."""
+    """The seconds of each round with and without scores from the cache, and the largest difference of a score."""
     runtime = judging.runtime
     assert isinstance(runtime.sampler, RatingSampler)
     plain = Runtime(runtime.model, runtime.dialog, runtime.compute, runtime.layout, Unrated(runtime.sampler))
@@ -84,7 +84,7 @@ def main() -> None:
         console.print(f"scores {name}: {statistics.median(some):.1f} s")
     console.print(
         f"ratio {statistics.median(ratios):.2f} (asked {ASKED}), rounds {', '.join(f'{r:.2f}' for r in ratios)}; "
-        f"scores are apart by {found['apart']:.0e} nats at most"
+        f"scores differ by at most {found['apart']:.0e} nats"
     )
     plain = {"data": Path(args.data).name, "json": None}
     if args.json:

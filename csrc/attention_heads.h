@@ -1,4 +1,4 @@
-// What the operators of attention share: where heads lie, and who computes which of them.
+// What the attention operators share: the memory layout of heads, and the division of work among threads.
 
 #pragma once
 
@@ -11,7 +11,7 @@
 
 namespace dwrl_fast {
 
-// Rows of a head must be dense; the rest is read where it lies.
+// Rows of a head must be dense; other strides are arbitrary.
 inline at::Tensor dense_rows(const at::Tensor& x) { return x.stride(2) == 1 || x.size(2) == 1 ? x : x.contiguous(); }
 
 template <typename scalar_t>
@@ -24,7 +24,7 @@ Heads<scalar_t> write_heads(const at::Tensor& x) {
   return {x.mutable_data_ptr<scalar_t>(), x.stride(0), x.stride(1)};
 }
 
-// `heads` x `count` pieces, in order, each by whichever thread is free: nothing is summed across them.
+// `heads` x `count` pieces, in order, each by any free thread: nothing is summed across pieces.
 template <typename Make>
 void share(int64_t heads, int64_t count, Make make) {
   std::atomic<int64_t> next{0};

@@ -1,4 +1,4 @@
-// Operator `cache_attention_`: what it checks, which queries see which tiles, and who computes which.
+// Operator `cache_attention_`: its checks, the tiles that each query sees, and the division of work among threads.
 
 #include "attention_heads.h"
 #include "cache_attention.h"
@@ -17,7 +17,7 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kRows = 64;  // of a block of queries, which G heads share
+constexpr int64_t kRows = 64;  // rows of a block of queries, shared by G heads
 
 const CachePasses& passes() {
   static const CachePasses chosen = [] {
@@ -44,7 +44,7 @@ void check_cache(const Tensor& x, const Tensor& q, at::IntArrayRef sizes, const 
       sizes, ", not ", x.scalar_type(), " ", x.sizes());
 }
 
-// What is written and read lies inside the cache, and nobody sees what was not written.
+// Checks that all reads and writes are inside the cache, and that no query sees keys that were not written.
 void check_plan(const int64_t* slot, int64_t tokens, const CacheTile* tiles, int64_t count, int64_t blocks) {
   for (int64_t i = 0; i < tokens; ++i)
     TORCH_CHECK_VALUE(
@@ -62,7 +62,7 @@ void check_plan(const int64_t* slot, int64_t tokens, const CacheTile* tiles, int
 std::vector<std::vector<int64_t>> seen_by(const CacheTile* tiles, int64_t count, int64_t tokens, int64_t query_tokens) {
   std::vector<std::vector<int64_t>> seen((tokens + query_tokens - 1) / query_tokens);
   for (int64_t i = 0; i < count; ++i) {
-    if (tiles[i].start == tiles[i].stop) continue;  // seen by nobody
+    if (tiles[i].start == tiles[i].stop) continue;  // seen by no query
     for (int64_t b = tiles[i].start / query_tokens; b * query_tokens < tiles[i].stop; ++b) seen[b].push_back(i);
   }
   return seen;

@@ -1,4 +1,4 @@
-// Attention over a cache in at::vec: tiles of keys against the rows that see them, by the online softmax of tree attention. Included once
+// Attention over a cache in at::vec: tiles of keys and the rows that see them, with the online softmax of tree attention. Included once
 // for each instruction set.
 
 #pragma once
@@ -27,7 +27,7 @@ class CacheForward {
     store(head, from, to);
   }
 
-  // Keys and values of a new token's head go to their place in the cache.
+  // Stores keys and values of a new token's head in the cache.
   void keep(int64_t head, int64_t token) {
     if (a.slot[token] < 0) return;
     const int64_t block = a.slot[token] / kKeys, place = a.slot[token] % kKeys;
@@ -81,7 +81,7 @@ class CacheForward {
       const int64_t place = a.position[start + r / a.group] - tile.position;
       const int64_t end = std::clamp<int64_t>(place + 1, 0, tile.count);
       const int64_t begin = a.window > 0 ? std::clamp<int64_t>(place + 1 - a.window, 0, end) : 0;
-      if (begin == end) {  // before a row's first key its maximum would be that of what is masked
+      if (begin == end) {  // before a row's first key, its maximum would be a masked value
         std::fill(s, s + n, real_t(0));
         continue;
       }
@@ -94,7 +94,7 @@ class CacheForward {
 
   Vec<real_t> capped(const Vec<real_t>& x) const { return (x * Vec<real_t>(1 / a.cap)).tanh() * Vec<real_t>(a.cap); }
 
-  // A tile's keys and values in the type of the sums: where they lie, or widened.
+  // A tile's keys and values in the type of the sums: in place, or widened to a buffer.
   void read(int64_t head, const CacheTile& tile, const real_t*& k, const real_t*& v) {
     if constexpr (kInPlace<scalar_t, real_t>) {
       k = a.keys_of(tile.block, head);

@@ -1,4 +1,4 @@
-// Which entry points serve a tensor: `f(pass, scalar, real)` of its dtype, called with values of the element's and of the sums' type.
+// Selects the entry points for a tensor: `f(pass, scalar, real)` of its dtype, called with values of the element's and of the sums' type.
 
 #pragma once
 

@@ -1,5 +1,5 @@
-// `gumbel_pick`: a draw from softmax for each row of log-probabilities, from noise that depends on the row's key, its position and the
-// token alone. As `gumbel_pick` in dwrl_fast/ops/oracle.py.
+// `gumbel_pick`: a draw from a softmax for each row of log-probabilities. The noise depends only on the row's key, its position and the
+// token. Equals `gumbel_pick` in dwrl_fast/ops/oracle.py.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -17,7 +17,7 @@ namespace {
 
 using at::Tensor;
 
-// Philox 4x32 with 10 rounds (Salmon et al., 2011), as `tl.randint4x` counts it.
+// Philox 4x32 with 10 rounds (Salmon et al., 2011), with the counters of `tl.randint4x`.
 std::array<uint32_t, 4> philox(uint64_t key, uint32_t low, uint32_t high) {
   std::array<uint32_t, 4> c{low, high, 0, 0};
   auto k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
@@ -31,7 +31,7 @@ std::array<uint32_t, 4> philox(uint64_t key, uint32_t low, uint32_t high) {
   return c;
 }
 
-// -log of an exponential variate: what is drawn is the token with the largest sum of this and its log-probability.
+// -log of an exponential variate. The token with the largest sum of this and its log-probability is drawn.
 float gumbel(uint32_t bits) {
   constexpr float kUnit = 0x1p-32f;
   const float w = std::min(static_cast<float>(bits) * kUnit + kUnit / 2, 1 - 0x1p-24f);
@@ -45,8 +45,8 @@ int64_t pick(const float* logprob, int64_t count, uint64_t key, uint32_t positio
   for (int64_t start = 0; start < count; start += 4) {
     const auto bits = philox(key, static_cast<uint32_t>(start / 4), position);
     for (int64_t i = start; i < std::min(start + 4, count); ++i) {
-      if (std::isnan(logprob[i])) return i;  // as argmax does: the caller refuses it
-      // -log(w) is at most this, and -log(-log1p(-w)) is below it: most tokens need no logarithm.
+      if (std::isnan(logprob[i])) return i;  // like argmax; the caller raises an error
+      // This is an upper bound of -log(w), which is above -log(-log1p(-w)): most tokens need no logarithm.
       const float most = kLog2 * (static_cast<float>(std::countl_zero(bits[i - start])) + 1.001f);
       if (logprob[i] + most <= best) continue;
       const float value = logprob[i] + gumbel(bits[i - start]);

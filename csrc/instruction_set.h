@@ -1,4 +1,4 @@
-// Compiles the rest of a source for x86 with AVX512 where DWRL_FAST_AVX512 is defined, else with AVX2. Include it after everything that
+// Compiles the rest of a source for x86 with AVX512 if DWRL_FAST_AVX512 is defined, otherwise with AVX2. Include it after everything that
 // is not at::vec, so that no inline function shared with other sources needs either, and before the kernels.
 
 #ifdef DWRL_FAST_AVX512
@@ -6,7 +6,7 @@
 #define CPU_CAPABILITY AVX512
 #define CPU_CAPABILITY_AVX512
 #define ROW_PASS_NAMESPACE avx512
-// GCC 12 takes the undefined upper halves in its own intrinsics for a mistake.
+// GCC 12 warns about the undefined upper halves in its own intrinsics.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #else
 #pragma GCC target("avx2,fma,f16c")
@@ -15,7 +15,7 @@
 #define ROW_PASS_NAMESPACE avx2
 #endif
 
-// Before version 13, g++ does not define these on meeting the pragma, and at::vec goes by them.
+// Before version 13, g++ does not define these macros at the pragma, but at::vec needs them.
 #ifndef __AVX__
 #define __AVX__ 1
 #endif

@@ -1,4 +1,4 @@
-// `policy_loss_rows`: the clipped policy loss of given log-probabilities, its gradient and its statistics, in one pass over the tokens.
+// `policy_loss_rows`: the clipped policy loss from given log-probabilities, its gradient and its statistics, in one pass over the tokens.
 
 #include "row_pass.h"
 
@@ -18,7 +18,7 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kTokens = 2048;  // a block of tokens is summed by one thread, so the result does not depend on their number
+constexpr int64_t kTokens = 2048;  // one thread sums a block of tokens, so the result does not depend on the number of threads
 
 // The order of `STAT_SUMS` and then `STAT_MAXIMA` in dwrl_fast/ops/oracle.py, and the loss.
 struct Totals {
@@ -30,7 +30,7 @@ struct Totals {
     for (size_t i = 0; i < sums.size(); ++i) sums[i] += other.sums[i];
     for (size_t i = 0; i < maxima.size(); ++i) {
       const double x = other.maxima[i];
-      maxima[i] = std::isnan(x) ? x : std::max(maxima[i], x);  // std::max keeps a NaN on its left only
+      maxima[i] = std::isnan(x) ? x : std::max(maxima[i], x);  // std::max keeps a NaN only in its first argument
     }
     loss += other.loss;
   }

@@ -1,4 +1,4 @@
-// Operators over a live chunk of logits [C, V]: `policy_rows_`, `logprob_rows_`, `logprob_rows_grad_`. They consume the chunk.
+// Operators over a chunk of logits [C, V]: `policy_rows_`, `logprob_rows_`, `logprob_rows_grad_`. They overwrite the chunk.
 
 #include "dispatch.h"
 
@@ -17,7 +17,7 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// Follows ATen's own choice, and so the environment's ATEN_CPU_CAPABILITY.
+// Follows ATen's choice, and therefore the environment variable ATEN_CPU_CAPABILITY.
 const RowPasses& passes() {
   static const RowPasses chosen = [] {
 #ifdef DWRL_FAST_X86_VARIANTS
@@ -63,7 +63,7 @@ void for_rows(const Tensor& logits, const Tensor& targets, F f) {
 
 Head head_of(double temperature, std::optional<double> softcap) { return {temperature, softcap.value_or(0)}; }
 
-// -> [3, C]: logprob, entropy, dLoss/dlogprob. With `gradient` the chunk becomes dLoss/d(head output).
+// -> [3, C]: logprob, entropy, dLoss/dlogprob. With `gradient` the chunk is overwritten by dLoss/d(head output).
 Tensor policy_rows(
     Tensor& logits, const Tensor& targets, const Tensor& old_logprob, const Tensor& advantage, const Tensor& token_weight,
     const OptionalTensor& ref_logprob, double clip_low, double clip_high, double beta, double temperature,
@@ -103,7 +103,7 @@ Tensor logprob_rows(Tensor& logits, const Tensor& targets, double temperature, s
   return out;
 }
 
-// The chunk becomes d(sum grad_logprob logprob + grad_entropy entropy)/d(head output).
+// The chunk is overwritten by d(sum grad_logprob logprob + grad_entropy entropy)/d(head output).
 void logprob_rows_grad(
     Tensor& logits, const Tensor& targets, const Tensor& grad_logprob, const OptionalTensor& grad_entropy, double temperature,
     std::optional<double> softcap) {

@@ -1,7 +1,7 @@
-// Row work over a live chunk of logits, and the per-token policy loss it shares with `policy_loss`.
+// The row functions over a chunk of logits, and the per-token policy loss that they share with `policy_loss`.
 //
 // C rows of the chunk, V vocabulary. A row's logits z are the head's output after soft-cap and temperature:
-// z = cap * tanh(x / cap) / temperature. Every pass consumes the chunk: afterwards it holds dLoss/dx or scratch.
+// z = cap * tanh(x / cap) / temperature. Every pass overwrites the chunk: afterwards it holds dLoss/dx or scratch values.
 
 #pragma once
 
@@ -10,7 +10,7 @@
 
 namespace dwrl_fast {
 
-// One token of -w * (min(g A, clip(g) A) - beta KL), g = exp(logprob - old): its value and its derivative in logprob.
+// One token of -w * (min(g A, clip(g) A) - beta KL), g = exp(logprob - old): its value and its derivative with respect to logprob.
 struct PolicyToken {
   double log_ratio, ratio, kl, loss, coefficient;
   bool clipped;
@@ -30,7 +30,7 @@ struct PolicyRule {
     t.clipped = (advantage > 0 && t.ratio > 1 + clip_high) || (advantage < 0 && t.ratio < 1 - clip_low);
     t.kl = std::expm1(ref - logprob) - (ref - logprob);
     const double bound = advantage > 0 ? 1 + clip_high : 1 - clip_low;
-    const bool still = t.clipped || advantage == 0;  // whatever the ratio: an infinite one must not meet the zero
+    const bool still = t.clipped || advantage == 0;  // an infinite ratio must not be multiplied by zero
     t.loss = -token_weight * (still ? bound : t.ratio) * advantage;
     t.coefficient = still ? 0 : -token_weight * t.ratio * advantage;
     if (beta != 0) {
@@ -45,7 +45,7 @@ struct Head {
   double temperature, softcap;  // softcap 0: none
 };
 
-// What one row needs besides its logits. All per-token arrays are contiguous [C]; `ref` may be null.
+// The inputs of one row besides its logits. All per-token arrays are contiguous [C]; `ref` may be null.
 template <typename real_t>
 struct PolicyRows {
   const int64_t* target;
@@ -62,7 +62,7 @@ struct LogprobRows {
   real_t *logprob, *entropy;                  // null in the backward pass
 };
 
-// One table for each instruction set; `scratch` holds V values, and serves rows whose own dtype is too narrow to work in.
+// One table for each instruction set; `scratch` holds V values, for rows whose dtype is too narrow for the computation.
 template <typename scalar_t, typename real_t>
 struct RowPass {
   void (*policy)(scalar_t* row, real_t* scratch, int64_t vocabulary, int64_t index, const Head&, const PolicyRows<real_t>&);

@@ -1,4 +1,4 @@
-// The row pass for x86 with AVX512.
+// The row functions for x86 with AVX512.
 
 #include "row_pass_table.h"
 

@@ -1,7 +1,8 @@
-// The row pass in at::vec. Each `row_pass_*.cpp` includes this once, compiled for its own instruction set, inside its own namespace.
+// The row functions in at::vec. Each `row_pass_*.cpp` includes this once, for its own instruction set and in its own namespace.
 //
-// A row is walked in blocks that stay in the first-level cache: running maximum, exponentials relative to the maximum so far, their sum
-// and the entropy's dot product in the first walk; dLoss/dx in the second. Sums within a block are in float32, over blocks in float64.
+// A row is processed in blocks that fit into the first-level cache. The first pass computes the running maximum, exponentials relative
+// to the maximum so far, their sum, and the entropy's dot product; the second pass computes dLoss/dx. Sums within a block are in float32,
+// sums over blocks in float64.
 
 #include "row_pass_table.h"
 
@@ -23,7 +24,7 @@ real_t sum_of(Vec<real_t> v) {
   return sum;
 }
 
-// e^v for v <= 0, exactly 1 at 0. Half of at::vec's instructions: nothing to clamp, and the scaling underflows by itself.
+// e^v for v <= 0, exactly 1 at 0. It needs half of at::vec's instructions: no clamping, and the scaling underflows correctly.
 template <typename real_t>
 inline Vec<real_t> exp_of_negative(const Vec<real_t>& v) {
   return v.exp_u20();
@@ -75,14 +76,14 @@ real_t maximum_of(const real_t* x, int64_t n) {
 
 template <typename real_t>
 struct Row {
-  static constexpr double kFloor = -1e4;  // exp of it is 0 in every dtype: keeps 0 * -inf out of the dot product
+  static constexpr double kFloor = -1e4;  // its exp is 0 in every dtype; avoids 0 * -inf in the dot product
 
   real_t* x;
   int64_t n;
   real_t inverse_temperature, cap;
   real_t maximum = std::numeric_limits<real_t>::lowest();
   double sum = 0, dot = 0;  // of e^(z - max), and of e^(z - max) (z - max)
-  double target = 0;        // its z - max: first its capped x
+  double target = 0;        // its z - max; before that its capped x
 
   double log_sum() const { return std::log(sum); }
   double logprob() const { return target - log_sum(); }
@@ -93,7 +94,7 @@ struct Row {
     each(b, count, [&](Vec<real_t> v, int64_t i, int64_t k) { ((v * inverse).tanh() * c).store(b + i, k); });
   }
 
-  // First walk over one block; with `keep` the block then holds e^(z - maximum so far).
+  // First pass over one block; with `keep` the block then holds e^(z - maximum so far).
   template <bool keep>
   void take(real_t* b, int64_t count) {
     const real_t top = std::max(maximum, maximum_of(b, count));
@@ -140,7 +141,7 @@ inline void narrow(const float* from, c10::BFloat16* to, int64_t n) {
   for (; i < n; ++i) to[i] = from[i];
 }
 
-// The first walk. `top[j]` becomes the maximum that block j's exponentials are relative to.
+// The first pass. `top[j]` becomes the maximum that block j's exponentials are relative to.
 template <bool keep, typename scalar_t, typename real_t>
 Row<real_t> read_row(scalar_t* logits, real_t* x, int64_t n, int64_t target, const Head& head, real_t* top) {
   Row<real_t> row{x, n, static_cast<real_t>(1 / head.temperature), static_cast<real_t>(head.softcap)};
@@ -153,7 +154,7 @@ Row<real_t> read_row(scalar_t* logits, real_t* x, int64_t n, int64_t target, con
     top[start / kBlock] = row.maximum;
   }
   row.target = (row.target - row.maximum) / head.temperature;
-  if (std::isnan(row.dot)) row.sum = row.dot;  // the fast exponential loses a NaN, the dot product keeps it
+  if (std::isnan(row.dot)) row.sum = row.dot;  // the fast exponential loses a NaN, but the dot product keeps it
   return row;
 }
 
@@ -162,7 +163,7 @@ void put_block(scalar_t* logits, const real_t* x, int64_t start, int64_t count) 
   if constexpr (!kInPlace<scalar_t, real_t>) narrow(x + start, logits + start, count);
 }
 
-// dLoss/dx = k (onehot - p), from the exponentials that the first walk kept.
+// dLoss/dx = k (onehot - p), from the exponentials of the first pass.
 template <typename scalar_t, typename real_t>
 void write_kept(scalar_t* logits, const Row<real_t>& row, int64_t target, double k, const real_t* top) {
   const double factor = -k * row.inverse_temperature / row.sum;
@@ -178,7 +179,7 @@ void write_kept(scalar_t* logits, const Row<real_t>& row, int64_t target, double
   }
 }
 
-// dLoss/dx = [k (onehot - p) - h p (log p + entropy)] dz/dx, exponentials formed again.
+// dLoss/dx = [k (onehot - p) - h p (log p + entropy)] dz/dx, with recomputed exponentials.
 template <typename scalar_t, typename real_t>
 void write_again(scalar_t* logits, const Row<real_t>& row, int64_t target, double k, double h) {
   const real_t inverse_cap = row.cap != 0 ? 1 / row.cap : 0;
@@ -215,7 +216,7 @@ real_t* workspace(scalar_t* logits, real_t* scratch) {
   }
 }
 
-// `scratch` holds V values and then one for each block.
+// `scratch` holds V values, followed by one value per block.
 template <typename scalar_t, typename real_t>
 void policy_row(scalar_t* logits, real_t* scratch, int64_t n, int64_t i, const Head& head, const PolicyRows<real_t>& a) {
   real_t *x = workspace(logits, scratch), *top = scratch + n;

@@ -1,4 +1,4 @@
-// The row pass's entry points for each dtype, and which instruction sets it is compiled for.
+// The entry points of the row functions for each dtype, and the instruction sets that they are compiled for.
 
 #pragma once
 
@@ -27,7 +27,7 @@
 
 namespace dwrl_fast {
 
-// Entry points by the dtype of the elements and, second, that of sums over them.
+// Entry points by the dtype of the elements and by the dtype of sums.
 template <template <typename scalar_t, typename real_t> class Pass>
 struct Passes {
   Pass<float, float> float32;

@@ -1,4 +1,5 @@
-// Operators `tree_attention` and `tree_attention_backward`: what they check, how a tree is cut into segments, and who computes which.
+// Operators `tree_attention` and `tree_attention_backward`: their checks, the division of a tree into segments, and of segments among
+// threads.
 
 #include "attention_heads.h"
 #include "dispatch.h"
@@ -16,10 +17,10 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kSegment = 64;          // trees smaller than a block of queries share one
-constexpr int64_t kTokens = int64_t(1) << 24;  // float32 counts them exactly
+constexpr int64_t kSegment = 64;          // trees smaller than a block of queries share a segment
+constexpr int64_t kTokens = int64_t(1) << 24;  // float32 represents such counts exactly
 
-// Follows ATen's own choice, and so the environment's ATEN_CPU_CAPABILITY.
+// Follows ATen's choice, and therefore the environment variable ATEN_CPU_CAPABILITY.
 const AttentionPasses& passes() {
   static const AttentionPasses chosen = [] {
 #ifdef DWRL_FAST_X86_VARIANTS

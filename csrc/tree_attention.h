@@ -1,8 +1,8 @@
 // Attention over a tree of tokens in depth-first order, where every token attends to its path and to itself.
 //
-// U tokens, Hq query and Hkv key heads, G = Hq / Hkv, D values a head. Depth-first order makes who attends to whom two comparisons:
-// the token at t attends to the key at j where j <= t < end[j], the stop of the subtree of j's node. A window asks besides for
-// position[t] - position[j] < window, positions counted along the path.
+// U tokens, Hq query and Hkv key heads, G = Hq / Hkv, D values per head. In depth-first order the visibility test is two comparisons:
+// the token at t attends to the key at j if j <= t < end[j], the end of the subtree of j's node. A window also requires
+// position[t] - position[j] < window, with positions along the path.
 
 #pragma once
 
@@ -13,7 +13,8 @@
 
 namespace dwrl_fast {
 
-// Consecutive whole trees: what one thread computes, of one key head. The division follows from the tree alone, and so do all sums.
+// Consecutive whole trees, which one thread computes for one key head. The division, and so the order of all sums, depends only on the
+// tree.
 struct Segment {
   int64_t begin, end;
 
@@ -41,13 +42,13 @@ struct Attention {
   real_t scale, cap;   // cap 0: none
   int64_t window;      // 0: none
   Heads<const scalar_t> q, k, v;
-  Heads<scalar_t> out;  // written by the forward pass, read by the backward
+  Heads<scalar_t> out;  // written by the forward pass, read by the backward pass
   Heads<real_t> lse;    // D = 1
   Heads<const scalar_t> d_out;
   Heads<scalar_t> d_q, d_k, d_v;
 };
 
-// A worker computes key head `head` of segment `segment`, one after another, in buffers that it keeps.
+// A worker computes key head `head` of segment `segment`, one after another, in reused buffers.
 using Work = std::function<void(int64_t head, int64_t segment)>;
 
 template <typename scalar_t, typename real_t>

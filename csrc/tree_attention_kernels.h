@@ -1,8 +1,8 @@
 // Tree attention in at::vec: flash attention's online softmax over tiles of queries and keys. Included once for each instruction set.
 //
-// One key head of one segment at a time. Its keys lie in panels of kKeys tokens, transposed within a panel; queries come in blocks of
-// consecutive tokens, the G heads of a token in adjacent rows. A block may span nodes: of a panel it takes the tile of those keys that
-// any of its queries attends to, in whole groups; where not all of them do the tile is masked, and what is masked is an exact zero.
+// One key head of one segment at a time. Keys are stored in panels of kKeys tokens, transposed within a panel. Queries are in blocks of
+// consecutive tokens, with the G heads of a token in adjacent rows. A block may span nodes. From a panel it uses the tile of keys that
+// any of its queries attends to, in whole groups. If not all queries attend to all of them, the tile is masked with exact zeros.
 
 #pragma once
 
@@ -18,7 +18,7 @@ constexpr double kMasked = -1e30, kExpFloor = -1e4;  // e to the floor is 0 in e
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// Aligned to the cache's lines: vectors that cross them take twice as long.
+// Aligned to cache lines, because vectors that cross a line take twice as long.
 template <typename real_t>
 class Buffer {
  public:
@@ -34,13 +34,13 @@ class Buffer {
   std::unique_ptr<real_t[], Free> data_;
 };
 
-// Keys [key, key + count) of a panel; count 0: none of them is seen.
+// Keys [key, key + count) of a panel; count 0: no key is seen.
 struct Tile {
   int64_t key, count;
   bool masked;
 };
 
-// What both passes share: one segment's mask, and how rows and panels are laid out.
+// What both passes share: the mask of a segment, and the layout of rows and panels.
 template <typename scalar_t, typename real_t>
 class Walk {
  public:
@@ -64,7 +64,7 @@ class Walk {
     bounds.assign(panels * kKeys / kGroup, {n, 0, std::numeric_limits<int64_t>::max(), 0});
     for (int64_t i = 0; i < panels * kKeys; ++i) {
       const bool there = i < n;
-      const int64_t s = there ? a.tree.end[segment.begin + i] - segment.begin : 0;  // nobody attends to what fills up a panel
+      const int64_t s = there ? a.tree.end[segment.begin + i] - segment.begin : 0;  // no query attends to the padding of a panel
       const int64_t p = there ? a.tree.position[segment.begin + i] : 0;
       stop[i] = static_cast<real_t>(s);
       index[i] = static_cast<real_t>(i);
@@ -77,9 +77,9 @@ class Walk {
     }
   }
 
-  // What the queries [from, to) see of a panel.
+  // The keys of a panel that the queries [from, to) see.
   Tile tile(int64_t panel_number, int64_t from, int64_t to) const {
-    int64_t least = 0, most = 0;  // the queries' positions
+    int64_t least = 0, most = 0;  // positions of the queries
     if (a.window > 0) {
       const auto [l, m] = std::minmax_element(place + from, place + to);
       least = static_cast<int64_t>(*l);
@@ -100,7 +100,7 @@ class Walk {
     return tile;
   }
 
-  // Which of a vector of keys from j on the query at t sees.
+  // Mask of the keys in a vector from j on that the query at t sees.
   Vec<real_t> seen(int64_t t, int64_t j) const {
     const Vec<real_t> here(index[t]);
     Vec<real_t> s = (Vec<real_t>::loadu(stop + j) > here) & (Vec<real_t>::loadu(index + j) <= here);
@@ -167,7 +167,7 @@ class Walk {
   Buffer<real_t> stop, index, place, panel;
 };
 
-// Rows of an attention in the making: scores of a tile, and what is summed so far, relative to the largest score so far.
+// The state of the online softmax: scores of a tile, and sums so far, relative to the largest score so far.
 template <typename real_t>
 class Online {
  public:
@@ -182,7 +182,7 @@ class Online {
     std::fill_n(+sums, rows * kWidth, real_t(0));
   }
 
-  // The scores of one row become exponentials, to whose maximum what was summed before is brought.
+  // Replaces the scores of one row by exponentials, and rescales earlier sums to the new maximum.
   void softmax(int64_t r, int64_t keys, bool first) {
     real_t* s = scores + r * kKeys;
     Vec<real_t> top(static_cast<real_t>(kMasked));
@@ -190,7 +190,7 @@ class Online {
     const real_t most =
         at::vec::vec_reduce_all<real_t>([](const Vec<real_t>& x, const Vec<real_t>& y) { return at::vec::maximum(x, y); }, top);
     Vec<real_t> sum = Vec<real_t>::loadu(sums + r * kWidth);
-    if (!(most <= maximum[r])) {  // not a number is passed on
+    if (!(most <= maximum[r])) {  // NaN is passed on
       const Vec<real_t> shrink(std::exp(maximum[r] - most));
       maximum[r] = most;
       sum = sum * shrink;
@@ -205,7 +205,7 @@ class Online {
     sum.store(sums + r * kWidth);
   }
 
-  // A row's output is finished: 0 where it saw nothing. Returns the logarithm of its softmax's sum.
+  // Finishes a row's output: 0 if it saw no key. Returns the logarithm of its softmax sum.
   real_t finish(int64_t r) {
     const real_t sum = sum_of(Vec<real_t>::loadu(sums + r * kWidth));
     scale(out + r * row, Vec<real_t>(sum == 0 ? 0 : 1 / sum));
@@ -337,7 +337,7 @@ class Backward : Walk<scalar_t, real_t> {
     Base::store(a.d_q, d_queries, from, to - from, head * a.group, a.group);
   }
 
-  // delta = sum(dOut out) of each row, which the softmax's derivative subtracts.
+  // delta = sum(dOut out) of each row, subtracted in the derivative of the softmax.
   void open_block(int64_t head, int64_t from, int64_t to) {
     const Heads<const scalar_t> out{a.out.data, a.out.token_stride, a.out.head_stride};
     Base::load(d_queries, out, from, to - from, head * a.group, a.group, 1);
@@ -352,7 +352,7 @@ class Backward : Walk<scalar_t, real_t> {
     }
   }
 
-  // Logits and dP become P and dS.
+  // Replaces logits and dP by P and dS.
   template <bool masked>
   void differentiate(int64_t r, int64_t t, const Tile& tile) {
     real_t *x = p + r * kKeys, *d = ds + r * kKeys;

@@ -1,4 +1,4 @@
-// Small matrix products in at::vec, for operands that fit the caches. Included once for each instruction set, inside its namespace.
+// Small matrix products in at::vec, for operands that fit into the caches. Included once for each instruction set, inside its namespace.
 
 #pragma once
 
@@ -6,7 +6,7 @@
 
 namespace dwrl_fast::ROW_PASS_NAMESPACE {
 
-// An operand whose elements are broadcast: either stride may be 1, so that a transpose costs nothing.
+// An operand whose elements are broadcast: either stride may be 1, so a transpose costs nothing.
 template <typename real_t>
 struct Left {
   const real_t* data;
@@ -26,7 +26,7 @@ constexpr int kVectors = 4, kRegisterRows = 6;  // 24 sums, 4 columns and a broa
 constexpr int kVectors = 2, kRegisterRows = 6;  // 12 sums in 16
 #endif
 
-// One block of C, held in registers: C = A B, or C += A B. The product is summed by itself first, so that its error does not grow with C's.
+// One block of C, held in registers: C = A B, or C += A B. The product is summed separately first, so that its error does not grow with C.
 template <typename real_t, int rows, int vectors>
 inline void product_block(Dense<real_t> c, Left<real_t> a, Dense<const real_t> b, int64_t depth, bool add) {
   constexpr int64_t width = Vec<real_t>::size();
@@ -55,7 +55,7 @@ inline void product_block(Dense<real_t> c, Left<real_t> a, Dense<const real_t> b
     }
 }
 
-// The last rows, fewer than a block has.
+// The last rows, fewer than a block.
 template <typename real_t, int rows, int vectors>
 inline void product_rest(int64_t m, Dense<real_t> c, Left<real_t> a, Dense<const real_t> b, int64_t depth, bool add) {
   if constexpr (rows > 0) {
@@ -83,13 +83,13 @@ inline void product_some(
   }
 }
 
-// C [m, n] = A [m, depth] B [depth, n], or C += A B. n is a multiple of the vector's width.
+// C [m, n] = A [m, depth] B [depth, n], or C += A B. n is a multiple of the vector width.
 template <typename real_t>
 void product(int64_t m, int64_t n, int64_t depth, Dense<real_t> c, Left<real_t> a, Dense<const real_t> b, bool add) {
   constexpr int64_t width = Vec<real_t>::size();
   int64_t left = n / width;
   for (int64_t blocks = (left + kVectors - 1) / kVectors; blocks > 0; --blocks) {
-    const int64_t some = (left + blocks - 1) / blocks;  // even shares: no block of a single vector beside wide ones
+    const int64_t some = (left + blocks - 1) / blocks;  // equal shares, so that there is no block of a single vector next to wide ones
     product_some<real_t, kVectors>(some, m, c, a, b, depth, add);
     c.data += some * width;
     b.data += some * width;

@@ -1,7 +1,7 @@
-"""Generative preference models trained with Dual-Weighted Reinforcement Learning, and the fused operators underneath.
+"""Generative preference models trained with Dual-Weighted Reinforcement Learning, and the fused operators that it uses.
 
-Nothing heavy is imported here: `dwrl_fast.ops` and the other public names load when first asked for, and neither
-transformers nor vLLM before something needs it.
+Importing this package is cheap: `dwrl_fast.ops` and the other public names are loaded at their first use, and so are
+transformers and vLLM.
 """
 
 import importlib
@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 __all__ = ["Scorer", "__version__", "ops"]
 
-# In a checkout `kernels/` lies beside this package, in a wheel inside it: either way it is `dwrl_fast.kernels`. It must
-# never get an `__init__.py`: a regular package of that name would hide Hugging Face's, which transformers imports.
+# In a checkout `kernels/` is next to this package, in a wheel it is inside it; both are imported as
+# `dwrl_fast.kernels`. `kernels/` must never get an `__init__.py`: a regular package of that name would hide Hugging
+# Face's `kernels`, which transformers imports.
 if not Path(__file__).with_name("kernels").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 

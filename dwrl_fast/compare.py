@@ -1,4 +1,4 @@
-"""`python -m dwrl_fast.compare A B`: two trained models on the same pairs, and what they disagree about."""
+"""`python -m dwrl_fast.compare A B`: compares two trained models on the same pairs and lists their disagreements."""
 
 import json
 import re
@@ -37,7 +37,7 @@ _evaluation = partial(option, group="Evaluation")
 FORMATS = (".jsonl", ".md")
 
 Judgements = dict[str, tuple[Preference, Judged]]  # by the row's source
-Difference = tuple[Preference, tuple[Judged, Judged]]  # a pair, or ranking read as one, with what both made of it
+Difference = tuple[Preference, tuple[Judged, Judged]]  # a row, with the judgements of both models
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ python -m dwrl_fast.compare runs/dwrl/model runs/bt/model --dataset_name held_ou
     )
 
     def validate(self) -> None:
-        """Raises ConfigError where a file is named twice or has a weight, or the output file cannot be made."""
+        """Raises ConfigError if a file is named twice or has a weight, or if the output file cannot be created."""
         check_evaluated("dataset_name", self.dataset_name)
         if self.output_file is None:
             return
@@ -94,12 +94,12 @@ python -m dwrl_fast.compare runs/dwrl/model runs/bt/model --dataset_name held_ou
 
 
 def parse_compare(argv: Sequence[str]) -> CompareConfig:
-    """The options of a command line, of which the first two arguments may be the models."""
+    """The options of a command line. Its first two arguments may be the models."""
     named = next((i for i, argument in enumerate(argv) if argument.startswith("-")), len(argv))
     models = argv[:named]
     if len(models) not in (0, 2):
         raise ConfigError(
-            f"{len(models)} models stand before the options, and two are compared: python -m dwrl_fast.compare A B "
+            f"expected two models before the options, found {len(models)}: python -m dwrl_fast.compare A B "
             "--dataset_name FILE"
         )
     given = [part for name, model in zip(("a", "b"), models, strict=False) for part in (f"--model_{name}", model)]
@@ -113,13 +113,13 @@ def main(argv: list[str]) -> None:
 
 
 def run(config: CompareConfig, console: Console) -> PairedReport:
-    """Score the files' rows under one model after the other and print both reports and what becomes of the two; with
-    --output_file, the pairs and rankings on which one is better are written.
+    """Score the rows with one model after the other, and print both reports and their comparison. With --output_file,
+    write the rows on which one model is better.
     """
     for path in (config.model_a, config.model_b):
-        load_card(path)  # whether it is there is said before the first one is scored
+        load_card(path)  # a missing card is an error before the first model runs
     if config.output_file is not None:
-        open(config.output_file, "x").close()  # and whether what differs can be written
+        open(config.output_file, "x").close()  # the same holds for an output file that cannot be written
         Path(config.output_file).unlink()
     with Display(console) as display:
         both = [_judge(config, path, display) for path in (config.model_a, config.model_b)]
@@ -141,7 +141,9 @@ def run(config: CompareConfig, console: Console) -> PairedReport:
 
 
 def _judge(config: CompareConfig, folder: str, display: Display) -> Judgements:
-    """What one model made of the rows that it can read, by their source; it is let go of at the end."""
+    """The judgements of one model, by the source of the row, for the rows that it can read. Frees the model at the
+    end.
+    """
     scorer = Scorer.from_pretrained(
         folder,
         aspect=config.aspect,
@@ -162,13 +164,15 @@ def _judge(config: CompareConfig, folder: str, display: Display) -> Judgements:
 
 
 def _shared(a: Judgements, b: Judgements) -> tuple[list[Preference], list[Judged], list[Judged]]:
-    """The rows that both models can read, and what the first and the second made of each."""
+    """The rows that both models can read, with the judgements of the first and of the second model."""
     found = [source for source in a if source in b]
     if not found:
-        raise DataError("no row can be read by both models: raise --max_length, or see above what each left out")
+        raise DataError(
+            "no row can be read by both models: raise --max_length, or see above which rows each model left out"
+        )
     for name, mine in (("A", a), ("B", b)):
         if len(found) < len(mine):
-            logger.info("%d pairs or rankings are left out that only %s can read", len(mine) - len(found), name)
+            logger.info("%d pairs or rankings are left out because only %s can read them", len(mine) - len(found), name)
     return [a[source][0] for source in found], [a[source][1] for source in found], [b[source][1] for source in found]
 
 
@@ -196,13 +200,13 @@ def _markdown(differ: Sequence[Difference], config: CompareConfig) -> Iterator[s
         for name, found in zip("AB", models, strict=True):
             shown = [f"responses {i + 1} and {j + 1}" for i, j in found.comparisons]
             about = shown or [f"response {k + 1}" for k in range(len(row.responses))]
-            for what, thoughts in zip(about, found.thoughts, strict=False):  # some methods write none
+            for what, thoughts in zip(about, found.thoughts, strict=False):  # some methods write no thoughts
                 for thought in thoughts:
                     yield f"\n{name} on {what}:\n\n{_quoted(thought)}"
 
 
 def _quoted(text: str) -> str:
-    """A block of code, in which nothing is markup; its fence is longer than any in the text."""
+    """A Markdown code block of the text. Its fence is longer than any fence in the text."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}text\n{escaped(text)}\n{fence}\n"
 

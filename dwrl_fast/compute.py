@@ -1,4 +1,4 @@
-"""Where and in what precision a run computes, and the seeds and settings that make it reproducible."""
+"""The device and precision of a run, and the seeds and settings that make it reproducible."""
 
 import hashlib
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import torch
 from dwrl_fast.errors import ConfigError
 from dwrl_fast.log import logger
 
-BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # the last two of ARM
+BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # the last two are on ARM
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -23,10 +23,10 @@ class Compute:
 
     @classmethod
     def resolve(cls, dtype: str) -> "Compute":
-        """From the option --dtype: fp32, bf16, or auto, which is fp32 on a CPU and bf16 on a GPU.
+        """From the option --dtype: fp32, bf16, or auto (fp32 on a CPU, bf16 on a GPU).
 
-        Raises ConfigError for another one. float16 needs a loss scale, which would come too late for gradients that the
-        forward pass forms.
+        Raises ConfigError for any other value. float16 is not supported: it needs a loss scale, and here the forward
+        pass already computes gradients, before a loss scale could be applied.
         """
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if dtype == "auto":
@@ -43,13 +43,13 @@ class Compute:
         return self.dtype == torch.float32
 
     def autocast(self) -> AbstractContextManager:
-        """A context for the forward pass: torch.autocast where the dtype is bfloat16."""
+        """A context for the forward pass: torch.autocast if the dtype is bfloat16."""
         return nullcontext() if self.float32 else torch.autocast(self.device.type, self.dtype)
 
 
 def multiplies_bfloat16() -> bool | None:
-    """Whether the processor has instructions for products in bfloat16; None where PyTorch does not know."""
-    capabilities = getattr(torch.cpu, "get_capabilities", None)  # not in every version that we run with
+    """Whether the processor has instructions for products in bfloat16; None if PyTorch does not know."""
+    capabilities = getattr(torch.cpu, "get_capabilities", None)  # missing in some supported versions
     if capabilities is None:
         return None
     found = capabilities()
@@ -60,8 +60,8 @@ def _say_slow() -> None:
     known = multiplies_bfloat16()
     if not known:
         logger.warning(
-            "%s: without them a product in bfloat16 takes 5 times (with AVX-512) to 100 times as long as in float32. "
-            "Use --dtype fp32.",
+            "%s: a matrix product in bfloat16 takes 5 times (with AVX-512) to 100 times as long as in float32. Use "
+            "--dtype fp32.",
             "This processor has no instructions for bfloat16"
             if known is False
             else "PyTorch does not say whether this processor has instructions for bfloat16",
@@ -69,15 +69,17 @@ def _say_slow() -> None:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether it says that memory does not suffice. PyTorch has a class for it on GPUs, and a text on CPUs."""
+    """Whether `error` reports that memory ran out. PyTorch uses an error class for this on GPUs, and only a message
+    text on CPUs.
+    """
     said = ("can't allocate memory", "not enough memory", "bad_alloc")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in said)
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """A context in which PyTorch uses one thread, so that sums have the same order on every machine. For models so
-    small that more threads would not be faster.
+    """A context in which PyTorch uses one thread, so that sums have the same order on every machine. Meant for models
+    so small that more threads would not be faster.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -88,9 +90,9 @@ def one_thread() -> Iterator[None]:
 
 
 def step_seed(seed: int, stream: str, step: int) -> int:
-    """A seed for one use of randomness: use `stream` in step `step` of a run with `seed`. 63 bits.
+    """A seed of 63 bits for one use of randomness: the use named `stream` in step `step` of a run with `seed`.
 
-    It depends on nothing else, so a resumed run draws what an uninterrupted one would have drawn.
+    It depends on nothing else, so a resumed run draws the same numbers as an uninterrupted one.
     """
     digest = hashlib.blake2b(f"{seed}/{stream}/{step}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

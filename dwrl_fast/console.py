@@ -1,4 +1,4 @@
-"""What the commands share on a terminal: logging, and user errors that are printed without a traceback."""
+"""What all commands share on a terminal: logging, and user errors without a traceback."""
 
 import errno
 import logging
@@ -25,12 +25,12 @@ DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.E
 
 
 class Terminal(Console):
-    """Where a command prints. Nothing that comes out of a file speaks to it. One whose reader is gone (`| head`) goes
-    on without printing: its files matter more.
+    """The console of a command. Control characters in texts from files are escaped. If the reader of the output is gone
+    (`| head`), the command continues without printing, because the files that it writes matter more.
     """
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """As the base has it, with the control characters of all texts as escapes."""
+        """As in the base class, with all control characters escaped."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=escaped(segment.text))
 
@@ -41,7 +41,7 @@ class Terminal(Console):
 
 
 def open_console(*, highlight: bool = True) -> Console:
-    """The terminal; of several ranks, that of the first alone, for all of them would say the same."""
+    """The console of a command. With several ranks only the first one prints, because all would print the same."""
     first = os.environ.get("RANK", "0") == "0"
     if not first:
         warnings.simplefilter("ignore")
@@ -51,18 +51,19 @@ def open_console(*, highlight: bool = True) -> Console:
 
 
 def set_up_logging(console: Console) -> None:
-    """Send the package's log messages through `console`, so that they do not cut through the progress bars."""
+    """Send the package's log messages through `console`, so that they do not break the progress bars."""
     logger.setLevel(logging.INFO)
     logger.propagate = False
     logger.handlers = [RichHandler(console=console, show_path=False, show_time=False, markup=False, highlighter=None)]
 
 
 def command(main: Callable[[list[str]], None], *, ranks: bool = False) -> None:
-    """Run a command's `main` with the arguments of the command line. ranks: whether torchrun may start several of it.
+    """Run a command's `main` with the arguments of the command line. ranks: whether torchrun may start several
+    processes of it.
 
-    A UserError ends the process with the error's status and prints only its message, and so does a disk that refuses a
-    file. SIGINT ends it with 130, SIGTERM with 143. Of several ranks, the one that fails first says why; the others
-    fail because it is gone.
+    A UserError ends the process with the error's status and prints only its message; a disk that refuses a file does
+    the same. SIGINT ends the process with status 130, SIGTERM with 143. With several ranks, the rank that fails first
+    prints the reason; the others fail because they lose the connection to it.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
@@ -72,7 +73,7 @@ def command(main: Callable[[list[str]], None], *, ranks: bool = False) -> None:
         main(sys.argv[1:])
         if ranks and "RANK" in os.environ:
             stop()
-            _end(0)  # gloo's threads sometimes abort a process that ends by itself
+            _end(0)  # gloo's threads sometimes abort a process that exits normally
     except UserError as error:
         _leave(error.status, f"\nerror: {error}")
     except KeyboardInterrupt as error:
@@ -80,7 +81,7 @@ def command(main: Callable[[list[str]], None], *, ranks: bool = False) -> None:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in DISK:
             where = f"{error.filename}: " if error.filename else ""
-            _leave(2, f"\nerror: {where}{error.strerror}. Make room there or let it be written to, then try again.")
+            _leave(2, f"\nerror: {where}{error.strerror}. Free disk space there or make it writable, then try again.")
         if "RANK" not in os.environ:
             raise
         _leave(1, f"{_failure(error)}\n{traceback.format_exc()}")
@@ -90,10 +91,10 @@ def _failure(error: Exception) -> str:
     rank = os.environ["RANK"]
     if isinstance(error, RuntimeError) and "onnection" in str(error):
         return (
-            f"rank {rank} lost the connection to another rank, which ended without saying why (killed, or out of "
-            "memory: torchrun says with which signal)."
+            f"rank {rank} lost the connection to another rank, which ended without an error message (it was killed or "
+            "ran out of memory; torchrun reports the signal)."
         )
-    return f"rank {rank} failed, and the others stop with it:"
+    return f"rank {rank} failed, and the other ranks stop with it:"
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
@@ -101,7 +102,9 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _leave(status: int, why: str) -> NoReturn:
-    """End the process. Of several, at once: threads of collectives that others wait in would hold it."""
+    """End the process. With several ranks it ends at once, because threads of pending collectives would keep it
+    alive.
+    """
     rank = os.environ.get("RANK")
     if rank is None:
         print(escaped(why), file=sys.stderr)
@@ -109,23 +112,23 @@ def _leave(status: int, why: str) -> NoReturn:
     if int(rank) == culprit():
         print(escaped(why), file=sys.stderr)
     else:
-        time.sleep(GRACE)  # torchrun names the first to end as the cause, and ends the others
+        time.sleep(GRACE)  # torchrun reports the first process that ends as the cause, and ends the others
     _end(status)
 
 
 def _end(status: int) -> NoReturn:
-    """End the process at once, without what others may hold it by."""
+    """End the process at once, without waiting for other threads."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
 def refuse_processes() -> None:
-    """Raise ConfigError where torchrun, or a launcher like it, started several processes."""
+    """Raise ConfigError if torchrun, or a similar launcher, started several processes."""
     processes = os.environ.get("WORLD_SIZE", "1")
     if processes != "1":
         raise ConfigError(
-            f"WORLD_SIZE = {processes}: only dwrl_fast.train and dwrl_fast.doctor take several processes; each of "
-            "these would do the whole work. Start the command as one process, by python -m; CUDA_VISIBLE_DEVICES=N "
-            "chooses its GPU."
+            f"WORLD_SIZE = {processes}: only dwrl_fast.train and dwrl_fast.doctor run as several processes; here each "
+            "process would do the whole work. Start one process with python -m; CUDA_VISIBLE_DEVICES=N selects its "
+            "GPU."
         )

@@ -1,5 +1,5 @@
-"""Errors that a user can correct. The commands print them without a traceback; any other exception is a bug. And the
-end of a command by a signal.
+"""Errors that a user can correct, and the end of a command by a signal. The commands print these errors without a
+traceback; any other exception is a bug.
 """
 
 import signal
@@ -9,7 +9,7 @@ from typing import ClassVar
 class UserError(ValueError):
     """Something that the user gave is wrong. The message says what, where, and what to do.
 
-    status: the exit status of a command that it ends.
+    status: the exit status of a command that ends with this error.
     """
 
     status: ClassVar[int] = 2
@@ -28,7 +28,7 @@ class TemplateError(UserError):
 
 
 class LabelError(TemplateError):
-    """A label of the template is not one token of its own where it is read."""
+    """A label of the template is not exactly one token at the position where it is read."""
 
 
 class ModelError(UserError):
@@ -36,7 +36,7 @@ class ModelError(UserError):
 
 
 class NotFiniteError(UserError):
-    """A logit, loss or gradient was not a number; nothing was trained with it."""
+    """A logit, loss or gradient was not finite. It was not used for training."""
 
 
 class CheckpointError(UserError):
@@ -44,11 +44,11 @@ class CheckpointError(UserError):
 
 
 class UnwrittenError(CheckpointError):
-    """The disk did not take a checkpoint. Those before it are as they were, and so is the run."""
+    """A checkpoint could not be written. Earlier checkpoints and the run itself are unchanged."""
 
 
 class SamplerError(UserError):
-    """An engine that writes thoughts failed, or is not one that can be trusted with them."""
+    """An engine that samples thoughts failed, or its settings would give wrong thoughts."""
 
 
 class UntrainedError(UserError):
@@ -58,15 +58,15 @@ class UntrainedError(UserError):
 
 
 class UnfitError(UserError):
-    """An examined set-up has a fault with which it should not be trained."""
+    """An examined set-up has a fault that must be corrected before training."""
 
     status = 4
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked the command to end. saved: everything up to here was saved before it was raised.
+    """A signal asked the command to end. saved: whether the state was saved before the exception was raised.
 
-    status: the exit status of the command, as a shell gives it for the signal.
+    status: the exit status of the command, as a shell reports it for the signal.
     """
 
     def __init__(self, number: int, *, saved: bool = False):

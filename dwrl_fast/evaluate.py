@@ -1,4 +1,4 @@
-"""`python -m dwrl_fast.evaluate`: how well a model judges preferences, in figures that can be checked."""
+"""`python -m dwrl_fast.evaluate`: measures how well a model judges preferences."""
 
 import dataclasses
 import hashlib
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
 
 
 def run(config: EvaluateConfig, console: Console) -> PairReport:
-    """Score the files' pairs and say what comes out; with --output_dir, all of it is written there."""
+    """Score the pairs of the files and print the report. With --output_dir, also write it there."""
     folder = None if config.output_dir is None else open_folder(Path(config.output_dir))
     started = time.monotonic()
     scorer = load(config)
@@ -82,16 +82,16 @@ def run(config: EvaluateConfig, console: Console) -> PairReport:
     say_unread(report, sum(len(each) for row in scored.rows for each in row.verdicts))
     if config.calibrate:
         calibrate(config, report)
-    if folder is not None:  # before anything is printed, for a closed pipe ends it there
+    if folder is not None:  # before anything is printed, because a closed pipe may end the command there
         write(folder, report, table, scored.rows, rows, config.seed)
     show(console, report, time.monotonic() - started)
     if folder is not None:
-        console.print(f"the report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+        console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
     return report.pairs
 
 
 def open_folder(folder: Path) -> Path:
-    """Where the report goes; one that holds a finished evaluation is refused."""
+    """Create the folder of the report. Raises ConfigError if it holds a finished evaluation."""
     if (folder / REPORT).exists() and not (folder / PART).exists():
         raise ConfigError(f"--output_dir {folder} holds a finished evaluation: name another folder, or remove it")
     try:
@@ -104,7 +104,7 @@ def open_folder(folder: Path) -> Path:
 
 
 def load(config: EvaluateConfig) -> Scorer:
-    """The model as the options want it; a folder without a card needs --method judge."""
+    """The model with the settings of the options. A folder without a card needs --method judge."""
     return Scorer.from_pretrained(
         config.model_name_or_path,
         method=config.method,
@@ -123,17 +123,21 @@ def load(config: EvaluateConfig) -> Scorer:
 
 
 def steps_of(config: JudgingOptions, scorer: Scorer, votes: int, part: PartFile | None = None) -> Steps:
-    """They fill the sampler, so that not much is lost where one is interrupted. votes: where the model thinks."""
+    """Steps that are just large enough to fill the sampler, so that an interruption loses little. votes: thoughts per
+    response, if the model writes thoughts.
+    """
     votes = votes if scorer.thinks else 1
     return Steps(scorer, votes, config.seed, max(1, config.generation_batch_size // votes), part)
 
 
 def stage_of(steps: Steps, name: str, sizes: Sequence[int], display: Display) -> AbstractContextManager[Stage]:
-    """The bar of one of STAGES, whose items have so many responses each; an interrupted run may have done some."""
+    """The progress bar of one of STAGES. sizes: the responses of each item. An interrupted run may have done some
+    already.
+    """
     title, done_before = STAGES[name]
     done = steps.behind(name)
     if done:
-        logger.info("%d of %d %s before: going on behind them", done, len(sizes), done_before)
+        logger.info("resuming: %d of %d %s before", done, len(sizes), done_before)
     return display.stage(title, sum(sizes), sum(sizes[:done]))
 
 
@@ -144,12 +148,12 @@ def attack(config: EvaluateConfig, steps: Steps, rows: Sequence[Preference], dis
 
 
 def say_unread(report: Report, verdicts: int) -> None:
-    """A low accuracy of verdicts that were not read says nothing of the judge."""
+    """Warn if many verdicts could not be read: the accuracy then says little about the judge."""
     if 2 * report.pairs.unparsable > verdicts:
         logger.warning(
-            "%d of %d verdicts could not be read, and count as wrong: see the thoughts in scores.jsonl (--output_dir). "
-            "They may be cut (raise --max_completion_length), or the model does not answer as its template asks (give "
-            "a judge another by --template).",
+            "%d of %d verdicts could not be read and count as wrong: see the thoughts in scores.jsonl "
+            "(--output_dir). They may be cut (raise --max_completion_length), or the model does not answer as its "
+            "template asks (for a judge, try another --template).",
             report.pairs.unparsable,
             verdicts,
         )
@@ -158,7 +162,7 @@ def say_unread(report: Report, verdicts: int) -> None:
 def with_extras(
     config: EvaluateConfig, report: Report, table: PairTable, judged: Sequence[Judged], units: Units
 ) -> Report:
-    """The report with what the options ask for beyond what every report has."""
+    """The report, with the optional parts that the options ask for."""
     ks = sorted({k for k in VOTE_CURVE if k < config.sampled} | {config.sampled})
     gap, weight = table.gap, table.units.weight
     temperature = fit_temperature(gap, weight) if config.calibrate else None
@@ -175,11 +179,11 @@ def with_extras(
 
 
 def calibrate(config: EvaluateConfig, report: Report) -> None:
-    """Put the fitted temperature into the model's card."""
+    """Store the fitted temperature in the model's card."""
     if report.temperature is None:
         logger.warning(
-            "no temperature was found, and none is stored: the model orders all of these pairs right, or no more of "
-            "them than wrong. Give more pairs, or others."
+            "no temperature could be fitted, so none is stored: the model orders all of these pairs correctly, or "
+            "not more than half of them. Give more pairs, or other pairs."
         )
         return
     folder = Path(config.model_name_or_path)
@@ -196,7 +200,7 @@ def calibrate(config: EvaluateConfig, report: Report) -> None:
 
 
 def identity(config: EvaluateConfig, rows: Sequence[Preference]) -> dict[str, Any]:
-    """What an evaluation must have in common with one that it goes on with. JSON."""
+    """What must be equal for an interrupted evaluation to be resumed, as JSON."""
     later = {
         "output_dir",
         "calibrate",
@@ -218,7 +222,7 @@ def identity(config: EvaluateConfig, rows: Sequence[Preference]) -> dict[str, An
 
 
 def about(config: EvaluateConfig, scorer: Scorer, units: Units) -> dict[str, Any]:
-    """What was evaluated, as the head of a report."""
+    """The head of a report: what was evaluated."""
     thoughts = f"{config.sampled} sampled" if config.sampled > 1 else "one, greedy"
     return {
         "model": config.model_name_or_path,
@@ -231,7 +235,7 @@ def about(config: EvaluateConfig, scorer: Scorer, units: Units) -> dict[str, Any
 
 
 def show(console: Console, report: Report, seconds: float) -> None:
-    """The headline, and every table but the bins of the reliability plot."""
+    """Print the headline and all tables except the bins of the reliability plot."""
     thoughts = report.about["thoughts"]
     note = "" if thoughts == "none" else f"   (thoughts: {thoughts})"
     console.print(f"accuracy {report.pairs}{note}", markup=False, highlight=False, soft_wrap=True)
@@ -250,7 +254,7 @@ def show(console: Console, report: Report, seconds: float) -> None:
 def write(
     folder: Path, report: Report, table: PairTable, judged: Sequence[Judged], rows: Sequence[Preference], seed: int
 ) -> None:
-    """scores.jsonl, report.json, report.md, report.html; the part file goes last."""
+    """scores.jsonl, report.json, report.md, report.html; the part file is removed last."""
     lines = (json.dumps(finite(line), ensure_ascii=False) + "\n" for line in by_row(judged, rows))
     _replace(folder / "scores.jsonl", "".join(lines))
     _replace(folder / "report.md", markdown(report))
@@ -260,7 +264,9 @@ def write(
 
 
 def by_row(judged: Sequence[Judged], rows: Sequence[Preference]) -> Iterator[dict[str, Any]]:
-    """The lines of scores.jsonl. `rows` are what `judged` are of; the pairs of one row of the file stand together."""
+    """The lines of scores.jsonl. `rows` belong to `judged` one by one; the pairs of one row of the file follow one
+    another.
+    """
     for row, some in groupby(zip(judged, rows, strict=True), lambda both: both[1].row or both[1].source):
         pairs = [one.to_dict() for one, _ in some]
         names = {"source": row} | {name: pairs[0][name] for name in ("subset", "id")}
@@ -274,8 +280,8 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _files(model: str) -> str:
-    """Of a folder, or of a GGUF file: its files' names, sizes and times, and what the card says but for what
-    --calibrate put there. Of the hub, the name alone is known.
+    """The identity of a model. For a folder or a GGUF file: the names, sizes and times of its files, and its card
+    without the values that --calibrate stored. For a model of the hub: its name.
     """
     digest = hashlib.blake2b(digest_size=8)
     for path in sorted(Path(model).glob("*")) if Path(model).is_dir() else [Path(model)]:

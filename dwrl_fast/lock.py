@@ -1,4 +1,6 @@
-"""A lock, so that one process writes to a folder at a time. It ends with its process, however that ends."""
+"""A lock that lets only one process at a time write to a folder. It is released when the process ends, however it
+ends.
+"""
 
 import fcntl
 from collections.abc import Iterator
@@ -15,7 +17,7 @@ LOCK = ".lock"
 def hold(file: IO[bytes], folder: Path, what: str) -> None:
     """Lock `file`, which is open for writing, until it is closed. what: what is written into `folder`, in words.
 
-    Raises ConfigError where another process holds the lock. Warns where the file system has no locks.
+    Raises ConfigError if another process holds the lock. Warns if the file system has no locks.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -25,7 +27,7 @@ def hold(file: IO[bytes], folder: Path, what: str) -> None:
         ) from None
     except OSError as error:
         logger.warning(
-            "%s cannot be locked here (%s): see to it that no second process writes there.", folder, error.strerror
+            "%s cannot be locked here (%s): make sure that no other process writes there.", folder, error.strerror
         )
 
 
@@ -33,7 +35,7 @@ def hold(file: IO[bytes], folder: Path, what: str) -> None:
 def sole_writer(folder: Path, what: str) -> Iterator[None]:
     """A context in which this process alone writes `what` (in words) into `folder`, which must exist.
 
-    Raises ConfigError where another process is in it already, or where the folder cannot be written to.
+    Raises ConfigError if another process is already writing there, or if the folder is not writable.
     """
     try:
         file = (folder / LOCK).open("ab")

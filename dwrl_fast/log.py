@@ -1,4 +1,4 @@
-"""The package's logger, and messages that are logged once a process."""
+"""The package's logger, and messages that are logged once per process."""
 
 import functools
 import logging
@@ -6,14 +6,15 @@ import re
 
 logger = logging.getLogger("dwrl_fast")
 
-# What moves the cursor, speaks to the terminal, or turns the order of letters; a tab and a line end are harmless.
+# Characters that move the cursor, control the terminal, or change the direction of text. Tabs and line ends are
+# harmless.
 CONTROLS = re.compile(
     "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u061c\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069\\ud800-\\udfff]"
 )
 
 
 def escaped(text: str) -> str:
-    """`text` with its control characters as escapes, so that what comes out of a file can only be read."""
+    """`text` with its control characters escaped, so that text from a file cannot control the terminal."""
     return CONTROLS.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), text)
 
 

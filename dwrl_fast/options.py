@@ -1,8 +1,8 @@
-"""Options from a dataclass: the command line, YAML files and the help page, all read off the fields.
+"""Options from a dataclass: command line, YAML files and help page are all derived from its fields.
 
 A command's options are the fields of a frozen dataclass derived from `Options`, each made by `option(...)`. The type
 says what is accepted (`int`, `float`, `bool`, `str`, `Literal[...]`, `X | None`, `dict[str, str]`, `tuple[X, ...]`, or
-a dataclass with a `parse` that raises ValueError and a `metavar`), the metadata what it means.
+a dataclass with a `parse` that raises ValueError and a `metavar`), and the metadata say what the option means.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ BOOLEANS = {"true": True, "on": True, "false": False, "off": False}
 
 @dataclass(frozen=True)
 class Bound:
-    """What a number must satisfy, as written on the help page and as a predicate."""
+    """A condition on a number, as text for the help page and as a predicate."""
 
     words: str
     holds: Callable[[float], bool]
@@ -41,7 +41,7 @@ FRACTION = Bound("in [0, 1]", lambda v: 0 <= v <= 1)
 
 
 def at_least(low: float) -> Bound:
-    """A number not below `low`."""
+    """The condition that a number is at least `low`."""
     return Bound(f">= {low}", lambda v: v >= low)
 
 
@@ -56,9 +56,9 @@ def option(
 ) -> Any:
     """A field that is an option.
 
-    `refused` maps a value that people will try to why it is not offered; `needs=("method", "dwrl")` says that the
-    option has an effect only where that other option has that value, or one of several. Without a default it must be
-    given.
+    `refused` maps values that people may try, but that are not supported, to the reason. `needs=("method", "dwrl")`:
+    the option has an effect only if the other option has that value, or one of several values. An option without a
+    default must be given.
     """
     metadata = {"group": group, "help": help, "bound": bound, "refused": refused or {}, "needs": needs}
     if isinstance(default, dict):
@@ -68,7 +68,7 @@ def option(
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The base of a command's options. An invalid combination cannot be constructed: ConfigError."""
+    """The base class of a command's options. The constructor raises ConfigError for an invalid combination."""
 
     command: ClassVar[str]
     summary: ClassVar[str]
@@ -76,28 +76,34 @@ class Options:
     examples: ClassVar[str]
 
     explicit: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
-    """The names that the user set, by YAML or command line."""
+    """The options that the user set, in YAML or on the command line."""
 
     def __post_init__(self) -> None:
         _check_bounds(type(self), {f.name: getattr(self, f.name) for f in option_fields(type(self))})
         self.validate()
 
     def validate(self) -> None:
-        """Raise ConfigError where options contradict each other."""
+        """Raise ConfigError if options contradict each other."""
 
     def changed(self, name: str) -> bool:
-        """Whether the user set it to something else than the default (a saved configuration sets everything)."""
+        """Whether the user set the option to a value other than the default (a saved configuration sets every
+        option).
+        """
         default = next(f.default for f in dataclasses.fields(self) if f.name == name)
         return name in self.explicit and getattr(self, name) != default
 
     @classmethod
     def needs(cls, f: dataclasses.Field) -> tuple[str, str | bool | tuple[str, ...]] | None:
-        """The other option without whose value, or one of several, an option has no effect; None if there is none."""
+        """The other option, and the value or values that it must have for this option to have an effect; None if there
+        is none.
+        """
         found: tuple[str, str | bool | tuple[str, ...]] | None = f.metadata["needs"]
         return found
 
     def without_effect(self) -> dict[str, str]:
-        """The options that the user changed and that do nothing here, each with what it would need (`method=dwrl`)."""
+        """The options that the user changed but that have no effect, each with the value that it needs
+        (`method=dwrl`).
+        """
         unmet = {}
         for f in option_fields(type(self)):
             if (need := self.needs(f)) is not None and self.changed(f.name):
@@ -107,11 +113,11 @@ class Options:
         return unmet
 
     def to_dict(self) -> dict[str, Any]:
-        """Every option by name, as YAML can hold it."""
+        """Every option by name, with values that YAML can hold."""
         return {f.name: _plain(getattr(self, f.name)) for f in option_fields(type(self))}
 
     def to_yaml(self) -> str:
-        """Every option, grouped; given back by `--config` it makes an equal configuration."""
+        """Every option, grouped. Read with `--config`, the text gives an equal configuration."""
         parts = []
         for group, fields in grouped(type(self)).items():
             values = {f.name: _plain(getattr(self, f.name)) for f in fields}
@@ -132,7 +138,7 @@ def _check_bounds(cls: type[Options], values: Mapping[str, Any], where: str = ""
 
 
 def _plain(value: Any) -> Any:
-    """What YAML can hold."""
+    """The value in a form that YAML can hold."""
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
@@ -150,7 +156,7 @@ def option_fields(cls: type[Options]) -> list[dataclasses.Field]:
 
 
 def grouped(cls: type[Options]) -> dict[str, list[dataclasses.Field]]:
-    """The options by group; in each, the command's own before those that it shares with others."""
+    """The options by group. In each group, the command's own options come before those shared with other commands."""
     groups: dict[str, list[dataclasses.Field]] = {group: [] for group in cls.groups}
     for f in sorted(option_fields(cls), key=lambda f: f.name not in cls.__annotations__):
         groups[f.metadata["group"]].append(f)
@@ -161,7 +167,9 @@ def grouped(cls: type[Options]) -> dict[str, list[dataclasses.Field]]:
 
 
 def _convert(hint: Any, value: Any) -> Any:
-    """`value`, from YAML or as the text of the command line, as the type `hint`; ValueError says what was expected."""
+    """Convert `value`, from YAML or from the command line, to the type `hint`. The ValueError says what was
+    expected.
+    """
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         inner = next(a for a in args if a is not type(None))
@@ -188,14 +196,14 @@ def _convert(hint: Any, value: Any) -> Any:
         if isinstance(value, str) and value:
             return value
         raise ValueError(
-            "expected text" + ("" if isinstance(value, str) else ", in quotes where YAML would read it otherwise")
+            "expected text" + ("" if isinstance(value, str) else ", in quotes if YAML would read it as another type")
         )
     return _number(hint, value)
 
 
 def _number(kind: type, value: Any) -> int | float:
     expected = "expected a whole number" if kind is int else "expected a finite number"
-    # YAML 1.1 reads 5e-7 as text, so text is tried wherever it comes from.
+    # YAML 1.1 reads 5e-7 as text, so text is converted for both sources.
     if isinstance(value, bool) or not isinstance(value, (str, int, float if kind is float else int)):
         raise ValueError(expected)
     try:
@@ -210,7 +218,8 @@ def _number(kind: type, value: Any) -> int | float:
 def _unknown(name: str, names: Sequence[str], where: str) -> ConfigError:
     wanted = name.lower().replace("-", "_")
     abbreviated = [n for n in names if "".join(word[0] for word in n.split("_")) == wanted]
-    nearest = max(abbreviated or difflib.get_close_matches(wanted, names, n=1, cutoff=0.0), key=len)  # lr is not lora_r
+    # The longest, so that lr suggests learning_rate and not lora_r.
+    nearest = max(abbreviated or difflib.get_close_matches(wanted, names, n=1, cutoff=0.0), key=len)
     dashes = "--" if where == COMMAND_LINE else ""
     return ConfigError(
         f"Unknown option {dashes}{name} in {where}. The nearest is {dashes}{nearest}; --help lists them all."
@@ -218,8 +227,8 @@ def _unknown(name: str, names: Sequence[str], where: str) -> ConfigError:
 
 
 def checked(cls: type[Options], given: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Some options of `cls`, as they were read in `where`, with every value converted. ConfigError where one is unknown
-    or has a wrong type or range: it names key, value, what was expected, and `where`.
+    """Options of `cls` that were read from `where`, with every value converted. Raises ConfigError if one is unknown or
+    has a wrong type or range; the error names the key, the value, what was expected, and `where`.
     """
     fields, hints = {f.name: f for f in option_fields(cls)}, get_type_hints(cls)
     values = {}
@@ -256,7 +265,9 @@ def _read_yaml(path: str) -> dict[str, Any]:
 
 
 def _read_command_line(cls: type[Options], argv: Sequence[str]) -> dict[str, Any]:
-    """Option names to texts. A bare bool is true; dict and tuple options accumulate, any other's last value wins."""
+    """The option names with their texts. A bool without a value is true. Dict and tuple options accumulate; for all
+    others the last value counts.
+    """
     kinds = get_type_hints(cls)
     hints = {f.name: kinds[f.name] for f in option_fields(cls)} | {"config": tuple[str, ...]}
     given: dict[str, Any] = {}
@@ -293,12 +304,13 @@ Base = Mapping[str, Any] | Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
 def parse(cls: type[Configuration], argv: Sequence[str], base: Base | None = None) -> Configuration:
-    """The configuration from the defaults, `base`, the YAML files of --config and the command line; the later wins.
+    """The configuration from the defaults, `base`, the YAML files of --config and the command line. Later sources
+    override earlier ones.
 
-    Each file is checked by itself, so that an error names the one that is wrong.
+    Each file is checked separately, so that an error names the wrong file.
 
-    base: a recipe's values, or a function from what the user gave to them (so that a recipe can step aside).
-    -h and --help print the help page and raise SystemExit(0). Anything wrong is a ConfigError.
+    base: the values of a recipe, or a function that computes them from what the user gave (so that a recipe need not
+    apply). -h and --help print the help page and raise SystemExit(0). All errors are ConfigErrors.
     """
     if "-h" in argv or "--help" in argv:
         sys.stdout.write(help_page(cls))
@@ -317,7 +329,7 @@ def parse(cls: type[Configuration], argv: Sequence[str], base: Base | None = Non
 
 
 def given_by(cls: type[Configuration], caller: str, **values: Any) -> Configuration:
-    """The configuration that a caller in Python gives, checked as a command's are: ConfigErrors name `caller`."""
+    """The configuration of a caller in Python, checked like that of a command. ConfigErrors name `caller`."""
     return cls(**checked(cls, values, caller), explicit=frozenset(values))
 
 

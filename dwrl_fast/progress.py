@@ -1,4 +1,4 @@
-"""Progress of a command: bars with the time left on a terminal, otherwise a line every few seconds."""
+"""Progress of a command: on a terminal bars with the remaining time, otherwise a line every few seconds."""
 
 import time
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-LINE_EVERY = 10.0  # seconds between lines of one stage where there is no terminal
+LINE_EVERY = 10.0  # seconds between the lines of a stage without a terminal
 
 
 class Stage:
@@ -39,7 +39,7 @@ class Stage:
 
 
 class Display:
-    """The bars of one command, as a context manager. Stages nest; an inner one vanishes when it is done."""
+    """The bars of one command, as a context manager. Stages can be nested; an inner bar disappears when it is done."""
 
     def __init__(self, console: Console | None = None):
         self.console = console or Console()
@@ -66,7 +66,7 @@ class Display:
 
     @contextmanager
     def stage(self, name: str, total: int, done: int = 0) -> Iterator[Stage]:
-        """A context with a bar of `total` units of work, of which `done` are done (in a run that is resumed)."""
+        """A context with a bar of `total` units of work. done: the units that a resumed run has already done."""
         stage = Stage(self, name, total, done, quiet=self.depth > 0)
         self.depth += 1
         try:

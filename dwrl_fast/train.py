@@ -1,6 +1,4 @@
-"""`python -m dwrl_fast.train`: train a preference model on your pairs or, without arguments, watch DWRL learn the
-embedded task.
-"""
+"""`python -m dwrl_fast.train`: trains a preference model on your pairs or, without arguments, on the embedded task."""
 
 import dataclasses
 import json
@@ -37,8 +35,8 @@ from dwrl_fast.training.policy import PREFILLED, load_judging
 from dwrl_fast.training.runlog import read_metrics, write_json
 from dwrl_fast.training.trainer import Trainer
 
-BASELINE = "bt"  # trained beside every method on the embedded task
-RESULT = "result.json"  # written last: a folder that has it holds a finished run
+BASELINE = "bt"  # also trained on the embedded task, for comparison
+RESULT = "result.json"  # written last: a folder with this file holds a finished run
 WRITTEN = ("config.yaml", "model", "adapter", "metrics.jsonl", "thoughts", PREFILLED, RESULT)
 OWN_DATA = """\
 Your own data: a JSONL file of {"prompt": ..., "chosen": ..., "rejected": ...}, then
@@ -46,7 +44,7 @@ Your own data: a JSONL file of {"prompt": ..., "chosen": ..., "rejected": ...}, 
 
 
 def main(argv: list[str]) -> None:
-    """The command. UntrainedError where no rollout batch trained anything."""
+    """The command. Raises UntrainedError if no rollout batch trained anything."""
     console = open_console()
     config = configure(argv)
     ranks = start(config.ddp_timeout, hsdp=config.hsdp)
@@ -59,7 +57,7 @@ def main(argv: list[str]) -> None:
         if config.output_dir is not None:
             wanted = Path(config.output_dir)
             if next(path for path in (wanted, *wanted.absolute().parents) if path.exists()).is_file():
-                make_folder(wanted)  # which says why it cannot be made
+                make_folder(wanted)  # its error says why the folder cannot be created
             if config.resume_from_checkpoint is None:
                 refuse_used(config, wanted)
         dry_run(config, console, ranks.count)
@@ -70,20 +68,23 @@ def main(argv: list[str]) -> None:
         folder = None if config.output_dir is None else Path(config.output_dir)
         said = isinstance(error, Stopped) and error.saved
         if not said and folder is not None and latest_checkpoint(folder) is not None:
-            console.print(f"\n{folder} can go on: add --resume_from_checkpoint latest", highlight=False)
+            console.print(f"\n{folder} can be resumed: add --resume_from_checkpoint latest", highlight=False)
         raise
     if not result.get("trained", True):
-        raise UntrainedError(f"in none of the {result['steps']} rollout batches did training work: {result['why']}.")
+        raise UntrainedError(
+            f"training had no effect in any of the {result['steps']} rollout batches: {result['why']}."
+        )
 
 
 def configure(argv: list[str]) -> TrainConfig:
-    """The command line's options; without data of one's own, over the embedded task's recipe."""
+    """The options of the command line. Without data of the user they override the recipe of the embedded task."""
     return parse_train(argv, base=embedded_options)
 
 
 def run(config: TrainConfig, console: Console, ranks: Ranks = ALONE) -> dict[str, Any]:
-    """One command's whole run: everything is written under its folder; returns what result.json holds. A finished run
-    that is to go on is left as it is. ranks: all of them run it together, into a folder that all of them see.
+    """The whole run of the command. Writes everything below its folder and returns the content of result.json. A
+    finished run that is to be resumed is left unchanged. ranks: all of them call this together, with a folder that all
+    of them can read.
     """
     name = f"runs/{config.method}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(config.output_dir or ranks.from_first(lambda: name))
@@ -95,7 +96,7 @@ def run(config: TrainConfig, console: Console, ranks: Ranks = ALONE) -> dict[str
 
 
 def begun(config: TrainConfig, folder: Path) -> dict[str, Any]:
-    """What result.json holds of a finished run in `folder`; nothing where the run is to begin or go on."""
+    """The content of result.json if `folder` holds a finished run; empty if the run is to start or resume."""
     if config.resume_from_checkpoint is None:
         refuse_used(config, folder)
     elif (folder / RESULT).exists():
@@ -104,7 +105,7 @@ def begun(config: TrainConfig, folder: Path) -> dict[str, Any]:
 
 
 def run_in(folder: Path, config: TrainConfig, console: Console, ranks: Ranks) -> dict[str, Any]:
-    """The run, in a folder that is its own."""
+    """The run, in a folder that no other process writes to."""
     started = time.monotonic()
     with Display(console) as display:
         if config.own_data:
@@ -116,28 +117,28 @@ def run_in(folder: Path, config: TrainConfig, console: Console, ranks: Ranks) ->
     if ranks.first:
         write_json(folder / RESULT, result)
         report(result, config, folder, console)
-    ranks.gather(None)  # none ends while the first still writes
+    ranks.gather(None)  # no rank ends while the first still writes
     return result
 
 
 def refuse_used(config: TrainConfig, folder: Path) -> None:
-    """Nothing of an earlier run, or of anybody's, is overwritten."""
+    """Raise ConfigError if `folder` holds files of an earlier run: nothing is overwritten."""
     written = WRITTEN if config.own_data else (*WRITTEN, "embedded", "bt")
     used = [name for name in written if (folder / name).exists()] + [p.name for p in checkpoints(folder)]
     if used:
         raise ConfigError(
-            f"--output_dir {folder} holds {', '.join(used)} already. Give another folder, or go on with the run in it "
-            "by --resume_from_checkpoint latest."
+            f"--output_dir {folder} holds {', '.join(used)} already. Give another folder, or resume the run in it "
+            "with --resume_from_checkpoint latest."
         )
 
 
 def finished(config: TrainConfig, folder: Path) -> dict[str, Any]:
-    """What result.json holds of the run in `folder`. ConfigError where `config` is not to go on with that run,
-    CheckpointError where part of what it wrote is gone.
+    """The content of result.json of the run in `folder`. Raises ConfigError if `config` does not resume that run, and
+    CheckpointError if some of its files are missing.
     """
-    again = f"Remove {folder / RESULT}: the same command then makes it again from the last checkpoint."
+    again = f"Remove {folder / RESULT}: the same command then writes it again from the last checkpoint."
     if not (folder / "model").is_dir():
-        raise CheckpointError(f"{folder} holds a finished run, and its model is gone. {again}")
+        raise CheckpointError(f"{folder} holds a finished run, but its model is missing. {again}")
     try:
         result = dict(json.loads((folder / RESULT).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
@@ -150,34 +151,30 @@ def finished(config: TrainConfig, folder: Path) -> dict[str, Any]:
     if other or config.resume_from_checkpoint not in NEWEST:
         what = f" with other options ({'; '.join(other)})" if other else ""
         raise ConfigError(
-            f"--output_dir {folder} holds a finished run{what}, which is never written over: give another folder."
+            f"--output_dir {folder} holds a finished run{what}, which is never overwritten: give another folder."
         )
     logger.info("%s holds the finished run: nothing was left to do, and nothing was written.", folder)
     return result
 
 
 def make_folder(folder: Path) -> None:
-    """ConfigError where it cannot be made."""
+    """Create `folder`. Raises ConfigError if that is not possible."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(
-            f"--output_dir {folder} cannot be made: {error}. Give a folder that can be written to."
-        ) from error
+        raise ConfigError(f"--output_dir {folder} cannot be made: {error}. Give a writable folder.") from error
 
 
 def train(
     config: TrainConfig, folder: Path, display: Display, saved: TrainConfig, ranks: Ranks = ALONE
 ) -> dict[str, Any]:
-    """Train one method on the files that are named and draw its curves. `saved` is the configuration that would do it
-    again.
-    """
+    """Train one method on the given files and plot its curves. saved: the configuration that would repeat this run."""
     compute = Compute.resolve(config.dtype)
     dialog = load_dialog(config)
     if METHODS[config.method].trains:
         feed, longest = open_feed(config, dialog, display)
     else:
-        logger.info("%s trains nothing: the model is evaluated as it is, and saved to be used", config.method)
+        logger.info("%s trains nothing: the model is evaluated unchanged, and saved for later use", config.method)
         feed, longest = Feed([], [], batch_size=config.rollout_batch_size, epochs=0, max_steps=0), 0
     held_out, _ = read_rows(config.eval_dataset_name, config, dialog, display)
     warn_of_shared_prompts(feed, held_out)
@@ -209,8 +206,8 @@ def train(
 
 
 def train_embedded(config: TrainConfig, folder: Path, display: Display, ranks: Ranks) -> dict[str, Any]:
-    """The demonstration: make the task and a warmed-up model, train on it, and BT from the same model on the same pairs
-    beside it.
+    """The demonstration: create the task and a warmed-up model, and train the method on it. For comparison, also train
+    BT from the same model on the same pairs.
     """
     made = ranks.from_first(lambda: make_embedded(folder / "embedded", config, display))
     result = train(on_embedded(config, made), folder, display, config, ranks)
@@ -234,7 +231,7 @@ def train_embedded(config: TrainConfig, folder: Path, display: Display, ranks: R
 
 
 def make_embedded(folder: Path, config: TrainConfig, display: Display) -> embedded.Embedded:
-    """The embedded task's pairs and warmed-up model; those of a run that is resumed are found again."""
+    """The pairs and the warmed-up model of the embedded task. A resumed run reads those that it saved."""
     if (folder / embedded.RECORD).exists():
         return embedded.Embedded.read(folder)
     with ExitStack() as stack:
@@ -249,13 +246,15 @@ def make_embedded(folder: Path, config: TrainConfig, display: Display) -> embedd
 
 
 def versions() -> dict[str, str]:
-    """dwrl_fast's own is read from the code: a checkout runs without being installed."""
+    """The versions of the packages used. That of dwrl_fast comes from the code, because a checkout runs without being
+    installed.
+    """
     others = {name: version(name) for name in ("torch", "transformers", "numpy")}
     return {"dwrl_fast": __version__, **others, "python": platform.python_version()}
 
 
 def report(result: dict[str, Any], config: TrainConfig, folder: Path, console: Console) -> None:
-    """The short table at the end, where things are, and what to type next."""
+    """Print the final table, the paths of the results, and the next commands."""
     thinks = METHODS[config.method].thinks
     votes = config.eval_votes if config.eval_votes > 1 and thinks else 0
     table = Table(title=f"Held-out pair accuracy, {config.method}, seed {config.seed}")

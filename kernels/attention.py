@@ -1,11 +1,11 @@
-"""Attention over a tree of tokens in Triton: FlashAttention (arXiv 2205.14135) whose tiles follow `ops/tiles.py`.
+"""Attention over a tree of tokens in Triton: FlashAttention (arXiv 2205.14135) with the tiles of `ops/tiles.py`.
 
-Tokens lie in depth-first order, so the query t sees the key u where u <= t < below[u], the place where the subtree of
-u's node ends. A tile of queries, some of a node or of several, walks one list of keys: the path of its first token and
-itself. Those that all its queries see come first, and need no mask. A tile of keys walks the queries from its first key
-to the end of its subtree, which lie side by side, of all query heads that read it: so nothing is copied, and the
-gradients of keys that thoughts share are summed where they are formed. Where that are many, as below the root, several
-programs walk a run of them each. Every sum has one order, whatever runs beside.
+Tokens are stored in depth-first order, so query t sees key u if u <= t < below[u], the end of the subtree of u's node.
+A tile of queries, from one or several nodes, iterates over one list of keys: the path of its first token and the tile
+itself. Keys that all its queries see come first and need no mask. A tile of keys iterates over the queries from its
+first key to the end of its subtree, which are contiguous, for all query heads that read it. So nothing is copied, and
+the gradients of keys shared by thoughts are summed where they are computed. If these queries are many, as below the
+root, several programs each take a run of them. Every sum has a fixed order, whatever else runs.
 
 Shapes: U tokens, Hq query heads, Hkv key heads, D channels; TQ tiles of queries, TK of keys, E entries of all lists.
 """
@@ -19,17 +19,18 @@ from dwrl_fast.kernels.rows import _capped
 from torch import Tensor
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-ROWS = 64  # of a program of dot_out_kernel
-HIDDEN: tl.constexpr = tl.constexpr(-1.0e30)  # where a row's maximum begins: finite, so that no difference is NaN
+ROWS = 64  # rows per program of dot_out_kernel
+HIDDEN: tl.constexpr = tl.constexpr(-1.0e30)  # initial maximum of a row: finite, so that no difference is NaN
 
 
-# As the tuples of ops/tiles.py: order, bounds, shared, keys, below, place; and runs, split, parts, below, place.
+# The fields of the tuples in ops/tiles.py: order, bounds, shared, keys, below, place; and runs, split, parts, below,
+# place.
 Queries = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 Keys = tuple[Tensor, Tensor, int, Tensor, Tensor]
 
 
 class Blocks(NamedTuple):
-    """Queries and keys of a tile, warps, and stages of the pipeline that loads them."""
+    """Queries and keys of a tile, warps, and stages of the load pipeline."""
 
     queries: int
     keys: int
@@ -38,22 +39,22 @@ class Blocks(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Of the three kernels that walk."""
+    """The tile sizes of the three main kernels."""
 
     forward: Blocks
     to_keys: Blocks  # dK and dV
     to_queries: Blocks  # dQ
 
 
-# Measured on an H100 where heads are narrow; these fit the 99 KiB of consumer GPUs too.
+# Measured on an H100 for narrow heads. They also fit into the 99 KiB of consumer GPUs.
 NARROW = Sizes(Blocks(128, 32, 4, 3), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 3))
 WIDE = Sizes(Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1), Blocks(64, 32, 8, 1))  # more than 128 channels
-# Float32 has no product of tensor cores: tiles whose sums fit the registers.
+# Tensor cores have no float32 product, so these are tiles whose sums fit into registers.
 FLOAT32, FLOAT32_WIDE = (Sizes(*3 * [Blocks(rows, 16, 8, 1)]) for rows in (32, 16))
 
 
 def sizes(dtype: torch.dtype, channels: int) -> Sizes:
-    """The tiles for heads of so many channels, at most 256."""
+    """The tile sizes for heads with `channels` channels, at most 256."""
     if dtype == torch.bfloat16:
         return NARROW if channels <= 128 else WIDE
     return FLOAT32 if channels <= 128 else FLOAT32_WIDE
@@ -61,7 +62,7 @@ def sizes(dtype: torch.dtype, channels: int) -> Sizes:
 
 @triton.jit
 def _logits(products, scale, cap, HAS_CAP: tl.constexpr):
-    """In base 2."""
+    """The logits, in base 2."""
     if HAS_CAP:
         return _capped(products * scale, cap, HAS_CAP) * LOG2E
     return products * (scale * LOG2E)
@@ -69,7 +70,7 @@ def _logits(products, scale, cap, HAS_CAP: tl.constexpr):
 
 @triton.jit
 def _rows_of(x, row, stride, channel, mask, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
-    """[rows, BLOCK_D] of one head; 0 beyond its channels, and where MASKED in rows outside `mask`."""
+    """[rows, BLOCK_D] of one head; 0 beyond its channels and, if MASKED, in rows outside `mask`."""
     at = x + row.to(tl.int64)[:, None] * stride + channel[None, :]
     if MASKED:
         return tl.load(at, mask=mask[:, None] & (channel < D)[None, :], other=0.0)
@@ -127,7 +128,7 @@ def attend_kernel(
     row, channel = tile * QUERIES + tl.arange(0, QUERIES), tl.arange(0, BLOCK_D)
     given = row < U
     q_rows = _rows_of(q + head * head_q, row, stride_q, channel, given, D, BLOCK_D, True)
-    row = tl.where(given, row, 0)  # sees no entry of a list but the first, and is not stored
+    row = tl.where(given, row, 0)  # sees only the first entry of a list, and is not stored
     k += (head // GROUP) * head_k
     v += (head // GROUP) * head_v
     low, high = tl.load(bounds + tile), tl.load(bounds + tile + 1)
@@ -165,7 +166,7 @@ def dot_out_kernel(
 
 @triton.jit
 def _sloped(dz, z, cap, HAS_CAP: tl.constexpr):
-    """The gradient of a logit from that of the capped one, which is z in base 2."""
+    """The gradient of a logit from that of the capped logit z (in base 2)."""
     if HAS_CAP:
         u = z / (cap * LOG2E)
         dz *= 1 - u * u
@@ -179,8 +180,8 @@ def to_keys_kernel(
     BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, HAS_CAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One run of queries, of all heads that read them, over a tile of keys of one key head: dk and dv [U, Hkv, D], or
-    where the tile has several runs their `parts` [P, Hkv, 2, KEYS, D].
+    """One run of queries, for all query heads that read the keys, over a tile of keys of one key head: dk and dv [U,
+    Hkv, D], or `parts` [P, Hkv, 2, KEYS, D] if the tile has several runs.
     """
     run, head = runs + 4 * tl.program_id(0), tl.program_id(1)
     tile, low, end, part = tl.load(run), tl.load(run + 1), tl.load(run + 2), tl.load(run + 3)
@@ -228,7 +229,7 @@ def to_keys_kernel(
 def sum_parts_kernel(
     parts, dk, dv, split, U, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr
 ):
-    """dk and dv [U, Hkv, D] of a tile with several runs: the sum of its `parts` [P, Hkv, 2, KEYS, D], in order."""
+    """dk and dv [U, Hkv, D] for a tile with several runs: the sum of its `parts` [P, Hkv, 2, KEYS, D], in order."""
     tile = tl.load(split + 3 * tl.program_id(0))
     low, high = tl.load(split + 3 * tl.program_id(0) + 1), tl.load(split + 3 * tl.program_id(0) + 2)
     head, own, channel = tl.program_id(1), tl.arange(0, KEYS), tl.arange(0, BLOCK_D)
@@ -307,7 +308,7 @@ def to_queries_kernel(
 
 
 def _strides(*tensors: Tensor) -> list[int]:
-    """Between tokens, and between heads."""
+    """Strides between tokens and between heads."""
     assert all(x.stride(2) == 1 for x in tensors)
     return [stride for x in tensors for stride in x.stride()[:2]]
 
@@ -334,7 +335,9 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, tiles: Queries, blocks: Blocks, scale: float, softcap: float | None,
     window: int | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """q [U, Hq, D]; k, v [U, Hkv, D] -> out [U, Hq, D], log-sum-exp [Hq, U] in base 2. tiles: of blocks.queries."""
+    """q [U, Hq, D]; k, v [U, Hkv, D] -> out [U, Hq, D], log-sum-exp [Hq, U] in base 2. tiles: of size
+    blocks.queries.
+    """
     u, heads, _ = q.shape
     out, lse = q.new_empty(q.shape), q.new_empty((heads, u), dtype=torch.float32)
     with torch.cuda.device_of(q):
@@ -348,7 +351,7 @@ def attend_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, queries: Queries, keys: Keys,
     blocks: Sizes, scale: float, softcap: float | None, window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv. queries, keys: tiles of blocks.to_queries.queries and of blocks.to_keys.keys."""
+    """dq, dk, dv. queries, keys: tiles of sizes blocks.to_queries.queries and blocks.to_keys.keys."""
     u, heads, d = q.shape
     key_heads, key_tile = k.shape[1], blocks.to_keys.keys
     runs, split, parts_count, below, place = keys

@@ -1,15 +1,17 @@
-"""Attention of new tokens to a cache of blocks in Triton: what `csrc/cache_attention.cpp` does, on a GPU.
+"""Attention of new tokens to a cache of blocks in Triton: the GPU version of `csrc/cache_attention.cpp`.
 
-A row is a query head of a new token: of one key head they are R = Q G, the G heads of a token side by side. One program
-takes consecutive rows of a key head, of as many tokens as they come from, so a block that several texts share is read
-once for all of them; it walks the tiles that its rows see by an online softmax. Where that gives too few programs, as
-for one long text, several walk an even share of the tiles each, and another kernel joins what they found, in order.
+A row is a query head of a new token. A key head has R = Q G rows, with the G heads of a token adjacent. One program
+takes consecutive rows of a key head, from any number of tokens, so a block shared by several texts is read once for all
+of them. It iterates over the tiles that its rows see, with an online softmax. If this gives too few programs, as for
+one long text, several programs each take an equal share of the tiles, and another kernel joins their results in order.
 
-Which tiles those are is found on the device: the host would have to wait for it, and could not be part of a CUDA graph.
-A kernel by itself does it, rather than every program that attends: heads and shares have one list in common, and of a
-list an even share is even work, of all tiles it is not. A list has room for all T, so that shapes say how long it is.
+The list of visible tiles is computed on the device, because the host would have to wait and could not be part of a CUDA
+graph. A separate kernel computes it: all heads and shares use the same list, and equal shares of the list are equal
+work, while equal shares of all tiles are not. A list has space for all T tiles, so that its size depends only on
+shapes.
 
-Nothing can be raised here. A slot outside the cache is not written, and who would see a tile outside it gets NaN.
+A kernel cannot raise errors. A slot outside the cache is not written, and a row that would see a tile outside the cache
+gets NaN.
 
 Shapes: Q new tokens, Hq query heads, Hkv key heads, G = Hq / Hkv, D channels, DV in a row of values; T tiles; B blocks
 of rows; S shares.
@@ -23,17 +25,18 @@ import triton.language as tl
 from dwrl_fast.kernels.attention import HIDDEN, Blocks, _logits, _padded, _strides
 from torch import Tensor
 
-KEPT, LISTED, JOINED = 16, 64, 16  # tokens, tiles and rows of a program of the kernels beside attend_kernel
-# Shares are made until there are several programs a multiprocessor, but not of fewer tiles than are worth joining.
+KEPT, LISTED, JOINED = 16, 64, 16  # tokens, tiles and rows per program of the other kernels
+# Work is split into shares until there are several programs per multiprocessor, but a share has at least this many
+# tiles.
 PROGRAMS, SHORTEST_SHARE = 512, 4
 
-# Rows and keys of a step: they fit the 99 KiB of consumer GPUs, and float32, which has no tensor cores, the registers.
+# Rows and keys of a step. They fit into the 99 KiB of consumer GPUs; for float32, without tensor cores, into registers.
 NARROW, WIDE = Blocks(64, 64, 4, 2), Blocks(64, 32, 8, 2)  # up to 128 channels, and more
 FLOAT32, FLOAT32_WIDE = Blocks(32, 16, 8, 1), Blocks(16, 16, 8, 1)
 
 
 def sizes(dtype: torch.dtype, channels: int) -> Blocks:
-    """For heads of so many channels, at most 256."""
+    """The tile sizes for heads with `channels` channels, at most 256."""
     if dtype == torch.bfloat16:
         return NARROW if channels <= 128 else WIDE
     return FLOAT32 if channels <= 128 else FLOAT32_WIDE
@@ -44,7 +47,7 @@ def keep_kernel(
     k, v, key_blocks, value_blocks, slot, Q, capacity, stride_k, head_k, stride_v, head_v, HEADS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values of new tokens, of one head, go to their slots; a row of values is filled up with zeros."""
+    """Store keys and values of new tokens of one head in their slots. Rows of values are padded with zeros."""
     token, head, channel = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.program_id(1), tl.arange(0, BLOCK_D)
     to = tl.load(slot + token, mask=token < Q, other=-1)
     kept = ((to >= 0) & (to < capacity))[:, None]
@@ -60,7 +63,7 @@ def keep_kernel(
 
 @triton.jit
 def _short(x):
-    """In 32 bits, for what is compared with every row. What is negative stays so, and what is huge, huge."""
+    """Clamp to 32 bits, for values that are compared with every row. Negative stays negative, huge stays huge."""
     return tl.minimum(tl.maximum(x, -1), 1 << 30).to(tl.int32)
 
 
@@ -69,12 +72,12 @@ def list_kernel(
     seen, counts, position, tiles, Q, T, capacity, window, GROUP: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr, TILES: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """The tiles that a block of rows sees, in order: `seen` [B, T], of which `counts` [B] are there; -1 where one of
-    them is outside the cache.
+    """The tiles that a block of rows sees, in order: the first `counts` [B] entries of `seen` [B, T]. The count is -1
+    if one of them is outside the cache.
     """
     block = tl.program_id(0)
     token = ((block * ROWS + tl.arange(0, ROWS)) // GROUP)[:, None]
-    here = _short(tl.load(position + token, mask=token < Q, other=-1))  # sees nothing
+    here = _short(tl.load(position + token, mask=token < Q, other=-1))  # sees no tile
     seen += block.to(tl.int64) * T
     found = 0
     outside = 0
@@ -85,7 +88,7 @@ def list_kernel(
         place = _short(tl.load(row + 1, mask=there, other=0))
         count = _short(tl.load(row + 2, mask=there, other=0))
         first = _short(tl.load(row + 3, mask=there, other=0))
-        last = _short(tl.load(row + 4, mask=there, other=0))  # of no token where there is no tile
+        last = _short(tl.load(row + 4, mask=there, other=0))  # no token if there is no tile
         sees = (token >= first[None, :]) & (token < last[None, :]) & (here >= place[None, :])
         if HAS_WINDOW:
             sees &= here - (place + count)[None, :] < window - 1
@@ -105,8 +108,8 @@ def attend_kernel(
     BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, HAS_CAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A block of rows of one key head and a share of the tiles that they see: out [Q, Hq, D]; where SHARED what is
-    joined later, parts [S, Hkv, R, D], and maxima (in base 2) and sums of weights [S, Hkv, R].
+    """A block of rows of one key head and a share of the tiles that they see: out [Q, Hq, D]; if SHARED, the partial
+    results: parts [S, Hkv, R, D], and maxima (in base 2) and sums of weights [S, Hkv, R].
     """
     block, head, share = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row, channel = block * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
@@ -128,8 +131,8 @@ def attend_kernel(
         of, place, count = tl.load(tile) * HEADS + head, _short(tl.load(tile + 1)), _short(tl.load(tile + 2))
         first, last = _short(tl.load(tile + 3)), _short(tl.load(tile + 4))
         own = entry % (BLOCK // KEYS) * KEYS + tl.arange(0, KEYS)
-        # Keys that were not written are read too, in whole vectors, and their logits hidden whatever they are. Values
-        # that were not written must not be: 0 NaN is NaN.
+        # Keys that were never written are read too, in whole vectors, and their logits are masked. Values that were
+        # never written must not be read, because 0 * NaN is NaN.
         k_at = key_blocks + (of * D + channel)[:, None] * BLOCK + own[None, :]
         k_columns = tl.load(k_at) if D == BLOCK_D else tl.load(k_at, mask=(channel < D)[:, None], other=0.0)
         z = _logits(tl.dot(q_rows, k_columns, input_precision=PRECISION), scale, cap, HAS_CAP)
@@ -154,7 +157,7 @@ def attend_kernel(
         tl.store(parts + at[:, None] * D + channel[None, :], total, mask=stored)
     else:
         at = out + (token.to(tl.int64) * (HEADS * GROUP) + above)[:, None] * D + channel[None, :]
-        weight = tl.where(weight == 0, 1.0, weight)  # a row that saw nothing gets 0
+        weight = tl.where(weight == 0, 1.0, weight)  # a row that sees nothing gets 0
         tl.store(at, (total / weight[:, None]).to(out.dtype.element_ty), mask=stored)
 
 
@@ -163,7 +166,7 @@ def join_kernel(
     parts, maxima, sums, out, Q, shares, GROUP: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """out [Q, Hq, D] of rows of one key head: what the shares found, as `attend_kernel` leaves it, in order."""
+    """out [Q, Hq, D] for rows of one key head: joins the partial results of `attend_kernel` in order."""
     row, head, channel = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1), tl.arange(0, BLOCK_D)
     given = row < Q * GROUP
     stored = given[:, None] & (channel < D)[None, :]
@@ -189,8 +192,8 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, key_blocks: Tensor, value_blocks: Tensor, position: Tensor, slot: Tensor,
     tiles: Tensor, blocks: Blocks, scale: float, softcap: float | None, window: int | None,
 ) -> Tensor:  # fmt: skip
-    """out [Q, Hq, D] of q [Q, Hq, D]; k, v [Q, Hkv, D] are kept in key_blocks [C, Hkv, D, BLOCK] and value_blocks
-    [C, Hkv, BLOCK, DV]. Q must be above 0. What is launched follows from shapes alone.
+    """out [Q, Hq, D] of q [Q, Hq, D]; k, v [Q, Hkv, D] are stored in key_blocks [C, Hkv, D, BLOCK] and value_blocks [C,
+    Hkv, BLOCK, DV]. Q must be above 0. The launches depend only on shapes.
     """
     (tokens, query_heads, d), heads = q.shape, k.shape[1]
     count, block, dv = len(tiles), *value_blocks.shape[2:]

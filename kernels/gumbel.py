@@ -1,6 +1,6 @@
 """`gumbel_pick` in Triton: one program draws for one row of log-probs.
 
-Sums of a log-prob and its noise are compared in float32, and of equal ones the first place wins, as in the definition.
+Sums of log-prob and noise are compared in float32. Of equal sums the first index wins, as in the definition.
 """
 
 import torch
@@ -8,21 +8,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK, WARPS = 512, 8  # counters of Philox, of four tokens each, that a program has at once
+BLOCK, WARPS = 512, 8  # Philox counters per step of a program, with four tokens each
 
 
 @triton.jit
 def _noise(bits):
-    """-log(-log1p(-w)) of the words of Philox, w as `oracle.gumbel_pick` has it."""
+    """-log(-log1p(-w)) for the words of Philox, with w as in `oracle.gumbel_pick`."""
     w = tl.minimum(bits.to(tl.uint32, bitcast=True).to(tl.float32) * 2.0**-32 + 2.0**-33, 1 - 2.0**-24)
-    # Where w is small, 1 - w would round away what a rare token wins by: five terms of the series leave 2^-25 of it.
+    # For small w, 1 - w would round away the noise with which a rare token wins. Five terms of the series have a
+    # relative error of 2^-25.
     near = w * (1 + w * (1 / 2 + w * (1 / 3 + w * (1 / 4 + w * (1 / 5)))))
     return -tl.log(tl.where(w < 1 / 32, near, -tl.log(1 - w)))
 
 
 @triton.jit
 def pick_kernel(logprob, row_keys, row_positions, chosen, V: tl.constexpr, BLOCK: tl.constexpr):
-    """One row of logprob [R, V]: its place in `chosen` [R]."""
+    """One row of logprob [R, V]: writes the chosen index into `chosen` [R]."""
     row = tl.program_id(0).to(tl.int64)
     key, high = tl.load(row_keys + row), tl.load(row_positions + row) << 32
     best = tl.full([BLOCK], -float("inf"), tl.float32)
@@ -33,7 +34,7 @@ def pick_kernel(logprob, row_keys, row_positions, chosen, V: tl.constexpr, BLOCK
         for i in tl.static_range(4):
             token = 4 * low + i
             x = tl.load(logprob + row * V + token, mask=token < V, other=-float("inf"))
-            value = tl.where(x == x, x + _noise(words[i]), float("inf"))  # NaN is found, and the caller refuses it
+            value = tl.where(x == x, x + _noise(words[i]), float("inf"))  # a NaN is chosen, and the caller raises
             better = value > best
             best, place = tl.where(better, value, best), tl.where(better, token, place)
     most = tl.max(best, 0)
@@ -41,7 +42,7 @@ def pick_kernel(logprob, row_keys, row_positions, chosen, V: tl.constexpr, BLOCK
 
 
 def pick(logprob: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
-    """[R] int64 of logprob [R, V] float32, keys and positions [R] int64."""
+    """The chosen indices [R] int64 for logprob [R, V] float32, keys and positions [R] int64."""
     logprob, keys, positions = logprob.contiguous(), keys.contiguous(), positions.contiguous()
     chosen = torch.empty_like(keys)
     if len(keys):

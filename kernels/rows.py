@@ -1,13 +1,13 @@
-"""The row pass in Triton: what `csrc/row_pass.cpp` and `csrc/policy_loss.cpp` do, on a GPU.
+"""The row functions in Triton: the GPU version of `csrc/row_pass.cpp` and `csrc/policy_loss.cpp`.
 
-One program takes one row of a live chunk of logits [C, V]. It walks the row twice: the first walk keeps a running
-maximum, sum of exponentials and dot product for the entropy, all in float32, and of every place in a block by itself,
-so that threads wait for one another once a row and not once a block; the second writes dLoss/d(head output).
-A row's logits are z = cap tanh(x / cap) / temperature, x the head's output. Target and normaliser come from the same
-logits, so a log-probability is never above 0; a target outside the vocabulary gives NaN, which nothing has to wait for.
+One program processes one row of a chunk of logits [C, V], in two passes. The first pass keeps a running maximum, sum of
+exponentials, and dot product for the entropy, all in float32 and separately for every position in a block, so that
+threads synchronise once per row and not once per block. The second pass writes dLoss/d(head output). A row's logits are
+z = cap tanh(x / cap) / temperature, x the head's output. Target and normaliser come from the same logits, so a
+log-probability is never above 0. A target outside the vocabulary gives NaN, so no check has to wait for the device.
 
-Logits are float32 or bfloat16; a gradient of their dtype may be written over them. The second walk goes backwards: the
-end of a row is what the cache still holds.
+Logits are float32 or bfloat16; a gradient with the same dtype may overwrite them. The second pass runs backwards,
+because the end of the row is still in the cache.
 """
 
 import torch
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 8192  # eight values a thread: two loads of float32, which is what a head gives on a GPU
+BLOCK = 8192  # eight values per thread: two loads of float32, the dtype of logits on a GPU
 WARPS = 32
 TOKENS = 1024
 
@@ -31,21 +31,22 @@ def _capped(x, cap, HAS_CAP: tl.constexpr):
 
 @triton.jit
 def _expm1(x):
-    # The series where the difference would cancel: its first term left out is below 2^-24 of the sum there.
+    # The series is used where the difference would cancel. The first omitted term is below 2^-24 of the sum.
     series = x * (1 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x / 720)))))
     return tl.where(tl.abs(x) < 0.25, series, tl.exp(x) - 1)
 
 
 @triton.jit
 def _bounded(z):
-    return tl.where(z < -1.0e4, -1.0e4, z)  # keeps 0 * -inf out of the dot product, and a NaN in
+    return tl.where(z < -1.0e4, -1.0e4, z)  # avoids 0 * -inf in the dot product, but keeps NaN
 
 
 @triton.jit
 def _read_row(row, target, scale, cap, V: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr):
     """-> maximum m of the capped logits, log of sum e^(z - m), logprob, entropy."""
     known = (target >= 0) & (target < V)
-    # Before the walk, whose reductions are barriers: another thread may write the gradient over it afterwards.
+    # Read before the first pass, whose reductions are barriers: afterwards another thread may overwrite it with the
+    # gradient.
     chosen = _capped(tl.load(row + target, mask=known, other=float("nan")).to(tl.float32), cap, HAS_CAP)
     m = tl.full([BLOCK], -3.0e38, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
@@ -54,7 +55,7 @@ def _read_row(row, target, scale, cap, V: tl.constexpr, HAS_CAP: tl.constexpr, B
         column = start + tl.arange(0, BLOCK)
         x = _capped(tl.load(row + column, mask=column < V, other=0.0).to(tl.float32), cap, HAS_CAP)
         x = tl.where(column < V, x, -float("inf"))
-        # One exponential either way: of the new value below the maximum so far, or of that below the new value.
+        # One exponential in both cases: of the new value minus the maximum so far, or the reverse.
         rise = x - m
         z = _bounded(tl.abs(rise) * -scale)
         e = tl.exp(z)
@@ -67,7 +68,7 @@ def _read_row(row, target, scale, cap, V: tl.constexpr, HAS_CAP: tl.constexpr, B
     dot = tl.sum(e * (dot + z * total), 0)
     total = tl.sum(e * total, 0)
     m = top
-    log_total = tl.log(tl.cast(total, tl.float64))  # a few numbers a row: rounded once, at the end
+    log_total = tl.log(tl.cast(total, tl.float64))  # a few numbers per row, rounded once at the end
     logprob = (chosen - m).to(tl.float64) * scale - log_total
     entropy = log_total - tl.cast(dot, tl.float64) / total
     return m, log_total.to(tl.float32), logprob.to(tl.float32), entropy.to(tl.float32)
@@ -101,7 +102,7 @@ def _token(logprob, old, advantage, weight, ref, clip_low, clip_high, beta):
     ratio = tl.exp(log_ratio)
     clipped = ((advantage > 0) & (ratio > 1 + clip_high)) | ((advantage < 0) & (ratio < 1 - clip_low))
     bound = tl.where(advantage > 0, 1 + clip_high, 1 - clip_low)
-    still = clipped | (advantage == 0)  # whatever the ratio: an infinite one must not meet the zero
+    still = clipped | (advantage == 0)  # an infinite ratio must not be multiplied by zero
     loss = -weight * tl.where(still, bound, ratio) * advantage
     coefficient = tl.where(still, 0.0, -weight * ratio * advantage)
     growth = _expm1(ref - logprob)
@@ -118,7 +119,7 @@ def policy_rows_kernel(
     scale, cap, V: tl.constexpr, HAS_CAP: tl.constexpr, HAS_REF: tl.constexpr,
     GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row of `policy_rows`: what goes into `out` [3, C], and the gradient where it is not 0."""
+    """One row of `policy_rows`: writes `out` [3, C], and the gradient if it is not 0."""
     i = tl.program_id(0)
     row = logits + i.to(tl.int64) * V
     target = tl.load(targets + i)
@@ -140,7 +141,7 @@ def policy_rows_kernel(
 def logprob_rows_kernel(
     logits, targets, out, C, scale, cap, V: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """One row of `logprob_rows`, into `out` [2, C]."""
+    """One row of `logprob_rows`: writes `out` [2, C]."""
     i = tl.program_id(0)
     target = tl.load(targets + i)
     _, _, logprob, entropy = _read_row(logits + i.to(tl.int64) * V, target, scale, cap, V, HAS_CAP, BLOCK)
@@ -206,7 +207,7 @@ def policy_loss_kernel(
 
 
 def _sizes(logits: Tensor, targets: Tensor, gradient: Tensor | None = None) -> tuple[int, int]:
-    """C, V, checked."""
+    """C and V, after checks."""
     assert logits.is_contiguous() and logits.dtype in (torch.float32, torch.bfloat16)
     assert targets.shape == logits.shape[:1]
     assert gradient is None or (gradient.is_contiguous() and gradient.shape == logits.shape)
@@ -218,7 +219,9 @@ def policy_rows(
     token_weight: Tensor, ref_logprob: Tensor | None, clip_low: float, clip_high: float, beta: float,
     temperature: float, softcap: float | None,
 ) -> Tensor:  # fmt: skip
-    """[3, C]: logprob, entropy, dLoss/dlogprob; `gradient` [C, V] gets dLoss/d(head output) where the last is not 0."""
+    """[3, C]: logprob, entropy, dLoss/dlogprob; dLoss/d(head output) is written to `gradient` [C, V] in rows where the
+    last is not 0.
+    """
     c, v = _sizes(logits, targets, gradient)
     out = torch.empty((3, c), dtype=torch.float32, device=logits.device)
     with torch.cuda.device_of(logits):
@@ -247,7 +250,7 @@ def logprob_rows_grad(
     logits: Tensor, gradient: Tensor, targets: Tensor, grad_logprob: Tensor, grad_entropy: Tensor | None,
     temperature: float, softcap: float | None,
 ) -> None:  # fmt: skip
-    """`gradient` [C, V] becomes the gradient of sum grad_logprob logprob + grad_entropy entropy."""
+    """Writes the gradient of sum grad_logprob logprob + grad_entropy entropy to `gradient` [C, V]."""
     c, v = _sizes(logits, targets, gradient)
     with torch.cuda.device_of(logits):
         logprob_rows_grad_kernel[(c,)](
@@ -261,11 +264,11 @@ def policy_loss_rows(
     logprob: Tensor, old_logprob: Tensor, advantage: Tensor, token_weight: Tensor, ref_logprob: Tensor | None,
     entropy: Tensor | None, clip_low: float, clip_high: float, beta: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """loss [], logprob with NaN where untrained [T], dLoss/dlogprob [T], stats [10] float64."""
+    """loss [], logprob with NaN if untrained [T], dLoss/dlogprob [T], stats [10] float64."""
     t = logprob.shape[0]
     blocks = triton.cdiv(t, TOKENS)
     kept, gradient = torch.empty_like(logprob), torch.empty_like(logprob)
-    partial = torch.zeros((blocks + 1, 11), dtype=torch.float32, device=logprob.device)  # one row more: none is empty
+    partial = torch.zeros((blocks + 1, 11), dtype=torch.float32, device=logprob.device)  # one more row: never empty
     if blocks:
         with torch.cuda.device_of(logprob):
             policy_loss_kernel[(blocks,)](

@@ -1,4 +1,4 @@
-"""A tensor times a number on the device, rounded to a narrower dtype in one pass over it."""
+"""Multiplies a tensor by a number on the device and rounds it to a narrower dtype, in one pass."""
 
 import torch
 import triton

@@ -1,6 +1,8 @@
-"""log p(Yes) of two labels in one launch: both rows of the head against the hidden state, logsigmoid, and its slopes.
+"""log p(Yes) of two labels in one launch: the products of both head rows with the hidden state, logsigmoid, and its
+derivatives.
 
-One program takes one hidden state; sums are in float32 whatever the dtype. The backward, two columns, is plain PyTorch.
+One program processes one hidden state; sums are in float32 for every dtype. The backward pass has two columns and is
+plain PyTorch.
 """
 
 from typing import Any
@@ -19,7 +21,7 @@ def yes_no_kernel(
     hidden, weight_yes, weight_no, bias_yes, bias_no, score, slopes, cap, H: tl.constexpr, HAS_CAP: tl.constexpr,
     HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row: `score` [B], and `slopes` [B, 2], its derivatives in both labels' head outputs."""
+    """One row: writes `score` [B], and `slopes` [B, 2], its derivatives with respect to both labels' head outputs."""
     b = tl.program_id(0).to(tl.int64)
     dot_yes = tl.zeros([BLOCK], tl.float32)
     dot_no = tl.zeros([BLOCK], tl.float32)
@@ -51,7 +53,7 @@ def yes_no_kernel(
 
 @triton.jit
 def _log1p(x):
-    # For x in [0, 1]: rounding 1 + x loses what the ratio x / ((1 + x) - 1) puts back (Kahan).
+    # For x in [0, 1]: the ratio x / ((1 + x) - 1) corrects the rounding of 1 + x (Kahan).
     y = 1 + x
     return tl.where(y == 1, x, tl.log(y) * (x / tl.where(y == 1, 1.0, y - 1)))
 
@@ -86,7 +88,7 @@ def _scores_backward(
     grad: Tensor, slopes: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, yes_id: int, no_id: int,
     need_hidden: bool, need_weight: bool, need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients, empty where not needed. It has no formula for autograd, so that a double backward raises."""
+    """The gradients, empty if not needed. It has no autograd formula, so a double backward raises."""
     g = grad[:, None] * slopes
     d_hidden, d_weight, d_bias = hidden.new_empty(0), hidden.new_empty(0), hidden.new_empty(0)
     with torch.autocast(hidden.device.type, enabled=False):  # both products in float32

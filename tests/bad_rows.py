@@ -1,4 +1,4 @@
-"""The corpus of bad input: each kind is a line between two good ones, or a whole file, with what must become of it."""
+"""Malformed input for tests. Each case is a line between two good ones, or a whole file, with the expected outcome."""
 
 import gzip
 import json
@@ -61,9 +61,11 @@ NOT_JSON = r"not JSON \(.* at character \d+\); each line must be one object"
 NOT_UTF8 = r"not UTF-8 \(.* at byte \d+\); convert the file to UTF-8"
 NO_OBJECT = "a .* where an object was expected; each line must be one object"
 UNREADABLE = r"JSON that cannot be read \(.*\); remove the line"
-TWICE = "the key '.*' stands twice in one object; remove one of the two"
-NO_ORDER = "the ranks are no order (they count from the best on, equal where responses tie, with no other gap)"
-SURROGATE = "a lone surrogate, which is no text"
+TWICE = "the key '.*' occurs twice in one object; remove one of the two"
+NO_ORDER = (
+    "the ranks are not an order (they start at the best response, and tied responses share a rank: 1 2 2 3 or 1 2 2 4)"
+)
+SURROGATE = "a lone surrogate, which is not valid text"
 
 ENCODING = {
     "cut off": Bad(text('{"prompt": "Why?", '), error=NOT_JSON),
@@ -133,7 +135,7 @@ STRANGE = {
 }
 
 COLUMNS = {
-    "no columns": Bad({}, error="no column 'chosen' among none; say which it is with --columns chosen=NAME"),
+    "no columns": Bad({}, error="no column 'chosen' among none; name it with --columns chosen=NAME"),
     "misspelt column": Bad(
         {"prompt": "p", "choosen": "a", "rejected": "b"},
         error=r"no column 'chosen' among .*; .* --columns chosen=choosen",
@@ -142,8 +144,10 @@ COLUMNS = {
     "columns that cannot be typed": Bad({"chosen\ud800": "a", "b\n": "b"}, error=r"no column .*ud800.* chosen=NAME"),
     "ten thousand columns": Bad({f"column {i}": i for i in range(10_000)}, error="no column 'chosen' .* chosen=NAME"),
     "no prompt": Bad({"chosen": "a", "rejected": "b"}, error="no column 'prompt' among .*; .* --columns prompt=NAME"),
-    "another format": Bad(RANKS, error="the columns of a RANKING row, where .* BINARY; put the two in separate files"),
-    "no magnitude": Bad(PAIR, [MAGNITUDE], error="the columns of a BINARY row, where those before are BINARYMAGN; put"),
+    "another format": Bad(RANKS, error="the columns of a RANKING row, but .* BINARY; put the two in separate files"),
+    "no magnitude": Bad(
+        PAIR, [MAGNITUDE], error="the columns of a BINARY row, but the rows before it are BINARYMAGN; put"
+    ),
     "no ranks": Bad(
         {"prompt": "p", "responses": ["a"]}, [RANKS], error="no column 'ranks' .*; .* --columns ranks=NAME"
     ),
@@ -224,7 +228,7 @@ NO_COMPARISON = {
     "late system turn": Bad(
         PAIR | {"prompt": [ASK, YES, SYSTEM, MORE]}, dropped="a system turn inside the conversation"
     ),
-    "user as responder": Bad(PAIR | {"chosen": [MORE]}, dropped="the response is no assistant turn"),
+    "user as responder": Bad(PAIR | {"chosen": [MORE]}, dropped="the response is not an assistant turn"),
     "unknown role": Bad(PAIR | {"prompt": [ASK | {"role": "human"}]}, dropped="unknown role 'human'"),
     "role in capitals": Bad(PAIR | {"prompt": [ASK | {"role": "User"}]}, dropped="unknown role 'User'"),
     "huge role": Bad(PAIR | {"prompt": [ASK | {"role": "x" * 9999}]}, dropped=f"unknown role '{'x' * 20}'"),
@@ -233,26 +237,28 @@ NO_COMPARISON = {
     "lone surrogate in a message": Bad(PAIR | {"prompt": [ASK | {"content": "\udc00?"}]}, dropped=SURROGATE),
     "lone surrogate in the aspect": Bad(PAIR | {"aspect": "\udfff"}, dropped=SURROGATE),
     "surrogates the wrong way round": Bad(text(GOOD_LINE.replace("No.", r"\ude00\ud83d")), dropped=SURROGATE),
-    "NaN margin": Bad(PAIR | {"margin": NAN}, dropped="margin is no finite number"),
-    "infinite margin": Bad(PAIR | {"margin": -INF}, dropped="margin is no finite number"),
-    "null margin": Bad(PAIR | {"margin": None}, dropped="margin is no finite number"),
-    "huge margin": Bad(PAIR | {"margin": 10**400}, dropped="margin is no finite number"),
-    "margin past the largest": Bad(text(GOOD_LINE[:-1] + ', "margin": 1e999}'), dropped="margin is no finite number"),
+    "NaN margin": Bad(PAIR | {"margin": NAN}, dropped="margin is not a finite number"),
+    "infinite margin": Bad(PAIR | {"margin": -INF}, dropped="margin is not a finite number"),
+    "null margin": Bad(PAIR | {"margin": None}, dropped="margin is not a finite number"),
+    "huge margin": Bad(PAIR | {"margin": 10**400}, dropped="margin is not a finite number"),
+    "margin past the largest": Bad(
+        text(GOOD_LINE[:-1] + ', "margin": 1e999}'), dropped="margin is not a finite number"
+    ),
     "neutral": Bad(
         MAGNITUDE | {"magnitude": 0}, [MAGNITUDE], dropped="neutral: magnitude 0 (--ties keep would use it)"
     ),
-    "magnitude of three": Bad(MAGNITUDE | {"magnitude": 3}, [MAGNITUDE], dropped="magnitude is none of 0, 1, 2"),
-    "null magnitude": Bad(MAGNITUDE | {"magnitude": None}, [MAGNITUDE], dropped="magnitude is no finite number"),
+    "magnitude of three": Bad(MAGNITUDE | {"magnitude": 3}, [MAGNITUDE], dropped="magnitude is not 0, 1 or 2"),
+    "null magnitude": Bad(MAGNITUDE | {"magnitude": None}, [MAGNITUDE], dropped="magnitude is not a finite number"),
     "null responses": Bad(RANKS | {"responses": None}, [RANKS], dropped="null responses"),
     "null response": Bad(RANKS | {"responses": ["a", None, "b"]}, [RANKS], dropped="null response"),
     "no responses": Bad(RANKS | {"responses": [], "ranks": []}, [RANKS], dropped="fewer than two responses"),
     "one response": Bad(RANKS | {"responses": ["a"], "ranks": [1]}, [RANKS], dropped="fewer than two responses"),
     "an empty one of several": Bad(RANKS | {"responses": ["a", "", "b"]}, [RANKS], dropped="empty response"),
     "identical ones only": Bad(RANKS | {"responses": ["a"] * 3}, [RANKS], dropped="identical responses"),
-    "too few ranks": Bad(RANKS | {"ranks": [1, 2]}, [RANKS], dropped="not as many ranks or scores as responses"),
-    "too many scores": Bad(SCORES | {"scores": [1] * 4}, [SCORES], dropped="not as many ranks or scores as responses"),
+    "too few ranks": Bad(RANKS | {"ranks": [1, 2]}, [RANKS], dropped="not one rank or score per response"),
+    "too many scores": Bad(SCORES | {"scores": [1] * 4}, [SCORES], dropped="not one rank or score per response"),
     "null ranks": Bad(RANKS | {"ranks": None}, [RANKS], dropped="null ranks and scores"),
-    "null rank": Bad(RANKS | {"ranks": [1, None, 3]}, [RANKS], dropped="ranks is no finite number"),
+    "null rank": Bad(RANKS | {"ranks": [1, None, 3]}, [RANKS], dropped="ranks is not a finite number"),
     "gap": Bad(RANKS | {"ranks": [1, 2, 4]}, [RANKS], dropped=NO_ORDER),
     "ranks from 0": Bad(RANKS | {"ranks": [0, 1, 2]}, [RANKS], dropped=NO_ORDER),
     "ranks from 2": Bad(RANKS | {"ranks": [2, 3, 4]}, [RANKS], dropped=NO_ORDER),
@@ -261,17 +267,17 @@ NO_COMPARISON = {
     "huge ranks": Bad(RANKS | {"ranks": [1, 2, 10**30]}, [RANKS], dropped=NO_ORDER),
     "all tied": Bad(RANKS | {"ranks": [1, 1, 1]}, [RANKS], dropped="all responses tie (--ties keep would use them)"),
     "ranks against scores": Bad(SCORES | {"ranks": [3, 2, 1]}, [SCORES], dropped="ranks and scores disagree"),
-    "null score": Bad(SCORES | {"scores": [1, None, 2]}, [SCORES], dropped="scores is no finite number"),
-    "NaN score": Bad(SCORES | {"scores": [1, NAN, 2]}, [SCORES], dropped="scores is no finite number"),
-    "infinite score": Bad(SCORES | {"scores": [1, INF, 2]}, [SCORES], dropped="scores is no finite number"),
-    "huge score": Bad(SCORES | {"scores": [1, 10**4000, 2]}, [SCORES], dropped="scores is no finite number"),
+    "null score": Bad(SCORES | {"scores": [1, None, 2]}, [SCORES], dropped="scores is not a finite number"),
+    "NaN score": Bad(SCORES | {"scores": [1, NAN, 2]}, [SCORES], dropped="scores is not a finite number"),
+    "infinite score": Bad(SCORES | {"scores": [1, INF, 2]}, [SCORES], dropped="scores is not a finite number"),
+    "huge score": Bad(SCORES | {"scores": [1, 10**4000, 2]}, [SCORES], dropped="scores is not a finite number"),
     "null completions": Bad(COMPLETIONS | {"completions": None}, [COMPLETIONS], dropped="null completions"),
     "completions from 1": Bad(
         COMPLETIONS | {"completions": [{"rank": i, "completion": f"{i}"} for i in (1, 2)]},
         [COMPLETIONS],
         dropped=NO_ORDER,
     ),
-    "null score of a completion": Bad(SINGLE | {"score": None}, SINGLES, dropped="score is no finite number"),
+    "null score of a completion": Bad(SINGLE | {"score": None}, SINGLES, dropped="score is not a finite number"),
     "null completion": Bad(SINGLE | {"completion": None}, SINGLES, dropped="null completion"),
     "empty completion": Bad(SINGLE | {"completion": " "}, SINGLES, dropped="empty response"),
     "completion alone": Bad(SINGLE | {"prompt": "x"}, SINGLES, dropped="the only completion of its prompt"),
@@ -303,7 +309,7 @@ FILES: dict[str, tuple[bytes, str]] = {
         r"no usable row: .* 4 rows read, 0 used, 4 dropped; 4 x empty response \(line 1, 2, 3, ...\)",
     ),
     "BOM alone": (b"\xef\xbb\xbf", ":1: not JSON"),
-    "array that is cut off": (json.dumps([PAIR], indent=2).encode()[:-20], ":1: not JSON: .*; mend the array here"),
+    "array that is cut off": (json.dumps([PAIR], indent=2).encode()[:-20], ":1: not JSON: .*; fix the array here"),
     "UTF-16": (text(GOOD_LINE, "utf-16"), ":1: not UTF-8"),
     "carriage returns only": (text(GOOD_LINE + "\r" + GOOD_LINE), ":1: not JSON"),
     "binary": (b"\x7fELF\x02\xff\x01" + bytes(range(256)), ":1: not UTF-8"),

@@ -1,4 +1,4 @@
-"""Trees of texts that are fed to cache_attention in calls of every kind, and what it should then find."""
+"""Trees of texts that are passed to cache_attention in calls of every kind, with the expected results."""
 
 from collections.abc import Iterator
 from typing import Any

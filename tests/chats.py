@@ -1,4 +1,4 @@
-"""Tokenizers and chat templates made here, and the two real ones: what the tests of the dialog run on."""
+"""Tokenizers and chat templates for the tests of the dialog: synthetic ones, and the two real ones."""
 
 import functools
 from pathlib import Path

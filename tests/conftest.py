@@ -1,5 +1,5 @@
-"""Shared fixtures: where the real preference data and tokenizers lie, when they are there at all; a pickle that says so
-when it is loaded; and the tests that need a GPU.
+"""Shared fixtures: the real preference data and tokenizers, if available; a pickle that reports when it is loaded; and
+the marker for tests that need a GPU.
 """
 
 import getpass

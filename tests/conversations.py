@@ -1,4 +1,4 @@
-"""Ten pairs of the kind that people label, twenty conversations: several turns, code, numbers, other scripts."""
+"""Ten realistic pairs (twenty conversations): several turns, code, numbers, other scripts."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The doctor over ranks, one part of which was made to fail: FAULT names it."""
+"""The doctor over ranks, with one part made to fail. FAULT names the part."""
 
 import os
 from collections.abc import Callable

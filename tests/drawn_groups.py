@@ -1,4 +1,4 @@
-"""Groups made of ids alone, for tests of the layouts."""
+"""Groups of random ids, for tests of the layouts."""
 
 from hypothesis import strategies as st
 

@@ -1,4 +1,4 @@
-"""A server that answers as vLLM's does, as far as the sampler looks, and fails as it is told to."""
+"""A server that imitates vLLM's answers as far as the sampler reads them, and that can be told to fail."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""A sampler that says what it is told to, and a policy that gives its gradient in place of taking a step."""
+"""A sampler with given thoughts, and a policy that returns its gradient instead of taking a step."""
 
 import dataclasses
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""The accuracy of a saved model on pairs, counted anew from the scores that it gives them."""
+"""The accuracy of a saved model on pairs, recomputed from its scores."""
 
 import math
 from pathlib import Path

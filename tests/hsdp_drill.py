@@ -1,5 +1,5 @@
-"""Updates of the tiny model under torchrun, by all ranks together. Arguments: a folder with the model and its pairs,
-and whether each agent's ranks hold a whole model (`hsdp`) or all ranks together (`line`). Each leaves what it found.
+"""Updates of the tiny model under torchrun on all ranks. Arguments: a folder with the model and its pairs, and whether
+the ranks of each agent hold a whole model (`hsdp`) or all ranks together (`line`). Each rank writes its results.
 """
 
 import os

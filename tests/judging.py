@@ -1,5 +1,5 @@
-"""What the tests of methods share that judge two responses in text: templates, policies that judge by them, and the
-log-probs of a sequence by itself.
+"""Shared helpers for tests of methods that judge two responses in text: templates, policies, and the log-probs of a
+single sequence.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Rows of each layout, made up: what they are published as, and what they must be read as."""
+"""Made-up rows of each layout: the published form, and the rows that they must be read as."""
 
 # ruff: noqa: E501 - a row stands on a line of its own, as in a file
 

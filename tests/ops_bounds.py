@@ -1,4 +1,4 @@
-"""What `ops_cases.results` finds, with the error that each number may have: the definitions and their derivatives."""
+"""The results of `ops_cases.results` with error bounds for every number: the definitions and their derivatives."""
 
 from typing import Any
 

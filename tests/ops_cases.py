@@ -1,4 +1,4 @@
-"""Inputs for the operators' tests, and every operator's outputs and gradients under one roof."""
+"""Inputs for the operators' tests, and the outputs and gradients of every operator."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

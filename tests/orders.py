@@ -1,4 +1,4 @@
-"""The oracle of ranking likelihoods: every order written out, as a product of the probabilities of its choices."""
+"""The oracle of ranking likelihoods: every order is enumerated as a product of choice probabilities."""
 
 from collections.abc import Sequence
 from itertools import permutations

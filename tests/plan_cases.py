@@ -1,4 +1,4 @@
-"""A real update by ranks under PyTorch's profiler: the most memory that its own allocation events add up to."""
+"""A real update on ranks under PyTorch's profiler: the peak of its own allocation events."""
 
 import json
 from pathlib import Path

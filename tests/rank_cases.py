@@ -1,4 +1,4 @@
-"""Updates of one model by one process and by several: gradients, figures, weights."""
+"""Updates of one model in one process and in several: gradients, figures, weights."""
 
 import dataclasses
 from pathlib import Path

@@ -1,5 +1,5 @@
-"""The training command with a fault: FAULT is "KIND:RANK:STEP", and strikes where torchrun has not restarted yet. Of
-kind `later`, STEP is a time in milliseconds after training began.
+"""The training command with a fault. FAULT is "KIND:RANK:STEP" and occurs unless torchrun has restarted. For the kind
+`later`, STEP is a time in milliseconds after the start of training.
 """
 
 import os

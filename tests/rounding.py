@@ -1,4 +1,4 @@
-"""How far from the exact result floating point may end up: running error analysis (Wilkinson 1963; Higham, ch. 3)."""
+"""Bounds on the rounding error of floating-point results: running error analysis (Wilkinson 1963; Higham, ch. 3)."""
 
 import os
 from collections.abc import Callable

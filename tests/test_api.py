@@ -1,4 +1,4 @@
-"""`dwrl_fast.Scorer`: its scores against plain forward passes, whatever is scored beside them, and what it refuses."""
+"""`dwrl_fast.Scorer`: its scores equal plain forward passes, do not depend on the batch, and bad input is refused."""
 
 import asyncio
 import json
@@ -274,7 +274,7 @@ def test_the_stored_temperature_is_used(tmp_path: Path, caplog: pytest.LogCaptur
     assert abs(plain - scorer.compare("3 5 0", "5", "2 7 1")) > 1e-2
     with caplog.at_level(logging.WARNING, "dwrl_fast"):
         scorer.compare("3 5 0", "5", "2 7 1", votes=2)
-    assert "fitted to scores of 1 thoughts, and these are of 2" in caplog.text
+    assert "fitted to scores of 1 thoughts, but these scores are of 2" in caplog.text
 
 
 def test_what_evaluate_calibrates_is_what_is_used(tmp_path: Path) -> None:
@@ -297,7 +297,10 @@ def test_what_evaluate_calibrates_is_what_is_used(tmp_path: Path) -> None:
         (lambda s: s.score([], []), "prompts is empty"),
         (lambda s: s.score("1", ["2"]), "prompts should be a list.*not a str"),
         (lambda s: s.score(["1"], "2"), "responses should be a list.*not a str"),
-        (lambda s: s.score(["1", "2"], ["2", None]), r"responses\[1\] should be a string, not the NoneType"),
+        (
+            lambda s: s.score(["1", "2"], ["2", None]),
+            r"responses\[1\] should be a string or a list with one assistant turn, not the NoneType",
+        ),
         (lambda s: s.score(["1", 7], ["2", "3"]), r"prompts\[1\].*not the int 7"),
         (lambda s: s.score(["1", ""], ["2", "3"]), r"prompts\[1\]: empty prompt"),
         (lambda s: s.score([[{"role": "user"}]], ["2"]), r"prompts\[0\].*messages with 'role' and 'content'"),

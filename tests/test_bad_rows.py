@@ -1,4 +1,4 @@
-"""Bad input: every kind is an error that names file, line and remedy, or a counted reason; nothing else is raised."""
+"""Bad input gives an error that names file, line and remedy, or a counted reason, and never another exception."""
 
 import builtins
 import gzip
@@ -257,7 +257,7 @@ REAL: list[tuple[str, Callable[[dict[str, Any]], dict[str, Any]], dict[str, str]
         arena,
         {
             "empty completion": "empty response",
-            "score is null": "scores is no finite number",
+            "score is null": "scores is not a finite number",
             "turns answered": "prompts differ",
             "113,077": "",
         },
@@ -266,7 +266,7 @@ REAL: list[tuple[str, Callable[[dict[str, Any]], dict[str, Any]], dict[str, str]
     (
         "qa_feedback",
         qa_feedback,
-        {"all six pairs tied": r"all responses tie", "weak order": "the ranks are no order"},
+        {"all six pairs tied": r"all responses tie", "weak order": "the ranks are not an order"},
     ),
     (
         "ultrafeedback",

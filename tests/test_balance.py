@@ -1,4 +1,4 @@
-"""Groups shared by ranks: every one once, about the same cost for each, alike on every rank; and thoughts."""
+"""Groups are shared among ranks: each one once, at about equal cost, equally on every rank; so are thoughts."""
 
 import random
 import threading

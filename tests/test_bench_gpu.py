@@ -1,4 +1,4 @@
-"""What the benchmarks run on a GPU alone, on tiny shapes without one."""
+"""The GPU benchmarks, on tiny shapes without a GPU."""
 
 import argparse
 import json

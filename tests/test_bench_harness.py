@@ -1,4 +1,4 @@
-"""The benchmarks' own instruments: what is counted, and that a variant which computes something else is found out."""
+"""The benchmark harness: its counts are right, and it detects a variant that computes something else."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""What another run may give: intervals that hold as often as they claim, and what is said of a run outside them."""
+"""Prediction intervals of further runs: their coverage, and the report on a run outside them."""
 
 import json
 from pathlib import Path

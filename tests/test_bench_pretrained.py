@@ -1,4 +1,4 @@
-"""The table of a pretrained model and the templates' figures, on a tiny model and a few words."""
+"""The table of a pretrained model and the figures of templates, on a tiny model and a few words."""
 
 import json
 import sys

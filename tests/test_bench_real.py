@@ -62,7 +62,7 @@ def test_another_archive_and_none_are_said(
     archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     archive.write_bytes(archive.read_bytes() + b"x")
-    with pytest.raises(UserError, match="is not what is known here: its SHA-256 is"):
+    with pytest.raises(UserError, match="is not the expected archive: its SHA-256 is"):
         wordnet.fetch(archive)
 
     def unreachable(address: str, timeout: float) -> None:

@@ -1,4 +1,4 @@
-"""The benchmarks of sampling and of whole iterations: all write what they say, and what is counted is right."""
+"""The benchmarks of sampling and of whole iterations: thoughts have the right lengths, and the counts are right."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""The simulation of a run at scale: what it says of runs whose answer is known."""
+"""The simulation of large runs, on cases with a known answer."""
 
 import json
 from pathlib import Path

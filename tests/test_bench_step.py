@@ -1,4 +1,4 @@
-"""The benchmark of whole updates: its minibatches have the lengths they claim, and its variants compute one thing."""
+"""The benchmark of whole updates: its minibatches have the stated lengths, and its variants compute the same."""
 
 import copy
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""RM-Bench's matrix and JudgeBench's totals against what is worked out by hand."""
+"""RM-Bench's matrix and JudgeBench's totals against values computed by hand."""
 
 import json
 from pathlib import Path
@@ -57,7 +57,7 @@ def test_the_files_are_read_as_published_and_checked(tmp_path: Path) -> None:
     rows = read_best_of(str(path), {"subset": "domain"}, None).rows
     check_benchmark("rmbench", rows)
     assert rows[0].responses == ("a", "b", "c", "d", "e", "f") and rows[0].subset == "chat"
-    with pytest.raises(DataError, match=r"the subset None is none of RM-Bench's .*--columns subset=domain"):
+    with pytest.raises(DataError, match=r"the subset None is not one of RM-Bench's .*--columns subset=domain"):
         check_benchmark("rmbench", read_best_of(str(path), {}, None).rows)
     path.write_text(json.dumps(row | {"rejected": ["d"]}))
     with pytest.raises(DataError, match="has 3 chosen and 3 rejected"):
@@ -67,5 +67,5 @@ def test_the_files_are_read_as_published_and_checked(tmp_path: Path) -> None:
     found = read_preferences(path, columns={"subset": "source"}).rows
     check_benchmark("judgebench", found)
     assert (found[0].responses, found[0].subset) == (("b", "a"), "mmlu-pro-law")
-    with pytest.raises(DataError, match=r"the subset 'x' is none of JudgeBench's .*--columns subset=source"):
+    with pytest.raises(DataError, match=r"the subset 'x' is not one of JudgeBench's .*--columns subset=source"):
         check_benchmark("judgebench", [Preference(found[0].prompt, ("a", "b"), subset="x")])

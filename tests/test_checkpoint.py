@@ -1,4 +1,4 @@
-"""Checkpoints: to the bit, whole or absent, never overwritten, refusing what was altered or would run code."""
+"""Checkpoints are restored bit for bit, written atomically, never overwritten, and refused if altered or unsafe."""
 
 import io
 import json
@@ -142,7 +142,7 @@ def test_nothing_is_pruned_for_a_checkpoint_that_went_bad(tmp_path: Path, monkey
         (folder / "state.json").write_text("{}")
 
     monkeypatch.setattr(checkpoint, "_write_rest", write_badly)
-    with pytest.raises(CheckpointError, match=r"state.json is not as it was written"):
+    with pytest.raises(CheckpointError, match=r"state.json has changed since it was written"):
         save_checkpoint(tmp_path, 2, some_tensors(), STATE, 1)
     assert latest_checkpoint(tmp_path) == old
 
@@ -262,10 +262,10 @@ def also_vouching_for(name: str) -> Callable[[Path], object]:
 
 
 DAMAGES: list[tuple[Callable[[Path], object], str]] = [
-    (flip_byte, f"{SHARD} is not as it was written"),
-    (truncate, f"{SHARD} is not as it was written"),
+    (flip_byte, f"{SHARD} has changed since it was written"),
+    (truncate, f"{SHARD} has changed since it was written"),
     (lambda folder: (folder / SHARD).unlink(), f"{SHARD} cannot be read"),
-    (lambda folder: (folder / "state.json").write_text("{}"), "state.json is not as it was written"),
+    (lambda folder: (folder / "state.json").write_text("{}"), "state.json has changed since it was written"),
     (lambda folder: (folder / "state.json").unlink(), "state.json cannot be read"),
     (lambda folder: (folder / "manifest.json").unlink(), "has no manifest.json"),
     (manifest("{"), "manifest.json cannot be read"),
@@ -274,13 +274,13 @@ DAMAGES: list[tuple[Callable[[Path], object], str]] = [
     (manifest("{}"), "manifest.json is not of format 2"),
     (manifest('{"format": 3, "files": {}}'), "manifest.json is not of format 2"),
     (manifest('{"format": 2, "files": []}'), "manifest.json is not of format 2"),
-    (manifest('{"format": 2, "files": {}}'), f"does not vouch for {SHARD}"),
-    (also_vouching_for("../checkpoint-000001/state.json"), "does not vouch for ../checkpoint-000001/state.json"),
-    (also_vouching_for("/etc/passwd"), "does not vouch for /etc/passwd"),
+    (manifest('{"format": 2, "files": {}}'), f"does not list {SHARD}"),
+    (also_vouching_for("../checkpoint-000001/state.json"), "does not list ../checkpoint-000001/state.json"),
+    (also_vouching_for("/etc/passwd"), "does not list /etc/passwd"),
     (also_vouching_for(".."), "cannot be read"),
     (also_vouching_for(""), "cannot be read"),
-    (also_vouching_for("a\0b"), r"names 'a\x00b', which no file of a checkpoint is called"),
-    (also_vouching_for("a\ud800"), r"names 'a\ud800', which no file of a checkpoint is called"),
+    (also_vouching_for("a\0b"), r"names 'a\x00b', which is not the name of a checkpoint file"),
+    (also_vouching_for("a\ud800"), r"names 'a\ud800', which is not the name of a checkpoint file"),
     (shutil.rmtree, "does not exist"),
 ]
 
@@ -300,7 +300,7 @@ def test_damage_is_refused_and_the_one_before_is_the_latest(
     assert_same(into, blank(some_tensors()))
     with caplog.at_level(logging.WARNING, logger="dwrl_fast"):
         assert latest_checkpoint(tmp_path) == good
-    assert bad.exists() == any(message in said and "PASSED OVER" in said for said in caplog.messages)
+    assert bad.exists() == any(message in said and "SKIPPED" in said for said in caplog.messages)
 
 
 def test_no_checkpoint_at_all(tmp_path: Path) -> None:
@@ -316,9 +316,9 @@ def test_names_shapes_and_dtypes_must_be_the_same(tmp_path: Path) -> None:
     def refused(tensors: dict[str, Tensor], message: str) -> None:
         with pytest.raises(CheckpointError, match=message) as error:
             load_checkpoint(path, tensors)
-        assert "resume with the configuration saved beside it" in str(error.value)
+        assert "resume with the configuration saved next to it" in str(error.value)
 
-    refused({"a": torch.zeros(2, 3)}, "holds b besides")
+    refused({"a": torch.zeros(2, 3)}, "also holds b")
     refused({"a": torch.zeros(2, 3), "b": torch.zeros(1), "c": torch.zeros(1)}, "lacks c")
     refused({f"n{i}": torch.zeros(1) for i in range(5)}, "lacks n0, n1, n2 and 2 more and holds a, b besides")
     refused(
@@ -415,10 +415,10 @@ def test_a_checkpoint_of_format_1_is_refused_with_what_to_do(tmp_path: Path, cap
     with pytest.raises(CheckpointError) as error:
         load_checkpoint(path, {"a": torch.zeros(1)})
     assert str(error.value).startswith(f"{path} was written by dwrl_fast 0.1,")
-    assert "go on with that version, or start anew in another --output_dir" in str(error.value)
+    assert "continue with that version, or start a new run in another --output_dir" in str(error.value)
     with caplog.at_level(logging.WARNING, logger="dwrl_fast"):
         assert latest_checkpoint(tmp_path) is None
-    assert f"PASSED OVER: {error.value}" in caplog.messages
+    assert f"SKIPPED: {error.value}" in caplog.messages
     assert not trace.exists()
 
 
@@ -436,7 +436,7 @@ def test_tensors_that_the_manifest_does_not_list_are_not_read(
     into = {"a": torch.zeros(1)}
     with pytest.raises(CheckpointError) as error:
         load_checkpoint(path, into)
-    assert str(error.value) == f"{path}: manifest.json does not vouch for {name}."
+    assert str(error.value) == f"{path}: manifest.json does not list {name}."
     assert latest_checkpoint(tmp_path) is None
     (path / name).unlink()
     with pytest.raises(pytest.fail.Exception):

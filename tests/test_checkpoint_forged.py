@@ -1,4 +1,4 @@
-"""Checkpoints whose tensors were manipulated, with a manifest that vouches for them: refused, and nothing runs."""
+"""Checkpoints with manipulated tensors and a matching manifest are refused, and no code runs."""
 
 import json
 import os

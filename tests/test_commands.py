@@ -1,4 +1,4 @@
-"""The two commands as a person runs them: the embedded task whole and small, real options, bad input."""
+"""The two main commands from the command line: a small embedded task, real options, bad input."""
 
 import functools
 import json

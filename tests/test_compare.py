@@ -1,4 +1,4 @@
-"""Two models on the same pairs: the statistics against scipy and statsmodels, the command and what it writes."""
+"""The comparison of two models: statistics against scipy and statsmodels, the command and its output file."""
 
 import json
 import re
@@ -125,8 +125,8 @@ def test_rows_that_only_one_model_can_read_are_left_out(
     with caplog.at_level("INFO", "dwrl_fast"):
         report = compare.run(parse_compare(argv(folder)), Console(quiet=True))
     assert report.groups == 24 - 5
-    assert "3 pairs or rankings are left out that only A can read" in caplog.text
-    assert "2 pairs or rankings are left out that only B can read" in caplog.text
+    assert "3 pairs or rankings are left out because only A can read them" in caplog.text
+    assert "2 pairs or rankings are left out because only B can read them" in caplog.text
     monkeypatch.setattr(compare, "read_rows", lambda *a, **k: ([], 0))
     with pytest.raises(DataError, match="no row can be read by both models"):
         compare.run(parse_compare(argv(folder)), Console(quiet=True))
@@ -157,7 +157,7 @@ def test_the_command_line() -> None:
     assert (config.model_a, config.model_b) == ("A", "B")
     assert config == parse_compare(["--model_b", "B", "--dataset_name", "pairs.jsonl", "--model_a", "A"])
     for models in (["A"], ["A", "B", "C"]):
-        with pytest.raises(ConfigError, match=f"{len(models)} models stand before the options, and two are compared"):
+        with pytest.raises(ConfigError, match=f"expected two models before the options, found {len(models)}"):
             parse_compare([*models, "--dataset_name", "pairs.jsonl"])
     with pytest.raises(ConfigError, match="--dataset_name is missing"):
         parse_compare(["A", "B"])

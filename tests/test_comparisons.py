@@ -1,4 +1,4 @@
-"""Methods that judge in text or by a label: what they sample and reward, their losses, verdicts in both orders."""
+"""Methods that judge in text or by a label: their samples and rewards, their losses, verdicts in both orders."""
 
 import dataclasses
 import math

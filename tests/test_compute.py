@@ -1,4 +1,4 @@
-"""Where bfloat16 is slow is said before the first step."""
+"""A warning about slow bfloat16 appears before the first step."""
 
 import logging
 from typing import Any

@@ -1,4 +1,4 @@
-"""Options: where values come from, what is refused and how it is said, the help page, the saved file."""
+"""Options: sources of values, refused values and their messages, the help page, the saved file."""
 
 import dataclasses
 import logging
@@ -223,7 +223,7 @@ def test_what_the_command_line_may_not_say(argv: list[str], message: str) -> Non
         ("seed: 1\nseed: 2", "seed given more than once"),
         ("seed: true", "seed = True (in "),
         ("seed: 1.0", "expected a whole number"),
-        ("aspect: on", "in quotes where YAML would read it otherwise"),
+        ("aspect: on", "in quotes if YAML would read it as another type"),
         ("learning_rate: [1]", "learning_rate = [1] (in "),
         ("columns: [a]", "expected new=old"),
         ("columns: {a: 1}", "expected new=old"),

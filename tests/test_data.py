@@ -1,4 +1,4 @@
-"""Reading pairs: a row is used, or counted under a reason with its line, or an error names file, line and remedy."""
+"""Reading pairs: a row is used, or counted with a reason and its line, or an error names file, line and remedy."""
 
 import gzip
 import json
@@ -82,9 +82,9 @@ DROPPED: dict[str, list[Any]] = {
     "null content": [GOOD | {"rejected": [NO | {"content": None}]}],
     "consecutive turns of one role": [GOOD | {"prompt": [ASK, MORE]}, GOOD | {"prompt": [ASK, YES]}],
     "a system turn inside the conversation": [GOOD | {"prompt": [ASK, SYSTEM]}],
-    "the response is no assistant turn": [GOOD | {"chosen": [MORE]}],
-    "margin is no finite number": [GOOD | {"margin": value} for value in (float("nan"), None, 10**400)],
-    "a lone surrogate, which is no text": [GOOD | {"chosen": "\ud800"}, GOOD | {"aspect": "\udfff"}],
+    "the response is not an assistant turn": [GOOD | {"chosen": [MORE]}],
+    "margin is not a finite number": [GOOD | {"margin": value} for value in (float("nan"), None, 10**400)],
+    "a lone surrogate, which is not valid text": [GOOD | {"chosen": "\ud800"}, GOOD | {"aspect": "\udfff"}],
 }
 
 

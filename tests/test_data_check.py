@@ -1,4 +1,4 @@
-"""A check accounts for every row, whoever reads it and in how many parts; its figures are those worked out by hand."""
+"""The check accounts for every row, with any reader and number of parts. Its figures equal those computed by hand."""
 
 import base64
 import gzip
@@ -66,7 +66,7 @@ REASONS = {
     "no column 'rejected'": [7],
     "'rejected' should hold a string or a list of messages": [8],
     "a list where an object was expected": [9],
-    "a lone surrogate, which is no text": [10],
+    "a lone surrogate, which is not valid text": [10],
     "not UTF-8": [12],
 }
 
@@ -297,7 +297,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "13 rows read = 5 used + 8 dropped" in done.stdout
     assert "[red]test.jsonl: 2 rows read = 2 used" in done.stdout  # no markup
-    assert "1 prompts stand in both files" in done.stdout
+    assert "1 prompts occur in both files" in done.stdout
     report = json.loads((tmp_path / "all.json").read_text())
     assert report["files"][0]["dropped"] == REASONS and report["overlap"]["second_lines"] == [1]
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
@@ -309,8 +309,8 @@ def test_the_command(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "arguments", "status", "said"),
     [
-        (["nonsense"], [], 1, "nothing is left"),
-        ([""], [], 1, "nothing is left"),
+        (["nonsense"], [], 1, "no usable row is left"),
+        ([""], [], 1, "no usable row is left"),
         (None, [], 1, "cannot be read"),
         ([pair()], ["--json", "IN"], 2, "exists already"),
         ([pair()], ["--fix", "IN"], 2, "nothing is overwritten"),

@@ -1,4 +1,4 @@
-"""Every layout in every container gives the same rows; what a container cannot hold, or holds badly, is said."""
+"""Every layout in every container gives the same rows. What a container cannot represent is reported."""
 
 import bz2
 import csv
@@ -139,7 +139,7 @@ def test_a_pipe_is_refused_where_several_processes_would_share_it(
     monkeypatch.setenv("WORLD_SIZE", "2")
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(
-        DataError, match="pipe: a pipe is read once, and here are several processes; write it to a file"
+        DataError, match="pipe: a pipe can be read only once, but there are several processes; write it to a file"
     ):
         open_rows(tmp_path / "pipe")
 
@@ -147,15 +147,15 @@ def test_a_pipe_is_refused_where_several_processes_would_share_it(
 ARRAYS = {
     "cut off": (
         b"[" + lines([pair(1)]) + b', {"prom',
-        r":2: not JSON: .*; mend the array here, for nothing behind it can be read",
+        r":2: not JSON: .*; fix the array here; nothing after this point can be read",
     ),
-    "no end": (lines([pair(1)]).replace(b"{", b"[{", 1), ":2: the array has no end; mend the array here"),
-    "no comma": (b'[{"prompt": "a", "chosen": "b", "rejected": "c"} {}]', ":2: '{' where a comma was expected; mend"),
-    "behind the end": (b"[] []", ":1: there is more behind the end of the array; mend"),
+    "no end": (lines([pair(1)]).replace(b"{", b"[{", 1), ":2: the array has no end; fix the array here"),
+    "no comma": (b'[{"prompt": "a", "chosen": "b", "rejected": "c"} {}]', ":2: '{' where a comma was expected; fix"),
+    "behind the end": (b"[] []", ":1: there is text after the end of the array; fix"),
     "no object": (json.dumps([pair(1), "a"]).encode(), ":2: a str where an object was expected; each "),
-    "key twice": (b'[{"a": 1, "a": 2}]', ":1: the key 'a' stands twice in one object; remove one"),
-    "not UTF-8": (b'[{"prompt": "\xff"}]', r":1: not UTF-8 \(invalid start byte\); mend the array"),
-    "too deep": (b'[{"a": ' + b"[" * 100_000, ":1: JSON that cannot be read .*; mend the array"),
+    "key twice": (b'[{"a": 1, "a": 2}]', ":1: the key 'a' occurs twice in one object; remove one"),
+    "not UTF-8": (b'[{"prompt": "\xff"}]', r":1: not UTF-8 \(invalid start byte\); fix the array"),
+    "too deep": (b'[{"a": ' + b"[" * 100_000, ":1: JSON that cannot be read .*; fix the array"),
     "bad escape": (b'[{"prompt": "\\x"}]', r":1: not JSON: Invalid \\\\?escape"),
     "truncated zstd": (zstd(lines([pair(i) for i in range(999)]))[:-9], r":\d+: the zstd file is cut off or damaged"),
     "truncated bzip2": (bz2.compress(lines([pair(1)]))[:-9], r":\d+: the bzip2 file is cut off or damaged here"),
@@ -181,9 +181,9 @@ def test_an_array_is_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 TABLES = {
-    "cells missing": ("prompt,chosen,rejected\na,b\n", ":2: 2 cells under 3 names; write a cell that holds"),
+    "cells missing": ("prompt,chosen,rejected\na,b\n", ":2: 2 cells, but 3 column names; put a cell that contains"),
     "name twice": ("prompt,chosen,chosen\na,b,c\n", ":1: the column name 'chosen' occurs 2 times; rename one"),
-    "open quote": ('prompt,chosen,rejected\n"a,b,c\n', r":\d: no table of this kind .*; write a cell that holds"),
+    "open quote": ('prompt,chosen,rejected\n"a,b,c\n', r":\d: not a valid table of this kind .*; put a cell that"),
     "no number": ("prompt,chosen,rejected,margin\na,b,c,much\n", ":2: 'margin' should hold a number, not the Cell"),
     "no rows": ("prompt,chosen,rejected\n", ": 0 rows read"),
     "nothing": ("", ": 0 rows read"),
@@ -214,7 +214,7 @@ def test_a_null_optional_column_of_a_table_is_an_absent_one(tmp_path: Path) -> N
     rows = [pair(1) | {"margin": None}, pair(2) | {"margin": 2.0}]
     assert [row.margin for row in read_preferences(parquet_file(tmp_path, rows)).rows] == [0.0, 2.0]
     dataset = read_preferences(written(tmp_path / "rows.jsonl", lines(rows)))  # there it could be left out
-    assert dataset.dropped == {"margin is no finite number": [1]}
+    assert dataset.dropped == {"margin is not a finite number": [1]}
 
 
 def test_sets_are_numbered_through_and_errors_name_the_file(tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_folders_of_several_kinds_or_splits_are_refused(tmp_path: Path) -> None:
         read_preferences(tmp_path)
     assert read_preferences(f"{tmp_path}:train").used == 2
     assert read_preferences(f"{tmp_path}/*train*").used == 2
-    with pytest.raises(DataError, match="there are no files of rows with 'dev' in their names"):
+    with pytest.raises(DataError, match="it has no data files with 'dev' in their names"):
         read_preferences(f"{tmp_path}:dev")
     written(tmp_path / "rows.csv", b"")
     with pytest.raises(DataError, match=r"files of several kinds \(.csv, .jsonl\); name a file, or some of them"):

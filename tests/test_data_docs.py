@@ -1,4 +1,4 @@
-"""The examples of docs/data.md are read as what they stand under."""
+"""The examples in docs/data.md are read as the formats that they illustrate."""
 
 import re
 from pathlib import Path

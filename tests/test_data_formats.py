@@ -1,4 +1,4 @@
-"""What each format's rows become: groups, margins, ranks and sources, against the rows themselves."""
+"""Rows of each format become the right groups, margins, ranks and sources."""
 
 import gzip
 import itertools
@@ -50,7 +50,7 @@ def test_magnitudes_are_margins_and_neutral_pairs_ties(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [-1, 3, 0.5, 1e300])
 def test_other_magnitudes_are_counted(tmp_path: Path, value: float) -> None:
     dataset = read_preferences(write(tmp_path, PAIR | {"magnitude": 1}, PAIR | {"magnitude": value}))
-    assert dataset.dropped == {"magnitude is none of 0, 1, 2": [2]}
+    assert dataset.dropped == {"magnitude is not 0, 1 or 2": [2]}
 
 
 def test_a_margin_goes_before_a_magnitude(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_losers_of_a_best_of_n_row_are_not_compared(tmp_path: Path) -> None:
         assert groups(dataset) == [("c", loser, 1.0, (), f"1:3-{i}") for i, loser in ((1, "a"), (2, "b"), (4, "d"))]
         assert dataset.notes == {"pairs left out: losers of a best-of-n row": 3}
         assert dataset.summary.endswith(
-            "0 dropped; 3 groups come of the 1; 3 x pairs left out: losers of a best-of-n row"
+            "0 dropped; 3 groups from the 1 used rows; 3 x pairs left out: losers of a best-of-n row"
         )
     scored = PROMPT | {"responses": list("abc"), "scores": [1, 1, 2]}  # here somebody said that the losers are equal
     assert len(read(tmp_path, scored, ties="keep")) == 3
@@ -132,7 +132,7 @@ def test_identical_responses_of_a_ranking(tmp_path: Path) -> None:
     row = PROMPT | {"responses": ["a", "a\n", "b"], "ranks": [1, 2, 3]}
     dataset = read_preferences(write(tmp_path, row))
     assert [row.responses for row in dataset.rows] == [("a", "b"), ("a\n", "b")]
-    assert dataset.notes == {"pairs left out: of identical responses": 1}
+    assert dataset.notes == {"pairs left out: identical responses": 1}
     with pytest.raises(DataError, match=r"no usable row: .* 1 x identical responses \(line 1\)"):
         read_preferences(write(tmp_path, row), rankings="plackett_luce")
 
@@ -140,7 +140,7 @@ def test_identical_responses_of_a_ranking(tmp_path: Path) -> None:
 def test_a_margin_that_overflows_is_left_out(tmp_path: Path) -> None:
     dataset = read_preferences(write(tmp_path, ABC | {"scores": [1.7e308, -1.7e308, 0]}))
     assert [row.margin for row in dataset.rows] == [1.7e308, 1.7e308]
-    assert dataset.notes == {"pairs left out: whose margin is no finite number": 1}
+    assert dataset.notes == {"pairs left out: margin is not a finite number": 1}
 
 
 def test_trl_forms_of_a_ranking(tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_completions_of_one_prompt_are_compared_wherever_they_stand(tmp_path: Pa
         "no other score for its prompt (--ties keep would use it)": [2, 6],
         "the only completion of its prompt": [5, 8],
     }
-    assert dataset.notes == {"pairs left out: tied": 2, "pairs left out: of identical responses": 1}
+    assert dataset.notes == {"pairs left out: tied": 2, "pairs left out: identical responses": 1}
     kept = read_preferences(write(tmp_path, *SINGLES), ties="keep")
     assert [row.source.rpartition(":")[2] for row in kept.rows if row.ranks == (1, 1)] == ["1-4", "2-6"]
 
@@ -251,15 +251,15 @@ def test_formats_are_told_from_their_columns(
         (
             [{"text": "a"}],
             {},
-            r":1: the columns 'text' are those of no format. Needed are chosen and rejected; or .*--col",
+            r":1: the columns 'text' match no format. The formats need chosen and rejected; or .*--col",
         ),
-        ([{}], {}, ":1: the columns none are those of no format"),
+        ([{}], {}, ":1: the columns none match no format"),
         (
             [PAIR, ABC | {"ranks": [1, 2, 3]}],
             {},
-            ":2: the columns of a RANKING row, where .* BINARY; put the two in sep",
+            ":2: the columns of a RANKING row, but .* BINARY; put the two in sep",
         ),
-        ([PAIR | {"magnitude": 1}, PAIR], {}, ":2: the columns of a BINARY row, where .* BINARYMAGN"),
+        ([PAIR | {"magnitude": 1}, PAIR], {}, ":2: the columns of a BINARY row, but .* BINARYMAGN"),
         (
             [PAIR | {"overall": 3}],
             {"score": "overall"},
@@ -270,7 +270,7 @@ def test_formats_are_told_from_their_columns(
         ([PROMPT | {"ranks": [1, 2]}], {}, ":1: no column 'responses' among"),
         ([{"completion": "a", "prompt": "p"}], {}, ":1: no column 'score' among .*--columns score=NAME"),
         ([{"completions": [{"rank": 0, "completion": "a"}]}], {}, ":1: no column 'context' among .*--columns context="),
-        ([{f"column {i}": 1 for i in range(100)}], {}, r":1: the columns 'column 0', .*'column 11', \.\.\. are"),
+        ([{f"column {i}": 1 for i in range(100)}], {}, r":1: the columns 'column 0', .*'column 11', \.\.\. match"),
     ],
 )
 def test_rows_of_no_format_or_of_another_are_errors(

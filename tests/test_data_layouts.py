@@ -1,4 +1,4 @@
-"""Layouts of public data: every one is told, read as it must be, said, overridden and refused where it is ambiguous."""
+"""Layouts of public data are detected, read correctly, reported, overridden, and refused if ambiguous."""
 
 import json
 import logging
@@ -66,7 +66,7 @@ FOREIGN: dict[str, tuple[int, int, str]] = {
 }
 # fmt: off
 REFUSED = {
-    "reasoning_field.jsonl": r"2 x identical responses: they differ only in 'reasoning_content', not read .line 1, 2",
+    "reasoning_field.jsonl": r"2 x identical responses: they differ only in .* which is not read .line 1, 2",
     "column_twice.parquet": r"the column name 'prompt' occurs 2 times",
     "bool_response.jsonl": r"_response.jsonl:1: 'responses' should hold a string or a list of messages, not the bool",
 }
@@ -196,12 +196,12 @@ def test_an_ambiguous_layout_is_refused_with_its_candidates(tmp_path: Path) -> N
     path = write(tmp_path, row)
     with pytest.raises(
         DataError,
-        match=r"rows.jsonl:1: the rows can be read in several ways; say .*--layout NAME: plain \(BINARY\), arena",
+        match=r"rows.jsonl:1: the rows can be read in several ways; choose .*--layout NAME: plain \(BINARY\), arena",
     ):
         read_preferences(path)
     assert read_preferences(path, layout="plain").rows[0].responses == (YES, NO)
     assert read_preferences(path, layout="arena").rows[0].responses == (NO, YES)
-    with pytest.raises(DataError, match=r"--layout arena\+system: these do not go together"):
+    with pytest.raises(DataError, match=r"--layout arena\+system: these layouts cannot be combined"):
         read_preferences(path, layout="arena+system")
     with pytest.raises(DataError, match="--layout arenas: there is no layout of that name; did you mean 'arena'"):
         read_preferences(path, layout="arenas")

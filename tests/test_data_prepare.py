@@ -1,4 +1,4 @@
-"""The papers' data sets, in the schema they are published in, become rows that read as they should, split by prompt."""
+"""The papers' data sets, in their published schema, become the right rows, split by prompt."""
 
 import gzip
 import json
@@ -233,7 +233,7 @@ def test_solutions_are_paired_right_against_wrong() -> None:
 
 def test_turns_of_the_prompts() -> None:
     notes: Counter[str] = Counter()
-    with pytest.raises(Unusable, match="no transcript"):
+    with pytest.raises(Unusable, match="not a transcript"):
         hh({"chosen": "Hello.", "rejected": "\n\nHuman: a\n\nAssistant: b"}, notes)
     plain = {"prompt": "One\n\ntwo <extra_id_1> three", "response": "r", "helpfulness": 0}
     assert helpsteer(plain, notes) == [
@@ -261,7 +261,9 @@ def test_the_draw_follows_the_seed(tmp_path: Path) -> None:
 def test_what_is_left_out_is_said(tmp_path: Path) -> None:
     hh_files(tmp_path / "copy")
     train = prepare_data_set("hh", tmp_path / "out", source=str(tmp_path / "copy"), train_rows=100)["train"]
-    assert train.dropped == {"no transcript that begins with Human: or Assistant:": [51]}  # harmless-base comes first
+    assert train.dropped == {
+        "not a transcript that begins with Human: or Assistant:": [51]
+    }  # harmless-base comes first
     assert (train.read, train.used, train.written, train.withheld, train.not_drawn) == (112, 111, 100, 1, 10)
 
 
@@ -271,7 +273,7 @@ def test_a_row_may_lose_some_of_the_pairs_it_makes(tmp_path: Path) -> None:
     lines(tmp_path / "rows.jsonl", rows)
     found = prepare_data_set("gsm8k", tmp_path / "out", source=str(tmp_path / "rows.jsonl"), test_rows=6)
     assert (found["train"].read, found["train"].used, found["train"].dropped) == (5, 5, {})
-    assert found["train"].notes == {"of several rows that one makes, left out: identical responses": 1}
+    assert found["train"].notes == {"left out of the rows that one published row makes: identical responses": 1}
     assert sum(count(tmp_path / "out")) == 5 * 2 * 3 - 1
 
 
@@ -290,10 +292,10 @@ def test_one_file_is_split_by_prompt(tmp_path: Path) -> None:
         ("rmb", None, ConfigError, "git clone"),
         ("hh", "empty", DataError, "has no h[*]/train.jsonl.gz; is it a copy of hh"),
         ("hh", "missing.jsonl", DataError, "cannot be read"),
-        ("hh", "other.jsonl", DataError, "row 1: not as the data set is published.*'text'.*right file"),
-        ("gsm8k", "other.jsonl", DataError, "not as the data set is published"),
+        ("hh", "other.jsonl", DataError, "row 1: the row does not have the published form.*'text'.*right file"),
+        ("gsm8k", "other.jsonl", DataError, "the row does not have the published form"),
         ("ultrafeedback", "broken.parquet", DataError, "cannot be read"),
-        ("helpsteer", "one.jsonl", DataError, "too few rows"),
+        ("helpsteer", "one.jsonl", DataError, "too few usable rows"),
     ],
 )
 def test_what_is_refused(tmp_path: Path, name: str, source: str | None, error: type[Exception], said: str) -> None:
@@ -315,7 +317,7 @@ def test_what_is_asked_of_the_hub(tmp_path: Path, name: str, monkeypatch: pytest
         raise ConnectionError("no hub here")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(DataError, match=r"no hub here.*--source names a copy"):
+    with pytest.raises(DataError, match=r"no hub here.*give a local copy with --source"):
         prepare_data_set(name, tmp_path / "out")
     data = DATA_SETS[name]
     address = data.repository if name == "gsm8k" else None
@@ -337,7 +339,9 @@ def test_on_topic_pairs(tmp_path: Path) -> None:
     train = found["train"]
     assert (train.read, train.used, train.written, train.withheld, found["test"].written) == (64, 60, 40, 20, 20)
     assert train.dropped == {
-        "its prompt stood before": [61], "its response stood before": [62], "identical responses": [63],
+        "its prompt occurs in an earlier row": [61],
+            "its response occurs in an earlier row"
+        : [62], "identical responses": [63],
         "prompt and response have over 40 characters": [64],
     }  # fmt: skip
     for name, count in (("train", 40), ("test", 20)):

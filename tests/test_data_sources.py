@@ -1,4 +1,4 @@
-"""Files, folders and the hub give the same rows, lazily, from any position on; what cannot be read is a DataError."""
+"""Files, folders and the hub give the same rows, lazily, from any position. Unreadable sources raise DataError."""
 
 import gzip
 import json
@@ -132,7 +132,9 @@ def test_what_is_neither_here_nor_on_the_hub(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.chdir(tmp_path)
     datasets = hugging_face()
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("no route")))
-    with pytest.raises(DataError, match=rf"^{name}: cannot be read \(ConnectionError: no route\); it is no file here"):
+    with pytest.raises(
+        DataError, match=rf"^{name}: cannot be read \(ConnectionError: no route\); there is no such file"
+    ):
         read_preferences(name)
 
 
@@ -167,7 +169,7 @@ def test_parquet_is_known_by_its_content_and_damage_is_said(tmp_path: Path) -> N
 
 
 def test_folders(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"cannot be read: a folder, and none that datasets.save_to_disk wrote; name a"):
+    with pytest.raises(DataError, match=r"cannot be read: it is a folder that datasets.save_to_disk did not write"):
         read_preferences(tmp_path)
     both = saved_split(tmp_path).removesuffix(":test")
     with pytest.raises(DataError, match=r"splits: the folder holds the splits train, test; name one .* FOLDER:train"):
@@ -175,7 +177,7 @@ def test_folders(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="splits:dev: the folder holds the splits train, test"):
         read_preferences(f"{both}:dev")
     one = saved(tmp_path)
-    with pytest.raises(DataError, match="saved:train: the folder holds one data set, no splits; leave :train out"):
+    with pytest.raises(DataError, match="saved:train: the folder holds one data set without splits; leave :train out"):
         read_preferences(f"{one}:train")
     next(Path(one).glob("*.arrow")).write_bytes(b"ARROW1")
     with pytest.raises(DataError, match=r"saved: cannot be read \(.*; fetch it again"):

@@ -1,5 +1,5 @@
-"""Nothing is ignored in silence: columns and fields that nobody reads, texts that look like something else, prompts
-that are held out and trained on, and cures for the file at hand.
+"""Nothing is ignored silently: columns and fields that are not read, suspicious texts, held-out prompts that are also
+trained on, and remedies that fit the file.
 """
 
 import contextlib
@@ -56,7 +56,7 @@ def test_responses_that_differ_only_in_what_nobody_reads(tmp_path: Path) -> None
     answers = [[{"role": "assistant", "content": YES, "thinking": text}] for text in ("a", "b")]
     rows = [PLAIN, {"prompt": [USER], "chosen": answers[0], "rejected": answers[1]}]
     assert read_preferences(write(tmp_path, *rows)).dropped == {
-        "identical responses: they differ only in 'thinking', not read": [2]
+        "identical responses: they differ only in 'thinking', which is not read": [2]
     }
 
 
@@ -111,7 +111,7 @@ def test_training_and_streams_warn(tmp_path: Path, caplog: pytest.LogCaptureFixt
         with caplog.at_level(logging.WARNING):
             open_feed(trained(tmp_path, dataset_name=path, **changes), tiny_dialog(), Display(Console()))
         [said] = [line for line in caplog.messages if "winner" in line]
-        assert f"the column 'winner' is not read, in {1 if changes else len(rows)} rows: it usually says" in said
+        assert f"the column 'winner' is not read, in {1 if changes else len(rows)} rows: it usually names" in said
 
 
 def test_the_layout_is_an_option_of_training(tmp_path: Path) -> None:
@@ -146,11 +146,11 @@ def test_held_out_prompts_among_the_training_rows(tmp_path: Path, caplog: pytest
     [
         (
             {"chosen": "a", "rejected": "a"},
-            "--columns chosen=a: the column 'a' is to fill 'rejected' too; name another",
+            "--columns chosen=a: the column 'a' is already mapped to 'rejected'; map one",
         ),
         (
             {"prompt": "chosen", "rejected": "a"},
-            r"--columns prompt=chosen: the rows are BINARY, whose own column 'chosen'",
+            r"--columns prompt=chosen: 'chosen' is a column of BINARY, the format",
         ),
     ],
 )
@@ -191,9 +191,7 @@ def test_a_row_of_a_layout_among_others_names_it(tmp_path: Path, row: dict[str, 
 def test_booleans_are_grades(tmp_path: Path) -> None:
     rows = [{"prompt": ASK, "completion": text, "score": text == YES} for text in (YES, NO)]
     path = write(tmp_path, *rows)
-    with pytest.raises(
-        DataError, match=r"'score' should hold a number, .*; true and false are grades with --columns label="
-    ):
+    with pytest.raises(DataError, match=r"'score' should hold a number, .*; with --columns label="):
         read_preferences(path)
     assert read_preferences(path, columns={"label": "score"}).rows[0].responses == (YES, NO)
 

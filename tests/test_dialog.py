@@ -1,4 +1,4 @@
-"""The dialog's ids and spans on tokenizers built here: those of the chat template, thoughts never re-encoded."""
+"""The dialog's ids and spans with synthetic tokenizers equal the chat template's; thoughts are never re-encoded."""
 
 import json
 import logging

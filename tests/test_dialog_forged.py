@@ -1,4 +1,4 @@
-"""What people and models wrote becomes no control token, in any kind of template, and fills no place twice."""
+"""Text from people and models never becomes a control token, in any kind of template, and is inserted only once."""
 
 from pathlib import Path
 from typing import Any

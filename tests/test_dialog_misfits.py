@@ -1,4 +1,4 @@
-"""Chat templates, tokenizers and labels that do not fit a dialog are refused by name."""
+"""Chat templates, tokenizers and labels that do not fit a dialog are refused, with their names."""
 
 import pytest
 from chats import CHATML, LETTERS, LONG, TEMPLATE, TURN, encoded, merging, word_level
@@ -33,7 +33,7 @@ WRONG_TEMPLATES = {
     ),
     "think block": (
         CHATML.replace("assistant\n{% endif", "assistant\nwhy {% endif"),
-        "may add a think block to it and nothing else",
+        "may add only a think block to that",
     ),
     "marks long dialogs": ("{% if messages | length > 3 %}why {% endif %}" + CHATML, "differently once others follow"),
     "no end of turn": (CHATML.replace("<|im_end|>", " . "), "control token, so its end cannot be told"),
@@ -97,5 +97,5 @@ def test_a_label_that_merges_with_the_head() -> None:
 
 
 def test_a_fixed_turn_that_merges_is_named() -> None:
-    with pytest.raises(TemplateError, match=r"merges it with what stands beside it, at token \d+"):
+    with pytest.raises(TemplateError, match=r"merges it with the text next to it, at token \d+"):
         Dialog(merging("\n\n"), Template("\nis it good?"))

@@ -1,4 +1,4 @@
-"""Which template, aspect and thinking a run gets: the options', else those saved with the model, else the defaults."""
+"""Template, aspect and thinking of a run come from the options, then from the saved model, then from the defaults."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`python -m dwrl_fast.dialog --show`: what it prints of real rows, and how it refuses."""
+"""`python -m dwrl_fast.dialog --show`: its output for real rows, and its errors."""
 
 import functools
 import gzip
@@ -49,7 +49,7 @@ def test_the_dialog_of_a_row(shared: Path, tmp_path: Path) -> None:
     text = shown(tmp_path, shared / "tokenizers" / "llama3", "--aspect", "tact")
     assert "<|begin_of_text|><|start_header_id|>system" in text and "with regard to tact" in text
     assert "128000 128006" in text
-    assert "trimmed: the chat template strips" in text and "held at 26 Jul 2024" in text
+    assert "trimmed: the chat template strips" in text and "fixed at 26 Jul 2024" in text
     assert "BOS: 1 of id 128000" in text
     rows = [line.split() for line in text.splitlines() if line.split()[:1] == ["response"]]
     assert [int(rows[-1][2]) - int(rows[-1][1]) + 1] == [int(rows[-1][3])] == [2]
@@ -185,7 +185,7 @@ def test_a_demonstration_of_each_kind_of_template(shared: Path, tmp_path: Path) 
         text = printed(*asked, tokenizer=shared / "tokenizers" / "qwen2.5")
         assert BAD in text and (GOOD in text) == (kind != "pointwise") and SAMPLE not in text
         assert kind == "direct" or f"{JUDGED['thought']}\n{end}<|im_end|>" in text
-    with pytest.raises(TemplateError, match="not as many responses as a template of kind dialog shows: 1"):
+    with pytest.raises(TemplateError, match="not 1 responses, the number that a template of kind dialog shows"):
         printed("--show", f"{path}:1", tokenizer=shared / "tokenizers" / "qwen2.5")
 
 
@@ -214,7 +214,7 @@ def test_a_file_that_is_cut_off_behind_the_line(tmp_path: Path) -> None:
 def test_two_responses_of_a_row_that_holds_one(shared: Path, tmp_path: Path) -> None:
     path, tokenizer = file_of(tmp_path, "jsonl", SINGLE), shared / "tokenizers" / "qwen2.5"
     with pytest.raises(
-        ConfigError, match=r"kind pairwise shows two responses, and the row holds one; .*--template dialog"
+        ConfigError, match=r"kind pairwise shows two responses, but the row has one; .*--template dialog"
     ):
         printed("--show", f"{path}:1", "--template", "pairwise", tokenizer=tokenizer)
     assert BAD in printed("--show", f"{path}:1", "--template", "dialog", tokenizer=tokenizer)

@@ -1,4 +1,4 @@
-"""One turn that shows prompt and responses: ids of the chat template, spans of the texts, labels, transcripts."""
+"""Single-turn prompts with prompt and responses: ids of the chat template, spans of the texts, labels, transcripts."""
 
 from typing import Any
 

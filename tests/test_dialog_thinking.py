@@ -1,4 +1,4 @@
-"""Chat templates that think: what the sampler saw is the beginning of what is scored, and what is kept is said."""
+"""Chat templates with think blocks: the sampled sequence is a prefix of the scored one, and a log line says so."""
 
 import importlib.util
 import logging
@@ -86,7 +86,7 @@ def test_on_keeps_the_whole_thought_and_reads_the_label_without_one(
     thought = "<think>\nHm.\n</think>\n\nFine.<|im_end|>"
     with caplog.at_level(logging.INFO, "dwrl_fast"):
         tokenizer, dialog = thinking(shared, SWITCHED, "on")
-    assert "its think block too" in caplog.text
+    assert "including its think block" in caplog.text
     before, after = texts(tokenizer, dialog, thought)
     assert before.endswith(TURN) and "<think>" not in before
     assert after.startswith(thought) and after.endswith("Answer Yes or No." + TURN + EMPTY)
@@ -100,7 +100,7 @@ def test_on_keeps_the_whole_thought_and_reads_the_label_without_one(
 def test_a_head_that_always_opens_a_block(shared: Path, wanted: Thinking, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "dwrl_fast"):
         tokenizer, dialog = thinking(shared, OPENING, wanted)
-    assert "stays whole" in caplog.text and dialog.enable_thinking == "on"
+    assert "it is scored unchanged" in caplog.text and dialog.enable_thinking == "on"
     thought = "Hm.\n</think>\n\nFine.<|end|>"
     before, after = texts(tokenizer, dialog, thought)
     assert before.endswith("<|Assistant|><think>\n") and after.startswith(thought + "<|User|>")
@@ -115,7 +115,7 @@ def test_a_head_that_always_opens_a_block(shared: Path, wanted: Thinking, caplog
 def test_what_cannot_be_had_is_refused_with_the_alternative(shared: Path) -> None:
     with pytest.raises(TemplateError, match=r"opens a think block in every generation head.*--enable_thinking on"):
         thinking(shared, OPENING, "off")
-    with pytest.raises(TemplateError, match=r"knows no enable_thinking.*leave --enable_thinking at auto"):
+    with pytest.raises(TemplateError, match=r"does not support enable_thinking.*leave --enable_thinking at auto"):
         Dialog(word_level(), enable_thinking="on")
     assert Dialog(word_level(), TEMPLATE, enable_thinking="off").enable_thinking == "off"
     marking = "{% if enable_thinking %}<|eos|>{% endif %}" + CHATML

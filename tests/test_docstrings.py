@@ -1,4 +1,4 @@
-"""Every public function and class says what it is; a method that overrides another may leave it to that one."""
+"""Every public function and class has a docstring, except methods that override a documented one."""
 
 import importlib
 import inspect

@@ -1,4 +1,4 @@
-"""The doctor names what was planted, with a remedy; what the remedy says is done, and the next report passes."""
+"""The doctor finds planted faults and names a remedy; after applying the remedy, the next report passes."""
 
 import copy
 import json
@@ -79,7 +79,7 @@ def test_a_sound_set_up_passes(place: Path) -> None:
     # A model with drawn weights does not answer Yes or No, and seldom ends a thought.
     assert set(found.named("pass")) >= OWN | THINKING - {"thoughts"}, found.to_dict()
     assert found.left_out == {
-        "one process: start it by torchrun": ["collectives", "uneven ranks", "sharded gradients", "replicas"]
+        "there is one process: start it with torchrun": ["collectives", "uneven ranks", "sharded gradients", "replicas"]
     }
     assert all(each.remedy for each in found.findings if each.status != "pass")
 
@@ -161,7 +161,7 @@ def test_a_label_of_two_tokens(place: Path) -> None:
     wrong.write_text(TURNS + 'labels: ["Yes ok", "No"]\n')
     found = report(place, "--template", str(wrong))
     assert found.named("fail") == ["labels"]
-    assert "does not leave the label 'Yes ok' one token" in finding(found, "labels").seen
+    assert "does not keep the label 'Yes ok' one token" in finding(found, "labels").seen
     assert "--template" in finding(found, "labels").remedy
     wrong.write_text(wrong.read_text().replace("Yes ok", "Yes"))
     assert finding(report(place, "--template", str(wrong)), "labels").status == "pass"
@@ -180,7 +180,7 @@ def test_labels_that_the_model_does_not_give(place: Path) -> None:
     """Those that it gives stand in the line; a template with them is the remedy."""
     found = finding(report(place), "label mass")
     assert found.status == "fail" and "--template" in found.remedy
-    likely = found.seen.split("likeliest are ")[1].split("'")[1::2]
+    likely = found.seen.split("most likely tokens are ")[1].split("'")[1::2]
     other = place / "labels.yaml"
     other.write_text(TURNS + f"labels: {json.dumps(likely[:2])}\n")
     assert finding(report(place, "--template", str(other)), "label mass").figures["mass"] > 10 * found.figures["mass"]

@@ -1,4 +1,4 @@
-"""The short form of the doctor, at the start of every training."""
+"""The quick checks of the doctor at the start of every training."""
 
 import logging
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The embedded task: what it generates is what it says, and the same seed makes the same model."""
+"""The embedded task generates what it describes, and the same seed gives the same model."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The second task: labels follow the counts, as often as they should, and the warm-up says what stands in the texts."""
+"""The second embedded task: labels follow the counts at the right rate, and warm-up thoughts describe the texts."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Every method has its recipe on the embedded task, and trains from the one warmed-up model."""
+"""Every method has a recipe for the embedded task, and trains from the same warmed-up model."""
 
 from dataclasses import replace
 from pathlib import Path

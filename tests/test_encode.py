@@ -1,4 +1,4 @@
-"""What is asked about a preference and what becomes a group, against sequences and lists written out by hand."""
+"""Requests and groups made from preferences, against sequences and lists written by hand."""
 
 import dataclasses
 
@@ -241,15 +241,15 @@ def test_a_demonstrated_label_has_no_thought() -> None:
     dialog = single_turn(DIRECT)
     group = demonstration_group(demonstration(("1", "2"), " ", "B"), dialog)
     assert group.labels == [1] and group.flat[0].thought == slice(*[len(group.flat[0].ids)] * 2)
-    with pytest.raises(TemplateError, match="a thought, where a template of kind direct has none"):
+    with pytest.raises(TemplateError, match="the row has a thought, but a template of kind direct has none"):
         demonstration_group(demonstration(("1", "2"), "4", "B"), dialog)
 
 
 @pytest.mark.parametrize(
     ("template", "responses", "thought", "verdict", "said"),
     [
-        (None, ("1", "2"), "4", "Yes", "not as many responses as a template of kind dialog shows: 1"),
-        (PAIRWISE, ("1",), "4", "A", "not as many responses as a template of kind pairwise shows: 2"),
+        (None, ("1", "2"), "4", "Yes", "not 1 responses, the number that a template of kind dialog shows"),
+        (PAIRWISE, ("1",), "4", "A", "not 2 responses, the number that a template of kind pairwise shows"),
         (None, ("1",), "4", "Maybe", "none of the template's labels, Yes and No"),
         (PAIRWISE, ("1", "2"), "4", "", "no verdict, neither as a column nor at the end of the thought"),
         (PAIRWISE, ("1", "2"), "4", "C", "none that a template of kind pairwise asks for"),
@@ -289,7 +289,7 @@ def test_a_whole_demonstration_fits() -> None:
     assert fit(row, dialog, size) == (size, "")
     assert fit(row, dialog, size - 1) == (0, f"longer than --max_length {size - 1} tokens")
     tokens, reason = fit(demonstration(("1",), "4", "Maybe"), dialog, 99)
-    assert tokens == 0 and reason.startswith("the verdict is none")
+    assert tokens == 0 and reason.startswith("the verdict is not one")
 
 
 def test_long_groups_are_left_out_and_the_longest_other_is_told() -> None:

@@ -1,4 +1,4 @@
-"""`python -m dwrl_fast.evaluate` from files to reports: what is written, what goes on, what is refused."""
+"""`python -m dwrl_fast.evaluate` from files to reports: its files, resumption, and refusals."""
 
 import json
 import shutil
@@ -184,7 +184,7 @@ def test_a_part_file_that_is_none(folder: Path, monkeypatch: pytest.MonkeyPatch,
     part = folder / "out" / evaluate.PART
     text = part.read_text()
     part.write_text(f"{text}{line}\n")
-    with pytest.raises(ConfigError, match=r"scores\.part\.jsonl, line 3, is no step"):
+    with pytest.raises(ConfigError, match=r"scores\.part\.jsonl, line 3, is not a step"):
         go(folder, *STEPS)
     assert part.read_text() == f"{text}{line}\n", "it is left as it is"
 
@@ -304,7 +304,7 @@ def test_benchmarks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["parts"]["Math"] == float(scores[0][0] == max(scores[0]))
     assert found["details"]["ref accuracy"] == float(scores[1][0] > scores[1][1])
     assert found["details"]["tied accuracy"] == float(min(scores[2][:2]) > max(scores[2][2:]))
-    for change, said in (({"subset": "Maths"}, "'Maths' is none of RewardBench 2's"), ({"id": "1"}, "ref:NUMBER")):
+    for change, said in (({"subset": "Maths"}, "'Maths' is not one of RewardBench 2's"), ({"id": "1"}, "ref:NUMBER")):
         (folder / "two.jsonl").write_text(json.dumps(rows[2] | change) + "\n")
         with monkeypatch.context() as patch, pytest.raises(UserError, match=said):
             killed_after(patch, 0)  # before anything is scored

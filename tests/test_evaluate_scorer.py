@@ -1,4 +1,4 @@
-"""Evaluation judges through `dwrl_fast.Scorer`: a report has what that class says of the same texts."""
+"""Evaluation uses `dwrl_fast.Scorer`: a report has the same scores as that class."""
 
 import json
 import math
@@ -158,7 +158,7 @@ def test_wrong_options_of_from_pretrained(
     [
         ("{", "cannot be read as a model's card"),
         ('["dwrl"]', "cannot be read as a model's card"),
-        ('{"method": "ppo"}', "its method is 'ppo', which is none of dwrl"),
+        ('{"method": "ppo"}', "its method is 'ppo', which is not one of dwrl"),
         ('{"method": "dwrl"}', "it has no dialog"),
     ],
 )

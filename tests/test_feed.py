@@ -1,4 +1,4 @@
-"""Feeds: a seeded order that covers every epoch, shares that are the weights, laziness, and resuming to the row."""
+"""Feeds: a seeded order that covers every epoch, shares equal to the weights, lazy reading, and exact resumption."""
 
 import gzip
 import itertools
@@ -73,7 +73,7 @@ def test_in_memory_an_epoch_is_the_permutation_of_its_seed() -> None:
 def test_a_batch_of_more_rows_than_there_are_is_said(caplog: pytest.LogCaptureFixture) -> None:
     warn_once.cache_clear()
     one(Shuffled("rows", preferences(3), 0))
-    assert "takes 4 rows of rows, which has 3: a batch holds rows twice" in caplog.text
+    assert "takes 4 rows of rows, which has 3: a batch then holds some rows twice" in caplog.text
 
 
 def test_the_first_batch_of_ten_million_rows_reads_the_buffer_only() -> None:
@@ -245,7 +245,7 @@ def test_the_buffer_is_checked_against_the_file(tmp_path: Path) -> None:
     changed = path.read_text().replace('"no"', '"on"')
     path.write_text(changed)
     again = streamed(open_rows(path), 6)
-    with pytest.raises(CheckpointError, match="is not as it was when the checkpoint was written"):
+    with pytest.raises(CheckpointError, match="has changed since the checkpoint was written"):
         again.restore(state)
     assert again.identity() != identity
 
@@ -298,11 +298,15 @@ def test_a_row_not_of_the_form_ends_a_run_before_it_has_begun_and_is_counted_lat
     while clean.epoch < 2:
         clean.draw()
     assert len(found) == clean.drawn, "all but the two rows are there"
-    assert whole.account.counts["not of the form"] == 2 and whole.account.lines["not of the form"] == [
+    assert whole.account.counts["not in the expected form"] == 2 and whole.account.lines[
+        "not in the expected form"
+    ] == [
         33,
         2 * len(rows) + 3,
     ]
-    assert caplog.text.count("A row is left out, and so will be any other") == 1 and "rows.jsonl:33" in caplog.text
+    assert (
+        caplog.text.count("A malformed row is left out, and so is every other") == 1 and "rows.jsonl:33" in caplog.text
+    )
     for point in range(len(found)):
         resumed = source()
         resumed.restore(json.loads(json.dumps(states[point])))

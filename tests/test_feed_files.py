@@ -1,4 +1,4 @@
-"""A file that is changed while it is streamed: noticed at every pass and save, and where it is read."""
+"""A file that changes while it is streamed is detected at every pass and save, and while reading."""
 
 import gzip
 import json
@@ -204,7 +204,7 @@ def test_no_checkpoint_is_written_and_the_run_goes_on_with_the_file_as_it_was(
     assert [each.name for each in checkpoints(tmp_path / "run")] == ["checkpoint-000002"]
     assert not (tmp_path / "run" / "model").exists()
     if change is not touched:
-        with pytest.raises(CheckpointError, match=r"the data set: its rows, .* is another"):
+        with pytest.raises(CheckpointError, match=r"the data set: its rows, .* is different"):
             go(tmp_path, "run", resume_from_checkpoint="latest")
     path.write_bytes(text)
     assert go(tmp_path, "run", resume_from_checkpoint="latest")["steps"] == 5

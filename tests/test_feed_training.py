@@ -1,4 +1,4 @@
-"""Mixtures and streams through the real trainer: shares, aspects, accuracies by source, resuming to the bit."""
+"""Mixtures and streams with the real trainer: shares, aspects, accuracies by source, bit-exact resumption."""
 
 import dataclasses
 import json
@@ -95,12 +95,12 @@ def test_a_changed_stream_is_refused(folder: Path) -> None:
         {"dataset_mixture": (config.dataset_mixture[0], Part(f"{folder}/b.jsonl", 0.4))},
     ):
         (folder / "again").mkdir(exist_ok=True)
-        with pytest.raises(CheckpointError, match=r"the data set: its rows, .* is another"):
+        with pytest.raises(CheckpointError, match=r"the data set: its rows, .* is different"):
             silent(dataclasses.replace(again, **changes))
     with pytest.raises(CheckpointError, match="streaming was True, is False"):
         silent(dataclasses.replace(again, streaming=False))
     tiny_pairs(folder / "b.jsonl", 5, seed=3)
-    with pytest.raises(CheckpointError, match=r"the data set: its rows, .* is another"):
+    with pytest.raises(CheckpointError, match=r"the data set: its rows, .* is different"):
         silent(again)
 
 

@@ -1,4 +1,4 @@
-"""Files read within bounds, and text that cannot speak to a terminal."""
+"""Files are read with limits, and text cannot control a terminal."""
 
 import io
 import logging
@@ -47,7 +47,7 @@ def test_yaml_has_bounds_and_says_which_file() -> None:
     for text, said in {
         "a: 1\na: 2": 'a given more than once\n  in "f.yaml"',
         "a: " + "[" * 100_000: "nested too deeply",
-        "a: &a [*a]": "anchors unfold",
+        "a: &a [*a]": "anchors expand",
         "a: 2024-99-99": "month must be",
         "a: " + "x" * (1 << 20): "larger than 1 MiB",
         "a: !!python/object/apply:os.mkdir [x]": "could not determine a constructor",
@@ -64,7 +64,7 @@ def test_a_snapshot_of_the_hub_links_to_its_own_blobs(tmp_path: Path) -> None:
     (snapshot / "config.json").symlink_to("../../blobs/1")
     check_folder(snapshot)
     (snapshot / "tokenizer.json").symlink_to("/etc/hostname")
-    with pytest.raises(ValueError, match=r"tokenizer\.json is a link to /etc/hostname, out of the folder"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json is a link to /etc/hostname, which is outside the folder"):
         check_folder(snapshot)
     check_folder("owner/name")  # of the hub: passed over
 

@@ -1,4 +1,4 @@
-"""A run says at its first rollout batch what will make it slow."""
+"""A run warns at its first rollout batch about figures that make learning slow."""
 
 import logging
 from pathlib import Path
@@ -15,7 +15,7 @@ from dwrl_fast.training.first_figures import warnings
 @pytest.mark.parametrize(
     ("figures", "said"),
     [
-        ({"label_mass": 0.34, "truncation_rate": 0.1}, ["the two labels have only 0.34 of the probability"]),
+        ({"label_mass": 0.34, "truncation_rate": 0.1}, ["the two labels together have only probability 0.34"]),
         ({"label_mass": 0.9, "truncation_rate": 0.6}, ["60% of the thoughts are cut at --max_completion_length 48"]),
         ({"unparsable": 0.5, "truncation_rate": 0.9}, ["90% of the thoughts", "50% of the verdicts cannot be read"]),
         ({"label_mass": 0.9, "truncation_rate": 0.0, "loss": 0.7}, []),

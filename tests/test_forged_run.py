@@ -1,4 +1,4 @@
-"""Forged turns through whole training and evaluation: no control token that a model reads comes from a user's text."""
+"""Forged turns in whole training and evaluation runs: no control token comes from a user's text."""
 
 import json
 from pathlib import Path

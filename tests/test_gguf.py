@@ -1,4 +1,4 @@
-"""GGUF files wherever a model is named: read as what they hold, trained, judged, saved as plain folders, or refused."""
+"""GGUF files as models: read, trained, judged, saved as plain folders, or refused."""
 
 import json
 import logging
@@ -232,4 +232,4 @@ def test_a_rule_of_splitting_that_is_not_known_is_said(
     assert not caplog.records
     write_gguf(tmp_path / "mine.gguf", pre="mine")
     load_tokenizer(str(tmp_path / "mine.gguf"))
-    assert "to be split as by 'mine', which transformers does not know" in caplog.text
+    assert "splits text by the rule 'mine', which transformers does not know" in caplog.text

@@ -1,4 +1,4 @@
-"""What a training step reads back from the device: every read waits for all that was queued before it."""
+"""Reads of a training step from the device: each read waits for all work queued before it."""
 
 import traceback
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Two torchrun agents on this machine, each a machine of its own to torchrun: a whole model on each, over loopback."""
+"""Two torchrun agents on this machine, each acting as a separate machine: a whole model on each, over loopback."""
 
 import os
 import pickle

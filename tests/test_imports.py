@@ -1,4 +1,4 @@
-"""Who may import whom, read from the syntax tree, and what `import dwrl_fast` loads."""
+"""The allowed imports between rooms, read from the syntax tree, and the modules that `import dwrl_fast` loads."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""`judge`, which trains nothing, and votes; `btpo`, which is a setting of `dwrl`."""
+"""`judge`, which trains nothing, and votes; `btpo`, which is `dwrl` with fixed options."""
 
 import dataclasses
 import json

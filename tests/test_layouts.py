@@ -1,4 +1,4 @@
-"""Tree, packed and padded batches through whole models: the same log-probs, scores, losses and gradients."""
+"""Tree, packed and padded batches through whole models give the same log-probs, scores, losses and gradients."""
 
 import copy
 import dataclasses

@@ -1,4 +1,4 @@
-"""Liger's kernels against the model as it was: through Triton's interpreter, and on a GPU where there is one."""
+"""Liger's kernels against the unchanged model: through Triton's interpreter, and on a GPU if there is one."""
 
 import functools
 import os

@@ -1,5 +1,5 @@
-"""Likelihoods of every data format against explicit orders and probabilities, in float64 and beyond (docs/method.md,
-2.1; 2.2, points 1 and 6).
+"""Likelihoods of every data format against explicit orders and probabilities, in float64 and higher precision
+(docs/method.md, 2.1; 2.2, points 1 and 6).
 """
 
 from itertools import permutations

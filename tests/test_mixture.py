@@ -1,4 +1,4 @@
-"""Files in the options: how they are written, what is refused and how it is said, what figures call them."""
+"""File names in options: their forms, refused forms and messages, and short names in figures."""
 
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ def test_how_a_file_is_written(text: Any, part: Part) -> None:
         ("", "expected FILE"),
         (3, "expected FILE"),
         ({"weight": 1}, "dataset_name is missing"),
-        ({"dataset_name": "a", "wieght": 1}, "wieght is none of dataset_name, weight, aspect"),
+        ({"dataset_name": "a", "wieght": 1}, "unknown key wieght; the keys are dataset_name, weight, aspect"),
         ({"dataset_name": "a", "weight": True}, "weight = True: expected a number"),
         ({"dataset_name": "a", "weight": "much"}, "weight = 'much': expected a number"),
         ({"dataset_name": "a", "aspect": True}, "aspect = True: expected text, in quotes"),

@@ -1,4 +1,4 @@
-"""Folders of models: weights that are missing or others, heads that are tied or not, cards that were changed."""
+"""Model folders: missing or foreign weights, tied and untied heads, changed cards."""
 
 import json
 import shutil
@@ -87,7 +87,7 @@ def test_a_new_scalar_head_is_drawn_only_to_be_trained(trained: Path, tmp_path: 
     scalar = copied(trained, "bt", tmp_path)
     values = {"method": "dwrl", "temperature": 1.0, "max_completion_length": 6, "score_normalization": "vocab"}
     (scalar / CARD).write_text(json.dumps(json.loads((scalar / CARD).read_text()) | values))
-    with pytest.raises(ModelError, match=r"not those of LlamaForCausalLM: .*holds besides score\.weight"):
+    with pytest.raises(ModelError, match=r"not those of LlamaForCausalLM: .*also holds score\.weight"):
         Scorer.from_pretrained(scalar, dtype="fp32")
 
 
@@ -123,7 +123,7 @@ def test_adapters_name_their_base_by_its_whole_path(
 
 CARDS: dict[str, tuple[str, dict[str, Any], str]] = {
     "inverted temperature": ("dwrl", {"temperature": -1}, r"temperature = -1.0 \(in the card\): must be >= 0.01"),
-    "temperature in words": ("dwrl", {"temperature": "warm"}, r"temperature: must be a number, and is text"),
+    "temperature in words": ("dwrl", {"temperature": "warm"}, r"temperature: must be a number, but is text"),
     "a length as text": ("dwrl", {"max_completion_length": "6"}, r"max_completion_length: must be a number"),
     "an endless thought": ("dwrl", {"max_completion_length": 10**30}, r"must be in \[1, 1000000\]"),
     "an empty dialog": ("dwrl", {"dialog": {}}, r"dialog: must hold a template"),
@@ -136,7 +136,7 @@ CARDS: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "half a token": ("dwrl", {"max_completion_length": 1.5}, r"max_completion_length = 1.5.*whole number"),
     "another score": ("dwrl", {"score_normalization": "none"}, r"expected one of vocab, yes_no"),
-    "no such method": ("dwrl", {"method": "magic"}, r"its method is 'magic', which is none of dwrl"),
+    "no such method": ("dwrl", {"method": "magic"}, r"its method is 'magic', which is not one of dwrl"),
     "a list of methods": ("dwrl", {"method": ["dwrl"]}, r"its method is \['dwrl'\]"),
     "no dialog": ("dwrl", {"dialog": None}, r"it has no dialog"),
     "dialog in words": ("dwrl", {"dialog": "chat"}, r"dialog = 'chat': must be a mapping"),
@@ -153,7 +153,7 @@ def test_a_card_that_was_changed_is_refused(trained: Path, tmp_path: Path, what:
     name, change, said = CARDS[what]
     folder = copied(trained, name, tmp_path)
     (folder / CARD).write_text(json.dumps(json.loads((folder / CARD).read_text()) | change))
-    with pytest.raises(ModelError, match=rf"the card of .*{name} is not as it was saved: .*{said}"):
+    with pytest.raises(ModelError, match=rf"the card of .*{name} is not valid: .*{said}"):
         Scorer.from_pretrained(folder, dtype="fp32")
 
 
@@ -177,7 +177,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "half the weights": (cut, r"model.safetensors, each whole. Copy it again"),
     "no weights": (
         lambda folder: (folder / WEIGHTS).write_bytes(b""),
-        r"has 0 bytes, which is no safetensors file: copy it again",
+        r"has 0 bytes, too few for a safetensors file: copy it again",
     ),
     "a card without an end": (nested, r"cannot be read as a model's card"),
     "no heads": (configured(num_attention_heads=0), r"cannot load a (model|tokenizer)"),

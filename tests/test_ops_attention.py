@@ -1,4 +1,4 @@
-"""tree_attention: against the definition in float64, against unpacked attention, and what else it promises."""
+"""tree_attention against the definition in float64 and against unpacked attention, and its other guarantees."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""cache_attention: against the definition of tree attention in float64, and what else it promises."""
+"""cache_attention against the definition of tree attention in float64, and its other guarantees."""
 
 from typing import Any
 

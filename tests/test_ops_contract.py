@@ -1,4 +1,4 @@
-"""What the operators promise besides numbers: skipped rows, frozen inputs, one derivative, errors, determinism."""
+"""Guarantees of the operators besides numbers: skipped rows, frozen inputs, one derivative, errors, determinism."""
 
 import logging
 import math

@@ -1,4 +1,4 @@
-"""Where numbers end: autocast, scaled losses, infinite ratios, invalid rows, masked labels."""
+"""Numerical edge cases: autocast, scaled losses, infinite ratios, invalid rows, masked labels."""
 
 import math
 from typing import Any

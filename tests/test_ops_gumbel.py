@@ -1,4 +1,4 @@
-"""gumbel_pick: Philox by its published numbers, draws that follow softmax, and nothing that depends on neighbours."""
+"""gumbel_pick: Philox against published numbers, draws that follow the softmax, and independence of other rows."""
 
 import os
 

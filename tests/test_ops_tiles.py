@@ -1,4 +1,4 @@
-"""Plans as tiles: what a tile's queries see is listed, and what a tile's keys are read by is walked, once."""
+"""Plans as tiles: every visible key of a tile is listed once, and every reader of a tile of keys is visited once."""
 
 import pytest
 import torch

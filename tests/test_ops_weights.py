@@ -1,4 +1,4 @@
-"""METHOD 2.2, points 1, 3, 4 and 6: the weights against autograd of the likelihood they come from, in float64."""
+"""METHOD 2.2, points 1, 3, 4 and 6: the weights against autograd of their likelihood, in float64."""
 
 import math
 from typing import Any

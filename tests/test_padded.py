@@ -1,4 +1,4 @@
-"""The padded layout by hand: where tokens lie, what is filled up, and how groups are cut into micro-batches."""
+"""The padded layout, computed by hand: positions of tokens, padding, and the division of groups into micro-batches."""
 
 import pytest
 import torch

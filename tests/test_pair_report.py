@@ -1,4 +1,4 @@
-"""Pair accuracy against loops over groups and their pairs, and its interval against what it estimates."""
+"""Pair accuracy against loops over groups and pairs, and its interval against the estimated quantity."""
 
 import math
 from itertools import combinations

@@ -1,4 +1,4 @@
-"""bench.learning.paper_table: its arithmetic on results made by hand, what it runs, and one small run of each kind."""
+"""bench.learning.paper_table: its statistics on made-up results, its runs, and one small run of each kind."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""LoRA in the trained path: what the adapters compute, what trains, what is written, what is refused."""
+"""LoRA in training: the computation of adapters, the trained weights, the written files, the refusals."""
 
 import copy
 import dataclasses
@@ -226,7 +226,7 @@ def test_a_checkpoint_of_adapters_belongs_to_its_base(folder: Path) -> None:
     path = folder / "run" / "checkpoint-000001"
     tiny_folder(folder / "other", seed=1)
     other = dataclasses.replace(config, resume_from_checkpoint=str(path), model_name_or_path=str(folder / "other"))
-    with pytest.raises(CheckpointError, match=r"the base model .* is another"):
+    with pytest.raises(CheckpointError, match=r"the base model .* is different"):
         make_trainer(other, folder / "on")
     (folder / "tiny").rename(folder / "moved")
     moved = dataclasses.replace(other, model_name_or_path=str(folder / "moved"))

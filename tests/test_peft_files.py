@@ -1,4 +1,4 @@
-"""Folders of adapters and of what they merge into: written, read by peft and without it, and refused."""
+"""Folders of adapters and of merged models: written, read with and without peft, and refused."""
 
 import dataclasses
 import json
@@ -68,7 +68,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "biases": (lambda f: _config(f, bias="all"), "more than plain LoRA"),
     "a variant": (lambda f: _config(f, use_dora=True), "does not fit it: .*magnitude"),
     "another base": (lambda f: _config(f, r=2), "size mismatch"),
-    "other layers": (lambda f: _config(f, target_modules=["q_proj"]), "does not fit it: .*lora"),
+    "other layers": (lambda f: _config(f, target_modules=["q_proj"]), "does not fit its base .*lora"),
     "no weights": (lambda f: (f / adapters.WEIGHTS).unlink(), "cannot be merged into its base: No such file"),
 }
 

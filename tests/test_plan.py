@@ -172,8 +172,8 @@ def test_a_step_has_the_stages_of_training(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("{}", "no profile of a device"),
-        ("{name: x", "no file of a device"),
+        ("{}", "not a device profile"),
+        ("{name: x", "nor a profile file"),
         (CPU.to_yaml().replace("16.0", "16.0\nmuch: 1"), "much"),
         (CPU.to_yaml().replace("memory: 10000000000.0", "memory: -1.0"), "above 0"),
     ],

@@ -1,4 +1,4 @@
-"""`sft` and `dpo`: their losses on every preference format and on demonstrations, their scores, and that they learn."""
+"""`sft` and `dpo`: losses on every preference format and on demonstrations, scores, and learning."""
 
 import json
 import shutil
@@ -135,13 +135,21 @@ def test_demonstrations_of_single_turns() -> None:
 @pytest.mark.parametrize(
     ("template", "changes", "reason"),
     [
-        (None, {"verdict": "yes"}, "the verdict is none of the template's labels, Yes and No"),
-        (None, {"responses": ("7", "2")}, "not as many responses as a template of kind dialog shows: 1"),
+        (None, {"verdict": "yes"}, "the verdict is not one of the template's labels, Yes and No"),
+        (None, {"responses": ("7", "2")}, "not 1 responses, the number that a template of kind dialog shows"),
         (None, {"thought": "ok " * 40}, "longer than --max_length 40 tokens"),
-        (PAIRWISE, {"responses": ("7", "2"), "verdict": "C"}, "the verdict is none that a template of kind pairwise"),
+        (
+            PAIRWISE,
+            {"responses": ("7", "2"), "verdict": "C"},
+            "the verdict is not one that a template of kind pairwise",
+        ),
         (PAIRWISE, {"responses": ("7", "2"), "verdict": ""}, "no verdict, neither as a column nor at the end"),
-        (POINTWISE, {"verdict": "11"}, "the verdict is none that a template of kind pointwise asks for"),
-        (DIRECT, {"responses": ("7", "2"), "verdict": "A"}, "a thought, where a template of kind direct has none"),
+        (POINTWISE, {"verdict": "11"}, "the verdict is not one that a template of kind pointwise asks for"),
+        (
+            DIRECT,
+            {"responses": ("7", "2"), "verdict": "A"},
+            "the row has a thought, but a template of kind direct has none",
+        ),
     ],
 )
 def test_demonstrations_that_do_not_fit(template: Template | None, changes: dict[str, Any], reason: str) -> None:

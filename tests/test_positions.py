@@ -1,4 +1,6 @@
-"""Sequences past a model's positions are said by everything that scores, before or at the first of them, once."""
+"""Everything that scores warns once about sequences with more tokens than the model has positions, not later than
+at the first one.
+"""
 
 import json
 from pathlib import Path
@@ -13,7 +15,7 @@ from dwrl_fast import compare, evaluate
 from dwrl_fast.log import logger
 from dwrl_fast.scoring.scorer import Scorer
 
-SAID = "and the model was made for"
+SAID = "but the model has positions for"
 
 
 def with_positions(model: Path, count: int) -> Path:

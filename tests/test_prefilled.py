@@ -1,4 +1,4 @@
-"""`bt` with prefilled thoughts: what the head reads, what is written and where it is kept, and scoring later."""
+"""`bt` with prefilled thoughts: the input of the head, the written thoughts and their file, and later scoring."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Attacks on responses: what is appended, and the figures of what it moves."""
+"""Attacks on responses: the appended texts, and the figures of their effect."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Several processes beside one: gradients, figures and weights of every method."""
+"""Several processes compared with one: gradients, figures and weights of every method."""
 
 import shutil
 from pathlib import Path

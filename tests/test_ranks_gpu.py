@@ -1,4 +1,4 @@
-"""FSDP2 under NCCL with one rank: what it computes is what one process computes without it."""
+"""FSDP2 under NCCL with one rank computes the same as one process without it."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Whole runs under torchrun: resumed on other numbers of ranks, killed, failing, interrupted."""
+"""Whole runs under torchrun: resumed with other numbers of ranks, killed, failing, interrupted."""
 
 import json
 import os
@@ -119,7 +119,7 @@ def test_a_rank_that_raises_stops_all_and_alone_says_why(folder: Path) -> None:
     done, _ = run(folder, "raised", 2, fault="raise:1:1")
     assert done.returncode == 1 and time.monotonic() - started < 60
     first = done.stderr.index("Traceback")
-    assert done.stderr[:first].strip().splitlines()[-1] == "rank 1 failed, and the others stop with it:"
+    assert done.stderr[:first].strip().splitlines()[-1] == "rank 1 failed, and the other ranks stop with it:"
     assert "a planted fault" in done.stderr[first:].split("Traceback")[1]
     assert "lost the connection" not in done.stderr
 

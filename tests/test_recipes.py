@@ -1,4 +1,4 @@
-"""The recipes: the files compose the papers' experiments, which dry-run with tokenizers and rows that stand in."""
+"""The recipes: the files compose the papers' experiments, which dry-run with substitute tokenizers and rows."""
 
 import dataclasses
 import functools
@@ -230,7 +230,7 @@ def test_what_is_said_is_what_would_run(folder: Path) -> None:
     text = said(parse_train(tiny_arguments(folder, "--eval_dataset_name", f"{folder}/pairs.jsonl")))
     assert "24 groups in 3 rollout batches of up to 8; 6 minibatches of 4" in text
     assert "12 rows read, 12 used, 0 dropped" in text
-    assert "LlamaForCausalLM" in text and "thoughts guessed at 6 tokens" in text
+    assert "LlamaForCausalLM" in text and "with thoughts assumed to have 6 tokens" in text
     assert text.rstrip().endswith("the same command without --dry_run runs it")
 
 
@@ -298,7 +298,7 @@ def test_a_folder_with_a_run_is_refused(folder: Path) -> None:
 
 
 def test_rows_that_are_all_too_long_stand_in_the_way(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"of 12 rows that were encoded none can be used; 12 left out: longer than"):
+    with pytest.raises(UserError, match=r"none of the 12 encoded rows can be used; 12 left out: longer than"):
         said(parse_train(tiny_arguments(folder, "--max_length", "2")))
 
 

@@ -1,4 +1,4 @@
-"""The registry of methods, and the method that the documentation adds to it."""
+"""The registry of methods, and the example method of the documentation."""
 
 import os
 import re

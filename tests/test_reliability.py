@@ -1,4 +1,4 @@
-"""A sample of `python -m bench.reliability`: its drills hold, and would not where the fault they plant does harm."""
+"""A sample of `python -m bench.reliability`: its drills pass, and fail if the planted fault does harm."""
 
 import time
 from collections.abc import Iterator

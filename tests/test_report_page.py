@@ -1,4 +1,4 @@
-"""The page of a report: what it shows, that no text of a row is more than text, and that a browser agrees."""
+"""The HTML page of a report: its content, the escaping of row texts, and a check in a browser."""
 
 import re
 import shutil

@@ -1,4 +1,4 @@
-"""A run that goes on after any update, that is asked to end, that is resumed as another, and whose batches go bad."""
+"""A run that resumes after any update, is asked to stop, is resumed with different content, or has bad batches."""
 
 import dataclasses
 import json
@@ -78,7 +78,7 @@ def test_a_run_goes_on_to_the_bit_after_any_update(folder: Path, changes: dict[s
 
 
 def test_what_is_compared_would_show_a_lost_thought(folder: Path) -> None:
-    """The control: log-probs of the batch in a checkpoint are changed a little, and the run is another."""
+    """The control: log-probs of the batch in a checkpoint are changed a little, and the run is different."""
     config = tiny_config(folder, save_steps=0, max_steps=1, save_updates=1, alternate="joint")
     (path,) = within(config, folder / "whole")
     state = json.loads((path / "state.json").read_text())
@@ -154,7 +154,7 @@ def test_a_signal_saves_and_ends_the_run(
     assert [place_of(path) for path in checkpoints(folder / "run")] == [tuple(map(int, left.split("-")))]
     assert (
         f"{signal.Signals(number).name}: the run saves a checkpoint" in caplog.text
-        and "Saved, and ended" in caplog.text
+        and "Saved and stopped" in caplog.text
     )
     make_trainer(dataclasses.replace(config, resume_from_checkpoint="latest", output_dir="run"), folder / "run").train()
     assert same_weights(folder / "run", folder / "plain") and untimed(folder / "run") == untimed(folder / "plain")
@@ -220,13 +220,17 @@ def other_model(folder: Path) -> dict[str, Any]:
 
 
 OTHERS: dict[str, tuple[Callable[[Path], dict[str, Any]], str, str]] = {
-    "rows": (other_rows, "the data set: its rows", "rows may come twice or never"),
-    "template": (other_template, "the template is another .*check", "another question"),
-    "tokenizer": (other_tokenizer, "the tokenizer is another", "a token id may mean another text"),
-    "chat template": (other_chat_template, "the chat template of the tokenizer is another", "saw other turns"),
-    "model": (other_model, r"the base model .the weights that the run began with. is another", "adapters and a frozen"),
+    "rows": (other_rows, "the data set: its rows", "rows may be used twice or never"),
+    "template": (other_template, "the template is different .*check", "a different question"),
+    "tokenizer": (other_tokenizer, "the tokenizer is different", "a token id may mean a different text"),
+    "chat template": (other_chat_template, "the chat template of the tokenizer is different", "saw different turns"),
+    "model": (
+        other_model,
+        r"the base model .the weights that the run began with. is different",
+        "adapters and a frozen",
+    ),
     "steps": (lambda _: {"max_steps": 3}, "the number of steps was 2, is 3", "the learning rate falls"),
-    "options": (lambda _: {"epsilon": 0.3}, "epsilon was 0.2, is 0.3", "the result is the one"),
+    "options": (lambda _: {"epsilon": 0.3}, "epsilon was 0.2, is 0.3", "the result no longer equals"),
 }
 
 

@@ -1,5 +1,5 @@
-"""`Scorer.as_reward_function`: whatever rows a trainer brings, those that can be judged get their own score and no row
-ends the batch.
+"""`Scorer.as_reward_function`: for any rows of a trainer, rows that can be judged get their own score, and no row fails
+the batch.
 """
 
 import asyncio
@@ -68,7 +68,7 @@ def called(text: str) -> list[dict[str, Any]]:
 
 
 # How a prompt p and a response r may be written. A row that can be judged, and what it is the same as.
-PARTS, LONG = "a part of a content that is no text", "more tokens, with its thought, than the model has positions for"
+PARTS, LONG = "a content part that is not text", "with its thought it has more tokens than the model has positions"
 GOOD: dict[str, Callable[[str, str], tuple[Row, Row]]] = {
     "texts": lambda p, r: ((p, r), (p, r)),
     "messages and a text": lambda p, r: (([user(p)], r), (p, r)),
@@ -88,39 +88,39 @@ GOOD: dict[str, Callable[[str, str], tuple[Row, Row]]] = {
 }  # fmt: skip
 # Rows that cannot, and why.
 BAD: dict[str, tuple[Callable[[str, str], Row], str]] = {
-    "no prompt": (lambda p, r: (None, r), "not of the form"),
+    "no prompt": (lambda p, r: (None, r), "not in the expected form"),
     "an empty prompt": (lambda p, r: ("", r), "empty prompt"),
     "a blank prompt": (lambda p, r: ([user("  ")], r), "empty prompt"),
     "no turns": (lambda p, r: ([], r), "empty prompt"),
     "a system turn alone": (lambda p, r: ([turn("system", p)], r), "empty prompt"),
     "an answer to nothing": (lambda p, r: ([assistant(p)], r), "empty prompt"),
-    "a number": (lambda p, r: (7, r), "not of the form"),
-    "a message by itself": (lambda p, r: (user(p), r), "not of the form"),
+    "a number": (lambda p, r: (7, r), "not in the expected form"),
+    "a message by itself": (lambda p, r: (user(p), r), "not in the expected form"),
     "two turns of one role": (lambda p, r: ([user(p), user(p)], r), "consecutive turns of one role"),
     "a system turn inside": (lambda p, r: ([user(p), turn("system", p), user(p)], r), "a system turn inside the conv"),
     "what the template refuses": (lambda p, r: ([turn("system", p), user(p)], r), "only user and assistant"),
     "a tool's turn": (lambda p, r: ([user(p), assistant(""), turn("tool", "7")], r), "unknown role 'tool'"),
     "a call in the prompt": (lambda p, r: ([user(p), assistant(None, tool_calls=[CALL]), user(p)], r), "tool calls"),
-    "no role": (lambda p, r: ([{"content": p}], r), "not of the form"),
-    "no content": (lambda p, r: ([{"role": "user"}], r), "not of the form"),
+    "no role": (lambda p, r: ([{"content": p}], r), "not in the expected form"),
+    "no content": (lambda p, r: ([{"role": "user"}], r), "not in the expected form"),
     "null content": (lambda p, r: ([user(None)], r), "null content"),
-    "a list in a list": (lambda p, r: ([[user(p)]], r), "not of the form"),
+    "a list in a list": (lambda p, r: ([[user(p)]], r), "not in the expected form"),
     "an image": (lambda p, r: ([user([IMAGE, *parts(p)])], r), PARTS),
     "a part without text": (lambda p, r: ([user([{"type": "text"}])], r), PARTS),
-    "a surrogate in the prompt": (lambda p, r: ("\ud800", r), "a lone surrogate, which is no text"),
+    "a surrogate in the prompt": (lambda p, r: ("\ud800", r), "a lone surrogate, which is not valid text"),
     "an over-long prompt": (lambda p, r: ("5 " * 3000, r), LONG),
-    "no completion": (lambda p, r: (p, None), "not of the form"),
-    "no turns written": (lambda p, r: (p, []), "not one turn of the assistant"),
+    "no completion": (lambda p, r: (p, None), "not in the expected form"),
+    "no turns written": (lambda p, r: (p, []), "not one assistant turn"),
     "a call": (lambda p, r: ([user(p)], [assistant("", tool_calls=[CALL])]), "tool calls"),
     "a call and its answer": (lambda p, r: ([user(p)], called(r)), "tool calls"),
-    "two turns": (lambda p, r: ([user(p)], [assistant(r), assistant(r)]), "not one turn of the assistant"),
-    "the user's turn": (lambda p, r: ([user(p)], [user(r)]), "not one turn of the assistant"),
+    "two turns": (lambda p, r: ([user(p)], [assistant(r), assistant(r)]), "not one assistant turn"),
+    "the user's turn": (lambda p, r: ([user(p)], [user(r)]), "not one assistant turn"),
     "nothing in the turn": (lambda p, r: ([user(p)], [assistant(None)]), "null content"),
     "an image as the answer": (lambda p, r: ([user(p)], [assistant([IMAGE])]), PARTS),
-    "a number as the answer": (lambda p, r: (p, 5.0), "not of the form"),
-    "bytes": (lambda p, r: (p, r.encode()), "not of the form"),
-    "a message as the answer": (lambda p, r: (p, assistant(r)), "not of the form"),
-    "a surrogate": (lambda p, r: (p, [assistant("5 \udfff")]), "a lone surrogate, which is no text"),
+    "a number as the answer": (lambda p, r: (p, 5.0), "not in the expected form"),
+    "bytes": (lambda p, r: (p, r.encode()), "not in the expected form"),
+    "a message as the answer": (lambda p, r: (p, assistant(r)), "not in the expected form"),
+    "a surrogate": (lambda p, r: (p, [assistant("5 \udfff")]), "a lone surrogate, which is not valid text"),
     "an over-long answer": (lambda p, r: (p, "5 " * 3000), LONG),
 }  # fmt: skip
 PROMPTS, RESPONSES = ["3 5 0", "5 6 2 1", "1 1"], ["5", "2 7 1", "8 8", "1 1 1 0 4"]
@@ -187,7 +187,7 @@ def test_programming_errors_end_the_batch(module_folder: Path) -> None:
         rewards(gram, [good])
     with pytest.raises(DataError, match="1 references for 2 completions"):
         rewards(gram, [good, good], {"reference": ["7"]})
-    with pytest.raises(DataError, match="the reference of completion 1 is no text but the int 4"):
+    with pytest.raises(DataError, match="the reference of completion 1 is not text but the int 4"):
         rewards(gram, [good, good], {"answer": ["7", 4]}, reference="answer")
     with pytest.raises(ModelError, match=r"infinite log-odds where all agree.*probability=True"):
         rewards(judge, [good], {"reference": ["7"]})
@@ -202,7 +202,7 @@ def test_references_and_verdicts_that_cannot_be_read(module_folder: Path) -> Non
     rows = [("1", "5"), ("1", "4"), ("1", "8"), ("1", None)]
     found = rewards(scorer, rows, {"reference": ["2", None, "3", "4"]}, probability=True)
     assert found == [0.5, None, None, None]
-    assert scorer.unjudged == {"not of the form": 2, "a verdict that cannot be read": 1}
+    assert scorer.unjudged == {"not in the expected form": 2, "a verdict that cannot be read": 1}
     same = [("1", [assistant("5")]), ("1", "5")]
     assert rewards(scorer, same, {"reference": [[assistant(parts("2"))], "2"]}, probability=True) == [0.5, 0.5]
 

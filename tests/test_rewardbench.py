@@ -1,4 +1,4 @@
-"""RewardBench 1 and 2 against what is worked out by hand, from files to the headline."""
+"""RewardBench 1 and 2 against values computed by hand, from files to the headline."""
 
 import json
 import math
@@ -61,7 +61,7 @@ def test_parts_of_it_have_no_headline() -> None:
     found = rewardbench(rows(RIGHT, WRONG, subset="mt-bench-easy"), "score")
     assert found.parts == {"Chat": 0.5} and found.headline is None
     assert len(found.missing) == 22 and "math-prm" in found.missing
-    with pytest.raises(DataError, match=r"rows:1: the subset 'maths' is none of RewardBench's"):
+    with pytest.raises(DataError, match=r"rows:1: the subset 'maths' is not one of RewardBench's"):
         rewardbench(rows(RIGHT, subset="maths"), "score")
 
 

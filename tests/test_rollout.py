@@ -1,4 +1,4 @@
-"""Sampling is from the model's own distribution and nothing else, and what it records is what the trainer computes."""
+"""Sampling uses only the model's own distribution, and its recorded log-probs are those of the trainer."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""That the bounds of the operators' tests hold for any order of a sum, and that what is wrong does not meet them."""
+"""The error bounds of the operators' tests hold for any order of a sum, and wrong results exceed them."""
 
 from collections.abc import Callable
 from typing import Any

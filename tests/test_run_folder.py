@@ -1,4 +1,4 @@
-"""A run's folder: one run at a time, a finished one stays as it is, and what a damaged checkpoint holds up."""
+"""The folder of a run: one run at a time, finished runs are unchanged, and the effect of damaged checkpoints."""
 
 import dataclasses
 import json
@@ -180,7 +180,7 @@ def test_several_processes_are_refused_by_name(
             command(main)
         assert (end.value.code or 0) == status
         assert (
-            "WORLD_SIZE = 2: only dwrl_fast.train and dwrl_fast.doctor take several processes;"
+            "WORLD_SIZE = 2: only dwrl_fast.train and dwrl_fast.doctor run as several processes;"
             in capsys.readouterr().err
         ) == (status == 2)
 
@@ -194,7 +194,7 @@ def test_training_refuses_several_processes_that_have_no_rank(
     with pytest.raises(SystemExit) as end:
         command(train.main, ranks=True)
     assert end.value.code == 2
-    assert "WORLD_SIZE = 2 without RANK: several processes are started by torchrun" in capsys.readouterr().err
+    assert "WORLD_SIZE = 2 without RANK: start several processes with torchrun" in capsys.readouterr().err
     assert not (folder / "run").exists()
 
 
@@ -218,7 +218,7 @@ def test_a_finished_run_is_left_as_it_is(folder: Path, caplog: pytest.LogCapture
     for change in changes:
         with pytest.raises(ConfigError, match=f"a finished run with other options .{next(iter(change))} was"):
             go(dataclasses.replace(config, **change), "latest")
-    with pytest.raises(ConfigError, match="holds a finished run, which is never written over"):
+    with pytest.raises(ConfigError, match="holds a finished run, which is never overwritten"):
         go(config, str(folder / "run" / "checkpoint-000003"))
     assert content(folder / "run") == before
 
@@ -232,7 +232,7 @@ def test_a_finished_run_that_lost_something_makes_it_again(folder: Path, damaged
         (folder / "run" / "result.json").write_text("{")
     else:
         shutil.rmtree(folder / "run" / "model")
-    with pytest.raises(CheckpointError, match=r"Remove .*result.json: the same command then makes it again"):
+    with pytest.raises(CheckpointError, match=r"Remove .*result.json: the same command then writes it again"):
         go(config, "latest")
     (folder / "run" / "result.json").unlink()
     go(config, "latest")
@@ -248,7 +248,7 @@ def test_a_model_without_its_checkpoints_is_not_written_over(folder: Path, resum
         shutil.rmtree(each)
     before = content(folder / "run")
     path = resume if resume == "latest" else str(folder / "other" / "checkpoint-000002")
-    with pytest.raises(CheckpointError, match=r"run holds model of a run that came to its end"):
+    with pytest.raises(CheckpointError, match=r"run holds model of a finished run"):
         go(config_of(folder), path)
     assert content(folder / "run") == before
 
@@ -258,7 +258,7 @@ def test_latest_starts_a_run_that_is_not_there(folder: Path, caplog: pytest.LogC
     with caplog.at_level("INFO", logger="dwrl_fast"):
         go(config_of(folder, "below/new"), "latest")
     said = [message for message in caplog.messages if "no checkpoint to resume from" in message]
-    assert said == [f"{folder}/below/new holds no checkpoint to resume from: the run starts at its beginning."]
+    assert said == [f"{folder}/below/new holds no checkpoint to resume from: the run starts from the beginning."]
     assert all(torch.equal(p, weights(folder / "below/new")[name]) for name, p in weights(folder / "plain").items())
 
 
@@ -285,12 +285,12 @@ def test_a_damaged_newest_checkpoint_is_set_aside(folder: Path, caplog: pytest.L
     for name in names[1:]:
         flip_byte(run / name)
     damaged = {name: {k: text for k, (_, text) in content(run / name).items()} for name in names[1:]}
-    with pytest.raises(CheckpointError, match="checkpoint-000002, which lies past"):
+    with pytest.raises(CheckpointError, match="checkpoint-000002, which is later than"):
         go(config, str(run / "checkpoint-000001"))
     assert [path.name for path in checkpoints(run)] == names, "only latest may move them"
     assert go(config, "latest")["steps"] == 4
     for name, aside in zip(names[1:], ("checkpoint-000002.damaged", "checkpoint-000003.damaged-2"), strict=True):
-        assert f"{run / name} is damaged, and was set aside as {aside}." in caplog.text
+        assert f"{run / name} is damaged and was renamed to {aside}." in caplog.text
         assert {k: text for k, (_, text) in content(run / aside).items()} == damaged[name], "nothing of it is lost"
     assert [path.name for path in checkpoints(run)] == [f"checkpoint-00000{step}" for step in (1, 2, 3, 4)]
     assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == [1, 2, 3, 4]
@@ -304,7 +304,7 @@ def test_without_a_whole_checkpoint_nothing_begins_anew(folder: Path) -> None:
     for path in checkpoints(folder / "run"):
         flip_byte(path)
     before = content(folder / "run")
-    with pytest.raises(CheckpointError, match="holds checkpoints, and none is whole"):
+    with pytest.raises(CheckpointError, match="holds checkpoints, but none is intact"):
         go(config, "latest")
     assert content(folder / "run") == before
     for path in checkpoints(folder / "run"):

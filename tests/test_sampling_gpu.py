@@ -1,4 +1,4 @@
-"""The sampler over a shared cache on a GPU: passes that are graphs give what launched ones give, to the bit."""
+"""The sampler with a shared cache on a GPU: CUDA graphs give bit-identical results to launched kernels."""
 
 from typing import Any
 

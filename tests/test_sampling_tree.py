@@ -1,4 +1,4 @@
-"""Sampling over a cache: every prefix once, thoughts that come and go, scores from where it ends, bounded memory."""
+"""Sampling with a shared cache: every prefix once, thoughts that start and end, scores from it, bounded memory."""
 
 from collections import Counter
 from typing import Any

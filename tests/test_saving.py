@@ -1,4 +1,4 @@
-"""Checkpoints beside training: a copy of the moment, one at a time, and a disk that refuses ends no run."""
+"""Checkpoints in the background: a consistent copy, one write at a time, and disk errors do not end the run."""
 
 import dataclasses
 import errno
@@ -77,7 +77,7 @@ def test_a_disk_that_refuses_is_said_and_the_next_save_is_tried(
         saver.save((2, 0), {"a": torch.ones(1)}, {})
         assert not saver.finish()
     assert "checkpoint-000002 could not be written: [Errno 28] No space left" in caplog.text
-    assert "The run goes on without it" in caplog.text
+    assert "The run continues without it" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000001"]
     monkeypatch.setattr(checkpoint, "_sync", sync)
     saver.save((2, 0), {"a": torch.ones(1)}, {})

@@ -1,4 +1,4 @@
-"""recipes/machines/slurm.sh under stand-ins for Slurm's two commands, which start everything on this machine."""
+"""recipes/machines/slurm.sh with substitutes for Slurm's two commands, which start everything on this machine."""
 
 import os
 import socket

@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct, a pretrained model: what is computed with it is what transformers computes, and it trains.
+"""SmolLM2-135M-Instruct, a pretrained model: results equal those of transformers, and it trains.
 
-The oracle is transformers' own model on one sequence at a time, as it stands in the folder, with its own attention and
-its own head. `make smollm2` fetches the folder.
+The oracle is transformers' unchanged model on one sequence at a time, with its own attention and head. `make smollm2`
+creates the folder.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""The star methods: which thoughts are kept, what is computed on them, and rounds that leave little or nothing."""
+"""The star methods: the kept thoughts, the computation on them, and rounds with few or no thoughts."""
 
 import json
 import math
@@ -289,4 +289,4 @@ def test_rounds_without_a_right_thought_are_said(caplog: pytest.LogCaptureFixtur
     watch = StallWatch()
     for _ in range(6):
         watch.update({"comparisons": 4.0, "kept_comparisons": 0.0, "right_thoughts": 0.0, "unparsable": 1.0}, 4)
-    assert [r.getMessage() for r in caplog.records if "none has a thought to train on" in r.getMessage()]
+    assert [r.getMessage() for r in caplog.records if "has a thought to train on" in r.getMessage()]

@@ -1,4 +1,4 @@
-"""The package's templates, and what is said about a file that is none."""
+"""The packaged templates, and the errors for invalid template files."""
 
 from pathlib import Path
 
@@ -55,18 +55,22 @@ def without(values: dict, key: str) -> dict:
         (without(DIALOG, "rate"), "rate", "missing; a template of kind dialog has"),
         (without(DIALOG, "labels"), "labels", "missing"),
         (PAIRWISE | {"labels": ["A", "B"]}, "labels", "unknown in a template of kind pairwise"),
-        (DIALOG | {"kind": "pairwice"}, "kind", "'pairwice' is none of dialog, .*; the nearest is pairwise"),
-        (DIALOG | {"kind": ["dialog"]}, "kind", "is none of"),
+        (DIALOG | {"kind": "pairwice"}, "kind", "'pairwice' is not one of dialog, .*; the nearest is pairwise"),
+        (DIALOG | {"kind": ["dialog"]}, "kind", "is not one of"),
         (DIALOG | {"labels": ["Yes"]}, "labels", "expected two texts"),
         (DIALOG | {"labels": [True, False]}, "labels", r'as in \["Yes", "No"\] with the quotes'),
         (DIALOG | {"labels": ["Yes", "Yes"]}, "labels", "both are 'Yes'"),
         (DIALOG | {"evaluate": "Judge it."}, "evaluate", r"\{aspect\} is missing"),
-        (DIALOG | {"evaluate": "Judge its {aspects}."}, "evaluate", r"\{aspects\}; the nearest is \{aspect\}"),
-        (DIALOG | {"evaluate": "Its {aspect}: {response}"}, "evaluate", r"nothing to put in place of \{response\}"),
+        (
+            DIALOG | {"evaluate": "Judge its {aspects}."},
+            "evaluate",
+            r"\{aspects\} is not a known placeholder; the nearest is \{aspect\}",
+        ),
+        (DIALOG | {"evaluate": "Its {aspect}: {response}"}, "evaluate", r"\{response\} is not a known placeholder"),
         (DIALOG | {"rate": " "}, "rate", "expected a text"),
         (DIALOG | {"rate": 3}, "rate", "expected a text, found 3"),
         (DIRECT | {"evaluate": "{aspect} {prompt} {response_b}"}, "evaluate", r"\{response_a\} is missing"),
-        (DIRECT | {"evaluate": ASKS + " {response_a}"}, "evaluate", r"\{response_a\} stands there 2 times"),
+        (DIRECT | {"evaluate": ASKS + " {response_a}"}, "evaluate", r"\{response_a\} occurs 2 times"),
         (
             DIRECT | {"evaluate": "{aspect}{response_b}{prompt}{response_a}"},
             "evaluate",

@@ -1,4 +1,4 @@
-"""The loop: what it computes does not depend on how it is cut up, and a resumed run is the run."""
+"""The training loop: its results do not depend on the division into micro-batches, and a resumed run equals the run."""
 
 import dataclasses
 import json
@@ -254,7 +254,7 @@ def test_another_runs_checkpoint_is_refused(folder: Path) -> None:
     with pytest.raises(CheckpointError, match="score_normalization was 'vocab', is 'yes_no'"):
         make_trainer(other, folder / "other").train()
     (folder / "pairs.jsonl").write_text((folder / "pairs.jsonl").read_text().replace("user", "assistant", 1))
-    with pytest.raises(CheckpointError, match=r"the data set: its rows, .* is another"):
+    with pytest.raises(CheckpointError, match=r"the data set: its rows, .* is different"):
         make_trainer(dataclasses.replace(other, score_normalization="vocab"), folder / "other").train()
     tiny_pairs(folder / "pairs.jsonl")
     earlier = dataclasses.replace(config, resume_from_checkpoint=str(folder / "run" / "checkpoint-000001"))

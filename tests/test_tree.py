@@ -1,4 +1,4 @@
-"""The tree layout against a trie that holds every prefix as a tuple, and against the padded layout."""
+"""The tree layout against a trie that stores every prefix as a tuple, and against the padded layout."""
 
 import dataclasses
 from collections.abc import Iterator

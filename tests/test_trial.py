@@ -1,4 +1,4 @@
-"""What a model can do here is found out before it is trained: on a tree, padded, sampled from, merged and saved."""
+"""Before training, a trial finds what a model can do: on a tree, padded, in sampling, merged and saved."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -82,7 +82,8 @@ def test_what_no_layout_computes_is_refused_without_a_remedy() -> None:
     forward = layer.mlp.forward
     layer.mlp.forward = lambda x: forward(x + x[:, -1:])
     with pytest.raises(
-        ModelError, match=r"LlamaForCausalLM cannot be used here, in no layout: .*padded: .*other model"
+        ModelError,
+        match=r"LlamaForCausalLM cannot be used here, because it works in no layout: .*padded: .*other model",
     ):
         placed(lm)
 

@@ -1,4 +1,4 @@
-"""Intervals and p-values of rows of several pairs, against scipy's bootstrap over rows that are counted by hand."""
+"""Intervals and p-values for rows with several pairs, against scipy's bootstrap over rows counted by hand."""
 
 import gzip
 import itertools
@@ -342,7 +342,7 @@ def test_evaluate_draws_prompts(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     assert by_row["pairs"]["prompts"] is None and by_prompt["pairs"]["prompts"] == 5
     assert by_prompt["pairs"]["accuracy"] == by_row["pairs"]["accuracy"]
     text = (folder / "prompts" / "report.md").read_text()
-    assert "drawn from 5 prompts: too few" in text and "| prompts, which the intervals are drawn from | 5 |" in text
+    assert "from only 5 prompts: too few" in text and "| prompts, the units of the intervals | 5 |" in text
     for name in ("pairs", "all"):
         assert by_prompt[name]["low"] != by_row[name]["low"], name
     assert [point["low"] for point in by_prompt["votes"]] != [point["low"] for point in by_row["votes"]]

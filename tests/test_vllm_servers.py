@@ -1,4 +1,4 @@
-"""Servers that die, hang, restart, lie or return too little: what the sampler does about each."""
+"""Servers that die, hang, restart, give wrong answers or return too little: the reaction of the sampler."""
 
 import math
 import socket
@@ -112,7 +112,7 @@ def test_weights_by_nccl_to_two_servers(fake: FakeVllm, url: str, monkeypatch: p
         assert sender.sent == [[("weight", torch.float32, (3,))]] * 2
         assert (fake.joined["rank_offset"], other.joined["rank_offset"], other.joined["world_size"]) == (1, 3, 5)
         other.restart()
-        with pytest.raises(SamplerError, match="not the last ones, as after a restart"):
+        with pytest.raises(SamplerError, match="instead of the latest ones, as after a restart"):
             sampler.sample(CONTEXTS, 1, **HOW)
         sampler.close()
         assert fake.routes[-1] == other.routes[-1] == "/shutdown_weight_transfer_engine"
@@ -237,7 +237,7 @@ def test_a_server_started_otherwise_is_refused(fake: FakeVllm, url: str, part: s
 
 def test_defaults_that_alter_are_found_by_the_probe(fake: FakeVllm, url: str) -> None:
     fake.defaults = {"temperature": 0.6}
-    with pytest.raises(SamplerError, match="defaults of its own"):
+    with pytest.raises(SamplerError, match="its own defaults"):
         sampler_of(url)
 
 
@@ -248,7 +248,7 @@ def test_another_version_of_vllm_is_refused(fake: FakeVllm, url: str) -> None:
 
 
 def test_too_long_sequences_are_refused_before_they_are_sent(url: str) -> None:
-    with pytest.raises(ConfigError, match="may take 71 tokens, and vLLM takes 64"):
+    with pytest.raises(ConfigError, match="may take 71 tokens, but vLLM takes at most 64"):
         sampler_of(url).sample([[1] * 67], 1, **HOW)
 
 

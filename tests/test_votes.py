@@ -1,4 +1,4 @@
-"""Votes, slices and orders against loops, and intervals against what they estimate."""
+"""Votes, slices and orders against loops, and intervals against the estimated quantities."""
 
 import itertools
 import math

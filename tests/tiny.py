@@ -1,4 +1,4 @@
-"""A tiny model and pairs for it, made in a moment: what the tests of the trained path run on."""
+"""A tiny model and pairs, created quickly, for the tests of training."""
 
 import dataclasses
 from pathlib import Path

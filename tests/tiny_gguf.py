@@ -1,4 +1,4 @@
-"""A tiny Llama as a GGUF file, its matrices in 8 bits, and the model that it must be read as."""
+"""A tiny Llama as a GGUF file with 8-bit matrices, and the model that it must be read as."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Rows as a model might have judged them, and the preferences that they are of."""
+"""Rows as a model might have judged them, and their preferences."""
 
 from typing import Any
 

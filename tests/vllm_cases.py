@@ -1,4 +1,4 @@
-"""What is shown of vLLM with vLLM itself: each case is run by its Python, as `vllm_cases.py CASE FOLDER`.
+"""Tests of vLLM with vLLM itself. Its own Python runs each case, as `vllm_cases.py CASE FOLDER`.
 
 A case is a function of an empty folder; it fails by raising.
 """

@@ -1,4 +1,4 @@
-"""`python -m bench.gpu`: what parts.py holds."""
+"""`python -m bench.gpu`: runs the parts in parts.py."""
 
 from bench.gpu.parts import main
 

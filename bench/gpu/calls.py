@@ -1,9 +1,9 @@
-"""Every Triton kernel once, on shapes so small that a sanitizer can follow.
+"""Runs every Triton kernel once, on shapes small enough for a sanitizer.
 
     python -m bench.gpu.calls [--repeats 100]
 
-With `--repeats N`, on larger shapes, N times more on the same inputs in PyTorch's deterministic mode: every number of
-every result has to be the same, bit for bit. Prints a line a call, and as its last line the results in JSON.
+With `--repeats N` it uses larger shapes and runs N more times on the same inputs in PyTorch's deterministic mode: all
+results must be equal bit for bit. Prints a line per call, and the results in JSON as the last line.
 """
 
 import itertools
@@ -23,12 +23,12 @@ from dwrl_fast import ops
 
 Call = Callable[[], tuple[Tensor, ...]]
 SMALL, LARGE = (37, 64, 1003), (2212, 1024, 151936)  # T, H, V
-SMALL_CACHE, LARGE_CACHE = (3, 100, 5), (256, 400, 90)  # thoughts, tokens of what they share, tokens of each
+SMALL_CACHE, LARGE_CACHE = (3, 100, 5), (256, 400, 90)  # thoughts, shared tokens, tokens of each thought
 SMALL_TREE = Plan(torch.tensor([0, 40, 57, 60]), torch.tensor([40, 57, 60, 75]), torch.tensor([-1, 0, 1, 0]))
 
 
 def calls(large: bool, device: str = "cuda") -> Iterator[tuple[str, Call]]:
-    """Every call by its name. large: on the shapes of a real model, in place of those that a sanitizer can follow."""
+    """Every call by name. large: use the shapes of a real model instead of those for a sanitizer."""
     for dtype in (torch.float32, torch.bfloat16):
         yield from head_calls(*(LARGE if large else SMALL), dtype, device)
     yield from loss_calls(100_003 if large else 1500, device)
@@ -39,7 +39,7 @@ def calls(large: bool, device: str = "cuda") -> Iterator[tuple[str, Call]]:
 
 
 def head_calls(t: int, h: int, v: int, dtype: torch.dtype, device: str) -> Iterator[tuple[str, Call]]:
-    """The operators over the kernels of the head: plain, and with all that they can take."""
+    """The operators of the head, plain and with all optional arguments."""
     g, hidden, weight, targets = drawn_head(t, h, v, dtype, device)
     draw = partial(torch.randn, generator=g, device=device)
     bias = draw(v).to(dtype).requires_grad_()
@@ -110,7 +110,7 @@ def attention_calls(
 
 
 def cache_calls(thoughts: int, shared: int, own: int, device: str) -> Iterator[tuple[str, Call]]:
-    """`cache_attention` of thoughts that go on from one text: all tokens at once, and the last over what is kept."""
+    """`cache_attention` for thoughts that continue one text: all tokens at once, and the last token with the cache."""
     runs = [(0, shared)] + [(shared, own)] * thoughts
     first = list(itertools.accumulate((count for _, count in runs), initial=0))
     blocks = list(itertools.accumulate((-(-count // ops.BLOCK) for _, count in runs), initial=0))
@@ -161,7 +161,7 @@ def draw_calls(v: int, device: str) -> Iterator[tuple[str, Call]]:
 
 
 def differing(call: Call, repeats: int) -> int:
-    """How many of the repeats differ in any bit from the first run."""
+    """The number of repeats that differ from the first run in any bit."""
     first = call()
     return sum(
         not all(torch.equal(bits(x), bits(y)) for x, y in zip(call(), first, strict=True)) for _ in range(repeats)
@@ -169,7 +169,7 @@ def differing(call: Call, repeats: int) -> int:
 
 
 def bits(x: Tensor) -> Tensor:
-    """As integers: NaN is equal to itself, and -0 is not 0."""
+    """`x` as integers, so that NaN equals itself and -0 differs from 0."""
     return x.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
 
 

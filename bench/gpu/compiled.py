@@ -1,4 +1,4 @@
-"""The Triton kernels compiled ahead of time, for GPUs that are not here: what each takes of a multiprocessor."""
+"""Compiles the Triton kernels ahead of time, without a GPU, and reads their use of multiprocessor resources."""
 
 import os
 import re
@@ -22,13 +22,13 @@ SCALARS |= dict.fromkeys(("clip_low", "clip_high", "beta", "scale", "cap"), "fp3
 
 
 class Variant(NamedTuple):
-    """A kernel with its constants, warps and stages, and how many bytes a thread of it may spill."""
+    """A kernel with its constants, warps and stages, and the number of bytes that a thread may spill."""
 
     kernel: Any
     constants: dict[str, Any]
     warps: int
     stages: int = 3
-    spilled: int = 4  # one register: the assembler of Triton 3.6 gives it up for occupancy (sm_100, float32, V 128256)
+    spilled: int = 4  # one register, which Triton 3.6's assembler spills for occupancy (sm_100, float32, V 128256)
 
 
 def row_pass(kernel: Any, v: int, **options: bool) -> Variant:
@@ -37,7 +37,7 @@ def row_pass(kernel: Any, v: int, **options: bool) -> Variant:
 
 
 def walks(channels: int, **options: bool) -> list[Variant]:
-    """The kernels of attention for bfloat16 heads of so many channels, 28 of queries and 4 of keys."""
+    """The attention kernels for bfloat16 heads with `channels` channels, 28 query heads and 4 key heads."""
     given = {"HAS_CAP": False, "HAS_WINDOW": False, "PRECISION": "tf32"} | options
     given |= {"GROUP": 7, "HEADS": 28, "D": channels, "BLOCK_D": channels}
     blocks = attention.sizes(torch.bfloat16, channels)
@@ -52,7 +52,7 @@ BLOCKED = {"GROUP": 7, "HEADS": 4, "D": 128, "DV": 128, "BLOCK_D": 128, "BLOCK":
 
 
 def of_cache(channels: int, rows_: int, **options: bool) -> Variant:
-    """Attention to a cache of blocks of 64 tokens, for the same heads and so many rows a program."""
+    """Attention to a cache of blocks of 64 tokens, for the same heads and `rows_` rows per program."""
     given = BLOCKED | {"HAS_CAP": False, "HAS_WINDOW": False, "SHARED": False, "PRECISION": "tf32"} | options
     of = cache.sizes(torch.bfloat16, channels)
     given |= {"D": channels, "DV": channels, "BLOCK_D": channels, "ROWS": rows_, "KEYS": of.keys}
@@ -95,23 +95,25 @@ class Compiled(NamedTuple):
 
     @property
     def occupancy(self) -> float:
-        """Share of the warps that a multiprocessor can hold, by registers: they are given out in 8 a thread."""
+        """The share of a multiprocessor's warps that can be resident, limited by registers, which are allocated in
+        units of 8 per thread.
+        """
         programs = REGISTERS // (-(-self.registers // 8) * 8 * 32 * self.warps)
         return min(1.0, programs * self.warps / WARPS_HELD)
 
 
 def compiled(variant: int, capability: int, logits: str, gradient: str) -> Compiled:
-    """logits, gradient: Triton's names of their dtypes. A narrower gradient lies over the logits."""
+    """logits, gradient: Triton's names of their dtypes. A narrower gradient overwrites the logits."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     kernel, constants, warps, stages, _ = VARIANTS[variant]
     constants = constants | {name: None for flag, name in NULLABLE.items() if constants.get(flag) is False}
     kinds = POINTERS | SCALARS | {"logits": f"*{logits}"}
-    if kernel is not rows.policy_loss_kernel:  # there the gradient is per token, and float32
+    if kernel is not rows.policy_loss_kernel:  # its gradient is per token and float32
         kinds |= {"gradient": f"*{gradient}"}
     signature = {name: "constexpr" if name in constants else kinds.get(name, "*fp32") for name in kernel.arg_names}
-    # PyTorch's memory is aligned to 16 bytes, and Triton then compiles wide loads, which take more registers.
+    # PyTorch's memory is aligned to 16 bytes. Triton then compiles wide loads, which need more registers.
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, (name, kind) in enumerate(signature.items())

@@ -1,11 +1,11 @@
-"""What is asked of a GPU, part by part.
+"""Runs the GPU tests and benchmarks, part by part.
 
     python -m bench.gpu PART ...
 
-Each ends within ten minutes, and writes bench/results/<gpu>_<part>.json with machine, versions and commit, and what it
-printed beside it.
+Each part ends within ten minutes and writes bench/results/<gpu>_<part>.json with machine, versions and commit, and its
+output next to it.
 
-`--list` says what there is. Nothing of the GPU's settings is changed. Of a copy, name the commit in --commit.
+`--list` shows all parts. No settings of the GPU are changed. For a copy without git, give the commit with --commit.
 """
 
 import json
@@ -33,25 +33,25 @@ RESULTS = ROOT / "bench" / "results"
 TOOLS = ("memcheck", "racecheck", "initcheck")
 REPEATS = 100
 MISSING_PACKAGE = re.compile(r"liger-kernel is not installed")
-INSTEAD = """there is no CUDA device, and every part needs one. Without one there are
+INSTEAD = """there is no CUDA device, but every part needs one. Without a GPU you can run
     python -m pytest tests/test_ops_triton.py    the kernels through Triton's interpreter, and compiled for three GPUs
     python -m pytest tests/test_bench_gpu.py     what the parts run, on tiny shapes
     python -m bench.gpu.roofline                 what to expect, counted"""
 
 
-Outcome = dict[str, Any]  # what the part's report says: "ok", and what it found
+Outcome = dict[str, Any]  # the part's report: "ok", and its findings
 
 
 class Job(NamedTuple):
-    """One part at work: where its log, tables and plots go, and after how long a command of it is stopped."""
+    """A running part: the path of its log, tables and plots, and the time limit of its commands."""
 
     name: Path  # without a suffix
     seconds: float
 
     def command(self, *args: str, **environment: str) -> tuple[int, str]:
-        """Exit status and output, which is shown and kept; 124 where the time was over."""
+        """Run a command. Returns exit status (124 after a timeout) and output, which is also printed and logged."""
         started, lines = time.monotonic(), []
-        limited = ("timeout", "--signal=KILL", str(self.seconds), *args)  # it stops all that was started
+        limited = ("timeout", "--signal=KILL", str(self.seconds), *args)  # also stops its child processes
         with (
             self.name.with_suffix(".txt").open("a") as log,
             subprocess.Popen(
@@ -66,12 +66,12 @@ class Job(NamedTuple):
                     log.write(line)
                     lines.append(line)
             except BaseException:
-                os.killpg(process.pid, signal.SIGKILL)  # an interrupt does not reach a session of its own
+                os.killpg(process.pid, signal.SIGKILL)  # an interrupt does not reach a separate session
                 raise
         return (124 if time.monotonic() - started >= self.seconds else process.returncode), "".join(lines)
 
     def benchmark(self, module: str, *options: str) -> tuple[Outcome, str]:
-        """What `python -m module --json` reports, "ok" where it ended well and wrote that, and what it printed."""
+        """The report of `python -m module --json` ("ok" if it succeeded and wrote the report), and its output."""
         path = self.name.with_suffix(".json")
         path.unlink(missing_ok=True)
         status, output = self.command(sys.executable, "-m", module, "--json", str(path), *options)
@@ -80,15 +80,15 @@ class Job(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What is asked of a GPU in one go."""
+    """One part of the GPU tests."""
 
     does: str
-    minutes: int  # after which it is stopped
+    minutes: int  # time limit
     run: Callable[[Job], Outcome]
 
 
 def table(job: Job, module: str, *options: str, ours: str = "dwrl_fast") -> Outcome:
-    """A benchmark that writes its own report. It fails where the variant that is `ours` could not run."""
+    """A benchmark with its own report. It fails if the variant `ours` could not run."""
     report, _ = job.benchmark(module, "--plot", str(job.name.with_suffix(".png")), *options)
     rows = report.get("rows", [])
     own = [row for row in rows if row["variant"] == ours]
@@ -98,7 +98,7 @@ def table(job: Job, module: str, *options: str, ours: str = "dwrl_fast") -> Outc
 
 
 def tests(job: Job) -> Outcome:
-    """Every test marked gpu. A skip is a failure, unless it is for a package that is not installed."""
+    """Every test marked gpu. A skipped test is a failure, unless a package is not installed."""
     files = [str(path) for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text()]
     with tempfile.TemporaryDirectory() as folder:
         xml = Path(folder) / "report.xml"
@@ -114,7 +114,7 @@ def tests(job: Job) -> Outcome:
 
 
 def read_tests(xml: str) -> dict[str, Any]:
-    """ran, failed, skipped for a missing package, refused: skipped for anything else. All by name."""
+    """Test names by outcome: ran, failed, skipped (a package is missing), refused (skipped for another reason)."""
     found: dict[str, Any] = {"ran": 0, "failed": [], "skipped": {}, "refused": {}}
     for case in ElementTree.fromstring(xml).iter("testcase"):
         name = f"{case.get('classname')}::{case.get('name')}"
@@ -130,7 +130,9 @@ def read_tests(xml: str) -> dict[str, Any]:
 
 
 def sanitizer(job: Job) -> Outcome:
-    """compute-sanitizer over one run of every call, without the caching allocator that would hide an access."""
+    """compute-sanitizer over one run of every call, without the caching allocator, which would hide invalid
+    accesses.
+    """
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if tool is None:
         print(
@@ -150,8 +152,8 @@ def sanitizer(job: Job) -> Outcome:
 
 
 def read_sanitizer(output: str) -> dict[str, Any]:
-    """The count of its summary, None where there is none; the kernels it names; whether it refused the device; how many
-    calls ran to their end.
+    """The error count of its summary (None if there is none), the kernels that it names, whether it refused the device,
+    and the number of finished calls.
     """
     summary = re.findall(r"(?:ERROR SUMMARY: |RACECHECK SUMMARY: )(\d+)", output)
     kernels = re.findall(r"=+ +at (?:0x\w+ in )?(?:void )?([\w:<>]+)", output)
@@ -164,12 +166,12 @@ def read_sanitizer(output: str) -> dict[str, Any]:
 
 
 def clean(found: dict[str, Any]) -> bool:
-    """Whether a report of `read_sanitizer` says that all calls ran, and nothing was found."""
+    """Whether all calls ran without errors, according to `read_sanitizer`."""
     return found["errors"] == 0 and found["status"] == 0 and not found["refused"] and found["calls"] > 0
 
 
 def repeats(job: Job) -> Outcome:
-    """The same inputs again and again in deterministic mode."""
+    """Repeated runs on the same inputs in deterministic mode."""
     status, output = job.command(
         sys.executable, "-m", "bench.gpu.calls", "--repeats", str(REPEATS), CUBLAS_WORKSPACE_CONFIG=":4096:8"
     )
@@ -180,7 +182,7 @@ def repeats(job: Job) -> Outcome:
 
 
 def against_cpu(job: Job, module: str, stored: str, *options: str) -> Outcome:
-    """A run that learns, held against what the CPU's stored runs let one expect of it."""
+    """A training run, compared with the prediction intervals of the stored CPU runs."""
     if not (RESULTS / stored).exists():
         print(f"NOT RUN: there is no {RESULTS / stored}, which `python -m {module} --json` writes on a CPU")
         return {"ok": False, "missing": [stored]}
@@ -195,14 +197,14 @@ def pairs(job: Job) -> Outcome:
     files = [str(lengths.SHARED / lengths.FILES[name]) for name in ("hh", "gsm8k_real")]
     missing = [path for path in (str(tokenizers), *files) if not Path(path).exists()]
     if missing:
-        print(f"NOT RUN: there is no {', '.join(missing)}; name the folder above data/ in DWRL_FAST_SHARED")
+        print(f"NOT RUN: there is no {', '.join(missing)}; set DWRL_FAST_SHARED to the folder above data/")
         return {"ok": False, "missing": missing}
     given = ("--tokenizers", str(tokenizers), "--data", *files)
     return against_cpu(job, "bench.learning.overfit", "cpu_overfit.json", *given)
 
 
 PARTS = {
-    "tests": Part("every test that needs a GPU, against float64; a skip for want of one is a failure", 9, tests),
+    "tests": Part("every test that needs a GPU, against float64; a skip without a GPU is a failure", 9, tests),
     "sanitizer": Part("memcheck, racecheck and initcheck over every kernel and backend", 9, sanitizer),
     "repeats": Part(f"{REPEATS} repeats in deterministic mode, equal bit for bit", 5, repeats),
     "head": Part(
@@ -234,19 +236,19 @@ PARTS = {
 
 
 def gpu_name() -> str:
-    """The name of the GPU in lower case, as it stands in file names."""
+    """The name of the GPU in lower case, for file names."""
     words = re.findall(r"[a-z0-9]+", torch.cuda.get_device_name().lower())
     return "_".join(word for word in words if word not in ("nvidia", "geforce", "tesla"))
 
 
 def run_part(name: str, folder: Path) -> bool:
-    """Run one part, write its report into `folder`, and say whether it was in order."""
+    """Run one part and write its report into `folder`. Returns whether it passed."""
     part = PARTS[name]
     job = Job(folder / f"{gpu_name()}_{name}", 60.0 * part.minutes)
     job.name.with_suffix(".txt").unlink(missing_ok=True)
     start = time.monotonic()
     measured = ceilings()
-    torch.cuda.empty_cache()  # the part is another process
+    torch.cuda.empty_cache()  # the part runs in another process
     found = part.run(job)
     seconds = time.monotonic() - start
     report: Outcome = {"benchmark": name, "machine": machine(), "ceilings": measured} | found | {"seconds": seconds}
@@ -274,5 +276,5 @@ def main() -> None:
     if args.commit:
         os.environ["DWRL_FAST_COMMIT"] = args.commit
     args.out.mkdir(parents=True, exist_ok=True)
-    outcomes = [run_part(name, args.out.resolve()) for name in args.parts]  # all of them, whatever the first one says
+    outcomes = [run_part(name, args.out.resolve()) for name in args.parts]  # run all parts, also after a failure
     raise SystemExit(0 if all(outcomes) else 1)

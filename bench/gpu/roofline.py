@@ -1,10 +1,10 @@
-"""What a GPU has to do for the head and for tree attention, and how fast that can be.
+"""The required work of a GPU for the head and for tree attention, and lower bounds of its time.
 
     python -m bench.gpu.roofline [--kernels]
 
-Counted from shapes and from the pieces that the operators really make; nothing is run. Ceilings are assumed (--flops,
---bytes, --attention) or read from a report of bench.gpu (--report). `--kernels` compiles the Triton kernels for
-sm_90 and prints what they take. docs/performance.md explains the columns.
+Work is counted from shapes and from the actual chunks of the operators; nothing is run. Peak rates are assumed
+(--flops, --bytes, --attention) or read from a report of bench.gpu (--report). `--kernels` compiles the Triton kernels
+for sm_90 and prints their resources. docs/performance.md explains the columns.
 """
 
 import json
@@ -32,7 +32,7 @@ class Ceilings(NamedTuple):
 
 
 def head_line(t: int, h: int, v: int, chunks: int, at: Ceilings) -> tuple[str, ...]:
-    """T trained rows of a bfloat16 head in blocks of so many chunks of rows."""
+    """The line for T trained rows of a bfloat16 head, in blocks of `chunks` chunks."""
     with FakeTensorMode():
         hidden, weight = (torch.empty(n, h, dtype=torch.bfloat16, device="cuda") for n in (t, v))
         chunk = chunk_rows(hidden, weight)
@@ -42,7 +42,7 @@ def head_line(t: int, h: int, v: int, chunks: int, at: Ceilings) -> tuple[str, .
     product = 2.0 * t * h * v / at.flops
     logits = max(product, (2 * (v * h * products + t * h) + 4 * t * v) / at.bytes)
     d_hidden = max(product, (2 * (v * h * blocks + t * h) + 2 * t * v) / at.bytes)
-    # dWeight's float32 sum, which its product hides in part; the work on rows; rounding dWeight.
+    # The float32 sum of dWeight, partly hidden by its product; the row functions; the rounding of dWeight.
     moved = 4 * v * h * (2 * blocks - 1), (4 + 4 + 2) * t * v, (4 + 2) * v * h
     sums, rows, rounding = (size / at.bytes for size in moved)
     rest = logits + d_hidden + rows + rounding
@@ -58,8 +58,8 @@ def head_line(t: int, h: int, v: int, chunks: int, at: Ceilings) -> tuple[str, .
 
 
 def walked(plan: Plan, heads: Heads) -> tuple[float, float, float]:
-    """Pairs of a query and a key that the three kernels of attention compute, masked ones and all, over those needed:
-    forward, of dK and dV, of dQ.
+    """Computed pairs of query and key (including masked ones), divided by the needed pairs, for the three attention
+    kernels: forward, dK and dV, dQ.
     """
     blocks = attention.sizes(torch.bfloat16, heads.channels)
     forest, cpu, needed = tiles.forest(plan, int(plan.stop[-1])), torch.device("cpu"), attended(plan)
@@ -75,7 +75,7 @@ def walked(plan: Plan, heads: Heads) -> tuple[float, float, float]:
 
 
 def tree_line(name: str, plan: Plan, heads: Heads, at: Ceilings) -> tuple[str, ...]:
-    """Products that the kernels compute beside the seven that are needed, and how long they take."""
+    """The line for a tree: products computed by the kernels in addition to the seven needed, and their time."""
     tokens, pairs = int(plan.stop[-1]), attended(plan)
     each = walked(plan, heads)
     products = sum(count * share for count, share in zip((2, 4, 3), each, strict=True))
@@ -85,7 +85,7 @@ def tree_line(name: str, plan: Plan, heads: Heads, at: Ceilings) -> tuple[str, .
 
 
 def print_head(console: Console, at: Ceilings) -> None:
-    """What linear_policy_loss has to do, for the shapes that bench.operators.linear_policy_loss runs on a GPU."""
+    """Print the work of linear_policy_loss, for the GPU shapes of bench.operators.linear_policy_loss."""
     wanted = [(round(t * (1 - untrained)), h, v, CHUNKS) for t, h, v, untrained in GPU_SHAPES]
     table = command.table(
         "linear_policy_loss in bfloat16, milliseconds",
@@ -102,7 +102,7 @@ def print_head(console: Console, at: Ceilings) -> None:
 
 
 def print_trees(console: Console, at: Ceilings) -> None:
-    """What tree_attention has to do, for one sequence and for minibatches as long as real ones."""
+    """Print the work of tree_attention, for one sequence and for minibatches with real lengths."""
     plans = [("one sequence", sequences_of(8192))]
     plans += [(f"{data}, thoughts of {mean}", minibatch(data, mean)) for data in ("hh", "rmb") for mean in (40, 200)]
     table = command.table(
@@ -118,7 +118,7 @@ def print_trees(console: Console, at: Ceilings) -> None:
 
 
 def print_kernels(console: Console) -> None:
-    """What each Triton kernel takes of a multiprocessor of sm_90."""
+    """Print the resources of each Triton kernel on a multiprocessor of sm_90."""
     from bench.gpu.compiled import VARIANTS, compiled
 
     lines = []
@@ -138,7 +138,7 @@ def print_kernels(console: Console) -> None:
 
 
 def main() -> None:
-    """The command: print the tables at the ceilings that the command line gives."""
+    """The command: print the tables for the given peak rates."""
     parser = command.parser("gpu.roofline", __doc__)
     parser.add_argument("--flops", type=float, default=790e12, help="of bfloat16 products, a second (default 790e12)")
     parser.add_argument("--bytes", type=float, default=4.3e12, help="read and written, a second (default 4.3e12)")

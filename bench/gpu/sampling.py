@@ -1,15 +1,15 @@
-"""Sampling thoughts on a GPU: over a shared cache with CUDA graphs and without, and the plain loop.
+"""Sampling of thoughts on a GPU: with a shared cache, with and without CUDA graphs, and with the plain loop.
 
     python -m bench.gpu.sampling --json FILE
 
-Each way writes 4 thoughts of 128 tokens about 64 contexts of some 350 tokens, those of 32 pairs, in bfloat16 over
-float32 weights. Shapes are those of SmolLM2-135M and Qwen2.5-3B, with drawn weights. All thoughts have the full length:
-what would end one is an id that no model writes. Rounds run all ways in turn; a ratio is one of each round, its median
-(least to most).
+Each variant samples 4 thoughts of 128 tokens for 64 contexts of about 350 tokens (32 pairs), in bfloat16 with float32
+weights. Models have the shapes of SmolLM2-135M and Qwen2.5-3B and random weights. All thoughts have the full length,
+because the stop token is an id that no model writes. Every round runs all variants; a ratio is computed per round and
+reported as median (least to most).
 
-The bound counts, pass by pass, the weights and the blocks of the cache that are read, in bfloat16, at the rate of a
-copy on this GPU, and the products of the prefill at the rate of a large product. The weights' casts to bfloat16, once a
-call, and all else are not in it.
+The lower bound counts, for each pass, the weights and cache blocks that are read in bfloat16, at the rate of a copy on
+this GPU, and the products of the prefill at the rate of a large product. Casting weights to bfloat16, once per call,
+and everything else are not included.
 """
 
 import argparse
@@ -49,7 +49,7 @@ N, BF16 = 4, 2
 
 
 def without_graphs(run: Callable[[], float]) -> Callable[[], float]:
-    """`run`, every pass of which is launched kernel by kernel."""
+    """`run` without CUDA graphs."""
 
     def launched() -> float:
         most, forward.GRAPHED = forward.GRAPHED, -1
@@ -62,7 +62,7 @@ def without_graphs(run: Callable[[], float]) -> Callable[[], float]:
 
 
 def measured(name: str, args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """One shape: prints its table, and gives what `--json` holds of it."""
+    """Measure one shape and print its table. Returns its entry for `--json`."""
     _, judging = loaded(SHAPES[name])
     runtime = judging.runtime
     contexts = drawn("long", args.pairs).folded(SHAPES[name]["vocab_size"]).contexts
@@ -71,7 +71,7 @@ def measured(name: str, args: argparse.Namespace, console: Console) -> dict[str,
     for run in ways.values():
         run()  # unmeasured
     taken = in_turn(ways, args.rounds, args.seconds)
-    bound = without_graphs(lambda: least(runtime, work))()  # a pass that is a graph is not counted
+    bound = without_graphs(lambda: least(runtime, work))()  # passes inside a graph are not counted
     rows: list[dict[str, Any]] = []
     cells: list[tuple[str, ...]] = []
     for way, seconds in taken.items():
@@ -86,7 +86,7 @@ def measured(name: str, args: argparse.Namespace, console: Console) -> dict[str,
 
 
 def ways_of(runtime: Runtime, work: Work) -> dict[str, Callable[[], float]]:
-    """The seconds that each takes, by name."""
+    """The variants by name; each returns its seconds."""
     size = default_limits(runtime).batch_size
     tree = of_sampler(tree_sampler(runtime), work, "").run
     plain = of_sampler(plain_sampler(runtime, size), work, "").run
@@ -94,7 +94,7 @@ def ways_of(runtime: Runtime, work: Work) -> dict[str, Callable[[], float]]:
 
 
 def least(runtime: Runtime, work: Work) -> float:
-    """Seconds of the bound."""
+    """The lower bound in seconds."""
     lm, rate = runtime.model.lm, ceilings()
     found = tree_counts(tree_sampler(runtime), work)
     weights = BF16 * sum(p.numel() for p in lm.parameters())

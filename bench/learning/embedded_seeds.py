@@ -1,11 +1,12 @@
-"""How far does DWRL lift held-out accuracy on hard pairs over the warmed-up start? The default run, seed by seed.
+"""Measures how much DWRL raises held-out accuracy on hard pairs above the warmed-up start: the default run, seed by
+seed.
 
     python -m bench.learning.embedded_seeds --seeds 0 1 2 3
 
-Prints every seed whatever its figures, the mean, and for how many seeds one greedy thought gained at least 15 points;
-writes the same as JSON. `--against bench/results/cpu_embedded_seeds.json` says of each mean whether it lies where the
-stored seeds let it be expected, as a GPU's should. What follows `--` goes to dwrl_fast.train as it stands:
-`-- --misalignment_weight off` measures an ablation.
+Prints every seed, the mean, and the number of seeds for which one greedy thought gained at least 15 points; writes the
+same as JSON. `--against bench/results/cpu_embedded_seeds.json` tells for each mean whether it is within the prediction
+interval of the stored seeds, as it should be on a GPU. Options after `--` are passed to dwrl_fast.train: `--
+--misalignment_weight off` measures an ablation.
 """
 
 import json
@@ -35,7 +36,7 @@ COLUMNS = {
 
 
 def seed_row(result: dict[str, Any]) -> dict[str, float]:
-    """The figures of one run, from the result of `dwrl_fast.train`; rise is in fractions of 1."""
+    """The figures of one run, from the result of `dwrl_fast.train`; rise is from 0 to 1."""
     row = {name: result[name] for name in COLUMNS if result.get(name) is not None}
     return {"seed": result["seed"], **row, "rise": row["accuracy_after"] - row["accuracy_before"]}
 
@@ -52,7 +53,7 @@ def table(rows: list[dict[str, float]]) -> Table:
 
 
 def compared(rows: list[dict[str, float]], stored: list[dict[str, float]]) -> Table:
-    """Each mean over `rows` beside that of the stored seeds."""
+    """Each mean over `rows`, next to that of the stored seeds."""
     found = []
     for name, title in (COLUMNS | {"rise": "rise"}).items():
         here, there = ([row[name] for row in some if name in row] for some in (rows, stored))

@@ -1,11 +1,13 @@
-"""Does it learn on real text? Drawn models overfit real pairs under the tokenizer and template of their family.
+"""Tests learning on real text: models with random weights overfit real pairs under the tokenizer and template of their
+family.
 
     python -m bench.learning.overfit --tokenizers DIR --data hh.jsonl.gz gsm8k.jsonl.gz
 
-For every tokenizer folder below DIR, data file and method, a small model is drawn and trained on the first pairs that
-fit the length limit; then the same pairs are ranked by the command's own evaluation (one greedy thought). A drawn model
-knows nothing, so what it reaches here it has learnt from the pairs. It says nothing about unseen pairs. `--against
-bench/results/cpu_overfit.json` says of each accuracy whether it lies where the stored one lets it be expected.
+For every tokenizer folder below DIR, data file and method, a small model is initialised at random and trained on the
+first pairs that fit the length limit. Then the same pairs are evaluated with the command's own evaluation (one greedy
+thought). A random model knows nothing, so it learnt its accuracy from the pairs. The result says nothing about unseen
+pairs. `--against bench/results/cpu_overfit.json` tells for each accuracy whether it is within the prediction interval
+of the stored one.
 """
 
 import json
@@ -42,7 +44,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def shape(family: str, vocabulary: int) -> dict[str, Any]:
-    """A config.json of the family, small in everything but the vocabulary."""
+    """A config.json of the family, small in everything except the vocabulary."""
     return {
         "model_type": family,
         "vocab_size": vocabulary,

@@ -1,10 +1,10 @@
-"""Every method on the same pairs from the same warmed-up backbone: the papers' table at a scale that runs here.
+"""Trains every method on the same pairs from the same warmed-up backbone: the papers' table at a small scale.
 
     python -m bench.learning.paper_table --quick  # one cell (easy fraction 0.7), 3 seeds, stored settings
-    python -m bench.learning.paper_table --full   # all cells, rates swept on dev first; goes on where it stopped
+    python -m bench.learning.paper_table --full   # all cells, rates swept on dev first; resumes if interrupted
 
-Runs go two at a time, each in a process and on a thread of its own. Every run that ends is a line of results.jsonl in
-`--folder`, and is not repeated; the table is made of these lines. No ordering is asserted: what comes out is printed.
+Two runs at a time, each in its own process with one thread. Every finished run is a line of results.jsonl in `--folder`
+and is not repeated. The table is made from these lines. No order of methods is asserted.
 """
 
 import json
@@ -39,7 +39,7 @@ def cells(seeds: Sequence[int], full: bool) -> list[Cell]:
 
 
 def swept_runs(variants: Sequence[str]) -> list[Run]:
-    """One run on dev for each factor; a judge has no rate."""
+    """One run on dev for each factor; a judge has no learning rate."""
     return [
         Run(cell, variant, factor, "dev")
         for cell in cells(SWEEP_SEEDS, full=True)
@@ -64,23 +64,23 @@ class Results:
         self.found: dict[Run, Record] = {run_of(record): record for record in map(json.loads, lines)}
 
     def add(self, record: Record) -> None:
-        """Keep `record`, in the file too."""
+        """Add `record`, also to the file."""
         self.found[run_of(record)] = record
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def of(self, runs: Iterable[Run]) -> list[Record]:
-        """The records of those of `runs` that have ended."""
+        """The records of the finished `runs`."""
         return [self.found[run] for run in runs if run in self.found]
 
 
 def run_of(record: Record) -> Run:
-    """The run that `record` is the result of."""
+    """The run of `record`."""
     return Run(Cell(**record["cell"]), record["variant"], record["factor"], record["split"])
 
 
 def carry_out(runs: Sequence[Run], results: Results, root: Path, jobs: int, console: Console) -> None:
-    """All of `runs` that have no result yet. One that fails is said, and has none."""
+    """Execute all `runs` without a result. A failed run is reported and gets no result."""
     left = [run for run in runs if run not in results.found]
     cells = sorted({run.cell for run in left})
     _each("backbone", backbone, [(cell, root) for cell in cells], jobs, console, lambda made: None)

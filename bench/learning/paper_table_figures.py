@@ -1,4 +1,4 @@
-"""The arithmetic of paper_table.py: from one record a run to one line a variant, with paired intervals."""
+"""The statistics of paper_table.py: from one record per run to one line per variant, with paired intervals."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -17,12 +17,13 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Line:
-    """One variant on one task, over seeds. Accuracies are fractions of 1 on held-out pairs.
+    """One variant on one task, over seeds. Accuracies are from 0 to 1, on held-out pairs.
 
-    interval: of `accuracy`, and `difference_interval` of `difference`, the accuracy less that of dwrl on the same
-    pairs: 95 %, by bootstrap over the test pairs of all seeds. They hold for these backbones; how far seeds are apart
-    is in `seeds`. learnt: of so many seeds the interval after training lies above the one before. tokens: sampled
-    thoughts, and what went through updates, the mean over seeds; warm-up and evaluation are in neither, nor in seconds.
+    interval: of `accuracy`; `difference_interval`: of `difference`, the accuracy minus that of dwrl on the same pairs.
+    Both are 95 % bootstrap intervals over the test pairs of all seeds. They hold for these backbones; `seeds` shows the
+    variation between seeds. learnt: the number of seeds whose interval after training is above the one before. tokens:
+    sampled tokens of thoughts and tokens in updates, means over seeds. Tokens and seconds exclude warm-up and
+    evaluation.
     """
 
     task: str
@@ -64,7 +65,7 @@ def _line(task: str, variant: str, records: Sequence[Record], baseline: Sequence
     own = np.concatenate(list(credits.values()))
     gap = np.concatenate(paired) if paired else None
     after = [record["after"] for record in records]
-    verdicts = sum(2 * len(record["credits"]) for record in records)  # one an order, or a response
+    verdicts = sum(2 * len(record["credits"]) for record in records)  # one per order, or per response
     return Line(
         task=task,
         variant=variant,
@@ -92,7 +93,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 @dataclass(frozen=True)
 class Swept:
-    """Mean dev accuracy of a variant on a task by the factor on its stored learning rates."""
+    """Mean dev accuracy of a variant on a task, by the factor on its stored learning rates."""
 
     task: str
     variant: str
@@ -100,12 +101,12 @@ class Swept:
 
     @property
     def best(self) -> float:
-        """Of equally good ones the nearest to the stored rates."""
+        """The best factor; of equally good ones the nearest to the stored rates."""
         return max(self.accuracy, key=lambda factor: (self.accuracy[factor], -abs(np.log(factor))))
 
 
 def sweep(records: Sequence[Record]) -> list[Swept]:
-    """Of the runs on dev: a `Swept` for each task and variant."""
+    """A `Swept` for each task and variant, from the runs on dev."""
     found: dict[tuple[str, str], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         if record["split"] == "dev":
@@ -118,7 +119,7 @@ def sweep(records: Sequence[Record]) -> list[Swept]:
 
 
 def overview(found: Sequence[Line]) -> str:
-    """Variants by tasks, in a table: the mean over seeds, and the least and the most of them."""
+    """A table of variants by tasks: mean, minimum and maximum over seeds."""
     tasks = list(dict.fromkeys(line.task for line in found))
     cells = {(line.variant, line.task): line for line in found}
     return _table(
@@ -137,7 +138,7 @@ def _spread(line: Line | None) -> str:
 
 
 def markdown(found: Sequence[Line], swept: Sequence[Swept] = ()) -> str:
-    """All tasks at a glance, a table a task, and the sweep where there was one."""
+    """The overview of all tasks, a table per task, and the sweep if there was one."""
     parts = [overview(found)]
     for task in dict.fromkeys(line.task for line in found):
         parts.append(f"**{task}**\n\n" + _table(COLUMNS, [_row(line) for line in found if line.task == task]))

@@ -1,4 +1,6 @@
-"""The runs of paper_table.py: a variant is trained on a cell's pairs from its backbone, then judged pair by pair."""
+"""The runs of paper_table.py: each trains a variant on a cell's pairs from its backbone, then evaluates it pair by
+pair.
+"""
 
 import dataclasses
 import json
@@ -22,7 +24,7 @@ from dwrl_fast.training.runlog import read_metrics
 
 Split = Literal["dev", "test"]
 
-# The papers' Table 4, the ablations of Table 3, the STaR family, and the other ways to use pairs.
+# The papers' Table 4, the ablations of Table 3, the STaR family, and other methods for pairs.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "dwrl": (),
     "dwrl, weight off": ("--misalignment_weight", "off"),
@@ -43,12 +45,12 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 }
 BASELINE = "dwrl"
 RATES = ("learning_rate", "score_learning_rate", "thought_learning_rate")
-TAIL = 10  # rollout batches whose accuracy in training is averaged
+TAIL = 10  # number of last rollout batches whose training accuracy is averaged
 
 
 @dataclass(frozen=True, order=True)
 class Cell:
-    """Pairs of one task, and the seed that they and the backbone are drawn from."""
+    """The pairs of one task, and the seed of the pairs and the backbone."""
 
     task: embedded.Task
     easy_fraction: float
@@ -56,12 +58,12 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """As the table calls the task."""
+        """The name of the task in the table."""
         return self.task if self.task == "attributes" else f"{self.task}, easy {self.easy_fraction:g}"
 
     @property
     def folder(self) -> str:
-        """The name of the folder that holds the cell."""
+        """The folder name of the cell."""
         return f"{self.name.replace(', ', '-').replace(' ', '-')}-seed-{self.seed}"
 
 
@@ -76,12 +78,12 @@ class Run:
 
     @property
     def folder(self) -> str:
-        """The name of the folder below that of the cell."""
+        """The folder name of the run, below that of the cell."""
         return f"{self.variant.replace(', ', '-').replace(' ', '-')}-x{self.factor:.3g}-{self.split}"
 
 
 def backbone(cell: Cell, root: Path) -> embedded.Embedded:
-    """The cell's pairs and warmed-up model, found again where they were made before."""
+    """The cell's pairs and warmed-up model, reused if they exist."""
     folder = root / cell.folder / "embedded"
     if (folder / embedded.RECORD).exists():
         return embedded.Embedded.read(folder)
@@ -90,7 +92,7 @@ def backbone(cell: Cell, root: Path) -> embedded.Embedded:
 
 
 def configure(run: Run, made: embedded.Embedded, folder: Path, *more: str) -> TrainConfig:
-    """The stored recipe on the cell's files; `more` are further options."""
+    """The stored recipe with the cell's files. more: further options."""
     held_out = made.test if run.split == "test" else made.dev
     options = [*VARIANTS[run.variant], *more, "--seed", str(run.cell.seed)]
     changes: dict[str, Any] = {"eval_votes": 0, "save_steps": 0, "output_dir": str(folder)}
@@ -106,14 +108,14 @@ def configure(run: Run, made: embedded.Embedded, folder: Path, *more: str) -> Tr
 
 
 def execute(run: Run, root: Path, *more: str) -> dict[str, Any]:
-    """Train and judge; what the results file holds of it. One thread: two runs at a time fill two cores, and sums are
-    in the same order on every machine.
+    """Train and evaluate. Returns the record for the results file. Uses one thread: two concurrent runs fill two cores,
+    and sums have the same order on every machine.
     """
     with one_thread():
         made = backbone(run.cell, root)
         folder = root / run.cell.folder / run.folder
         config = configure(run, made, folder, *more)
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before its line was written
+        shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed before its line was written
         folder.mkdir(parents=True)
         with Display(Console(quiet=True)) as display:
             result = train.train(config, folder, display, saved=config)
@@ -137,14 +139,14 @@ def execute(run: Run, root: Path, *more: str) -> dict[str, Any]:
 
 
 def judged(model: Path, pairs: Path, seed: int) -> list[float]:
-    """What the saved model gets for each pair: 1 right, 0 wrong, one half for a tie."""
+    """The credit of the saved model for each pair: 1 right, 0 wrong, one half for a tie."""
     scorer = Scorer.from_pretrained(model, generation_batch_size=1024)
     groups = scorer.score_groups(read_preferences(str(pairs)).rows, seed=seed)
     return order_accuracy(marginal_scores(groups), rank_grid([found.group.ranks for found in groups])).tolist()
 
 
 def prefilled_tokens(folder: Path) -> int:
-    """How many tokens of thoughts were written before training, 0 where none were."""
+    """The number of thought tokens written before training; 0 if there are none."""
     path = folder / "prefilled.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else ()
     return sum(len(json.loads(line)["ids"]) for line in lines)

@@ -1,22 +1,22 @@
-"""What a pretrained model learns from real pairs, variant by variant.
+"""Measures what a pretrained model learns from real pairs, for each variant.
 
     make smollm2
     python -m bench.learning.pretrained --budget cpu --data data/words --json FILE
 
 DATA is a folder with train.jsonl and test.jsonl, as `python -m dwrl_fast.data --prepare` and `make real` write them.
-Each variant trains the model on the first --rows pairs of train.jsonl, one pass, and is measured on the first
---held_out pairs of test.jsonl with one greedy thought a response; with --votes 4 also by the mean of four sampled ones.
-`zero-shot` is p(Yes) of the model as it is, `judge` its verdict in text on two responses; both are always measured with
-four thoughts too.
+Each variant trains the model on the first --rows pairs of train.jsonl, one pass, and is evaluated on the first
+--held_out pairs of test.jsonl with one greedy thought per response; with --votes 4 also with the mean of four sampled
+ones. `zero-shot` is p(Yes) of the untrained model, `judge` its verdict in text on two responses; both are always
+evaluated with four thoughts too.
 
-Learning rates: each variant is trained at its own rate times each of --factors with the first seed. The factor with the
-highest accuracy on the --swept pairs that follow the first --rows ones is taken for the other seeds and for the table.
-`bt, 1/4` and `bt, 1/2` see a share of the pairs: the learning curve of Bradley-Terry. A data set on which it learns
-nothing within the budget cannot tell the others apart.
+Learning rates: with the first seed, each variant is trained at its own rate times each of --factors. The factor with
+the highest accuracy on the --swept pairs after the first --rows pairs is used for the other seeds and for the table.
+`bt, 1/4` and `bt, 1/2` train on a share of the pairs: the learning curve of Bradley-Terry. If Bradley-Terry learns
+nothing from a data set within the budget, the data set cannot distinguish the other methods.
 
-Every run is added to the JSON when it ends, and a run that the JSON holds is not made again: an interrupted table goes
-on. An interval is the bootstrap's over the held-out pairs, of the mean over seeds; differences are paired. No order
-between variants is asserted.
+Every finished run is added to the JSON, and runs in the JSON are not repeated, so an interrupted table can be resumed.
+Intervals are bootstrap intervals over the held-out pairs, of the mean over seeds; differences are paired. No order of
+variants is asserted.
 """
 
 import argparse
@@ -57,7 +57,7 @@ ZERO_SHOT_VOTES = 4
 
 
 class Variant(NamedTuple):
-    """options: of the trainer. share: of the training pairs. trains: whether there is anything to train."""
+    """options: of the trainer. share: of the training pairs. trains: whether the variant trains."""
 
     method: str
     options: dict[str, Any]
@@ -92,7 +92,7 @@ Run = dict[str, Any]
 
 
 def configured(variant: Variant, factor: float, seed: int, args: argparse.Namespace, work: Path) -> TrainConfig:
-    """One run's options; its folder is within `work`."""
+    """The options of one run; its folder is below `work`."""
     rates = {name: factor * rate for name, rate in variant.options.items() if name in RATES}
     thinks = variant.method not in ("bt", "sft")
     sampling = {"max_completion_length": args.tokens, "num_generations": 4} if thinks else {}
@@ -112,7 +112,7 @@ def configured(variant: Variant, factor: float, seed: int, args: argparse.Namesp
 
 
 def measured(scorer: Scorer, rows: Sequence[Preference], votes: int, seed: int) -> dict[str, Any]:
-    """The report on `rows`, and both scores of every pair, the better one's first, in nats."""
+    """The report on `rows`, and both scores of every pair in nats, that of the better response first."""
     units = Units.of(rows)
     found, _ = score_rows(Steps(scorer, votes, seed), rows)
     scores = [[round(score, 5) for score in row.scores] for row in found]
@@ -128,7 +128,7 @@ def made(
     rows: dict[str, list[Preference]],
     console: Console,
 ) -> Run:
-    """One run: trained if there is anything to train, then measured."""
+    """One run: trained, if the variant trains, and then evaluated."""
     variant, votes = VARIANTS[name], args.votes
     found: Run = {"variant": name, "factor": factor, "seed": seed}
     started = time.monotonic()
@@ -157,8 +157,8 @@ def made(
 
 
 def best_factor(runs: Sequence[Run], name: str, seed: int) -> float:
-    """Of the runs of a variant with `seed`, the factor of the highest accuracy on the pairs of the sweep; of equal
-    ones that of the lower loss.
+    """The factor with the highest accuracy on the sweep pairs among the runs of a variant with `seed`; for equal
+    accuracies, the one with the lower loss.
     """
     some = [one for one in runs if (one["variant"], one["seed"]) == (name, seed)]
     reports = [one["swept"]["report"] for one in some]
@@ -167,13 +167,13 @@ def best_factor(runs: Sequence[Run], name: str, seed: int) -> float:
 
 
 def credits(runs: Sequence[Run], kind: str = "greedy") -> np.ndarray:
-    """[pairs]: whether each held-out pair is ordered right, the mean over `runs`."""
+    """[pairs], the credit for each held-out pair, as mean over `runs`."""
     scores = torch.tensor([one[kind]["scores"] for one in runs], dtype=torch.float64).numpy()
     return credit(scores[..., 0] - scores[..., 1]).mean(0)
 
 
 def table(cell: dict[str, Any], reference: str = "bt") -> Table:
-    """Of each variant at its best rate: accuracy over the seeds, and by how much it differs from `reference`."""
+    """A table of each variant at its best rate: accuracy over the seeds, and difference from `reference`."""
     runs, first = cell["runs"], cell["setting"]["seeds"][0]
     names = [name for name in VARIANTS if any(one["variant"] == name for one in runs)]
     best: dict[str, list[Run]] = {}
@@ -208,7 +208,7 @@ def _interval(values: np.ndarray, sign: str = "") -> str:
 
 
 def cut(source: Path, target: Path, rows: int, start: int = 0) -> None:
-    """`rows` lines from the line `start` on, counted from 0."""
+    """Copy `rows` lines, from line `start` (counted from 0) on."""
     with source.open(encoding="utf-8") as file:
         target.write_text("".join(islice(file, start, start + rows)), encoding="utf-8")
 
@@ -224,7 +224,7 @@ def cell_of(found: dict[str, Any], setting: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """The command: every run that the JSON does not hold yet, seed by seed."""
+    """The command: all runs that are not in the JSON yet, seed by seed."""
     parser = command.parser("learning.pretrained", __doc__)
     parser.add_argument("--budget", choices=list(BUDGETS), default="cpu", help="sets what follows (default cpu)")
     parser.add_argument("--model", type=Path, default=Path("models/smollm2"), help="default models/smollm2")
@@ -243,7 +243,7 @@ def main() -> None:
     for name, value in BUDGETS[args.budget].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    setting = {"model": args.model.name, "data": args.data.name} | BRIEF  # wherever the folders lie
+    setting = {"model": args.model.name, "data": args.data.name} | BRIEF  # independent of their location
     setting |= {name: getattr(args, name) for name in ("rows", "swept", "held_out", "batch", "tokens", "votes")}
     setting |= {name: getattr(args, name) for name in ("factors", "seeds")}
     found: dict[str, Any] = {"benchmark": "pretrained", "cells": []}

@@ -1,12 +1,12 @@
-"""A pretrained model learns to judge real text, in a given time: `make real`.
+"""Trains a pretrained model to judge real text within a time limit: `make real`.
 
     python -m bench.learning.real [--data FILE] [--minutes 45]
 
-By default the model of `make smollm2` learns which of two definitions is that of a word, from WordNet's (see
-bench/wordnet.py). With --data it learns which response answers which prompt, from the preferred responses of any file
-or data set of preferences, as `python -m dwrl_fast.data --prepare on-topic` makes such pairs. It prints the accuracy on
-held-out pairs before and after, each with its interval, and what the model thinks of both responses of three of them,
-before and after. No gain is promised: the time is a budget, and how much is learnt in it depends on the machine.
+By default the model of `make smollm2` learns which of two definitions belongs to a word, from WordNet (see
+bench/wordnet.py). With --data it learns which response answers which prompt, from the preferred responses of any
+preference file or data set; the pairs are made like those of `python -m dwrl_fast.data --prepare on-topic`. It prints
+the accuracy on held-out pairs before and after training, with intervals, and the thoughts about both responses of three
+pairs, before and after. A gain is not guaranteed: the amount of training within the time limit depends on the machine.
 """
 
 import argparse
@@ -44,8 +44,8 @@ HELD_OUT, LONGEST, SHOWN = (
 
 
 def pairs(data: str | None, folder: Path) -> Path:
-    """The folder of train.jsonl and test.jsonl, made where it is not there yet. ConfigError where it was made from
-    another source of that name.
+    """The folder of train.jsonl and test.jsonl, created if it is missing. Raises ConfigError if it was made from a
+    different source of that name.
     """
     name = "words" if data is None else f"on-topic-{Path(data).name.split('.')[0].replace(':', '-')}"
     made, source = folder / name, data or str(folder / "wordnet" / "words.jsonl")
@@ -63,7 +63,7 @@ def pairs(data: str | None, folder: Path) -> Path:
 
 
 def configured(args: argparse.Namespace, data: Path) -> TrainConfig:
-    """DWRL, full training, at rates that were tried on such pairs."""
+    """The options for DWRL with full training, at rates that work on such pairs."""
     return TrainConfig(
         model_name_or_path=str(args.model),
         dataset_name=str(data / "train.jsonl"),
@@ -86,13 +86,13 @@ def configured(args: argparse.Namespace, data: Path) -> TrainConfig:
 
 
 def untrained(config: TrainConfig) -> Scorer:
-    """The model that `config` starts from, with its template."""
+    """The start model of `config`, with its template."""
     dialog, compute = load_dialog(config), Compute.resolve(config.dtype)
     return Scorer(load_judging(config, METHODS[config.method](config, dialog), dialog, compute))
 
 
 def thoughts(rows: Sequence[Preference], each: dict[str, list[ScoredGroup]], scorer: Scorer) -> Table:
-    """What was thought of both responses of `rows`, and p(Yes) after it, by when it was."""
+    """A table of thoughts about both responses of `rows` and their p(Yes), before and after training."""
     table = Table(title="one greedy thought, and p(Yes) after it", title_justify="left", show_lines=True)
     for heading in ("", *each):
         table.add_column(heading, ratio=1)

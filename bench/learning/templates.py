@@ -1,13 +1,13 @@
-"""Which questions a pretrained model can answer: every packaged template, and other wordings of the dialog.
+"""Measures which questions a pretrained model can answer: every packaged template, and other wordings of the dialog.
 
     python -m bench.learning.templates --data data/words/test.jsonl --json FILE
 
-For each template the model as it is judges the first --rows pairs, with two sampled thoughts of at most --tokens tokens
-a response or comparison. Label mass is the labels' share of the probability where they are read; truncated are the
-thoughts that were cut; spread is the mean standard deviation, in nats, of the scores of a response's thoughts, which is
-what thoughts are trained by; unread are verdicts in text that cannot be read. Accuracy is of the mean of both thoughts'
-p(Yes), with its interval; of the templates that compare it is not taken. The wordings beside the packaged ones are in
-WORDINGS.
+For each template the untrained model judges the first --rows pairs, with two sampled thoughts of at most --tokens
+tokens per response or comparison. Label mass is the probability of the labels where they are read; truncated is the
+share of thoughts that were cut; spread is the mean standard deviation, in nats, of the scores of a response's thoughts,
+which is the training signal of thoughts; unread is the share of unreadable verdicts in text. Accuracy is that of the
+mean p(Yes) of both thoughts, with its interval; it is not computed for templates that compare. WORDINGS holds the
+further wordings.
 """
 
 import argparse
@@ -43,7 +43,7 @@ from dwrl_fast.templates import Template, load_template, template_names
 from dwrl_fast.training.policy import load_judging
 from dwrl_fast.training.rollout import Rollout
 
-METHOD = {"dialog": "dwrl", "direct": "gram", "pairwise": "judge", "pointwise": "grpo-point"}  # that asks by it
+METHOD = {"dialog": "dwrl", "direct": "gram", "pairwise": "judge", "pointwise": "grpo-point"}  # by kind of template
 REVIEW, BRIEF = load_template("dialog").evaluate, load_template("brief").evaluate
 LONG_RATE = "On the strength of your review, is that response good with regard to {aspect}? Reply with Yes or No only."
 WORDINGS = {
@@ -57,7 +57,7 @@ FIGURES = ("mass", "truncated", "tokens", "spread", "unread")
 
 
 def examined(name: str, template: str, kind: str, args: argparse.Namespace, rows: list[Preference]) -> dict[str, Any]:
-    """The figures of one template, a packaged one's name or a file."""
+    """The figures of one template, given by the name of a packaged one or as a file."""
     method_name = METHOD[kind]
     options: dict[str, Any] = {"max_completion_length": args.tokens} if METHODS[method_name].thinks else {}
     options |= {"num_generations": 2} if options and METHODS[method_name].trains else {}
@@ -94,7 +94,7 @@ def examined(name: str, template: str, kind: str, args: argparse.Namespace, rows
 
 
 def labels_of(setup: Setup, batch: Batch) -> list[tuple[Computed, torch.Tensor]]:
-    """Of each group the scores of its sequences and the labels' mass where they are read, in one pass."""
+    """For each group, the scores of its sequences and the label mass, in one pass."""
     head = setup.runtime.model(batch, tokens=False)
     both = head.scores_and_mass(setup.method.dialog.label_ids, "vocab")
     scores, mass = ([joined(some) for some in batch.by_sequence(each.tolist())] for each in both)
@@ -102,7 +102,7 @@ def labels_of(setup: Setup, batch: Batch) -> list[tuple[Computed, torch.Tensor]]
 
 
 def joined(nested: Iterable[Iterable[float]]) -> torch.Tensor:
-    """Flat."""
+    """All values in one tensor."""
     return torch.tensor(list(chain.from_iterable(nested)))
 
 
@@ -116,7 +116,7 @@ def scores(groups: list[Group], computed: list[Computed]) -> torch.Tensor:
 
 
 def main() -> None:
-    """The command: the packaged templates that are asked of a model, then WORDINGS."""
+    """The command: the packaged templates that apply to a model, then WORDINGS."""
     parser = command.parser("learning.templates", __doc__)
     parser.add_argument("--model", type=Path, default=Path("models/smollm2"), help="default models/smollm2")
     parser.add_argument("--data", type=Path, required=True, help="a file of pairs")
@@ -152,7 +152,7 @@ def main() -> None:
 
 
 def table(title: str, found: list[dict[str, Any]]) -> Table:
-    """A line a template."""
+    """A table with one line per template."""
     lines = []
     for one in found:
         cells = [f"{one['figures'][k]:.3g}" if k in one["figures"] else "" for k in FIGURES]

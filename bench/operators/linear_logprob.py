@@ -1,8 +1,8 @@
-"""Log-probabilities of all rows, and the gradients of a weighted sum of them.
+"""Times the log-probabilities of all rows, and the gradients of a weighted sum of them.
 
     python -m bench.operators.linear_logprob --quick
 
-On a GPU the shapes are those of real heads in bfloat16.
+On a GPU the shapes are those of real model heads in bfloat16.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ GPU_SHAPES = [(8192, 2048, 151936, torch.bfloat16, True), (8192, 4096, 151936, t
 
 
 def variants(t: int, h: int, v: int, dtype: torch.dtype) -> list[Variant]:
-    """Of T rows and a head of [V, H]: ours, with gradients and without, and those of others."""
+    """The variants for T rows and a head [V, H]: ours, with and without gradients, and peers."""
     g, hidden, weight, targets = drawn_head(t, h, v, dtype)
     factor = torch.randn(t, generator=g, device=DEVICE)
 

@@ -1,12 +1,12 @@
-"""The policy loss with the gradients of hidden states and head, beside bare products and peers.
+"""Times the policy loss with the gradients of hidden states and head, compared with bare products and peers.
 
     python -m bench.operators.linear_policy_loss --quick
 
-T rows: all trained, or a part untrained, as prompts and masked tokens are, and of the rest 5 % clipped or none. "bare
-products" is the floor: three products of the trained rows in our chunks and buffers, and nothing else.
+Of T rows all are trained, or some are untrained (like prompts and masked tokens); of the trained rows none or 5 % are
+clipped. "bare products" is the lower bound: only the three products of the trained rows, in our chunks and buffers.
 
-On a GPU the shapes are those of real heads in bfloat16. The floor is then "three products", each once and whole,
-whatever memory that takes, and differences are from the definition in float64.
+On a GPU the shapes are those of real model heads in bfloat16. The lower bound is then "three products", unchunked, with
+any amount of memory, and differences are relative to the definition in float64.
 """
 
 from collections.abc import Callable
@@ -24,21 +24,21 @@ from dwrl_fast.ops import oracle
 from dwrl_fast.ops.oracle import policy_loss
 from dwrl_fast.ops.products import Products
 
-GPU_SHAPES = [  # T, H, V, share of the rows that is not trained
+GPU_SHAPES = [  # T, H, V, share of untrained rows
     (8192, 4096, 151936, 0.0),
     (8192, 4096, 151936, 0.73),
     (8192, 2048, 151936, 0.0),  # Qwen2.5-3B
     (8192, 4096, 128256, 0.0),  # Llama-3-8B
-    (16384, 2048, 248320, 0.0),  # of CCE's table
+    (16384, 2048, 248320, 0.0),  # from CCE's table
 ]
-MOST_FLOORS, MOST_PEAK = 1.15, 6.1 * 2**30  # asked of the first GPU shape
+MOST_FLOORS, MOST_PEAK = 1.15, 6.1 * 2**30  # targets for the first GPU shape
 PRODUCTS, ALL = "three products", slice(None)
 
 
 def inputs(t: int, h: int, v: int, dtype: torch.dtype, untrained: float, clipped: float) -> tuple[Tensor, ...]:
     """Hidden states [T, H], weight [V, H], targets, old log-probs, advantages and token weights, [T] each.
 
-    untrained: the share of rows whose weight is 0. clipped: the share whose ratio lies outside the clipping range.
+    untrained: the share of rows whose weight is 0. clipped: the share whose ratio is outside the clip range.
     """
     g, hidden, weight, targets = drawn_head(t, h, v, dtype)
     old = ops.linear_logprob(hidden.detach(), weight.detach(), targets)
@@ -56,7 +56,7 @@ def gradients(loss: Tensor, hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...
 
 @torch.no_grad()
 def bare_products(hidden: Tensor, weight: Tensor, trained: Tensor) -> object:
-    """Three products of the rows `trained` through the very chunks and buffers of ours, without any row work."""
+    """Three products of the `trained` rows with our chunks and buffers, without the row functions."""
     products = Products(hidden, weight, None, (True, True, False))
     for index in products.split(trained):
         some = hidden[index]
@@ -89,7 +89,7 @@ def exact(x: tuple[Tensor, ...], rows: int = 1024) -> tuple[Tensor, ...]:
 def variants(
     t: int, h: int, v: int, dtype: torch.dtype, untrained: float, clipped: float, gpu: bool = False
 ) -> list[Variant]:
-    """Ours, its bare products and those of others. gpu: with a reference in float64, and more of them."""
+    """The variants: ours, bare products, and peers. gpu: with a float64 reference and more peers."""
     x = inputs(t, h, v, dtype, untrained, clipped)
     hidden, weight, targets, old, advantage, token_weight = x
     trained = token_weight.nonzero().squeeze(-1)
@@ -135,14 +135,14 @@ def case(
 
 
 def cases() -> list[Case]:
-    """All that are measured on the device at hand."""
+    """All cases for the current device."""
     if DEVICE == "cuda":
         return [case(t, h, v, torch.bfloat16, True, untrained, 0, gpu=True) for t, h, v, untrained in GPU_SHAPES]
     return [case(*shape) for shape in SHAPES] + [case(*shape, untrained=0, clipped=0) for shape in SHAPES]
 
 
 def summary(rows: list[Row], console: Console) -> None:
-    """What was asked of a GPU, beside what was measured."""
+    """Print the targets for a GPU next to the measurements."""
     for name in dict.fromkeys(row.case for row in rows if row.floors):
         some = {row.variant: row for row in rows if row.case == name and row.seconds_median}
         if not (ours := some.pop("dwrl_fast", None)):

@@ -1,4 +1,4 @@
-"""Others' ways to the same numbers, each under its own name, or the reason why it does not run here."""
+"""Implementations of peers for the same results, each by name, or the reason why it cannot run here."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,7 +9,7 @@ from torch import Tensor
 
 Logprob = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden [T, H], weight [V, H], targets [T] -> [T]
 NEEDS_CUDA = "its kernels need a CUDA device"
-SLOW = {"F.linear_cross_entropy, chunked"}  # minutes on a CPU: its default chunks are of one or two rows
+SLOW = {"F.linear_cross_entropy, chunked"}  # takes minutes on a CPU, because its default chunks have one or two rows
 
 
 def plain_logprob(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -18,7 +18,7 @@ def plain_logprob(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def chunked_logprob(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Plain PyTorch, 256 rows at a time, each recomputed in the backward."""
+    """Plain PyTorch, 256 rows at a time, recomputed in the backward pass."""
     from torch.utils.checkpoint import checkpoint
 
     chunks = zip(hidden.split(256), targets.split(256), strict=True)
@@ -26,7 +26,7 @@ def chunked_logprob(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def torch_linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunked: bool = False) -> Tensor:
-    """PyTorch's own, whole or in chunks of its default size."""
+    """PyTorch's implementation, unchunked or in chunks of its default size."""
     options = torch.nn.LinearCrossEntropyOptions() if chunked else None
     return -F.linear_cross_entropy(hidden, weight, targets, reduction="none", options=options)
 
@@ -62,7 +62,7 @@ def _quack(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def logprob_peers() -> list[tuple[str, Logprob | None, str]]:
-    """(name, function or None, why not) of every implementation that is not ours."""
+    """(name, function or None, why not) of every peer implementation."""
     cuda = torch.cuda.is_available()
     return [
         ("plain PyTorch", plain_logprob, ""),

@@ -1,4 +1,4 @@
-"""The clipped loss of given log-probabilities with its gradient and statistics.
+"""Times the clipped loss from given log-probabilities with its gradient and statistics.
 
 python -m bench.operators.policy_loss --quick
 """

@@ -1,17 +1,17 @@
-"""Attention, forward and backward, of sequences and of ragged preference trees.
+"""Times attention, forward and backward, for sequences and for ragged preference trees.
 
     python -m bench.operators.tree_attention --quick
 
-A tree is a prompt, two responses and the thoughts of either. Padded is what trainers do without a tree: every sequence
-by itself, right-padded to the longest, causal. Counted of each variant, padding and all: the pairs of a query and a key
-that it attends to in a head, and what they cost, of one layer as is the time: seven products of D a pair and a head, of
-which the forward takes two and the backward, which forms the logits again, five.
+A tree is a prompt, two responses and their thoughts. "Padded" is the usual layout without a tree: separate causal
+sequences, right-padded to the longest. For each variant the attended pairs of query and key per head are counted,
+including padding, and their FLOPs for one layer (like the time): seven products of D per pair and head, two in the
+forward pass and five in the backward pass, which recomputes the logits.
 
-On a GPU the heads are those of Qwen2.5-7B in bfloat16, the trees minibatches of 32 pairs as long as those of hh and
-rmb, and the floor is "equal work": PyTorch's varlen flash attention over ordinary causal sequences of one length, with
-as many queries and as many pairs as the tree. Theirs is the FLOP rate that the tree's is held against. Beside it stand
-the same kernels over the tree, each node with the gathered keys of its path, and FlexAttention with the tree's mask.
-Differences there are from attention in float64, sequence by sequence.
+On a GPU the heads are those of Qwen2.5-7B in bfloat16, and the trees are minibatches of 32 pairs with the lengths of hh
+and rmb. The lower bound is "equal work": PyTorch's varlen flash attention over ordinary causal sequences of equal
+length, with as many queries and pairs as the tree. The tree's FLOP rate is compared with its rate. Further variants are
+the same kernels on the tree, each node with the gathered keys of its path, and FlexAttention with the tree's mask.
+Differences are relative to attention in float64, sequence by sequence.
 """
 
 from collections.abc import Callable
@@ -30,21 +30,21 @@ from dwrl_fast import ops
 from dwrl_fast.batching.tree import tree_batch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-REFERENCE_TOKENS = 2048  # the definition holds [heads, U, U] several times over
+REFERENCE_TOKENS = 2048  # the definition stores [heads, U, U] several times
 EQUAL = "equal work"
-LEAST_RATE = 0.85  # asked of a GPU, of the rate of equal work
+LEAST_RATE = 0.85  # target for a GPU, relative to the rate of equal work
 PAIRS = 32
 
 
 class Heads(NamedTuple):
-    """Of an attention layer: query heads, key and value heads, and channels of each."""
+    """The sizes of an attention layer: query heads, key and value heads, and channels of each."""
 
     query: int
     key: int
     channels: int
 
     def flops(self, pairs: int) -> float:
-        """Of forward and backward over so many pairs of a query and a key."""
+        """FLOPs of forward and backward for `pairs` pairs of query and key."""
         return 7 * 2 * self.channels * self.query * pairs
 
 
@@ -52,7 +52,7 @@ SMALL, QWEN7B = Heads(4, 4, 64), Heads(28, 4, 128)
 
 
 class Plan(NamedTuple):
-    """A forest, as `ops.tree_attention` takes it: first and last token and parent of each node, [M] int64."""
+    """A forest in the form of `ops.tree_attention`: start, stop and parent of each node, [M] int64."""
 
     start: Tensor
     stop: Tensor
@@ -60,14 +60,14 @@ class Plan(NamedTuple):
 
 
 def sequences_of(tokens: int, count: int = 1) -> Plan:
-    """`count` sequences of so many tokens each, which share nothing."""
+    """`count` sequences of `tokens` tokens each, without sharing."""
     stop = torch.arange(1, count + 1) * tokens
     return Plan(stop - tokens, stop, torch.full((count,), -1))
 
 
 def minibatch(data: str, mean: int, pairs: int = PAIRS) -> Plan:
-    """Pairs as long as those of a data set, each response with its thoughts of `mean` tokens on average, as one tree:
-    what begins every prompt is its root.
+    """Pairs with the lengths of a data set, each response with thoughts of `mean` tokens on average, as one tree whose
+    root is the common beginning of all prompts.
     """
     thoughts = lengths.thought_lengths(mean, 2 * lengths.THOUGHTS * pairs)
     groups = lengths.groups(lengths.drawn(data, pairs), thoughts, 151936)
@@ -76,9 +76,11 @@ def minibatch(data: str, mean: int, pairs: int = PAIRS) -> Plan:
 
 
 def ragged_trees(count: int, thoughts: int = 4) -> Plan:
-    """Thoughts are 40 tokens on average and follow 50 of fixed turns, which go with the response."""
+    """Random trees. Thoughts have 40 tokens on average, after 50 tokens of fixed turns, which belong to the
+    response.
+    """
     g = torch.Generator().manual_seed(0)
-    sizes_of_one = [(32, 256), *2 * [(66, 210), *thoughts * [(5, 76)]]]  # least and most, depth first
+    sizes_of_one = [(32, 256), *2 * [(66, 210), *thoughts * [(5, 76)]]]  # minimum and maximum tokens, depth first
     parents_of_one = [-1, *(up for response in (1, 2 + thoughts) for up in (0, *thoughts * [response]))]
     sizes = torch.tensor([int(torch.randint(*bounds, (), generator=g)) for bounds in count * sizes_of_one])
     parent = [up if up < 0 else up + i * len(sizes_of_one) for i in range(count) for up in parents_of_one]
@@ -87,7 +89,7 @@ def ragged_trees(count: int, thoughts: int = 4) -> Plan:
 
 
 def sequences(plan: Plan) -> list[Tensor]:
-    """The tokens from the root to the end of each leaf."""
+    """For each leaf, the tokens from the root to its end."""
     paths: list[Tensor] = []
     for start, stop, up in zip(*(x.tolist() for x in plan), strict=True):
         own = torch.arange(start, stop)
@@ -97,15 +99,15 @@ def sequences(plan: Plan) -> list[Tensor]:
 
 
 def attended(plan: Plan) -> int:
-    """Pairs of a query and a key in all."""
-    place = torch.zeros(int(plan.stop[-1]), dtype=torch.int64)  # of each token in its sequence
+    """The total number of pairs of query and key."""
+    place = torch.zeros(int(plan.stop[-1]), dtype=torch.int64)  # position of each token in its sequence
     for path in sequences(plan):
         place[path] = torch.arange(len(path))
     return int((place + 1).sum())
 
 
 def equal_work(plan: Plan) -> Plan:
-    """Causal sequences of one length with about as many tokens and pairs."""
+    """Causal sequences of equal length with about as many tokens and pairs."""
     tokens = int(plan.stop[-1])
     length = max(1, round(2 * attended(plan) / tokens - 1))
     return sequences_of(length, max(1, round(tokens / length)))
@@ -119,7 +121,7 @@ def drawn(tokens: int, heads: Heads, dtype: torch.dtype) -> tuple[list[Tensor], 
 
 
 def variant(name: str, run: Callable[[], object], heads: Heads, pairs: int, why: str = "", **options: Any) -> Variant:
-    """One that attends to so many pairs; `why` says what keeps it from running."""
+    """A variant that attends to `pairs` pairs. why: the reason if it cannot run."""
     work = heads.flops(pairs)
     return Variant(
         name, None if why else run, why, counters={"pairs": pairs, "MFLOP": work / 1e6}, flops=work, **options
@@ -127,7 +129,7 @@ def variant(name: str, run: Callable[[], object], heads: Heads, pairs: int, why:
 
 
 def variants(plan: Plan, heads: Heads, dtype: torch.dtype) -> list[Variant]:
-    """Ours, padded SDPA and the definition; on a GPU those of `gpu_variants` too."""
+    """The variants: ours, padded SDPA and the definition; on a GPU also `gpu_variants`."""
     tokens, leaves, needed = int(plan.stop[-1]), sequences(plan), attended(plan)
     longest, whole = max(map(len, leaves)), len(leaves) == 1
     flat, gradient = drawn(tokens, heads, dtype)
@@ -152,7 +154,7 @@ def variants(plan: Plan, heads: Heads, dtype: torch.dtype) -> list[Variant]:
     name = "SDPA" if whole else f"padded SDPA, [{len(leaves)}, {longest}]"
     found = [
         ours("dwrl_fast", "auto", needed),
-        # The gradients of padded copies are not those of the tokens.
+        # The gradients of padded copies are not the gradients of the tokens.
         variant(name, padded, heads, len(leaves) * longest * (longest + 1) // 2, comparable=whole),
         ours("definition", "reference", tokens**2, too_long),
     ]
@@ -163,7 +165,7 @@ def variants(plan: Plan, heads: Heads, dtype: torch.dtype) -> list[Variant]:
 
 
 def gpu_variants(plan: Plan, heads: Heads, dtype: torch.dtype, flat: list[Tensor], gradient: Tensor) -> list[Variant]:
-    """PyTorch's flash attention on equal work and on the tree by path, and FlexAttention."""
+    """PyTorch's flash attention on equal work and on the paths of the tree, and FlexAttention."""
     even, needed = equal_work(plan), attended(plan)
     note = f"{len(even.stop)} sequences of {int(even.stop[0])}"
     ordinary = partial(varlen.attention, varlen.segments(even, DEVICE), *drawn(int(even.stop[-1]), heads, dtype))
@@ -178,11 +180,13 @@ def gpu_variants(plan: Plan, heads: Heads, dtype: torch.dtype, flat: list[Tensor
 
 
 def exact(plan: Plan, flat: list[Tensor], gradient: Tensor) -> tuple[Tensor, ...]:
-    """dq, dk, dv in float64: each sequence by itself, with the gradient of a token that it is the first to hold."""
+    """dq, dk, dv in float64, each sequence alone; a token's output gradient belongs to the first sequence that contains
+    it.
+    """
     group, done = flat[0].shape[1] // flat[1].shape[1], 0
     total = [torch.zeros_like(x, dtype=torch.float64) for x in flat]
     for path in sequences(plan):
-        rows = path[path >= done].to(gradient.device)  # depth first: what was met before has a smaller number
+        rows = path[path >= done].to(gradient.device)  # depth first: tokens seen before have smaller numbers
         done, path = int(path[-1]) + 1, path.to(gradient.device)
         for head in range(flat[1].shape[1]):
             places: list[Any] = [(rows, slice(head * group, (head + 1) * group)), (path, head), (path, head)]

@@ -1,4 +1,4 @@
-"""Others' attention over trees, forward and backward: PyTorch's varlen flash attention, and FlexAttention."""
+"""Tree attention with peers, forward and backward: PyTorch's varlen flash attention, and FlexAttention."""
 
 import functools
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from dwrl_fast.ops.tiles import forest, ranges
 
 class Segments(NamedTuple):
     """Queries [bounds_q[s], bounds_q[s + 1]) attend causally, aligned at the ends, to the keys of the same segment,
-    gathered from `keys`; None where they lie as the queries do.
+    gathered from `keys`; None if the keys are in the same order as the queries.
     """
 
     bounds_q: Tensor
@@ -40,7 +40,9 @@ def segments(plan: Plan, device: torch.device) -> Segments:
 
 
 def attention(where: Segments, inputs: list[Tensor], gradient: Tensor, *, deterministic: bool = True) -> list[Tensor]:
-    """dq, dk, dv by PyTorch's kernels, through their operators: no public function takes their log-sum-exp back."""
+    """dq, dk, dv with PyTorch's kernels, called through their operators, because no public function accepts the
+    log-sum-exp.
+    """
     q, k, v = (x.detach() for x in inputs)
     if where.keys is not None:
         k, v = k[where.keys], v[where.keys]
@@ -65,7 +67,9 @@ def attention(where: Segments, inputs: list[Tensor], gradient: Tensor, *, determ
 
 @contextmanager
 def _deterministic(on: bool) -> Iterator[None]:
-    """The operator has no argument for it. What it fills, it writes."""
+    """A context for deterministic mode, for which the operator has no argument. Memory filling is off, because the
+    operator writes all of its outputs.
+    """
     settings: Any = torch.utils.deterministic
     fill, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, False
     torch.use_deterministic_algorithms(on)
@@ -83,11 +87,11 @@ def _compiled() -> Any:
     return torch.compile(flex_attention.flex_attention, dynamic=False)
 
 
-_MASKS: dict[int, Any] = {}  # by the plan: a layer does not make them again
+_MASKS: dict[int, Any] = {}  # cached by plan, so that layers reuse them
 
 
 def flex_attention(plan: Plan, inputs: list[Tensor], gradient: Tensor) -> list[Tensor]:
-    """dq, dk, dv by FlexAttention, compiled, with a mask of blocks made once for the plan."""
+    """dq, dk, dv with compiled FlexAttention and a block mask that is created once per plan."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     tokens = len(gradient)

@@ -1,4 +1,4 @@
-"""The score of B sequences and the gradient of their sum, against plain PyTorch.
+"""Times the score of B sequences and the gradient of their sum, compared with plain PyTorch.
 
 python -m bench.operators.yes_no_logprob --quick
 """
@@ -19,7 +19,7 @@ YES, NO = 7, 11
 
 
 def variants(b: int, h: int, v: int, normalization: str) -> list[Variant]:
-    """Of B hidden states and a head of [V, H]: ours, and plain PyTorch."""
+    """The variants for B hidden states and a head [V, H]: ours and plain PyTorch."""
     _, hidden, weight, _ = drawn_head(b, h, v, DTYPE)
 
     def plain() -> object:

@@ -1,12 +1,12 @@
-"""Does a run survive what ends runs? Kills, signals, disks that refuse, damaged checkpoints; each drill proves that its
-fault fired.
+"""Tests whether runs survive kills, signals, disk errors and damaged checkpoints. Each drill proves that its fault
+occurred.
 
-    python -m bench.reliability --quick          # a sample of all of it, some minutes
-    python -m bench.reliability                  # as many kills and faults as are asked for, without the long runs
+    python -m bench.reliability --quick          # a sample of every drill, some minutes
+    python -m bench.reliability                  # the full number of kills and faults, without the long runs
     python -m bench.reliability --only soak --minutes 60
 
-Everything runs on the embedded task in small, on one thread, in processes forked from this one. The status is 1 where a
-drill does not hold.
+All drills use a small version of the embedded task, on one thread, in processes forked from this one. The exit status
+is 1 if a drill fails.
 """
 
 import argparse
@@ -32,7 +32,7 @@ Drills = Callable[[], Iterator[Drill]]
 
 
 def drills(given: argparse.Namespace, work: Path) -> dict[str, Drills]:
-    """The drills by the names of --only. All work in folders of their own under `work`."""
+    """The drills by their names for --only. Each works in its own folder under `work`."""
     task, quick = made(given.task or work / "task"), given.quick
 
     def resumed() -> Iterator[Drill]:
@@ -79,8 +79,8 @@ def main() -> None:
     parser.add_argument("--task", type=Path, help="a folder with the embedded task, made there where it is not")
     parser.add_argument("--json", type=Path, help="where the table goes too")
     given = parser.parse_args()
-    logger.setLevel(logging.ERROR)  # each drill leaves checkpoints that are passed over
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # which warns of every fork
+    logger.setLevel(logging.ERROR)  # drills leave checkpoints that are skipped with a warning
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # otherwise it warns at every fork
     rows: list[tuple[Drill, float]] = []
     with tempfile.TemporaryDirectory(prefix="reliability-") as name:
         able = drills(given, Path(name))

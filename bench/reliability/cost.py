@@ -1,8 +1,8 @@
-"""What does a checkpoint cost the training loop? Fifty updates with one save among them, beside fifty without any, on
+"""Measures the cost of a checkpoint for the training loop: fifty updates with one save, compared with fifty without, on
 the CPU's trunk-heavy model.
 
-The save is what the trainer saves: weights and AdamW's moments, copied at once and written beside training; and for
-comparison the same save in the loop's way.
+The save has the data of a real checkpoint: weights and AdamW's moments, copied at once and written in the background.
+For comparison the same save is also made in the foreground.
 """
 
 import shutil
@@ -27,7 +27,7 @@ How = Literal["none", "beside", "in the way"]
 
 
 def cost(folder: Path, updates: int, rounds: int) -> Drill:
-    """Rounds take the three ways in turn; the medians of their shares count."""
+    """Rounds run the three variants alternately; the result is the median of their shares."""
     pairs = lengths.pairs("hh", 2)
     it = setting(MODELS["trunk-heavy"], pairs, lengths.thought_lengths(40, 2 * lengths.THOUGHTS * len(pairs.contexts)))
     policy = Policy(it.runtime, Optimizers(it.runtime.model, it.method, it.method.config, total=10_000))
@@ -35,8 +35,8 @@ def cost(folder: Path, updates: int, rounds: int) -> Drill:
     size = sum(tensor.nbytes for tensor in policy.state().values()) / 2**20
 
     def interval(how: How) -> tuple[float, float, float]:
-        """Of the updates, with a save after the first of them: seconds, seconds of all processors that this process
-        took, and seconds that the loop was held by the save.
+        """Run the updates, with a save after the first one. Returns seconds, CPU seconds of this process, and seconds
+        that the save blocked the loop.
         """
         shutil.rmtree(folder, ignore_errors=True)
         saver, held = Saver(folder, 1, ALONE, beside=how == "beside"), 0.0
@@ -48,7 +48,7 @@ def cost(folder: Path, updates: int, rounds: int) -> Drill:
                 begun = time.perf_counter()
                 saver.save((1, 0), policy.state(), {})
                 held = time.perf_counter() - begun
-        assert saver.thread is None or not saver.thread.is_alive(), "the save outlasts the interval"
+        assert saver.thread is None or not saver.thread.is_alive(), "the save takes longer than the interval"
         found = time.perf_counter() - started, time.process_time() - taken, held
         assert how == "none" or saver.finish()
         return found
@@ -63,13 +63,13 @@ def cost(folder: Path, updates: int, rounds: int) -> Drill:
     seconds = statistics.median(row[0] for row in rows["none"])
 
     def share(how: How, column: int) -> float:
-        """Beyond the same round without a save; of the last column, of the interval."""
+        """The share relative to the same round without a save; for the last column, relative to the interval."""
         pairs = zip(rows[how], rows["none"], strict=True)
         return statistics.median(a[2] / b[0] if column == 2 else a[column] / b[column] - 1 for a, b in pairs)
 
-    found = (
-        f"{share('beside', 0):+.1%} of the time, {share('beside', 1):+.1%} of the processors' work, the loop held for "
+    found = f"{share('beside', 0):+.1%} of the time, {share('beside', 1):+.1%} of CPU time, the loop blocked for "
+    found += (
+        f"{share('beside', 2):.1%}; in the foreground {share('in the way', 0):+.1%}, {share('in the way', 2):.1%}; "
     )
-    found += f"{share('beside', 2):.1%}; in the way {share('in the way', 0):+.1%}, {share('in the way', 2):.1%}; "
     found += f"{size:.0f} MiB, intervals of {seconds:.0f} s"
     return Drill(f"a save beside {updates} updates", f"under {SHARE:.0%}", found, share("beside", 0) < SHARE)

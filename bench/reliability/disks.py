@@ -1,5 +1,5 @@
-"""What a disk does to a run: it is full, broken or read-only for one operation of a save, its folder vanishes, its
-checkpoints are damaged, or nobody reads what is printed.
+"""Disk faults: the disk is full, broken or read-only for one operation of a save; the folder vanishes; checkpoints are
+damaged; the reader of the output is gone.
 """
 
 import errno
@@ -27,7 +27,7 @@ SHORT = {"max_steps": 3, "num_train_epochs": 1, "save_updates": 0, "save_total_l
 
 
 def failing(config: TrainConfig, folder: Path, number: int, code: int, fired: Path) -> None:
-    """The command; in its second save the `number`-th file operation fails, which makes the file `fired`."""
+    """The command. In its second save, file operation `number` fails, and the file `fired` is created."""
     write, saves = saving.save_checkpoint, 0
 
     def fail() -> None:
@@ -52,7 +52,9 @@ def failing(config: TrainConfig, folder: Path, number: int, code: int, fired: Pa
 
 
 def refused(task: Embedded, folder: Path) -> Drill:
-    """Every file operation of a save fails once by each fault: the run says it, goes on, and ends with its weights."""
+    """Every file operation of a save fails once with each fault. The run must log it, continue, and end with the right
+    weights.
+    """
     folder.mkdir(parents=True)
     count = folder / "count"
     config = small(task, folder / "whole", **SHORT)
@@ -66,22 +68,25 @@ def refused(task: Embedded, folder: Path) -> Drill:
             status = lived(partial(failing, small(task, run, **SHORT), folder, number, code, fired), log)
             said, left = log.read_text(encoding="utf-8"), [path.name for path in checkpoints(run)]
             if not fired.exists():
-                wrong.append(f"{run.name}: the fault did not fire")
+                wrong.append(f"{run.name}: the fault did not occur")
             elif status or "Traceback" in said or written(run) != expected:
-                wrong.append(f"{run.name}: status {status}, or another run")
+                wrong.append(f"{run.name}: status {status}, or a different result")
             elif "checkpoint-000003" not in left or ("checkpoint-000002" not in left and os.strerror(code) not in said):
-                wrong.append(f"{run.name}: {', '.join(left)}, or nothing is said")
+                wrong.append(f"{run.name}: {', '.join(left)}, or nothing is logged")
             shutil.rmtree(run)
     found = f"{done - len(wrong)} of {done} ({operations} operations, {', '.join(FAULTS)})" + "; ".join(
         ["", *wrong[:3]]
     )
     return Drill(
-        "a disk that refuses one operation of a save", "said, the run goes on to its weights", found, not wrong
+        "a disk that refuses one operation of a save",
+        "an error is logged, the run continues to the right weights",
+        found,
+        not wrong,
     )
 
 
 def vanished(task: Embedded, folder: Path) -> Drill:
-    """The run's folder is removed between two updates."""
+    """The folder of the run is removed between two updates."""
     folder.mkdir(parents=True)
     run = folder / "run"
     log = folder / "run.log"
@@ -91,12 +96,12 @@ def vanished(task: Embedded, folder: Path) -> Drill:
     held = status == 0 and {"model", "result.json", "checkpoint-000003"} <= set(there)
     held = held and "Traceback" not in log.read_text(encoding="utf-8")
     return Drill(
-        "the output folder vanishes", "the run goes on and is saved", f"status {status}, {', '.join(there)}", held
+        "the output folder vanishes", "the run continues and is saved", f"status {status}, {', '.join(there)}", held
     )
 
 
 def unread(task: Embedded, folder: Path) -> Drill:
-    """What is printed goes into a pipe that is closed after the first line, as by `| head -1`."""
+    """The output goes into a pipe that is closed after the first line, as with `| head -1`."""
     folder.mkdir(parents=True)
     config = small(task, folder / "run", **SHORT)
     config.save(folder / "options.yaml")
@@ -112,19 +117,19 @@ def unread(task: Embedded, folder: Path) -> Drill:
 
 
 def flip(path: Path) -> None:
-    """One bit of the middle."""
+    """Flip one bit in the middle."""
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
 
 
 def halve(path: Path) -> None:
-    """What a lost second half leaves."""
+    """Remove the second half."""
     os.truncate(path, path.stat().st_size // 2)
 
 
 def empty(path: Path) -> None:
-    """A file of no bytes."""
+    """Make the file empty."""
     os.truncate(path, 0)
 
 
@@ -132,7 +137,7 @@ DAMAGES: tuple[Callable[[Path], object], ...] = (flip, halve, empty, Path.unlink
 
 
 def damaged(task: Embedded, folder: Path) -> Drill:
-    """Each file of the newest checkpoint, of a step and of one within a step, flipped, truncated, emptied, deleted."""
+    """Flip, truncate, empty and delete each file of the newest checkpoint, for checkpoints after and within a step."""
     folder.mkdir(parents=True)
     changes = SHORT | {"save_total_limit": None, "save_updates": 1}
     assert lived(lambda: command_line(small(task, folder / "whole", **changes), folder), folder / "whole.log") == 0
@@ -151,17 +156,22 @@ def damaged(task: Embedded, folder: Path) -> Drill:
                 log = run.with_suffix(".log")
                 status = lived(lambda run=run: command_line(small(task, run, **changes), folder), log)  # type: ignore[misc]
                 said = log.read_text(encoding="utf-8").replace("\n", "")
-                if status or "PASSED OVER" not in said or file not in said:
+                if status or "SKIPPED" not in said or file not in said:
                     wrong.append(f"{run.name}: status {status}, or the file is not named")
                 elif written(run) != expected:
-                    wrong.append(f"{run.name}: another run")
+                    wrong.append(f"{run.name}: a different result")
                 shutil.rmtree(run)
     found = f"{done - len(wrong)} of {done}" + "; ".join(["", *wrong[:3]])
-    return Drill("damaged checkpoints", "the one before, the file named, the same weights: 20 of 20", found, not wrong)
+    return Drill(
+        "damaged checkpoints",
+        "the previous checkpoint is used, the file is named, equal weights: 20 of 20",
+        found,
+        not wrong,
+    )
 
 
 def _dying(config: TrainConfig, folder: Path, number: int) -> None:
-    """The command; it dies once its `number`-th checkpoint is on the disk."""
+    """The command. It dies when checkpoint `number` is on disk."""
     save, saves = Saver.save, 0
 
     def fatal(self: Saver, *arguments: Any) -> None:

@@ -1,10 +1,10 @@
-"""What a drill gives back."""
+"""The result of a drill."""
 
 from typing import NamedTuple
 
 
 class Drill(NamedTuple):
-    """asked, found: what must be shown, and what was, in words. held: whether that is enough."""
+    """asked, found: the required result and the actual one, in words. held: whether the drill passed."""
 
     name: str
     asked: str

@@ -1,8 +1,8 @@
-"""Does any broken or hostile file get further than an error that names it?
+"""Tests that every broken or hostile file leads to an error that names the file, and to nothing else.
 
-Each case makes one file of a kind that a loader reads, in a folder that is whole otherwise, and loads it in a life of
-its own: it must end with an error of the user's, name the file, run nothing, read nothing outside its folder, take less
-than 20 seconds and less than a GiB more than there was.
+Each case damages one file of a kind that a loader reads, in an otherwise intact folder, and loads it in a separate
+process. The process must end with a user error that names the file, run no code, read nothing outside the folder, and
+need less than 20 seconds and less than one additional GiB.
 """
 
 import bz2
@@ -44,7 +44,7 @@ Craft = Callable[[Path], object]
 
 
 class Case(NamedTuple):
-    """What is loaded, and what is done to it first, by the file's name."""
+    """What is loaded, and the damage to the named file."""
 
     loader: str
     what: str
@@ -53,7 +53,7 @@ class Case(NamedTuple):
 
 
 class Malice:
-    """Unpickled, it makes the file that it names."""
+    """An object that creates the named file when it is unpickled."""
 
     def __init__(self, ran: str) -> None:
         self.ran = ran
@@ -66,17 +66,17 @@ class Malice:
 
 
 def text(content: str) -> Craft:
-    """It holds this instead."""
+    """Replace the content."""
     return lambda path: path.write_text(content, encoding="utf-8", errors="surrogatepass")
 
 
 def half(path: Path) -> None:
-    """Its second half is gone."""
+    """Remove the second half."""
     os.truncate(path, path.stat().st_size // 2)
 
 
 def empty(path: Path) -> None:
-    """It holds nothing."""
+    """Make it empty."""
     path.write_bytes(b"")
 
 
@@ -86,7 +86,7 @@ def large(path: Path) -> None:
 
 
 def pipe(path: Path) -> None:
-    """A named pipe, into which nobody writes."""
+    """A named pipe without a writer."""
     path.unlink(missing_ok=True)
     os.mkfifo(path)
 
@@ -105,33 +105,33 @@ def changed(**values: Any) -> Craft:
 
 
 def header(size: int, content: bytes = b"{}", body: bytes = b"") -> Craft:
-    """A safetensors file that says its header has `size` bytes."""
+    """A safetensors file that claims a header of `size` bytes."""
     return lambda path: path.write_bytes(struct.pack("<Q", size) + content + body)
 
 
 def tensor(**values: Any) -> Craft:
-    """A safetensors file with one tensor that is described so."""
+    """A safetensors file with one tensor with this description."""
     described = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} | values
     content = json.dumps({"model.norm.weight": described}).encode()
     return header(len(content), content, b"\0" * 4)
 
 
 def malicious(path: Path) -> None:
-    """A pickle that runs code, in place of safetensors beside it."""
+    """A pickle that runs code, instead of the safetensors file."""
     for other in path.parent.glob("*.safetensors"):
         other.unlink()
     path.write_bytes(pickle.dumps(Malice(str(path.parent / "ran"))))
 
 
 def coded(path: Path) -> None:
-    """A config that names code beside it."""
+    """A config that names code in the same folder."""
     (path.parent / "mine.py").write_text(f"import os\nos.mkdir({str(path.parent / 'ran')!r})\n")
     classes = {"AutoConfig": "mine.Mine", "AutoModelForCausalLM": "mine.Mine", "AutoTokenizer": ["mine.Mine", None]}
     changed(auto_map=classes, model_type="mine", tokenizer_class="Mine")(path)
 
 
 def index(name: str) -> Craft:
-    """Weights in parts, which are said to lie there."""
+    """An index of weights that points to `name`."""
 
     def craft(path: Path) -> None:
         outside = path.parent.parent / "outside"
@@ -148,7 +148,7 @@ def chat(template: str) -> Craft:
 
 
 def anchors(path: Path) -> None:
-    """YAML whose anchors unfold to 10^9 values."""
+    """YAML whose anchors expand to 10^9 values."""
     names = "abcdefghi"
     lines = ['a: &a ["x","x","x","x","x","x","x","x","x","x"]']
     lines += [f"{b}: &{b} [{','.join([f'*{a}'] * 10)}]" for a, b in itertools.pairwise(names)]
@@ -161,7 +161,7 @@ def tag(path: Path) -> None:
 
 
 def vouched(craft: Craft) -> Craft:
-    """Done to a file of a checkpoint, whose manifest then vouches for it."""
+    """Apply `craft` to a file of a checkpoint, and update the manifest so that it matches."""
 
     def crafted(path: Path) -> None:
         craft(path)
@@ -172,7 +172,7 @@ def vouched(craft: Craft) -> Craft:
 
 
 def unfolding(begin: bytes, pack: Callable[[bytes], bytes] = gzip.compress) -> Craft:
-    """A compressed file whose first row has 20 GB: one piece of 64 MiB that is repeated."""
+    """A compressed file whose first row has 20 GB: a repeated piece of 64 MiB."""
 
     def craft(path: Path) -> None:
         piece = pack(b"a" * (64 << 20))
@@ -202,7 +202,7 @@ DOUBLE = "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x
 
 
 def cases() -> Iterator[Case]:
-    """All of them."""
+    """All cases."""
     weights: dict[str, Craft] = {
         "half": half,
         "empty": empty,
@@ -324,7 +324,7 @@ def cases() -> Iterator[Case]:
 
 
 def load(loader: str, folder: Path, file: str) -> object:
-    """What `loader` makes of the folder, or of the file in it."""
+    """Load the folder, or the file in it, with `loader`."""
     if loader in ("model", "adapter"):
         return load_generative(str(folder), None, 0)
     if loader == "tokenizer":
@@ -341,7 +341,7 @@ def load(loader: str, folder: Path, file: str) -> object:
 
 
 def prepared(loader: str, task: Embedded, work: Path) -> Path:
-    """A folder that `loader` loads as it is."""
+    """An intact folder that `loader` can load."""
     whole = work / "whole" / loader
     if loader == "checkpoint":
         return save_checkpoint(work, 1, {"a": torch.ones(3)}, {"step": 1})
@@ -359,7 +359,7 @@ def prepared(loader: str, task: Embedded, work: Path) -> Path:
 
 
 def attempt(case: Case, folder: Path) -> None:
-    """Load; a UserError is printed, and ends the life with 2."""
+    """Load. A UserError is printed and ends the process with status 2."""
     outside = str(folder.parent / "outside")
 
     def opened(event: str, arguments: tuple[Any, ...]) -> None:
@@ -376,8 +376,8 @@ def attempt(case: Case, folder: Path) -> None:
 
 
 def verdict(case: Case, folder: Path, log: Path) -> str:
-    """What is wrong with how it ends; empty where nothing is."""
-    _, _, idle = os.wait4(life(lambda: None, log), 0)  # a fork does not take over all pages of this process
+    """What is wrong with the outcome; empty if nothing is."""
+    _, _, idle = os.wait4(life(lambda: None, log), 0)  # the memory of an idle fork, as baseline
     process, started = life(partial(attempt, case, folder), log), time.monotonic()
     while True:
         found, status, usage = os.wait4(process, os.WNOHANG)
@@ -394,7 +394,7 @@ def verdict(case: Case, folder: Path, log: Path) -> str:
         (usage.ru_maxrss - idle.ru_maxrss) // 1024,
     )
     if (folder / "ran").exists() or (folder.parent / "ran").exists():
-        return "code was run"
+        return "code ran"
     if "READ OUTSIDE" in said:
         return "a file outside was read"
     if code != 2 or "Traceback" in said:
@@ -403,11 +403,11 @@ def verdict(case: Case, folder: Path, log: Path) -> str:
         return f"{grown} MiB"
     if str(folder) not in said and case.file not in said:
         return f"the file is not named: {said[-300:]}"
-    return "" if "\x1b" not in said else "it speaks to the terminal"
+    return "" if "\x1b" not in said else "it prints control characters"
 
 
 def hostile(task: Embedded, folder: Path, only: str = "") -> Drill:
-    """All cases, or those whose name holds `only`."""
+    """All cases, or those whose name contains `only`."""
     folder.mkdir(parents=True)
     wholes: dict[str, Path] = {}
     wrong, done = [], 0
@@ -425,5 +425,5 @@ def hostile(task: Embedded, folder: Path, only: str = "") -> Drill:
         shutil.rmtree(place.parent)
     found = f"{done - len(wrong)} of {done}" + "; ".join(["", *wrong])
     return Drill(
-        "hostile and broken files", "60 and more: an error that names the file, within 20 s and 1 GiB", found, not wrong
+        "hostile and broken files", "60 or more: an error that names the file, within 20 s and 1 GiB", found, not wrong
     )

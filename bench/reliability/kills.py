@@ -1,7 +1,8 @@
-"""Does a SIGKILL, wherever in a save it falls, leave the newest whole checkpoint where it is?
+"""Tests that a SIGKILL at any point of a save leaves the newest intact checkpoint usable.
 
-Lives save without end, beside what stands for training, and are killed before each file operation of a save, with half
-of a file written, and at random moments; then two processes that save together, of which either is killed.
+Processes save in an endless loop, next to simulated training, and are killed before each file operation of a save, with
+half of a file written, and at random moments. Then the same with two processes that save together, of which one is
+killed.
 """
 
 import os
@@ -26,26 +27,26 @@ from dwrl_fast.ranks import ALONE, Ranks
 from dwrl_fast.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from dwrl_fast.training.saving import Saver
 
-SIZE = 200_000  # numbers in a tensor: what is written takes a few milliseconds
-UPDATES = 4  # saves within a step, as checkpoint-000001-0003
-FIRST = 4  # save of a drill
+SIZE = 200_000  # numbers in a tensor; writing takes a few milliseconds
+UPDATES = 4  # saves within a step, such as checkpoint-000001-0003
+FIRST = 4  # first save of a drill
 
 
 class Said(NamedTuple):
-    """What a life said before it ended: the last save that it began, and the last one that it knew to be whole."""
+    """The reports of a process before it ended: the last save that it started, and the last one that it completed."""
 
     begun: int
     whole: int
 
 
 def numbers(save: int) -> dict[str, Tensor]:
-    """What the `save`-th save holds."""
+    """The tensors of save number `save`."""
     return {"a": torch.arange(save, save + SIZE), "b": torch.full((1000,), save / 3), "scalar": torch.tensor(save)}
 
 
 def save_without_end(folder: Path, first: int, say: int, boundary: tuple[int, Callable[[], object]] | None) -> None:
-    """Saves `first`, `first` + 1, ..., which are told to the descriptor `say`. boundary: of which to strike, counted
-    from the third save on, which is the first one that removes an older checkpoint too.
+    """Write saves `first`, `first` + 1, ..., and report them to the descriptor `say`. boundary: the file operation to
+    strike at, counted from the third save on, the first one that also removes an older checkpoint.
     """
     torch.set_num_threads(1)
     saver = Saver(folder, 2, ALONE, beside=True)
@@ -64,7 +65,7 @@ def save_without_end(folder: Path, first: int, say: int, boundary: tuple[int, Ca
 
 
 def half_written() -> None:
-    """Make this process die with half of the next small file written."""
+    """Kill this process with half of the next small file written."""
     write = Path.write_text
 
     def half(self: Path, text: str, **options: Any) -> int:
@@ -78,12 +79,12 @@ def half_written() -> None:
 
 
 def told(lines: list[str], what: str, before: int) -> int:
-    """The last number that was told of `what`."""
+    """The last reported number for `what`."""
     return max((int(line.split()[1]) for line in lines if line.startswith(what)), default=before)
 
 
 def heard(hear: int, saves: int | None = None) -> bytes:
-    """What lives say until they have told of so many whole saves; None: until they have ended."""
+    """The reports of processes until they have completed `saves` saves; None: until they have ended."""
     text = b""
     while (saves is None or text.count(b"whole") < saves) and (more := os.read(hear, 4096)):
         text += more
@@ -91,8 +92,8 @@ def heard(hear: int, saves: int | None = None) -> bytes:
 
 
 def killed_once(folder: Path, first: int, moment: tuple[int, float] | None, **how: Any) -> tuple[Said, int, int]:
-    """One life, which is killed so many seconds after a number of saves; None: it ends by itself. What it said, its
-    status, and its count of operations.
+    """Run one process. moment: the number of saves and the seconds after them at which it is killed; None: it ends by
+    itself. Returns its reports, its status, and its count of operations.
     """
     hear, say = os.pipe()
     process = life(lambda: save_without_end(folder, first, say, **how), folder.with_suffix(".log"))
@@ -110,10 +111,10 @@ def killed_once(folder: Path, first: int, moment: tuple[int, float] | None, **ho
 
 
 def intact(folder: Path, said: Said) -> str:
-    """What is wrong with the newest checkpoint after a life that said so; empty where nothing is."""
+    """What is wrong with the newest checkpoint after a process with these reports; empty if nothing is."""
     path = latest_checkpoint(folder)
     if path is None:
-        return "" if said.whole < FIRST else f"nothing is left of {said.whole} saves"
+        return "" if said.whole < FIRST else f"none of {said.whole} saves is left"
     into = {name: torch.full_like(tensor, 7) for name, tensor in numbers(0).items()}
     try:
         save = load_checkpoint(path, into)["save"]
@@ -122,12 +123,14 @@ def intact(folder: Path, said: Said) -> str:
     if any(not torch.equal(tensor, numbers(save)[name]) for name, tensor in into.items()):
         return f"{path.name} does not hold what was saved"
     if not said.whole <= save <= said.begun + 1:
-        return f"save {said.whole} was whole, {said.begun} begun, and {save} is the newest"
+        return f"save {said.whole} was complete, {said.begun} started, but {save} is the newest"
     return ""
 
 
 def single(folder: Path, kills: int, seed: int = 0) -> Drill:
-    """SIGKILLs of one process: before every file operation of a save, with half a file written, the rest at random."""
+    """SIGKILLs of one process: before every file operation of a save, with half of a file written, and the rest at
+    random.
+    """
     chance = random.Random(seed)
     folder.mkdir(parents=True)
     _, status, count = killed_once(folder / "counted", FIRST, None, boundary=(0, die))
@@ -138,7 +141,7 @@ def single(folder: Path, kills: int, seed: int = 0) -> Drill:
         nonlocal done, lost
         said, status, _ = result
         if status != -signal.SIGKILL:
-            wrong.append(f"{where}: the kill did not fire, status {status}")
+            wrong.append(f"{where}: the kill did not occur, status {status}")
             return
         done += 1
         found = intact(place, said)
@@ -191,7 +194,7 @@ def save_together(folder: Path, rank: int, port: int, first: int, say: int) -> N
 
 
 def together(folder: Path, kills: int, seed: int = 0) -> Drill:
-    """SIGKILLs of either of two processes that save together."""
+    """SIGKILLs of one of two processes that save together."""
     chance = random.Random(seed)
     folder.mkdir(parents=True)
     place, first, wrong, lost, during = folder / "run", FIRST, list[str](), 0, 0
@@ -204,12 +207,12 @@ def together(folder: Path, kills: int, seed: int = 0) -> Drill:
             life(partial(save_together, place, rank, port, first, say), folder / f"rank-{rank}.log") for rank in (0, 1)
         ]
         os.close(say)
-        text = heard(hear, 2)  # until both are at it
+        text = heard(hear, 2)  # until both are saving
         time.sleep(chance.uniform(0.0, 0.2))
         victim = number % 2
         os.kill(pair[victim], signal.SIGKILL)
         status = ended(pair[victim])
-        time.sleep(0.2)  # the other loses the connection; if not, it waits for its timeout
+        time.sleep(0.2)  # the other one loses the connection or waits for its timeout
         os.kill(pair[1 - victim], signal.SIGKILL)
         ended(pair[1 - victim])
         text += heard(hear)
@@ -219,13 +222,13 @@ def together(folder: Path, kills: int, seed: int = 0) -> Drill:
         during += said.begun > said.whole
         log = folder / "intact.log"
         if status != -signal.SIGKILL:
-            wrong.append(f"kill {number} did not fire, status {status}")
+            wrong.append(f"kill {number} did not occur, status {status}")
         elif lived(lambda said=said: _assert_intact(place, said), log) != 0:  # type: ignore[misc]
             wrong.append(f"kill {number}: {log.read_text()[-200:]}")
         lost = max(lost, said.begun - _save_of(latest_checkpoint(place)))
         first = _save_of(latest_checkpoint(place)) + 1
     found = f"{kills - len(wrong)} of {kills} load, {during} kills within a save, at most {max(0, lost)} saves lost"
-    name = "SIGKILL of either of two processes that save"
+    name = "SIGKILL of one of two processes that save"
     return Drill(
         name, f"{kills} of {kills} load, at most one lost", found + "; ".join(wrong[:3]), not wrong and lost <= 1
     )

@@ -1,5 +1,5 @@
-"""Lives of a run: processes forked from this one, which has everything imported, so that hundreds cost little; and what
-may end them.
+"""Runs in forked processes. They share the imports of this process, so hundreds of them are cheap. Also the faults that
+end them.
 """
 
 import os
@@ -15,7 +15,7 @@ EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "fsync"}
 
 
 def life(run: Callable[[], object], log: Path) -> int:
-    """Begin `run` in a process of its own, whose output is added to `log`; its id. It ends with 0 where `run` returns,
+    """Start `run` in a forked process, append its output to `log`, and return its id. It ends with 0 if `run` returns,
     with the status of a SystemExit, and otherwise with 1.
     """
     sys.stdout.flush()
@@ -45,27 +45,27 @@ def _live(run: Callable[[], object], log: Path) -> NoReturn:
 
 
 def ended(process: int) -> int:
-    """Wait for a life; its exit status, or that signal's number below 0 which ended it."""
+    """Wait for a process. Returns its exit status, or minus the number of the signal that ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
 def lived(run: Callable[[], object], log: Path) -> int:
-    """A whole life, as `life` and `ended` have it."""
+    """Start a process with `life` and wait for it with `ended`."""
     return ended(life(run, log))
 
 
 def die() -> NoReturn:
-    """End this process as a SIGKILL does: nothing is cleaned up."""
+    """End this process like SIGKILL, without any cleanup."""
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError("a process outlived SIGKILL")
 
 
 class Boundaries:
-    """Calls `strike` before the `number`-th time (from 1) that this process opens, makes, renames, removes or syncs
-    something under `folder` while it is `armed`; with number 0 it only counts, in `count`. There is one a process.
+    """Calls `strike` before file operation `number` (from 1) of this process under `folder` (open, create, rename,
+    remove, sync) while `armed`. With number 0 it only counts, in `count`. There is one instance per process.
 
-    It hooks Python's audit events and os.fsync, so it also sees what libraries do. Only the thread that writes
-    checkpoints is struck.
+    It hooks Python's audit events and os.fsync, so it also sees operations of libraries. Only the thread that writes
+    checkpoints is affected.
     """
 
     def __init__(self, folder: Path, number: int, strike: Callable[[], object]):
@@ -81,7 +81,7 @@ class Boundaries:
         sys.addaudithook(self.event)
 
     def event(self, name: str, arguments: tuple[Any, ...]) -> None:
-        """What Python reports before it does something."""
+        """The audit hook of Python."""
         if not self.armed or name not in EVENTS or threading.current_thread().name != "checkpoint":
             return
         path = str(arguments[0])
@@ -94,6 +94,6 @@ class Boundaries:
 
 
 def _writes(arguments: tuple[Any, ...]) -> bool:
-    """Whether a file is opened to be written."""
+    """Whether a file is opened for writing."""
     _, _, flags = (*arguments, 0, 0)[:3]
     return bool(flags & (os.O_WRONLY | os.O_RDWR))

@@ -1,8 +1,9 @@
-"""Is a run that is killed after every single update the run that nothing interrupts?
+"""Tests that a run that is killed after every single update equals an uninterrupted run.
 
-A life resumes, takes one update, and dies by SIGKILL as soon as the checkpoint after it is on the disk; the next life
-goes on. So 30 rollout batches have as many lives as updates, and what every update leaves is compared: weights,
-optimizer, generators, gradient norm, and the ids and old log-probs of the batch; at the end metrics and thoughts.
+Each process resumes, makes one update, and is killed by SIGKILL as soon as the next checkpoint is on disk; then the
+next process continues. So 30 rollout batches need as many processes as updates. The state after every update is
+compared: weights, optimizer, random generators, gradient norm, and the ids and old log-probs of the batch; at the end
+also metrics and thoughts.
 """
 
 import json
@@ -19,11 +20,13 @@ from dwrl_fast.encode import group_record
 from dwrl_fast.training.saving import Saver
 from dwrl_fast.training.trainer import Trainer
 
-LIVES = 1000  # at most: a run that comes no further must not go on for ever
+LIVES = 1000  # upper limit, in case a run makes no progress
 
 
 def traced(config: TrainConfig, trace: Path, *, deadly: bool) -> None:
-    """The run; a line of `trace` an update, with what it left. deadly: it dies after its first checkpoint."""
+    """The run. Writes a line to `trace` with the state after each update. deadly: it dies after its first
+    checkpoint.
+    """
     update, save = Trainer.update, Saver.save
 
     def watched(self: Trainer, phase: str, minibatch: Any, index: int) -> Any:
@@ -36,7 +39,7 @@ def traced(config: TrainConfig, trace: Path, *, deadly: bool) -> None:
             "norm": norm.item(),
             "state": digest(self.policy.state()),
             "random": random_state(),
-            "batch": hash(json.dumps(groups)),  # alike in processes that were forked from one
+            "batch": hash(json.dumps(groups)),  # equal in processes forked from the same one
             "row": [group["row"]["source"] for group in groups],
         }
         with trace.open("a", encoding="utf-8") as file:
@@ -66,7 +69,7 @@ def resumed_everywhere(task: Embedded, folder: Path, case: str, **changes: Any) 
     while (end := lived(lambda: traced(saved, traces["killed"], deadly=True), folder / "killed.log")) != 0:
         assert end == -signal.SIGKILL, f"status {end}: see {folder / 'killed.log'}"
         kills += 1
-        assert kills < LIVES, "the run comes no further"
+        assert kills < LIVES, "the run makes no progress"
     whole, killed = ([json.loads(line) for line in path.read_text().splitlines()] for path in traces.values())
     one, other = written(folder / "whole"), written(folder / "killed")
     steps = [name for name in one if name.startswith("step ")]
@@ -77,8 +80,8 @@ def resumed_everywhere(task: Embedded, folder: Path, case: str, **changes: Any) 
     held = len(same) == len(steps) and whole == killed and one == other and kills >= len(whole)
     return Drill(
         f"resume after every update: {case}",
-        "30 of 30 steps to the bit",
-        f"{len(same)} of {len(steps)} steps, {len(whole)} updates, {kills} lives ended by SIGKILL",
+        "30 of 30 steps equal bit for bit",
+        f"{len(same)} of {len(steps)} steps, {len(whole)} updates, {kills} processes ended by SIGKILL",
         held,
     )
 

@@ -1,4 +1,6 @@
-"""Do SIGTERM and SIGINT save, say so, and leave with 143 and 130; and is the resumed run the uninterrupted one?"""
+"""Tests that SIGTERM and SIGINT save a checkpoint, log it, and exit with 143 and 130, and that the resumed run equals
+an uninterrupted one.
+"""
 
 import os
 import signal
@@ -24,10 +26,10 @@ STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
 
 def command_line(config: TrainConfig, folder: Path) -> None:
-    """The command of training, in this process, with its handlers of signals."""
+    """The training command in this process, with its signal handlers."""
     file = folder / "options.yaml"
     config.save(file)
-    os.environ["COLUMNS"] = "1000"  # messages stay on their lines
+    os.environ["COLUMNS"] = "1000"  # so that messages are not wrapped
     torch.set_num_threads(1)
     sys.argv = [
         "train",
@@ -42,7 +44,9 @@ def command_line(config: TrainConfig, folder: Path) -> None:
 
 
 def struck(config: TrainConfig, folder: Path, strikes: Iterable[tuple[str, int, Callable[[], object]]]) -> None:
-    """The command, in which (method of Trainer, place, strike) strikes before the `place`-th call of that method."""
+    """The command with strikes (method of Trainer, number, function): the function is called before that call of the
+    method.
+    """
     for name, place, strike in strikes:
         setattr(Trainer, name, _counted(getattr(Trainer, name), place, strike))
     command_line(config, folder)
@@ -62,19 +66,19 @@ def _counted(method: Callable[..., object], place: int, strike: Callable[[], obj
 
 
 def send(number: int) -> None:
-    """That signal to this process, which has noted it when this returns."""
+    """Send a signal to this process; it is handled when this returns."""
     os.kill(os.getpid(), number)
 
 
 def twice(number: int) -> None:
-    """The first is noted, the second ends the process."""
+    """Send a signal twice: the first one is noted, the second one ends the process."""
     send(number)
     time.sleep(0.1)
     send(number)
 
 
 def signalled(task: Embedded, folder: Path) -> Drill:
-    """Each signal in a rollout, within an update, in the last update of a step, and twice."""
+    """Each signal during a rollout, within an update, in the last update of a step, and twice."""
     folder.mkdir(parents=True)
     changes = {"save_steps": 0, "save_updates": 0, "max_steps": 3, "num_train_epochs": 1}
     assert lived(lambda: command_line(small(task, folder / "whole", **changes), folder), folder / "whole.log") == 0
@@ -94,8 +98,10 @@ def signalled(task: Embedded, folder: Path) -> Drill:
             if status != STATUS[number] or "Traceback" in said or bool(saved) != (how is send):
                 wrong.append(f"{run.name}: status {status}, {len(saved)} checkpoints")
             elif how is send and "saves a checkpoint" not in said:
-                wrong.append(f"{run.name}: it does not say that it saves")
+                wrong.append(f"{run.name}: it does not log that it saves")
             elif lived(lambda config=config: command_line(config, folder), log) != 0 or written(run) != expected:  # type: ignore[misc]
-                wrong.append(f"{run.name}: the resumed run is another")
+                wrong.append(f"{run.name}: the resumed run is different")
     found = f"{done - len(wrong)} of {done}" + "; ".join(["", *wrong[:3]])
-    return Drill("SIGTERM and SIGINT", "143 and 130, saved, resumed to the bit; a second one at once", found, not wrong)
+    return Drill(
+        "SIGTERM and SIGINT", "143 and 130, saved, resumed bit for bit; a second signal ends at once", found, not wrong
+    )

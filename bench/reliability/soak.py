@@ -1,5 +1,5 @@
-"""Long runs of the embedded task: killed every minute or so, are the weights those of a run that was left alone? And do
-memory and descriptors stay as they are in one that is?
+"""Long runs of the embedded task. A run that is killed about every minute must give the weights of an undisturbed run,
+and memory and descriptors of an undisturbed run must stay constant.
 """
 
 import os
@@ -15,17 +15,17 @@ from bench.reliability.task import run, small, written
 from dwrl_fast.embedded import Embedded
 from dwrl_fast.training.trainer import Trainer
 
-GROWTH = 8.0  # MiB that a flat run may grow in its second half: allocators keep what they once had
+GROWTH = 8.0  # MiB that a run may grow in its second half, because allocators keep freed memory
 
 
 def endless(task: Embedded, folder: Path, steps: int) -> Any:
-    """The options of a run of so many rollout batches, with a checkpoint every 20."""
+    """The options of a run of `steps` rollout batches, with a checkpoint every 20."""
     changes = {"rollout_batch_size": 32, "minibatch_size": 16, "max_steps": steps, "num_train_epochs": 1}
     return small(task, folder, **changes, save_steps=20, save_updates=3, learning_rate=1e-4)
 
 
 def hunted(task: Embedded, folder: Path, steps: int, between: tuple[float, float], seed: int = 0) -> Drill:
-    """Kills after random times of `between` seconds; the same run beside it, whole."""
+    """Kills after random times in the range `between` (seconds), compared with the same run without kills."""
     chance, kills, started = random.Random(seed), 0, time.monotonic()
     folder.mkdir(parents=True)
     while True:
@@ -50,12 +50,12 @@ def hunted(task: Embedded, folder: Path, steps: int, between: tuple[float, float
         f"{'the same' if same else 'OTHER'} weights, thoughts and metrics; {kills} kills in {minutes:.0f} minutes"
     )
     return Drill(
-        "a long run under kills", "weights equal to the bit after an hour of kills", found_text, same and kills > 0
+        "a long run under kills", "weights equal bit for bit after an hour of kills", found_text, same and kills > 0
     )
 
 
 def flat(task: Embedded, folder: Path, seconds: float) -> Drill:
-    """Resident memory and open descriptors of a run that is left alone, at its middle and at its end."""
+    """Resident memory and open descriptors of an undisturbed run, at its middle and at its end."""
     folder.mkdir(parents=True)
     trace = folder / "trace.txt"
 
@@ -82,4 +82,4 @@ def flat(task: Embedded, folder: Path, seconds: float) -> Drill:
     )
     found += f"of {len(rows)} rollout batches in {seconds / 60:.0f} minutes"
     held = status == 0 and after - before < GROWTH and open_after <= open_before
-    return Drill("a long run left alone", "memory and descriptors flat in 30 minutes", found, held)
+    return Drill("a long undisturbed run", "memory and descriptors constant in 30 minutes", found, held)

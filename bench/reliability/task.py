@@ -1,4 +1,4 @@
-"""What the drills train: the embedded task in small, 30 rollout batches over three epochs, on one thread."""
+"""The training task of the drills: a small embedded task with 30 rollout batches over three epochs, on one thread."""
 
 import dataclasses
 import hashlib
@@ -24,11 +24,11 @@ CASES: dict[str, dict[str, Any]] = {
     "dwrl, joint": {"method": "dwrl", "alternate": "joint"},
     "star-dpo": {"method": "star-dpo"},
 }
-TIMED = ("seconds", "tokens_per_second", "share_")  # what no two runs have in common
+TIMED = ("seconds", "tokens_per_second", "share_")  # values that differ between all runs
 
 
 def made(folder: Path, plan: Warmup = embedded.WARMUP, sizes: Sizes = SIZES) -> Embedded:
-    """The pairs and the warmed-up model in `folder`, made there where they are not."""
+    """The pairs and the warmed-up model in `folder`, created if they are missing."""
     if (folder / embedded.RECORD).exists():
         return Embedded.read(folder)
     return embedded.prepare(folder, 0, sizes=sizes, plan=plan)
@@ -53,13 +53,13 @@ def small(task: Embedded, folder: Path, **changes: Any) -> TrainConfig:
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
-    """The run, to its end; what result.json holds."""
+    """Run to the end. Returns the content of result.json."""
     torch.set_num_threads(1)
     return train.run(config, Console(width=200))
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Of all bits of all of them, with their names."""
+    """A digest of all bits of all tensors, with their names."""
     found = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(tensors.items()):
         found.update(name.encode() + tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -67,14 +67,16 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def random_state() -> str:
-    """Of the generators of this process, PyTorch's and NumPy's; Python seeds its own anew in every fork."""
+    """A digest of the random generators of PyTorch and NumPy in this process. Python seeds its own generator again in
+    every fork.
+    """
     found = hashlib.blake2b(torch.get_rng_state().numpy().tobytes(), digest_size=16)
     found.update(repr(np.random.get_state()).encode())
     return found.hexdigest()
 
 
 def written(folder: Path) -> dict[str, Any]:
-    """What a run wrote that must be the same in every run: weights, thoughts and metrics, by name."""
+    """The output of a run that must be equal in all runs: weights, thoughts and metrics, by name."""
     found: dict[str, Any] = {
         "weights": hashlib.sha256((folder / "model" / "model.safetensors").read_bytes()).hexdigest()
     }

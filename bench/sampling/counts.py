@@ -1,4 +1,4 @@
-"""What a sampler has to compute and to read, counted, and how long this machine takes for that at least."""
+"""Counts the computation and the memory reads of a sampler, and lower bounds of their time on this machine."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -11,15 +11,15 @@ from bench.sampling.engines import Work
 from bench.training.flops import attended_keys, head_flops, trunk_flops
 from dwrl_fast.sampling import TreeSampler
 
-READ = 1 << 30  # bytes that are read to find out how fast memory is: more than a cache holds
+READ = 1 << 30  # bytes read to measure the memory rate; more than the caches hold
 REPEATS = 3
-LEAST = 1e10  # FLOP of a product that is timed
+LEAST = 1e10  # minimum FLOP of a timed product
 
 
 class Counts(NamedTuple):
-    """prefill, decode: tokens that passed through the layers, padding among them. attended: keys that the decoded ones
-    attend to, and prefill_attended, those of the others. passes: how often all weights were read. cached: tokens whose
-    keys and values were read from the cache, in all passes. head: rows at the head.
+    """prefill, decode: tokens that passed through the layers, including padding. attended: keys that decoded tokens
+    attend to; prefill_attended: keys for the prefill tokens. passes: how often all weights were read. cached: tokens
+    whose keys and values were read from the cache, in all passes. head: rows at the head.
     """
 
     prefill: int
@@ -32,11 +32,11 @@ class Counts(NamedTuple):
 
 
 def plain_counts(work: Work, batch_size: int) -> Counts:
-    """Of the plain loop, from the lengths: every context once, padded to the longest of its batch; the cache of every
-    thought by itself, its context included.
+    """The counts of the plain loop, from the lengths: every context once, padded to the longest of its batch; a
+    separate cache for every thought, including its context.
     """
     order, size = sorted(map(len, work.contexts)), max(1, batch_size // work.n)
-    steps = range(1, work.tokens)  # the first token needs no step, and the last is not read again
+    steps = range(1, work.tokens)  # the first token needs no step, and the last one is not processed
     found = [0] * 7
     for start in range(0, len(order), size):
         some = order[start : start + size]
@@ -48,7 +48,7 @@ def plain_counts(work: Work, batch_size: int) -> Counts:
 
 
 class Counting:
-    """A model that counts what `TreeSampler` asks of it."""
+    """A model that counts the calls of `TreeSampler`."""
 
     def __init__(self, model: Any):
         self.model = model
@@ -58,7 +58,7 @@ class Counting:
         return getattr(self.model, name)
 
     def states(self, ids: Tensor, positions: Tensor, plan: Any) -> Tensor:
-        """As the model's. A piece of the cache is read once for all the new tokens that see it."""
+        """Like the model's. A piece of the cache is read once for all new tokens that see it."""
         self.tokens += len(ids)
         self.attended += int((positions + 1).sum())
         self.passes += 1
@@ -67,13 +67,13 @@ class Counting:
         return found
 
     def head(self, score: Tensor, token: Tensor) -> Any:
-        """As the model's."""
+        """Like the model's."""
         self.rows += len(score)
         return self.model.head(score, token)
 
 
 def tree_counts(sampler: TreeSampler, work: Work) -> Counts:
-    """Of one run of `sampler`, from the plans of its passes."""
+    """The counts of one run of `sampler`, from the plans of its passes."""
     counting, stops = Counting(sampler.model), sorted(sampler.stop_ids)
     how: dict[str, Any] = {"limits": sampler.limits, "token_budget": sampler.token_budget, "autocast": sampler.autocast}
     other = TreeSampler(counting, stops, **how)
@@ -86,14 +86,16 @@ def tree_counts(sampler: TreeSampler, work: Work) -> Counts:
 
 
 def cached_bytes(lm: Any) -> int:
-    """What the keys and values of one token take, in all layers."""
+    """Bytes of the keys and values of one token in all layers."""
     config = lm.config
     channels = 2 * config.num_key_value_heads * lm.base_model.layers[0].self_attn.head_dim
     return int(channels * config.num_hidden_layers * lm.dtype.itemsize)
 
 
 class Rates(NamedTuple):
-    """FLOP a second of the model's products over rows of the decoding and of the prefill; bytes a second of reading."""
+    """FLOP per second of the model's products with the rows of decoding and of the prefill; bytes per second of
+    reading.
+    """
 
     decode: float
     prefill: float
@@ -101,7 +103,7 @@ class Rates(NamedTuple):
 
 
 def rates(lm: Any, rows: int, wide: int = 2048) -> Rates:
-    """Measured here and now. rows: decoded at once. wide: of the prefill."""
+    """Measure the rates now. rows: of a decoding step. wide: rows of the prefill."""
     weights = [p for p in lm.base_model.layers[0].parameters() if p.dim() == 2]
     long = torch.ones(READ // 4)
     read = READ / min(timed(long.sum) for _ in range(REPEATS))
@@ -126,7 +128,7 @@ def _products(weights: Sequence[Tensor], rows: int) -> float:
 
 
 class Bound(NamedTuple):
-    """flops: of all products. read: bytes of weights and cache. Seconds that they take at the measured rates."""
+    """flops: of all products. read: bytes of weights and cache. Both also as seconds at the measured rates."""
 
     flops: float
     read: float
@@ -135,7 +137,9 @@ class Bound(NamedTuple):
 
 
 def bound(lm: Any, counts: Counts, rate: Rates) -> Bound:
-    """Of a run that `counts` tells of. Products and reading can overlap: neither is beaten, their sum is no bound."""
+    """The bounds of a run with these `counts`. Products and reading can overlap: each is a lower bound, but not their
+    sum.
+    """
     prefill = trunk_flops(lm, counts.prefill, counts.prefill_attended) / 3  # a forward pass is a third
     decode = (trunk_flops(lm, counts.decode, counts.attended) + head_flops(lm, counts.head)) / 3
     weights = sum(p.nbytes for p in lm.parameters())

@@ -1,4 +1,4 @@
-"""What writes the thoughts that are timed: our two samplers, and TRL's GRPOTrainer."""
+"""The timed engines: our two samplers, and TRL's GRPOTrainer."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -18,8 +18,8 @@ DRAWN: dict[str, Any] = {
 
 
 class Work(NamedTuple):
-    """`n` thoughts of exactly `tokens` tokens for each context: what ends a thought is an id that no model writes, so
-    that looking for it takes the time it always takes.
+    """`n` thoughts of exactly `tokens` tokens for each context. The stop token is an id that no model writes, so the
+    check for it takes its usual time.
     """
 
     contexts: list[list[int]]
@@ -28,12 +28,12 @@ class Work(NamedTuple):
 
     @property
     def written(self) -> int:
-        """Tokens, of all thoughts."""
+        """The tokens of all thoughts."""
         return len(self.contexts) * self.n * self.tokens
 
     @property
     def part(self) -> "Work":
-        """What settings are swept on: every fourth pair of contexts, or all where they are few."""
+        """The part for sweeps: every fourth pair of contexts, or all if there are few."""
         if len(self.contexts) <= 16:
             return self
         return self._replace(
@@ -41,13 +41,13 @@ class Work(NamedTuple):
         )
 
     def check(self, lengths: list[int]) -> None:
-        """ValueError unless these are the lengths of all thoughts."""
+        """Raise ValueError unless these are the right lengths of all thoughts."""
         if lengths != [self.tokens] * (len(self.contexts) * self.n):
-            raise ValueError(f"{len(lengths)} thoughts of {min(lengths)} to {max(lengths)} tokens in place of {self}")
+            raise ValueError(f"{len(lengths)} thoughts of {min(lengths)} to {max(lengths)} tokens instead of {self}")
 
 
 class Engine(NamedTuple):
-    """One way to write them. run: the seconds that it took. peak: bytes that it held beyond what it held before."""
+    """One engine. run: runs it and returns its seconds. peak: bytes above the level before the run."""
 
     note: str
     run: Callable[[], float]
@@ -55,7 +55,7 @@ class Engine(NamedTuple):
 
 
 def engine(write: Callable[[], list[int]], work: Work, note: str) -> Engine:
-    """Of a function in this process that gives the lengths of the thoughts which it wrote."""
+    """An engine from a function in this process that returns the lengths of its thoughts."""
 
     def checked() -> None:
         work.check(write())
@@ -64,7 +64,7 @@ def engine(write: Callable[[], list[int]], work: Work, note: str) -> Engine:
 
 
 def of_sampler(sampler: Sampler, work: Work, note: str) -> Engine:
-    """Of one of ours."""
+    """An engine from one of our samplers."""
 
     def write() -> list[int]:
         found = sampler.sample(work.contexts, work.n, max_tokens=work.tokens, temperature=1.0, seed=0)
@@ -74,7 +74,7 @@ def of_sampler(sampler: Sampler, work: Work, note: str) -> Engine:
 
 
 def never(runtime: Runtime) -> int:
-    """The id that ends a thought and that the model cannot write."""
+    """An id for the stop token that the model cannot write."""
     return int(runtime.model.lm.config.vocab_size)
 
 
@@ -90,7 +90,7 @@ def plain_sampler(runtime: Runtime, batch_size: int) -> TransformersSampler:
 
 
 def default_limits(runtime: Runtime) -> Limits:
-    """Those of a run that does not say."""
+    """The default limits of a run."""
     assert isinstance(runtime.sampler, TreeSampler)
     return runtime.sampler.limits
 
@@ -104,14 +104,14 @@ def tree_sampler(runtime: Runtime) -> TreeSampler:
 
 
 def plain(runtime: Runtime, work: Work) -> Iterator[Engine]:
-    """The plain loop with 32, 64 ... thoughts at once."""
+    """The plain loop with 32, 64 ... concurrent thoughts."""
     rows = len(work.contexts) * work.n
     for size in powers(min(32, rows), rows):
         yield of_sampler(plain_sampler(runtime, size), work, f"{size} thoughts at once")
 
 
 def generation_trainer(runtime: Runtime, n: int, tokens: int, **options: Any) -> Any:
-    """A GRPOTrainer that writes `n` thoughts of `tokens` tokens. options: of its configuration."""
+    """A GRPOTrainer that generates `n` thoughts of `tokens` tokens. options: of its configuration."""
     stop = never(runtime)
     trainer = grpo_trainer(
         as_hugging_face(runtime.model.lm),
@@ -125,10 +125,10 @@ def generation_trainer(runtime: Runtime, n: int, tokens: int, **options: Any) ->
 
 
 def trl(runtime: Runtime, work: Work, cache: str | None) -> Iterator[Engine]:
-    """GRPOTrainer's own generation, with transformers' `generate`: batches of 32, 64 ... thoughts. Contexts come sorted
-    by length, so that few are padded.
+    """GRPOTrainer's own generation, with transformers' `generate`: batches of 32, 64 ... thoughts. Contexts are sorted
+    by length, so that there is little padding.
     """
-    rows = [ids for ids in work.contexts for _ in range(work.n)]  # as its sampler of prompts repeats them
+    rows = [ids for ids in work.contexts for _ in range(work.n)]  # repeated as by its prompt sampler
     trainer = generation_trainer(runtime, work.n, work.tokens, cache_implementation=cache)
     for size in powers(min(32, len(rows)), len(rows)):
         note = f"{size} thoughts a call, {cache or 'dynamic'} cache"
@@ -144,8 +144,8 @@ def _generate(trainer: Any, rows: list[list[int]], n: int, size: int) -> list[in
 
 
 def fastest(ladders: Callable[[Work], list[Iterator[Engine]]], work: Work) -> Engine:
-    """The one that takes least on a part of the work, for all of it. Each is run once and the very first once more
-    before; a ladder ends where it no longer gains.
+    """The engine that is fastest on a part of the work, for all of it. Each runs once, the very first one twice. A
+    ladder ends when it no longer gets faster.
     """
     best: tuple[float, Engine] | None = None
     for ladder in ladders(work.part):

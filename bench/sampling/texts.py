@@ -1,4 +1,4 @@
-"""The contexts that thoughts are sampled for: both responses of real hh pairs, or drawn ids where they are not here."""
+"""The contexts for sampling: both responses of real hh pairs, or random ids if these are not available."""
 
 import functools
 from pathlib import Path
@@ -10,25 +10,28 @@ from bench.training import lengths
 from dwrl_fast.data import read_preferences
 from dwrl_fast.dialog import Dialog
 
-# Tokens of a context, the evaluate turn and the chat template with it, which take 80 to 90 under SmolLM2's.
+# Tokens of a context, including the evaluate turn and the chat template (80 to 90 tokens for SmolLM2).
 BOUNDS = {"long": (300, 400), "short": (1, 130)}
-DRAWN = {"long": (230, 50, 35, 0), "short": (40, 25, 15, 0)}  # prompt, either response, what they share
+# Tokens of the prompt, of each response, and of their common beginning.
+DRAWN = {"long": (230, 50, 35, 0), "short": (40, 25, 15, 0)}
 
 
 class Texts(NamedTuple):
-    """contexts: those of both responses of a pair are neighbours, the pairs sorted by length."""
+    """contexts: both contexts of a pair are adjacent; pairs are sorted by length."""
 
     contexts: list[list[int]]
     source: str
 
     def folded(self, vocabulary: int) -> "Texts":
-        """The same with all ids below `vocabulary`."""
+        """A copy with all ids mapped below `vocabulary`."""
         return self._replace(contexts=[[i % vocabulary for i in ids] for ids in self.contexts])
 
 
 @functools.cache
 def texts(kind: str, pairs: int, model: Path) -> Texts:
-    """Those of `pairs` pairs, `kind` of BOUNDS, under the chat template of the model in the folder `model`."""
+    """The contexts of `pairs` pairs, for a `kind` of BOUNDS, with the chat template of the model in the folder
+    `model`.
+    """
     file = lengths.SHARED / lengths.FILES["hh"]
     if not (file.is_file() and (model / "tokenizer.json").is_file()):
         return drawn(kind, pairs)
@@ -47,7 +50,7 @@ def texts(kind: str, pairs: int, model: Path) -> Texts:
 
 
 def drawn(kind: str, pairs: int) -> Texts:
-    """Random ids, as long as such pairs are."""
+    """Random ids with the lengths of such pairs."""
     rng = np.random.default_rng(0)
     header, evaluate = (list(range(1, size + 1)) for size in (lengths.HEADER, lengths.EVALUATE))
     found = [[context.ids for context in lengths.draw(rng, *DRAWN[kind], header, evaluate)] for _ in range(pairs)]

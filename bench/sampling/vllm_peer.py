@@ -1,4 +1,4 @@
-"""vLLM beside us: a process of its own, of a Python that has it, which loads a model once and answers requests."""
+"""vLLM as a peer: a separate process with its own Python, which loads a model once and answers requests."""
 
 import json
 import os
@@ -11,13 +11,13 @@ import torch
 from bench.sampling.engines import Engine, Work
 
 ROOT = Path(__file__).parents[2]
-LONGEST = 1024  # tokens of a text
+LONGEST = 1024  # maximum tokens of a text
 CACHE_GIB = 4
 
 
 class Vllm:
-    """A running vLLM. threads: of PyTorch's own operators; None: what vLLM chooses. Its kernels run on all cores that
-    `torch` here is given, either way.
+    """A running vLLM. threads: of PyTorch's own operators; None: vLLM's choice. In both cases its kernels use all cores
+    that `torch` uses here.
     """
 
     def __init__(self, python: str, model: Path, threads: int | None, log: IO[bytes]):
@@ -28,7 +28,7 @@ class Vllm:
         if threads is not None:
             environment["OMP_NUM_THREADS"] = str(threads)
         openmp = Path(python).parent.parent / "lib" / "libiomp5.so"
-        if openmp.is_file():  # vLLM's manual asks for it
+        if openmp.is_file():  # recommended by vLLM's manual
             environment["LD_PRELOAD"] = str(openmp)
         self.process = subprocess.Popen(
             [python, "-m", "bench.sampling.vllm_worker", str(model.resolve()), str(LONGEST)],
@@ -53,14 +53,14 @@ class Vllm:
         return answer
 
     def ask(self, work: Work, *, peak: bool) -> dict[str, Any]:
-        """What the worker answers."""
+        """The answer of the worker."""
         assert self.process.stdin is not None
         request = {"prompts": work.contexts, "n": work.n, "tokens": work.tokens, "peak": peak}
         print(json.dumps(request), file=self.process.stdin, flush=True)
         return self._read()
 
     def engine(self, work: Work) -> Engine:
-        """Its seconds are taken in its own process, without the way there and back."""
+        """An engine. Its seconds are measured in its own process, without communication."""
 
         def run() -> float:
             answer = self.ask(work, peak=False)
@@ -70,7 +70,7 @@ class Vllm:
         return Engine(self.note, run, lambda: self.ask(work, peak=True)["peak"])
 
     def close(self) -> None:
-        """Ends the process."""
+        """End the process."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()
@@ -79,7 +79,7 @@ class Vllm:
 
 
 def fastest_vllm(python: str, model: Path, work: Work, log: IO[bytes]) -> Vllm:
-    """Of its own choice of threads and of ours, what takes less, each run once after a run that warms up."""
+    """The faster of its own choice of threads and ours, each run once after a warm-up."""
     best: tuple[float, Vllm] | None = None
     for threads in (None, torch.get_num_threads()):
         found = Vllm(python, model, threads, log)

@@ -1,6 +1,6 @@
-"""The far end of `vllm_peer`: vLLM in a virtual environment of its own, which obeys requests, one a line, in JSON.
+"""The worker of `vllm_peer`: vLLM in a separate virtual environment, which reads requests in JSON, one per line.
 
-It needs vLLM's Python and this checkout as the working folder; nothing of dwrl_fast is imported.
+It needs vLLM's Python and this checkout as working folder. It does not import dwrl_fast.
 """
 
 import json
@@ -12,10 +12,10 @@ from bench.harness import peak_memory, timed
 
 
 def serve(folder: str, longest: int) -> None:
-    """Load the model of `folder` once; then answer every line of the input by one of the output."""
+    """Load the model of `folder` once; then answer every input line with one output line."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what vLLM prints must not come between the answers
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # its memory is then that of this process
+    os.dup2(2, 1)  # so that output of vLLM does not mix with the answers
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # so that its memory belongs to this process
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -34,7 +34,7 @@ def serve(folder: str, longest: int) -> None:
         return [len(output.token_ids) for request in found for output in request.outputs]
 
     def answer(request: dict[str, Any]) -> dict[str, Any]:
-        llm.reset_prefix_cache()  # what an earlier run left there was of other weights, where a model is trained
+        llm.reset_prefix_cache()  # in training, earlier entries would belong to other weights
         written: list[list[int]] = []
         asked = request["prompts"], request["n"], request["tokens"]
         if request["peak"]:

@@ -1,11 +1,11 @@
-"""How far a thought, its log-probs and its score depend on the batch that it was sampled and scored in.
+"""Measures how much a thought, its log-probs and its score depend on the batch in which they are computed.
 
     python -m bench.training.batch_sizes --model models/smollm2 --data pairs.jsonl
 
-One thought about each response of some pairs is sampled in batches of 1, 7 and 64 sequences, in float32. Its draws are
-the same (`request_key`), but products over another batch size round differently. Printed: the share of thoughts that
-turn out another than in batches of 64; and of the thoughts of those batches, the largest difference in a log-prob and
-in a score, log p(Yes), between micro-batches of one pair and of as many as fit.
+One thought about each response of some pairs is sampled in batches of 1, 7 and 64 sequences, in float32. The random
+draws are the same (`request_key`), but products with different batch sizes round differently. Prints the share of
+thoughts that differ from those in batches of 64; and, for the thoughts of these batches, the largest difference in a
+log-prob and in a score, log p(Yes), between micro-batches of one pair and of as many pairs as fit.
 """
 
 import json
@@ -28,11 +28,11 @@ from dwrl_fast.scoring.yes_no import GenerativeJudging
 from dwrl_fast.training.policy import load_judging
 
 SIZES = (64, 7, 1)
-BOUND = 1e-5  # asked of log-probs and scores
+BOUND = 1e-5  # target for log-probs and scores
 
 
 def measured(rows: list[Preference], judging: GenerativeJudging, tokens: int, seed: int) -> dict[str, Any]:
-    """What is printed, by name: the share of each batch size, and both largest differences."""
+    """The printed figures by name: the share for each batch size, and both largest differences."""
     requests = response_requests(rows, judging.dialog)
     contexts = [context.ids for request in requests for context in request.contexts]
     sampler = judging.runtime.sampler
@@ -57,14 +57,14 @@ def measured(rows: list[Preference], judging: GenerativeJudging, tokens: int, se
 
 
 def read(groups: list[Group], judging: GenerativeJudging) -> tuple[torch.Tensor, torch.Tensor]:
-    """The log-probs of all thought tokens, and all scores, of groups that are computed together."""
+    """The log-probs of all thought tokens, and all scores, for groups computed together."""
     logprobs = [x for group in judging.runtime.logprobs(groups) for some in group for one in some for x in one]
     scores = judging.runtime.run_batches(groups, judging._scores)
     return torch.tensor(logprobs), torch.tensor([x for group in scores for some in group for x in some])
 
 
 def main() -> None:
-    """The command: sample and score, and print how far results differ."""
+    """The command: sample and score, and print the differences."""
     parser = command.parser("training.batch_sizes", __doc__)
     parser.add_argument("--model", default="models/smollm2", help="a causal language model (default models/smollm2)")
     parser.add_argument("--data", required=True, help="a file of preference pairs")

@@ -1,8 +1,8 @@
-"""Minibatches of the lengths that preference data has: real rows where they are at hand, else drawn ids as long.
+"""Minibatches with the lengths of preference data: real rows if available, otherwise random ids of the same lengths.
 
-A minibatch holds `PAIRS` pairs, or more, at evenly spaced quantiles of length, so that few stand for the file: with two
-the ratio of naive to unique tokens comes within 5 % of the whole file's, for thoughts of 40 tokens (hh, gsm8k_real,
-rmb; 9 % for ultrafeedback). Thoughts are drawn: what they say has no bearing on the time.
+A minibatch holds `PAIRS` pairs, or more, at evenly spaced quantiles of length, so that a few pairs represent the file:
+with two, the ratio of naive to unique tokens is within 5 % of the whole file's, for thoughts of 40 tokens (hh,
+gsm8k_real, rmb; 9 % for ultrafeedback). Thoughts are random, because their content does not affect the time.
 """
 
 import functools
@@ -26,11 +26,11 @@ FILES = {
     "rmb": "rmb/rmb_helpful_train.jsonl.gz",
 }
 PAIRS, THOUGHTS = 2, 4
-SAMPLED = 400  # rows of a file that are encoded to find its quantiles
-# Under Qwen2.5's template, in tokens: what begins every prompt, the evaluate turn with the thought's header, and what
-# closes a dialog after the thought.
+SAMPLED = 400  # rows of a file that are encoded to estimate its quantiles
+# Tokens under Qwen2.5's template: the beginning of every prompt, the evaluate turn with the thought's header, and
+# everything after the thought.
 HEADER, EVALUATE, TAIL = 24, 55, 25
-# Of the pairs that `real` picks: prompt, either response, and how much the responses have in common at their beginning.
+# Lengths of the pairs that `real` picks: prompt, both responses, and the common beginning of the responses.
 LENGTHS = {
     "hh": [(49, 86, 12, 0), (254, 8, 12, 0)],
     "gsm8k_real": [(93, 66, 50, 0), (110, 108, 108, 26)],
@@ -41,7 +41,7 @@ LENGTHS = {
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """Pairs before their thoughts: the contexts of both responses, the ids that close a dialog, and their source."""
+    """Pairs without thoughts: the contexts of both responses, the ids after a thought, and the source."""
 
     contexts: list[tuple[Context, Context]]
     tail: list[int]
@@ -49,11 +49,13 @@ class Pairs:
 
 
 def pairs(name: str, count: int = PAIRS) -> Pairs:
-    """`count` pairs of the data set `name`: real rows if its file and the tokenizer are there, else drawn ids."""
+    """`count` pairs of the data set `name`: real rows if its file and the tokenizer are available, otherwise random
+    ids.
+    """
     return real(name, count) if (SHARED / FILES[name]).is_file() else drawn(name, count)
 
 
-@functools.cache  # one model after another
+@functools.cache  # shared by all models
 def real(name: str, count: int = PAIRS) -> Pairs:
     """Rows of the file of `name`, at evenly spaced quantiles of length, under the template of Qwen2.5."""
     from dwrl_fast.models.pretrained import load_tokenizer
@@ -72,7 +74,7 @@ def real(name: str, count: int = PAIRS) -> Pairs:
 
 
 def drawn(name: str, count: int = PAIRS) -> Pairs:
-    """The lengths of `LENGTHS` in turn."""
+    """Random ids with the lengths in `LENGTHS`, cyclically."""
     header, evaluate, tail = (list(range(1, size + 1)) for size in (HEADER, EVALUATE, TAIL))
     rng = np.random.default_rng(0)
     contexts = [draw(rng, *each, header, evaluate) for each in islice(cycle(LENGTHS[name]), count)]
@@ -80,7 +82,7 @@ def drawn(name: str, count: int = PAIRS) -> Pairs:
 
 
 def synthetic(count: int, prompt: int, response: int) -> Pairs:
-    """`count` pairs of random prompts and responses and no fixed turns, that share nothing but the prompt."""
+    """`count` pairs with random prompts and responses, without fixed turns; they share only the prompt."""
     rng = np.random.default_rng(0)
     contexts = [draw(rng, prompt, response, response, 0, [], []) for _ in range(count)]
     return Pairs(contexts, [], f"{count} synthetic pairs")
@@ -112,8 +114,8 @@ def draw(
 
 
 def groups(found: Pairs, thoughts: Sequence[int], vocabulary: int) -> list[Group]:
-    """`found` with `THOUGHTS` random thoughts after each response, of the lengths `thoughts` in turn, and all ids
-    folded into `vocabulary`. Old log-probs are 0: they are the model's to fill.
+    """`found` with `THOUGHTS` random thoughts after each response, with the lengths `thoughts` cyclically, and all ids
+    mapped below `vocabulary`. Old log-probs are 0; the model fills them later.
     """
     rng, sizes = np.random.default_rng(1), iter(thoughts)
     written = [[_random(rng, next(sizes)) for _ in range(THOUGHTS)] for both in found.contexts for _ in both]
@@ -122,7 +124,7 @@ def groups(found: Pairs, thoughts: Sequence[int], vocabulary: int) -> list[Group
 
 
 def closed(found: Pairs, thoughts: Sequence[list[Thought]], vocabulary: int) -> list[Group]:
-    """`found` with these thoughts, a list for each response, pair after pair; all ids folded into `vocabulary`."""
+    """`found` with these thoughts, a list for each response, pair after pair; all ids mapped below `vocabulary`."""
     left = iter(thoughts)
     made = []
     for both in found.contexts:
@@ -136,7 +138,7 @@ def closed(found: Pairs, thoughts: Sequence[list[Thought]], vocabulary: int) -> 
 
 
 def thought_lengths(mean: float, count: int) -> list[int]:
-    """`count` lengths with this mean, as spread out as sampled thoughts are: log-normal, the 95th percentile at about
+    """`count` lengths with this mean, distributed like sampled thoughts: log-normal, with the 95th percentile at about
     three medians.
     """
     sizes = np.random.default_rng(2).lognormal(sigma=0.6, size=count)

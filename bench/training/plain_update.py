@@ -1,4 +1,4 @@
-"""The recipe that everyone writes: padded sequences, logits of every position, the loss as the paper has it."""
+"""The usual implementation: padded sequences, logits of every position, and the loss as in the paper."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -12,11 +12,11 @@ from bench.training.update import Setting, Way, counters, flops, powers, update
 from dwrl_fast.batching.padded import PaddedBatch, padded_batch
 from dwrl_fast.ops.oracle import dual_weights, policy_loss
 
-LOGITS_HELD = 4  # tensors of the size of the logits at the peak: logits, log-probs and the gradients of both
+LOGITS_HELD = 4  # tensors with the size of the logits at the peak: logits, log-probs and both gradients
 
 
 def plain(it: Setting) -> Iterator[Way]:
-    """The recipe everyone writes, in micro-batches of 1, 2, 4 ... pairs of like length, as memory allows."""
+    """The usual implementation, in micro-batches of 1, 2, 4 ... pairs of similar length, as memory allows."""
     runtime, ordered = it.runtime, sorted(it.groups, key=lambda group: group.longest, reverse=True)
 
     def loss(phase: Callable[..., Tensor], batch: PaddedBatch) -> Tensor:
@@ -60,19 +60,19 @@ def thought_loss(logits: Tensor, batch: PaddedBatch, yes_id: int, pairs: int) ->
 
 
 def logit_bytes(batch: PaddedBatch, vocabulary: int, element: int = 4) -> int:
-    """About what the logits of `batch` take at the peak."""
+    """The approximate bytes of the logits of `batch` at the peak."""
     return LOGITS_HELD * batch.input_ids.numel() * vocabulary * element
 
 
 def _scores(logits: Tensor, batch: PaddedBatch, yes_id: int) -> tuple[Tensor, Tensor]:
-    """log p(Yes) of the thoughts about either response, [B, N] each."""
+    """log p(Yes) of the thoughts about each response, [B, N] each."""
     scores = logits.flatten(0, 1)[batch.score_rows].float().log_softmax(-1)[:, yes_id]
     chosen, rejected = scores.view(len(batch.groups), 2, -1).unbind(1)
     return chosen, rejected
 
 
 def free_memory() -> int:
-    """Bytes that can be had on the device that is computed on."""
-    if torch.cuda.is_available():  # what PyTorch keeps for itself is free to it
+    """Available bytes on the current device."""
+    if torch.cuda.is_available():  # memory cached by PyTorch is available
         return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     return proc_bytes("/proc/meminfo", "MemAvailable")

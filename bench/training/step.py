@@ -1,16 +1,16 @@
-"""One DWRL minibatch, phases A and B, forward and backward, without the optimizer's step.
+"""Times one DWRL minibatch, phases A and B, forward and backward, without the optimizer step.
 
     python -m bench.training.step --quick
 
-Times are per thought token and pass, A and B counting as two; TRL's update is one. Cases are `model/data` with thoughts
-of 40 tokens on average, `model/data-200` with 200. Models have drawn weights: `trunk-heavy` spends its time in the
-layers, `head-heavy` at the vocabulary. `trunk/X-Y-Oxn` is the backbone alone, where the ratio of time and of memory can
-be held against that of tokens. Counters: positions of one pass, what one sequence at a time would take, rows that meet
-the head, positions computed for nothing, and model FLOPs (flops.py) of a pass and of one that shares nothing.
+Times are per thought token and pass; A and B count as two passes, TRL's update as one. Cases are `model/data` with
+thoughts of 40 tokens on average, and `model/data-200` with 200. Models have random weights: `trunk-heavy` spends its
+time in the layers, `head-heavy` in the head. `trunk/X-Y-Oxn` is the backbone alone, for comparing the ratios of time
+and memory with the ratio of tokens. Counters: positions of one pass, positions without sharing, rows of the head,
+padding, and model FLOPs (flops.py) of a pass with and without sharing.
 
-On a GPU the model has the shape of Qwen2.5-7B, and computes in bfloat16 over float32 masters; the default is as many of
-its layers as fit one sitting, and `--layers 28 --checkpointing` all of them. Seconds are then per pass over the
-minibatch, and utilisation is of what a large matrix product reaches in the same run.
+On a GPU the model has the shape of Qwen2.5-7B and computes in bfloat16 with float32 masters. By default it has only
+some of its layers; `--layers 28 --checkpointing` uses all of them. Seconds are then per pass over the minibatch, and
+utilisation is relative to the rate of a large matrix product in the same run.
 """
 
 import argparse
@@ -49,8 +49,8 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 MEANS = {"": 40, "-200": 200}
 TRUNKS = ((256, 128, 160), (512, 512, 416))
-# Of the GPU's cases. A layer of the 7B keeps .26 MB a token for its backward: with 6 layers 24,576 tokens are 38 GB,
-# beside 10 GB of weights, as much of gradients, and 5 of bfloat16 copies.
+# For the GPU cases. A layer of the 7B keeps .26 MB per token for its backward pass: with 6 layers, 24,576 tokens need
+# 38 GB, in addition to 10 GB of weights, 10 GB of gradients, and 5 GB of bfloat16 copies.
 QWEN_7B: dict[str, Any] = {
     "model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944,
     "num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 32768, "tie_word_embeddings": False,
@@ -58,12 +58,12 @@ QWEN_7B: dict[str, Any] = {
 LAYERS, TOKEN_BUDGET = 6, 24576
 SYNTHETIC = (512, 512, 416)
 GPU_PAIRS = {"512-512-416": 4, "hh": 16, "hh-200": 8, "rmb": 8, "rmb-200": 8}
-ROUNDED = 0.1  # between gradients of layouts that compute in bfloat16
-ASKED = 2.0  # packed in units of the tree's time, at SYNTHETIC
+ROUNDED = 0.1  # bound between gradients of bfloat16 layouts
+ASKED = 2.0  # target for the time of packed relative to the tree, at SYNTHETIC
 
 
 def variants(it: Setting, source: str, times: float) -> list[Variant]:
-    """Of one minibatch; `times` is what a pass counts as."""
+    """The variants of one minibatch. times: the number of units that a pass counts as."""
     passes = len(it.method.phases)
 
     def variant(name: str, way: Way | None, passes: int = passes, note: str = "", **options: Any) -> Variant:
@@ -93,14 +93,14 @@ def variants(it: Setting, source: str, times: float) -> list[Variant]:
 
 
 def cpu_variants(shape: Mapping[str, Any], data: str, mean: int) -> list[Variant]:
-    """On the lengths of `data`, with thoughts of `mean` tokens; seconds count per thought token."""
+    """The variants with the lengths of `data` and thoughts of `mean` tokens; seconds are per thought token."""
     pairs = lengths.pairs(data)
     it = setting(shape, pairs, lengths.thought_lengths(mean, 2 * lengths.THOUGHTS * len(pairs.contexts)))
     return variants(it, pairs.source, sum(map(len, it.old)))
 
 
 def gpu_variants(shape: Mapping[str, Any], data: str, count: int, checkpointing: bool) -> list[Variant]:
-    """On `count` pairs of `data`, a key of GPU_PAIRS; seconds count per pass."""
+    """The variants for `count` pairs of `data`, a key of GPU_PAIRS; seconds are per pass."""
     name = data.removesuffix("-200")
     if name in lengths.FILES:
         pairs = lengths.pairs(name, count)
@@ -114,12 +114,14 @@ def gpu_variants(shape: Mapping[str, Any], data: str, count: int, checkpointing:
 
 
 def gradients(run: Callable[[], object]) -> list[Tensor]:
-    """Without the losses: that of the thoughts is the rest of a sum that cancels, and in bfloat16 mostly rounding."""
+    """The gradients without the losses: the loss of the thoughts is a sum that cancels, and in bfloat16 mostly
+    rounding.
+    """
     return [x for x in tensors(run()) if x.dim()]
 
 
 def trunk_variants(shape: Mapping[str, Any], prompt: int, response: int, rest: int) -> list[Variant]:
-    """The backbone alone over one synthetic pair; the gradient comes in where the head reads."""
+    """The backbone alone over one synthetic pair; gradients enter at the rows of the head."""
     it = setting(shape, lengths.synthetic(1, prompt, response), [rest] * (2 * lengths.THOUGHTS))
     lm, runtime = it.runtime.model.lm, it.runtime
 
@@ -142,8 +144,8 @@ def trunk_variants(shape: Mapping[str, Any], prompt: int, response: int, rest: i
 
 
 def saved_bytes(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
-    """Bytes that `forward` keeps for its backward: storages, each once, that are not of `parameters`."""
-    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no later one takes its address
+    """Bytes that `forward` saves for the backward pass: each storage once, without those of `parameters`."""
+    kept: dict[int, torch.UntypedStorage] = {}  # kept alive, so that no later storage gets the same address
 
     def pack(x: Tensor) -> Tensor:
         kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
@@ -156,7 +158,7 @@ def saved_bytes(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> 
 
 
 def summary(rows: Collection[Row], console: Console) -> None:
-    """How many times as long as the tree the others take; of the trunk alone, beside the ratio of tokens."""
+    """Print the times relative to the tree; for the trunk alone, next to the ratio of tokens."""
     seconds = {(row.case, row.variant): row.seconds_median for row in rows}
     tokens, saved = (
         {(row.case, row.variant): row.counters.get(key) for row in rows} for key in ("trunk tokens", "saved MiB")
@@ -191,8 +193,8 @@ def summary(rows: Collection[Row], console: Console) -> None:
 
 
 def utilisation(rows: Collection[Row], product: float) -> Table:
-    """Of the FLOP a second of a large product: the model's of what a variant computes, and what one sequence at a time
-    would have computed for the same update.
+    """Utilisation relative to the rate of a large product: of the model FLOPs that a variant computes, and of those
+    that the same update would need without sharing.
     """
     lines = []
     for row in rows:
@@ -210,7 +212,7 @@ def utilisation(rows: Collection[Row], product: float) -> Table:
 
 
 def head_row(shape: Mapping[str, Any]) -> float:
-    """Multiplications of one row at the head, in which those of all products are counted."""
+    """Multiplications of one row of the head, the unit for the counts of products."""
     return float(shape["hidden_size"] * shape["vocab_size"])
 
 
@@ -225,7 +227,7 @@ def trunk_case(prompt: int, response: int, rest: int) -> Case:
 
 
 def step_case(model: str, data: str, suffix: str) -> Case:
-    """A minibatch of `model` on the lengths of `data`; suffix: of the mean of the thoughts, in MEANS."""
+    """A minibatch of `model` with the lengths of `data`. suffix: selects the mean length of thoughts in MEANS."""
     return Case(
         f"{model}/{data}{suffix}",
         lambda: cpu_variants(MODELS[model], data, MEANS[suffix]),
@@ -240,7 +242,7 @@ CASES += [trunk_case(*sizes) for sizes in TRUNKS]
 
 
 def gpu_cases(layers: int, checkpointing: bool) -> list[Case]:
-    """Those of a GPU, on so many layers of the 7B."""
+    """The GPU cases with `layers` layers of the 7B."""
     shape = QWEN_7B | {"num_hidden_layers": layers}
     model = f"qwen2.5-7b-{layers}{'-checkpointed' if checkpointing else ''}"
     return [
@@ -257,13 +259,13 @@ def gpu_cases(layers: int, checkpointing: bool) -> list[Case]:
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that a GPU's cases are made from."""
+    """Add the options for GPU cases."""
     parser.add_argument("--layers", type=int, help=f"of the 7B's 28 layers (default {LAYERS}; a GPU's cases)")
     parser.add_argument("--checkpointing", action="store_true", help="keep one state a layer (a GPU's cases)")
 
 
 def cases(args: argparse.Namespace) -> list[Case]:
-    """Those of a GPU where there is one, or where --layers asks for them; else those of a CPU."""
+    """The GPU cases if there is a GPU or --layers is given; otherwise the CPU cases."""
     if torch.cuda.is_available() or args.layers:
         return gpu_cases(args.layers or LAYERS, args.checkpointing)
     return CASES

@@ -1,4 +1,4 @@
-"""TRL's own policy update: `GRPOTrainer`'s loss and backward, on inputs that it would have prepared itself."""
+"""TRL's policy update: `GRPOTrainer`'s loss and backward pass, on inputs in its own form."""
 
 import tempfile
 import warnings
@@ -20,12 +20,12 @@ PAD = 0
 
 
 def trl_missing() -> str:
-    """Why TRL's update cannot run here, if it cannot."""
+    """The reason why TRL's update cannot run here; empty if it can."""
     return "" if find_spec("trl") else "trl is not installed"
 
 
 def trl(it: Setting, liger: bool) -> Iterator[Way]:
-    """TRL's update in micro-batches of 4, 8 ... thoughts; with Liger's layers where a GPU can run them."""
+    """TRL's update in micro-batches of 4, 8 ... thoughts; with Liger's layers if a GPU can run them."""
     sequences = [sequence for group in it.groups for sequence in group.flat]
     advantages = torch.randn(len(sequences), generator=torch.Generator().manual_seed(0))
     trainer = grpo_trainer(sharing_weights(it.lm), liger)
@@ -40,12 +40,12 @@ def trl(it: Setting, liger: bool) -> Iterator[Way]:
 
 
 def liger_installed() -> bool:
-    """Whether Liger's layers can be had."""
+    """Whether Liger's layers are available."""
     return find_spec("liger_kernel") is not None
 
 
 def liger_note(liger: bool) -> str:
-    """What a variant says of Liger's layers: whether they are on, and if not, why they cannot be."""
+    """A note about Liger's layers: whether they are used, and if not, why."""
     installed = "" if liger_installed() else ": it is not installed"
     return "Liger on" if liger else f"Liger off{installed if torch.cuda.is_available() else f': {NEEDS_CUDA}'}"
 
@@ -53,12 +53,12 @@ def liger_note(liger: bool) -> str:
 def trl_update(
     trainer: Any, sequences: Sequence[TokenSequence], old: Sequence[Tensor], advantages: Tensor, size: int
 ) -> Way:
-    """One pass of `trainer` over `sequences` in micro-batches of `size`: forward and backward, no step. It returns the
-    loss, a mean over sequences of means over tokens.
+    """One pass of `trainer` over `sequences` in micro-batches of `size`: forward and backward, without an optimizer
+    step. It returns the loss, a mean over sequences of means over tokens.
 
-    The completion is the thought, the prompt all that precedes it; what follows the thought is left out. Every
-    micro-batch is padded by itself, as TRL pads when it samples each anew (steps_per_generation=1); its default pads
-    the prompts of a whole accumulation window to the longest. Without CUDA its head scores every position, prompts too.
+    The completion is the thought and the prompt is everything before it; everything after the thought is left out.
+    Every micro-batch is padded separately, as TRL does with steps_per_generation=1; by default TRL pads the prompts of
+    a whole accumulation window to the longest. Without CUDA its head computes every position, including prompts.
     """
     lm = trainer.model
     micro_batches = [
@@ -83,7 +83,7 @@ def trl_update(
 def prepared(
     sequences: Sequence[TokenSequence], old: Sequence[Tensor], advantages: Tensor, device: torch.device
 ) -> dict[str, Tensor]:
-    """A micro-batch as TRL would have made it."""
+    """A micro-batch in TRL's form."""
     from trl.trainer.utils import pad
 
     prompts = [torch.tensor(s.ids[: s.thought.start]) for s in sequences]
@@ -100,8 +100,8 @@ def prepared(
 
 
 def grpo_trainer(lm: Any, liger: bool = False, **options: Any) -> Any:
-    """A `GRPOTrainer` of `lm`, which it patches, that stands where its training loop would call `compute_loss`.
-    options: of its configuration, where they are others than these.
+    """A `GRPOTrainer` for `lm` (which it patches), in the state in which its training loop calls `compute_loss`.
+    options: override its configuration.
     """
     from datasets import Dataset
     from transformers.integrations.liger import apply_liger_kernel
@@ -112,7 +112,7 @@ def grpo_trainer(lm: Any, liger: bool = False, **options: Any) -> Any:
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("ignore", FutureWarning)
         settings: dict[str, Any] = {
-            "num_generations": 2,  # of its sampling, which `trl_update` does not use; so are its batches
+            "num_generations": 2,  # for its sampling, which `trl_update` does not use, like its batches
             "beta": 0.0,
             "loss_type": "grpo",
             "use_liger_kernel": liger,
@@ -124,7 +124,7 @@ def grpo_trainer(lm: Any, liger: bool = False, **options: Any) -> Any:
         arguments = GRPOConfig(output_dir=folder, **settings | options)
         trainer = GRPOTrainer(
             model=lm,
-            reward_funcs=lambda completions, **_: [float(i % 2) for i in range(len(completions))],  # of its sampling
+            reward_funcs=lambda completions, **_: [float(i % 2) for i in range(len(completions))],  # for its sampling
             args=arguments,
             train_dataset=Dataset.from_dict({"prompt": [""]}),
             processing_class=make_tokenizer(),

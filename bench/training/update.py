@@ -1,4 +1,6 @@
-"""One minibatch's update on a drawn model: our own losses on a layout, and what peers' updates are made from."""
+"""The update of one minibatch on a model with random weights: our losses on a layout, and the parts for the updates of
+peers.
+"""
 
 import copy
 import dataclasses
@@ -33,12 +35,12 @@ from dwrl_fast.scoring import Judging, Runtime
 from dwrl_fast.training.policy import load_judging
 from dwrl_fast.training.rollout import Rollout
 
-OFF_POLICY = 0.1  # nats between old log-probs and the model's: some tokens are clipped, as after a few updates
+OFF_POLICY = 0.1  # nats between old log-probs and the model's, so that some tokens are clipped, as after a few updates
 COUNTERS = ("trunk tokens", "naive tokens", "head rows", "padding")
 
 
 class Setting(NamedTuple):
-    """A model, ours and as Hugging Face loads it with the very same weights, and a minibatch for it."""
+    """A model (ours, and a Hugging Face model that shares its weights) and a minibatch."""
 
     method: DualWeightedRL
     runtime: Runtime
@@ -52,7 +54,7 @@ class Setting(NamedTuple):
 
 
 class Way(NamedTuple):
-    """A variant before the best of its micro-batches is known."""
+    """A variant with one micro-batch size, before the best one is known."""
 
     note: str
     run: Callable[[], object]
@@ -67,7 +69,7 @@ def setting(
     checkpointing: bool = False,
     **options: Any,
 ) -> Setting:
-    """`pairs` with thoughts of these lengths, their old log-probs a little off the model's own. options: of the
+    """`pairs` with thoughts of these lengths, whose old log-probs differ a little from the model's. options: of the
     trainer.
     """
     method, judging = loaded(shape, **options)
@@ -87,10 +89,10 @@ def setting(
 
 
 def loaded(model: Mapping[str, Any] | Path, *, ranks: Ranks = ALONE, **options: Any) -> tuple[DualWeightedRL, Judging]:
-    """DWRL and its model: of a folder, or of a shape whose weights are drawn where they are used, so that a large one
-    is not drawn on the CPU first. ranks: those that hold it together. options: of the trainer.
+    """DWRL and its model, from a folder, or from a shape with random weights that are initialised on the target device.
+    ranks: the ranks that share the model. options: of the trainer.
     """
-    dialog = Dialog(make_tokenizer(), Template(EVALUATE, RATE))  # its labels stand for any two ids
+    dialog = Dialog(make_tokenizer(), Template(EVALUATE, RATE))  # any two ids can be the labels
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(model, Path):
             options["model_name_or_path"] = str(model)
@@ -98,7 +100,7 @@ def loaded(model: Mapping[str, Any] | Path, *, ranks: Ranks = ALONE, **options: 
             path = Path(folder) / "config.json"
             path.write_text(json.dumps(model))
             options["model_config"] = str(path)
-        # Neither tokenizer nor data are read.
+        # Tokenizer and data are not read.
         config = TrainConfig(tokenizer_name_or_path="", dataset_name="", **options)
         compute = Compute.resolve("auto")
         method = DualWeightedRL(config, dialog)
@@ -107,19 +109,21 @@ def loaded(model: Mapping[str, Any] | Path, *, ranks: Ranks = ALONE, **options: 
 
 
 def as_hugging_face(lm: Any) -> Any:
-    """A model of the very parameters of `lm` with PyTorch's own attention, as peers load it."""
+    """A model that shares the parameters of `lm` and uses PyTorch's attention, as peers load it."""
     theirs = sharing_weights(lm)
     theirs.set_attn_implementation("sdpa")
     return theirs
 
 
 def sharing_weights(lm: Any) -> Any:
-    """Another model of the very parameters of `lm`, whose modules can be changed without changing those of `lm`."""
+    """Another model that shares the parameters of `lm`. Its modules can be changed without changing those of `lm`."""
     return copy.deepcopy(lm, {id(parameter): parameter for parameter in lm.parameters()})
 
 
 def update(lm: Any, batches: Sequence[Batch], phases: Sequence[Callable[[Any], Tensor]]) -> tuple[Tensor, ...]:
-    """Forward and backward of each phase over `batches`; the losses, and the gradients of some weights of `lm`."""
+    """Forward and backward of each phase over `batches`; returns the losses, and the gradients of some weights of
+    `lm`.
+    """
     layers, found = lm.base_model.layers, []
     watched = (lm.get_input_embeddings().weight, layers[0].self_attn.q_proj.weight, layers[-1].mlp.down_proj.weight)
     with without_gradients(lm):
@@ -130,7 +134,7 @@ def update(lm: Any, batches: Sequence[Batch], phases: Sequence[Callable[[Any], T
 
 
 def accumulated(losses: Iterable[Tensor], backward: Callable[[Tensor], object] = Tensor.backward) -> Tensor:
-    """The sum of `losses`, each with its backward before the next one is computed."""
+    """The sum of `losses`, with the backward pass of each before the next one is computed."""
     found = []
     for loss in losses:
         backward(loss)
@@ -140,7 +144,9 @@ def accumulated(losses: Iterable[Tensor], backward: Callable[[Tensor], object] =
 
 @contextmanager
 def without_gradients(lm: Any) -> Iterator[None]:
-    """None is left behind, even where memory runs out: they are part of what is measured."""
+    """A context that frees all gradients at the end, also if memory runs out, because gradients are part of the
+    measured memory.
+    """
     try:
         yield
     finally:
@@ -148,7 +154,7 @@ def without_gradients(lm: Any) -> Iterator[None]:
 
 
 def ours(it: Setting, packing: Packing) -> Way:
-    """The trainer's own losses over one layout, which is made once a minibatch, within the time."""
+    """The trainer's losses over one layout, which is built once per minibatch, within the measured time."""
     method, runtime = it.method, it.runtime
     layout = dataclasses.replace(runtime.layout, packing=packing)
 
@@ -172,15 +178,15 @@ def counters(batches: Iterable[Batch]) -> dict[str, float]:
 
 
 def phase_flops(lm: Any, batches: Sequence[Batch]) -> dict[str, float]:
-    """`flops` of a phase of DWRL, the mean of its two: the score is read in both and trained in the first, the thoughts
-    are trained in the second.
+    """`flops` of a DWRL phase, as mean of both phases: scores are read in both and trained in the first; thoughts are
+    trained in the second.
     """
     scores, thoughts = sum(len(b.score_rows) for b in batches), sum(len(b.token_rows) for b in batches)
     return flops(lm, batches, (scores + scores / 3 + thoughts) / 2)
 
 
 def flops(lm: Any, batches: Sequence[Batch], rows: float) -> dict[str, float]:
-    """Model GFLOP of a pass over `batches` whose head reads `rows`; of the trunk one sequence at a time, as well."""
+    """Model GFLOPs of a pass over `batches` with `rows` rows of the head; also those of the trunk without sharing."""
     naive = attended_keys(len(s.ids) for batch in batches for group in batch.groups for s in group.flat)
     attended = sum(int((b.position_ids + 1).sum()) for b in batches if isinstance(b, TreeBatch)) or naive
     head = head_flops(lm, rows)
@@ -191,7 +197,7 @@ def flops(lm: Any, batches: Sequence[Batch], rows: float) -> dict[str, float]:
 
 
 def fastest(*ladders: Iterable[Way]) -> Way | None:
-    """The way that takes least, each run once; a ladder of growing micro-batches ends where they no longer gain, or no
+    """The fastest way; each runs once. A ladder of growing micro-batches ends when they no longer get faster, or no
     longer fit into a GPU.
     """
     best: tuple[float, Way] | None = None
@@ -211,5 +217,5 @@ def fastest(*ladders: Iterable[Way]) -> Way | None:
 
 
 def powers(first: int, most: int) -> list[int]:
-    """`first` and its doubles, up to `most`."""
+    """`first` and its repeated doublings, up to `most`."""
     return [first << i for i in range((most // first).bit_length())]

@@ -1,1 +1,1 @@
-"""Groups become micro-batches: a tree of shared prefixes, packed, or padded."""
+"""Turns groups into micro-batches: as a tree of shared prefixes, packed, or padded."""

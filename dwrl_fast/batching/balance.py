@@ -1,4 +1,4 @@
-"""Whole groups over ranks, so that each rank computes about as much."""
+"""Distributes whole groups over ranks so that each rank computes about the same amount."""
 
 import heapq
 from collections.abc import Sequence
@@ -8,8 +8,8 @@ from dwrl_fast.encode import Group
 
 
 class Cost(NamedTuple):
-    """Multiply-adds of a forward pass: for a token in the backbone, for a row in the head, and for a pair of tokens of
-    which one attends to the other.
+    """Multiply-adds of a forward pass: per token in the backbone, per row in the head, and per pair of tokens of which
+    one attends to the other.
     """
 
     token: int = 1
@@ -17,21 +17,21 @@ class Cost(NamedTuple):
     pair: int = 0
 
     def of(self, groups: Sequence[Group], tokens: Sequence[int], pairs: Sequence[int]) -> list[int]:
-        """What each of `groups` costs, which takes `tokens` positions and `pairs` of them in the backbone."""
+        """The cost of each of `groups`. tokens, pairs: positions and attention pairs of each group in the backbone."""
         rows = [sum(one.thought.stop - one.thought.start + 1 for one in group.flat) for group in groups]
         sized = zip(tokens, rows, pairs, strict=True)
         return [self.token * token + self.row * row + self.pair * pair for token, row, pair in sized]
 
 
 BY_TOKENS = Cost()
-CLOSE = 1.005  # times the mean: closer than costs are known
+CLOSE = 1.005  # times the mean; costs are not known more exactly
 
 
 def balanced(costs: Sequence[int], ranks: int) -> list[list[int]]:
-    """The places of `costs` for each of `ranks`, ascending; on every rank the same.
+    """For each of `ranks`, the indices into `costs` of its share, ascending. Every rank computes the same result.
 
-    Largest first (Graham, 1969), then moves and exchanges with the rank that has most, until it has at most `CLOSE`
-    times the mean or none of them helps.
+    Assigns the largest first (Graham, 1969). Then moves and exchanges items of the most loaded rank, until its load is
+    at most `CLOSE` times the mean or nothing helps.
     """
     found: list[list[int]] = [[] for _ in range(ranks)]
     heap = [(0, rank) for rank in range(ranks)]
@@ -51,7 +51,9 @@ def balanced(costs: Sequence[int], ranks: int) -> list[list[int]]:
 def _exchange(
     costs: Sequence[int], found: list[list[int]], loads: list[int]
 ) -> tuple[int, int, int, int | None] | None:
-    """What lowers the largest load the most: from which rank to which, what is given and, if anything, taken for it."""
+    """The move that lowers the largest load the most: the giving rank, the receiving rank, the item given, and the item
+    taken in exchange, if any.
+    """
     most = max(range(len(loads)), key=loads.__getitem__)
     if loads[most] * len(loads) <= CLOSE * sum(loads):
         return None

@@ -1,11 +1,11 @@
 """The tensors of one micro-batch.
 
-A group is atomic: its weights need every thought of every response, so a micro-batch holds whole groups only. A `Batch`
-names the rows of the hidden states that the head needs: the positions that predict thought tokens, and the last token
-of each sequence, where the score is read. Everything after the backbone sees only those rows, never the layout:
-padded.py's or tree.py's.
+A group is never split: its weights need every thought of every response, so a micro-batch holds whole groups. A `Batch`
+lists the rows of the hidden states that the head needs: the positions that predict thought tokens, and the last token
+of each sequence, where the score is read. Everything after the backbone uses only these rows and does not depend on the
+layout (padded.py or tree.py).
 
-Shapes: P groups, K responses, N thoughts, S sequences, F tokens of all sequences, T thought tokens of the micro-batch.
+Shapes: P groups, K responses, N thoughts, S sequences, F tokens of all sequences, T thought tokens.
 """
 
 from collections.abc import Iterable, Sequence
@@ -28,7 +28,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What every layout gives to all that follows the backbone.
+    """The fields that every layout provides for everything after the backbone.
 
     input_ids: the tokens as laid out; rows below are indices into its flattened positions.
     score_rows: [S], the last token of each sequence.
@@ -38,8 +38,8 @@ class Batch:
     old_logprob: [T] float32, or None.
     slots: [P, K, N], the sequence of each thought; valid: [P, K, N] bool, False where a response has fewer thoughts, or
     a group fewer responses, than the largest of the batch.
-    places: [S], where each sequence stands in these, flattened.
-    naive_tokens: F, what the backbone would compute one sequence at a time.
+    places: [S], the index of each sequence in the flattened slots.
+    naive_tokens: F, the tokens that the backbone would compute without sharing.
     """
 
     groups: tuple[Group, ...]
@@ -61,16 +61,16 @@ class Batch:
         return values[self.slots]
 
     def flat(self, grid: Tensor) -> Tensor:
-        """[P, K, N] -> [S], what `grid` has of each sequence."""
+        """[P, K, N] -> [S], the entry of `grid` for each sequence."""
         return grid.flatten()[self.places]
 
     def by_sequence(self, values: Iterable[Value]) -> list[list[list[Value]]]:
-        """`values`, one for each of the S sequences, for each group as K lists of N."""
+        """`values`, one per sequence [S], as K lists of N for each group."""
         left = iter(values)
         return [[[next(left) for _ in some] for some in group.sequences] for group in self.groups]
 
     def by_token(self, values: Tensor) -> list[list[list[list[float]]]]:
-        """The same of `values` [T], of which each sequence has a list."""
+        """The same for `values` [T]: each sequence has a list."""
         return self.by_sequence(part.tolist() for part in values.cpu().split(self.lengths.tolist()))
 
     @property
@@ -85,13 +85,13 @@ class Batch:
 
     @property
     def padding(self) -> int:
-        """Positions that are computed for nothing."""
+        """Positions that hold padding."""
         return 0
 
 
 class Size(NamedTuple):
-    """What a whole minibatch holds, over which its loss is a mean: preference groups, sequences, tokens of thoughts,
-    labels that are trained.
+    """The size of a whole minibatch, which its loss is divided by: preference groups, sequences, thought tokens,
+    trained labels.
     """
 
     groups: int
@@ -101,7 +101,7 @@ class Size(NamedTuple):
 
     @classmethod
     def of(cls, groups: Sequence[Group]) -> "Size":
-        """Of all groups of the minibatch, whoever computes them."""
+        """The size of all groups of the minibatch, on all ranks."""
         flat = [sequence for group in groups for sequence in group.flat]
         return cls(
             len(groups),
@@ -113,7 +113,7 @@ class Size(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Flat:
-    """All sequences end to end, from which layouts are made: ids [F]; where each starts in them and its size, [S]."""
+    """All sequences end to end, the input of every layout: ids [F], and start and size of each sequence, [S]."""
 
     sequences: list[TokenSequence]
     ids: Ints
@@ -122,7 +122,7 @@ class Flat:
 
     @classmethod
     def of(cls, groups: Sequence[Group]) -> "Flat":
-        """Those of `groups`, group by group."""
+        """The sequences of `groups`, group by group."""
         sequences = [sequence for group in groups for sequence in group.flat]
         sizes = np.array([len(sequence.ids) for sequence in sequences], dtype=np.int64)
         ids = np.fromiter(chain.from_iterable(s.ids for s in sequences), np.int64, count=int(sizes.sum()))
@@ -138,7 +138,7 @@ def ranges(starts: Ints, sizes: Ints) -> Ints:
 def head_fields(
     groups: Sequence[Group], flat: Flat, rows: Ints, device: torch.device, *, mask_truncated: bool
 ) -> dict[str, Any]:
-    """All of `Batch` but the tokens, for a layout that puts the tokens of `flat` at `rows` [F]."""
+    """The fields of `Batch` except the tokens, for a layout that stores the tokens of `flat` at `rows` [F]."""
     count = len(flat.sequences)
     lengths = np.array([s.thought.stop - s.thought.start for s in flat.sequences], dtype=np.int64)
     targets = ranges(flat.starts + np.array([s.thought.start for s in flat.sequences], dtype=np.int64), lengths)
@@ -179,7 +179,7 @@ def _slots(groups: Sequence[Group]) -> tuple[Ints, NDArray[np.bool_]]:
 
 
 def warn_oversized(size: str, token_budget: int) -> None:
-    """Say that a group of `size`, in words, is larger than a micro-batch should be."""
+    """Warn that a group is larger than the token budget. size: its size, in words."""
     warn_once(
         f"a preference group of {size} exceeds --token_budget {token_budget}; groups are never split, so it becomes a "
         "micro-batch of its own. Raise the budget, or lower --max_length, --max_completion_length or --num_generations "

@@ -18,16 +18,16 @@ from dwrl_fast.dialog import TokenSequence
 from dwrl_fast.encode import Group
 
 Packing = Literal["tree", "packed", "padded"]
-_COUNTING = threading.Lock()  # an addition to a Counter is two steps
+_COUNTING = threading.Lock()  # adding to a Counter is not atomic
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """One packing, and how much of it goes into a forward pass.
+    """One packing and its token budget.
 
-    token_budget: positions of a micro-batch, padding included. mask_truncated: thoughts cut at the limit are scored,
-    not trained. cost: by which ranks share work. tokens: what it has laid out so far, `computed`, and what would have
-    been `naive`, one sequence at a time with nothing shared.
+    token_budget: maximum positions of a micro-batch, padding included. mask_truncated: thoughts cut at the limit are
+    scored but not trained. cost: the cost model for sharing work among ranks. tokens: counts of positions laid out so
+    far: `computed`, and `naive` (without sharing).
     """
 
     packing: Packing
@@ -39,13 +39,13 @@ class Layout:
     tokens: Counter[str] = field(default_factory=Counter, compare=False, repr=False)
 
     def batches(self, groups: Sequence[Group]) -> list[Batch]:
-        """`groups` in micro-batches of whole groups, in an order of the layout's own."""
+        """`groups` in micro-batches of whole groups. The layout chooses the order."""
         ((_, micro),) = self.split(groups, 1)
         return self.laid_out(micro)
 
     def split(self, groups: Sequence[Group], ranks: int) -> list[tuple[list[int], list[list[Group]]]]:
-        """For each of `ranks`, the places of its share of `groups`, and these in micro-batches. Shares cost about the
-        same, by `cost`.
+        """For each of `ranks`, the indices of its share of `groups`, and the share as micro-batches. All shares have
+        about the same `cost`.
         """
         sizes = padded_sizes(groups) if self.packing == "padded" else tree_sizes(groups, shared=self.packing == "tree")
         tokens, pairs = [size for size, _ in sizes], [pair for _, pair in sizes]
@@ -64,13 +64,15 @@ class Layout:
         return found
 
     def idle(self) -> Batch:
-        """A batch of no group, over two tokens: for a rank that has nothing to compute where all must take part."""
+        """A batch without groups, over two tokens, for a rank that has no groups but must take part in a collective
+        pass.
+        """
         none = slice(0)
         sequence = TokenSequence([0, 0], none, none, slice(1, 2), none)
         return dataclasses.replace(self._batch([Group(Preference((), ("",)), [[sequence]])]), groups=())
 
     def count(self, computed: int, naive: int) -> None:
-        """Add to `tokens`, from any thread."""
+        """Add to `tokens`; thread-safe."""
         with _COUNTING:
             self.tokens["computed"] += computed
             self.tokens["naive"] += naive

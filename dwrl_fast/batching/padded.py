@@ -1,4 +1,4 @@
-"""The padded layout: one sequence a row, filled up on the right to the longest.
+"""The padded layout: one sequence per row, padded on the right to the longest.
 
 L: the longest sequence; the other shapes are those of batch.py.
 """
@@ -16,7 +16,7 @@ from dwrl_fast.encode import Group
 
 @dataclass(frozen=True, slots=True)
 class PaddedBatch(Batch):
-    """One sequence a row: input_ids and attention_mask are [S, L]."""
+    """One sequence per row: input_ids and attention_mask are [S, L]."""
 
     attention_mask: Tensor
 
@@ -28,7 +28,9 @@ class PaddedBatch(Batch):
 def padded_batch(
     groups: Sequence[Group], pad_id: int, device: torch.device, *, mask_truncated: bool = False
 ) -> PaddedBatch:
-    """Lay `groups` out one sequence a row. With `mask_truncated`, thoughts cut at the limit are scored, not trained."""
+    """Lay `groups` out one sequence per row. With `mask_truncated`, thoughts cut at the limit are scored but not
+    trained.
+    """
     flat = Flat.of(groups)
     shape = len(flat.sizes), int(flat.sizes.max())
     rows = ranges(np.arange(shape[0]) * shape[1], flat.sizes)
@@ -42,7 +44,7 @@ def padded_batch(
 
 
 def padded_sizes(groups: Sequence[Group]) -> list[tuple[int, int]]:
-    """Of each group by itself: its positions, and the pairs of them of which one attends to the other."""
+    """For each group alone: its positions, and its pairs of positions of which one attends to the other."""
     shapes = [(len(group.flat), group.longest) for group in groups]
     return [(size * longest, size * longest * (longest + 1) // 2) for size, longest in shapes]
 
@@ -50,7 +52,7 @@ def padded_sizes(groups: Sequence[Group]) -> list[tuple[int, int]]:
 def split_padded(groups: Sequence[Group], token_budget: int) -> list[list[Group]]:
     """Whole groups into micro-batches of at most `token_budget` tokens, padding included, the longest first.
 
-    A group larger than the budget is a batch of its own: cutting it would change its weights.
+    A group larger than the budget becomes a batch of its own, because splitting it would change its weights.
     """
     batches: list[list[Group]] = []
     rows = longest = 0

@@ -1,10 +1,10 @@
-"""The tree layout: every prefix that sequences share is stored, and computed, once; or packed, with nothing shared.
+"""The tree layout stores and computes every shared prefix once. The packed layout shares nothing.
 
-The thoughts of a response share [prompt, response, evaluate turn], the responses of a group the prompt, and groups what
-their prompts begin with. What is shared is read off the ids themselves, by a path-compressed trie over all sequences of
-the micro-batch: a node is a run of tokens, its children the ways to go on; a sequence may end inside one. Tokens lie in
-depth-first order, so a node's descendants follow it without a gap, and siblings in the order in which they are first
-met, so that a thought whose tokens change moves no other.
+The thoughts of a response share [prompt, response, evaluate turn], the responses of a group share the prompt, and
+groups share common beginnings of their prompts. Sharing is found from the token ids, by a path-compressed trie over all
+sequences of the micro-batch: a node is a run of tokens, its children are the possible continuations, and a sequence may
+end inside a node. Tokens are stored in depth-first order, so a node's descendants follow it without a gap. Siblings are
+stored in order of first occurrence, so a change in one thought does not move another.
 
 Shapes: U unique tokens, M nodes; the others are those of batch.py.
 """
@@ -22,9 +22,9 @@ from dwrl_fast.encode import Group
 
 @dataclass(frozen=True, slots=True)
 class TreePlan:
-    """Nodes in depth-first order; all int64, and on the CPU: what a device needs is laid out from them there.
+    """The nodes in depth-first order; all tensors are int64 on the CPU. Device tensors are derived from them.
 
-    start, stop: [M], the node's own tokens are [start, stop) of the flat ones: stop[m] is start[m + 1].
+    start, stop: [M], the node's tokens are [start, stop) of the flat tokens; stop[m] is start[m + 1].
     parent: [M], -1 for a root.
     """
 
@@ -37,8 +37,8 @@ class TreePlan:
 class TreeBatch(Batch):
     """Unique tokens in depth-first order: input_ids is [U].
 
-    position_ids: [U], the place of each token in the unpacked sequence.
-    The last prefix token predicts the first token of several thoughts: its row is repeated in token_rows.
+    position_ids: [U], the position of each token in its own sequence. The last prefix token predicts the first token of
+    several thoughts, so its row is repeated in token_rows.
     """
 
     position_ids: Tensor
@@ -52,7 +52,7 @@ class _Trie:
         self.ids = flat.ids
         self.source: list[int] = []
         self.size: list[int] = []
-        self.children: list[dict[int, int]] = []  # by their first token, in the order they were first met
+        self.children: list[dict[int, int]] = []  # by their first token, in order of first occurrence
         self.roots: dict[int, int] = {}
         for start, size in zip(flat.starts.tolist(), flat.sizes.tolist(), strict=True):
             self._insert(start, start + size)
@@ -75,7 +75,7 @@ class _Trie:
             if at + shared < stop:
                 if shared < self.size[node]:
                     self._split(node, shared)
-                elif not self.children[node]:  # all that ends here begins this sequence: a longer leaf, not a child
+                elif not self.children[node]:  # this sequence extends all that end here: a longer leaf, not a child
                     self.source[node], self.size[node] = at, stop - at
                     return
             at += shared
@@ -87,14 +87,14 @@ class _Trie:
         return first if differ[first] else size
 
     def _split(self, node: int, size: int) -> None:
-        """Cut `node` after `size` tokens: it keeps them, and its only child takes the rest and the children."""
+        """Split `node` after `size` tokens: it keeps these, and a new only child gets the rest and the old children."""
         lower = self._new(self.source[node] + size, self.size[node] - size)
         self.children[lower] = self.children[node]
         self.children[node] = {self.ids.item(self.source[lower]): lower}
         self.size[node] = size
 
     def depth_first(self) -> tuple[list[int], list[int]]:
-        """All nodes, and for each the place of its parent among them."""
+        """All nodes in depth-first order, and for each the index of its parent in that order."""
         order: list[int] = []
         parent: list[int] = []
         stack = [(node, -1) for node in reversed(self.roots.values())]
@@ -106,7 +106,7 @@ class _Trie:
         return order, parent
 
     def walk(self, flat: Flat) -> tuple[Ints, Ints]:
-        """The nodes that each sequence passes, sequence by sequence, and how many of its tokens lie in each."""
+        """The nodes on the path of each sequence, sequence by sequence, and the number of its tokens in each."""
         nodes, sizes = [], []
         for at, left in zip(flat.starts.tolist(), flat.sizes.tolist(), strict=True):
             siblings = self.roots
@@ -121,9 +121,9 @@ class _Trie:
 def tree_batch(
     groups: Sequence[Group], device: torch.device, *, shared: bool = True, mask_truncated: bool = False
 ) -> TreeBatch:
-    """Lay `groups` out as a tree; without `shared`, as a forest of which every sequence is a root.
+    """Lay `groups` out as a tree; without `shared`, as a forest in which every sequence is a root.
 
-    With `mask_truncated`, thoughts cut at the limit are scored, not trained.
+    With `mask_truncated`, thoughts cut at the limit are scored but not trained.
     """
     flat = Flat.of(groups)
     sizes, parent, rows = _shared_nodes(flat) if shared else _lone_nodes(flat)
@@ -139,13 +139,15 @@ def tree_batch(
 
 
 def _nodes(trie: _Trie) -> tuple[list[int], Ints, list[int]]:
-    """In depth-first order: the nodes, their sizes, and the places of their parents."""
+    """In depth-first order: the nodes, their sizes, and the indices of their parents."""
     order, parent = trie.depth_first()
     return order, np.array(trie.size)[order], parent
 
 
 def _shared_nodes(flat: Flat) -> tuple[Ints, list[int], Ints]:
-    """Each node's size and parent, in depth-first order, and where the tokens of `flat` come to lie, [F]."""
+    """The size and parent of each node, in depth-first order, and the position of each token of `flat` in the tree,
+    [F].
+    """
     trie = _Trie(flat)
     order, sizes, parent = _nodes(trie)
     start_of_node = np.empty_like(sizes)
@@ -159,7 +161,7 @@ def _lone_nodes(flat: Flat) -> tuple[Ints, list[int], Ints]:
 
 
 def tree_sizes(groups: Sequence[Group], *, shared: bool = True) -> list[tuple[int, int]]:
-    """Of each group by itself: the tokens that are stored, and the pairs of them of which one attends to the other."""
+    """For each group alone: its stored tokens, and its pairs of tokens of which one attends to the other."""
     found = []
     for group in groups:
         flat = Flat.of([group])
@@ -174,8 +176,9 @@ def tree_sizes(groups: Sequence[Group], *, shared: bool = True) -> list[tuple[in
 def split_tree(groups: Sequence[Group], sizes: Sequence[int], token_budget: int) -> list[list[Group]]:
     """Whole groups into micro-batches of at most `token_budget` tokens as stored, by first fit, the largest first.
 
-    sizes: the stored tokens of each group. What groups share between them is not counted off, so a batch may come out
-    smaller. A group larger than the budget is a batch of its own: cutting it would change its weights.
+    sizes: the stored tokens of each group. Prefixes shared between groups are not subtracted, so a batch may be smaller
+    than counted. A group larger than the budget becomes a batch of its own, because splitting it would change its
+    weights.
     """
     sized = zip(sizes, groups, strict=True)
     batches: list[list[Group]] = []

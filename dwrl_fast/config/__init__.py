@@ -1,4 +1,4 @@
-"""What can be set. Names are TRL's where it has one; what an option is for stands in its help."""
+"""The options of all commands. Names follow TRL if TRL has the option; the help text of an option says what it does."""
 
 from dwrl_fast.config.common import CommonOptions, JudgingOptions
 from dwrl_fast.config.evaluate import VOTE_CURVE, EvaluateConfig, parse_evaluate

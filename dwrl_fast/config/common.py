@@ -1,4 +1,4 @@
-"""What the commands share: the groups of options, reading rows, the size of a forward pass."""
+"""What the commands share: groups of options, and options for reading rows and for the size of a forward pass."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ run_option = partial(option, group="Run")
 
 @dataclass(frozen=True, kw_only=True)
 class CommonOptions(Options):
-    """What both commands share: reading rows, the size of a forward pass."""
+    """The options that all commands share: reading rows, and the size of a forward pass."""
 
     groups: ClassVar[tuple[str, ...]] = (
         "Model",
@@ -87,7 +87,7 @@ class CommonOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class JudgingOptions(VllmOptions, CommonOptions):
-    """What the commands share that judge with trained models."""
+    """The options shared by the commands that judge with trained models."""
 
     limit: int | None = data_option(
         None, "Use only the first rows of each file, this many. none: all.", bound=at_least(1)

@@ -1,4 +1,4 @@
-"""The options of `dwrl_fast.train`. The defaults of the method are the paper's."""
+"""The options of `dwrl_fast.train`. The method's defaults are those of the paper."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -22,10 +22,10 @@ updates_option = partial(option, group="Updates")
 optimizer_option = partial(option, group="Optimizer")
 ranks_option = partial(option, group="Several GPUs")
 
-NEWEST = ("latest", "auto")  # of --resume_from_checkpoint: the newest whole checkpoint
+NEWEST = ("latest", "auto")  # values of --resume_from_checkpoint that mean the newest intact checkpoint
 STREAMING = ("streaming", True)
 OWNERS = tuple(dict.fromkeys(owner for method in METHODS.values() for owner in method.options))
-if TYPE_CHECKING:  # mypy reads no bases that are computed; what it must know of them is listed
+if TYPE_CHECKING:  # mypy cannot read computed base classes, so their attributes are listed here
     from dwrl_fast.methods.bt import PrefilledOptions
     from dwrl_fast.methods.dpo import BetaOptions
     from dwrl_fast.methods.dwrl import DualOptions
@@ -312,7 +312,7 @@ python -m dwrl_fast.train --config runs/mine/config.yaml --resume_from_checkpoin
             warn_once(f"{name} has no effect here: it applies only with {need}.")
 
     def _validate_sources(self) -> None:
-        """The model and the data belong together; the embedded task has its own of both."""
+        """Check that a model and data are given together, or neither: the embedded task creates both."""
         self._refuse_two_models()
         self._validate_files()
         model = self.model_name_or_path or self.model_config
@@ -340,8 +340,8 @@ python -m dwrl_fast.train --config runs/mine/config.yaml --resume_from_checkpoin
 
     @property
     def own_data(self) -> str:
-        """The option that names the data to train on (of a method that trains nothing, to evaluate on); empty for the
-        embedded task.
+        """The option that names the training data (or the evaluation data, for a method that trains nothing); empty for
+        the embedded task.
         """
         if not METHODS[self.method].trains and self.eval_dataset_name:
             return "eval_dataset_name"
@@ -398,7 +398,7 @@ python -m dwrl_fast.train --config runs/mine/config.yaml --resume_from_checkpoin
 
     @classmethod
     def needs(cls, f: dataclasses.Field) -> tuple[str, str | bool | tuple[str, ...]] | None:
-        """As the option says, else the methods that list the class which declares it."""
+        """As declared by the option, otherwise the methods that use the class which declares the option."""
         own = super().needs(f)
         owner = next((each for each in OWNERS if f.name in each.__annotations__), None)
         if own is not None or owner is None:

@@ -1,4 +1,4 @@
-"""Preference data: files in, validated groups out, nothing dropped in silence."""
+"""Reads preference data from files into validated groups. Every dropped row is reported."""
 
 from dwrl_fast.data.judgements import Demonstration
 from dwrl_fast.data.locations import open_rows

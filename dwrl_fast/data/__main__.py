@@ -1,4 +1,6 @@
-"""`python -m dwrl_fast.data`: what is in a file of preferences, its good rows apart, the papers' data sets as files."""
+"""`python -m dwrl_fast.data`: checks files of preferences, separates their usable rows, and writes the papers' data
+sets as files.
+"""
 
 import json
 import sys
@@ -133,7 +135,7 @@ python -m dwrl_fast.data --prepare on-topic --source pairs.jsonl --longest 450 -
     seed: int = _prepare(0, "Seed of the split. No prompt is in both files.", bound=at_least(0))
 
     def validate(self) -> None:
-        """Raises ConfigError where options contradict each other, or a file to write exists."""
+        """Raises ConfigError if options contradict each other, or if an output file exists."""
         if bool(self.check) + (self.prepare is not None) + self.formats != 1:
             raise ConfigError("give one of --check FILE, --prepare DATA_SET and --formats; --help shows what they do")
         self._validate_check()
@@ -178,7 +180,7 @@ def main(argv: list[str]) -> None:
 
 
 def run_check(config: DataConfig, console: Console) -> None:
-    """Check the files and write what was asked for. Raises DataError where one has no row that can be used."""
+    """Check the files and write the requested outputs. Raises DataError if a file has no usable row."""
     dialog = None if config.tokenizer_name_or_path is None else dialog_of(config.tokenizer_name_or_path)
     reports = []
     for name in config.check:
@@ -186,7 +188,7 @@ def run_check(config: DataConfig, console: Console) -> None:
         print_report(reports[-1], console)
         if dialog is not None and dialog.counts:
             counts = ", ".join(f"{count:,} {what}" for what, count in dialog.counts.most_common())
-            say(console, f"Of its conversations, kept but counted: {counts}")
+            say(console, f"Conversations that are kept but counted: {counts}")
             dialog.counts.clear()
     overlap = find_overlap(*reports) if len(reports) == 2 else None
     if overlap is not None:
@@ -194,24 +196,24 @@ def run_check(config: DataConfig, console: Console) -> None:
     if config.json is not None:
         found = {"files": [found.to_dict() for found in reports], "overlap": overlap and overlap.to_dict()}
         Path(config.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        say(console, f"All of it: {config.json}")
+        say(console, f"Full report: {config.json}")
     if config.plot is not None and any(found.used for found in reports):
         plot_lengths(reports, Path(config.plot))
         say(console, f"Histograms: {config.plot}")
     if not all(found.used for found in reports):
-        raise DataError("nothing is left that can be used; see the reasons above")
+        raise DataError("no usable row is left; see the reasons above")
     if config.fix is not None:
         run_fix(config, reports[0], console)
 
 
 def check_one(name: str, config: DataConfig, console: Console, measure: Measure | None) -> FileReport:
-    """Check one file, and show on a terminal how much of it is read."""
+    """Check one file; on a terminal, show the progress."""
     unit = "bytes" if isinstance(open_rows(name), JsonLines) else "rows"
     status = console.status("")
 
     def watch(done: int) -> None:
         status.update(f"{escape(name)}: {done:,} {unit} read")
-        status.start()  # not before the first call: it starts a thread, and processes can be forked without one
+        status.start()  # only at the first call: it starts a thread, and processes must be forked before that
 
     try:
         return check(
@@ -235,17 +237,18 @@ def run_fix(config: DataConfig, found: FileReport, console: Console) -> None:
     again = check_one(config.fix, config, console, None)
     if again.used != good or again.dropped:
         raise DataError(
-            f"{config.fix}: {len(again.dropped)} reasons are left in what was written; fix it again, into another file"
+            f"{config.fix}: {len(again.dropped)} reasons to drop rows remain in the written file; run --fix on it "
+            "again, with another output file"
         )
     say(
         console,
-        f"{found.rows:,} rows = {good:,} in {Path(config.fix)}, which was read again and is clean, + "
-        f"{bad:,} in {quarantine_of(Path(config.fix))}",
+        f"{found.rows:,} rows = {good:,} in {Path(config.fix)} (read again and clean) + {bad:,} in "
+        f"{quarantine_of(Path(config.fix))}",
     )
 
 
 def run_prepare(config: DataConfig, console: Console) -> None:
-    """Write the data set's files and say what became of its rows."""
+    """Write the files of the data set and report what happened to its rows."""
     assert config.prepare is not None and config.output_dir is not None
     folder = Path(config.output_dir)
     with console.status(f"{config.prepare}: reading {config.source or 'from the hub'}"):
@@ -260,32 +263,32 @@ def run_prepare(config: DataConfig, console: Console) -> None:
         )
     for name, split in found.items():
         print_split(name, split, folder, console)
-    say(console, f"Look at them: python -m dwrl_fast.data --check {folder / 'train.jsonl'} {folder / 'test.jsonl'}")
+    say(console, f"Check them: python -m dwrl_fast.data --check {folder / 'train.jsonl'} {folder / 'test.jsonl'}")
 
 
 def print_split(name: str, split: Split, folder: Path, console: Console) -> None:
-    """What became of the published rows of one split, and how many rows its file has."""
+    """Report what happened to the published rows of one split, and how many rows its file has."""
     dropped = {reason: len(rows) for reason, rows in split.dropped.items()}
     if split.read:
         left_out = split.read - split.used
         say(console, f"{name}: {split.read:,} published rows read = {split.used:,} used + {left_out:,} dropped")
     for what, count in (*dropped.items(), *split.notes.items()):
         say(console, f"  {count:,} x {what}")
-    rest = [f"{split.withheld:,} whose prompt the test file has"] if split.withheld else []
+    rest = [f"{split.withheld:,} left out because their prompt is in the test file"] if split.withheld else []
     rest += [f"{split.not_drawn:,} not drawn"] if split.not_drawn else []
     say(console, f"  {split.written:,} rows in {folder / name}.jsonl" + "".join(f"; {what}" for what in rest))
 
 
 def dialog_of(tokenizer: str) -> "Dialog":
-    """The dialog of the tokenizer in this folder or of this hub name."""
+    """The dialog for a tokenizer, given as a folder or a hub name."""
     from dwrl_fast.dialog import Dialog
-    from dwrl_fast.models.pretrained import load_tokenizer  # with torch and transformers, which nothing else here needs
+    from dwrl_fast.models.pretrained import load_tokenizer  # imports torch and transformers, not needed elsewhere
 
     return Dialog(load_tokenizer(tokenizer))
 
 
 def tokens(dialog: "Dialog") -> Measure:
-    """Lengths in tokens, the prompt's with all that the chat template puts before the response."""
+    """Lengths in tokens. The prompt's length includes everything that the chat template puts before the response."""
 
     def measure(prompt: Sequence[Message], responses: Sequence[str], aspect: str | None) -> Lengths:
         try:

@@ -1,8 +1,8 @@
-"""BINARY: a row with `prompt`, `chosen` and `rejected`, and maybe a `margin`, or `tie` where neither is better.
+"""BINARY: a row with `prompt`, `chosen` and `rejected`, and optionally a `margin`, or `tie` if neither is better.
 
-BINARYMAGN: with a `magnitude` instead.
+BINARYMAGN: the same with a `magnitude` instead.
 
-Strings, message lists, or the prompt inside both.
+Values are strings or message lists. The prompt may also be part of both message lists.
 """
 
 from dwrl_fast.data.columns import Columns, Unusable, conversation, differing_fields
@@ -28,7 +28,7 @@ def pair_with_magnitude(row: Columns, ties: Ties) -> Preference:
     """The preference in one row, its magnitude (0: neutral, 1, 2) as margin. Raises DataError or Unusable."""
     magnitude = row.number("magnitude")
     if magnitude not in MAGNITUDES:
-        raise Unusable("magnitude is none of 0, 1, 2")
+        raise Unusable("magnitude is not 0, 1 or 2")
     if magnitude == 0 and ties == "drop":
         raise Unusable("neutral: magnitude 0 (--ties keep would use it)")
     return _pair(row, magnitude, ranks=() if magnitude else (1, 1))
@@ -40,5 +40,5 @@ def _pair(row: Columns, margin: float, ranks: tuple[int, ...] = ()) -> Preferenc
     turns, responses = conversation(prompt, [chosen, rejected])
     if responses[0].strip() == responses[1].strip():
         fields = differing_fields(row.column("chosen"), row.column("rejected"))
-        raise Unusable("identical responses" + (f": they differ only in {fields}, not read" if fields else ""))
+        raise Unusable("identical responses" + (f": they differ only in {fields}, which is not read" if fields else ""))
     return row.preference(turns, responses, margin=margin, ranks=ranks)

@@ -1,6 +1,7 @@
-"""What is in a file: every row accounted for, lengths, repeated and contradicting labels, what two files share.
+"""Examines a file: it accounts for every row, and reports lengths, repeated and contradicting labels, and what two
+files share.
 
-A JSONL file of some size is read by several processes, each a stretch of it; the result is that of one.
+Several processes read a large JSONL file, each one a part of it. The result is the same as that of one process.
 """
 
 import functools
@@ -31,7 +32,7 @@ from dwrl_fast.data.remarks import Unread
 from dwrl_fast.data.row_source import Position
 from dwrl_fast.errors import DataError
 
-STRETCH = 16 * 2**20  # bytes that a process reads at a time
+STRETCH = 16 * 2**20  # bytes that one process reads at a time
 PERCENTILES = (0, 5, 50, 95, 99, 100)
 MIX, THREE = np.uint64(0x9E3779B97F4A7C15), np.uint64(3)
 
@@ -39,7 +40,7 @@ Progress = Callable[[int], None]
 
 
 class Percentiles(NamedTuple):
-    """In `FileReport.unit`: the least, percentiles, the most."""
+    """Minimum, percentiles and maximum, in `FileReport.unit`."""
 
     least: int
     p5: int
@@ -51,12 +52,12 @@ class Percentiles(NamedTuple):
 
 @dataclass
 class FileReport:
-    """One file. rows = used + dropped. `dropped` has the lines of each reason, `advice` what the reader
-    said of the first of them.
+    """The report on one file. rows = used + dropped. `dropped` maps each reason to its lines, `advice` to the reader's
+    message for the first of them.
 
-    repeated: lines whose comparison (prompt, aspect and two responses) has the same winner in an earlier one;
-    conflicts: lines of comparisons that have both winners. shared_prompts: lines whose prompt has an earlier one's;
-    longer_wins: the share of untied pairs in which the longer response wins, equal lengths counting one half.
+    repeated: lines whose comparison (prompt, aspect and two responses) has the same winner as in an earlier line;
+    conflicts: lines of comparisons that have both winners. shared_prompts: lines whose prompt occurs in an earlier
+    line; longer_wins: the share of untied pairs in which the longer response wins, equal lengths counting one half.
     """
 
     path: str
@@ -81,7 +82,7 @@ class FileReport:
     counts: Counts
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: everything but the counts; NaN as null."""
+        """As JSON: everything except the counts; NaN becomes null."""
         values = {name: value for name, value in vars(self).items() if name != "counts"}
         values["lengths"] = {name: found._asdict() for name, found in self.lengths.items()}
         values["agreement"] = self.agreement and asdict(self.agreement)
@@ -91,8 +92,8 @@ class FileReport:
 
 @dataclass
 class Overlap:
-    """What two files share. first_lines, second_lines: rows whose prompt the other file has; agreement: between the
-    labels of the comparisons that both have, the first of each file.
+    """What two files share. first_lines, second_lines: rows whose prompt occurs in the other file. agreement: between
+    the labels of the comparisons in both files, using the first label in each file.
     """
 
     prompts: int
@@ -101,7 +102,7 @@ class Overlap:
     agreement: Agreement | None
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; NaN as null."""
+        """As JSON; NaN becomes null."""
         return finite(asdict(self))
 
 
@@ -118,12 +119,12 @@ def check(
     stretch: int = STRETCH,
     progress: Progress | None = None,
 ) -> FileReport:
-    """Read the whole of a file or data set (see `open_rows`) and say what is in it.
+    """Read a whole file or data set (see `open_rows`) and report its content.
 
-    columns, ties, rankings, layout, aspect: as the options of the same names. measure: lengths in tokens; characters
-    without it. processes: as many as may run at once where lengths are in characters, by default the cores there are.
-    progress is told how far it is, in bytes of JSONL or else in rows. Raises DataError where it cannot be read to its
-    end.
+    columns, ties, rankings, layout, aspect: as the options of the same names. measure: measures lengths in tokens;
+    without it lengths are in characters. processes: the maximum number of processes if lengths are in characters; by
+    default the number of cores. progress: called with the bytes read (JSONL) or the rows read. Raises DataError if the
+    file cannot be read to its end.
     """
     reader = Reader(open_rows(path), columns=columns, ties=ties, rankings=rankings, layout=layout, aspect=aspect)
     processes = processes or _cores()
@@ -141,11 +142,11 @@ def _count_stretch(reader: Reader, bounds: tuple[int, int]) -> Counts:
 
 
 def _in_parallel(reader: Reader, processes: int, size: int, progress: Progress | None) -> Counts | None:
-    """The counts of all stretches of a JSONL file; None where one process must read the file."""
+    """The counts of all parts of a JSONL file; None if one process must read the file."""
     assert isinstance(reader.source, JsonLines)
     stretches = list(itertools.pairwise(_bounds(reader.source.path, size)))
     form = _format(reader) if len(stretches) > 1 else None
-    if form is None or form is SINGLE:  # SINGLE compares rows that may stand anywhere
+    if form is None or form is SINGLE:  # SINGLE compares rows from anywhere in the file
         return None
     reader.format, whole = form, Counts()
     with _pool(min(processes, len(stretches))) as pool:
@@ -158,7 +159,9 @@ def _in_parallel(reader: Reader, processes: int, size: int, progress: Progress |
 
 
 def _bounds(name: str | Path, size: int) -> Iterator[int]:
-    """Where rows begin, about every `size` bytes, and the end; nothing for a file that has to be read in one go."""
+    """Offsets of rows about every `size` bytes, and the end of the file; nothing for a file that must be read
+    sequentially.
+    """
     try:
         with open(name, "rb") as file:
             end = file.seek(0, os.SEEK_END)
@@ -170,23 +173,23 @@ def _bounds(name: str | Path, size: int) -> Iterator[int]:
                 yield place
                 file.seek(place + size)
                 file.readline()
-                while (line := file.readline()).isspace():  # blank lines go with the rows before them
+                while (line := file.readline()).isspace():  # blank lines belong to the part before them
                     pass
                 place = file.tell() - len(line)
             yield end
     except (OSError, ValueError):
-        return  # reading it in one go will say why
+        return  # reading it sequentially will report the error
 
 
 def _format(reader: Reader) -> Format | None:
-    """What the rows are, which the first that is of any format says; None where the reader would have it otherwise."""
+    """The format of the first row that has one; None if the reader could decide differently."""
     for row in reader.source.rows():
         if isinstance(row.values, DataError):
             continue
         try:
             if not reader.decided:
                 reader.decide(row.values, f"{reader.source.name}:{row.line}")
-            if reader.layout is not None:  # whose rows of BINARY may be of BINARYMAGN
+            if reader.layout is not None:  # a layout may turn BINARY rows into BINARYMAGN
                 return None if reader.layout.form in (BINARY, SINGLE) else reader.layout.form
             if form := recognise(tuple(row.values), reader.mapping):
                 check_first(form, row.values, reader.columns, "")
@@ -197,8 +200,8 @@ def _format(reader: Reader) -> Format | None:
 
 
 def _pool(processes: int) -> Pool:
-    """Forked where that is safe: it takes no time, and starting Python anew is a tenth of reading a gigabyte. An
-    interrupt is for the process that waits.
+    """A pool of processes, forked if that is safe: forking is fast, while starting Python again takes a tenth of the
+    time to read a gigabyte. Only the waiting process handles an interrupt.
     """
     alone = sys.platform == "linux" and threading.active_count() == 1
     context = multiprocessing.get_context("fork" if alone else "spawn")
@@ -206,16 +209,16 @@ def _pool(processes: int) -> Pool:
 
 
 def _cores() -> int:
-    """That this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def summarise(found: Counts, reader: Reader, unit: str) -> FileReport:
-    """What the counts of a whole file say."""
+    """The report from the counts of a whole file."""
     rows, comparisons = found.rows.all, found.comparisons.all
     keys, strengths = _labels(comparisons)
     longer = np.sign(comparisons["first_length"] - comparisons["second_length"])[strengths != 0]
-    several = np.isin(keys, keys[_later(keys)])  # mostly none, which spares the rest its time
+    several = np.isin(keys, keys[_later(keys)])  # usually none, which saves the work below
     keys, strengths, lines = keys[several], strengths[several], comparisons["line"][several]
     winners = np.sign(strengths)
     contradicted = np.isin(keys, np.intersect1d(keys[winners > 0], keys[winners < 0]))
@@ -252,14 +255,14 @@ def summarise(found: Counts, reader: Reader, unit: str) -> FileReport:
 
 
 def lengths_of(found: Counts) -> dict[str, np.ndarray]:
-    """The lengths of prompts, of responses, and of each prompt with the longest response to it."""
+    """The lengths of prompts, of responses, and of each prompt together with its longest response."""
     rows = found.rows.all
     whole = rows["length"] + rows["longest"]
     return {"prompt": rows["length"], "response": np.array(found.responses), "prompt + longest response": whole}
 
 
 def find_overlap(first: FileReport, second: FileReport) -> Overlap:
-    """What two files have in common."""
+    """The prompts and comparisons that two files share."""
     one, two = first.counts.rows.all, second.counts.rows.all
     in_one, in_two = np.isin(one["prompt"], two["prompt"]), np.isin(two["prompt"], one["prompt"])
     labels = []
@@ -277,8 +280,8 @@ def find_overlap(first: FileReport, second: FileReport) -> Overlap:
 
 
 def _labels(comparisons: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A number for each comparison, whichever response is the better, and its strength, negative where it is the one
-    with the greater digest.
+    """A number for each comparison that does not depend on the winner, and its strength, which is negative if the
+    winner is the response with the greater digest.
     """
     first, second = comparisons["first"], comparisons["second"]
     keys = comparisons["key"]
@@ -288,7 +291,7 @@ def _labels(comparisons: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _later(values: np.ndarray) -> np.ndarray:
-    """Where an equal value stands before."""
+    """A mask: True if an equal value occurs earlier."""
     later = np.ones(len(values), bool)
     later[np.unique(values, return_index=True)[1]] = False
     return later

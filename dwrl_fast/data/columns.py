@@ -1,7 +1,8 @@
-"""The columns of one row under our names, with their types checked, and what makes turns a conversation.
+"""Reads the columns of one row under this package's names, checks their types, and builds conversations from turns.
 
-Two kinds of fault. A row not of the form (a missing column, a number for a text) is a DataError: the file is not what
-it was taken for. A row of the form that holds no comparison is Unusable: dropped and counted, the rest is used.
+There are two kinds of faults. A malformed row (a missing column, a number instead of a text) raises DataError: the file
+does not have the expected format. A well-formed row without a comparison raises Unusable: it is dropped and counted,
+and the other rows are used.
 """
 
 import difflib
@@ -27,19 +28,19 @@ REQUIRED: Any = object()
 
 Turns = list[Message]
 
-SHORT = reprlib.Repr()  # of values of any size and depth
+SHORT = reprlib.Repr()  # shortens values of any size and depth
 SHORT.maxstring = SHORT.maxother = 60
 
 
 class Unusable(Exception):
-    """Why a row holds no comparison."""
+    """The reason why a row holds no comparison."""
 
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """One row. `mapping` takes our names to the row's; `source` is its "file:line". nulls: whether a null may stand for
-    a column that is not there, as in tables, whose rows all have every column. unread: where fields of messages that
-    nobody reads are counted.
+    """One row. `mapping` maps this package's column names to those of the file; `source` is its "file:line". nulls:
+    whether a null means a missing column, as in tables, where every row has every column. unread: counts message fields
+    that are not read.
     """
 
     values: Mapping[str, Any]
@@ -49,7 +50,7 @@ class Columns:
     unread: Counter[str] | None = None
 
     def names(self, name: str) -> bool:
-        """Whether the row has the column, be it null."""
+        """Whether the row has the column, possibly with a null."""
         return self.mapping.get(name, name) in self.values
 
     def has(self, name: str) -> bool:
@@ -57,7 +58,9 @@ class Columns:
         return self.values.get(self.mapping.get(name, name)) is not None
 
     def column(self, name: str, default: Any = REQUIRED) -> Any:
-        """A column's value; `default` where it is not there. DataError where it must be, Unusable for a null text."""
+        """A column's value; `default` if it is missing. Raises DataError if it is required, Unusable for a null
+        text.
+        """
         key = self.mapping.get(name, name)
         value = self.values.get(key)
         if value is not None:
@@ -72,7 +75,7 @@ class Columns:
             return default
         others = ", or --layout transcripts: the texts look like those" if self._transcripts(name) else ""
         raise DataError(
-            f"{self.source}: no column '{key}' among {quoted(self.values)}; say which it is with --columns "
+            f"{self.source}: no column '{key}' among {quoted(self.values)}; name it with --columns "
             f"{name}={nearest(key, self.values) or 'NAME'}{others}"
         )
 
@@ -94,7 +97,7 @@ class Columns:
         return [self._message(name, message) for message in value]
 
     def prompt(self, responses: Iterable[Any], name: str = "prompt") -> Turns:
-        """The prompt, which need not be there where the responses are all conversations that hold it."""
+        """The prompt. It may be missing if all responses are conversations that contain it."""
         return self.turns(name, "user", REQUIRED if any(isinstance(value, str) for value in responses) else [])
 
     def preference(self, prompt: tuple[Message, ...], responses: tuple[str, ...], **more: Any) -> Preference:
@@ -123,18 +126,18 @@ class Columns:
         if isinstance(value, bool) or not isinstance(value, int | float | None):
             graded = name == "score" and isinstance(value, bool)
             raise self.mistyped(
-                name, value, "a number", "true and false are grades with --columns label=score" * graded
+                name, value, "a number", "with --columns label=score, true and false are read as scores" * graded
             )
         try:
             number = math.nan if value is None else float(value)
         except OverflowError:
             number = math.inf
         if not math.isfinite(number):
-            raise Unusable(f"{name} is no finite number")
+            raise Unusable(f"{name} is not a finite number")
         return number
 
     def aspect(self) -> str | None:
-        """The column `aspect`, if it is there."""
+        """The column `aspect`, if present."""
         value = self.column("aspect", default=None)
         if value is None:
             return None
@@ -144,7 +147,7 @@ class Columns:
         return value
 
     def label(self, name: str) -> str | None:
-        """A column that only names the row, as text; None where it is not there or is no text and no whole number."""
+        """A column that only names the row, as text; None if it is missing or neither a text nor a whole number."""
         value = self.column(name, default=None)
         if value is None or isinstance(value, bool) or not isinstance(value, str | int):
             return None
@@ -171,48 +174,50 @@ class Columns:
         return {"role": role, "content": content}
 
     def mistyped(self, name: str, value: Any, wanted: str, cure: str = "") -> DataError:
-        """That `value`, of column `name`, is of the wrong type, and what may help."""
+        """The error for a `value` of the wrong type in column `name`. cure: what may help."""
         said = f"'{name}' should hold {wanted}, not the {type(value).__name__} {SHORT.repr(value)[:60]}"
         return DataError(f"{self.source}: {said}" + (f"; {cure}" if cure else ""))
 
 
 def quoted(names: Mapping[str, Any]) -> str:
-    """Column names for a message, of which a row may have any number."""
+    """Column names for a message, shortened if there are many."""
     shown = ", ".join(repr(name[:40]) for name in list(names)[:12])
     return (shown + ", ..." if len(names) > 12 else shown) or "none"
 
 
 def differing_fields(a: Any, b: Any) -> str:
-    """The fields, other than role and content, in which two last messages differ; empty where they do not."""
+    """The fields, other than role and content, in which the last messages of `a` and `b` differ; empty if there are
+    none.
+    """
     one, other = (side[-1] if isinstance(side, list) and side else {} for side in (a, b))
     names = [name for name in {**one, **other} if name not in OWN and one.get(name) != other.get(name)]
     return quoted(dict.fromkeys(names)) if names else ""
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
-    """What may be meant by `name`; not names that cannot be typed."""
+    """The name that `name` probably means, among names that can be typed."""
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return near[0] if near and near[0].isprintable() else None
 
 
 def check_text(text: str) -> None:
-    """Raises Unusable where a text cannot be encoded."""
-    if text.isascii():  # known without a look at it
+    """Raises Unusable if a text cannot be encoded."""
+    if text.isascii():  # Python knows this without scanning the text
         return
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise Unusable("a lone surrogate, which is no text") from None
+        raise Unusable("a lone surrogate, which is not valid text") from None
 
 
 def conversation(prompt: Turns, sides: Sequence[Turns]) -> tuple[tuple[Message, ...], tuple[str, ...]]:
-    """The prompt of one conversation and the last turns that answer it, of each of `sides`, as text.
+    """The prompt of a conversation, and the text of the last turn of each of `sides`, which answers it.
 
-    Each side may hold the whole conversation, beside a prompt that repeats it or none. Raises Unusable where they are
-    no answers of the assistant to one prompt.
+    Each side may hold the whole conversation; `prompt` may then repeat its beginning or be empty. Raises Unusable if
+    the sides are not assistant answers to one prompt.
     """
     shared = _shared(sides) if any(len(side) > 1 for side in sides) else []
-    # Turns that begin with an answer go on with the prompt, whatever they repeat of it.
+    # Turns that begin with an answer continue the prompt, even if they repeat parts of it.
     repeated = shared and shared[0]["role"] != "assistant" and all(turn in shared for turn in prompt)
     prompt = shared if repeated else prompt + shared
     if max(map(len, sides)) > len(shared) + 1:
@@ -222,14 +227,16 @@ def conversation(prompt: Turns, sides: Sequence[Turns]) -> tuple[tuple[Message, 
         if len(side) == len(shared) or not (text := side[-1]["content"]).strip():
             raise Unusable("empty response")
         if side[-1]["role"] != "assistant":
-            raise Unusable("the response is no assistant turn")
+            raise Unusable("the response is not an assistant turn")
         responses.append(text)
     check_prompt(prompt)
     return tuple(prompt), tuple(responses)
 
 
 def _shared(sides: Sequence[Turns]) -> Turns:
-    """The leading turns that all sides have, short of the last turn of any; of one side, all but the last."""
+    """The leading turns that all sides share, without the last turn of any side. For one side, all turns but the
+    last.
+    """
     first, *others = sides
     count, most = 0, min(map(len, sides)) - 1
     while count < most and all(side[count] == first[count] for side in others):
@@ -238,7 +245,7 @@ def _shared(sides: Sequence[Turns]) -> Turns:
 
 
 def check_prompt(prompt: Turns) -> None:
-    """Raises Unusable where an assistant's turn cannot follow it."""
+    """Raises Unusable if an assistant's turn cannot follow the prompt."""
     turns = prompt[1:] if prompt and prompt[0]["role"] == "system" else prompt
     if not turns:
         raise Unusable("empty prompt")

@@ -1,4 +1,4 @@
-"""Files that may be compressed, told by their first bytes, not by their name."""
+"""Opens files that may be compressed. The first bytes identify the compression, not the name."""
 
 import bz2
 import gzip
@@ -13,11 +13,11 @@ from dwrl_fast.errors import DataError
 
 KINDS = {"gzip": b"\x1f\x8b", "bzip2": b"BZh", "zstd": b"\x28\xb5\x2f\xfd"}
 PIECE = 1 << 20
-MOST = 128 << 20  # bytes of a row
+MOST = 128 << 20  # maximum bytes of a row
 
 
 def kind_of(path: str | Path) -> str | None:
-    """How a file is compressed; None where it is not. Raises OSError."""
+    """The compression of a file; None if it is not compressed. Raises OSError."""
     if "\0" in str(path):
         raise OSError("embedded null byte")
     with open(path, "rb") as file:
@@ -26,8 +26,8 @@ def kind_of(path: str | Path) -> str | None:
 
 
 def opened(path: str | Path, offset: int = 0) -> IO[bytes]:
-    """The bytes of the file, uncompressed, from `offset` on. Of one that is compressed all that stands before is read
-    too. Raises OSError, DataError.
+    """The uncompressed bytes of the file from `offset` on. In a compressed file, everything before `offset` is read
+    too. Raises OSError or DataError.
     """
     kind = kind_of(path)
     opening: Mapping[str | None, Callable[..., Any]] = {"gzip": gzip.open, "bzip2": bz2.open, "zstd": _zstd, None: open}
@@ -41,8 +41,8 @@ def opened(path: str | Path, offset: int = 0) -> IO[bytes]:
 
 
 def lines_of(file: IO[AnyStr], name: str, before: int) -> Iterator[AnyStr]:
-    """The lines of a file of bytes or text, of which `before` were read. DataError at one that is longer than a row can
-    be, before it is read: compressed, it may be as long as a disk.
+    """The lines of a file of bytes or text, of which `before` have been read. Raises DataError at a line that is longer
+    than a row may be, without reading it whole: in a compressed file a line may fill a disk.
     """
     for number in itertools.count(before + 1):
         line = file.readline(MOST + 1)
@@ -54,7 +54,7 @@ def lines_of(file: IO[AnyStr], name: str, before: int) -> Iterator[AnyStr]:
 
 
 def too_long(source: str) -> DataError:
-    """The error of the row `source`, which is not read."""
+    """The error for the row `source`, which is too long and is not read."""
     return DataError(
         f"{source}: a row of more than {MOST >> 20} MiB; write each row on a line of its own, and leave out this one"
     )
@@ -69,7 +69,7 @@ def _zstd(path: str | Path, mode: str) -> IO[bytes]:
 
 
 def unreadable(error: Exception, name: str, line: int, kind: str | None) -> DataError:
-    """What a failure of reading `name` behind `line` means."""
+    """The DataError for a failure to read `name` after `line`."""
     if kind is not None and getattr(error, "errno", None) is None:
         return DataError(f"{name}:{line + 1}: the {kind} file is cut off or damaged here ({error}); fetch it again")
     said = getattr(error, "strerror", None) or error

@@ -1,6 +1,7 @@
-"""What the rows of a stretch of a source hold, in a few numbers each: lengths, and digests in place of texts.
+"""Summarises the rows of a part of a source by a few numbers each: lengths, and digests instead of texts.
 
-A row of one pair takes about 80 bytes, whatever its length. The counts of the stretches of a file add up to the file's.
+A row with one pair takes about 80 bytes, whatever its length. The counts of all parts of a file add up to those of the
+file.
 """
 
 import itertools
@@ -22,9 +23,9 @@ from dwrl_fast.data.remarks import Unread
 from dwrl_fast.data.row_source import START, Position
 
 ROLE = {"system": 1, "user": 2, "assistant": 3}
-DETAIL = re.compile(r" \(|; |, not the | among '")  # what follows differs from row to row, or says what to do
+DETAIL = re.compile(r" \(|; |, not the | among '")  # what follows differs between rows, or is advice
 
-# The type codes are those of both `struct` and NumPy.
+# The type codes have the same meaning in `struct` and in NumPy.
 ROW = np.dtype([("line", "q"), ("prompt", "Q"), ("length", "i"), ("longest", "i")])
 COMPARISON = np.dtype(
     [
@@ -35,7 +36,9 @@ COMPARISON = np.dtype(
 
 Lengths = tuple[int, list[int]]
 Measure = Callable[[Sequence[Message], Sequence[str], str | None], Lengths]
-"""The lengths of a prompt and of each of its responses, given the aspect. Raises Unusable for what has none."""
+"""The lengths of a prompt and of each of its responses, given the aspect. Raises Unusable if a length cannot be
+measured.
+"""
 
 
 def characters(prompt: Sequence[Message], responses: Sequence[str], aspect: str | None) -> Lengths:
@@ -44,7 +47,7 @@ def characters(prompt: Sequence[Message], responses: Sequence[str], aspect: str 
 
 
 def prompt_digest(prompt: Sequence[Message]) -> int:
-    """64 bits, the same for equal prompts alone."""
+    """A digest of 64 bits, equal only for equal prompts."""
     code = 0
     for turn in prompt:
         code = digest(turn["content"].encode(), code ^ ROLE[turn["role"]])
@@ -70,17 +73,17 @@ class Records:
 
 @dataclass
 class Counts:
-    """rows: a record of each row that is used (SINGLE: of each prompt): its first line, the digest and length of its
-    prompt, the length of its longest response. responses: the length of each response of a row. comparisons: a record
-    of each two of them that are compared: `key` stands for prompt and aspect, `first` (the better, or one of two that
-    tie) and `second` for the responses, `strength` for by how much (0: tied).
+    """rows: a record for each used row (SINGLE: for each prompt): first line, digest and length of the prompt, length
+    of the longest response. responses: the length of each response. comparisons: a record for each compared pair of
+    responses: digests `key` of prompt and aspect, `first` (the better response, or one of two that tie) and `second`,
+    and `strength`, by how much the first is better (0: tied).
     """
 
-    lines: int = 0  # that the stretch spans, blank ones too
+    lines: int = 0  # lines of this part, including blank ones
     used: int = 0
     groups: int = 0
     dropped: defaultdict[str, array] = field(default_factory=partial(defaultdict, partial(array, "q")))  # their lines
-    advice: dict[str, str] = field(default_factory=dict)  # reason -> what the reader said in full, the first time
+    advice: dict[str, str] = field(default_factory=dict)  # reason -> the reader's first full message
     notes: Counter[str] = field(default_factory=Counter)
     unread: Unread = field(default_factory=Unread)
     rows: Records = field(default_factory=partial(Records, ROW))
@@ -89,11 +92,11 @@ class Counts:
 
     @property
     def read(self) -> int:
-        """How many rows were read: used + dropped."""
+        """The number of rows read: used + dropped."""
         return self.used + sum(map(len, self.dropped.values()))
 
     def extend(self, other: "Counts") -> None:
-        """Add the counts of the stretch that follows, whose lines count from 1 again."""
+        """Add the counts of the next part, whose lines are numbered from 1 again."""
         for reason, lines in other.dropped.items():
             self.dropped[reason].extend(line + self.lines for line in lines)
             self.advice.setdefault(reason, other.advice[reason])
@@ -108,7 +111,7 @@ class Counts:
         self.unread.update(other.unread)
 
     def drop(self, reason: str, line: int, advice: str = "") -> None:
-        """Count a row that is not used."""
+        """Count a row as dropped."""
         self.dropped[reason].append(line)
         self.advice.setdefault(reason, advice)
 
@@ -120,16 +123,16 @@ def count_rows(
     measure: Measure = characters,
     progress: Callable[[int], None] | None = None,
 ) -> Counts:
-    """Of the rows from `start` up to byte `end`, where a row must begin; lines are counted from `start`.
+    """The counts of the rows from `start` up to byte `end`, where a row must begin. Lines are counted from `start`.
 
-    `progress` is told now and then how far it is: in bytes of JSONL or else in rows.
+    `progress` is called now and then with the bytes read (JSONL) or the rows read.
     """
     found = Counts()
     for count, outcome in enumerate(reader.read(start)):
         after = outcome.after
         if end is not None and after.offset > end:
             found.lines = after.line - 1
-            reader.last = Unread()  # that row is not of this stretch
+            reader.last = Unread()  # that row does not belong to this part
             break
         found.lines = after.line
         if outcome.preferences:
@@ -146,7 +149,7 @@ def count_rows(
 
 
 def _use(found: Counts, outcome: Outcome, measure: Measure) -> None:
-    """What one row gave, or the rows of one prompt."""
+    """Add the outcome of one row, or of the rows of one prompt."""
     groups, lines = outcome.preferences, outcome.lines
     group = groups[0]
     texts: Sequence[str] = group.responses
@@ -166,10 +169,10 @@ def _use(found: Counts, outcome: Outcome, measure: Measure) -> None:
         found.notes.update(outcome.notes)
     found.rows.add(lines[0], code, size, max(sizes))
     found.responses.extend(sizes)
-    if type(group) is not Preference:  # a demonstration: its responses stand in no order
+    if type(group) is not Preference:  # a demonstration: its responses are not ranked
         return
     codes = [digest(text.encode()) for text in texts]
-    if len(groups) == 1 and len(texts) == 2:  # most files hold nothing else
+    if len(groups) == 1 and len(texts) == 2:  # the case of most files
         found.comparisons.add(lines[0], key, *codes, *sizes, _strength(group))
         return
     known = dict(zip(texts, zip(codes, sizes, strict=True), strict=True))

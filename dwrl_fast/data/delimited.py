@@ -1,4 +1,4 @@
-"""Tables of text, CSV or TSV, with the names of their columns in the first line."""
+"""Text tables (CSV or TSV) with the column names in the first line."""
 
 import csv
 import io
@@ -15,7 +15,7 @@ from dwrl_fast.errors import DataError
 
 
 class Delimited:
-    """A RowSource. A row has the number of the line that it begins on. Cells are text; an empty one is a null."""
+    """A RowSource. The number of a row is that of its first line. Cells are text; an empty cell is a null."""
 
     table = True
 
@@ -24,7 +24,7 @@ class Delimited:
 
     def rows(self, start: Position = START) -> Iterator[Row]:
         """The rows from `start` on. Raises DataError."""
-        csv.field_size_limit(MOST)  # a text may be long; by default a cell is not
+        csv.field_size_limit(MOST)  # the default limit is too small for long texts
         line, kind = 0, None
         try:
             kind = kind_of(self.path)
@@ -39,8 +39,8 @@ class Delimited:
             raise DataError(f"{self.name}: not UTF-8 ({error.reason}); convert the file to UTF-8") from error
         except csv.Error as error:
             raise DataError(
-                f"{self.name}:{line + 1}: no table of this kind ({error}); write a cell that holds separators, quotes "
-                "or line ends in double quotes, and a quote in it twice"
+                f"{self.name}:{line + 1}: not a valid table of this kind ({error}); put a cell that contains "
+                "separators, quotes or line breaks in double quotes, and double each quote inside it"
             ) from error
         except (EOFError, OSError, zlib.error) as error:
             raise unreadable(error, self.name, line, kind) from error
@@ -53,7 +53,7 @@ class Delimited:
     def _values(self, names: list[str], cells: list[str], number: int) -> dict[str, Any] | DataError:
         if len(cells) != len(names):
             return DataError(
-                f"{self.name}:{number}: {len(cells)} cells under {len(names)} names; write a cell that holds "
+                f"{self.name}:{number}: {len(cells)} cells, but {len(names)} column names; put a cell that contains "
                 "separators in double quotes"
             )
         return {name: from_text(Cell(cell)) if cell else None for name, cell in zip(names, cells, strict=True)}

@@ -1,4 +1,4 @@
-"""The good rows of a file in one file, the others beside it in quarantine, each with its line and reason."""
+"""Writes the usable rows of a file to one file, and the other rows to a quarantine file, each with line and reason."""
 
 import base64
 import json
@@ -12,7 +12,8 @@ from dwrl_fast.data.row_source import RowSource
 from dwrl_fast.data.table_text import parsed
 from dwrl_fast.errors import ConfigError, DataError
 
-NOT_TEXT = ("margin", "magnitude", "score", "tie", "responses", "ranks", "scores", "completions")  # cells of a table
+# Cells of tables with these names are parsed.
+NOT_TEXT = ("margin", "magnitude", "score", "tie", "responses", "ranks", "scores", "completions")
 
 
 def quarantine_of(out: Path) -> Path:
@@ -21,7 +22,7 @@ def quarantine_of(out: Path) -> Path:
 
 
 def refuse_existing(out: Path) -> None:
-    """Raises ConfigError where one of the two files cannot be made, before anything is read."""
+    """Raises ConfigError if one of the two files cannot be created. Called before anything is read."""
     for path in (out, quarantine_of(out)):
         if path.exists():
             raise ConfigError(f"--fix {out}: {path} exists already, and nothing is overwritten; name another file")
@@ -30,12 +31,12 @@ def refuse_existing(out: Path) -> None:
 
 
 def fix(path: str | Path, report: FileReport, out: Path) -> tuple[int, int]:
-    """Write the rows that `report` has as used to `out`, as they stand, and the others to OUT.quarantine.jsonl;
-    how many rows each of the two has.
+    """Write the rows that `report` counts as used to `out`, unchanged, and the others to OUT.quarantine.jsonl. Returns
+    the number of rows in each file.
 
-    A row of a JSONL file keeps its bytes, but for a byte-order mark and the end of the line; one of another source is
-    written as JSON. In quarantine the text of a row is `raw`, or `raw_base64` where it is not UTF-8. Nothing is left
-    where something fails. Raises DataError where the file is not what the report is of, or cannot be read.
+    A row of a JSONL file keeps its bytes, except for a byte-order mark and the line end; a row of another source is
+    written as JSON. In the quarantine file the text of a row is `raw`, or `raw_base64` if it is not UTF-8. No file is
+    left behind if something fails. Raises DataError if the file has changed since the report, or cannot be read.
     """
     refuse_existing(out)
     beside = quarantine_of(out)
@@ -63,7 +64,7 @@ def _rows(source: RowSource) -> Iterator[tuple[int, bytes]]:
         for raw, after in source.lines():
             yield after.line, raw.removeprefix(BOM).strip(b" \t\r\n")
     else:
-        nulls = getattr(source, "table", False)  # where they stand for what is not there
+        nulls = getattr(source, "table", False)  # in a table, nulls are missing values
         for row in source.rows():
             if isinstance(row.values, Mapping):
                 kept = {k: v for k, v in row.values.items() if v is not None or not nulls}

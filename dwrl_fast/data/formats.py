@@ -1,4 +1,4 @@
-"""What the rows of a file are, told from the names of their columns."""
+"""Recognises the format of rows from their column names."""
 
 import functools
 from collections.abc import Collection, Iterable, Mapping
@@ -10,7 +10,9 @@ from dwrl_fast.errors import DataError
 
 @dataclass(frozen=True)
 class Format:
-    """One kind of rows. needs: a row with one of these sets of columns is of it. hints: columns that only it has."""
+    """One format of rows. needs: a row has this format if it has one of these sets of columns. hints: columns that only
+    this format has.
+    """
 
     name: str
     needs: tuple[frozenset[str], ...]
@@ -18,7 +20,7 @@ class Format:
     hints: frozenset[str] = frozenset()
 
     def __reduce__(self) -> str:
-        """Pickled as the name of a constant of this module, so that another process has the very same object."""
+        """Pickle as the name of a constant of this module, so that another process gets the same object."""
         return self.name
 
 
@@ -35,33 +37,35 @@ RANKING = _format(
 )
 SINGLE = _format("SINGLE", ["completion score"], "prompt", hints="completion score")
 DEMONSTRATION = _format("DEMONSTRATION", ["response thought", "responses thought"], "prompt verdict", hints="thought")
-FORMATS = (BINARYMAGN, BINARY, RANKING, SINGLE, DEMONSTRATION)  # of several that fit the first is meant
+FORMATS = (BINARYMAGN, BINARY, RANKING, SINGLE, DEMONSTRATION)  # if several formats fit, the first one counts
 COLUMNS = tuple(sorted(frozenset().union(*(form.columns for form in FORMATS))))
 
 
 @functools.lru_cache(maxsize=256)
 def recognise(keys: tuple[str, ...], mapping: tuple[tuple[str, str], ...]) -> Format | None:
-    """The format of rows with these columns, `mapping` giving (ours, theirs); None where they are of none."""
+    """The format of rows with these columns; None if there is none. mapping: pairs (our name, name in the file)."""
     names = {*keys, *(ours for ours, theirs in mapping if theirs in keys)}
     for form in FORMATS:
-        # A margin is said outright, and a magnitude beside it is something else.
+        # An explicit margin has priority; a magnitude in such a row means something else.
         if any(needs <= names for needs in form.needs) and not (form is BINARYMAGN and "margin" in names):
             return form
     return None
 
 
 def guess(keys: Iterable[str], mapping: Mapping[str, str]) -> Format | None:
-    """What rows that lack a column were probably meant to be."""
+    """The probable format of rows that lack a column."""
     return next((form for form in FORMATS if form.hints & {*keys, *mapping}), None)
 
 
 def check_mapping(mapping: Mapping[str, str], others: Collection[str] = ()) -> None:
-    """Raises DataError where a name is none that any format has, nor one of `others`, or one column has two roles."""
+    """Raises DataError if a name is neither a column of any format nor one of `others`, or if one column has two
+    roles.
+    """
     for name, theirs in mapping.items():
         if twice := [each for each in mapping if mapping[each] == theirs and each != name]:
             raise DataError(
-                f"--columns {name}={theirs}: the column '{theirs}' is to fill '{twice[0]}' too; name another for one "
-                "of the two"
+                f"--columns {name}={theirs}: the column '{theirs}' is already mapped to '{twice[0]}'; map one of the "
+                "two to another column"
             )
         if name not in COLUMNS and name not in others:
             near = nearest(name, COLUMNS)
@@ -70,17 +74,17 @@ def check_mapping(mapping: Mapping[str, str], others: Collection[str] = ()) -> N
 
 
 def check_first(form: Format, values: Mapping[str, object], mapping: Mapping[str, str], source: str) -> None:
-    """Raises DataError where a mapped column is not there, or is none of the format's."""
+    """Raises DataError if a mapped column is missing, or does not belong to the format."""
     for ours, theirs in mapping.items():
         if theirs not in mapping and any(theirs in needs for needs in form.needs) and ours not in values:
             raise DataError(
-                f"{source}: --columns {ours}={theirs}: the rows are {form.name}, whose own column '{theirs}' is; say "
-                f"which it is with --columns {theirs}=NAME, or name another for '{ours}'"
+                f"{source}: --columns {ours}={theirs}: '{theirs}' is a column of {form.name}, the format of these "
+                f"rows; name its source with --columns {theirs}=NAME, or map another column to '{ours}'"
             )
         if theirs not in values:
             near = nearest(theirs, values) or "NAME"
             raise DataError(
-                f"{source}: no column '{theirs}' among {quoted(values)}; say which it is with --columns {ours}={near}"
+                f"{source}: no column '{theirs}' among {quoted(values)}; name it with --columns {ours}={near}"
             )
         if ours not in form.columns:
             raise DataError(
@@ -89,12 +93,12 @@ def check_first(form: Format, values: Mapping[str, object], mapping: Mapping[str
 
 
 def unrecognised(values: Mapping[str, object], source: str) -> DataError:
-    """That no format has these columns, and which columns would do."""
+    """The error for columns that match no format; it names the columns that would."""
     wanted = "; or ".join(
         " and ".join(sorted(needs)) for form in FORMATS if form is not BINARYMAGN for needs in form.needs
     )
     return DataError(
-        f"{source}: the columns {quoted(values)} are those of no format. Needed are {wanted}. Where they have other "
-        "names, say so: --columns chosen=THEIR_NAME (or is it a layout "
-        "that `python -m dwrl_fast.data --formats` lists? Then name it with --layout)"
+        f"{source}: the columns {quoted(values)} match no format. The formats need {wanted}. If the columns have "
+        "other names, map them: --columns chosen=THEIR_NAME. If the file has a layout that `python -m dwrl_fast.data "
+        "--formats` lists, name it with --layout"
     )

@@ -1,4 +1,4 @@
-"""What a caller in Python gives, prompts and responses in lists, checked as the rows of a file are."""
+"""Checks prompts and responses that a caller in Python gives, with the same rules as for rows of a file."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,40 +15,37 @@ Turns = tuple[Message, ...]
 
 
 def as_list(name: str, values: Any) -> list[Any]:
-    """DataError where `values`, which the caller knows as `name`, are no list or an empty one."""
+    """`values` as a list. Raises DataError, which calls them `name`, if they are not a list or are empty."""
     if isinstance(values, str | bytes | dict) or not hasattr(values, "__len__"):
-        raise DataError(f"{name} should be a list, with one for each response, not a {type(values).__name__}")
+        raise DataError(f"{name} should be a list with one entry per response, not a {type(values).__name__}")
     if not len(values):
         raise DataError(f"{name} is empty: there is nothing to score")
     return list(values)
 
 
 def as_responses(name: str, values: Any, count: int | None = None) -> list[str]:
-    """DataError where they are no list of responses, `count` of them if it is given."""
+    """`values` as response texts. Raises DataError if they are not a list of responses, or not `count` of them."""
     found = as_list(name, values)
     if count is not None and len(found) != count:
-        raise DataError(f"{name} has {len(found)} texts for {count} responses: give one for each")
+        raise DataError(f"{name} has {len(found)} texts for {count} responses: give one per response")
     return [as_response(f"{name}[{i}]", value) for i, value in enumerate(found)]
 
 
 def as_response(name: str, value: Any) -> str:
-    """The text of a response: a string, or a list with one turn of the assistant. DataError where it is neither."""
+    """The text of a response: a string, or a list with one assistant turn. Raises DataError for anything else."""
     if not isinstance(value, str | list | tuple):
         kind = type(value).__name__
-        raise DataError(
-            f"{name} should be a string, not the {kind} {value!r:.60}, or a list with one turn of the assistant"
-        )
+        raise DataError(f"{name} should be a string or a list with one assistant turn, not the {kind} {value!r:.60}")
     with _named(name):
         turns = _turns(name, value, "assistant")
         if [turn["role"] for turn in turns] != ["assistant"]:
-            raise Unusable("not one turn of the assistant")
+            raise Unusable("not one assistant turn")
         return turns[0]["content"]
 
 
 def as_prompt(name: str, prompt: Any) -> tuple[Turns, str]:
-    """The turns that a response answers, and how it begins: a last turn of the assistant is the beginning of every
-    response (a prefilled answer), else that is empty. A string is one turn of the user. DataError where the prompt is
-    no conversation.
+    """The turns of the prompt, and the beginning of every response: the last turn if it is an assistant turn (a
+    prefilled answer), otherwise empty. A string is one user turn. Raises DataError if the prompt is not a conversation.
     """
     with _named(name):
         turns = _turns(name, prompt, "user")
@@ -58,8 +55,8 @@ def as_prompt(name: str, prompt: Any) -> tuple[Turns, str]:
 
 
 def unusable(error: DataError) -> str:
-    """Why a row cannot be judged, in words that many such rows share."""
-    return str(error.__cause__) if isinstance(error.__cause__, Unusable) else "not of the form"
+    """The reason why a row cannot be judged, in the same words for all such rows."""
+    return str(error.__cause__) if isinstance(error.__cause__, Unusable) else "not in the expected form"
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""One JSON array with an object a row, read piece by piece."""
+"""Reads one JSON array of objects, one object per row, in pieces."""
 
 import codecs
 import json
@@ -13,17 +13,17 @@ from dwrl_fast.data.row_source import START, Position, Row
 from dwrl_fast.errors import DataError
 
 BLANK = " \t\r\n"
-NEAR = 16  # characters: an error that is nearer to the end of what was read may be none
+NEAR = 16  # characters; an error closer to the end of the text read so far may only mean that the text is incomplete
 
 
 class JsonArray:
-    """A RowSource. Rows are numbered as the elements are."""
+    """A RowSource. The number of a row is that of its element, from 1."""
 
     def __init__(self, path: str | Path, name: str | None = None) -> None:
         self.path, self.name = path, name or str(path)
 
     def rows(self, start: Position = START) -> Iterator[Row]:
-        """The rows from `start` on. Raises DataError where nothing more can be read."""
+        """The rows from `start` on. Raises DataError if nothing more can be read."""
         line = 0
         try:
             for line, values in enumerate(self._elements(), start=1):
@@ -41,7 +41,7 @@ class JsonArray:
     def _elements(self) -> Iterator[dict[str, Any] | DataError]:
         text, line = Growing(self._pieces()), 0
         text.ahead()
-        text.at += 1  # the bracket
+        text.at += 1  # skip the bracket
         while (sign := text.ahead()) != "]":
             if line:
                 if sign != ",":
@@ -52,7 +52,7 @@ class JsonArray:
             yield text.element(f"{self.name}:{line}")
         text.at += 1
         if text.ahead():
-            raise self._broken(line, "there is more behind the end of the array")
+            raise self._broken(line, "there is text after the end of the array")
 
     def _pieces(self) -> Iterator[str]:
         kind = None
@@ -67,17 +67,17 @@ class JsonArray:
         yield decode(b"", final=True)
 
     def _broken(self, line: int, what: str) -> DataError:
-        return DataError(f"{self.name}:{line + 1}: {what}; mend the array here, for nothing behind it can be read")
+        return DataError(f"{self.name}:{line + 1}: {what}; fix the array here; nothing after this point can be read")
 
 
 class Growing:
-    """The part of a text that is looked at, from `at` on; more of it is read as it is needed."""
+    """A window on a text, from `at` on. More text is read when it is needed."""
 
     def __init__(self, pieces: Iterator[str]) -> None:
         self.pieces, self.text, self.at = pieces, "", 0
 
     def ahead(self) -> str:
-        """The next character that is no blank, at which it then stands; "" at the end."""
+        """Move to the next character that is not white space and return it; "" at the end."""
         while True:
             while self.at < len(self.text) and self.text[self.at] in BLANK:
                 self.at += 1
@@ -87,12 +87,14 @@ class Growing:
                 return ""
 
     def element(self, source: str) -> dict[str, Any] | DataError:
-        """The JSON value that begins here, as a row; it then stands behind it. Raises ValueError, RecursionError."""
+        """Read the JSON value at the current position as a row, and move behind it. Raises ValueError or
+        RecursionError.
+        """
         while True:
             try:
                 try:
                     value, end = DECODER.raw_decode(self.text, self.at)
-                except DataError as error:  # a key that stands twice
+                except DataError as error:  # a duplicate key
                     value, end = DataError(f"{source}: {error}"), json.JSONDecoder().raw_decode(self.text, self.at)[1]
                 break
             except json.JSONDecodeError as error:
@@ -105,7 +107,7 @@ class Growing:
         return as_object(value, source)
 
     def _grow(self) -> bool:
-        """Forget what was read, and read as much again as is left, so that a long element is not tried too often."""
+        """Drop the consumed text and double the rest, so that a long element is not parsed too often."""
         pieces = [self.text[self.at :]]
         wanted = len(pieces[0])
         before = wanted

@@ -1,4 +1,4 @@
-"""JSON lines, plain or compressed (told by content, not by name): one object a line, UTF-8."""
+"""JSON lines in UTF-8, one object per line, plain or compressed (detected from the content, not from the name)."""
 
 import json
 import math
@@ -15,18 +15,22 @@ BOM = b"\xef\xbb\xbf"
 
 
 class JsonLines:
-    """A RowSource. Only \\n ends a line, for strings may hold U+2028 and its like; blank lines are passed over."""
+    """A RowSource. Only \
+     ends a line, because strings may contain U+2028 and similar characters. Blank lines are skipped.
+    """
 
     def __init__(self, path: str | Path, name: str | None = None) -> None:
         self.path, self.name = path, name or str(path)
 
     def rows(self, start: Position = START) -> Iterator[Row]:
-        """The rows from `start` on, parsed or with what is wrong. Raises DataError where the file cannot be read on."""
+        """The rows from `start` on, each parsed or with its error. Raises DataError if the file cannot be read
+        further.
+        """
         for raw, after in self.lines(start):
             yield Row(after.line, _parse(raw, f"{self.name}:{after.line}"), after)
 
     def lines(self, start: Position = START) -> Iterator[tuple[bytes, Position]]:
-        """The same rows as they stand in the file, and the position behind each. Raises DataError as `rows` does."""
+        """The same rows as bytes, and the position after each. Raises DataError like `rows`."""
         line, offset = start
         kind = None
         try:
@@ -42,13 +46,13 @@ class JsonLines:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """json would keep the last of equal keys and say nothing."""
+    """Refuse duplicate keys: the json module would silently keep the last one."""
     values = dict(pairs)
     if len(values) != len(pairs):
         keys = [key for key, _ in pairs]
         twice = repr(next(key for key in keys if keys.count(key) > 1))
         shown = twice if len(twice) <= 60 else twice[:57] + "..."
-        raise DataError(f"the key {shown} stands twice in one object; remove one of the two")
+        raise DataError(f"the key {shown} occurs twice in one object; remove one of the two")
     return values
 
 
@@ -62,10 +66,10 @@ def _parse(raw: bytes, source: str) -> dict[str, Any] | DataError:
         return DataError(f"{source}: not UTF-8 ({error.reason} at byte {error.start}); convert the file to UTF-8")
     except json.JSONDecodeError as error:
         return DataError(
-            f"{source}: not JSON ({error.msg} at character {error.pos}); each line must be one object, the file no"
-            " array"
+            f"{source}: not JSON ({error.msg} at character {error.pos}); each line must be one object, and the file "
+            "must not be an array"
         )
-    except DataError as error:  # of _object
+    except DataError as error:  # from _object
         return DataError(f"{source}: {error}")
     except (ValueError, RecursionError) as error:
         return DataError(f"{source}: JSON that cannot be read ({error}); remove the line")
@@ -73,7 +77,7 @@ def _parse(raw: bytes, source: str) -> dict[str, Any] | DataError:
 
 
 def as_object(row: Any, source: str) -> dict[str, Any] | DataError:
-    """A row as it must be."""
+    """The row, or a DataError if it is not an object."""
     if isinstance(row, DataError):
         return row
     if not isinstance(row, dict):
@@ -82,7 +86,7 @@ def as_object(row: Any, source: str) -> dict[str, Any] | DataError:
 
 
 def finite(value: Any) -> Any:
-    """JSON has no inf and no nan: null stands for them, however deep."""
+    """Replace inf and nan by null at any depth, because JSON has neither."""
     if isinstance(value, Mapping):
         return {name: finite(each) for name, each in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""DEMONSTRATION: rows with a `prompt`, the `response` or `responses` to it, a `thought` about these, its `verdict`."""
+"""DEMONSTRATION: rows with a `prompt`, a `response` or `responses`, a `thought` about them, and its `verdict`."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,10 +9,10 @@ from dwrl_fast.data.preference import Preference
 
 @dataclass(frozen=True, slots=True)
 class Demonstration(Preference):
-    """A judgement of one response, or of two, to be learnt word by word. It does not say which response is preferred:
-    two stand in the order in which they are shown.
+    """A judgement of one or two responses, to be learnt word by word. Two responses are in the order in which they are
+    shown; the order does not say which one is preferred.
 
-    verdict: a label, a letter or a number, as the template asks for one; empty where the thought ends with it.
+    verdict: a label, a letter or a number, as the template requires; empty if the thought ends with it.
     """
 
     thought: str = ""
@@ -20,12 +20,12 @@ class Demonstration(Preference):
 
     @property
     def content(self) -> list[Any]:
-        """All that is trained on, as JSON can hold it."""
+        """Everything that training uses, as JSON."""
         return [*Preference.content.fget(self), self.thought, self.verdict]  # type: ignore[attr-defined]
 
 
 def demonstration(row: Columns) -> Demonstration:
-    """Raises DataError or Unusable."""
+    """The demonstration in one row. Raises DataError or Unusable."""
     name = "response" if row.names("response") else "responses"
     values = [row.column(name)] if name == "response" else row.sequence(name)
     prompt = row.prompt(values)

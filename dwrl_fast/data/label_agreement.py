@@ -1,6 +1,6 @@
-"""How far several labels of the same comparisons agree: Fleiss' kappa, Krippendorff's alpha, Pearson's r.
+"""The agreement between several labels of the same comparisons: Fleiss' kappa, Krippendorff's alpha, Pearson's r.
 
-Each is a well-kept library's, loaded when first asked for.
+Each figure comes from an established library, which is loaded when it is first used.
 """
 
 import importlib
@@ -15,11 +15,13 @@ from dwrl_fast.errors import ConfigError
 
 @dataclass(frozen=True)
 class Agreement:
-    """1: always the same label; 0: as often as by chance; below, less often; NaN where there was nothing to differ in.
+    """1: labels always agree; 0: as often as by chance; below 0: less often; NaN: all labels are equal or there are too
+    few.
 
-    comparisons: how many have at least two labels, and labels: how many those have. fleiss_kappa needs equally many
-    everywhere, so it is of the `fleiss_comparisons` that have `fleiss_labels`, the most common number.
-    krippendorff_alpha (nominal) is of all. pearson_r is between the strengths of the first two labels of each.
+    comparisons: the number of comparisons with at least two labels; labels: the number of their labels. fleiss_kappa
+    needs the same number of labels everywhere, so it uses only the `fleiss_comparisons` with `fleiss_labels` labels,
+    the most common number. krippendorff_alpha (nominal) uses all. pearson_r correlates the strengths of the first two
+    labels of each comparison.
     """
 
     comparisons: int
@@ -32,10 +34,10 @@ class Agreement:
 
 
 def agreement(comparisons: np.ndarray, strengths: np.ndarray) -> Agreement | None:
-    """Of labels [L]: the comparison that each is of, any number, and its strength, positive where the first response is
-    better, negative where the second is, 0 where they tie. None where no comparison has two labels.
+    """The agreement of labels [L]. comparisons: the comparison of each label, as any number. strengths: positive if the
+    first response is better, negative if the second is, 0 if they tie. None if no comparison has two labels.
 
-    Which response is called the first means nothing, so each comparison counts in both orders: no result depends on it.
+    Each comparison counts in both orders, so the result does not depend on which response is called the first.
     """
     _, items, counts = np.unique(comparisons, return_inverse=True, return_counts=True)
     order = np.argsort(items, kind="stable")
@@ -44,7 +46,7 @@ def agreement(comparisons: np.ndarray, strengths: np.ndarray) -> Agreement | Non
         return None
     labels = strengths[order].astype(np.float64)
     _, starts, items, counts = np.unique(items[order], return_index=True, return_inverse=True, return_counts=True)
-    table = np.zeros((len(counts), 3))  # how often the second won, they tied, the first won
+    table = np.zeros((len(counts), 3))  # counts: the second won, a tie, the first won
     np.add.at(table, (items, np.sign(labels).astype(int) + 1), 1)
     usual = int(np.bincount(counts).argmax())
     table = np.concatenate([table, table[:, ::-1]])
@@ -62,21 +64,23 @@ def agreement(comparisons: np.ndarray, strengths: np.ndarray) -> Agreement | Non
 
 
 def fleiss_kappa(table: np.ndarray) -> float:
-    """Of a table [items, categories] of how often each was chosen, equally many choices for every item."""
+    """table: [items, categories], how often each category was chosen, with the same number of choices for every
+    item.
+    """
     if (table > 0).any(axis=0).sum() < 2:
         return math.nan
     return float(_library("statsmodels.stats.inter_rater").fleiss_kappa(table))
 
 
 def krippendorff_alpha(table: np.ndarray) -> float:
-    """Nominal, of the same kind of table, with any number of choices for an item."""
+    """The nominal alpha; the same kind of table, with any number of choices per item."""
     if (table > 0).any(axis=0).sum() < 2:
         return math.nan
     return float(_library("krippendorff").alpha(value_counts=table, level_of_measurement="nominal"))
 
 
 def pearson_r(x: np.ndarray, y: np.ndarray) -> float:
-    """Of pairs (x, y)."""
+    """Pearson's correlation of pairs (x, y)."""
     if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return math.nan
     return float(_library("scipy.stats").pearsonr(x, y).statistic)
@@ -87,6 +91,6 @@ def _library(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise ConfigError(
-            "several labels of one comparison are there, and measuring their agreement needs scipy, statsmodels and "
-            "krippendorff; run `pip install scipy statsmodels krippendorff`"
+            "the rows have several labels for one comparison, and measuring their agreement needs scipy, statsmodels "
+            "and krippendorff; run `pip install scipy statsmodels krippendorff`"
         ) from error

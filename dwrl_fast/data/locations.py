@@ -1,4 +1,4 @@
-"""Which source a name is: a file, several, a folder, a pipe, or a data set of the hub."""
+"""Finds the source for a name: a file, several files, a folder, a pipe, or a data set of the hub."""
 
 import glob
 import os
@@ -20,20 +20,20 @@ PACKED = (".gz", ".bz2", ".zst")
 FILES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet")
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 PARQUET = b"PAR1"
-ARRAY = re.compile(rb"\s*\[\s*(\{|\]|\Z)")  # of objects; a line may be another array, which is no row
-HEADER = re.compile(rb'"?\w[\w .-]*"?(?:([,\t])"?\w[\w .-]*"?(?:\1"?\w[\w .-]*"?)*)')  # names, two at least
+ARRAY = re.compile(rb"\s*\[\s*(\{|\]|\Z)")  # the start of an array of objects; a line with any other array is not a row
+HEADER = re.compile(rb'"?\w[\w .-]*"?(?:([,\t])"?\w[\w .-]*"?(?:\1"?\w[\w .-]*"?)*)')  # at least two column names
 SPLITS = re.compile(r"(?<![a-z])(train|training|test|testing|valid|validation|dev|eval)(?![a-z])", re.I)
 
 
 def open_rows(name: str | Path) -> RowSource:
-    """The rows of `name`: JSON lines, a JSON array, CSV or TSV (each plain or compressed by gzip, bzip2 or zstd), a
-    Parquet file; several files, by a pattern (`part-*.jsonl`), with commas between them, or as a folder that holds
-    them; standard input (-) or a named pipe; a folder that `datasets` saved (FOLDER or FOLDER:SPLIT); a data set of the
-    hub (NAME, NAME:SPLIT or NAME:CONFIG:SPLIT; the split train where none is named). What exists here goes before the
-    hub. Raises DataError where it is none of these.
+    """The rows of `name`. A name can be: JSON lines, a JSON array, CSV or TSV (each plain or compressed by gzip, bzip2
+    or zstd), or a Parquet file; several files (a pattern like `part-*.jsonl`, names separated by commas, or a folder
+    that holds them); standard input (-) or a named pipe; a folder that `datasets` saved (FOLDER or FOLDER:SPLIT); a
+    data set of the hub (NAME, NAME:SPLIT or NAME:CONFIG:SPLIT; the default split is train). Local files have priority
+    over the hub. Raises DataError if it is none of these.
     """
     path, name = Path(name), str(name)
-    if os.path.isdir(name):  # unlike Path.is_dir, no error where the name cannot be that of a file
+    if os.path.isdir(name):  # unlike Path.is_dir, no error if the name is not a valid file name
         return _folder(path, name, None)
     if is_pipe(name):
         return _file(spooled(name), name)
@@ -48,13 +48,13 @@ def open_rows(name: str | Path) -> RowSource:
         return _folder(Path(before), name, split)
     if HUB.fullmatch(name):
         return HubDataset(name)
-    return JsonLines(path)  # whose reading says that there is no such file
+    return JsonLines(path)  # reading it will report that there is no such file
 
 
 def files_of(name: str) -> list[str]:
-    """The files that `name` stands for where it is none itself: those of a pattern, of a folder or of a split in it, or
-    several with commas between them. None where it is something else. DataError where a folder holds files of several
-    kinds.
+    """The files that `name` means if it is not a file itself: the files of a pattern, of a folder or of a split in it,
+    or several names separated by commas. None if it is something else. Raises DataError if a folder holds files of
+    several kinds.
     """
     if "\0" in name or os.path.isfile(name):
         return []
@@ -74,8 +74,8 @@ def _folder(path: Path, name: str, split: str | None) -> RowSource:
     if not files:
         named = "" if split is None else f" with '{split}' in their names"
         raise DataError(
-            f"{name}: cannot be read: a folder, and none that datasets.save_to_disk wrote; name a file in it; there "
-            f"are no files of rows{named}"
+            f"{name}: cannot be read: it is a folder that datasets.save_to_disk did not write, and it has no data "
+            f"files{named}; name a file in it"
         )
     return Several(name, [_file(Path(file), file) for file in files])
 
@@ -85,7 +85,7 @@ def _is_saved(path: Path) -> bool:
 
 
 def _shards(path: Path, name: str, split: str | None) -> list[str]:
-    """The files of a folder, which must be all of one kind and of one split; or those of a split."""
+    """The files of a folder, which must all have one kind and one split; or the files of the given split."""
     files = _data_files(path)
     if split is not None:
         return [file for file in files if split.lower() in _splits(file)]
@@ -114,7 +114,7 @@ def _data_files(path: Path) -> list[str]:
 
 
 def _suffix(path: Path) -> str:
-    """That of the rows, not of their compression."""
+    """The suffix of the row format, without that of the compression."""
     return (Path(path.stem) if path.suffix in PACKED else path).suffix
 
 
@@ -130,7 +130,7 @@ def _file(path: Path, name: str) -> RowSource:
 
 
 def _separator(start: bytes) -> str | None:
-    """What parts the names in the first line of a table, where its name does not say; None where it is none."""
+    """The separator in the first line of a table, if the file name does not tell it; None if it is not a table."""
     line = start.removeprefix(BOM).split(b"\n")[0].strip()
     if not HEADER.fullmatch(line):
         return None
@@ -138,7 +138,7 @@ def _separator(start: bytes) -> str | None:
 
 
 def _start(path: Path) -> bytes:
-    """The first bytes of a file, uncompressed; none where it cannot be read, which reading it will say."""
+    """The first bytes of a file, uncompressed; empty if it cannot be read, which a later read will report."""
     try:
         with opened(path) as file:
             return file.read(4096)

@@ -1,6 +1,7 @@
-"""Messages as others write them, as ours: objects with `from` and `value`, content in parts, transcripts.
+"""Converts other forms of messages to this package's form: objects with `from` and `value`, content in parts,
+transcripts.
 
-What is none of these is left as it is, for the reader to judge.
+Any other value is returned unchanged, and the reader then checks it.
 """
 
 import re
@@ -20,14 +21,14 @@ TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
 def turns(value: Any) -> Any:
-    """A list of messages of ours, from a single one or a list, of any of the shapes; text stays text."""
+    """A list of messages, from a single message or a list of messages in any form. Text is returned unchanged."""
     if is_message(value):
         return [message(value)]
     return [message(each) for each in value] if isinstance(value, list) else value
 
 
 def from_text(value: Any) -> Any:
-    """With messages for what `datasets` hands over as their JSON text, where their keys differ from row to row."""
+    """Parse messages that `datasets` returns as JSON text because their keys differ from row to row."""
     if isinstance(value, list):
         return [from_text(each) for each in value] if any(isinstance(each, str) for each in value) else value
     if not isinstance(value, str) or not JSON_MESSAGES.match(value):
@@ -43,7 +44,7 @@ def is_message(value: Any) -> bool:
 
 
 def message(value: Any) -> Any:
-    """One message of ours. Unusable where a part of its content is no text."""
+    """One message in this package's form. Raises Unusable if a part of its content is not text."""
     if not is_message(value):
         return value
     if "role" not in value:
@@ -56,18 +57,20 @@ def message(value: Any) -> Any:
 
 
 def role_of(value: Any) -> Any:
-    """The role of a message as we name it; as it stands where we have no name for it. None of what is no message."""
+    """The role of a message under this package's name; unchanged if the role is unknown. None for a value that is not a
+    message.
+    """
     role = (value.get("role") or value.get("from")) if isinstance(value, Mapping) else None
     return ROLES.get(role.lower(), role) if isinstance(role, str) else role
 
 
 def joined(value: Any) -> Any:
-    """A message whose content is a list of parts has the text of them all; Unusable where one is no text."""
+    """Join the content parts of a message into one text. Raises Unusable if a part is not text."""
     if not isinstance(value, Mapping) or not isinstance(value.get("content"), list | tuple):
         return value
     texts = [_text(part) for part in value["content"]]
     if not all(isinstance(text, str) for text in texts):
-        raise Unusable("a part of a content that is no text")
+        raise Unusable("a content part that is not text")
     return {**value, "content": "".join(texts)}
 
 
@@ -76,10 +79,12 @@ def _text(part: Any) -> Any:
 
 
 def transcript(text: str) -> list[Message]:
-    """The turns of a text that heads them Human: and Assistant:. Unusable where it is none."""
+    """The turns of a transcript with the headings Human: and Assistant:. Raises Unusable if the text is not a
+    transcript.
+    """
     before, *rest = TURN.split("\n\n" + text.lstrip())
     if before.strip() or not rest:
-        raise Unusable("no transcript that begins with Human: or Assistant:")
+        raise Unusable("not a transcript that begins with Human: or Assistant:")
     return [
         Message(role="user" if role == "Human" else "assistant", content=said.strip())
         for role, said in zip(rest[::2], rest[1::2], strict=True)

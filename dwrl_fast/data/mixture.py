@@ -1,4 +1,4 @@
-"""How files are named in the options: one alone, or as the parts of a mixture with a weight and an aspect each."""
+"""The form of file names in options: a single file, or parts of a mixture, each with a weight and an aspect."""
 
 import math
 import re
@@ -15,8 +15,8 @@ SUFFIXES = re.compile(r"(\.(jsonl?|ndjson|csv|tsv|parquet|gz|bz2|zst))+$")
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One file or data set. weight: its share of a mixture; None outside of one. aspect: that of its rows which have no
-    column of the name; None leaves them the run's.
+    """One file or data set. weight: its share of a mixture; None outside a mixture. aspect: the aspect of rows without
+    an aspect column; None: the aspect of the run.
     """
 
     metavar: ClassVar[str] = "FILE"
@@ -27,8 +27,8 @@ class Part:
 
     @classmethod
     def parse(cls, value: Any) -> "Part":
-        """From FILE, FILE:WEIGHT, FILE:WEIGHT:ASPECT or FILE::ASPECT, or a mapping with the fields as keys. The file's
-        own name may hold colons, as those of the hub do: a weight is known by being a number. ValueError.
+        """From FILE, FILE:WEIGHT, FILE:WEIGHT:ASPECT or FILE::ASPECT, or a mapping with the fields as keys. The file
+        name itself may contain colons, like names of the hub; a weight is recognised as a number. Raises ValueError.
         """
         if isinstance(value, Part):
             return value
@@ -68,12 +68,12 @@ def _checked(given: Mapping[str, Any]) -> dict[str, Any]:
     names = [f.name for f in fields(Part)]
     unknown = [str(key) for key in given if key not in names]
     if unknown:
-        raise ValueError(f"{', '.join(unknown)} is none of {', '.join(names)}")
+        raise ValueError(f"unknown key {', '.join(unknown)}; the keys are {', '.join(names)}")
     name, weight, aspect = (given.get(key) for key in names)
     if not isinstance(name, str) or not name:
         raise ValueError("dataset_name is missing: the file, folder or hub name")
     if aspect is not None and (not isinstance(aspect, str) or not aspect):
-        raise ValueError(f"aspect = {aspect!r}: expected text, in quotes where YAML would read it otherwise")
+        raise ValueError(f"aspect = {aspect!r}: expected text, in quotes if YAML would read it as another type")
     if weight is not None:
         weight = _number(weight) or weight if isinstance(weight, str) else weight  # YAML 1.1 reads 5e-1 as text
         if isinstance(weight, bool) or not isinstance(weight, int | float):
@@ -85,7 +85,7 @@ def _checked(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_mixture(parts: Sequence[Part]) -> None:
-    """Raises ConfigError where `parts` are no mixture."""
+    """Raises ConfigError if `parts` are not a valid mixture."""
     if len(parts) == 1:
         raise ConfigError(
             f"dataset_mixture names only {parts[0].dataset_name}: a mixture has at least two. For one file give "
@@ -101,18 +101,18 @@ def check_mixture(parts: Sequence[Part]) -> None:
 
 
 def check_evaluated(option: str, parts: Sequence[Part]) -> None:
-    """Raises ConfigError where `parts` are not files to evaluate on."""
+    """Raises ConfigError if `parts` cannot be used for evaluation."""
     for part in parts:
         if part.weight is not None:
             raise ConfigError(
-                f"{option}: {part.dataset_name} has a weight ({part.weight:g}), and evaluation reads every row: leave "
-                "it out (with an aspect: FILE::ASPECT)."
+                f"{option}: {part.dataset_name} has a weight ({part.weight:g}), but evaluation reads every row: leave "
+                "the weight out (with an aspect: FILE::ASPECT)."
             )
     _check_distinct(option, parts)
 
 
 def _check_distinct(option: str, parts: Sequence[Part]) -> None:
-    """A file that is named twice: its rows could not be told apart."""
+    """Raises ConfigError if a file is named twice, because its rows could not be distinguished."""
     names = [str(PurePath(part.dataset_name)) for part in parts]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -120,12 +120,12 @@ def _check_distinct(option: str, parts: Sequence[Part]) -> None:
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
-    """What figures call each of `names`, all different: the file without folder and suffix, with as many folders before
-    it as it takes to tell them apart.
+    """A distinct short name for each of `names`: the file name without suffix, with as many parent folders as needed to
+    distinguish them.
     """
     paths = {name: PurePath(SUFFIXES.sub("", name) or name).parts for name in names}
     found = dict(zip(names, names, strict=True))
-    for count in range(max((1, *map(len, paths.values()))), 0, -1):  # the shortest ending that is one name's own stays
+    for count in range(max((1, *map(len, paths.values()))), 0, -1):  # the shortest unique ending is kept
         times = Counter(parts[-count:] for parts in paths.values())
         found |= {name: str(PurePath(*parts[-count:])) for name, parts in paths.items() if times[parts[-count:]] == 1}
     return found

@@ -1,8 +1,8 @@
-"""Pairs whose worse response answers another prompt: which one answers this conversation? A small model can learn that,
-where it learns nothing of what people prefer.
+"""Pairs whose worse response answers a different prompt. The question is: which response belongs to this conversation?
+A small model can learn this, even if it cannot learn human preferences.
 
-Prompts come two by two, each with the other's best response as its worse one, and stay in one file together. So every
-response is as often right as wrong, and a model that does not read the prompt is right for half of them.
+Prompts are paired: each gets the other's best response as its worse response, and both stay in one file. So every
+response is right as often as wrong, and a model that ignores the prompt has an accuracy of one half.
 """
 
 import json
@@ -17,8 +17,9 @@ from dwrl_fast.data.split import Split
 
 
 def on_topic(path: str, seed: int, longest: int | None) -> Split:
-    """The pairs of a preference file of any layout, by the prompt of the first of two. longest: the most characters of
-    a prompt with its response. `seed` says who is with whom. Raises DataError where the file cannot be read.
+    """The pairs made from a preference file of any layout, keyed by the first prompt of each two. longest: maximum
+    characters of a prompt with its response. seed: determines which prompts are paired. Raises DataError if the file
+    cannot be read.
     """
     found, kept, responses = Split(), dict[int, Preference](), set[str]()
     for outcome in Reader(open_rows(path)).read():
@@ -50,8 +51,8 @@ def _unfit(preference: Preference, kept: Collection[int], responses: Collection[
     if longest is not None and characters > longest:
         return f"prompt and response have over {longest:,} characters"
     if prompt_digest(preference.prompt) in kept:
-        return "its prompt stood before"
-    return "its response stood before" if preference.responses[0] in responses else ""
+        return "its prompt occurs in an earlier row"
+    return "its response occurs in an earlier row" if preference.responses[0] in responses else ""
 
 
 def _row(preference: Preference, other: Preference) -> str:

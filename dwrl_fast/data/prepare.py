@@ -1,5 +1,5 @@
-"""The papers' data sets from their public files, and on-topic pairs from any: rows of ours in train.jsonl and
-test.jsonl, no prompt in both.
+"""Writes the papers' data sets from their public files, and on-topic pairs from any file, as train.jsonl and
+test.jsonl. No prompt occurs in both files.
 """
 
 import json
@@ -21,13 +21,13 @@ from dwrl_fast.errors import ConfigError, DataError
 
 ON_TOPIC, ON_TOPIC_TEST_ROWS = "on-topic", 500
 FILES = ("train.jsonl", "test.jsonl", "prepared.json")
-REMEDY = "can it be reached from here? --source names a copy on disk"
+REMEDY = "check that this machine can reach it, or give a local copy with --source"
 
 PublishedRows = Iterable[Mapping[str, Any]]
 
 
 def refuse_written(folder: Path) -> None:
-    """Raises ConfigError where a file that will be written is there already."""
+    """Raises ConfigError if an output file already exists."""
     for name in FILES:
         if (folder / name).exists():
             raise ConfigError(f"--output_dir {folder} holds {name} already, and nothing is overwritten; name another")
@@ -43,19 +43,19 @@ def prepare_data_set(
     test_rows: int | None = None,
     longest: int | None = None,
 ) -> dict[str, Split]:
-    """Write the data set `name` of DATA_SETS to `folder`: train.jsonl, test.jsonl and an account in prepared.json. Or,
-    by the name ON_TOPIC, pairs of any preference file (see on_topic.py, `longest` too).
+    """Write the data set `name` of DATA_SETS to `folder`: train.jsonl, test.jsonl and an account of the rows in
+    prepared.json. The name ON_TOPIC makes pairs from any preference file (see on_topic.py, also for `longest`).
 
-    source: a copy of the repository, or one file of rows as they are published (of which prompts are held out for the
-    test); the hub, or the address it is published at, where None. The rows are drawn by `seed`, whole prompts at a
-    time: as many as the papers took, or as `train_rows` and `test_rows` say. Raises DataError where the files cannot be
-    read, are of another schema, or leave nothing.
+    source: a copy of the repository, or one file of published rows (some prompts are then held out for the test); None:
+    the hub, or the published address. The rows are drawn with `seed`, whole prompts at a time: as many as in the
+    papers, or `train_rows` and `test_rows`. Raises DataError if the files cannot be read, have a different schema, or
+    have no usable rows.
     """
     refuse_written(folder)
     where, most, found = _paired(source, seed, longest) if name == ON_TOPIC else _published(name, source)
     train, test = found["train"], found.get("test")
     draw = random.Random(f"{name} {seed}")
-    if test is None:  # prompts of the one file are held out
+    if test is None:  # hold out prompts of the one file
         test = found["test"] = Split(prompts=train.prompts)
     else:
         test.not_drawn = _count(test.prompts)
@@ -66,7 +66,7 @@ def prepare_data_set(
     train.withheld = _count(train.prompts) - _count(left)
     train.not_drawn = _count(left) - train.written
     if not (train.written and test.written):
-        raise DataError(f"{where}: too few rows that can be used for a training and a test file")
+        raise DataError(f"{where}: too few usable rows for a training and a test file")
     folder.mkdir(parents=True, exist_ok=True)
     for file, groups in (("train.jsonl", trained), ("test.jsonl", tested)):
         with open(folder / file, "x", encoding="utf-8") as out:
@@ -78,7 +78,7 @@ def prepare_data_set(
 
 
 class _Most(NamedTuple):
-    """Rows that are drawn where nobody says how many; None: all."""
+    """Default numbers of rows to draw; None: all."""
 
     train: int | None
     test: int | None
@@ -102,18 +102,18 @@ def _count(prompts: Mapping[int, list[str]]) -> int:
 
 
 def _load(name: str, source: str | None, where: str) -> dict[str, PublishedRows]:
-    """The published rows of each split, read as they are asked for."""
+    """The published rows of each split, read lazily."""
     data = DATA_SETS[name]
     path, files = source or data.repository, dict(data.files)
     if path is None:
         raise ConfigError(
-            f"--prepare {name}: it is not on the hub; get it by `{data.address}` and give the folder as --source"
+            f"--prepare {name}: it is not on the hub; get it with `{data.address}` and give the folder as --source"
         )
     if source is not None and Path(source).is_dir():
         files = {split: pattern for split, pattern in files.items() if any(Path(source).glob(pattern))}
         if "train" not in files:
             raise DataError(f"--source {source}: the folder has no {data.files['train']}; is it a copy of {name}?")
-        path = str(Path(source).resolve())  # a relative name may be that of a reader of `datasets`
+        path = str(Path(source).resolve())  # a relative name could be that of a `datasets` reader
     elif source is not None or path.startswith("https://"):
         path, files = "parquet" if path.endswith(".parquet") else "json", {"train": path}
     datasets = library("datasets", name)
@@ -122,7 +122,7 @@ def _load(name: str, source: str | None, where: str) -> dict[str, PublishedRows]
 
 
 class Converted:
-    """A RowSource of the rows that published ones make. `made` has each with the number of the published one."""
+    """A RowSource of converted rows. `made` yields each row with the number of the published row that it comes from."""
 
     def __init__(self, published: PublishedRows, data: DataSet, name: str, where: str) -> None:
         self.published, self.data, self.name, self.where = published, data, name, where
@@ -132,7 +132,7 @@ class Converted:
         self.notes: Counter[str] = Counter()
 
     def rows(self, start: Position = START) -> Iterator[Row]:
-        """All rows, numbered from 1. Raises DataError where the published ones cannot be read on."""
+        """All rows, numbered from 1. Raises DataError if the published rows cannot be read further."""
         line = 0
         with readable(self.where, REMEDY):
             for row in self.published:
@@ -150,13 +150,13 @@ class Converted:
             return []
         except (LookupError, TypeError, AttributeError, ValueError) as error:
             raise DataError(
-                f"{self.name}, row {self.read}: not as the data set is published ({type(error).__name__}: {error}); "
-                f"its columns are {quoted(row)}. Is it the right file?"
+                f"{self.name}, row {self.read}: the row does not have the published form ({type(error).__name__}: "
+                f"{error}); its columns are {quoted(row)}. Check that it is the right file"
             ) from error
 
 
 def _read(source: Converted) -> Split:
-    """Every published row, judged by the reader that will read the files."""
+    """Check every published row with the reader that later reads the written files."""
     found, used = Split(), set[int]()
     for outcome in Reader(source).read():
         if outcome.error is not None:
@@ -171,7 +171,7 @@ def _read(source: Converted) -> Split:
     found.read, found.used, found.notes = source.read, len(used), source.notes
     for reason, number in source.unusable:
         if number in used:
-            found.notes[f"of several rows that one makes, left out: {reason}"] += 1
+            found.notes[f"left out of the rows that one published row makes: {reason}"] += 1
         else:
             used.add(number)
             found.drop(reason, number)

@@ -1,4 +1,4 @@
-"""Reports of files for people: tables and sentences on a terminal, histograms as a PNG."""
+"""Shows reports of files: tables and sentences on a terminal, histograms as a PNG."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -23,12 +23,12 @@ _shown = partial(first_lines, most=5)
 
 
 def print_report(found: FileReport, console: Console) -> None:
-    """Everything that is in one file's report; of line numbers the first."""
+    """Print the report of one file; of line numbers only the first ones."""
     console.rule(f"[bold]{found.format or 'no format'}[/bold]", align="left", style="dim")
     left = found.rows - found.used
     say(console, f"{found.path}: {found.rows:,} rows read = {found.used:,} used + {left:,} dropped")
     if found.groups:
-        say(console, f"{found.groups:,} preference groups come of the {found.used:,}; {found.prompts:,} prompts")
+        say(console, f"{found.groups:,} preference groups from the {found.used:,} used rows; {found.prompts:,} prompts")
     for note, count in found.notes.items():
         say(console, f"  {count:,} x {note}")
     if found.unread.summary:
@@ -42,7 +42,10 @@ def print_report(found: FileReport, console: Console) -> None:
     console.print(_lengths(found))
     if found.pairs:
         share = f"The longer response wins {found.longer_wins:.1%} of {found.pairs:,} pairs"
-        say(console, f"{share} (equal lengths count one half): what a model must beat to have learnt more than length.")
+        say(
+            console,
+            f"{share} (equal lengths count one half). A model must beat this share to have learnt more than length.",
+        )
     for lines, what, meaning in (
         (found.shared_prompts, "Rows with the prompt of an earlier one", "keep them on one side of a split"),
         (
@@ -50,7 +53,11 @@ def print_report(found: FileReport, console: Console) -> None:
             "Rows that repeat an earlier comparison, with the same winner",
             "duplicates count twice in training",
         ),
-        (found.conflicts, "Rows that contradict others", "the same two responses to the same prompt, either winning"),
+        (
+            found.conflicts,
+            "Rows that contradict others",
+            "the same two responses to the same prompt, with the other one as winner",
+        ),
     ):
         say(
             console,
@@ -61,23 +68,23 @@ def print_report(found: FileReport, console: Console) -> None:
 
 
 def print_overlap(found: Overlap, first: FileReport, second: FileReport, console: Console) -> None:
-    """What a training file and its test file have in common."""
+    """Print what a training file and its test file have in common."""
     console.rule("[bold]both files[/bold]", align="left", style="dim")
     if not found.prompts:
-        say(console, "No prompt stands in both files.")
+        say(console, "No prompt occurs in both files.")
     else:
         say(
             console,
-            f"{found.prompts:,} prompts stand in both files: {len(found.second_lines):,} rows of {second.path} (line "
-            f"{_shown(found.second_lines)}) have been seen in training, in {len(found.first_lines):,} rows of "
-            f"{first.path} (line {_shown(found.first_lines)}). Take them out of one of the two.",
+            f"{found.prompts:,} prompts occur in both files: in {len(found.second_lines):,} rows of {second.path} "
+            f"(line {_shown(found.second_lines)}) and in {len(found.first_lines):,} rows of {first.path} (line "
+            f"{_shown(found.first_lines)}). Remove them from one of the two files.",
         )
     if found.agreement is not None:
         say(console, f"Comparisons that both files label: {_agreement(found.agreement)}")
 
 
 def say(console: Console, line: str) -> None:
-    """A sentence as it is: file names and reasons are no markup."""
+    """Print a sentence without interpreting markup in file names and reasons."""
     console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -92,7 +99,7 @@ def _dropped(found: FileReport) -> Table:
 
 def _lengths(found: FileReport) -> Table:
     names = ("least", "5 %", "half", "95 %", "99 %", "most")
-    table = Table("", *names, title=f"Lengths in {found.unit}: so many have at most", title_justify="left")
+    table = Table("", *names, title=f"Lengths in {found.unit}, by share of the texts", title_justify="left")
     for column in table.columns[1:]:
         column.justify = "right"
     for name, lengths in found.lengths.items():
@@ -109,11 +116,14 @@ def _agreement(found: Agreement) -> str:
 
 
 def print_layouts(console: Console) -> None:
-    """The layouts that a file may have."""
+    """Print all layouts."""
     for layout in LAYOUTS:
         lost = "" if layout.lost == "-" else f"; not carried: {layout.lost}"
         say(console, f"{layout.name}: {layout.title}. {layout.becomes}{lost}.".replace("`", ""))
-    say(console, f"{PLAIN}: the formats of this package as they stand. A file's layout is told from its first row.")
+    say(
+        console,
+        f"{PLAIN}: the formats of this package, unchanged. The layout of a file is detected from its first row.",
+    )
 
 
 def plot_lengths(reports: Sequence[FileReport], path: Path) -> None:

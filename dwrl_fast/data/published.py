@@ -1,7 +1,8 @@
-"""Rows of public data sets, as they are published, into ours. A file's row may make several; each function says which.
+"""Converts rows of public data sets to this package's rows. One published row may give several rows; the docstring of
+each function describes them.
 
-Raises Unusable for a row that holds no comparison; what else is left out is counted in `notes`. The reader judges the
-rest as it does any row.
+The functions raise Unusable for a row without a comparison; everything else that is left out is counted in `notes`. The
+reader checks the results like any other rows.
 """
 
 import json
@@ -27,8 +28,8 @@ SOLVERS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verifica
 
 @dataclass(frozen=True)
 class DataSet:
-    """repository: on the hub, or the address of a file. files: of a copy of it, by split; without a test split, prompts
-    are held out. train_rows, test_rows: how many are drawn, all where None.
+    """repository: its name on the hub, or the address of a file. files: the files of a copy, by split; without a test
+    split, prompts are held out. train_rows, test_rows: how many rows are drawn; None: all.
     """
 
     repository: str | None
@@ -36,7 +37,7 @@ class DataSet:
     rows: Callable[[Published, Counter[str]], Rows]
     train_rows: int | None = None
     test_rows: int | None = None
-    address: str = ""  # where a person gets it
+    address: str = ""  # where to download it
 
 
 def hh(row: Published, notes: Counter[str]) -> Rows:
@@ -45,7 +46,7 @@ def hh(row: Published, notes: Counter[str]) -> Rows:
 
 
 def ultrafeedback(row: Published, notes: Counter[str]) -> Rows:
-    """UltraFeedback binarized: message lists that begin with the prompt, and scores, of which some are equal."""
+    """UltraFeedback binarized: message lists that begin with the prompt, and scores, some of which are equal."""
     if row["score_chosen"] == row["score_rejected"]:
         raise Unusable("equal scores: no preference")
     return [{name: row[name] for name in ("chosen", "rejected", "score_chosen", "score_rejected")}]
@@ -58,7 +59,9 @@ def ultrainteract(row: Published, notes: Counter[str]) -> Rows:
 
 
 def gsm8k(row: Published, notes: Counter[str]) -> Rows:
-    """GSM8K's model solutions: a question, the right solution and four models'. Every right one against every wrong."""
+    """GSM8K's model solutions: a question, the correct solution, and those of four models. Every right solution is
+    compared with every wrong one.
+    """
     right, wrong = [_solution(row["ground_truth"])], list[str]()
     for solver in SOLVERS:
         solution = _solution(row[solver]["solution"])
@@ -73,11 +76,11 @@ def gsm8k(row: Published, notes: Counter[str]) -> Rows:
 
 
 def helpsteer(row: Published, notes: Counter[str]) -> Rows:
-    """HelpSteer2: one response a row, with a helpfulness from 0 to 4; earlier turns stand in the prompt."""
+    """HelpSteer2: one response per row, with a helpfulness from 0 to 4; the prompt contains earlier turns."""
     first, *rest = HELPSTEER_TURN.split(row["prompt"])
     prompt = [Message(role="user", content=first)]
     prompt += [Message(role=ROLES[role], content=text) for role, text in zip(rest[::2], rest[1::2], strict=True)]
-    while len(prompt) > 1 and not prompt[-1]["content"].strip():  # the header of the response itself
+    while len(prompt) > 1 and not prompt[-1]["content"].strip():  # the header of the response
         prompt.pop()
     return [{"prompt": prompt, "completion": row["response"], "score": row["helpfulness"]}]
 
@@ -124,11 +127,11 @@ DATA_SETS: dict[str, DataSet] = {
 
 
 def _object(value: Any) -> Any:
-    """`datasets` hands objects whose keys differ from row to row over as JSON text."""
+    """Parse an object: `datasets` returns objects whose keys differ between rows as JSON text."""
     return json.loads(value) if isinstance(value, str) else value
 
 
 def _solution(text: str) -> str | None:
-    """Without the calculator's annotations; None where it does not end with an answer."""
+    """The solution without calculator annotations; None if it does not end with an answer."""
     text = CALCULATOR.sub("", text).strip()
     return ANSWER.sub(r"\nThe answer is: \1", text) if ANSWER.search(text) else None

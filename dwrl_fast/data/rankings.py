@@ -1,7 +1,8 @@
-"""RANKING: a row with a prompt and K responses, in an order.
+"""RANKING: a row with a prompt and K ranked responses.
 
-`context` and `completions: [{rank, completion}]`, 0 the best; or `prompt`, `responses` and `ranks`, 1 the best, or
-`scores`, the highest the best, or both: the ranks are then the order and the scores the margins.
+The columns are `context` and `completions: [{rank, completion}]`, where rank 0 is best; or `prompt`, `responses` and
+`ranks` (1 is best), `scores` (the highest is best) or both. With both, the ranks give the order and the scores the
+margins.
 """
 
 import bisect
@@ -15,17 +16,19 @@ from typing import Any, NamedTuple
 from dwrl_fast.data.columns import REQUIRED, Columns, Turns, Unusable, conversation
 from dwrl_fast.data.preference import Preference, Rankings, Ties
 
-MOST_TIED = 7  # a Plackett-Luce group averages over the orders of its ties: 5,040 of seven responses
-NO_ORDER = "the ranks are no order (they count from the best on, equal where responses tie, with no other gap)"
+MOST_TIED = 7  # a Plackett-Luce group averages over all orders of its ties: 5,040 for seven responses
+NO_ORDER = (
+    "the ranks are not an order (they start at the best response, and tied responses share a rank: 1 2 2 3 or 1 2 2 4)"
+)
 NO_WINNER = "all responses tie (--ties keep would use them)"
 
 
 Groups = tuple[list[Preference], Mapping[str, int]]
-"""What one row gave, or the rows of one prompt: preferences, and notes as those of the Dataset."""
+"""The outcome of one row, or of the rows of one prompt: preferences, and notes as in Dataset."""
 
 
 class Ranked(NamedTuple):
-    """One of several responses. rank: 1 is best, equal where they tie. name: what the source of a pair calls it."""
+    """One of several responses. rank: 1 is best, equal for ties. name: its name in the source of a pair."""
 
     text: str
     rank: int
@@ -47,7 +50,7 @@ def ranking(row: Columns, ties: Ties, rankings: Rankings) -> Groups:
     found = [Ranked(*values) for values in zip(texts, order, margins, itertools.count(1), strict=False)]
     found.sort(key=lambda response: response.rank)
     like = row.preference(turns, ())
-    # One winner among responses without scores: nobody says that the losers are equally good.
+    # One winner among responses without scores: that does not mean that the losers are equally good.
     best_of_n = scores is None and len(found) > 2 and found[0].rank < found[1].rank == found[-1].rank
     too_many = len(found) > MOST_TIED and len(set(order)) < len(order)
     if rankings == "plackett_luce" and len(found) > 2 and not best_of_n and not too_many:
@@ -66,9 +69,10 @@ def ranking(row: Columns, ties: Ties, rankings: Rankings) -> Groups:
 def compare_ranked(
     two: Iterable[tuple[Ranked, Ranked]], like: Preference, ties: Ties
 ) -> tuple[list[Preference], Counter[str]]:
-    """Pairs, the better first, as preferences with the prompt, aspect and row of `like`; their sources begin with its.
+    """Pairs, the better response first, with the prompt, aspect and row of `like`; their sources begin with that of
+    `like`.
 
-    And the notes on the pairs left out.
+    Also returns notes on the pairs that are left out.
     """
     pairs, notes = [], Counter[str]()
     for better, worse in two:
@@ -77,9 +81,9 @@ def compare_ranked(
         if tie and ties == "drop":
             notes["pairs left out: tied"] += 1
         elif better.text.strip() == worse.text.strip():
-            notes["pairs left out: of identical responses"] += 1
+            notes["pairs left out: identical responses"] += 1
         elif not math.isfinite(margin):
-            notes["pairs left out: whose margin is no finite number"] += 1
+            notes["pairs left out: margin is not a finite number"] += 1
         else:
             texts, source = (better.text, worse.text), f"{like.source}:{better.name}-{worse.name}"
             pairs.append(replace(like, responses=texts, margin=margin, ranks=(1, 1) if tie else (), source=source))
@@ -87,7 +91,7 @@ def compare_ranked(
 
 
 def ranks_of(scores: Sequence[float]) -> list[int]:
-    """1 and how many score higher."""
+    """The rank of each score: 1 plus the number of higher scores."""
     ascending = sorted(scores)
     return [1 + len(scores) - bisect.bisect_right(ascending, score) for score in scores]
 
@@ -95,7 +99,9 @@ def ranks_of(scores: Sequence[float]) -> list[int]:
 def _no_pair(found: Sequence[Ranked]) -> str:
     if found[0].rank == found[-1].rank:
         return NO_WINNER
-    return "identical responses" if len({one.text.strip() for one in found}) == 1 else "no two that can be compared"
+    return (
+        "identical responses" if len({one.text.strip() for one in found}) == 1 else "no two responses can be compared"
+    )
 
 
 def _group(found: Sequence[Ranked], like: Preference, ties: Ties) -> Preference:
@@ -111,7 +117,7 @@ Parts = tuple[Turns, list[Turns], list[int] | None, list[float] | None]
 
 
 def _completions(row: Columns) -> Parts:
-    """Prompt, responses, ranks from 1, and no scores."""
+    """Prompt, responses and ranks from 1, without scores."""
     sides, ranks = [], []
     for item in row.sequence("completions"):
         if not isinstance(item, dict) or not {"rank", "completion"} <= item.keys():
@@ -130,7 +136,7 @@ def _responses(row: Columns) -> Parts:
     if row.has("scores"):
         scores = [row.as_number("scores", value) for value in row.sequence("scores")]
     if ranks is None and scores is None:
-        row.column("ranks", default=None if row.names("scores") else REQUIRED)  # says that it is not there
+        row.column("ranks", default=None if row.names("scores") else REQUIRED)  # raises the error that it is missing
         raise Unusable("null ranks and scores")
     return row.prompt(values), [_side(row, "responses", value) for value in values], ranks, scores
 
@@ -149,9 +155,11 @@ def _rank(row: Columns, name: str, value: Any) -> int:
 
 
 def _order(ranks: list[int] | None, scores: list[float] | None, count: int) -> list[int]:
-    """The ranks, from 1; of scores where there are none. Raises Unusable where the two are no one order."""
+    """The ranks from 1, computed from the scores if there are no ranks. Raises Unusable if ranks or scores do not give
+    one order.
+    """
     if any(len(values) != count for values in (ranks, scores) if values is not None):
-        raise Unusable("not as many ranks or scores as responses")
+        raise Unusable("not one rank or score per response")
     if ranks is None:
         return ranks_of(scores or [])
     distinct = {rank: place for place, rank in enumerate(sorted(set(ranks)), start=1)}

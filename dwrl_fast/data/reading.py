@@ -1,4 +1,4 @@
-"""From any source to preferences, row by row, each row accounted for."""
+"""Reads preferences from any source, row by row, and accounts for every row."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,11 +36,11 @@ NONE: Mapping[str, int] = MappingProxyType({})
 
 
 class Outcome(NamedTuple):
-    """What came of one row, or of the rows of one prompt where a row holds one completion.
+    """The outcome of one row, or of the rows of one prompt if each row holds one completion.
 
-    Either `error` is set (the row is not of the form, and most callers raise it), or each row is used in
-    `preferences` or stands in `dropped` with its reason. `notes` are the Dataset's. Reading that starts from `after`
-    goes on behind this outcome (not where completions of one prompt are sought in the whole file: there all come last).
+    Either `error` is set (a malformed row; most callers raise it), or each row is used in `preferences` or listed in
+    `dropped` with its reason. `notes` are as in Dataset. Reading from `after` continues behind this outcome (except if
+    completions of one prompt are collected from the whole file: then all outcomes come at the end).
     """
 
     after: Position
@@ -48,18 +48,19 @@ class Outcome(NamedTuple):
     dropped: Sequence[tuple[str, int]] = ()
     notes: Mapping[str, int] = NONE
     error: DataError | None = None
-    lines: Sequence[int] = ()  # of the rows that `preferences` are made of
+    lines: Sequence[int] = ()  # of the rows that `preferences` come from
 
 
 class Reader:
-    """Reads a source as preferences; may be iterated again, from any position that an Outcome gave.
+    """Reads a source as preferences. Can be iterated again from any position that an Outcome gave.
 
-    columns: our names to the file's. ties, rankings: as the options of the same names. consecutive: completions of one
-    prompt are compared where they stand together, so that one prompt at a time is in memory; otherwise wherever they
-    stand, and all are held until the last is read. layout: that of the file (see `layouts`); told from its first row
-    where None. aspect: what to judge, where a layout has scores by aspect.
+    columns: our column names -> names in the file. ties, rankings: as the options of the same names. consecutive:
+    compare completions of one prompt only if their rows are adjacent, so that one prompt at a time is in memory;
+    otherwise rows of one prompt may be anywhere, and all are held in memory until the last one is read. layout: the
+    layout of the file (see `layouts`); None: detected from its first row. aspect: the aspect to judge, if a layout has
+    scores by aspect.
 
-    The format is known (`format`), and the layout if it is one (`layout`), once a row of it was read.
+    `format`, and `layout` if the file has one, are known once a row has been read.
     """
 
     def __init__(
@@ -78,15 +79,15 @@ class Reader:
         self.nulls = getattr(source, "table", False)
         self.format: Format | None = None
         self.layout = asked_for(layout)
-        self.decided = layout is not None  # whether `layout` is known, be it that there is none
+        self.decided = layout is not None  # whether `layout` is final (None: the file has no layout)
         check_mapping(self.columns, names_of())
         self.mapping = tuple(self.columns.items())
-        self.before, self.last = Unread(), Unread()  # what nobody read: of the rows before the last one, and of that
+        self.before, self.last = Unread(), Unread()  # not read: in the rows before the last one, and in that row
 
     def read(self, start: Position = START) -> Iterator[Outcome]:
-        """What became of each row, in order. Raises DataError where the source cannot be read on."""
+        """The outcome of each row, in order. Raises DataError if the source cannot be read further."""
         prompts: dict[Key, list[Single]] = {}
-        waiting: list[tuple[str, int]] = []  # dropped, among rows whose prompt is not complete
+        waiting: list[tuple[str, int]] = []  # rows dropped while a prompt is incomplete
         held: Counter[str] = Counter()  # notes about such rows
         after = start
         for row in self.source.rows(start):
@@ -118,9 +119,9 @@ class Reader:
         yield from self._compared(prompts, waiting, held, after)
 
     def groups_of(self, line: int) -> Sequence[Preference]:
-        """The groups of one line (of Parquet and `datasets`: of that row), whatever stands in the lines after it and
-        whatever their format; of SINGLE, whose rows are compared with others, its one response. Raises DataError where
-        it holds nothing that can be used.
+        """The groups of one line (Parquet and `datasets`: of one row), independent of the lines after it and their
+        format. For SINGLE, whose rows are compared with others, the one response. Raises DataError if the line has
+        nothing usable.
         """
         row = next((row for row in self.source.rows() if row.line >= line), None)
         if row is None or row.line > line:
@@ -135,14 +136,14 @@ class Reader:
 
     @property
     def unread(self) -> Unread:
-        """What nobody read, of all rows so far."""
+        """The columns and fields that were not read, in all rows so far."""
         found = Unread()
         found.update(self.before)
         found.update(self.last)
         return found
 
     def decide(self, values: Mapping[str, Any], source: str) -> None:
-        """The layout of the file, which this row is of. Raises DataError where it may be several."""
+        """Determine the layout of the file from this row. Raises DataError if several layouts fit."""
         self.layout = choose(renamed(values, self.columns), source)
         self.decided = self.layout is not None or recognise(tuple(values), self.mapping) is not None
         if self.layout is not None:
@@ -150,7 +151,7 @@ class Reader:
             info_once(f"{self.source.name}: read as {self.layout.title} (--layout {self.layout.names})")
 
     def _recognised(self, row: Row) -> tuple[Format, Columns, Sequence[str]]:
-        """The format, which is that of the rows before it, the row's columns, and notes. Raises DataError, Unusable."""
+        """The format (the same as in earlier rows), the row's columns, and notes. Raises DataError, Unusable."""
         if self.last:
             self.before.update(self.last)
             self.last = Unread()
@@ -172,9 +173,9 @@ class Reader:
         return form, Columns(values, source, {}, self.nulls, self.last.fields), [*read.notes.elements()]
 
     def _own(self, values: Mapping[str, Any], source: str) -> Format:
-        """The format of a row of ours. Raises DataError."""
+        """The format of a row without layout. Raises DataError."""
         form = recognise(tuple(values), self.mapping)
-        if form is None:  # reading it as what it was meant to be says which column it lacks
+        if form is None:  # reading it in its probable format reports the missing column
             form = self.format or guess(values, self.columns)
             if form is None:
                 raise unrecognised(values, source)
@@ -185,15 +186,15 @@ class Reader:
         return form
 
     def _check_format(self, form: Format, source: str) -> None:
-        """Raises DataError where it is not that of the rows before."""
+        """Raises DataError if earlier rows have a different format."""
         if self.format is None:
             self.format = form
             if form is SINGLE and not self.consecutive:
                 info_once(f"{self.source.name}: completions are held in memory until the last one is read")
         elif form is not self.format:
             raise DataError(
-                f"{source}: the columns of a {form.name} row, where those before are {self.format.name}; "
-                "put the two in separate files"
+                f"{source}: the columns of a {form.name} row, but the rows before it are {self.format.name}; put the "
+                "two in separate files"
             )
 
     def _groups(self, form: Format, columns: Columns) -> Groups:
@@ -206,7 +207,7 @@ class Reader:
     def _compared(
         self, prompts: dict[Key, list[Single]], dropped: list[tuple[str, int]], held: Counter[str], after: Position
     ) -> Iterator[Outcome]:
-        """The pairs of the prompts that are held, and the rows dropped since the first of them; which are let go."""
+        """The pairs of the held prompts and the rows dropped in the meantime. Clears both."""
         while prompts:
             rows = prompts.pop(next(iter(prompts)))
             (preferences, notes), alone = compare_singles(rows, self.source.name, self.ties)
@@ -228,12 +229,12 @@ def read_preferences(
     layout: str | None = None,
     aspect: str | None = None,
 ) -> Dataset:
-    """The preferences of a file or data set (see `open_rows`), of any format; of its first `limit` usable rows, or
-    prompts of SINGLE.
+    """The preferences of a file or data set (see `open_rows`) of any format. limit: use only the first usable rows
+    (SINGLE: prompts), this many.
 
-    `columns` maps our column names to the file's, `layout`, `aspect`, `ties` and `rankings` are as the options of the
-    same names. Rows that hold no comparison are dropped, counted, with their lines. Raises DataError, naming file and
-    line, where the file or a row is not of the form, or no row is left.
+    `columns` maps our column names to those of the file; `layout`, `aspect`, `ties` and `rankings` are as the options
+    of the same names. Rows without a comparison are dropped and counted with their lines. Raises DataError, which names
+    file and line, if the file or a row is malformed, or if no usable row is left.
     """
     reader = Reader(open_rows(path), columns=columns, ties=ties, rankings=rankings, layout=layout, aspect=aspect)
     dataset = Dataset(reader.source.name)

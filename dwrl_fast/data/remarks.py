@@ -1,6 +1,4 @@
-"""What a person should know of a file whose rows can be read: columns and fields that nobody reads, texts that look
-like something else.
-"""
+"""Warnings about readable files: columns and fields that are not read, and texts that look like something else."""
 
 import functools
 import re
@@ -14,12 +12,12 @@ from dwrl_fast.data.preference import Preference
 from dwrl_fast.data.table_text import JSON_MESSAGES, is_transcript
 
 _VERDICT = (
-    "it usually says which response is the better one; look whether chosen and rejected agree with it, or name the "
-    "layout that reads it with --layout (python -m dwrl_fast.data --formats lists them)"
+    "it usually names the better response; check that chosen and rejected agree with it, or choose a layout that "
+    "reads it with --layout (python -m dwrl_fast.data --formats lists them)"
 )
-_ANSWERS = "answers that need it are judged without it; take such rows out, or write it into the prompt"
+_ANSWERS = "answers that need it are judged without it; remove such rows, or write it into the prompt"
 _REASONING = "only `content` is judged; write it into the content if it is to be judged too"
-# Columns and fields of messages that usually carry meaning, and what to do where they are not read.
+# Columns and message fields that usually matter, and what to do if they are not read.
 MEANING: Mapping[str, str] = {
     "system": "--layout system reads it as the system turn",
     "input": "it may be what the prompt works on; --layout alpaca puts `instruction` and `input` together",
@@ -38,47 +36,47 @@ CONTRADICTED = "scores contradict chosen and rejected, and are left out"
 JSON_TEXT = "rows with a text that looks like messages written as JSON"
 TRANSCRIPT_TEXT = "rows with a text that looks like a transcript"
 REMEDIES: Mapping[str, str] = {
-    REPEATED_PROMPT: "the prompt is then read twice; take it off the responses",
-    JSON_TEXT: "it is read as text; parse it, so that the column holds a list of messages",
-    TRANSCRIPT_TEXT: "it is read as text; --layout transcripts makes turns of `Human:` and `Assistant:`",
-    CONTRADICTED: "look whether chosen and rejected are the right way round",
+    REPEATED_PROMPT: "the model then reads the prompt twice; remove it from the responses",
+    JSON_TEXT: "it is read as plain text; parse it so that the column holds a list of messages",
+    TRANSCRIPT_TEXT: "it is read as plain text; --layout transcripts makes turns from `Human:` and `Assistant:`",
+    CONTRADICTED: "check that chosen and rejected are not swapped",
 }
-ODD = re.compile(r"\s*(?:[\[{]|Human:|Assistant:)")  # how a text begins that is worth a closer look
-LEAST = 10  # characters of a prompt that a response is said to begin with
+ODD = re.compile(r"\s*(?:[\[{]|Human:|Assistant:)")  # beginnings of suspicious texts
+LEAST = 10  # minimum characters of a prompt for the check that a response begins with it
 
 
 @dataclass
 class Unread:
-    """In how many rows a column has a value, or in how many messages a field, and nobody reads it."""
+    """Counts of rows with a column, and of messages with a field, that has a value but is not read."""
 
     columns: Counter[str] = field(default_factory=Counter)
     fields: Counter[str] = field(default_factory=Counter)
 
     def __bool__(self) -> bool:
-        """Whether there is anything."""
+        """Whether there are any."""
         return bool(self.columns or self.fields)
 
     def add(self, values: Mapping[str, Any], names: tuple[str, ...]) -> None:
-        """Columns of one row."""
+        """Add columns of one row."""
         for name in names:
             value = values[name]
             if value is not None and value != "" and value != []:
                 self.columns[name] += 1
 
     def update(self, other: "Unread") -> None:
-        """Of other rows."""
+        """Add the counts of other rows."""
         self.columns.update(other.columns)
         self.fields.update(other.fields)
 
     @property
     def summary(self) -> str:
-        """All of them in one line; empty where there are none."""
+        """All counts in one line; empty if there are none."""
         parts = ((self.columns, "columns"), (self.fields, "fields of messages"))
         return "; ".join(f"{what} not read: {_named(names)}" for names, what in parts if names)
 
     def warnings(self, notes: Mapping[str, int]) -> Iterator[str]:
-        """What a person should know before the rows are used, a line each: what usually carries meaning and is not
-        read, and those of `notes` that are warnings.
+        """Warnings before the rows are used, one line each: important columns and fields that are not read, and the
+        `notes` that are warnings.
         """
         for names, what, where in ((self.columns, "column", "rows"), (self.fields, "field", "messages")):
             for name in sorted(names.keys() & MEANING.keys()):
@@ -86,13 +84,13 @@ class Unread:
         yield from (f"{count:,} x {note}: {REMEDIES[note]}" for note, count in notes.items() if note in REMEDIES)
 
     def to_dict(self) -> dict[str, dict[str, int]]:
-        """For JSON."""
+        """The counts as JSON."""
         return {"columns": dict(self.columns.most_common()), "fields": dict(self.fields.most_common())}
 
 
 @functools.lru_cache(maxsize=256)
 def unread_columns(keys: tuple[str, ...], form: Format, mapping: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
-    """Those that rows of a format of ours are read without."""
+    """The columns of `keys` that are not read from rows of this format."""
     renamed = dict(mapping)
     read = {renamed.get(name, name) for name in form.columns}
     return tuple(name for name in keys if name not in read)

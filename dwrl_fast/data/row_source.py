@@ -1,4 +1,4 @@
-"""Where rows come from: a file or data set gives its rows one by one, in constant memory, from any position on."""
+"""Sources of rows: a file or data set yields its rows one by one, in constant memory, from any position."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
@@ -7,9 +7,9 @@ from dwrl_fast.errors import DataError
 
 
 class Position(NamedTuple):
-    """How far a source is read: the rows (for JSON lines: the lines) before this point, and the bytes they take.
+    """A position in a source: the number of rows (JSON lines: lines) and of bytes before it.
 
-    offset: bytes of the uncompressed file, where the source is JSON lines; 0 elsewhere.
+    offset: bytes of the uncompressed file for JSON lines; 0 for other sources.
     """
 
     line: int = 0
@@ -20,8 +20,8 @@ START = Position()
 
 
 class Row(NamedTuple):
-    """One row: its line (or number) from 1, its columns or why it has none, and the position behind it. place: its
-    FILE:LINE where the source is several files.
+    """One row: its line (or number) from 1, its columns or an error, and the position after it. place: its FILE:LINE if
+    the source consists of several files.
     """
 
     line: int
@@ -31,9 +31,9 @@ class Row(NamedTuple):
 
 
 class RowSource(Protocol):
-    """Rows of one file or data set. `rows` starts afresh at each call and may be called several times."""
+    """Rows of one file or data set. `rows` may be called several times; each call starts again."""
 
-    name: str  # as the user gave it; messages and Preference.source begin with it
+    name: str  # as given by the user; messages and Preference.source begin with it
 
     def rows(self, start: Position = START) -> Iterator[Row]:
-        """The rows from `start` on. Raises DataError where nothing more can be read."""
+        """The rows from `start` on. Raises DataError if the source cannot be read further."""

@@ -1,4 +1,4 @@
-"""Several files as one set, and files that can be read once."""
+"""Several files as one source, and files that can be read only once."""
 
 import atexit
 import functools
@@ -18,7 +18,7 @@ STANDARD_INPUT = "-"
 
 
 class Several:
-    """A RowSource over others, one after the other; rows are numbered on from file to file."""
+    """A RowSource over other sources, one after the other. Row numbers continue from file to file."""
 
     def __init__(self, name: str, sources: Sequence[RowSource]) -> None:
         self.name, self.sources = name, sources
@@ -35,7 +35,7 @@ class Several:
 
 
 def is_pipe(name: str) -> bool:
-    """Whether it is standard input or a named pipe, which give what they hold once."""
+    """Whether `name` is standard input or a named pipe, which can be read only once."""
     try:
         return name == STANDARD_INPUT or stat.S_ISFIFO(os.stat(name).st_mode)
     except (OSError, ValueError):
@@ -44,9 +44,11 @@ def is_pipe(name: str) -> bool:
 
 @functools.cache
 def spooled(name: str) -> Path:
-    """A file with all that comes out of a pipe; it is removed at the end. Raises DataError."""
+    """A temporary file with the content of a pipe; it is removed at exit. Raises DataError."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise DataError(f"{name}: a pipe is read once, and here are several processes; write it to a file first")
+        raise DataError(
+            f"{name}: a pipe can be read only once, but there are several processes; write it to a file first"
+        )
     handle, path = tempfile.mkstemp(prefix="dwrl_fast_", suffix=".piped")
     atexit.register(Path(path).unlink, missing_ok=True)
     try:

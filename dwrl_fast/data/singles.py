@@ -1,4 +1,4 @@
-"""SINGLE: rows with `prompt`, `completion` and `score`, one response each; those of one prompt are compared."""
+"""SINGLE: rows with `prompt`, `completion` and `score`, one response each. Rows with the same prompt are compared."""
 
 import itertools
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from dwrl_fast.data.columns import Columns, conversation
 from dwrl_fast.data.preference import Message, Preference, Ties
 from dwrl_fast.data.rankings import Groups, Ranked, compare_ranked, ranks_of
 
-Key = tuple[tuple[tuple[str, str], ...], str | None]  # the prompt's roles and contents, and the aspect
+Key = tuple[tuple[tuple[str, str], ...], str | None]  # roles and contents of the prompt, and the aspect
 
 
 class Single(NamedTuple):
@@ -22,14 +22,14 @@ class Single(NamedTuple):
     subset: str | None
 
     def preference(self, source: str) -> Preference:
-        """The row by itself, which prefers nothing."""
+        """The row alone, as a group of one response."""
         turns, aspect = self.key
         prompt = tuple(Message(role=role, content=content) for role, content in turns)
         return Preference(prompt, (self.completion,), aspect=aspect, source=source, subset=self.subset)
 
 
 def single(row: Columns, line: int) -> Single:
-    """The row as it will be compared with others. Raises DataError or Unusable."""
+    """The row, ready to be compared with others. Raises DataError or Unusable."""
     value = row.column("completion")
     turns, (completion,) = conversation(row.prompt([value]), [row.as_turns("completion", value, "assistant")])
     key = tuple((turn["role"], turn["content"]) for turn in turns)
@@ -37,7 +37,7 @@ def single(row: Columns, line: int) -> Single:
 
 
 def compare_singles(rows: Sequence[Single], name: str, ties: Ties) -> tuple[Groups, list[tuple[str, int]]]:
-    """The pairs of the rows of one prompt, their score differences as margins; and the rows that are in none, with
+    """The pairs from the rows of one prompt, with score differences as margins; and the rows that are in no pair, with
     the reason.
     """
     ranks = ranks_of([row.score for row in rows])
@@ -50,7 +50,7 @@ def compare_singles(rows: Sequence[Single], name: str, ties: Ties) -> tuple[Grou
 
 
 def _alone(row: Single, rows: Sequence[Single], ties: Ties) -> str:
-    """Why a row is in no pair."""
+    """The reason why a row is in no pair."""
     if len(rows) == 1:
         return "the only completion of its prompt"
     tied = any(other.score == row.score and other.completion.strip() != row.completion.strip() for other in rows)

@@ -1,4 +1,4 @@
-"""What became of the rows of a split that is prepared."""
+"""The account of the rows of a split that is prepared."""
 
 import random
 from collections import Counter
@@ -9,10 +9,11 @@ from typing import Any
 
 @dataclass
 class Split:
-    """What became of one split's published rows, counted from 1: read = used + dropped. One may make several of ours.
+    """The account of a split's published rows, counted from 1: read = used + dropped. One published row may give
+    several rows.
 
-    prompts: our rows as lines of JSON, by the digest of their prompt. Of them, written + withheld (the test file has
-    their prompt) + not_drawn.
+    prompts: the converted rows as JSON lines, by the digest of their prompt. Their number is written + withheld (the
+    prompt is in the test file) + not_drawn.
     """
 
     read: int = 0
@@ -25,13 +26,13 @@ class Split:
     not_drawn: int = 0
 
     def drop(self, reason: str, *rows: int) -> None:
-        """Count published rows that are not used."""
+        """Count published rows as dropped."""
         self.dropped.setdefault(reason, []).extend(rows)
 
     def draw(
         self, prompts: Mapping[int, list[str]], rows: int | None, randomness: random.Random
     ) -> dict[int, list[str]]:
-        """Of `prompts`, whole ones, shuffled, up to so many rows (all: None)."""
+        """Draw whole prompts at random, up to `rows` rows (None: all)."""
         order = list(prompts)
         randomness.shuffle(order)
         drawn: dict[int, list[str]] = {}
@@ -42,5 +43,5 @@ class Split:
         return drawn
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: everything but the prompts."""
+        """As JSON: everything except the prompts."""
         return {name: value for name, value in vars(self).items() if name != "prompts"}

@@ -1,4 +1,4 @@
-"""A cell of a table that holds text alone, such as CSV: it may stand for a number, a list or messages."""
+"""Cells of text-only tables such as CSV: the text of a cell may represent a number, a list or messages."""
 
 import json
 import re
@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any
 
 TRANSCRIPT = re.compile(r"\s*(?:Human|Assistant):")
-JSON_MESSAGES = re.compile(r'\s*\[?\s*\{\s*"(?:role|from|content|value)"\s*:')  # what looks like messages
+JSON_MESSAGES = re.compile(r'\s*\[?\s*\{\s*"(?:role|from|content|value)"\s*:')  # text that looks like messages
 
 
 def is_transcript(value: Any) -> bool:
@@ -15,12 +15,12 @@ def is_transcript(value: Any) -> bool:
 
 
 def parsed(value: Any) -> Any:
-    """What a cell stands for; any other value as it is."""
+    """The value that a cell represents; any other value unchanged."""
     return value.parsed if isinstance(value, Cell) else value
 
 
 class Cell(str):
-    """Text, and what it stands for."""
+    """The text of a cell, and the value that it represents."""
 
     @cached_property
     def parsed(self) -> Any:

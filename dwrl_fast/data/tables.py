@@ -1,6 +1,6 @@
-"""Rows of Parquet files and of Hugging Face data sets, on disk or on the hub. No code that comes with data is run.
+"""Rows of Parquet files and of Hugging Face data sets, on disk or on the hub. Code that comes with data is never run.
 
-pyarrow and datasets are loaded only where one of these is read.
+pyarrow and datasets are imported only when such a source is read.
 """
 
 import importlib
@@ -19,12 +19,12 @@ from dwrl_fast.data.messages import from_text
 from dwrl_fast.data.row_source import START, Position, Row
 from dwrl_fast.errors import DataError
 
-BATCH = 64  # rows turned into Python objects at once
+BATCH = 64  # rows converted to Python objects at once
 REMEDY = "fetch it again, or name another"
 
 
 class Parquet:
-    """A RowSource over one Parquet file; a row group at a time is in memory."""
+    """A RowSource over one Parquet file. One row group at a time is in memory."""
 
     table = True
 
@@ -38,14 +38,14 @@ class Parquet:
             decoders = _decoders(file.schema_arrow, self.name)
             _refuse_large(file.metadata, self.name)
             sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-            first = bisect_right(list(itertools.accumulate(sizes)), start.line)  # groups before it are passed over
+            first = bisect_right(list(itertools.accumulate(sizes)), start.line)  # earlier row groups are skipped
             batches = file.iter_batches(batch_size=BATCH, row_groups=range(first, len(sizes)))
             rows = (_decoded(row, decoders) for batch in batches for row in batch.to_pylist())
             yield from _numbered(rows, sum(sizes[:first]), start)
 
 
 class SavedDataset:
-    """A RowSource over a folder that `datasets` wrote (save_to_disk); mapped into memory, not loaded."""
+    """A RowSource over a folder that `datasets` wrote (save_to_disk). It is memory-mapped, not loaded."""
 
     table = True
 
@@ -60,15 +60,15 @@ class SavedDataset:
             if isinstance(data, Mapping):
                 data = _split(data, self.split, self.name)
             elif self.split is not None:
-                raise DataError(f"{self.name}: the folder holds one data set, no splits; leave :{self.split} out")
-            data = data.with_format(None)  # a saved one would give tensors or arrays
+                raise DataError(f"{self.name}: the folder holds one data set without splits; leave :{self.split} out")
+            data = data.with_format(None)  # a saved format would give tensors or arrays
             if start.line < len(data):
                 yield from _numbered(data.select(range(start.line, len(data))), start.line, start)
 
 
 class HubDataset:
-    """A RowSource over a data set of the Hugging Face hub, read as it is fetched. `name` is NAME[:CONFIG]:SPLIT.
-    DataError where `datasets` would read local files for NAME.
+    """A RowSource over a data set of the Hugging Face hub, read while it is downloaded. `name` is NAME[:CONFIG]:SPLIT.
+    Raises DataError if `datasets` would read local files for NAME.
     """
 
     table = True
@@ -85,8 +85,8 @@ class HubDataset:
         datasets = library("datasets", self.name)
         with readable(
             self.name,
-            "it is no file here; is NAME:SPLIT or NAME:CONFIG:SPLIT a data set of the hub that "
-            "can be reached from here?",
+            "there is no such file; if NAME:SPLIT or NAME:CONFIG:SPLIT is a data set of the hub, check that this "
+            "machine can reach the hub",
         ):
             data = datasets.load_dataset(self.repository, self.config, split=self.split, streaming=True)
             rows = ({name: from_text(value) for name, value in row.items()} for row in data.skip(start.line))
@@ -94,7 +94,7 @@ class HubDataset:
 
 
 def _refuse_large(metadata: Any, name: str) -> None:
-    """DataError where a row group has cells that no row of text can have, going by their mean size."""
+    """Raises DataError if the mean size of the cells in a row group is larger than a row of text may be."""
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
         for column in map(group.column, range(group.num_columns)):
             mean = column.total_uncompressed_size / max(1, column.num_values)
@@ -109,12 +109,12 @@ Decode = Callable[[Any], Any]
 
 
 def _decoders(schema: Any, name: str) -> dict[str, Decode]:
-    """Of each column that holds JSON as text, however deep, what makes values of it. DataError where two columns have
-    one name.
+    """For each column that holds JSON as text at any depth, the function that decodes it. Raises DataError if two
+    columns have the same name.
     """
     if twice := next((column for column in schema.names if schema.names.count(column) > 1), None):
         raise DataError(
-            f"{name}: the column name '{twice}' occurs {schema.names.count(twice)} times, and a row has one value of a "
+            f"{name}: the column name '{twice}' occurs {schema.names.count(twice)} times, but a row has one value per "
             "name; rename one of the columns"
         )
     found = ((field.name, _decoder(field.type)) for field in schema)
@@ -122,7 +122,7 @@ def _decoders(schema: Any, name: str) -> dict[str, Decode]:
 
 
 def _decoder(kind: Any) -> Decode | None:
-    """For values of an Arrow type; None where there is nothing to decode."""
+    """The decoder for values of an Arrow type; None if there is nothing to decode."""
     if getattr(kind, "extension_name", "") == "arrow.json":
         return lambda value: None if value is None else json.loads(value)
     if hasattr(kind, "value_type"):  # a list
@@ -141,13 +141,14 @@ def _decoded(row: dict[str, Any], decoders: Mapping[str, Decode]) -> dict[str, A
 
 
 def _refuse_local(repository: str, name: str) -> None:
-    """`datasets` would read the working folder's files for the name of one of its readers, and a folder for the name of
-    one. The reader "pandas" unpickles, which runs code, in versions before 5.2.
+    """Refuse names for which `datasets` would read local files: the name of one of its file readers (it would read
+    files of the working folder) and the name of a local folder. Before version 5.2 the reader "pandas" unpickles, which
+    can run code.
     """
     readers = {module.name for module in pkgutil.iter_modules(library("datasets.packaged_modules", name).__path__)}
     if repository in readers:
         raise DataError(
-            f"{name}: cannot be read: {repository} is a file reader of the `datasets` package, and no data set. Name "
+            f"{name}: cannot be read: {repository} is a file reader of the `datasets` package, not a data set. Name "
             "the file, or a data set of the hub with its owner, as in OWNER/NAME"
         )
     if os.path.isdir(repository):
@@ -155,7 +156,7 @@ def _refuse_local(repository: str, name: str) -> None:
 
 
 def _numbered(rows: Iterable[dict[str, Any]], before: int, start: Position) -> Iterator[Row]:
-    """Rows with their numbers, those of `start` passed over."""
+    """Rows with their numbers; rows before `start` are skipped."""
     for number, values in enumerate(rows, start=before + 1):
         if number > start.line:
             yield Row(number, values, Position(number))
@@ -171,7 +172,7 @@ def _split(data: Mapping[str, Any], split: str | None, name: str) -> Any:
 
 @contextmanager
 def readable(name: str, remedy: str = REMEDY) -> Iterator[None]:
-    """Whatever reading fails with (these libraries raise their own errors and those of others) as a DataError."""
+    """A context that turns every error of reading into a DataError: these libraries raise many kinds of errors."""
     try:
         yield
     except (DataError, GeneratorExit):
@@ -181,7 +182,7 @@ def readable(name: str, remedy: str = REMEDY) -> Iterator[None]:
 
 
 def library(module: str, name: str) -> Any:
-    """A module that reading `name` needs. Raises DataError where it is not installed."""
+    """Import a module that is needed to read `name`. Raises DataError if it is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Conversations as token ids with named spans: the dialog of DWRL, and the single turns of the methods beside it."""
+"""Conversations as token ids with named spans: the dialog of DWRL, and the single-turn prompts of other methods."""
 
 from dwrl_fast.dialog.chat import Chat, Thinking
 from dwrl_fast.dialog.dialog import Dialog

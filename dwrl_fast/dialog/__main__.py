@@ -1,4 +1,6 @@
-"""`python -m dwrl_fast.dialog --show FILE:N`: one row as the model reads it, and what the chat template did to it."""
+"""`python -m dwrl_fast.dialog --show FILE:N`: shows one row as the model reads it, and the changes that the chat
+template makes.
+"""
 
 from dataclasses import dataclass, replace
 from itertools import chain, groupby
@@ -20,9 +22,9 @@ from dwrl_fast.options import Options, at_least, option, parse
 
 # ruff: noqa: RUF009 - what option() returns is a dataclass field
 
-SAMPLE = "It is right, and says no more than it has to."  # stands where the thought is sampled
+SAMPLE = "It is right, and says no more than it has to."  # shown in place of a sampled thought
 VERDICT = {"pairwise": "<answer>[[A]]</answer>", "rationalizer": "<answer>[[A]]</answer>", "pointwise": "<s>9</s>"}
-UNSEEN = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}  # terminals obey them
+UNSEEN = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}  # control characters
 STYLES = {
     "prompt": "blue",
     "response": "green",
@@ -90,9 +92,9 @@ python -m dwrl_fast.dialog --show pairs.jsonl:12 --tokenizer_name_or_path T --te
     enable_thinking: Thinking = option("auto", "As for training.", group="Template")
 
     def validate(self) -> None:
-        """Raises ConfigError where no tokenizer is named, or `show` is not FILE:N."""
+        """Raises ConfigError if no tokenizer is given, or if `show` is not FILE:N."""
         if self.model_name_or_path is None and self.tokenizer_name_or_path is None:
-            raise ConfigError("give --model_name_or_path or --tokenizer_name_or_path: ids are those of a tokenizer")
+            raise ConfigError("give --model_name_or_path or --tokenizer_name_or_path: token ids need a tokenizer")
         if not self.show.rpartition(":")[2].isascii() or not self.show.rpartition(":")[2].isdigit():
             raise ConfigError(f"show = {self.show}: expected FILE:N, as in pairs.jsonl:12")
 
@@ -107,9 +109,9 @@ def run(config: ShowConfig, console: Console) -> None:
     """Print the row."""
     row = read_row(config)
     if config.response > len(row.responses):
-        raise ConfigError(f"response = {config.response}: the row has {len(row.responses)}")
+        raise ConfigError(f"response = {config.response}: the row has {len(row.responses)} responses")
     tokenizer = config.tokenizer_name_or_path or config.model_name_or_path
-    assert tokenizer is not None  # validate() saw to it
+    assert tokenizer is not None  # checked by validate()
     chat = load_chat(
         config.model_name_or_path,
         tokenizer,
@@ -128,15 +130,17 @@ def run(config: ShowConfig, console: Console) -> None:
     console.rule("ids")
     console.print(Text(" ").join(Text(" ".join(map(str, part)), STYLES[name]) for name, part in runs(ids, names)))
     console.print(table(spans))
-    console.rule("what was done to it")
+    console.rule("changes and remarks")
     for line in remarks(chat, ids, length, config.max_length):
         console.print(f"- {line}", markup=False, soft_wrap=True)
 
 
 def read_row(config: ShowConfig) -> Preference:
-    """The row of the line asked for, with all of its responses, best first; DataError says why a line holds none."""
+    """The row on the requested line, with all its responses, best first. Raises DataError, with the reason, if the line
+    has no usable row.
+    """
     path, _, number = config.show.rpartition(":")
-    # As pairs every ranking can be read; they have its responses in order, but for those that repeat another.
+    # Every ranking can be read as pairs. The pairs contain its responses in order, without repeated ones.
     reader = Reader(
         open_rows(path),
         columns=config.columns,
@@ -153,7 +157,7 @@ def read_row(config: ShowConfig) -> Preference:
 
 
 def build(chat: Chat, row: Preference, response: int, aspect: str | None) -> tuple[list[int], dict[str, slice], int]:
-    """Ids, the spans of what stands in them, and how many of them are prompt and responses."""
+    """The ids, their named spans, and the number of ids of prompt and responses."""
     assert isinstance(chat, Dialog | SingleTurn)
     name, thought = "thought (a sample)", _sample(chat)
     if isinstance(row, Demonstration):
@@ -167,8 +171,8 @@ def build(chat: Chat, row: Preference, response: int, aspect: str | None) -> tup
         shown = [row.responses[response]] if len(chat.shows) == 1 else list(row.responses[:2])
         if len(shown) < len(chat.shows):
             raise ConfigError(
-                f"a template of kind {chat.template.kind} shows two responses, and the row holds one; see it by a "
-                "template that shows one: --template dialog"
+                f"a template of kind {chat.template.kind} shows two responses, but the row has one; use a template "
+                "that shows one: --template dialog"
             )
         context = chat.context(row.prompt, shown, aspect, "A" if chat.takes_verdict else None)
         sequence = chat.sequence(context, [] if chat.label_ids else thought)
@@ -179,13 +183,13 @@ def build(chat: Chat, row: Preference, response: int, aspect: str | None) -> tup
 
 
 def _sample(chat: Chat) -> list[int]:
-    """A thought as the model might write it."""
+    """A sample thought, with a verdict if the template needs one."""
     text = " ".join([SAMPLE, *filter(None, [VERDICT.get(chat.template.kind)])])
     return [*chat.tokenizer.encode(text, add_special_tokens=False), chat.end_id]
 
 
 def named(length: int, spans: dict[str, slice]) -> list[str]:
-    """The name of each id; of two spans that hold it, the later."""
+    """The name of each id; if two spans contain it, that of the later one."""
     names = ["chat template"] * length
     for name, span in spans.items():
         names[span] = [name] * (span.stop - span.start)
@@ -193,7 +197,7 @@ def named(length: int, spans: dict[str, slice]) -> list[str]:
 
 
 def runs(ids: list[int], names: list[str]) -> list[tuple[str, list[int]]]:
-    """Ids side by side that have one name."""
+    """Runs of adjacent ids with the same name."""
     named_ids = groupby(zip(names, ids, strict=True), itemgetter(0))
     return [(name, [token for _, token in some]) for name, some in named_ids]
 
@@ -207,7 +211,7 @@ def painted(parts: list[tuple[str, list[int]]], chat: Chat) -> Text:
 
 
 def table(spans: dict[str, slice]) -> Table:
-    """The spans in the order in which they stand, empty ones left out."""
+    """The non-empty spans in the order of the text."""
     lines = Table("span", "from", "to", "ids", box=None)
     for name, span in sorted(spans.items(), key=lambda item: item[1].start):
         if span.stop > span.start:
@@ -216,14 +220,14 @@ def table(spans: dict[str, slice]) -> Table:
 
 
 def remarks(chat: Chat, ids: list[int], length: int, max_length: int) -> list[str]:
-    """What the chat template and the tokenizer did to the row, in words."""
+    """Sentences about what the chat template and the tokenizer did to the row."""
     bos = chat.tokenizer.bos_token_id
     done = [f"{what}: {MEANING[what]}" for what in chat.counts]
     over = f", more than --max_length {max_length}: training drops this row" if length > max_length else ""
     said = (
-        *(done or ["the texts stand as they are: nothing trimmed, merged, rewritten or forged"]),
+        *(done or ["the texts are unchanged: nothing trimmed, merged, rewritten or forged"]),
         "BOS: this tokenizer has none" if bos is None else f"BOS: {ids.count(int(bos))} of id {bos}",
-        f"the date that the chat template prints is held at {TODAY:%d %b %Y}" if chat.dated else "",
+        f"the date that the chat template prints is fixed at {TODAY:%d %b %Y}" if chat.dated else "",
         f"thinking: {chat.thinking_said}" if chat.thinking_said else "",
         f"prompt and response: {length} tokens{over}",
     )
@@ -231,12 +235,12 @@ def remarks(chat: Chat, ids: list[int], length: int, max_length: int) -> list[st
 
 
 MEANING = {
-    "trimmed": "the chat template strips white space from a text, and so do we",
-    "reasoning kept": "the chat template would cut a think block out of an earlier turn; it stays",
-    "rewritten": "the chat template changes a text in another way; it stays as it is",
-    "control text": "a text spells a control token; its ids are those of the letters",
-    "merged": "tokenized as a whole, a text would merge with what stands beside it; it does not here",
-    "imitated": "a text has a line of the template's own",
+    "trimmed": "the chat template strips white space from a text, and this package does the same",
+    "reasoning kept": "the chat template would remove a think block from an earlier turn; it is kept",
+    "rewritten": "the chat template changes a text in another way; the text is kept unchanged",
+    "control text": "a text spells a control token; it is encoded as ordinary text",
+    "merged": "in one pass the tokenizer would merge a text with its neighbour; here each text is tokenized alone",
+    "imitated": "a text contains a line that belongs to the template",
 }
 
 

@@ -1,11 +1,11 @@
-"""A tokenizer's chat template as fixed segments of ids around contents, which cannot become control tokens.
+"""A tokenizer's chat template as fixed segments of ids around contents. Contents cannot become control tokens.
 
-The template gives the structure, never the contents: it renders each sequence of roles once, with placeholders; what
-stands between them becomes segments of ids. Contents are encoded by a tokenizer in which control tokens do not arise,
-so a response that spells a turn forges none.
+The template gives only the structure. It renders each sequence of roles once, with placeholders, and the text between
+the placeholders becomes segments of ids. Contents are encoded by a tokenizer that produces no control tokens, so a
+response that spells a turn cannot forge one.
 
-Think blocks are kept where the sampler met them. Whether a thought starts with one is `enable_thinking`; a label is
-always read in a turn without one, and reasoning that a template would cut out of earlier turns stays.
+Think blocks are kept where the sampler saw them. `enable_thinking` says whether a thought may start with a think block.
+A label is always read in a turn without one. Reasoning that a template would remove from earlier turns is kept.
 """
 
 import functools
@@ -28,8 +28,9 @@ from dwrl_fast.templates import Template, read_template
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TODAY = datetime(2024, 7, 26)  # for templates that print the date: a run must not depend on the day it is made
-# transformers gives templates plain data only, so the clock is replaced inside the template; jinja eats the newline.
+TODAY = datetime(2024, 7, 26)  # for templates that print the date: a run must not depend on the current day
+# transformers passes only plain data to templates, so the clock is replaced inside the template. Jinja removes the
+# newline.
 DIRECTIVES = "".join(f" | replace('%{code}', '{TODAY.strftime('%' + code)}')" for code in "aAbBdeHIjmMpSyY")
 CLOCK = "{% macro strftime_now(format) %}{{ format | replace('%-', '%')" + DIRECTIVES + " }}{% endmacro %}\n"
 PLACEHOLDER = "[[content-{}]]"
@@ -37,12 +38,12 @@ THINK = re.compile(r"\s*<think>\s*(</think>\s*)?")
 
 Thinking = Literal["auto", "off", "on"]
 Head = Literal["thought", "label"]
-"""What follows a conversation: the head after which a thought is sampled, or the one after which a label is read."""
+"""The generation head after a conversation: the one before a sampled thought, or the one before a label."""
 
 
 @dataclass(frozen=True, slots=True)
 class Structure:
-    """What a template puts around the contents of one sequence of roles: n contents, n + 1 segments."""
+    """The segments that a template puts around the contents of one sequence of roles: n contents, n + 1 segments."""
 
     texts: tuple[str, ...]
     ids: tuple[tuple[int, ...], ...]
@@ -51,20 +52,20 @@ class Structure:
 class Chat:
     """Builds conversations as ids, with the span of each content, for one tokenizer and its chat template.
 
-    `end_id` ends a turn, `stop_ids` end a thought, `pad_id` may be anything since padding is masked. `counts` says of
-    how many conversations built so far
+    `end_id` ends a turn, `stop_ids` end a thought, `pad_id` may be any id because padding is masked. `counts` counts
+    the conversations built so far for which
 
-    - "trimmed": the chat template strips a content; we do the same;
-    - "reasoning kept": it cuts the think block out of an earlier turn; we do not;
-    - "rewritten": it changes a content in another way; we do not;
-    - "control text": a content spells a control token; its ids are those of the letters;
-    - "merged": the ids differ otherwise from tokenizing the rendered conversation, a content's start or end having
-      merged with what stands beside it.
+    - "trimmed": the chat template strips a content, and so does this class;
+    - "reasoning kept": it would remove the think block from an earlier turn; the block is kept;
+    - "rewritten": it would change a content in another way; the content is kept unchanged;
+    - "control text": a content spells a control token; it is encoded as ordinary text;
+    - "merged": the ids differ in another way from those of the rendered conversation, because there the start or end of
+    a content merges with the text next to it.
 
-    `enable_thinking`, once made, is "on" or "off": whether a thought may start with a think block.
+    After construction `enable_thinking` is "on" or "off": whether a thought may start with a think block.
 
-    Raises TemplateError, naming the tokenizer, where its chat template does not fit: it refuses a role, has no
-    end-of-turn token, or cannot do what `enable_thinking` asks.
+    Raises TemplateError, which names the tokenizer, if its chat template does not fit: if it refuses a role, has no
+    end-of-turn token, or cannot do what `enable_thinking` requires.
     """
 
     def __init__(
@@ -90,11 +91,11 @@ class Chat:
 
     @property
     def dated(self) -> bool:
-        """Whether the chat template prints the date, which is then held."""
+        """Whether the chat template prints the date. The date is then fixed."""
         return "strftime_now" in self._chat_template or "date_string" in self._chat_template
 
     def completion(self, prompt: Sequence[Message], response: str) -> TokenSequence:
-        """[prompt, response, end-of-turn], where the response with its end-of-turn is what is trained."""
+        """[prompt, response, end-of-turn]; the trained tokens are those of the response and its end-of-turn."""
         ids, spans, _ = self._build([*prompt, assistant(response)], None)
         end = spans[-1].stop
         if ids[end : end + 1] != [self.end_id]:
@@ -103,21 +104,21 @@ class Chat:
         return TokenSequence(ids[: end + 1], slice(0, spans[-1].start), spans[-1], trained, empty)
 
     def thought_ids(self, text: str) -> list[int]:
-        """A thought that was written elsewhere, with the end-of-turn, as if the model had sampled it."""
+        """The ids of a given thought with the end-of-turn, as if the model had sampled it."""
         return [*self._contents(text), self.end_id]
 
     def special_ids(self) -> dict[str, int]:
-        """What a saved model's tokenizer must agree on."""
+        """The ids that the tokenizer of a saved model must reproduce."""
         return {"end_id": self.end_id}
 
     def to_dict(self) -> dict[str, Any]:
-        """What stands beside a trained model, so that it is scored as it was trained."""
+        """The settings saved with a trained model, so that it is scored in the same way as it was trained."""
         settings = {"aspect": self.aspect, "enable_thinking": self.enable_thinking}
         return {"template": self.template.to_dict(), **settings, **self.special_ids()}
 
     @classmethod
     def from_dict(cls, tokenizer: "PreTrainedTokenizerBase", saved: dict[str, Any]) -> Self:
-        """The inverse of `to_dict`; TemplateError where something is missing or the tokenizer is another one."""
+        """The inverse of `to_dict`. Raises TemplateError if something is missing or the tokenizer is different."""
         try:
             template = read_template(saved["template"], "saved with the model")
             dialog = cls(tokenizer, template, saved["aspect"], saved.get("enable_thinking", "auto"))
@@ -128,8 +129,8 @@ class Chat:
             ) from error
         if ids != dialog.special_ids():
             raise TemplateError(
-                f"{dialog.name} is not the tokenizer this model was trained with: it gives {dialog.special_ids()}, "
-                f"saved were {ids}; load the one that was saved with the model"
+                f"{dialog.name} is not the tokenizer this model was trained with: its special ids are "
+                f"{dialog.special_ids()}, the saved ones are {ids}; load the tokenizer that was saved with the model"
             )
         return dialog
 
@@ -141,7 +142,9 @@ class Chat:
         return f"the chat template of {self.name} {what}"
 
     def _padding(self) -> int:
-        """The tokenizer's, unless it ends turns: a classifier's score is read at the last id that is not padding."""
+        """The tokenizer's pad id, unless it also ends turns: the score of a classifier is read at the last id that is
+        not padding.
+        """
         given = self.tokenizer.pad_token_id
         if given is not None and given not in self.stop_ids:
             return int(given)
@@ -161,11 +164,14 @@ class Chat:
             self._chat_template = CLOCK + self._chat_template
         if self.dated:
             info_once(
-                f"the chat template of {self.name} prints the date: held at {TODAY:%d %b %Y}, so that runs repeat"
+                f"the chat template of {self.name} prints the date: fixed at {TODAY:%d %b %Y}, so that runs are "
+                "reproducible"
             )
 
     def _set_thinking(self, wanted: Thinking) -> None:
-        """Settle whether thoughts have a think block, and what a label's head must leave out for having none."""
+        """Decide whether thoughts may have a think block, and what must be removed from a label's head so that it has
+        none.
+        """
         self._switch = "enable_thinking" in self._chat_template
         self.enable_thinking: Literal["off", "on"] = "on" if wanted == "on" else "off"
         self._unclosed = ""
@@ -175,15 +181,15 @@ class Chat:
             self._structure.cache_clear()
         if self._unclosed and wanted == "off":
             raise self.error(
-                "opens a think block in every generation head and cannot be told not to; use --enable_thinking on, "
-                "where the block belongs to the thought, or the tokenizer of a model that does not think"
+                "opens a think block in every generation head and has no switch against it; use --enable_thinking "
+                "on, which makes the block part of the thought, or the tokenizer of a model that does not think"
             )
         if self._unclosed:
             self.enable_thinking = "on"
         elif wanted == "on" and not self._switch:
             raise self.error(
-                "knows no enable_thinking, so that it cannot be switched on; leave --enable_thinking at auto: the "
-                "thought itself is where this model reasons"
+                "does not support enable_thinking, so thinking cannot be switched on; leave --enable_thinking at "
+                "auto: this model reasons in the thought itself"
             )
         self._head = self._opened("thought")
         if self.thinking_said:
@@ -191,40 +197,43 @@ class Chat:
 
     @property
     def thinking_said(self) -> str:
-        """What is done about think blocks, in words; empty for a template that has none."""
+        """How think blocks are handled, in words; empty for a template without them."""
         if not (self._switch or self._head):
             return ""
         if self.enable_thinking == "off":
             return (
-                "it is told not to (--enable_thinking off). What it puts in the head instead, an empty think block, "
-                "stays before each thought when it is scored, though the template shows earlier turns without one"
+                "thinking is off (--enable_thinking off). The template then puts an empty think block into the "
+                "generation head. The block stays before each thought when the thought is scored, although the "
+                "template shows earlier turns without it"
             )
         return (
-            "a thought is all that the model writes, its think block too (--enable_thinking on), and stays whole when "
-            "it is scored, though the template cuts think blocks out of earlier turns; the label is read in a turn "
-            "without one"
+            "thinking is on (--enable_thinking on). A thought is all that the model writes, including its think "
+            "block, and it is scored unchanged, although the template removes think blocks from earlier turns. The "
+            "label is read in a turn without a think block"
         )
 
     @property
     def alternative(self) -> str:
-        """What to use in place of a chat template that does not fit."""
+        """For error messages: what to use instead of a chat template that does not fit."""
         off = "--enable_thinking off, or " if self._switch and self.enable_thinking == "on" else ""
         return f"{off}another chat template"
 
     def _opened(self, head: Head) -> str:
-        """What a generation head holds beyond the header of an assistant's turn: nothing, or a think block."""
+        """What a generation head adds to the header of an assistant's turn: nothing, or a think block."""
         header = self._structure(("user", "assistant", "user"), None).texts[1]
         text = self._structure(("user",), head).texts[-1]
         opened = text.removeprefix(header)
         if not text.startswith(header) or (opened and not THINK.fullmatch(opened)):
             raise self.error(
-                f"ends with {text!r} where an assistant's turn starts with {header!r}: a generation head may add a "
-                f"think block to it and nothing else; use {self.alternative}"
+                f"ends with {text!r} but an assistant's turn starts with {header!r}: a generation head may add only a "
+                f"think block to that; use {self.alternative}"
             )
         return opened
 
     def _apply(self, messages: Sequence[Message], head: Head | None, tokenize: bool, *, first: bool = False) -> Any:
-        """first: with these roles for the first time, and so within bounds, which cost too much for every row."""
+        """Run the chat template. first: whether these roles occur for the first time. Only then are time and memory
+        limited, because the limits cost too much for every row.
+        """
         from jinja2.exceptions import TemplateError as JinjaError
 
         thinking = {"enable_thinking": self.enable_thinking == "on" and head == "thought"} if self._switch else {}
@@ -242,7 +251,7 @@ class Chat:
         except JinjaError as error:
             raise self.error(f"refuses the roles ({', '.join(roles_of(messages))}): {error}") from error
         except (LimitError, MemoryError, OverflowError, TypeError, ValueError) as error:
-            what = str(error) or "it takes more memory than any conversation"
+            what = str(error) or "it needs more memory than any conversation should"
             raise self.error(f"cannot be run ({what}); give the tokenizer of another model") from error
 
     def _render(self, messages: Sequence[Message], head: Head | None, *, first: bool = False) -> str:
@@ -250,7 +259,7 @@ class Chat:
         return text.removesuffix(self._unclosed) if head == "label" else text
 
     def _tokenized(self, messages: Sequence[Message], head: Head | None) -> list[int]:
-        """The ids that the tokenizer itself gives a conversation as a whole."""
+        """The ids that the tokenizer gives for the whole conversation."""
         if head == "label" and self._unclosed:
             return self._contents.whole(self._render(messages, head))
         return self._apply(messages, head, tokenize=True)
@@ -268,7 +277,7 @@ class Chat:
         return Structure(tuple(texts), tuple(tuple(self._contents.whole(text)) for text in texts))
 
     def _build(self, messages: Sequence[Message], head: Head | None) -> tuple[list[int], list[slice], list[str]]:
-        """The ids of a conversation, the span of each content in them, and the contents as they are shown."""
+        """The ids of a conversation, the span of each content in them, and the contents as encoded."""
         structure = self._structure(roles_of(messages), head)
         ids: list[int] = []
         spans = []
@@ -287,7 +296,7 @@ class Chat:
         return ids, spans, shown
 
     def _as_rendered(self, structure: Structure, contents: list[str], rendered: str) -> list[str]:
-        """The contents as the template shows them: as they are or, where it trims, trimmed."""
+        """The contents as the template shows them: unchanged, or stripped if the template strips them."""
         if rendered == _interleave(structure.texts, contents):
             return contents
         shown, place = [], len(structure.texts[0])
@@ -310,13 +319,13 @@ class Chat:
             self.tokenizer.convert_ids_to_tokens(ids[max(0, place - 3) : place + 4]) for ids in (ours, theirs)
         )
         raise self.error(
-            f"rewrites a plain turn's text, or merges it with what stands beside it, at token {place}: turn by turn "
-            f"{ours_near}, as a whole {theirs_near}; change the evaluate or rate turn if it is theirs, or use another "
-            "chat template"
+            f"rewrites a plain turn's text, or merges it with the text next to it, at token {place}: tokenized turn "
+            f"by turn it is {ours_near}, in one piece {theirs_near}; change the evaluate or rate turn if the text is "
+            "from there, or use another chat template"
         )
 
     def _label_ids(self, labels: tuple[str, str], messages: Sequence[Message]) -> tuple[int, int]:
-        """The one id of each label where it is read: after the label's head of a conversation."""
+        """The id of each label at the position where it is read: after the label head of a conversation."""
         first, second = (self._label_id(label, messages) for label in labels)
         if first == second:
             raise LabelError(self._said(f"gives both labels {labels} the id {first}; choose other labels"))
@@ -330,8 +339,8 @@ class Chat:
             by_itself, read = map(self.tokenizer.convert_ids_to_tokens, (alone, after[len(before) - 1 :]))
             raise LabelError(
                 self._said(
-                    f"does not leave the label {label!r} one token: by itself it is {by_itself}, with the end of the "
-                    f"generation head {read}; choose other labels"
+                    f"does not keep the label {label!r} one token: alone it is {by_itself}, after the end of the "
+                    f"generation head it is {read}; choose other labels"
                 )
             )
         if alone[0] == self.tokenizer.unk_token_id:

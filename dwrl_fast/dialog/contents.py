@@ -1,4 +1,4 @@
-"""Text that people and models wrote, as ids: control tokens cannot arise from it."""
+"""Encodes text from people and models so that it cannot produce control tokens."""
 
 import functools
 import json
@@ -11,15 +11,16 @@ from dwrl_fast.errors import TemplateError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-HIDDEN = secrets.token_hex(16)  # stands before a control token's name where text is encoded: no text can spell it
+HIDDEN = secrets.token_hex(16)  # prefix of renamed control tokens; no text can contain it
 
 
 class ContentTokenizer:
-    """A fast tokenizer's backend, twice: `whole` as it is, and, called, with every control token renamed.
+    """Two copies of a fast tokenizer's backend: `whole` uses the unchanged one; calling this object uses the one in
+    which every control token is renamed.
 
-    Every added token is a control token unless it is made of blanks or stands for the unknown word: Qwen's
-    `<tool_call>` is not "special" and yet structure. Ids of ordinary text are the same in both. Both are copies:
-    truncation or padding that is set on the tokenizer elsewhere does not reach them.
+    Every added token counts as a control token, unless it consists of white space or is the unknown token: Qwen's
+    `<tool_call>` is not marked "special" but is structure. Both copies give the same ids for ordinary text. Truncation
+    or padding that is set on the tokenizer elsewhere does not affect the copies.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -38,15 +39,15 @@ class ContentTokenizer:
         self._encode = functools.lru_cache(maxsize=512)(self._encode_content)
 
     def __call__(self, content: str) -> tuple[int, ...]:
-        """The ids of a content. The last 512 are remembered: responses share their prompt's turns."""
+        """The ids of a content. The last 512 results are cached, because responses share the turns of their prompt."""
         return self._encode(content)
 
     def offsets(self, content: str) -> list[tuple[int, int]]:
-        """Where in a content each of its ids stands, in characters."""
+        """The position of each id in a content, in characters."""
         return self._split.encode(content, add_special_tokens=False).offsets
 
     def whole(self, rendered: str) -> list[int]:
-        """The ids of rendered text, control tokens parsed, nothing added."""
+        """The ids of rendered text: control tokens are parsed, and no special tokens are added."""
         return self._whole.encode(rendered, add_special_tokens=False).ids
 
     def count_control(self, ids: Iterable[int]) -> int:
@@ -58,7 +59,7 @@ class ContentTokenizer:
         if not self.control.isdisjoint(ids):
             names = [self._whole.id_to_token(i) for i in ids if i in self.control]
             raise TemplateError(
-                f"the tokenizer makes control tokens {names} of a text that spells them; use another tokenizer"
+                f"the tokenizer encodes a text that spells {names} as control tokens; use another tokenizer"
             )
         return ids
 
@@ -74,7 +75,9 @@ def _unknown(model: dict[str, Any]) -> str | None:
 
 
 def _hide(model: dict[str, Any], control: set[str]) -> None:
-    """Control tokens can be words of the vocabulary too (word-level, SentencePiece): rename them there; ids stay."""
+    """Rename control tokens in the vocabulary, where they can also be words (word-level, SentencePiece). Ids stay the
+    same.
+    """
     vocab = model["vocab"]
     if isinstance(vocab, list):
         model["vocab"] = [[HIDDEN + piece if piece in control else piece, score] for piece, score in vocab]

@@ -1,6 +1,7 @@
 """The dialog of DWRL as token ids: [prompt, response, evaluate turn, thought, rate turn, head].
 
-Ids are the truth: a thought is appended as it was sampled, so what the sampler saw is the beginning of what is scored.
+A thought is appended as its sampled ids, never decoded and encoded again. So the sequence that the sampler saw is a
+prefix of the sequence that is scored.
 """
 
 import functools
@@ -28,8 +29,8 @@ CANONICAL_THOUGHT = "The answer is right and short."
 class Dialog(Chat):
     """Builds every sequence that is sampled from, trained on or scored, for one tokenizer, template and aspect.
 
-    Raises TemplateError, naming the tokenizer, where its chat template does not fit (see Chat): it gives other ids on
-    plain turns, shows earlier turns differently once others follow, or a label is not one token.
+    Raises TemplateError, which names the tokenizer, if its chat template does not fit (see Chat), if it gives different
+    ids on plain turns, if it shows earlier turns differently when turns follow, or if a label is not one token.
     """
 
     def __init__(
@@ -52,16 +53,16 @@ class Dialog(Chat):
         self.counts.clear()
 
     def context(self, prompt: Sequence[Message], response: str, aspect: str | None = None) -> Context:
-        """What a thought about `response` is sampled from: [prompt, response, evaluate turn, generation head]."""
+        """The context for sampling a thought about `response`: [prompt, response, evaluate turn, generation head]."""
         self._check_roles(roles_of(prompt))
         evaluate = _fill(self.template.evaluate, self.aspect if aspect is None else aspect)
         ids, spans, _ = self._build([*prompt, assistant(response), user(evaluate)], "thought")
         return Context(ids, slice(0, spans[-2].start), spans[-2], spans[-1], aspect=aspect)
 
     def sequence(self, context: Context, thought_ids: Sequence[int]) -> TokenSequence:
-        """`context`, the thought as it was sampled, the rate turn and the generation head.
+        """`context`, the sampled thought, the rate turn and the generation head.
 
-        A thought that does not end with the end-of-turn gets it appended, outside `thought`: that one is not trained.
+        If a thought does not end with the end-of-turn, it is appended outside the span `thought`, so it is not trained.
         """
         closing, rate, head = self._tail(self.aspect if context.aspect is None else context.aspect)
         if thought_ids and thought_ids[-1] == self.end_id:
@@ -72,7 +73,7 @@ class Dialog(Chat):
         return TokenSequence(ids, context.prompt, context.response, thought, slice(start, start + len(rate)))
 
     def plain(self, prompt: Sequence[Message], response: str) -> TokenSequence:
-        """[prompt, response, end-of-turn]: what a reward head scores. `thought` and `rate` are empty."""
+        """[prompt, response, end-of-turn], the input of a reward head. `thought` and `rate` are empty."""
         completion = self.completion(prompt, response)
         return replace(completion, thought=completion.rate)
 
@@ -86,8 +87,8 @@ class Dialog(Chat):
         return {"yes_id": self.yes_id, "no_id": self.no_id, "end_id": self.end_id}
 
     def _check_roles(self, roles: tuple[str, ...]) -> None:
-        """The thought and the rate turn must leave [prompt, response, evaluate turn] as the sampler saw it, and its
-        head too but for a think block.
+        """Check that the thought and the rate turn do not change [prompt, response, evaluate turn] or the head (except
+        for a think block) that the sampler saw.
         """
         context = self._structure((*roles, "assistant", "user"), "thought")
         full = self._structure((*roles, "assistant", "user", "assistant", "user"), "label")
@@ -104,7 +105,9 @@ class Dialog(Chat):
         return [*prompt, *turns]
 
     def _build_tail(self, aspect: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """What follows a thought, whatever the conversation: its turn's closing, the rate turn's text, the head."""
+        """The ids after a thought, the same for all conversations: the end of its turn, the rate turn's text, the
+        head.
+        """
         messages = self._canonical(CANONICAL[0], aspect)
         structure = self._structure(roles_of(messages), "label")
         contents = [message["content"] for message in messages]
@@ -112,7 +115,7 @@ class Dialog(Chat):
         return structure.ids[-2], self._contents(rate), structure.ids[-1]
 
     def _check_canonical(self, prompt: tuple[Message, ...]) -> None:
-        """On plain turns, our ids are those that the tokenizer gives the conversation as a whole, but for the think
+        """Check on plain turns that our ids equal the tokenizer's ids of the whole conversation, except for the think
         block that the sampler saw before the thought.
         """
         messages = self._canonical(prompt, self.aspect)

@@ -1,4 +1,4 @@
-"""Code of others, chat templates, run within bounds of time and memory."""
+"""Runs chat templates, which are third-party code, with limits on time and memory."""
 
 import resource
 import sys
@@ -8,9 +8,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-TEMPLATE = "<template>"  # the file of what jinja compiles
-STEPS = 1_000_000  # lines of a template, and calls, of one rendering: a long conversation takes some thousand
-MEMORY = 256 << 20  # bytes that it may take more than there are
+TEMPLATE = "<template>"  # the file name of code compiled by jinja
+STEPS = 1_000_000  # template lines and calls of one rendering; a long conversation takes some thousand
+MEMORY = 256 << 20  # bytes that it may allocate
 
 
 class LimitError(Exception):
@@ -19,8 +19,8 @@ class LimitError(Exception):
 
 @contextmanager
 def within_bounds() -> Iterator[None]:
-    """A context in which templates may be rendered for STEPS lines and calls, LimitError past them; and, on Linux, take
-    MEMORY of memory, MemoryError past it, in other threads too.
+    """A context for rendering templates. Raises LimitError after STEPS lines and calls. On Linux, allocations of more
+    than MEMORY bytes raise MemoryError, also in other threads.
     """
     left = STEPS
 
@@ -28,7 +28,7 @@ def within_bounds() -> Iterator[None]:
         nonlocal left
         left -= 1
         if left < 0:
-            raise LimitError(f"more than {STEPS:,} steps of it were taken")
+            raise LimitError(f"it took more than {STEPS:,} steps")
         return traced if frame.f_code.co_filename == TEMPLATE else None
 
     before, limits = sys.gettrace(), resource.getrlimit(resource.RLIMIT_AS)
@@ -44,7 +44,7 @@ def within_bounds() -> Iterator[None]:
 
 
 def _held() -> int:
-    """Bytes of address space that this process has; 0 where the system does not say."""
+    """Bytes of address space of this process; 0 if unknown."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     except OSError:

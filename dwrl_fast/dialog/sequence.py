@@ -1,14 +1,15 @@
-"""What is sampled from, and what is trained on or scored: token ids with named spans."""
+"""Token ids with named spans: contexts for sampling, and sequences for training and scoring."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What a thought is sampled from, or a label read after.
+    """The ids before a sampled thought or before a label.
 
-    `prompt` is all that precedes the response, `response` the ids of its text; where two are shown, those of the first,
-    and `second` of the other. `evaluate` spans the turn that asks; where it is the only one it shows them itself.
+    `prompt` spans everything before the response, `response` the text of the response. If two responses are shown,
+    `response` is the first and `second` the other. `evaluate` spans the turn with the question; in a single-turn prompt
+    this turn also contains the responses.
     """
 
     ids: list[int]
@@ -16,15 +17,15 @@ class Context:
     response: slice
     evaluate: slice
     second: slice | None = None
-    aspect: str | None = None  # the rate turn's; None is the dialog's own
+    aspect: str | None = None  # of the rate turn; None: the aspect of the dialog
 
 
 @dataclass(frozen=True, slots=True)
 class TokenSequence:
-    """What is trained on, or scored at the last id.
+    """A sequence to train on, or to score at its last id.
 
-    `prompt` and `response` are those of the context, `thought` spans the trained ids (with a sampled end-of-turn) and
-    `rate` the text of the rate turn.
+    `prompt` and `response` are the spans of the context, `thought` spans the trained ids (including a sampled
+    end-of-turn), and `rate` spans the text of the rate turn.
     """
 
     ids: list[int]

@@ -1,8 +1,8 @@
-"""The other ways to judge as token ids: one user turn that shows the prompt and its responses, and the answer to it.
+"""Single-turn judging as token ids: one user turn that shows the prompt and its responses, and the answer to it.
 
 The answer is a thought that ends with a verdict (kinds pairwise, pointwise, rationalizer; see verdict.py) or a label
-read at once (direct). What stands within the turn is text: a response can spell the words around it, which is counted,
-but no control token, and no place of the template.
+read at once (direct). The content of the turn is plain text. A response can imitate the words around it, which is
+counted, but it cannot produce a control token or a placeholder of the template.
 """
 
 from collections.abc import Sequence
@@ -20,10 +20,10 @@ CANONICAL: tuple[Message, ...] = (user("What is two plus three?"),)
 
 
 class SingleTurn(Chat):
-    """Builds what is sampled from, trained on or scored, for one tokenizer, template and aspect.
+    """Builds the sequences for sampling, training and scoring, for one tokenizer, template and aspect.
 
-    `counts` has, beside those of Chat, "imitated": a content has a line of the template's own. `label_ids` are those of
-    the labels, in the order of the responses, where the template has labels. TemplateError as from Chat.
+    In addition to those of Chat, `counts` has "imitated": a content contains a line of the template. `label_ids` are
+    the ids of the labels, in the order of the responses, if the template has labels. Raises TemplateError like Chat.
     """
 
     def __init__(
@@ -48,15 +48,15 @@ class SingleTurn(Chat):
 
     @property
     def takes_verdict(self) -> bool:
-        """Whether the template is given the verdict, as that of a rationalizer is."""
+        """Whether the template contains the verdict, as a rationalizer template does."""
         return "verdict" in KINDS[self.template.kind].texts["evaluate"]
 
     def context(
         self, prompt: Sequence[Message], responses: Sequence[str], aspect: str | None = None, verdict: str | None = None
     ) -> Context:
-        """The turn that shows `responses`, as many as the template's kind shows and in this order, and the head.
+        """The turn that shows `responses` (as many as the template's kind shows, in this order), and the head.
 
-        verdict: "A" or "B", for a template that gives it.
+        verdict: "A" or "B", for a template that contains it.
         """
         text, places = self._fill(prompt, responses, aspect, verdict)
         if any(not self._lines.isdisjoint(_lines(content)) for content in (*responses, transcript(prompt))):
@@ -74,7 +74,7 @@ class SingleTurn(Chat):
         return Context(ids, slice(0, spans[0].start), spans[0], turn, second, aspect)
 
     def sequence(self, context: Context, thought_ids: Sequence[int]) -> TokenSequence:
-        """`context` and the thought as it was sampled, all of it in `thought`; `rate` is empty."""
+        """`context` and the sampled thought, all of it in the span `thought`; `rate` is empty."""
         ids = [*context.ids, *thought_ids]
         return TokenSequence(
             ids, context.prompt, context.response, slice(len(context.ids), len(ids)), slice(len(ids), len(ids))
@@ -94,7 +94,7 @@ class SingleTurn(Chat):
 
 
 def transcript(prompt: Sequence[Message]) -> str:
-    """A prompt as text: one user turn as it stands, several with their roles."""
+    """A prompt as text: a single user turn unchanged, several turns with their roles."""
     if [message["role"] for message in prompt] == ["user"]:
         return prompt[0]["content"]
     return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in prompt)

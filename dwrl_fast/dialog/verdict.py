@@ -1,4 +1,4 @@
-"""Verdicts in what a model wrote. Pure functions of its text; the last one counts, and None is no verdict."""
+"""Parses verdicts in generated text. Pure functions: the last verdict in the text counts; None means no verdict."""
 
 import re
 
@@ -24,6 +24,6 @@ def write_score(number: str) -> str:
 
 
 def read_score(text: str) -> float | None:
-    """The number in `<s>7</s>`, from 0 to 10; one beyond them is no verdict."""
+    """The number in `<s>7</s>`, from 0 to 10; a number outside this range is not a verdict."""
     found = SCORE.findall(text)
     return float(found[-1]) if found and LOWEST <= float(found[-1]) <= HIGHEST else None

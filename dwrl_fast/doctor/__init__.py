@@ -1,5 +1,5 @@
-"""What is wrong with a set-up, found before a run, and the proof that sampler and trainer agree. A check is a function
-that gives a `Finding`; examination.py calls them in order, start.py a few of them at the start of every training.
+"""Checks a set-up before a run, including the agreement of sampler and trainer. A check is a function that returns a
+`Finding`. examination.py calls all checks in order; start.py calls some of them at the start of every training.
 """
 
 from dwrl_fast.doctor.examination import embedded_task, examine

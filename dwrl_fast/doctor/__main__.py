@@ -1,4 +1,4 @@
-"""`python -m dwrl_fast.doctor`: what is wrong with a set-up, before it is trained."""
+"""`python -m dwrl_fast.doctor`: finds faults in a set-up before training."""
 
 import dataclasses
 import json
@@ -19,17 +19,17 @@ from dwrl_fast.ranks import ALONE, Ranks, start
 
 
 def main(argv: list[str]) -> None:
-    """The command. UnfitError where a line of the report fails."""
+    """The command. Raises Raises UnfitError if a line of the report fails."""
     console = open_console()
     config = parse_doctor(argv)
     report = run(config, console, start(config.ddp_timeout, hsdp=config.hsdp))
     failed = report.named("fail")
     if failed:
-        raise UnfitError(f"{', '.join(failed)}: the lines above say what to do. Then run the doctor again.")
+        raise UnfitError(f"failed: {', '.join(failed)}. The lines above say what to do. Then run the doctor again.")
 
 
 def run(config: DoctorConfig, console: Console, ranks: Ranks = ALONE) -> Report:
-    """The whole report, printed line by line."""
+    """Examine the set-up and print the report line by line."""
     started, report = time.monotonic(), Report(console)
     config = dataclasses.replace(config, output_dir=None, resume_from_checkpoint=None)  # nothing is written there
     with Display(console) as display:
@@ -51,12 +51,12 @@ def run(config: DoctorConfig, console: Console, ranks: Ranks = ALONE) -> Report:
     if config.json is not None and ranks.first:
         content = {"options": config.to_dict(), "ranks": ranks.count, "seconds": seconds} | report.to_dict()
         Path(config.json).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    ranks.gather(None)  # none ends while the first still writes
+    ranks.gather(None)  # no rank ends while the first still writes
     return report
 
 
 def head(config: DoctorConfig, model: str, console: Console, ranks: Ranks) -> None:
-    """What is examined."""
+    """Print what is examined."""
     data = config.dataset_name or ", ".join(
         part.dataset_name for part in config.dataset_mixture or config.eval_dataset_name
     )

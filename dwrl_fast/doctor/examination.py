@@ -1,4 +1,4 @@
-"""All checks of one set-up, in the order in which one rests on another."""
+"""All checks of one set-up, in the order of their dependencies."""
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -30,37 +30,41 @@ from dwrl_fast.training.policy import load_judging
 from dwrl_fast.training.rollout import Rollout
 
 Result = TypeVar("Result")
-REST = "the rest of the examination"
+REST = "all other checks"
 AS_SAID = "Do what the message says; docs/doctor.md has more."
 
 
 def examine(config: DoctorConfig, report: Report, display: Display, together: Ranks) -> None:
-    """Add what is found to `report`. together: the ranks that call it."""
+    """Run all checks and add their findings to `report`. together: the ranks, which all call this."""
     where = Compute.resolve(config.dtype)
     report.add(machine.device(where, together), machine.kernels(where))
     if together.mesh is not None:
         report.add(ranks.collectives(together, where.device))
     else:
         report.leave_out(
-            "one process: start it by torchrun", "collectives", "uneven ranks", "sharded gradients", "replicas"
+            "there is one process: start it with torchrun",
+            "collectives",
+            "uneven ranks",
+            "sharded gradients",
+            "replicas",
         )
     dialog = _dialog(config, report)
     found = dialog and _attempt("rows", report, lambda: _rows(config, dialog, display))
     if not (dialog and found):
-        return report.leave_out("what fails above stands in its way", REST)
+        return report.leave_out("they need what failed above", REST)
     rows, longest = found
     report.add(tokens.texts(dialog, len(rows)))
     setup = _setup(config, dialog, where, together, longest, report)
     if setup is None:
-        return report.leave_out("what fails above stands in its way", REST)
+        return report.leave_out("they need what failed above", REST)
     _look_at_model(setup, longest, report)
     if "weights" in report.named("fail"):
-        return report.leave_out("what fails above stands in its way", REST)
+        return report.leave_out("they need what failed above", REST)
     _look_at_rows(setup, rows, report, display)
 
 
 def _attempt(name: str, report: Report, attempt: Callable[[], Result], remedy: str = AS_SAID) -> Result | None:
-    """What it gives; None where it raises a UserError, which becomes a finding."""
+    """The result of `attempt`; None if it raises a UserError, which becomes a finding."""
     try:
         return attempt()
     except UserError as error:
@@ -88,7 +92,7 @@ def _dialog(config: DoctorConfig, report: Report) -> Dialog | SingleTurn | None:
 
 
 def _rows(config: DoctorConfig, dialog: Dialog | SingleTurn, display: Display) -> tuple[list[Preference], int]:
-    """The first usable rows of all files together, and the tokens of the longest sequence."""
+    """The first usable rows of all files, and the tokens of the longest sequence."""
     method = METHODS[config.method]
     parts: Sequence[Part] = config.eval_dataset_name
     if method.trains:
@@ -101,7 +105,7 @@ def _rows(config: DoctorConfig, dialog: Dialog | SingleTurn, display: Display) -
 def _setup(
     config: DoctorConfig, dialog: Dialog | SingleTurn, where: Compute, together: Ranks, longest: int, report: Report
 ) -> Setup | None:
-    """The model, loaded and tried on a few tokens as training does it."""
+    """The model, loaded and tried on a few tokens as in training."""
 
     def load() -> Setup:
         method = METHODS[config.method](config, dialog)
@@ -137,7 +141,14 @@ def _look_at_rows(setup: Setup, rows: Sequence[Preference], report: Report, disp
     else:
         groups = method.groups(rows, seed)
     if not groups:
-        report.add(Finding("rows", "fail", "none of the rows that were read is asked about: all tie", "Raise --limit."))
+        report.add(
+            Finding(
+                "rows",
+                "fail",
+                "the method uses none of the rows that were read: the responses of each row tie",
+                "Raise --limit.",
+            )
+        )
         return
     computed = compute(setup, groups)
     if method.thinks:
@@ -156,7 +167,7 @@ def _look_at_rows(setup: Setup, rows: Sequence[Preference], report: Report, disp
     report.add(*layouts.one_and_many(setup, contexts, groups, computed, seed))
     layout = layouts.tree_and_padded(setup, groups)
     if layout is None:
-        report.leave_out("this model runs in no other than --packing padded", "layouts")
+        report.leave_out("this model runs only with --packing padded", "layouts")
     else:
         report.add(layout)
     if setup.samples_itself and method.trains:
@@ -169,7 +180,7 @@ def _look_at_rows(setup: Setup, rows: Sequence[Preference], report: Report, disp
 
 
 def sampled(setup: Setup, requests: Sequence[Request], seed: int, display: Display) -> list[Group]:
-    """Thoughts about all of `requests`, as many and as long as in training; with their scores where the sampler gives
+    """Groups with thoughts for all `requests`, as many and as long as in training, and with scores if the sampler gives
     them.
     """
     assert setup.sampler is not None
@@ -190,13 +201,13 @@ def sampled(setup: Setup, requests: Sequence[Request], seed: int, display: Displ
 
 @contextmanager
 def embedded_task(config: DoctorConfig, display: Display, together: Ranks) -> Iterator[tuple[embedded.Embedded, str]]:
-    """The embedded task that the last run in runs/ left, or one made here and taken away again; and which it is."""
+    """The embedded task of the last run in runs/, or a temporary one; and a text that says which."""
     with ExitStack() as stack:
         made, which = together.from_first(lambda: _found_or_made(config, display, stack))
         try:
             yield made, which
         finally:
-            together.gather(None)  # none reads it any more
+            together.gather(None)  # no rank reads it any more
 
 
 def _found_or_made(config: DoctorConfig, display: Display, stack: ExitStack) -> tuple[embedded.Embedded, str]:
@@ -214,4 +225,4 @@ def _found_or_made(config: DoctorConfig, display: Display, stack: ExitStack) -> 
 
     with ExitStack() as bars:
         made = embedded.prepare(folder, config.seed, easy_fraction=config.easy_fraction, progress=progress)
-    return made, f"warmed up in {made.seconds:.0f} s, for no run in runs/ left one"
+    return made, f"warmed up in {made.seconds:.0f} s, because no run in runs/ left one"

@@ -1,4 +1,4 @@
-"""What a check found, and the report that findings make."""
+"""The findings of checks, and the report of all findings."""
 
 import dataclasses
 from collections import Counter
@@ -12,12 +12,12 @@ from dwrl_fast.data.jsonl import finite
 
 Status = Literal["pass", "warn", "fail"]
 STYLES: dict[Status, str] = {"pass": "green", "warn": "yellow", "fail": "bold red"}
-WIDTH = 21  # of the longest name, and two blanks
+WIDTH = 21  # the longest name plus two spaces
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """seen: what was found, in words with its figures. remedy: what to do about it; empty where it passes."""
+    """seen: what was found, in words with figures. remedy: what to do; empty if the check passes."""
 
     name: str
     status: Status
@@ -27,12 +27,12 @@ class Finding:
 
 
 def status_of(value: float, warn: float, fail: float = float("inf")) -> Status:
-    """By a value that should be small; NaN fails."""
+    """The status of a value that should be small; NaN fails."""
     return "pass" if value <= warn else "warn" if value <= fail else "fail"
 
 
 class Report:
-    """The findings, each printed when it comes, and what was left out, by the reason."""
+    """The findings, each printed when it is added, and the checks that were left out, by reason."""
 
     def __init__(self, console: Console):
         self.console = console
@@ -40,7 +40,7 @@ class Report:
         self.left_out: dict[str, list[str]] = {}
 
     def add(self, *findings: Finding) -> None:
-        """Take up and print."""
+        """Add and print findings."""
         for found in findings:
             self.findings.append(found)
             line = Text(f"{found.status}  ", STYLES[found.status]) + Text(f"{found.name:<{WIDTH}}", "bold")
@@ -49,7 +49,7 @@ class Report:
                 self.console.print(Text(" " * 6 + "-> " + found.remedy), soft_wrap=True)
 
     def leave_out(self, reason: str, *names: str) -> None:
-        """Say, in one line, which checks do not apply."""
+        """Print in one line which checks do not apply."""
         self.left_out.setdefault(reason, []).extend(names)
         self.console.print(Text(f"left out: {', '.join(names)} ({reason})", "dim"), soft_wrap=True)
 
@@ -59,11 +59,11 @@ class Report:
 
     @property
     def summary(self) -> str:
-        """How many of each status."""
+        """The number of findings of each status."""
         counts = Counter(found.status for found in self.findings)
         return ", ".join(f"{counts[status]} {status}" for status in STYLES)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; NaN as null."""
+        """As JSON; NaN becomes null."""
         found = {"findings": [dataclasses.asdict(each) for each in self.findings], "left_out": self.left_out}
         return finite(found)

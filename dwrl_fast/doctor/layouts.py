@@ -1,4 +1,4 @@
-"""What must not depend on what is computed beside it, or on how it is laid out."""
+"""Checks that results do not depend on the rest of the batch or on the layout."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -10,14 +10,16 @@ from dwrl_fast.doctor.finding import Finding, status_of
 from dwrl_fast.doctor.setup import NATS_FAIL, NATS_WARN, Computed, Setup, compute, difference
 from dwrl_fast.encode import Group
 
-TOKENS = 32  # of thoughts that are sampled again: a thought's beginning does not depend on its limit
-FEW = 2  # groups, and thoughts about a response, that are computed again
+TOKENS = 32  # length of thoughts that are sampled again; the beginning of a thought does not depend on the limit
+FEW = 2  # groups, and thoughts per response, that are computed again
 
 
 def one_and_many(
     setup: Setup, contexts: Sequence[Sequence[int]], groups: Sequence[Group], computed: Sequence[Computed], seed: int
 ) -> Iterator[Finding]:
-    """Thoughts sampled alone against those sampled in a batch; groups computed alone against all together."""
+    """Compare thoughts sampled alone with those sampled in a batch, and groups computed alone with all computed
+    together.
+    """
     alone = [compute(setup, [group])[0] for group in groups[:FEW]]
     yield _finding(
         "a group alone",
@@ -56,17 +58,17 @@ def _sampled_alone(setup: Setup, contexts: Sequence[Sequence[int]], groups: Sequ
     return Finding(
         "a thought alone",
         status,
-        f"{compared} tokens of thoughts sampled alone are those sampled in a batch, their log-probs within "
-        f"{max(apart):.2g} nats{f'; {rounded} of 2 thoughts go on otherwise' if rounded else ''}",
-        "A thought must follow its own seed alone. An engine whose rounding depends on the batch warns here now and "
-        "then, and its runs cannot be repeated to the bit; --dtype fp32 makes it rarer. Where it fails, the engine has "
-        "to give each request a seed of its own (sampling.request_key).",
+        f"{compared} tokens of thoughts sampled alone equal those sampled in a batch, with log-probs within "
+        f"{max(apart):.2g} nats{f'; {rounded} of 2 thoughts differ after that' if rounded else ''}",
+        "A thought must depend on its own seed alone. If the engine's rounding depends on the batch, this check "
+        "warns now and then and runs cannot be repeated bit for bit; --dtype fp32 makes this rarer. If the check "
+        "fails, the engine must give each request its own seed (sampling.request_key).",
         {"tokens": compared, "most": max(apart), "differ": rounded},
     )
 
 
 def tree_and_padded(setup: Setup, groups: Sequence[Group]) -> Finding | None:
-    """The run's layout against one that shares nothing; None where the model can run only one."""
+    """Compare the run's layout with one that shares nothing; None if the model can run only one."""
     own: Packing = setup.config.packing
     other: Packing = "padded" if own != "padded" else "tree"
     if own == "padded" and not setup.runtime.model.shares_cache:
@@ -82,7 +84,7 @@ def tree_and_padded(setup: Setup, groups: Sequence[Group]) -> Finding | None:
 
 
 def shortened(group: Group) -> Group:
-    """The group with the first thoughts about each response."""
+    """The group with only the first thoughts about each response."""
     return dataclasses.replace(
         group,
         sequences=[some[:FEW] for some in group.sequences],
@@ -93,9 +95,9 @@ def shortened(group: Group) -> Group:
 def _finding(name: str, what: str, apart: dict[str, float], remedy: str) -> Finding:
     means = [value for key, value in apart.items() if key.endswith("mean")]
     parts = [
-        f"{said} differ by {apart[key + ' mean']:.2g} nats in the mean, {apart[key + ' most']:.2g} at most"
+        f"{said} differ by {apart[key + ' mean']:.2g} nats on average, {apart[key + ' most']:.2g} at most"
         for key, said in (("scores", "scores"), ("logprobs", "log-probs"))
         if key + " mean" in apart
     ]
-    worst = torch.tensor(means).max().item()  # NaN where one is
+    worst = torch.tensor(means).max().item()  # NaN if any of them is NaN
     return Finding(name, status_of(worst, NATS_WARN, NATS_FAIL), f"{what}: {'; '.join(parts)}", remedy, apart)

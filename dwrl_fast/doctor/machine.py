@@ -1,4 +1,4 @@
-"""Where the set-up computes: the device, the backends of the operators, the memory."""
+"""Checks of the machine: device, operator backends, memory."""
 
 import logging
 import os
@@ -23,7 +23,7 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def device(compute: Compute, ranks: Ranks) -> Finding:
-    """Its name, and whether it is made for the run's dtype."""
+    """The device, and whether it supports the run's dtype in hardware."""
     kind = str(compute.dtype).removeprefix("torch.")
     if compute.device.type == "cuda":
         gpus = torch.cuda.device_count()
@@ -47,10 +47,10 @@ def device(compute: Compute, ranks: Ranks) -> Finding:
 
 
 def kernels(compute: Compute) -> Finding:
-    """Which backend computes each operator."""
+    """The backend of each operator."""
     x = torch.empty(0, device=compute.device, dtype=compute.dtype)
     level = logger.level
-    logger.setLevel(logging.ERROR)  # each choice would be logged, and stands in the finding
+    logger.setLevel(logging.ERROR)  # the finding contains each choice, so it need not be logged
     try:
         found = {name: choose_backend("auto", name, x) for name in OPERATORS}
     finally:
@@ -67,8 +67,8 @@ def kernels(compute: Compute) -> Finding:
 
 
 def memory(runtime: Runtime, method: Method, config: TrainConfig, longest: int) -> Finding:
-    """What the run takes on this rank's device, by arithmetic, against what is there. longest: tokens of the longest
-    sequence before its thought. Activations, which the token budget bounds, are not estimated.
+    """Compare the computed memory need of the run on this rank's device with the available memory. longest: tokens of
+    the longest sequence before its thought. Activations are not estimated; the token budget bounds them.
     """
     parts = {name: size / GIB for name, size in needed(runtime, method, config, longest).items() if size}
     need = sum(parts.values())
@@ -77,7 +77,7 @@ def memory(runtime: Runtime, method: Method, config: TrainConfig, longest: int) 
     beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if runtime.compute.device.type == "cpu" else 1
     each = ", ".join(f"{name} {size:.3g}" for name, size in parts.items())
     said = (
-        f"{need:.3g} GiB by arithmetic ({each}) and activations on top{f', times {beside} ranks' * (beside > 1)}; "
+        f"{need:.3g} GiB by arithmetic ({each}), plus activations{f', times {beside} ranks' * (beside > 1)}; "
         f"{free:.3g} of {total:.3g} GiB are free, with the weights loaded"
     )
     figures = {f"{name} GiB": size for name, size in parts.items()} | {"free GiB": free, "total GiB": total}
@@ -85,13 +85,13 @@ def memory(runtime: Runtime, method: Method, config: TrainConfig, longest: int) 
         "Lower --generation_cache_gib, --generation_batch_size and --token_budget, add --gradient_checkpointing, train "
         "adapters (--use_peft), or take more GPUs."
     )
-    if (need - parts.get("keys and values", 0.0)) * beside > total:  # those are the most that they may be
+    if (need - parts.get("keys and values", 0.0)) * beside > total:  # keys and values are an upper bound
         return Finding("memory", "fail", said, remedy, figures)
     return Finding("memory", "warn" if coming * beside > free else "pass", said, remedy, figures)
 
 
 def needed(runtime: Runtime, method: Method, config: TrainConfig, longest: int) -> dict[str, float]:
-    """Bytes on this rank's device, by what they hold."""
+    """Bytes needed on this rank's device, by kind."""
     parameters = list(runtime.model.parameters())
     sharded = runtime.sharded
     share = runtime.ranks.parts
@@ -109,7 +109,7 @@ def needed(runtime: Runtime, method: Method, config: TrainConfig, longest: int) 
 
 
 def _cached(runtime: Runtime, config: TrainConfig, longest: int) -> float:
-    """Of all thoughts that are written at once, each over a prefix of its own: the most that it may be."""
+    """Bytes of keys and values of all thoughts sampled at the same time, if no prefix is shared: an upper bound."""
     if runtime.sampler is None:
         return 0.0
     lm: Any = runtime.model.lm.config.get_text_config()
@@ -121,7 +121,7 @@ def _cached(runtime: Runtime, config: TrainConfig, longest: int) -> float:
 
 
 def available(device: torch.device) -> tuple[float, float]:
-    """GiB that are free and GiB in all, of the GPU, or of what this machine or its container lets a process have."""
+    """Free and total GiB of the GPU, or of the memory that the machine or its container allows for a process."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return free / GIB, total / GIB
@@ -133,8 +133,8 @@ def available(device: torch.device) -> tuple[float, float]:
         limit, used = ((CGROUP / name).read_text(encoding="utf-8").strip() for name in ("memory.max", "memory.current"))
         if limit != "max":
             held = dict(line.split() for line in (CGROUP / "memory.stat").read_text(encoding="utf-8").splitlines())
-            given_up = int(held["inactive_file"])  # pages of files, which make room when asked
+            given_up = int(held["inactive_file"])  # cached file pages, which the kernel can free
             total, free = min(total, int(limit)), min(free, int(limit) - int(used) + given_up)
-    except (OSError, StopIteration, KeyError):  # another system, or no container
+    except (OSError, StopIteration, KeyError):  # not Linux, or not in a container
         pass
     return free / GIB, total / GIB

@@ -1,4 +1,6 @@
-"""The options of `dwrl_fast.doctor`: those of training, for a set-up is examined as it would be trained."""
+"""The options of `dwrl_fast.doctor`: those of training, because a set-up is examined as it would be trained, and some
+of its own.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ from dwrl_fast.errors import ConfigError
 from dwrl_fast.methods import METHODS
 from dwrl_fast.options import at_least, option, parse
 
-ROWS = Path(__file__).with_name("rows.jsonl")  # pairs of general questions
+ROWS = Path(__file__).with_name("rows.jsonl")  # pairs about general questions
 doctor_option = partial(option, group="Doctor")
 
 
@@ -57,7 +59,7 @@ torchrun --nproc-per-node 8 -m dwrl_fast.doctor --config mine.yaml
     )
 
     def validate(self) -> None:
-        """Raises ConfigError as training does, and where a file exists that is to be written."""
+        """Raises ConfigError like training, and if an output file exists."""
         super().validate()
         for name in ("json", "profile"):
             path = getattr(self, name)
@@ -66,7 +68,9 @@ torchrun --nproc-per-node 8 -m dwrl_fast.doctor --config mine.yaml
 
 
 def parse_doctor(argv: Sequence[str]) -> DoctorConfig:
-    """The options of a command line. A model without data gets ROWS, none at all those of the embedded task."""
+    """The options of a command line. A model without data is examined on ROWS. Without a model the embedded task is
+    examined.
+    """
     return parse(DoctorConfig, argv, base=_base)
 
 

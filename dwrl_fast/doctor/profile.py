@@ -1,4 +1,4 @@
-"""What this machine's device does in a second, measured: the profile that `dwrl_fast.plan` predicts times from."""
+"""Measures the speed of this machine's device: the profile from which `dwrl_fast.plan` predicts times."""
 
 import statistics
 import time
@@ -20,17 +20,17 @@ from dwrl_fast.plan.allocations import Allocations
 from dwrl_fast.ranks import Ranks
 
 REPEATS, SUMS = 5, 4
-COLD, FEW = 12, 64  # weights in turn, for products with so few rows
+COLD, FEW = 12, 64  # number of weights used in turn, for products with at most this many rows
 SMALLEST = {"cpu": (8, 32, 64, 128, 256, 512, 1024, 2048), "cuda": (64, 256, 1024, 4096, 8192)}
 WIDE = {"cpu": 2048, "cuda": 8192}
-NUMBERS = {"cpu": 1 << 24, "cuda": 1 << 28}  # of what is read and written: more than caches hold
-TOKENS, HEADS, CHANNELS = 1024, 8, 64  # of the attention
+NUMBERS = {"cpu": 1 << 24, "cuda": 1 << 28}  # numbers read and written: more than fit into the caches
+TOKENS, HEADS, CHANNELS = 1024, 8, 64  # shape of the attention
 TINY = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 4, "vocab_size": 16}
 
 
 def measured(compute: Compute, ranks: Ranks, clock: Callable[[], float] = time.perf_counter) -> Profile:
-    """The device of this process, all ranks together; some seconds of `clock`. Links are measured where there are
-    several ranks: within one machine, or over whatever lies between them.
+    """Measure the device of this process in a few seconds of `clock`; all ranks call this together. With several ranks
+    the links are measured too: within one machine, or across machines.
     """
     timer = Timer(compute, clock)
     device = compute.device.type
@@ -60,7 +60,7 @@ def measured(compute: Compute, ranks: Ranks, clock: Callable[[], float] = time.p
 
 
 def told(found: Profile, path: str) -> Finding:
-    """The profile as a line of the report."""
+    """The profile as a finding."""
     fastest = max(found.products.values())
     figures = {"products": fastest, "attention": found.attention, "memory": found.memory, "operator": found.operator}
     said = (
@@ -71,13 +71,13 @@ def told(found: Profile, path: str) -> Finding:
 
 
 class Timer:
-    """Measures runs by `clock`, which a machine with other work wants to be the process's own time."""
+    """Measures runs with `clock`. On a machine with other work, use the process's own time."""
 
     def __init__(self, compute: Compute, clock: Callable[[], float]):
         self.compute, self.clock = compute, clock
 
     def __call__(self, run: Callable[[], object]) -> float:
-        """The median of some runs, after one."""
+        """The median of several runs, after one warm-up run."""
         found = []
         for _ in range(REPEATS + 1):
             started = self.clock()
@@ -93,8 +93,8 @@ class Timer:
 
 
 def _products(timer: Timer, smallest: int) -> float:
-    """FLOPs a second, the mean time of the three products with this as one of their dimensions. A product with few rows
-    reads weights that are in no cache, as those of a model are.
+    """FLOPs per second from the mean time of three products that have `smallest` as one of their dimensions. Products
+    with few rows use weights that are not in a cache, like those of a model.
     """
     wide = WIDE[timer.compute.device.type]
     taken, flops = 0.0, 0
@@ -112,7 +112,9 @@ def _each(x: Tensor, weights: Sequence[Tensor]) -> None:
 
 
 def _memory(timer: Timer) -> float:
-    """Bytes a second of a sum in place: new memory of that size would be given page by page."""
+    """Bytes per second of an in-place addition. In place, because new memory of that size would first have to be mapped
+    page by page.
+    """
     one, other = (timer.drawn(NUMBERS[timer.compute.device.type]) for _ in "ab")
     return 3 * one.nbytes * SUMS / timer(partial(_sums, one, other))
 
@@ -123,7 +125,7 @@ def _sums(one: Tensor, other: Tensor) -> None:
 
 
 def _attention(timer: Timer) -> float:
-    """FLOPs a second of one causal sequence, forward and backward."""
+    """FLOPs per second of causal attention over one sequence, forward and backward."""
     plan = TreePlan(torch.tensor([0]), torch.tensor([TOKENS]), torch.tensor([-1]))
     q, k, v = (timer.drawn(TOKENS, HEADS, CHANNELS).requires_grad_() for _ in "qkv")
     pairs = TOKENS * (TOKENS + 1) // 2
@@ -131,7 +133,7 @@ def _attention(timer: Timer) -> float:
 
 
 def _operator(timer: Timer) -> float:
-    """Seconds that an operator of a model takes that has next to nothing to compute, forward and backward."""
+    """Seconds of an operator call on almost no data, forward and backward: its overhead."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     with torch.random.fork_rng(devices=[]):

@@ -1,4 +1,4 @@
-"""Several processes: what they tell each other, what each computes of the whole, and what they hold."""
+"""Checks of several processes: communication, shared computation, and memory."""
 
 import math
 import resource
@@ -20,19 +20,19 @@ from dwrl_fast.ranks import Ranks
 from dwrl_fast.scoring import Runtime
 
 SIZE = 2**22  # numbers in the timed sum: 16 MiB
-# Gradients may differ by rounding: of their size, by the dtype of the pass.
+# Gradients may differ by rounding: the relative bound, by the dtype of the pass.
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.1}
-# Newer versions of PyTorch have other names for them, and warn of these.
+# Newer versions of PyTorch have new names for these functions and warn about the old ones.
 ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 NETWORK = (
-    "Look at the network and at the libraries between the processes (NCCL_DEBUG=INFO, NCCL_SOCKET_IFNAME, "
-    "GLOO_SOCKET_IFNAME), and run the doctor on one machine first."
+    "Check the network and the communication libraries (NCCL_DEBUG=INFO, NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME), "
+    "and run the doctor on one machine first."
 )
 
 
 def collectives(ranks: Ranks, device: torch.device) -> Finding:
-    """What training uses, each with a known answer, and how fast a sum is."""
+    """Run the collectives of training on inputs with known results, and time a sum."""
     own, count = ranks.rank, ranks.count
     wrong = []
     if ranks.gather(own) != list(range(count)):
@@ -57,14 +57,14 @@ def collectives(ranks: Ranks, device: torch.device) -> Finding:
     said = f"{count} ranks over {backend}; a sum of {4 * SIZE / 2**20:.0f} MiB takes {1000 * seconds:.3g} ms"
     figures = {"ranks": count, "seconds": seconds}
     if found:
-        return Finding("collectives", "fail", f"{said}; wrong answers of: {', '.join(found)}", NETWORK, figures)
+        return Finding("collectives", "fail", f"{said}; wrong results from: {', '.join(found)}", NETWORK, figures)
     return Finding(
-        "collectives", "pass", f"{said}; gather, broadcast, sum and scatter give what they must", figures=figures
+        "collectives", "pass", f"{said}; gather, broadcast, sum and scatter give the right results", figures=figures
     )
 
 
 def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
-    """Of the second call, the first one sets up connections."""
+    """The seconds of the second call; the first call sets up connections."""
     for _ in range(2):
         started = time.perf_counter()
         run()
@@ -74,7 +74,7 @@ def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def uneven(setup: Setup, groups: Sequence[Group], computed: Sequence[Computed]) -> Finding:
-    """One group, which leaves all ranks but one without any, and an odd number of them, against all together."""
+    """Compare one group (all ranks but one have none) and an odd number of groups with all groups computed together."""
     ranks = setup.runtime.ranks
     one = compute(setup, groups[:1])
     odd = groups[: max(1, len(groups) - 1 + len(groups) % 2)]
@@ -83,16 +83,16 @@ def uneven(setup: Setup, groups: Sequence[Group], computed: Sequence[Computed]) 
     return Finding(
         "uneven ranks",
         status_of(worst, 0.02, 0.1),
-        f"1 group, which leaves all ranks but one without any, and {len(odd)} groups: within {worst:.2g} nats of "
-        "all together, on every rank",
+        f"1 group (all ranks but one have none) and {len(odd)} groups: on every rank within {worst:.2g} nats of all "
+        "groups computed together",
         "This is a fault of the package or of the backend: please report it with this line.",
         {"mean": worst},
     )
 
 
 def gradients(runtime: Runtime) -> Finding:
-    """The gradient of a loss on two tokens, which one rank computes beside idle ones, against that of the whole model
-    on the first rank's processor. All ranks call it together.
+    """Compare the sharded gradient of a loss on two tokens, which one rank computes while the others are idle, with
+    that of the whole model on the first rank's CPU. All ranks call this together.
     """
     ranks, sharded, layout = runtime.ranks, runtime.sharded, runtime.layout
     assert sharded is not None
@@ -124,7 +124,7 @@ def gradients(runtime: Runtime) -> Finding:
     worst = ranks.from_first(lambda: torch.tensor([*relative.values(), *[math.nan] * (not relative)]).max().item())
     most = ROUNDING[runtime.compute.dtype]
     wrong = ranks.from_first(lambda: [name for name, each in relative.items() if not each <= most])
-    seen = f"on two tokens they differ by {worst:.1g} of their size at most from those of the whole model"
+    seen = f"on two tokens the gradients differ from those of the whole model by at most {worst:.1g} of their size"
     if wrong or not worst <= most:
         return Finding(
             "sharded gradients",
@@ -145,7 +145,9 @@ def _loss(model: Any, batch: Any) -> Tensor:
 
 
 def synced(runtime: Runtime) -> Iterator[Finding]:
-    """The replica of every rank against the gathered weights, after one of them has changed. All call it together."""
+    """Compare the replica of every rank with the gathered weights after a change of one weight. All ranks call this
+    together.
+    """
     ranks, sharded = runtime.ranks, runtime.sharded
     if sharded is None or sharded.replica is None:
         return
@@ -159,7 +161,8 @@ def synced(runtime: Runtime) -> Iterator[Finding]:
         yield Finding(
             "replicas",
             "fail",
-            f"after a change of {name} some ranks would sample from other weights than are trained: {listed(wrong)}",
+            f"after a change of {name} some ranks would sample from weights that are not the trained ones: "
+            f"{listed(wrong)}",
             "Do not train over several processes here: use one, or other versions of PyTorch and of the backend.",
         )
     else:
@@ -169,17 +172,17 @@ def synced(runtime: Runtime) -> Iterator[Finding]:
 
 
 def _stale(sharded: Any) -> set[str]:
-    """Weights of which this rank's replica holds others than are gathered, bit by bit."""
+    """The weights whose values in this rank's replica are not bit-identical to the gathered ones."""
     whole = dict(sharded.replica.named_parameters())
     return {name for name, full in sharded.gathered() if not torch.equal(whole[name].data, full.to(whole[name].dtype))}
 
 
 def peak(ranks: Ranks, device: torch.device) -> Finding:
-    """The most memory that each rank has held so far."""
+    """The peak memory of each rank so far."""
     if device.type == "cuda":
         own = torch.cuda.max_memory_allocated(device) / 2**30
     else:
         own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
     every = ranks.gather(own)
-    said = f"{', '.join(f'{each:.3g}' for each in every)} GiB by rank: the most that this examination held"
+    said = f"{', '.join(f'{each:.3g}' for each in every)} GiB by rank: the peak of this examination"
     return Finding("peak memory", "pass", said, figures={f"rank {i} GiB": each for i, each in enumerate(every)})

@@ -1,4 +1,4 @@
-"""What is examined, and what its trainer computes."""
+"""The examined set-up, and what its trainer computes."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ from dwrl_fast.methods import Method
 from dwrl_fast.sampling import Sampler
 from dwrl_fast.scoring import Judging, Runtime
 
-NATS_WARN = 0.02  # mean difference of log-probs: about what bfloat16 rounds away
-NATS_FAIL = 0.1  # half of the usual clip range, log 1.2: ratios would be clipped for what is no change of the policy
+NATS_WARN = 0.02  # mean difference of log-probs: about the rounding of bfloat16
+NATS_FAIL = 0.1  # half of the usual clip range, log 1.2: ratios would be clipped without any change of the policy
 
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """One run's method and model, placed as they would be trained. sampler: what writes the thoughts that the method is
-    trained on, or judges by; None where there are none.
+    """One run's method and model, placed as they would be trained. sampler: the sampler of the thoughts that the method
+    trains on or judges with; None if there are none.
     """
 
     config: TrainConfig
@@ -37,12 +37,12 @@ class Setup:
 
     @property
     def temperature(self) -> float:
-        """At which the sampler's log-probs are: greedy thoughts have those of temperature 1."""
+        """The temperature of the sampler's log-probs; for greedy thoughts it is 1."""
         return self.method.sampling_temperature or 1.0
 
     @property
     def samples_itself(self) -> bool:
-        """Whether the thoughts are written by the model that is examined."""
+        """Whether the examined model itself writes the thoughts."""
         return self.method.thinks and self.method.writer is None and self.sampler is not None
 
     @property
@@ -52,8 +52,8 @@ class Setup:
 
 
 class Computed(NamedTuple):
-    """What the trainer computes of one group: scores of its sequences and log-probs of its trained tokens, in nats,
-    both flat, float32 on the CPU; empty where the model gives none.
+    """The trainer's results for one group: scores of its sequences and log-probs of its trained tokens, in nats, both
+    flat, float32 on the CPU; empty if the model gives none.
     """
 
     scores: Tensor
@@ -61,7 +61,7 @@ class Computed(NamedTuple):
 
 
 def compute(setup: Setup, groups: Sequence[Group], packing: Any = None) -> list[Computed]:
-    """Of every group, in the layout of the run or in another. All ranks call it together."""
+    """The results for every group, in the layout of the run or in `packing`. All ranks call this together."""
     runtime, method, labels = setup.runtime, setup.method, setup.method.dialog.label_ids
     if packing is not None:
         runtime = dataclasses.replace(runtime, layout=dataclasses.replace(runtime.layout, packing=packing))
@@ -80,12 +80,12 @@ def compute(setup: Setup, groups: Sequence[Group], packing: Any = None) -> list[
 
 
 def said(groups: Sequence[Group]) -> Tensor:
-    """The log-probs that the sampler gave of all tokens of the thoughts, flat."""
+    """The sampler's log-probs of all tokens of the thoughts, flat."""
     return _flat([thought.logprobs for group in groups for some in group.thoughts for thought in some])
 
 
 def difference(some: Sequence[Computed], others: Sequence[Computed]) -> dict[str, float]:
-    """The mean over tokens, or sequences, and the most by which the two differ; of what both have."""
+    """The mean (over tokens or sequences) and maximum difference between the two, for the values that both have."""
     found: dict[str, float] = {}
     for name in Computed._fields:
         pairs = [(getattr(one, name), getattr(other, name)) for one, other in zip(some, others, strict=True)]

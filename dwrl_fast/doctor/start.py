@@ -1,4 +1,4 @@
-"""The short form, at the start of every training: what takes no noticeable time, and is not refused before."""
+"""The quick checks at the start of every training, as far as they are not made elsewhere."""
 
 from dwrl_fast.config import TrainConfig
 from dwrl_fast.doctor.machine import memory
@@ -13,8 +13,8 @@ ERRORS: dict[str, type[UserError]] = {"BOS": TemplateError, "weights": NotFinite
 
 
 def check_start(config: TrainConfig, method: Method, runtime: Runtime, longest: int) -> None:
-    """Log what warns, and raise what fails: TemplateError, NotFiniteError, ConfigError. Chat template, labels, layouts,
-    the processor's bfloat16 and the operators' backends have been looked at before. All ranks call it together.
+    """Log warnings, and raise failures as TemplateError, NotFiniteError or ConfigError. Chat template, labels, layouts,
+    the processor's bfloat16 and the operators' backends were checked earlier. All ranks call this together.
     """
     findings = [bos(method.dialog), padding(method.dialog, scalar=method.scalar), finite(runtime)]
     findings += [memory(runtime, method, config, longest)]

@@ -1,4 +1,4 @@
-"""What the model makes of a few rows: its thoughts, its labels, and whether they come from what is trained."""
+"""Checks of the model's output on a few rows: thoughts, labels, and whether they come from the trained distribution."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -19,18 +19,18 @@ SPREAD_WARN = 0.01  # nats
 UNREAD_FAIL = 0.95
 RATIO = 1.1
 SIGMAS_WARN, SIGMAS_FAIL = 4.0, 6.0
-TOKENS = 100  # too few to tell how they were drawn
-ROWS_AT_ONCE = 256  # of logits
+TOKENS = 100  # fewer tokens say too little about their distribution
+ROWS_AT_ONCE = 256  # rows of logits
 OTHER_ENGINE = (
-    "Make the engine sample from softmax(logits / temperature) alone and give the log-probs of that: no top-k, top-p, "
-    'min-p or penalties (vLLM: generation_config="vllm", logprobs_mode="processed_logprobs"). The samplers of this '
-    "package do so: leave the other one out. In bfloat16 a small difference is rounding: --dtype fp32 removes it, "
+    "Make the engine sample from softmax(logits / temperature) alone and give the log-probs of that: no top-k, "
+    'top-p, min-p or penalties (vLLM: generation_config="vllm", logprobs_mode="processed_logprobs"). The samplers of '
+    "this package do so: use one of them. In bfloat16 a small difference is rounding: --dtype fp32 removes it, "
     "--old_logprobs recompute makes it harmless."
 )
 
 
 def thoughts(setup: Setup, groups: Sequence[Group]) -> Finding:
-    """How long they are, and how many were cut."""
+    """The length of the thoughts, and the share that was cut."""
     found = [thought for group in groups for some in group.thoughts for thought in some]
     limit = setup.config.max_completion_length
     cut = sum(not thought.ended for thought in found) / len(found)
@@ -38,7 +38,7 @@ def thoughts(setup: Setup, groups: Sequence[Group]) -> Finding:
     return Finding(
         "thoughts",
         status_of(cut, CUT_WARN),
-        f"{len(found)} thoughts about {len(groups)} rows, {mean:.0f} tokens in the mean; {cut:.0%} cut at "
+        f"{len(found)} thoughts about {len(groups)} rows, {mean:.0f} tokens on average; {cut:.0%} cut at "
         f"--max_completion_length {limit}",
         "Raise --max_completion_length, or ask for shorter thoughts in a template of your own (--template).",
         {"truncated": cut, "tokens": mean, "thoughts": len(found)},
@@ -46,20 +46,21 @@ def thoughts(setup: Setup, groups: Sequence[Group]) -> Finding:
 
 
 def verdicts(setup: Setup, requests: Sequence[Request], groups: Sequence[Group]) -> Finding:
-    """Of verdicts in text, how many can be read."""
+    """The share of verdicts in text that cannot be read."""
     count = sum(len(group.flat) for group in groups)
     unread = setup.method.reward(requests, list(groups))[1] / count
     return Finding(
         "verdicts",
         status_of(unread, UNREAD_WARN, math.inf if setup.config.model_config else UNREAD_FAIL),
         f"{unread:.0%} of {count} cannot be read",
-        "Take an instruction-tuned model, raise --max_completion_length, or say the form more plainly (--template).",
+        "Take an instruction-tuned model, raise --max_completion_length, or describe the form more clearly in a "
+        "template (--template).",
         {"unread": unread},
     )
 
 
 def spread(groups: Sequence[Group], computed: Sequence[Computed]) -> Finding:
-    """How far scores of several thoughts about one response lie apart: what the thoughts are trained by."""
+    """The spread of the scores of thoughts about one response, which is the training signal of the thoughts."""
     found = []
     for group, one in zip(groups, computed, strict=True):
         found += [some.std() for some in one.scores.split([len(each) for each in group.sequences]) if len(some) > 1]
@@ -68,16 +69,16 @@ def spread(groups: Sequence[Group], computed: Sequence[Computed]) -> Finding:
     return Finding(
         "spread of scores",
         "pass" if mean >= SPREAD_WARN else "warn",
-        f"{mean:.3g} nats is the mean standard deviation among thoughts about one response; scores are "
-        f"{scores.mean():.3g} in the mean, {scores.std():.3g} their deviation over all",
-        "Thoughts whose scores agree teach nothing: raise --temperature or --max_completion_length, or use a template "
-        "(--template) whose thought bears on the label.",
+        f"scores of thoughts about one response have a standard deviation of {mean:.3g} nats on average; all scores "
+        f"have mean {scores.mean():.3g} and deviation {scores.std():.3g}",
+        "Thoughts whose scores agree teach nothing: raise --temperature or --max_completion_length, or use a "
+        "template (--template) in which the label depends on the thought.",
         {"spread": mean, "mean": scores.mean().item(), "deviation": scores.std().item()},
     )
 
 
 def label_mass(setup: Setup, groups: Sequence[Group]) -> Finding:
-    """p(Yes) + p(No) where the label is read, and what is likely there in their place."""
+    """p(Yes) + p(No) where the label is read, and the most likely tokens there."""
     model, dialog = setup.runtime.model, setup.method.dialog
 
     def read(batch: Batch) -> list[tuple[list[float], list[float]]]:
@@ -99,23 +100,24 @@ def label_mass(setup: Setup, groups: Sequence[Group]) -> Finding:
     return Finding(
         "label mass",
         status_of(1 - mean, 1 - MASS_WARN, math.inf if setup.config.model_config else 1 - MASS_FAIL),
-        f"{first!r} and {second!r} have {mean:.3g} of the probability where they are read; likeliest are {names}",
-        "Ask so that the model answers with a label, or take labels that it answers with (--template). A model that "
-        "was not tuned to follow instructions has to be tuned first.",
+        f"{first!r} and {second!r} together have probability {mean:.3g} where the label is read; the most likely "
+        f"tokens are {names}",
+        "Change the template so that the model answers with a label, or use labels that it does answer with "
+        "(--template). A model without instruction tuning must be tuned first.",
         {"mass": mean, "least": min(masses)},
     )
 
 
 def sampler_and_trainer(setup: Setup, groups: Sequence[Group], computed: Sequence[Computed]) -> Iterator[Finding]:
-    """The log-probs that the sampler gave against those of the forward pass that is trained; then whether the tokens
-    were drawn from that distribution.
+    """Compare the sampler's log-probs with those of the training forward pass; then check whether the tokens were drawn
+    from that distribution.
     """
     fresh = torch.cat([one.logprobs for one in computed])
     gap = (said(groups) - fresh).abs()
     mean, past = gap.mean().item(), (gap > math.log(RATIO)).float().mean().item()
     figures = {"mean": mean, "most": gap.max().item(), "past": past, "tokens": len(gap)}
     text = (
-        f"log-probs of {len(gap)} tokens differ by {mean:.2g} nats in the mean, {gap.max():.2g} at most; the ratio of "
+        f"log-probs of {len(gap)} tokens differ by {mean:.2g} nats on average, {gap.max():.2g} at most; the ratio of "
     )
     text += f"{past:.2%} is past {RATIO}"
     rated = [thought.score for group in groups for some in group.thoughts for thought in some]
@@ -130,8 +132,8 @@ def sampler_and_trainer(setup: Setup, groups: Sequence[Group], computed: Sequenc
 
 
 def _draws(setup: Setup, groups: Sequence[Group]) -> Finding:
-    """Of tokens drawn from p, log p is minus the entropy in the mean. Whatever log-probs a sampler claims, what it drew
-    from a distribution cut to its most likely tokens is likelier than that.
+    """For tokens drawn from p, the mean of log p is minus the entropy. Tokens from a distribution restricted to its
+    most likely tokens have a higher mean, whatever log-probs the sampler reports.
     """
     runtime = setup.runtime
 
@@ -139,7 +141,7 @@ def _draws(setup: Setup, groups: Sequence[Group]) -> Finding:
         head = runtime.model(batch, tokens=True)
         found = []
         for states, targets in zip(head.token.split(ROWS_AT_ONCE), batch.targets.split(ROWS_AT_ONCE), strict=True):
-            logp = logprobs_at(head.logits(states), setup.temperature).clamp_min(-1e4)  # p log p of a p of 0 is 0
+            logp = logprobs_at(head.logits(states), setup.temperature).clamp_min(-1e4)  # p log p is 0 for p = 0
             p = logp.exp()
             mean = (p * logp).sum(-1)
             drawn = logp.gather(-1, targets[:, None]).squeeze(-1)
@@ -153,8 +155,8 @@ def _draws(setup: Setup, groups: Sequence[Group]) -> Finding:
     return Finding(
         "draws",
         status_of(abs(sigmas), SIGMAS_WARN, SIGMAS_FAIL),
-        f"the tokens drawn are likelier than draws from the trainer's distribution by {surplus / tokens:.3g} nats "
-        f"each, {sigmas:.1f} standard errors",
+        f"the sampled tokens are more likely than draws from the trainer's distribution: by {surplus / tokens:.3g} "
+        f"nats each, {sigmas:.1f} standard errors",
         OTHER_ENGINE,
         {"surplus": surplus / tokens, "standard errors": sigmas},
     )

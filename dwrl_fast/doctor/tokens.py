@@ -1,5 +1,5 @@
-"""What the tokenizer and its chat template make of a conversation. `Chat` and `Dialog` refuse most of what is wrong
-when they are made; here is what they admit.
+"""Checks of the tokenizer and its chat template. `Chat` and `Dialog` already refuse most faults in their constructors;
+these checks cover what they accept.
 """
 
 from collections.abc import Iterator
@@ -13,28 +13,28 @@ OTHER_TEMPLATE = (
     "chat_template.jinja in the tokenizer's folder, or chat_template in its tokenizer_config.json."
 )
 OTHER_LABELS = (
-    'Copy dwrl_fast/templates/dialog.yaml, give it labels that are one token each, such as ["Yes", "No"], and name the '
-    "file by --template."
+    'Copy dwrl_fast/templates/dialog.yaml, give it labels that are one token each, such as ["Yes", "No"], and name '
+    "the file with --template."
 )
 CANONICAL = (user("What is two plus three?"),)
 
 
 def chat_template(dialog: Dialog | SingleTurn) -> Finding:
-    """That there is one, whose turns stay as they are when others follow: the dialog could not be made otherwise."""
-    said = f"{dialog.name}: earlier turns stay as they are when others follow; a thought ends with "
+    """Pass: a dialog can only be made from a chat template that keeps earlier turns unchanged when turns follow."""
+    said = f"{dialog.name}: earlier turns stay unchanged when turns follow; a thought ends with "
     said += _token(dialog, dialog.end_id)
     return Finding("chat template", "pass", said + (f"; {dialog.thinking_said}" if dialog.thinking_said else ""))
 
 
 def labels(dialog: Dialog | SingleTurn) -> Iterator[Finding]:
-    """One token each, where the template has any."""
+    """The labels and their ids, if the template has labels."""
     if dialog.template.labels is not None and dialog.label_ids is not None:
         pairs = zip(dialog.template.labels, dialog.label_ids, strict=True)
         yield Finding("labels", "pass", "one token each: " + ", ".join(f"{label!r} is {i}" for label, i in pairs))
 
 
 def bos(dialog: Dialog | SingleTurn) -> Finding:
-    """How often the token that begins a text stands at the beginning of a conversation."""
+    """How often the BOS token occurs at the beginning of a conversation."""
     tokenizer = dialog.tokenizer
     if tokenizer.bos_token_id is None:
         return Finding("BOS", "pass", "the tokenizer has none")
@@ -45,24 +45,24 @@ def bos(dialog: Dialog | SingleTurn) -> Finding:
         return Finding(
             "BOS",
             "fail",
-            f"{name} stands {count} times at the beginning of every conversation, and a model is trained on one",
-            "Take all but one out of the chat template: the file chat_template.jinja in the tokenizer's folder, or "
+            f"{name} occurs {count} times at the beginning of every conversation, but models are trained with one",
+            "Remove all but one from the chat template: the file chat_template.jinja in the tokenizer's folder, or "
             "chat_template in its tokenizer_config.json.",
         )
     if count == 0 and tokenizer.encode("a")[:1] == [token]:
         return Finding(
             "BOS",
             "warn",
-            f"the tokenizer puts {name} before a plain text, and the chat template puts none before a conversation",
+            f"the tokenizer puts {name} before a plain text, but the chat template puts none before a conversation",
             "Put {{ bos_token }} at the beginning of the chat template, unless the model was trained without it.",
         )
-    said = f"{name} stands once at the beginning" if count else f"conversations begin without {name}, as plain texts do"
+    said = f"{name} occurs once at the beginning" if count else f"conversations begin without {name}, as plain texts do"
     return Finding("BOS", "pass", said)
 
 
 def padding(dialog: Dialog | SingleTurn, *, scalar: bool) -> Finding:
-    """The token and the side of the tokenizer. Batches are padded and masked here by themselves, so that neither
-    changes a result; they go with the saved model to whoever pads with its tokenizer.
+    """The pad token and the padding side of the tokenizer. They do not change results here, because this package pads
+    and masks batches itself. But they are saved with the model, and other code may use them.
     """
     tokenizer = dialog.tokenizer
     given, side = tokenizer.pad_token_id, tokenizer.init_kwargs.get("padding_side")
@@ -70,31 +70,35 @@ def padding(dialog: Dialog | SingleTurn, *, scalar: bool) -> Finding:
     if given is None:
         said = f"the tokenizer has no pad token; {_token(dialog, dialog.pad_id)} is used"
     elif given != dialog.pad_id:
-        said = f"the tokenizer's pad token {_token(dialog, given)} ends turns; {_token(dialog, dialog.pad_id)} is used"
+        said = (
+            f"the tokenizer's pad token {_token(dialog, given)} also ends turns; {_token(dialog, dialog.pad_id)} is "
+            "used instead"
+        )
     else:
         said = f"pad token {_token(dialog, given)}"
-    said += f"; {tokenizer.padding_side} is the tokenizer's side" + ("" if side else " (not set)")
+    said += f"; the tokenizer's padding side is {tokenizer.padding_side}" + ("" if side else " (not set)")
     if side is None or side == wanted:
-        return Finding("padding", "pass", said + "; batches are padded and masked here whatever it says")
+        return Finding("padding", "pass", said + "; this package pads and masks batches regardless of it")
     use = "reads scores at the last token" if scalar else "generates in batches"
     return Finding(
         "padding",
         "warn",
-        f"{said}, and it is saved with the model: code that {use} with this tokenizer needs the {wanted}",
-        f'Set "padding_side": "{wanted}" in tokenizer_config.json. Training here gives the same either way.',
+        f"{said}; the tokenizer is saved with the model, and code that {use} with it needs the {wanted} side",
+        f'Set "padding_side": "{wanted}" in tokenizer_config.json. Training with this package gives the same result '
+        "either way.",
     )
 
 
 def texts(dialog: Dialog | SingleTurn, rows: int) -> Finding:
-    """What was done to the texts of `rows` rows when they were encoded (`Chat.counts`)."""
+    """The changes to the texts of `rows` rows when they were encoded (`Chat.counts`)."""
     counts = dict(dialog.counts)
     said = f"{rows} rows" + "".join(f"; {count} conversations {what}" for what, count in counts.items())
     if counts.get("rewritten"):
         return Finding(
             "texts",
             "warn",
-            said + ": the chat template changes a text, and the model reads it as the row has it",
-            "Look at a row by python -m dwrl_fast.dialog --show FILE:LINE; use another chat template if it matters.",
+            said + ": the chat template would change a text; the model reads the text as the row has it",
+            "Look at a row with python -m dwrl_fast.dialog --show FILE:LINE; use another chat template if it matters.",
         )
     return Finding("texts", "pass", said)
 

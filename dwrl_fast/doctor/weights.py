@@ -1,4 +1,6 @@
-"""The weights: whether they are numbers, what stands beside them in their folder, and whether the sampler has them."""
+"""Checks of the weights: whether they are finite, the generation config in their folder, and whether the sampler uses
+the current weights.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,11 +19,11 @@ from dwrl_fast.models.finite import listed, not_finite
 from dwrl_fast.sampling import sample_groups
 from dwrl_fast.scoring import Runtime
 
-TRIES = 4  # weights
-SCALES = (0.1, 1.0)  # of the noise, to the weight's size
-MOVED = 0.05  # nats: what a change of weights must make of the log-probs to be seen
+TRIES = 4  # weights to try
+SCALES = (0.1, 1.0)  # size of the noise relative to the weight
+MOVED = 0.05  # nats by which a change of weights must move the log-probs to be visible
 TOKENS = 16
-# What a generation config may hold that shapes samples, and the value with which it does not.
+# The fields of a generation config that change sampling, with their neutral values.
 SHAPING: dict[str, Any] = {
     "temperature": 1.0,
     "top_k": 0,
@@ -44,11 +46,11 @@ SHAPING: dict[str, Any] = {
     "forced_bos_token_id": None,
     "forced_eos_token_id": None,
 }
-OTHER_WEIGHTS = "Take a checkpoint from before, or copy the model again."
+OTHER_WEIGHTS = "Use an earlier checkpoint, or copy the model again."
 
 
 def finite(runtime: Runtime) -> Finding:
-    """NaN and infinities, by parameter. All ranks call it together."""
+    """NaN and infinities, by parameter. All ranks call this together."""
     found = sorted(set(chain(*runtime.ranks.gather(not_finite(runtime.model)))))
     if found:
         return Finding("weights", "fail", f"NaN or infinities in {listed(found)}", OTHER_WEIGHTS)
@@ -57,30 +59,30 @@ def finite(runtime: Runtime) -> Finding:
 
 
 def generation_config(lm: Any) -> Finding:
-    """What the model's folder would have an engine do to its samples."""
+    """The settings in the model's folder that would change how an engine samples."""
     config, default = lm.generation_config, type(lm.generation_config)()
     neutral = {name: (None, value, getattr(default, name, None)) for name, value in SHAPING.items()}
     found = [f"{name} {value}" for name in SHAPING if (value := getattr(config, name, None)) not in neutral[name]]
     if not found:
-        return Finding("generation_config", "pass", "nothing in it would alter samples")
+        return Finding("generation_config", "pass", "nothing in it changes sampling")
     return Finding(
         "generation_config",
         "warn",
         f"{', '.join(found)}: the samplers here ignore it, but it is saved with the model, and an engine that applies "
-        "it writes other thoughts than those that were trained",
-        "Take these lines out of generation_config.json in the model's folder, or serve the model without it (vLLM: "
+        "it samples from a distribution that was not trained",
+        "Remove these lines from generation_config.json in the model's folder, or serve the model without it (vLLM: "
         'generation_config="vllm").',
     )
 
 
 def current(setup: Setup, requests: Sequence[Request], seed: int) -> Finding:
-    """Whether thoughts come from the weights as they are after a change. One is changed, the change is told as training
-    tells it, and thoughts are sampled; the weight is put back.
+    """Check that thoughts come from the current weights. One weight is changed and the change is announced as in
+    training; then thoughts are sampled and the weight is restored.
     """
     name, gap, moved = "", 0.0, 0.0
     for (weight, part), scale in product(small_weights(setup.runtime), SCALES):
         with changed(setup.runtime, part, scale):
-            groups = _sampled(setup, requests[: setup.runtime.ranks.count], seed)  # of every rank's sampler
+            groups = _sampled(setup, requests[: setup.runtime.ranks.count], seed)  # from the sampler of every rank
             fresh = torch.cat([one.logprobs for one in compute(setup, groups)])
         before = torch.cat([one.logprobs for one in compute(setup, groups)])
         gap, moved = (fresh - said(groups)).abs().mean().item(), (fresh - before).abs().mean().item()
@@ -89,28 +91,29 @@ def current(setup: Setup, requests: Sequence[Request], seed: int) -> Finding:
             break
     figures = {"gap": gap, "moved": moved}
     if not moved >= MOVED:
-        seen = f"no change of a small weight (the last was {name}) moved log-probs by {MOVED} nats: nothing is known"
+        seen = (
+            f"no change of a small weight (the last was {name}) moved log-probs by {MOVED} nats, so the check says "
+            "nothing"
+        )
         remedy = "Compare sampler_gap_mean in metrics.jsonl of a short run with --old_logprobs recompute."
         return Finding("fresh weights", "warn", seen, remedy, figures)
-    seen = (
-        f"{name} was changed, which moved log-probs by {moved:.2g} nats, and back; the sampler's differ by {gap:.2g} "
-    )
+    seen = f"a change of {name} moved the log-probs by {moved:.2g} nats; the sampler's log-probs differ by {gap:.2g} "
     seen += "nats from those of the changed model"
     if gap > max(moved / 2, NATS_WARN):
         return Finding(
             "fresh weights",
             "fail",
-            seen + ": it samples from weights that are not those of the model",
-            "The engine has to take up the weights, and reset its prefix cache after the last of them, before each "
-            "rollout. The samplers of this package do so: leave the other one out.",
+            seen + ": the engine samples from weights that are not those of the model",
+            "Before each rollout the engine must load the new weights and then reset its prefix cache. The samplers "
+            "of this package do so: use one of them.",
             figures,
         )
     return Finding("fresh weights", "pass", seen, figures=figures)
 
 
 def small_weights(runtime: Runtime) -> list[tuple[str, Tensor]]:
-    """Trained ones, by name, that may be changed for a trial: the smallest, and of these the first, which a cache of
-    keys and values depends on too. Of a sharded one this rank's part.
+    """Trained weights that may be changed for a trial, by name: the smallest ones, first those on which cached keys and
+    values also depend. For sharded weights, the part of this rank.
     """
     trained = [(name, p) for name, p in runtime.model.named_parameters() if p.requires_grad]
     small = sorted(trained, key=lambda each: each[1].numel())
@@ -119,7 +122,9 @@ def small_weights(runtime: Runtime) -> list[tuple[str, Tensor]]:
 
 @contextmanager
 def changed(runtime: Runtime, part: Tensor, scale: float = 1.0) -> Iterator[None]:
-    """Noise added to a weight, and the runtime told of it as training tells it; the weight is put back as it was."""
+    """A context in which noise is added to a weight. The runtime is notified as in training. The weight is restored at
+    the end.
+    """
     before = part.detach().clone()
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(before.shape, generator=generator).to(before)

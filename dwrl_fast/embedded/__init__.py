@@ -1,7 +1,7 @@
 """The embedded task: a tiny model, warmed up on generated critiques, and pairs on which DWRL learns on two CPU cores.
 
-No pretrained model is needed and nothing is fetched: `prepare` draws the model, teaches it, and writes model and pairs
-into a folder in the very forms that a user's own would have.
+It needs no pretrained model and no download: `prepare` initialises the model, trains it, and writes model and pairs
+into a folder in the same formats as a user's own.
 """
 
 import json
@@ -37,13 +37,13 @@ __all__ = [
 
 Task = Literal["sums", "attributes"]
 
-RECORD = "embedded.json"  # written last: a folder that has it is whole
+RECORD = "embedded.json"  # written last: a folder with this file is complete
 THOUGHT_LIMIT = 16  # tokens; the longest well-formed thought, of the pairwise format, has 15
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Pairs in each split. Dev and test hold hard pairs only: a hidden easy pair would flatter every figure."""
+    """Pairs in each split. Dev and test hold only hard pairs, because easy pairs would raise every figure."""
 
     train: int = 5120
     dev: int = 512
@@ -52,7 +52,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Embedded:
-    """Where things are, and the state in which reinforcement learning finds the model."""
+    """The paths, and the state of the model at the start of reinforcement learning."""
 
     model: Path
     train: Path
@@ -63,17 +63,17 @@ class Embedded:
 
     @classmethod
     def read(cls, folder: Path) -> "Embedded":
-        """What `prepare` made in `folder` before."""
+        """What `prepare` has written in `folder`."""
         found = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         return cls(**found | {name: folder / Path(found[name]).name for name in ("model", "train", "dev", "test")})
 
     def model_for(self, kind: str) -> Path:
-        """The folder of the model, the same in each, whose card holds the template of this kind."""
+        """The model folder whose card has the template of this kind. The model is the same in all folders."""
         return self.model if kind == "dialog" else self.model.with_name(f"model-{kind}")
 
 
 def recipe(method: str) -> Path:
-    """The options of the default run of a method, under their command-line names (YAML)."""
+    """The YAML file with the options of a method's default run."""
     return Path(__file__).with_name(f"{method}.yaml")
 
 
@@ -93,8 +93,8 @@ def prepare(
 ) -> Embedded:
     """Write the pairs and the warmed-up model under `folder`, all drawn from `seed`.
 
-    `easy_fraction` is the share of training pairs whose rejected response is wrong on its face; the task `attributes`
-    (attributes.py) has none. `progress` is called with the stage, the steps done, the steps in all, and figures.
+    `easy_fraction` is the share of training pairs whose rejected response is obviously wrong; the task `attributes`
+    (attributes.py) has none. `progress` is called with the stage, the steps done, the total steps, and figures.
     """
     started = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)

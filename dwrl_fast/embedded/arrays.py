@@ -1,6 +1,6 @@
 """The warm-up's sequences as arrays of token ids, in the three formats that later methods start from.
 
-- dialog: the chat that DWRL samples and scores; a thought, then a verdict in a turn of its own.
+- dialog: the chat that DWRL samples and scores: a thought, then a verdict in a separate turn.
 - pointwise: a thought, then a number from 0 to 10 between `<s>` and `</s>`.
 - pairwise: a thought about two responses, then `<answer>[[A]]</answer>` or `<answer>[[B]]</answer>`.
 
@@ -12,14 +12,14 @@ import numpy as np
 from dwrl_fast.embedded.task import Array, Claims, Noise, Thoughts, draw_claims, draw_thoughts
 from dwrl_fast.embedded.tokenizer import IDS
 
-# The fixed turns of the dialog are one word each, because every token is paid for 1,024 times a step.
+# The fixed turns of the dialog are one word each, because every token is computed 1,024 times per step.
 EVALUATE, RATE = "check", "rate"
 IGNORED = -100
 FORMATS = 3
 
 
 def join(parts: list[tuple[str | Array, bool]]) -> tuple[Array, Array]:
-    """Ids [B, W] and targets [B, W] from literal words and arrays of ids, each with whether it is trained."""
+    """Ids [B, W] and targets [B, W] from literal words and arrays of ids, each with a flag whether it is trained."""
     rows = next(len(part) for part, _ in parts if not isinstance(part, str))
     blocks, trained = [], []
     for part, train in parts:
@@ -37,7 +37,7 @@ def digit_ids(numbers: Array) -> Array:
 
 
 def either(condition: Array, word: str, other: str) -> Array:
-    """[B] ids: of `word` where the condition [B] holds, else of `other`."""
+    """Ids [B]: `word` where the condition [B] holds, otherwise `other`."""
     return np.where(condition, IDS[word], IDS[other])
 
 
@@ -61,7 +61,7 @@ def dialog(claims: Claims, thoughts: Thoughts) -> tuple[Array, Array]:
 
 
 def pointwise(claims: Claims, thoughts: Thoughts, rng: np.random.Generator) -> tuple[Array, Array]:
-    """Ids and targets [B, W]; the number is 0 to 3 where the verdict is no, 7 to 10 where it is yes."""
+    """Ids and targets [B, W]; the number is 0 to 3 if the verdict is no, 7 to 10 if it is yes."""
     score = rng.integers(0, 4, len(claims.claim)) + 7 * thoughts.yes
     return join(
         [
@@ -80,7 +80,9 @@ def pointwise(claims: Claims, thoughts: Thoughts, rng: np.random.Generator) -> t
 
 
 def pairwise(first: Claims, second: Claims, noise: Noise, rng: np.random.Generator) -> tuple[Array, Array]:
-    """The thought agrees, if it does, with the first response; a tie between the verdicts is broken by a coin."""
+    """Ids and targets [B, W]. Sycophantic thoughts agree with the first response. Equal verdicts are decided at
+    random.
+    """
     thoughts = draw_thoughts(first, noise, rng)
     flip = (rng.random(len(second.claim)) < noise.flip) & ~second.easy
     second_ok = (thoughts.steps[:, -1] == second.claim) ^ flip
@@ -112,7 +114,8 @@ def warmup_arrays(
 ) -> tuple[Array, Array]:
     """Ids and targets [B, W], padded on the right, of `count` (a multiple of 3) sequences over `pool` [P, D].
 
-    Formats take turns row by row, right and wrong claims after each round: every 6 rows hold each combination once.
+    Formats alternate row by row, right and wrong claims after each round of formats: every 6 rows hold each combination
+    once.
     """
     each = count // FORMATS
     made = []
@@ -131,7 +134,9 @@ def warmup_arrays(
 
 
 def interleave(made: list[tuple[Array, Array]]) -> tuple[Array, Array]:
-    """Ids and targets of equally many rows in each format as one array each, taking turns row by row."""
+    """Ids and targets of all formats as one array each, alternating row by row. Every format has the same number of
+    rows.
+    """
     width = max(ids.shape[1] for ids, _ in made)
     shape = len(made[0][0]), len(made), width
     ids, targets = np.full(shape, IDS["<|pad|>"]), np.full(shape, IGNORED)

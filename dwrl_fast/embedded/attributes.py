@@ -1,12 +1,12 @@
-"""A second task, without serial depth: of two texts the one is better that has more `ok` and fewer `bad` in it.
+"""A second task, without serial computation: the better of two texts has more `ok` and fewer `bad`.
 
-A response is eight words, each `ok`, `bad` or a digit that means nothing; its value is the count of `ok` less that of
-`bad`, and the two of a pair differ in it. In training a tenth of the labels is wrong; dev and test have none that is. A
-linear function of the counts is all that a scalar head needs. Prompts are those of the first task, in the same splits,
-and mean nothing either.
+A response is eight words, each `ok`, `bad` or a meaningless digit. Its value is the count of `ok` minus that of `bad`;
+the two responses of a pair have different values. A tenth of the training labels is wrong; dev and test labels are all
+right. A scalar head needs only a linear function of the counts. Prompts are those of the first task, in the same
+splits, and have no meaning here.
 
-A thought says both counts and what it makes of them: for `ok 4 bad ok 1 6 ok 0` it is `3 1 ok`. The warm-up miscounts,
-and its taste is another: it goes by the `ok` alone, so that `bad` is held against a text is left to the pairs to teach.
+A thought gives both counts and its judgement: for `ok 4 bad ok 1 6 ok 0` it is `3 1 ok`. The thoughts of the warm-up
+miscount and judge by `ok` alone, so the model can learn only from the pairs that `bad` counts against a text.
 
 Shape suffixes: B rows, W words of a response.
 """
@@ -21,8 +21,8 @@ from dwrl_fast.embedded.tokenizer import IDS, WORDS
 
 LENGTH = 8
 LABEL_NOISE = 0.1
-SHARES = (0.3, 0.3)  # of words that are ok, of those that are bad
-ENOUGH = 3  # of ok, for the warm-up's approval: every other text has as many
+SHARES = (0.3, 0.3)  # of `ok` and of `bad` among the words
+ENOUGH = 3  # number of `ok` that the warm-up approves; half of the texts have as many
 
 
 def draw_texts(count: int, rng: np.random.Generator) -> Array:
@@ -33,12 +33,12 @@ def draw_texts(count: int, rng: np.random.Generator) -> Array:
 
 
 def counts(texts: Array) -> tuple[Array, Array]:
-    """How often `ok` and `bad` stand in `texts` [B, W]: two arrays [B]."""
+    """The counts of `ok` and of `bad` in `texts` [B, W]: two arrays [B]."""
     return (texts == IDS["ok"]).sum(1), (texts == IDS["bad"]).sum(1)
 
 
 def value(texts: Array) -> Array:
-    """[B]: the count of `ok` less that of `bad` in texts [B, W]."""
+    """[B]: the count of `ok` minus that of `bad` in texts [B, W]."""
     good, bad = counts(texts)
     return good - bad
 
@@ -54,7 +54,7 @@ def draw_pairs(count: int, label_noise: float, rng: np.random.Generator) -> tupl
 
 
 def write_split(path: Path, split: str, count: int, rng: np.random.Generator) -> None:
-    """`count` pairs as JSON Lines, over prompts of the split."""
+    """Write `count` pairs with prompts of the split as JSON Lines."""
     pool = prompts(split)
     asked = pool[rng.integers(0, len(pool), count)]
     noise = LABEL_NOISE if split == "train" else 0.0
@@ -68,7 +68,7 @@ def _text(ids: Array) -> str:
 
 
 def _said(texts: Array, noise: Noise, rng: np.random.Generator) -> Array:
-    """Counts of `ok` and of `bad` as a thought says them, [B, 2]."""
+    """Counts of `ok` and of `bad` as a noisy thought gives them, [B, 2]."""
     said = np.stack(counts(texts), 1)
     slip = rng.random(said.shape) < noise.step_error
     return np.where(slip, np.clip(said + rng.choice([-1, 1], said.shape), 0, LENGTH), said)
@@ -77,8 +77,8 @@ def _said(texts: Array, noise: Noise, rng: np.random.Generator) -> Array:
 def attribute_arrays(
     pool: Array, count: int, easy_fraction: float, noise: Noise, rng: np.random.Generator
 ) -> tuple[Array, Array]:
-    """Ids and targets [B, W], padded on the right, of `count` (a multiple of 3) sequences in the three formats, as
-    `arrays.warmup_arrays` gives those of the first task; nothing here is easy.
+    """Ids and targets [B, W], padded on the right, of `count` (a multiple of 3) sequences in the three formats, like
+    `arrays.warmup_arrays` for the first task. This task has no easy pairs.
     """
     each = count // 3
     digits = digit_ids(pool[rng.integers(0, len(pool), (3, each))])

@@ -16,11 +16,11 @@ Config = TypeVar("Config", bound=TrainConfig)
 
 
 def embedded_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of the embedded task under the method that was given; none where data are named."""
+    """The options of the embedded task for the given method; empty if data are given."""
     if given.get("dataset_name") is not None or given.get("dataset_mixture"):
         return {}
     method = METHODS[given.get("method", TrainConfig.method)]
-    if not method.trains:  # it has no part in the embedded task
+    if not method.trains:  # the embedded task cannot use it
         return {}
     path = embedded.recipe(method.embedded_recipe(dict(given)))
     if not path.exists():
@@ -29,13 +29,13 @@ def embedded_options(given: Mapping[str, Any]) -> dict[str, Any]:
             "(--model_name_or_path, --dataset_name, --eval_dataset_name)"
         )
     recipe: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if "rationalizer_template" in recipe:  # a file beside the recipe
+    if "rationalizer_template" in recipe:  # a file next to the recipe
         recipe["rationalizer_template"] = str(path.with_name(recipe["rationalizer_template"]))
     return recipe
 
 
 def on_embedded(config: Config, made: embedded.Embedded) -> Config:
-    """The same options on the embedded task's files, which are files like any others."""
+    """The same options with the files of the embedded task."""
     return dataclasses.replace(
         config,
         model_name_or_path=str(made.model_for(METHODS[config.method].template)),

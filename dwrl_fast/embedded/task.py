@@ -1,11 +1,11 @@
-"""The embedded task: is the claimed sum of five digits, modulo 7, right?
+"""The embedded task: is the claimed sum of five digits modulo 7 right?
 
 A prompt is five digits in 0..6 and a response claims their sum modulo 7. The chosen response is right. The rejected
-one is *hard* (another digit in 0..6) or *easy* (7..9, impossible, and seen to be wrong without adding). Prompts are
+one is *hard* (another digit in 0..6) or *easy* (7..9: impossible, so no addition is needed to reject it). Prompts are
 split by a hash, so no prompt of the dev or the test split occurs in the warm-up or in the training pairs.
 
 A thought interleaves digits and running sums, restates the claim and says `ok` or `bad`: for 3 1 4 5 0 and the claim 6
-it is `3 1 4 4 1 5 6 0 6 6 ok`. Everything here is an array of small integers, one row a thought.
+it is `3 1 4 4 1 5 6 0 6 6 ok`. All data are arrays of small integers, one row per thought.
 
 Shape suffixes: B rows, D digits of a prompt.
 """
@@ -28,12 +28,12 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Noise:
-    """How the thoughts of the warm-up go wrong; every field is a probability."""
+    """The errors in the thoughts of the warm-up; every field is a probability."""
 
-    step_error: float = 0.0  # a running sum is replaced by a drawn digit, and the next ones go on from it
+    step_error: float = 0.0  # a running sum is replaced by a random digit, and the later sums continue from it
     sycophancy: float = 0.0  # the last running sum becomes the claim
-    flip: float = 0.0  # ok and bad change places
-    lazy: float = 0.0  # the verdict is positive though the thought said bad
+    flip: float = 0.0  # ok and bad are swapped
+    lazy: float = 0.0  # the verdict is positive although the thought says bad
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,16 @@ class Claims:
 
     @property
     def easy(self) -> Array:
-        """Whether the claim is impossible on its face."""
+        """Whether the claim is impossible."""
         return self.claim >= MODULUS
 
 
 @dataclass(frozen=True)
 class Thoughts:
-    """One thought a claim, and the verdict that follows it."""
+    """One thought per claim, and the verdict after it."""
 
-    steps: Array  # [B, 2 D - 1] first digit, then digit and running sum in turn
-    ok: Array  # [B] bool, what the thought says
+    steps: Array  # [B, 2 D - 1] the first digit, then digits and running sums alternately
+    ok: Array  # [B] bool, the judgement of the thought
     yes: Array  # [B] bool, the verdict
 
 
@@ -71,7 +71,7 @@ def prompts(split: str) -> Array:
 
 
 def draw_claims(pool: Array, count: int, easy_fraction: float, rng: np.random.Generator) -> tuple[Claims, Claims]:
-    """`count` pairs over prompts of `pool` [P, D], each prompt as often as any other: (right claims, wrong claims)."""
+    """`count` pairs over prompts of `pool` [P, D], every prompt equally often: (right claims, wrong claims)."""
     order = np.concatenate([rng.permutation(len(pool)) for _ in range(-(-count // len(pool)))])[:count]
     digits = pool[order]
     truth = digits.sum(1) % MODULUS
@@ -82,7 +82,7 @@ def draw_claims(pool: Array, count: int, easy_fraction: float, rng: np.random.Ge
 
 
 def draw_thoughts(claims: Claims, noise: Noise, rng: np.random.Generator) -> Thoughts:
-    """One thought a claim. An easy claim is never agreed with, flipped or waved through: it is plain to see."""
+    """One thought per claim. Thoughts about easy claims have no sycophancy, flips or lazy verdicts."""
     count = len(claims.claim)
     plain = claims.easy
     sums = np.empty_like(claims.digits)
@@ -100,13 +100,15 @@ def draw_thoughts(claims: Claims, noise: Noise, rng: np.random.Generator) -> Tho
 
 
 def write_pairs(path: Path, chosen: Claims, rejected: Claims) -> None:
-    """Preference rows as JSON Lines (`write_rows`), of which the kind is the wrong claim's."""
+    """Write preference rows as JSON Lines (`write_rows`). The kind is that of the wrong claim."""
     kinds = np.where(rejected.easy, "easy", "hard")
     write_rows(path, zip(chosen.digits, chosen.claim, rejected.claim, kinds, strict=True))
 
 
 def write_rows(path: Path, rows: Iterable[tuple[Array, object, object, object]]) -> None:
-    """Rows of prompt, chosen and rejected response, and kind, as JSON Lines: message lists under these names."""
+    """Write rows of prompt, chosen response, rejected response and kind as JSON Lines, with message lists under these
+    names.
+    """
     with path.open("w", encoding="utf-8") as file:
         for digits, chosen, rejected, kind in rows:
             row = {

@@ -1,7 +1,7 @@
-"""What the warmed-up model is asked, in its tokenizer's few words: a template for each kind that methods judge by.
+"""The templates of the embedded task, one for each kind, in the few words of its tokenizer.
 
-They ask as the warm-up did, so they need not say which answer is wanted. They reach a method in the card of a model
-folder, and stay there when it is trained and saved.
+They ask in the same form as the warm-up, so they need not describe the answer. A method gets them from the card of a
+model folder, and saves them with the trained model.
 """
 
 from pathlib import Path
@@ -19,8 +19,8 @@ TEMPLATES = {
         Template(_COMPARE, labels=("A", "B"), kind="direct"),
     )
 }
-# The method that an untrained model of a kind is scored by.
+# The method that scores an untrained model with a template of this kind.
 UNTRAINED = {"dialog": "dwrl", "pairwise": "judge", "pointwise": "grpo-point", "direct": "genrm"}
 
-# A question that gives the verdict is none of the warm-up's, so nothing but a file can say what it is.
+# The warm-up has no question that contains the verdict, so this template is a file.
 RATIONALIZER = Path(__file__).with_name("rationalizer.yaml")

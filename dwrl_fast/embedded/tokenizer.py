@@ -1,4 +1,4 @@
-"""A word-level tokenizer with a real chat template, small enough to read in one go."""
+"""A small word-level tokenizer with a real chat template."""
 
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -24,9 +24,9 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One id a word, in the order of `IDS`; a turn is its role's token, its words and `<|end|>`.
+    """One id per word, in the order of `IDS`. A turn is the token of its role, its words and `<|end|>`.
 
-    The control tokens are no words of the vocabulary: text that spells one, its special tokens split, is unknown.
+    The control tokens are not words of the vocabulary: text that spells one is encoded as unknown words.
     """
     core = Tokenizer(WordLevel({word: IDS[word] for word in WORDS}, unk_token="<|unk|>"))
     core.pre_tokenizer = WhitespaceSplit()

@@ -1,7 +1,7 @@
-"""A tiny decoder taught to think and to judge, badly enough that reinforcement learning has something to mend.
+"""Trains a tiny decoder to think and to judge, with enough errors that reinforcement learning can improve it.
 
-Plain cross-entropy on thought and verdict, in two stages: clean thoughts first, to learn the arithmetic, then noisy
-ones, which teach careless sums, agreeing with the claim, and lazy verdicts.
+Cross-entropy on thought and verdict, in two stages: first clean thoughts, to learn the arithmetic; then noisy thoughts,
+which teach wrong sums, agreement with the claim, and lazy verdicts.
 """
 
 import math
@@ -20,7 +20,7 @@ from dwrl_fast.embedded.tokenizer import IDS
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
 Draw = Callable[[Array, int, float, Noise, np.random.Generator], tuple[Array, Array]]
-THOUGHT_TOKENS = 12  # of a well-formed thought, with its end-of-turn
+THOUGHT_TOKENS = 12  # tokens of a well-formed thought, including its end-of-turn
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class WarmupStage:
 
 @dataclass(frozen=True)
 class Warmup:
-    """Everything that shapes the warmed-up model. Batches are counted in sequences, formats in equal shares."""
+    """All settings of the warm-up. Batch sizes count sequences; the formats have equal shares."""
 
     hidden_size: int = 64
     layers: int = 2
@@ -53,7 +53,7 @@ class Warmup:
 
 
 def draw_model(plan: Warmup, seed: int) -> LlamaForCausalLM:
-    """A decoder with weights drawn from `seed`; the global random state stays as it is."""
+    """A decoder with weights drawn from `seed`; the global random state is not changed."""
     config = LlamaConfig(
         vocab_size=len(IDS),
         hidden_size=plan.hidden_size,
@@ -62,7 +62,7 @@ def draw_model(plan: Warmup, seed: int) -> LlamaForCausalLM:
         num_attention_heads=plan.heads,
         num_key_value_heads=plan.heads,
         max_position_embeddings=64,
-        initializer_range=0.1,  # so narrow a model starts too quietly at the usual .02: twice the steps, and plateaus
+        initializer_range=0.1,  # with the usual .02 such a narrow model needs twice the steps and reaches plateaus
         tie_word_embeddings=True,
         pad_token_id=IDS["<|pad|>"],
         bos_token_id=None,
@@ -74,7 +74,7 @@ def draw_model(plan: Warmup, seed: int) -> LlamaForCausalLM:
 
 
 def _factor(step: int, stage: WarmupStage) -> float:
-    """Linear warm-up, then a cosine to a tenth."""
+    """Factor of the learning rate: linear warm-up, then a cosine to a tenth."""
     if step < stage.warmup_steps:
         return (step + 1) / stage.warmup_steps
     done = (step - stage.warmup_steps) / max(1, stage.steps - stage.warmup_steps)
@@ -89,7 +89,7 @@ def warm_up(
     progress: Progress | None = None,
     draw: Draw = warmup_arrays,
 ) -> None:
-    """Train `model` in place on the sequences that `draw` makes of the prompts of `pool` [P, D]."""
+    """Train `model` in place on the sequences that `draw` makes from the prompts of `pool` [P, D]."""
     model.train()
     for stage in plan.stages:
         ids, targets = draw(pool, stage.steps * plan.batch_size, stage.easy_fraction, stage.noise, rng)
@@ -97,7 +97,7 @@ def warm_up(
         optimizer = torch.optim.AdamW(model.parameters(), lr=stage.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
         for step, (batch, target) in enumerate(batches):
             optimizer.param_groups[0]["lr"] = stage.learning_rate * _factor(step, stage)
-            # Padding is on the right and never a target, so the causal mask alone is right and no mask tensor is built.
+            # Padding is on the right and never a target, so the causal mask suffices and no mask tensor is needed.
             logits = model(input_ids=batch[:, :-1], use_cache=False).logits
             loss = cross_entropy(logits.flatten(0, 1), target[:, 1:].flatten(), ignore_index=IGNORED)
             loss.backward()
@@ -111,7 +111,7 @@ def warm_up(
 
 @torch.no_grad()
 def sample_thoughts(model: LlamaForCausalLM, claims: Claims, generator: torch.Generator) -> Tensor:
-    """One thought a claim, drawn from the model itself: ids [B, THOUGHT_TOKENS]."""
+    """One thought per claim, sampled from the model: ids [B, THOUGHT_TOKENS]."""
     rows = len(claims.claim)
     nothing = Thoughts(np.zeros((rows, 0), int), np.zeros(rows, bool), np.zeros(rows, bool))
     ids, targets = dialog(claims, nothing)
@@ -133,7 +133,9 @@ def share_correct(model: LlamaForCausalLM, claims: Claims, generator: torch.Gene
 
 
 def state_reached(model: LlamaForCausalLM, pool: Array, count: int, seed: int) -> dict[str, float]:
-    """Shares of correct thoughts about right and about hard wrong claims: what reinforcement learning starts from."""
+    """Shares of correct thoughts about right claims and about hard wrong claims, at the start of reinforcement
+    learning.
+    """
     right, wrong = draw_claims(pool, count, 0.0, np.random.default_rng(seed))
     generator = torch.Generator().manual_seed(seed)
     return {

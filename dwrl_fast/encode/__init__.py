@@ -1,6 +1,5 @@
-"""Preferences and a dialog become what is asked: requests to sample thoughts for, or sequences to score; and sampled
-thoughts close their requests to groups. Pure functions and immutable records: nothing here samples, writes or runs a
-model.
+"""Turns preferences into requests for thoughts, or into sequences to score, and turns sampled thoughts and their
+requests into groups. Pure functions and immutable records: nothing here samples, writes files or runs a model.
 """
 
 from dwrl_fast.encode.comparisons import Comparison, both_orders, drawn_orders

@@ -1,4 +1,4 @@
-"""Responses shown together: which, in which order, and which of the two is right."""
+"""Comparisons of two responses: which responses are shown, in which order, and which one is better."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from dwrl_fast.data import Preference
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Response `first` is shown as A, `second` as B: places among the row's responses. right: 0 where A is the better
-    one, 1 where B is, None where they tie.
+    """Response `first` is shown as A and `second` as B; both are indices into the row's responses. right: 0 if A is
+    better, 1 if B is better, None if they tie.
     """
 
     first: int
@@ -21,17 +21,17 @@ class Comparison:
 
     @property
     def places(self) -> tuple[int, int]:
-        """Both, in the order in which they are shown."""
+        """Both indices, in the order in which the responses are shown."""
         return self.first, self.second
 
 
 def both_orders(row: Preference) -> list[Comparison]:
-    """Every two responses of a row in both orders, as verdicts are asked for."""
+    """Every pair of responses of a row, in both orders."""
     return [_comparison(row, i, j) for i, j in permutations(range(len(row.responses)), 2)]
 
 
 def drawn_orders(rows: Sequence[Preference], seed: int) -> list[list[Comparison]]:
-    """For each row every two of its responses that do not tie, once, in an order drawn from `seed`."""
+    """For each row, every pair of responses that do not tie, once, in an order drawn from `seed`."""
     rng = np.random.default_rng(seed)
     drawn = []
     for row in rows:

@@ -1,4 +1,4 @@
-"""From demonstrations to groups: one sequence each, in which thought and verdict are what is trained."""
+"""From demonstrations to groups: one sequence each, with thought and verdict as trained tokens."""
 
 from collections.abc import Callable
 
@@ -12,18 +12,19 @@ FORMS: Forms = {"pairwise": (write_choice, read_choice), "pointwise": (write_sco
 
 
 def demonstration_group(row: Demonstration, dialog: Dialog | SingleTurn) -> Group:
-    """The thought in `thought`; the verdict in it too, or where the template has labels in `labels`.
+    """The group of a demonstration. The trained span holds the thought and the verdict. If the template has labels, the
+    verdict is in `labels` instead.
 
-    Raises TemplateError where the template shows another number of responses, or does not know the verdict.
+    Raises TemplateError if the template shows a different number of responses, or does not know the verdict.
     """
     kind, labels = dialog.template.kind, dialog.template.labels
     shows = 1 if isinstance(dialog, Dialog) else len(dialog.shows)
     if len(row.responses) != shows:
-        raise TemplateError(f"not as many responses as a template of kind {kind} shows: {shows}")
+        raise TemplateError(f"not {shows} responses, the number that a template of kind {kind} shows")
     if labels is not None and row.verdict not in labels:
-        raise TemplateError(f"the verdict is none of the template's labels, {' and '.join(labels)}")
+        raise TemplateError(f"the verdict is not one of the template's labels, {' and '.join(labels)}")
     if labels is not None and isinstance(dialog, SingleTurn) and row.thought.strip():
-        raise TemplateError(f"a thought, where a template of kind {kind} has none")
+        raise TemplateError(f"the row has a thought, but a template of kind {kind} has none")
     if isinstance(dialog, Dialog):
         context = dialog.context(row.prompt, row.responses[0], row.aspect)
     else:
@@ -36,7 +37,7 @@ def demonstration_group(row: Demonstration, dialog: Dialog | SingleTurn) -> Grou
 
 
 def _with_verdict(thought: str, verdict: str, kind: str) -> str:
-    """The thought, with its verdict in the form that it is read in, on a line of its own."""
+    """The thought, followed by a line with the verdict in the form that the parser reads."""
     write, read = FORMS[kind]
     if not verdict:
         if read(thought) is None:
@@ -44,5 +45,5 @@ def _with_verdict(thought: str, verdict: str, kind: str) -> str:
         return thought
     form = write(verdict)
     if read(form) is None:
-        raise TemplateError(f"the verdict is none that a template of kind {kind} asks for")
+        raise TemplateError(f"the verdict is not one that a template of kind {kind} asks for")
     return f"{thought}\n{form}" if thought else form

@@ -1,4 +1,4 @@
-"""Which rows are used: those whose sequences are not too long, and that the chat template can carry."""
+"""Selects the rows whose sequences are not too long and that the chat template can represent."""
 
 from collections.abc import Callable
 from itertools import permutations
@@ -10,8 +10,8 @@ from dwrl_fast.errors import DataError, TemplateError
 
 
 def drop_long(dataset: Dataset, dialog: Dialog | SingleTurn, max_length: int, progress: Callable[[int], None]) -> int:
-    """Leave out the groups of which `fit` says so, counted; cut none. Returns the tokens of the longest sequence that
-    is left, with an empty thought.
+    """Drop and count the groups that `fit` rejects; none is truncated. Returns the tokens of the longest remaining
+    sequence, with an empty thought.
     """
     unused: list[tuple[Preference, str]] = []
     longest = 0
@@ -28,10 +28,10 @@ def drop_long(dataset: Dataset, dialog: Dialog | SingleTurn, max_length: int, pr
 
 
 def fit(row: Preference, dialog: Dialog | SingleTurn, max_length: int) -> tuple[int, str]:
-    """The tokens of a group's longest sequence, with an empty thought, and ""; or 0 and why the group is left out.
+    """The tokens of a group's longest sequence, with an empty thought, and ""; or 0 and the reason to drop the group.
 
-    It is where prompt and longest response, or what is shown together, or a whole demonstration, have more than
-    `max_length` tokens, or the chat template cannot carry them.
+    A group is dropped if its prompt and longest response (or the responses that are shown together, or a whole
+    demonstration) have more than `max_length` tokens, or if the chat template cannot represent them.
     """
     try:
         if isinstance(row, Demonstration):

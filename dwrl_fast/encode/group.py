@@ -13,8 +13,8 @@ from dwrl_fast.encode.thought import Thought
 class Group:
     """K responses, or K comparisons of two of them, with N sequences each. Groups are equal only to themselves.
 
-    sequences: K lists of N. thoughts: K lists of N, those that stand in the sequences; empty where none was sampled.
-    labels: for each sequence at whose end a label is trained, the right one, the template's first (0) or second (1).
+    sequences: K lists of N. thoughts: K lists of N, the thoughts in these sequences; empty if none was sampled. labels:
+    for each sequence that ends with a trained label, the right label: the template's first (0) or second (1).
     """
 
     preference: Preference
@@ -24,26 +24,26 @@ class Group:
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """Of all responses, whether or not any of them tie."""
+        """The ranks of all responses; always filled, also without ties."""
         return self.preference.ranks or tuple(range(1, len(self.preference.responses) + 1))
 
     @property
     def flat(self) -> list[TokenSequence]:
-        """All K N sequences, one after another."""
+        """All K N sequences in one list."""
         return [sequence for response in self.sequences for sequence in response]
 
     @property
     def longest(self) -> int:
-        """The tokens of its longest sequence."""
+        """The number of tokens of the longest sequence."""
         return max(len(sequence.ids) for sequence in self.flat)
 
     @property
     def rewards(self) -> list[list[float]]:
-        """Those of its thoughts: K lists of N; K empty ones where they have none."""
+        """The rewards of the thoughts: K lists of N; K empty lists if there are none."""
         return [[thought.reward for thought in some if thought.reward is not None] for some in self.thoughts]
 
     def with_logprobs(self, logprobs: Sequence[Sequence[list[float]]]) -> "Group":
-        """The same with these log-probs of its trained tokens, in nats: K lists of N lists."""
+        """A copy with these log-probs of the trained tokens, in nats: K lists of N lists."""
         if not self.thoughts:
             thoughts = [
                 [Thought(one.ids[one.thought], new, True) for one, new in zip(some, fresh, strict=True)]
@@ -57,7 +57,7 @@ class Group:
         return dataclasses.replace(self, thoughts=thoughts)
 
     def with_rewards(self, rewards: Sequence[Sequence[float]]) -> "Group":
-        """The same with these rewards of its thoughts: K lists of N."""
+        """A copy with these rewards of the thoughts: K lists of N."""
         return dataclasses.replace(
             self,
             thoughts=[

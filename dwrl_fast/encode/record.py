@@ -1,4 +1,4 @@
-"""Groups as JSON, and back: what a checkpoint holds of a rollout batch that is being trained."""
+"""Groups as JSON and back. A checkpoint stores the current rollout batch this way."""
 
 import dataclasses
 from typing import Any
@@ -13,7 +13,7 @@ SPANS = ("prompt", "response", "thought", "rate")
 
 
 def group_record(group: Group) -> dict[str, Any]:
-    """`group` as JSON holds it."""
+    """`group` as a JSON value."""
     row = group.preference
     values = {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
     lists = {name: list(values[name]) for name in ("prompt", "responses", "ranks")}
@@ -27,7 +27,7 @@ def group_record(group: Group) -> dict[str, Any]:
 
 
 def group_of(record: dict[str, Any]) -> Group:
-    """The group that `group_record` wrote. Raises LookupError, TypeError or ValueError where it is none."""
+    """The group that `group_record` wrote. Raises LookupError, TypeError or ValueError if `record` is not one."""
     row = record["row"]
     tuples = {name: tuple(row[name]) for name in ("prompt", "responses", "ranks")}
     return Group(

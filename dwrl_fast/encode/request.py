@@ -1,4 +1,4 @@
-"""What thoughts are sampled for, and the groups that thoughts and requests become."""
+"""Requests for thoughts, and the groups that are made from requests and thoughts."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ Verdict = TypeVar("Verdict")
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is asked about one preference: a context for each of its responses, or for each of `comparisons`."""
+    """The contexts of one preference: one for each of its responses, or for each of `comparisons`."""
 
     preference: Preference
     contexts: list[Context]
@@ -23,7 +23,7 @@ class Request:
 
 
 def response_requests(rows: Sequence[Preference], dialog: Dialog | SingleTurn) -> list[Request]:
-    """One request a row: each of its responses, shown alone."""
+    """One request per row, with each of its responses shown alone."""
     if isinstance(dialog, Dialog):
         return [Request(row, [dialog.context(row.prompt, one, row.aspect) for one in row.responses]) for row in rows]
     return [Request(row, [dialog.context(row.prompt, [one], row.aspect) for one in row.responses]) for row in rows]
@@ -36,8 +36,8 @@ def comparison_requests(
     *,
     tell_verdict: bool = False,
 ) -> list[Request]:
-    """One request a row: its comparisons, both responses shown together; none for a row without any. tell_verdict: the
-    question holds the right one, for templates of kind rationalizer.
+    """One request per row that has comparisons; each comparison shows both responses together. tell_verdict: the
+    question contains the right verdict, for templates of kind rationalizer.
     """
     return [
         Request(
@@ -61,8 +61,8 @@ def comparison_requests(
 def closed_groups(
     requests: Sequence[Request], thoughts: Sequence[Sequence[Thought]], dialog: Dialog | SingleTurn
 ) -> list[Group]:
-    """One group a request, each of its contexts closed by each of the thoughts about it. thoughts: a list for each
-    context, request after request.
+    """One group per request: each context is completed by each of its thoughts. thoughts: a list for each context,
+    request after request.
     """
     left = iter(thoughts)
     groups = []
@@ -77,7 +77,9 @@ def closed_groups(
 
 
 def label_groups(requests: Sequence[Request], dialog: Dialog | SingleTurn) -> list[Group]:
-    """One group a request with a sequence for each context, at whose end a label or a score is read; no thought."""
+    """One group per request, with a sequence for each context and without thoughts. A label or a score is read at the
+    end of each sequence.
+    """
     return [
         Group(request.preference, [[dialog.sequence(context, [])] for context in request.contexts])
         for request in requests
@@ -87,7 +89,7 @@ def label_groups(requests: Sequence[Request], dialog: Dialog | SingleTurn) -> li
 def read_thoughts(
     group: Group, dialog: Dialog | SingleTurn, read: Callable[[str], Verdict | None]
 ) -> list[list[Verdict | None]]:
-    """What `read` finds in the text of each thought: K lists of N; None where it finds no verdict."""
+    """The result of `read` for the text of each thought: K lists of N; None if it finds no verdict."""
     decode = dialog.tokenizer.decode
     return [
         [read(decode(sequence.ids[sequence.thought], skip_special_tokens=False)) for sequence in sequences]

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Thought:
-    """ids: its tokens, with the stop token when one was sampled. logprobs: nats, one a token, under the policy that the
-    trained one's ratio is taken to: as sampled, or as computed again; empty where no ratio is taken. ended: whether a
-    stop token was sampled before the limit. reward: what a method gives for it; None where it gives none. score: log
-    p(Yes) after it in nats, where the sampler read it.
+    """ids: its tokens, including the stop token if one was sampled. logprobs: one per token, in nats, under the old
+    policy of the probability ratio, as sampled or recomputed; empty if no ratio is needed. ended: whether a stop token
+    was sampled before the limit. reward: the reward of the method; None if it gives none. score: log p(Yes) after the
+    thought in nats, if the sampler read it.
 
-    Of a policy that is trained on responses, the response stands in its place.
+    For a policy that is trained on responses, this is the response.
     """
 
     ids: list[int]

@@ -1,1 +1,1 @@
-"""Measuring preference models."""
+"""Evaluation of preference models."""

@@ -1,9 +1,9 @@
-"""RM-Bench and JudgeBench as their authors total them.
+"""RM-Bench and JudgeBench, scored as by their authors.
 
-RM-Bench (THU-KEG/RM-Bench) has three right and three wrong responses, each three in the same styles, from terse to
-adorned. A matrix says how often right response i beats wrong response j: on its diagonal the styles are the same
-(normal), above it the wrong one is more adorned (hard), below it the right one is (easy). JudgeBench
-(ScalerLab/JudgeBench) has pairs of four categories, told from their source.
+RM-Bench (THU-KEG/RM-Bench) has three right and three wrong responses per prompt, in the same three styles, from terse
+to elaborate. A matrix holds how often right response i beats wrong response j. On its diagonal the styles are the same
+(normal), above it the wrong response is more elaborate (hard), below it the right one is (easy). JudgeBench
+(ScalerLab/JudgeBench) has pairs of four categories, which follow from the source of a pair.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +30,7 @@ CATEGORIES: Mapping[str, str] = {
 
 
 def check_benchmark(name: Name, rows: Sequence[Preference]) -> None:
-    """DataError where the rows are not those of the benchmark: better before they are scored than after."""
+    """Raise DataError if the rows do not belong to the benchmark. Called before the rows are scored."""
     if name == "rewardbench" or name == "rewardbench2":
         check_rows(name, rows)
         return
@@ -46,7 +46,7 @@ def check_benchmark(name: Name, rows: Sequence[Preference]) -> None:
 
 
 def scored_as(name: Name, judged: Sequence[Judged], kind: Kind) -> Benchmark:
-    """The score of the benchmark of this name, as its authors have it. DataError as `check_benchmark`."""
+    """The score of the benchmark with this name, as defined by its authors. Raises DataError like `check_benchmark`."""
     if name == "rewardbench":
         return rewardbench(judged, kind)
     found: Mapping[str, Callable[[Sequence[Judged]], Benchmark]] = {
@@ -58,7 +58,9 @@ def scored_as(name: Name, judged: Sequence[Judged], kind: Kind) -> Benchmark:
 
 
 def rmbench(judged: Sequence[Judged]) -> Benchmark:
-    """easy, normal and hard are means over the domains, the headline their mean; a tie is wrong."""
+    """easy, normal and hard are means over the domains; the headline is the mean of the three. A tie counts as
+    wrong.
+    """
     wins: dict[str, list[np.ndarray]] = {}
     for row in judged:
         right, wrong = np.array(row.scores[:STYLES]), np.array(row.scores[STYLES:])
@@ -81,7 +83,7 @@ def rmbench(judged: Sequence[Judged]) -> Benchmark:
 
 
 def judgebench(judged: Sequence[Judged]) -> Benchmark:
-    """Accuracy by category; the headline is that of all pairs together, and a tie is wrong."""
+    """Accuracy by category. The headline is the accuracy over all pairs. A tie counts as wrong."""
     right: dict[str, list[bool]] = {}
     for row in judged:
         right.setdefault(_part(row, CATEGORIES, "JudgeBench", "source"), []).append(row.scores[0] > row.scores[1])
@@ -93,12 +95,12 @@ def judgebench(judged: Sequence[Judged]) -> Benchmark:
 
 
 def _part(row: Preference | Judged, known: Mapping[str, str], name: str, column: str) -> str:
-    """The part that the subset of a row belongs to, by how it begins."""
+    """The part of the benchmark for the subset of a row, found from the beginning of the subset's name."""
     subset = (row.subset or "").casefold()
     found = next((part for start, part in known.items() if subset.startswith(start)), None)
     if found is None:
         raise DataError(
-            f"{row.source}: the subset {row.subset!r} is none of {name}'s ({', '.join(known)}). Leave --benchmark out, "
-            f"or say which column it is with --columns subset={column}"
+            f"{row.source}: the subset {row.subset!r} is not one of {name}'s ({', '.join(known)}). Leave --benchmark "
+            f"out, or name the column with --columns subset={column}"
         )
     return found

@@ -1,8 +1,8 @@
-"""How far sigmoid(score difference) can be believed as the probability that the one response is the better.
+"""Calibration: whether sigmoid(score difference) is the probability that a response is the better one.
 
-Every pair has a weight, so that rows of several pairs count as one. A pair says the same whichever response is called
-the first: what is compared is the confidence in the response that the model prefers, sigmoid(|gap|), and how often that
-is the better one.
+Every pair has a weight, so that a row with several pairs counts once. The result does not depend on the order of the
+two responses: the confidence in the response that the model prefers, sigmoid(|gap|), is compared with how often that
+response is the better one.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ BINS = 10  # of confidence, from one half to 1
 
 @dataclass(frozen=True, slots=True)
 class Bin:
-    """Pairs of similar confidence: from `low` to below `high`. share: of all pairs."""
+    """Pairs with a confidence from `low` to below `high`. share: their share of all pairs."""
 
     low: float
     high: float
@@ -29,7 +29,7 @@ class Bin:
 @dataclass(frozen=True, slots=True)
 class Calibration:
     """nll: mean -log p of the better response being the better, nats. brier: mean (1 - p)^2. error: the expected
-    calibration error, the mean over pairs of |accuracy - confidence| of their bin. bins: those that have pairs.
+    calibration error, the mean over pairs of |accuracy - confidence| of their bin. bins: the non-empty bins.
     """
 
     nll: float
@@ -39,8 +39,8 @@ class Calibration:
 
 
 def calibration(gap: Floats, weight: Floats, temperature: float = 1.0) -> Calibration:
-    """Of p = sigmoid(gap / temperature), gap [P] being scores of the better response less those of the worse, in nats;
-    weight [P].
+    """The calibration of p = sigmoid(gap / temperature). gap: [P], score of the better response minus that of the
+    worse, in nats. weight: [P].
     """
     gap, share = gap / temperature, weight / weight.sum()
     confidence, right = sigmoid(np.abs(gap)), credit(gap)
@@ -61,10 +61,10 @@ def calibration(gap: Floats, weight: Floats, temperature: float = 1.0) -> Calibr
 
 
 def fit_temperature(gap: Floats, weight: Floats) -> float | None:
-    """The T > 0 under which sigmoid(gap / T) is likeliest. Infinite gaps, which no T changes, do not count.
+    """The T > 0 that maximises the likelihood of sigmoid(gap / T). Infinite gaps do not depend on T and are left out.
 
-    None where there is no such T: where every pair is right, the likelihood grows as T falls to 0; where the pairs are
-    wrong as much as right, as T rises without end.
+    None if there is no such T: if every pair is right, the likelihood grows as T falls to 0; if the pairs are wrong as
+    much as right, it grows as T rises to infinity.
     """
     finite = np.isfinite(gap)
     gap, weight = gap[finite], weight[finite]
@@ -73,7 +73,7 @@ def fit_temperature(gap: Floats, weight: Floats) -> float | None:
         return None
     gap = gap / scale
 
-    def slope(inverse: float) -> float:  # of the log-likelihood, which is concave in 1 / T
+    def slope(inverse: float) -> float:  # slope of the log-likelihood, which is concave in 1 / T
         return float((weight * gap * sigmoid(-inverse * gap)).sum())
 
     low, high = 0.0, 1.0
@@ -88,6 +88,6 @@ def fit_temperature(gap: Floats, weight: Floats) -> float | None:
 
 
 def sigmoid(x: Floats) -> Floats:
-    """Without overflow; of infinities 0 and 1."""
+    """The sigmoid without overflow; 0 and 1 for infinities."""
     e = np.exp(-np.abs(x))
     return np.where(x >= 0, 1, e) / (1 + e)

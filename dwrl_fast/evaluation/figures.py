@@ -12,11 +12,11 @@ from dwrl_fast.evaluation.report import SLICED, Report
 from dwrl_fast.evaluation.table import Slice
 
 RIGHT, WRONG, PLAIN = "#2f7ed8", "#d8572f", "#888888"
-MOST_SLICES = 24  # more would not be read
+MOST_SLICES = 24  # more would be unreadable
 
 
 def figures(report: Report, gap: NDArray[np.float64]) -> dict[str, str]:
-    """Title to SVG; gap [P]: scores of the better response less those of the worse."""
+    """The plots: title -> SVG. gap: [P], score of the better response minus that of the worse."""
     shown = {SLICED[by][0]: slices[:MOST_SLICES] for by, slices in report.slices.items()}
     return {
         "Reliability": _svg(partial(_reliability, report)),
@@ -27,7 +27,7 @@ def figures(report: Report, gap: NDArray[np.float64]) -> dict[str, str]:
 
 
 def _svg(draw: Callable[[Any], None], height: float = 3.6) -> str:
-    """The same bytes for the same figures. Text is drawn as shapes, so that it needs no font."""
+    """The SVG of a plot. Equal figures give equal bytes. Text is drawn as shapes, so that no font is needed."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -46,7 +46,7 @@ def _svg(draw: Callable[[Any], None], height: float = 3.6) -> str:
 
 
 def _reliability(report: Report, axes: Any) -> None:
-    axes.plot([0.5, 1], [0.5, 1], "--", color=PLAIN, label="to be believed")
+    axes.plot([0.5, 1], [0.5, 1], "--", color=PLAIN, label="perfect calibration")
     for found, color, label in (
         (report.calibration, RIGHT, "as scored"),
         (report.calibrated, WRONG, "with the fitted temperature"),
@@ -68,7 +68,7 @@ def _gaps(gap: NDArray[np.float64], axes: Any) -> None:
     edges = np.linspace(-reach, reach, 41)
     for values, color, label in ((finite[finite < 0], WRONG, "wrong"), (finite[finite >= 0], RIGHT, "right or equal")):
         axes.hist(np.clip(values, -reach, reach), edges, color=color, label=f"{label} ({len(values):,})")
-    axes.set(xlabel="score of the better response less that of the worse (nats)", ylabel="pairs")
+    axes.set(xlabel="score of the better response minus that of the worse (nats)", ylabel="pairs")
 
 
 def _votes(report: Report, axes: Any) -> None:
@@ -91,6 +91,6 @@ def _slices(slices: Sequence[Slice], axes: Any) -> None:
     axes.plot([one.accuracy for one in some], range(len(some)), "o", color=RIGHT, label="model")
     axes.plot([one.longer_wins for one in some], range(len(some)), "x", color=PLAIN, label="longer wins")
     axes.axvline(0.5, color=PLAIN, linewidth=0.8)
-    # A name is the user's: "$" would begin a formula.
+    # Names come from the user; an unescaped "$" would start a formula.
     axes.set_yticks(range(len(some)), [one.name.replace("$", r"\$")[:40] for one in some])
     axes.set(xlabel="accuracy", xlim=(-0.03, 1.03), ylim=(-0.6, len(some) - 0.4))

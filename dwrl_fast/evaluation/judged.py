@@ -1,4 +1,4 @@
-"""What a model made of one group: what scores.jsonl holds, and all that the figures of a report are computed from."""
+"""The judgement of one group: the content of scores.jsonl, from which all figures of a report are computed."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,11 +16,12 @@ from dwrl_fast.scoring.scorer import Scorer
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """One group of K responses, best first: a pair, or a ranking that is read as one.
+    """One group of K responses, best first: a pair, or a ranking that is read as one group.
 
-    scores: K, in nats, the log of the mean over the response's thoughts or comparisons. verdicts: as of `ScoredGroup`,
-    or the scores of each thought. comparisons: C, which two are shown, in this order. thoughts, ended: their texts, in
-    the shape of `verdicts`, and whether they closed themselves. The rest is as of `ScoredGroup`.
+    scores: K, in nats, the log of the mean over the thoughts or comparisons of a response. verdicts: as in
+    `ScoredGroup`, or the score of each thought. comparisons: C, the two responses that are shown, in this order.
+    thoughts, ended: the texts of the thoughts, in the shape of `verdicts`, and whether each ended with a stop token.
+    The other fields are as in `ScoredGroup`.
     """
 
     source: str
@@ -38,17 +39,17 @@ class Judged:
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> Self:
-        """From what `to_dict` gave."""
+        """The inverse of `to_dict`."""
         pairs = [(first, second) for first, second in saved["comparisons"]]
         return cls(**(saved | {"ranks": tuple(saved["ranks"]), "comparisons": pairs}))
 
     def to_dict(self) -> dict[str, Any]:
-        """With infinities as they are, which Python's JSON reads back."""
+        """As JSON. Infinities stay; Python's JSON can read them."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
 
 def judged(scorer: Scorer, groups: Sequence[ScoredGroup]) -> list[Judged]:
-    """What `scorer` gave for each of `groups`."""
+    """The judgements of `scorer` for `groups`."""
     scores = marginal_scores(groups).tolist()
     return [_judged(scorer, group, row) for group, row in zip(groups, scores, strict=True)]
 
@@ -74,12 +75,12 @@ def _judged(scorer: Scorer, found: ScoredGroup, scores: list[float]) -> Judged:
 
 
 def score_table(rows: Sequence[Judged]) -> Tensor:
-    """Scores as `pair_report` takes them: float64 [P, K], nan where a row has fewer responses."""
+    """Scores in the form that `pair_report` takes: float64 [P, K], nan if a row has fewer responses."""
     return _table([row.scores for row in rows])
 
 
 def judged_report(rows: Sequence[Judged], seed: int, units: Units) -> PairReport:
-    """The report over all `rows`. DataError as from `pair_report`."""
+    """The report over all `rows`. Raises DataError like `pair_report`."""
     return full_report(
         score_table(rows),
         [row.ranks for row in rows],

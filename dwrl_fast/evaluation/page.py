@@ -1,7 +1,7 @@
-"""The report as one HTML file that needs nothing else: plots inline, a sample of rows to open, no script at all.
+"""The report as one self-contained HTML file: inline plots, an expandable sample of rows, no scripts.
 
-Right and wrong rows are told apart by radio buttons and style alone, and the page's own policy forbids scripts and
-every request, so that no text of a row can do anything but be read.
+Radio buttons and CSS alone filter right and wrong rows. The page's security policy forbids scripts and all requests, so
+that the text of a row cannot do anything.
 """
 
 import base64
@@ -18,9 +18,9 @@ from dwrl_fast.evaluation.report import Report, Section, sections
 from dwrl_fast.evaluation.table import PairTable
 from dwrl_fast.scoring import Kind
 
-SAMPLE = 100  # pairs and rankings shown that are right, and as many that are not
-MOST_THOUGHTS = 4  # shown of one response or comparison
-MOST_CHARACTERS = 8000  # of one text
+SAMPLE = 100  # number of right rows shown, and of wrong rows
+MOST_THOUGHTS = 4  # thoughts shown per response or comparison
+MOST_CHARACTERS = 8000  # characters shown per text
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE = """
@@ -47,7 +47,7 @@ def page(
     report: Report, table: PairTable, judged: Sequence[Judged], rows: Sequence[Preference], plots: Mapping[str, str],
     seed: int,
 ) -> str:  # fmt: skip
-    """The whole file. plots: title to SVG."""
+    """The HTML file. plots: title -> SVG."""
     found = sections(report)
     about = _table(Section("", "", ("", ""), [(name, str(value)) for name, value in report.about.items()]))
     return "\n".join(
@@ -55,7 +55,7 @@ def page(
             "<!DOCTYPE html>",
             '<html lang="en"><head><meta charset="utf-8">',
             f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
-            '<link rel="icon" href="data:,">',  # else the browser asks for one
+            '<link rel="icon" href="data:,">',  # otherwise the browser requests one
             f"<title>{html.escape(str(report.about['model']))}</title><style>{STYLE}</style></head><body>",
             f"<h1>{html.escape(str(report.about['model']))}</h1>{about}",
             *map(_section, found[:1]),
@@ -91,7 +91,7 @@ def _line(tag: str, cells: Iterable[str]) -> str:
 
 
 def _sample(kind: Kind, table: PairTable, judged: Sequence[Judged], rows: Sequence[Preference], seed: int) -> list[str]:
-    """Some of `rows` drawn from `seed`, in the order of the files. One is right where each of its pairs is."""
+    """A sample of `rows` drawn with `seed`, in the order of the files. A row is right if all its pairs are right."""
     right = np.bincount(table.group, credit(table.gap) < 1, len(rows)) == 0
     pairs = np.bincount(table.group, minlength=len(rows)) > 0
     rng = np.random.default_rng(step_seed(seed, "sample of the report", 0))
@@ -135,7 +135,7 @@ def _row(kind: Kind, right: bool, judged: Judged, row: Preference) -> str:
 
 
 def _thoughts(kind: Kind, judged: Judged, place: int) -> str:
-    """The thoughts of one response or comparison with their verdicts; without thoughts, the verdict alone."""
+    """The thoughts of one response or comparison with their verdicts; only the verdict if there are no thoughts."""
     verdicts = judged.verdicts[place]
     texts = judged.thoughts[place] if judged.thoughts else []
     found = [f'<p class="note">verdict: {_verdict(kind, verdicts[0])}</p>'] if not texts and judged.comparisons else []

@@ -1,4 +1,4 @@
-"""Two models on the same preferences: by how much one is better, and how sure that is."""
+"""Comparison of two models on the same preferences: the difference and its uncertainty."""
 
 import itertools
 from collections.abc import Sequence
@@ -14,12 +14,13 @@ from dwrl_fast.evaluation.units import Units
 
 @dataclass(frozen=True, slots=True)
 class PairedReport:
-    """Over `groups` rows of `pairs` ordered pairs, which count as in PairReport; so do `prompts`.
+    """The comparison over `groups` rows with `pairs` ordered pairs; these fields and `prompts` are as in PairReport.
 
-    difference: accuracy of the first model less that of the second; low, high: its 95 % bootstrap interval, the rows
-    being drawn for both at once. only_first, only_second: the rows (or prompts, where these are drawn) on which that
-    one is better. p_value: McNemar's exact test, two-sided: how probably two equally good models would differ on those
-    as unevenly as this. agreement: the share of ordered pairs of which both say the same.
+    difference: accuracy of the first model minus that of the second. low, high: its 95 % bootstrap interval; the same
+    rows are drawn for both models. only_first, only_second: the number of rows (or prompts, if prompts are drawn) on
+    which only that model is better. p_value: of McNemar's exact two-sided test: the probability that two equally good
+    models differ at least this unevenly on those rows. agreement: the share of ordered pairs on which both models
+    agree.
     """
 
     groups: int
@@ -45,12 +46,14 @@ class PairedReport:
 def paired_report(
     first: Tensor, second: Tensor, ranks: Sequence[Sequence[int]], seed: int = 0, units: Units | None = None
 ) -> PairedReport:
-    """Of scores [P, K] of two models on the same groups, as `pair_report` takes them; not all groups may tie."""
+    """first, second: scores [P, K] of the two models on the same groups, in the form that `pair_report` takes. At least
+    one group must not be a tie.
+    """
     one, other = score_gaps(first, ranks), score_gaps(second, ranks)
     units = (units or Units.alone(len(ranks))).at(one.group)
     lead = credit(one.gap) - credit(other.gap)
     low, high = units.interval(lead, seed)
-    leads = np.round(units.sums(lead), 12)  # equal ones are equal, in whatever order they were added
+    leads = np.round(units.sums(lead), 12)  # so that the order of summation does not matter
     only = int((leads > 0).sum()), int((leads < 0).sum())
     return PairedReport(
         groups=units.rows,
@@ -67,14 +70,18 @@ def paired_report(
 
 
 def mcnemar(first: int, second: int) -> float:
-    """The exact two-sided p-value of `first` against `second` discordant pairs, each a fair coin's under the null."""
+    """The exact two-sided p-value for `first` against `second` discordant pairs. Under the null hypothesis each is a
+    fair coin toss.
+    """
     n = first + second
     binomials = itertools.accumulate(range(min(first, second)), lambda term, i: term * (n - i) // (i + 1), initial=1)
-    return min(1.0, 2 * sum(binomials) / 2**n)  # whole numbers to the end: n may be thousands
+    return min(1.0, 2 * sum(binomials) / 2**n)  # integers until the division, because n may be thousands
 
 
 def disagreements(first: Tensor, second: Tensor, ranks: Sequence[Sequence[int]]) -> list[int]:
-    """The groups, of P, on which one model is better, those first on which their probabilities differ most."""
+    """The indices of groups on which one model is better, ordered by the difference of their probabilities, largest
+    first.
+    """
     one, other = score_gaps(first, ranks), score_gaps(second, ranks)
     lead = np.bincount(one.group, credit(one.gap) - credit(other.gap))
     apart = np.bincount(one.group, sigmoid(one.gap) - sigmoid(other.gap)) / np.bincount(one.group).clip(1)

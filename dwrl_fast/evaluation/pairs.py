@@ -18,15 +18,16 @@ from dwrl_fast.objectives.agreement import ordered_pairs, rank_grid
 
 @dataclass(frozen=True, slots=True)
 class PairReport:
-    """Over `groups` rows of `pairs` ordered pairs, those of unequal rank. A row counts the mean over its pairs.
+    """The figures over `groups` rows with `pairs` ordered pairs (pairs of unequal rank). A row counts as the mean over
+    its pairs.
 
-    accuracy: a fraction of 1, equal scores one half; low, high: its 95 % bootstrap interval over rows, for pairs of one
-    row are not independent, or over the `prompts` that rows share, if it is not None. clipped: not under one half, as
-    the papers print it. ties: pairs of equal scores. nll: mean -log sigmoid(s+ - s-), nats. tied: further rows, left
-    out because all of their responses tie. margin: mean s+ - s-, nan where a score is infinite.
-    unparsable: verdicts in text that could not be read, and so are wrong. first_share: of methods that show two
-    responses together, the share of verdicts for the one shown first; without bias it is one half. token_accuracy: of
-    policies, the accuracy of log-probs a token in place of their sums.
+    accuracy: from 0 to 1; equal scores count one half. low, high: its 95 % bootstrap interval. The bootstrap draws
+    rows, because pairs of one row are not independent, or prompts if `prompts` is not None. clipped: at least one half,
+    as the papers print it. ties: pairs with equal scores. nll: mean -log sigmoid(s+ - s-), nats. tied: further rows,
+    left out because all their responses tie. margin: mean s+ - s-, nan if a score is infinite. unparsable: verdicts in
+    text that could not be read; they count as wrong. first_share: for methods that show two responses together, the
+    share of verdicts for the one shown first; one half without bias. token_accuracy: for policies, the accuracy of mean
+    log-probs per token instead of their sums.
     """
 
     accuracy: float
@@ -45,12 +46,12 @@ class PairReport:
     prompts: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON, which has no inf and no nan: null stands for them."""
+        """As JSON; inf and nan become null."""
         return finite(asdict(self))
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> Self:
-        """The inverse of `to_dict`, but that a figure which was not finite becomes its default."""
+        """The inverse of `to_dict`, except that figures that were not finite become their defaults."""
         return cls(**{"nll": math.inf} | {name: value for name, value in saved.items() if value is not None})
 
     def __str__(self) -> str:
@@ -70,13 +71,13 @@ class PairReport:
 
 
 def counted(rows: int, prompts: int | None, pairs: int) -> str:
-    """What a report is over, in words."""
+    """The size of the data of a report, in words."""
     of_prompts = f" of {prompts} prompts" if prompts is not None else ""
     return f"{rows} rows{of_prompts}" + (f", {pairs} pairs" if pairs > rows else "")
 
 
 def check_ordered(rows: Sequence[Preference]) -> None:
-    """DataError where no row says which response is better: before they are scored, not after."""
+    """Raise DataError if no row says which response is better. Called before the rows are scored."""
     if rows and all(len(set(row.ranks)) == 1 for row in rows):
         raise DataError(
             f"there is no pair to evaluate: in all of the {Units.of(rows).rows:,} rows, from {rows[0].source} on, the "
@@ -85,8 +86,8 @@ def check_ordered(rows: Sequence[Preference]) -> None:
 
 
 class Gaps(NamedTuple):
-    """Q ordered pairs. group: [Q], the group of each; better, worse: places among its responses. gap: score of the
-    better less that of the worse, nats; 0 where they are equal, be they infinite.
+    """Q ordered pairs. group: [Q], the group of each. better, worse: [Q], indices of its responses. gap: [Q], score of
+    the better minus that of the worse, nats; 0 if they are equal, also if both are infinite.
     """
 
     group: Ints
@@ -96,8 +97,8 @@ class Gaps(NamedTuple):
 
 
 def score_gaps(scores: Tensor, ranks: Sequence[Sequence[int]]) -> Gaps:
-    """scores [P, K] in nats, nan where a group has fewer responses; ranks: P times those of the group's responses,
-    where 1 is the best and equal ones tie.
+    """All ordered pairs. scores: [P, K] in nats, nan if a group has fewer responses. ranks: for each of the P groups
+    the ranks of its responses; 1 is best, equal ranks tie.
     """
     group, better, worse = ordered_pairs(rank_grid(ranks)).numpy().nonzero()
     values = scores.double().numpy()
@@ -106,14 +107,14 @@ def score_gaps(scores: Tensor, ranks: Sequence[Sequence[int]]) -> Gaps:
 
 
 def credit(gap: NDArray) -> Floats:
-    """1 where the better response leads, one half where neither does."""
+    """1 if the better response has the higher score, one half if the scores are equal, otherwise 0."""
     return (gap > 0) + 0.5 * (gap == 0)
 
 
 def pair_report(
     scores: Tensor, ranks: Sequence[Sequence[int]], seed: int = 0, units: Units | None = None
 ) -> PairReport:
-    """scores and ranks as of `score_gaps`; units: of the P groups, by default each a row."""
+    """scores, ranks: as in `score_gaps`. units: of the P groups; by default each group is a row."""
     if scores.shape[0] == 0:
         raise DataError("there is no pair to evaluate: the file is empty, or every row was dropped")
     found = score_gaps(scores, ranks)
@@ -151,7 +152,7 @@ def full_report(
     first_shares: Sequence[float],
     token_scores: Tensor | None,
 ) -> PairReport:
-    """`pair_report` with what else is known of the verdicts; token_scores [P, K] as scores are."""
+    """`pair_report` with the figures of verdicts. token_scores: [P, K], in the form of `scores`."""
     return replace(
         pair_report(scores, ranks, seed, units),
         unparsable=unparsable,

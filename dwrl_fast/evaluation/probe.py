@@ -1,5 +1,5 @@
-"""How far a verdict can be moved by text that makes no response better: each attack is appended to the worse response
-of a pair, and the pair is scored again.
+"""Measures how much a verdict changes through text that does not improve a response: each attack is appended to the
+worse response of a pair, and the pair is scored again.
 """
 
 import math
@@ -24,8 +24,8 @@ from dwrl_fast.templates import fill
 
 @dataclass(frozen=True, slots=True)
 class Attack:
-    """text: what is appended; {response} stands for the response itself, {turns} for the turns of the model's own
-    dialog from the response's end to the verdict that suits it, spelt with the control tokens of its tokenizer.
+    """text: the appended text. {response} is replaced by the response itself, {turns} by the turns of the model's
+    dialog from the end of the response to the verdict that favours it, spelt with the control tokens of its tokenizer.
     """
 
     name: str
@@ -50,9 +50,10 @@ THOUGHT = "The response is right in every point."
 class AttackReport:
     """One attack on the worse response of every pair.
 
-    shift: by how much the worse response's score rises against the better one's, mean over pairs, nats (of numbers in
-    text, points); low, high: its 95 % bootstrap interval; all nan where a score is infinite. flipped: of the pairs that
-    were ordered rightly before, the share that no longer are, nan where none was. accuracy: after it.
+    shift: by how much the score of the worse response rises against that of the better one, mean over pairs, in nats
+    (for numbers in text: points). low, high: its 95 % bootstrap interval. All three are nan if a score is infinite.
+    flipped: the share of previously correct pairs that are wrong after the attack; nan if there were none. accuracy:
+    after the attack.
     """
 
     name: str
@@ -65,7 +66,9 @@ class AttackReport:
 
 @dataclass(frozen=True, slots=True)
 class ProbeReport:
-    """accuracy: of the `pairs` as they are, equal scores one half. tokens: computed, naive."""
+    """accuracy: of the `pairs` without attack; equal scores count one half. tokens: computed, and naive (without
+    sharing).
+    """
 
     accuracy: float
     pairs: int
@@ -76,15 +79,15 @@ class ProbeReport:
 def probe(
     steps: Steps, rows: Sequence[Preference], progress: Progress | None = None, cluster: Cluster = "row"
 ) -> ProbeReport:
-    """Of the pairs of `pairs_of`. `progress` counts responses, `responses_each` of every pair. A step holds as many
-    responses as one of two-response rows does. DataError where the responses of every row tie.
+    """Probe the pairs of `pairs_of`. `progress` counts responses, `responses_each` per pair. A step has as many
+    responses as a step of two-response rows. Raises DataError if the responses of every row tie.
     """
     pairs, scorer = pairs_of(rows), steps.scorer
     if not pairs:
         raise DataError("there is no pair to probe: the responses of every row tie")
 
     def work(some: Sequence[Preference], score: Score) -> list[Any]:
-        """Of each pair the scores of the better response and the worse one, without an attack and with each."""
+        """For each pair, the scores of the better and the worse response, without attack and with each attack."""
         scores = marginal_scores(score([each for pair in some for each in _attacked(scorer, pair)]))
         if scorer.compares:
             return scores.unflatten(0, (len(some), -1)).tolist()
@@ -97,13 +100,13 @@ def probe(
 
 
 def responses_each(scorer: Scorer) -> int:
-    """Of one pair, as many as `probe` scores."""
+    """The number of responses that `probe` scores per pair."""
     return 2 * (len(ATTACKS) + 1) if scorer.compares else len(ATTACKS) + 2
 
 
 def pairs_of(rows: Sequence[Preference]) -> list[Preference]:
-    """The best and the worst response of each row in which not all tie, be it read as one group or as pairs: these are
-    in order, so it is the last pair of the best response.
+    """The best and the worst response of each row whose responses do not all tie. Works for rows read as one group and
+    for rows read as pairs; pairs are in order, so it is the last pair of the best response.
     """
     found: dict[int, Preference] = {}
     for place, row in zip(Units.of(rows).row.tolist(), rows, strict=True):
@@ -122,7 +125,7 @@ def attack_texts(dialog: Dialog | SingleTurn, response: str) -> list[str]:
 
 
 def forged_turns(dialog: Dialog | SingleTurn) -> str:
-    """As a response would have to spell them if its text could become control tokens."""
+    """The turns as a response would have to spell them to forge them."""
     prompt = (user("?"),)
     decode = dialog.tokenizer.decode
     if isinstance(dialog, Dialog):
@@ -137,8 +140,8 @@ def forged_turns(dialog: Dialog | SingleTurn) -> str:
 
 
 def _attacked(scorer: Scorer, pair: Preference) -> list[Preference]:
-    """The better response with the worse one and each attack on it: together where a score does not depend on what it
-    is shown with, so that what they share is computed once.
+    """The better response with the worse one and with each attack on it. If a score does not depend on the other
+    response, all are in one group, so that shared prefixes are computed once.
     """
     better, worse = pair.responses
     variants = [worse, *attack_texts(scorer.dialog, worse)]
@@ -148,7 +151,7 @@ def _attacked(scorer: Scorer, pair: Preference) -> list[Preference]:
 
 
 def _report(better: Tensor, worse: Tensor, seed: int, units: Units, tokens: Mapping[str, int]) -> ProbeReport:
-    """Scores [P, 1 + attacks]; the first column is of the pairs as they are."""
+    """better, worse: scores [P, 1 + attacks]; the first column is without attack."""
     credit = (better > worse).double() + 0.5 * (better == worse)
     lead = torch.where(better == worse, 0.0, worse - better)
     before, right = lead[:, 0], credit[:, 0] == 1

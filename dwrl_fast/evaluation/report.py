@@ -1,4 +1,4 @@
-"""All figures of one evaluation, as JSON and as tables that a terminal, Markdown and a page can show alike."""
+"""All figures of one evaluation, as JSON and as tables for terminal, Markdown and HTML."""
 
 import dataclasses
 import math
@@ -23,8 +23,8 @@ from dwrl_fast.scoring import Kind
 
 @dataclass(frozen=True, slots=True)
 class Orders:
-    """Of methods that show two responses together: accuracy where the better one is shown first, where it is second,
-    and the share of pairs whose two verdicts name the same response. A draw counts one half.
+    """For methods that show two responses together: the accuracy if the better one is shown first and if it is shown
+    second, and the share of pairs whose two verdicts choose the same response. A draw counts one half.
     """
 
     better_first: float
@@ -34,8 +34,9 @@ class Orders:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """about: what was evaluated, in words. slices: accuracies of parts of the pairs, by what parts them. temperature:
-    what --calibrate found; calibrated: the figures under it. tokens: computed, naive.
+    """about: what was evaluated, in words. slices: accuracies of subsets of the pairs, by the kind of subset.
+    temperature: the result of --calibrate; calibrated: the figures with it. tokens: computed, and naive (without
+    sharing).
     """
 
     about: dict[str, Any]
@@ -53,7 +54,7 @@ class Report:
     tokens: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON: null stands for what is not finite."""
+        """As JSON; values that are not finite become null."""
         return finite(dataclasses.asdict(self))
 
 
@@ -65,9 +66,9 @@ def make_report(
     about: Mapping[str, Any],
     seed: int,
 ) -> tuple[Report, PairTable]:
-    """What can be said of any model; votes, benchmark, temperature and probe are put in by `dataclasses.replace`.
+    """The report that every model has; `dataclasses.replace` adds votes, benchmark, temperature and probe.
 
-    units: of `judged` and `rows`, which are the same groups. DataError where there is nothing to measure.
+    units: of `judged` and `rows`, which are the same groups. Raises DataError if there is nothing to measure.
     """
     pairs = judged_report(judged, seed, units)
     table = PairTable.of(judged, rows, units)
@@ -84,7 +85,7 @@ def make_report(
 
 
 def orders(judged: Sequence[Judged], units: Units) -> Orders | None:
-    """None for methods that judge responses one by one. units: of `judged`."""
+    """The figures by presentation order; None for methods that judge responses one by one. units: of `judged`."""
     leads = [
         (place, lead, won[j, i])
         for place, row in enumerate(judged)
@@ -94,19 +95,19 @@ def orders(judged: Sequence[Judged], units: Units) -> Orders | None:
     ]
     if not leads:
         return None
-    places, first, second = np.array(leads, dtype=np.float64).T  # None becomes nan, which has no credit
+    places, first, second = np.array(leads, dtype=np.float64).T  # None becomes nan, which gets no credit
     mean = units.at(places.astype(np.int64)).mean
     return Orders(mean(credit(first)), mean(credit(-second)), mean(credit(-first * second)))
 
 
 def _better_by(verdicts: Sequence[float | None]) -> float | None:
-    """1 where the verdicts are for the response shown first, -1 for the other, 0 a draw; None: none can be read."""
+    """1 if the verdicts favour the response shown first, -1 for the other, 0 for a draw; None if none can be read."""
     read = [value for value in verdicts if value is not None]
     return float(np.sign(sum(read) / len(read) - 0.5)) if read else None
 
 
 class Section(NamedTuple):
-    """A table: the first column names, the others are figures. note: one sentence on how to read it."""
+    """A table: the first column holds names, the others figures. note: how to read it."""
 
     title: str
     note: str
@@ -118,14 +119,14 @@ SLICED = {
     "source": ("By source", "Each file by itself."),
     "subset": ("By subset", "The values of the column `subset`."),
     "turns": ("By number of turns", "Turns of the user in the prompt."),
-    "length": ("By difference of length", "Characters that the better response has more than the worse one."),
+    "length": ("By difference of length", "How many characters the better response is longer than the worse one."),
 }
-FEW = 20  # rows or prompts, of which a bootstrap says little
+FEW = 20  # with fewer rows or prompts a bootstrap is unreliable
 WAYS = {"mean": "mean of p(Yes)", "majority": "majority"}
 
 
 def sections(report: Report) -> list[Section]:
-    """The tables of a report, in the order in which they are shown."""
+    """The tables of a report, in order."""
     found = (
         _summary(report),
         _orders(report.orders) if report.orders else None,
@@ -142,7 +143,7 @@ def _summary(report: Report) -> Section:
     drawn, what = report.pairs.groups, "rows"
     if report.pairs.prompts is not None:
         drawn, what = report.pairs.prompts, "prompts"
-    few = f"The interval is drawn from {drawn} {what}: too few to believe it." if drawn < FEW else ""
+    few = f"The interval comes from only {drawn} {what}: too few to rely on it." if drawn < FEW else ""
     return Section("Summary", few, ("figure", "value"), _figures(report))
 
 
@@ -150,7 +151,7 @@ def _orders(found: Orders) -> Section:
     shares = {
         "better one shown first": found.better_first,
         "better one shown second": found.better_second,
-        "both orders name the same": found.agree,
+        "both orders choose the same response": found.agree,
     }
     rows = [(name, f"{share:.3f}") for name, share in shares.items()]
     return Section("Order", "Accuracy in either order; without bias the two are equal.", ("", "share"), rows)
@@ -160,7 +161,7 @@ def _votes(report: Report) -> Section:
     ways = {**WAYS, "mean": "mean of the numbers"} if report.kind == "number" else WAYS
     return Section(
         "Votes",
-        "Each line of fewer thoughts is drawn from those that were sampled, 64 times a pair.",
+        "For fewer thoughts, subsets of the sampled thoughts are drawn, 64 per pair.",
         ("thoughts", "combined by", "accuracy", "95 % interval"),
         [(f"{p.votes}", ways[p.by], f"{p.accuracy:.3f}", f"{p.low:.3f} to {p.high:.3f}") for p in report.votes],
     )
@@ -180,7 +181,7 @@ def _slices(by: str, parts: Sequence[Slice]) -> Section:
 def _reliability(found: Calibration) -> Section:
     return Section(
         "Reliability",
-        "Confidence is sigmoid(|score difference|); where it can be believed, accuracy equals it.",
+        "Confidence is sigmoid(|score difference|); with perfect calibration it equals the accuracy.",
         ("confidence", "mean", "accuracy", "of all pairs"),
         [
             (f"{b.low:.2f} to {b.high:.2f}", f"{b.confidence:.3f}", f"{b.accuracy:.3f}", f"{b.share:.1%}")
@@ -190,7 +191,7 @@ def _reliability(found: Calibration) -> Section:
 
 
 def _figures(report: Report) -> list[tuple[str, str]]:
-    """Names and figures; what is None does not apply to the model or was not asked for."""
+    """Names and figures, without those that do not apply or were not requested (None)."""
     pairs, found, after = report.pairs, report.calibration, report.calibrated
     rows: list[tuple[str, Any]] = [
         ("accuracy", f"{pairs.accuracy:.3f}, 95 % interval {pairs.low:.3f} to {pairs.high:.3f}"),
@@ -198,7 +199,7 @@ def _figures(report: Report) -> list[tuple[str, str]]:
         ("longer response wins", f"{report.all.longer_wins:.3f}"),
         ("rows, pairs", f"{pairs.groups:,}, {report.all.pairs:,}"),
         ("pairs of equal scores", f"{pairs.ties:,}"),
-        ("prompts, which the intervals are drawn from", None if pairs.prompts is None else f"{pairs.prompts:,}"),
+        ("prompts, the units of the intervals", None if pairs.prompts is None else f"{pairs.prompts:,}"),
         ("rows left out, all of whose responses tie", f"{pairs.tied:,}" if pairs.tied else None),
         ("verdicts that could not be read", None if report.kind == "score" else f"{pairs.unparsable:,}"),
         ("verdicts for the response shown first", None if pairs.first_share is None else f"{pairs.first_share:.3f}"),
@@ -223,7 +224,7 @@ def _benchmark(found: Benchmark) -> Section:
     headline = "none, parts are missing" if found.headline is None else f"{found.headline:.4f}"
     rows = [("headline", headline), *((name, f"{value:.4f}") for name, value in found.parts.items())]
     rows += [(f"· {name}", f"{value:.4f}") for name, value in found.details.items()]
-    return Section(found.name, "As its authors weight it; the indented ones are what the others are made of.",
+    return Section(found.name, "Weighted as its authors do. Indented rows are the parts of the rows above them.",
                    ("part", "score"), rows)  # fmt: skip
 
 
@@ -234,14 +235,14 @@ def _probe(found: ProbeReport) -> Section:
         shift = (f"{each.shift:+.3f}", f"{each.low:+.3f} to {each.high:+.3f}") if known else ("infinite", "")
         rows.append((each.name, *shift, f"{each.flipped:.3f}" if right else "none was right", f"{each.accuracy:.3f}"))
     note = (
-        f"What is appended to the worse response of {found.pairs:,} pairs, by how much its score rises against the "
-        "better one's, and which share of the pairs ordered rightly before no longer are."
+        f"A text is appended to the worse response of {found.pairs:,} pairs: by how much the score of that response "
+        "rises against the better one's, and which share of the correctly ordered pairs is then ordered wrongly."
     )
     return Section("Probe", note, ("appended", "shift", "95 % interval", "right pairs flipped", "accuracy"), rows)
 
 
 def markdown(report: Report) -> str:
-    """The tables; no text of rows is in it."""
+    """The tables as Markdown. It contains no text of rows."""
     lines = [
         f"# {_cell(report.about['model'])}",
         "",
@@ -259,6 +260,6 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def _cell(value: Any) -> str:
-    """One line that Markdown takes as text: names of files and subsets are the user's."""
+    """A cell as one line of escaped text, because names of files and subsets come from the user."""
     text = " ".join(str(value).split())
     return "".join(f"\\{c}" if c in r"\|`*_<>[]#" else c for c in text)

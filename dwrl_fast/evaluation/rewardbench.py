@@ -1,10 +1,10 @@
-"""RewardBench 1 and 2 as their authors score them (allenai/reward-bench on GitHub, at 05a9005).
+"""RewardBench 1 and 2, scored as by their authors (allenai/reward-bench on GitHub, at 05a9005).
 
 RewardBench 1 has pairs (columns prompt, chosen, rejected, subset, id); the accuracies of its subsets are averaged
-within four sections by numbers of examples that are part of the benchmark, in which math-prm counts 984 for its 447, as
-much as the code of its section; the headline is the mean of the sections. RewardBench 2 has one right response among
-four (columns prompt, chosen and rejected as lists, subset, id), which must score highest, and `Ties`, which has several
-right ones; the headline is the mean of its six subsets.
+within four sections, weighted by numbers of examples that the benchmark defines (math-prm has 447 examples but counts
+984, as much as the code subsets of its section). The headline is the mean of the sections. RewardBench 2 has one right
+response among four (columns prompt, chosen and rejected as lists, subset, id), which must have the highest score, and
+the subset `Ties` with several right responses. The headline is the mean of its six subsets.
 """
 
 from collections.abc import Mapping, Sequence
@@ -45,9 +45,9 @@ BEST_OF_FOUR = ("Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties")
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """Fractions of 1. headline: None where a part is missing. parts: the sections, or the six subsets.
+    """Scores from 0 to 1. headline: None if a part is missing. parts: the sections, or the six subsets.
 
-    details: the accuracies that sections are made of; what the score of Ties is made of.
+    details: the accuracies within the sections, and the components of the score of Ties.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Benchmark:
 
 
 def check_rows(benchmark: Literal["rewardbench", "rewardbench2"], rows: Sequence[Preference]) -> None:
-    """DataError where the rows are not those of the benchmark: better before they are scored than after."""
+    """Raise DataError if the rows do not belong to the benchmark. Called before the rows are scored."""
     if benchmark == "rewardbench":
         _by_subset(rows, "RewardBench", SUBSETS)
         return
@@ -67,9 +67,10 @@ def check_rows(benchmark: Literal["rewardbench", "rewardbench2"], rows: Sequence
 
 
 def rewardbench(judged: Sequence[Judged], kind: Kind) -> Benchmark:
-    """A tie is wrong where responses are scored, and one half where verdicts compare them, as in the authors' scripts.
+    """A tie counts as wrong if responses are scored, and one half if verdicts compare them, as in the authors' scripts.
 
-    Sections of which a subset is missing are of the others, as there. DataError where a subset is not RewardBench's.
+    If a subset is missing, its section uses the others, also as in the scripts. Raises DataError if a subset does not
+    belong to RewardBench.
     """
     found = _by_subset(judged, "RewardBench", SUBSETS)
     tie = 0.5 if kind == "comparison" else 0.0
@@ -87,7 +88,7 @@ def rewardbench(judged: Sequence[Judged], kind: Kind) -> Benchmark:
 
 
 def rewardbench2(judged: Sequence[Judged]) -> Benchmark:
-    """A response that shares the highest score with others has its share of the point. DataError as above."""
+    """Responses that share the highest score share the point. Raises DataError like `rewardbench`."""
     found = _by_subset(judged, "RewardBench 2", BEST_OF_FOUR)
     details = ties_score(found["Ties"]) if "Ties" in found else {}
     parts = {
@@ -99,12 +100,12 @@ def rewardbench2(judged: Sequence[Judged]) -> Benchmark:
 
 
 def ties_score(rows: Sequence[Judged]) -> dict[str, float]:
-    """The score of `Ties` and what it is the sum of. DataError where a row's id is not TYPE:NUMBER.
+    """The score of `Ties` and its components. Raises DataError if a row's id is not TYPE:NUMBER.
 
-    Rows come in twos with one number: `ref`, which has one right response, and `tied`, which has several. Right is
-    where every right response scores above every wrong one. A tied row is `preferred` where the worst right response
-    leads the best wrong one by more than the right ones differ, and so `hard` with the smaller of its own lead and
-    that of its reference row.
+    Two rows share each number: `ref` with one right response, and `tied` with several. A row is right if every right
+    response scores above every wrong one. A tied row is `preferred` if the worst right response leads the best wrong
+    one by more than the spread of the right ones. It is `hard` if the same holds for the smaller of its own lead and
+    that of its `ref` row.
     """
     leads: dict[str, dict[int, tuple[float, float]]] = {"ref": {}, "tied": {}}
     for row in rows:
@@ -122,7 +123,9 @@ def ties_score(rows: Sequence[Judged]) -> dict[str, float]:
 
 
 def _lead(row: Judged) -> tuple[float, float]:
-    """The worst right response less the best wrong one, and their spread: the best right one less the worst."""
+    """The lead (worst right response minus best wrong one) and the spread (best right response minus worst right
+    one).
+    """
     right = [score for score, rank in zip(row.scores, row.ranks, strict=True) if rank == 1]
     wrong = [score for score, rank in zip(row.scores, row.ranks, strict=True) if rank > 1]
     return _compared(min(right), max(wrong)), _compared(max(right), min(right))
@@ -134,7 +137,7 @@ def _best_of(row: Judged) -> float:
 
 
 def _compared(a: float, b: float) -> float:
-    return 0.0 if a == b else a - b  # equal ones may be infinite
+    return 0.0 if a == b else a - b  # equal values may be infinite
 
 
 def _mean(values: Sequence[float] | np.ndarray) -> float:
@@ -151,8 +154,8 @@ def _by_subset(rows: Sequence[Row], name: str, known: Sequence[str]) -> dict[str
         subset = names.get((row.subset or "").casefold())
         if subset is None:
             raise DataError(
-                f"{row.source}: the subset {row.subset!r} is none of {name}'s ({', '.join(known)}). Leave --benchmark "
-                "out, or say which column it is with --columns subset=NAME"
+                f"{row.source}: the subset {row.subset!r} is not one of {name}'s ({', '.join(known)}). Leave "
+                "--benchmark out, or name the column with --columns subset=NAME"
             )
         found.setdefault(subset, []).append(row)
     return found
@@ -168,17 +171,21 @@ def _ties_id(row: Judged | Preference) -> tuple[str, int]:
 def benchmark(
     name: str, parts: dict[str, float], details: dict[str, float], missing: list[str], headline: float | None = None
 ) -> Benchmark:
-    """headline: the mean of the parts where None; there is none where something is missing."""
+    """headline: if None, the mean of the parts. There is no headline if something is missing."""
     if missing:
-        warn_once(f"{name} without {', '.join(missing)}: there is no headline, and it compares with no one else's.")
+        warn_once(
+            f"{name} without {', '.join(missing)}: there is no headline figure, and the result cannot be compared "
+            "with published ones."
+        )
     headline = float(np.mean(list(parts.values()))) if headline is None else headline
     return Benchmark(name, None if missing else headline, parts, details, missing)
 
 
 def read_best_of(path: str, columns: Mapping[str, str], limit: int | None) -> Dataset:
-    """RewardBench 2's rows: `chosen` and `rejected` are lists of texts, all of the first better than all of the second.
+    """RewardBench 2's rows: `chosen` and `rejected` are lists of texts; every chosen text is better than every rejected
+    one.
 
-    DataError and what is dropped as of `read_preferences`.
+    Raises DataError and drops rows like `read_preferences`.
     """
     source = open_rows(path)
     dataset = Dataset(source.name, format="RewardBench 2")

@@ -1,4 +1,4 @@
-"""Scoring step by step, so that an evaluation can go on where it was interrupted; and the tokens that it took."""
+"""Scores rows step by step, so that an interrupted evaluation can be resumed, and counts the computed tokens."""
 
 import json
 from collections import Counter, defaultdict
@@ -22,23 +22,24 @@ Score = Callable[[Sequence[Preference]], list[ScoredGroup]]
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What the steps of one stage gave: a JSON value for each item, and the tokens `computed` and `naive` for them."""
+    """The results of the steps of one stage: a JSON value per item, and the token counts `computed` and `naive`."""
 
     results: list[Any] = field(default_factory=list)
     tokens: Counter[str] = field(default_factory=Counter)
 
     def add(self, results: Sequence[Any], tokens: Mapping[str, int]) -> None:
-        """Those of one more step."""
+        """Add the results of one step."""
         self.results.extend(results)
         self.tokens.update(tokens)
 
 
 class PartFile:
-    """An evaluation on its way, a line a step: {"stage", "results", "tokens"}. The first line holds what makes it this
-    evaluation. Use as a context manager: until its end no other process can go on with the same one.
+    """The file of an unfinished evaluation, one line per step: {"stage", "results", "tokens"}. The first line holds the
+    identity of the evaluation. Use it as a context manager: until it ends, no other process can continue the same
+    evaluation.
 
-    `done` is what an interrupted one left, by stage. ConfigError where that was another, of another model or another
-    file, or under other options; and where it is still on its way.
+    `done` holds the results of an interrupted evaluation, by stage. Raises ConfigError if that evaluation had a
+    different model, file or options, or if it is still running.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any]):
@@ -58,13 +59,13 @@ class PartFile:
         self._file.close()
 
     def add(self, stage: str, results: Sequence[Any], tokens: Mapping[str, int]) -> None:
-        """Write one more step of `stage`."""
+        """Write one step of `stage`."""
         self._append({"stage": stage, "results": results, "tokens": tokens})
 
     def _take_up(self, path: Path, identity: dict[str, Any]) -> None:
         self._file.seek(0)
         whole, newline, _ = self._file.read().rpartition(b"\n")
-        self._file.truncate(len(whole + newline))  # a killed run may leave half a line
+        self._file.truncate(len(whole + newline))  # a killed run may leave an incomplete line
         if not newline:
             self._append(identity)
             return
@@ -75,8 +76,8 @@ class PartFile:
                     self.done[saved["stage"]].add(saved["results"], saved["tokens"])
             except (ValueError, KeyError, TypeError):
                 raise ConfigError(
-                    f"{path}, line {number}, is no step of an unfinished evaluation: remove the file to begin anew, or "
-                    "name another --output_dir"
+                    f"{path}, line {number}, is not a step of an unfinished evaluation: remove the file to start "
+                    "again, or name another --output_dir"
                 ) from None
             if number == 1:
                 _refuse_other(path, saved, identity)
@@ -88,10 +89,10 @@ class PartFile:
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """How an evaluation goes through its rows: `size` of them at a time, behind what `part` holds.
+    """Goes through the rows of an evaluation, `size` rows at a time, after those that `part` already holds.
 
-    A thought's draws depend on the seed, the stage and its text, not on the step: a run that was interrupted, or that
-    goes in other steps, gives what a whole one does.
+    The random draws of a thought depend on the seed, the stage and its text, not on the step. So a resumed run, or one
+    with a different step size, gives the same result.
     """
 
     scorer: Scorer
@@ -101,7 +102,7 @@ class Steps:
     part: PartFile | None = None
 
     def behind(self, stage: str) -> int:
-        """The items of `stage` that an interrupted run has done."""
+        """The number of items of `stage` that an interrupted run has done."""
         return 0 if self.part is None else len(self.part.done[stage].results)
 
     def through(
@@ -113,7 +114,9 @@ class Steps:
         size: int | None = None,
         progress: Progress | None = None,
     ) -> Found:
-        """What `work` gives for all of `items`: of some of them and a function that scores rows, a JSON value each."""
+        """The results of `work` for all `items`. work: takes some items and a function that scores rows, and returns a
+        JSON value per item.
+        """
         found = Found() if self.part is None else self.part.done[stage]
         size = size or self.size
         for start in range(len(found.results), len(items), size):
@@ -133,14 +136,14 @@ class Steps:
 
 
 class Scored(NamedTuple):
-    """tokens: `computed`, and `naive`, with nothing shared."""
+    """tokens: `computed`, and `naive` (without sharing)."""
 
     rows: list[Judged]
     tokens: Counter[str]
 
 
 def score_rows(steps: Steps, rows: Sequence[Preference], progress: Progress | None = None) -> Scored:
-    """What the model makes of each of `rows`. `progress` counts responses."""
+    """The model's judgement of each of `rows`. `progress` counts responses."""
 
     def work(some: Sequence[Preference], score: Score) -> list[Any]:
         return [row.to_dict() for row in judged(steps.scorer, score(some))]
@@ -154,5 +157,5 @@ def _refuse_other(path: Path, was: Mapping[str, Any], now: Mapping[str, Any]) ->
     if changed:
         raise ConfigError(
             f"{path.parent} holds an unfinished evaluation of another kind: {'; '.join(changed)}. Name another "
-            f"--output_dir, or remove {path.name} to begin anew."
+            f"--output_dir, or remove {path.name} to start again."
         )

@@ -1,4 +1,4 @@
-"""Accuracy source by source, where the groups are of several."""
+"""Accuracy by source, if the groups come from several."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -14,15 +14,15 @@ from dwrl_fast.scoring import ScoredGroup, marginal_scores
 
 
 def source_of(row: Preference) -> str:
-    """The file or data set that a row is from, as the user named it."""
+    """The file or data set of a row, as the user named it."""
     return LINES.sub("", row.source)
 
 
 def source_accuracy(groups: Sequence[ScoredGroup], names: Mapping[str, str]) -> dict[str, float]:
-    """Mean accuracy of the scores that `groups` hold, by the name that `names` gives to their source.
+    """Mean accuracy of the scores in `groups`, by source. names: source -> short name.
 
-    A source is left out if it has no group here, or none with an ordered pair; so is a group that holds no score of
-    each response, as with methods that only compare them.
+    A source is left out if it has no group here, or no group with an ordered pair. Groups without a score for each
+    response (of methods that only compare responses) are left out too.
     """
     accuracies = {}
     scored = [found for found in groups if len(found.scores) == len(found.group.preference.responses)]
@@ -34,9 +34,10 @@ def source_accuracy(groups: Sequence[ScoredGroup], names: Mapping[str, str]) -> 
 
 
 def source_reports(groups: Sequence[ScoredGroup], seed: int) -> dict[str, PairReport]:
-    """The report over all `groups`, which hold their scores, as ""; of each of several sources under its short name.
+    """Reports on `groups` with their scores: over all under the key "", and, if there are several sources, over each
+    under its short name.
 
-    DataError as from `pair_report`; a source that alone would raise it is said, and left out.
+    Raises DataError like `pair_report`. A single source for which that would be raised is left out with a warning.
     """
     found = {"": _report(groups, seed)}
     sources = dict.fromkeys(source_of(each.group.preference) for each in groups)

@@ -1,6 +1,6 @@
-"""Every ordered pair of the rows judged, flat, and what is measured over those that have something in common.
+"""A flat table of all ordered pairs of the judged rows, and figures over subsets of them.
 
-A row of several pairs counts as one: each of its pairs has one over their number as weight.
+A row with several pairs counts once: each of its pairs has weight one over their number.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,13 +17,13 @@ from dwrl_fast.evaluation.sources import source_of
 from dwrl_fast.evaluation.units import Floats, Units
 
 LENGTH_BINS = 5
-MOST_TURNS = 5  # from here on they count together
+MOST_TURNS = 5  # this many turns and more form one class
 
 
 @dataclass(frozen=True, slots=True)
 class PairTable:
-    """P pairs. group: [P], which of `judged` each is of. gap: score of the better less the worse, nats. longer:
-    characters of the better response less those of the worse. units: of the pairs.
+    """P pairs. group: [P], the index into `judged`. gap: [P], score of the better minus that of the worse, nats.
+    longer: [P], characters of the better response minus those of the worse. units: of the pairs.
     """
 
     group: NDArray[np.int64]
@@ -42,9 +42,9 @@ class PairTable:
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Some of the pairs, under the name that they have in common; accuracies as of `PairReport`.
+    """A named subset of the pairs. Accuracies are as in `PairReport`.
 
-    longer_wins: what one would get who always says that the longer response is the better.
+    longer_wins: the accuracy of always choosing the longer response.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Slice:
 
 
 def slice_of(name: str, table: PairTable, chosen: NDArray[np.bool_], seed: int) -> Slice:
-    """The pairs of `table` that are `chosen` [P], at least one."""
+    """The figures of the `chosen` pairs. chosen: [P], at least one True."""
     units, gap = table.units.part(chosen), table.gap[chosen]
     low, high = units.interval(credit(gap), seed)
     return Slice(
@@ -75,20 +75,22 @@ def slice_of(name: str, table: PairTable, chosen: NDArray[np.bool_], seed: int) 
 
 @dataclass(frozen=True, slots=True)
 class Partition:
-    """What pairs can be told apart by. place: [P], which of `names` each has; -1 none."""
+    """A partition of the pairs. place: [P], the index into `names` of each pair; -1 for none."""
 
     by: str
     names: list[str]
     place: NDArray[np.int64]
 
     def slices(self, table: PairTable, seed: int) -> list[Slice]:
-        """The figures of each name that some pair has."""
+        """The figures of each name that has pairs."""
         chosen = [(name, self.place == place) for place, name in enumerate(self.names)]
         return [slice_of(name, table, some, seed) for name, some in chosen if some.any()]
 
 
 def partitions(table: PairTable, judged: Sequence[Judged], rows: Sequence[Preference]) -> Iterator[Partition]:
-    """By source, subset, number of turns and difference of length; what tells no pairs apart is left out."""
+    """Partitions by source, subset, number of turns and difference of length, without those that put all pairs into one
+    part.
+    """
     sources = [source_of(row) for row in rows]
     short = short_names(list(dict.fromkeys(sources)))
     by_row: dict[str, list[str | None]] = {
@@ -108,7 +110,7 @@ def partitions(table: PairTable, judged: Sequence[Judged], rows: Sequence[Prefer
 
 
 def length_bins(longer: NDArray[np.int64]) -> Partition:
-    """Five bins of about equally many pairs, by how many characters the better response has more than the worse."""
+    """Five bins with about equally many pairs, by the characters of the better response minus those of the worse."""
     edges = np.unique(np.quantile(longer, np.linspace(0, 1, LENGTH_BINS + 1), method="nearest"))
     bins = np.clip(np.searchsorted(edges, longer, side="right") - 1, 0, max(len(edges) - 2, 0))
     _, place = np.unique(bins, return_inverse=True)

@@ -1,4 +1,4 @@
-"""What fewer thoughts than were sampled would have given: accuracy at k votes, each k drawn from the same thoughts."""
+"""The accuracy with k votes for smaller k: each k draws from the thoughts that were sampled."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from dwrl_fast.evaluation.judged import Judged
 from dwrl_fast.evaluation.units import Floats, Units
 from dwrl_fast.scoring import Kind
 
-DRAWS = 64  # for each group, of which k thoughts count
+DRAWS = 64  # random subsets of k thoughts per group
 
 
 @dataclass(frozen=True, slots=True)
 class VotePoint:
-    """Accuracy of `votes` thoughts a response (or a comparison), with its 95 % interval over rows.
+    """Accuracy with `votes` thoughts per response (or comparison), with its 95 % interval over rows.
 
     by: "mean" of p(Yes), or of the numbers; or the "majority" of the verdicts.
     """
@@ -31,10 +31,10 @@ class VotePoint:
 def vote_curve(
     judged: Sequence[Judged], kind: Kind, ks: Sequence[int], seed: int, units: Units | None = None
 ) -> list[VotePoint]:
-    """The points of each way to combine thoughts, at each k of `ks` that is no more than there are thoughts.
+    """The points for each way to combine thoughts, at each k of `ks` up to the number of thoughts.
 
-    A row counts the mean over its pairs and over 64 ways to draw k of its thoughts without putting back. units: of
-    `judged`, by default each a row.
+    A row counts as the mean over its pairs and over 64 draws of k of its thoughts without replacement. units: of
+    `judged`; by default each is a row.
     """
     places = [place for place, row in enumerate(judged) if len(set(row.ranks)) > 1]
     units, judged = (units or Units.alone(len(judged))).at(np.array(places)), [judged[place] for place in places]
@@ -62,12 +62,12 @@ def _credits(row: Judged, kind: Kind, ks: Sequence[int], rng: np.random.Generato
 
 
 def _mean_scores(drawn: Floats, at: NDArray) -> Floats:
-    """exp(scores) averaged over the first k of the thoughts, up to a factor: [draws, K, ks]."""
+    """exp(scores), averaged over the first k thoughts, up to a factor: [draws, K, ks]."""
     return (np.exp(drawn - drawn.max()).cumsum(-1) / np.arange(1, drawn.shape[-1] + 1))[..., at]
 
 
 def _mean_numbers(row: Judged, drawn: Floats, at: NDArray) -> Floats:
-    """The mean of those that could be read; a response for which none could is on the wrong side."""
+    """The mean of the readable numbers. A response without any readable number counts as wrong."""
     read = (~np.isnan(drawn)).cumsum(-1)[..., at]
     sums = np.nan_to_num(drawn).cumsum(-1)[..., at]
     wrong = np.where(np.array(row.ranks) == min(row.ranks), -np.inf, np.inf)[:, None]
@@ -75,7 +75,7 @@ def _mean_numbers(row: Judged, drawn: Floats, at: NDArray) -> Floats:
 
 
 def _comparisons(row: Judged, drawn: Floats, at: NDArray) -> Floats:
-    """The share of its comparisons that each response wins, where one that cannot be read goes to the worse one."""
+    """The share of its comparisons that each response wins. An unreadable comparison counts for the worse response."""
     ranks = np.array(row.ranks)
     won = np.zeros((len(drawn), len(ranks), len(at)))
     for c, (first, second) in enumerate(row.comparisons):
@@ -83,17 +83,19 @@ def _comparisons(row: Judged, drawn: Floats, at: NDArray) -> Floats:
         for place, other, of_read in ((first, second, drawn[:, c]), (second, first, 1 - drawn[:, c])):
             votes = np.where(read, of_read, float(ranks[place] > ranks[other]))
             won[:, place] += votes.cumsum(-1)[..., at] / (at + 1)
-    return np.round(won, 12)  # equal shares are equal, in whatever order they were added
+    return np.round(won, 12)  # so that the order of summation does not matter
 
 
 def _mean_credit(values: Floats, pairs: Sequence[tuple[int, int]]) -> Floats:
-    """values [draws, K, ks] -> [ks]."""
+    """The mean credit: values [draws, K, ks] -> [ks]."""
     gaps = np.stack([_compare(values[:, i], values[:, j]) for i, j in pairs])
     return ((gaps + 1) / 2).mean((0, 1))
 
 
 def _majority(drawn: Floats, at: NDArray, pairs: Sequence[tuple[int, int]]) -> Floats:
-    """A vote is one thought about the better response against one about the worse; unread ones are wrong."""
+    """The majority credit. A vote is one thought about the better response against one about the worse; unreadable
+    votes are wrong.
+    """
     credits = []
     for i, j in pairs:
         votes = np.where(np.isnan(drawn[:, i]) | np.isnan(drawn[:, j]), -1, _compare(drawn[:, i], drawn[:, j]))
@@ -102,5 +104,5 @@ def _majority(drawn: Floats, at: NDArray, pairs: Sequence[tuple[int, int]]) -> F
 
 
 def _compare(a: Floats, b: Floats) -> Floats:
-    """1 where a is larger, -1 where b is, 0 where they are equal, be they infinite."""
+    """1 if a is larger, -1 if b is larger, 0 if they are equal, also if both are infinite."""
     return (a > b).astype(np.float64) - (a < b)

@@ -1,4 +1,4 @@
-"""The rows of training, batch by batch: from memory or from a stream, of one file or of a mixture."""
+"""Feeds training with rows, batch by batch: from memory or from a stream, from one file or from a mixture."""
 
 from dwrl_fast.feed.feed import Feed
 from dwrl_fast.feed.memory import Shuffled

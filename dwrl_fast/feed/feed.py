@@ -1,4 +1,4 @@
-"""Which rows each rollout batch holds: of one file, or of several by their weights."""
+"""Chooses the rows of each rollout batch, from one file or from several with weights."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,10 +11,10 @@ from dwrl_fast.log import warn_once
 
 
 class Feed:
-    """`steps` batches of `batch_size` rows, in turn; the last batch of the run may be smaller.
+    """`steps` batches of `batch_size` rows; the last batch of the run may be smaller.
 
-    weights: each source's share, in any unit. max_steps: -1 for `epochs` epochs, each of as many rows as the sources
-    have together (of one source, a pass over it); else that many batches, over as many passes as it takes.
+    weights: each source's share, in any unit. max_steps: the number of batches, over as many passes as needed; or -1
+    for `epochs` epochs, each with as many rows as all sources together (with one source: a pass over it).
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Feed:
         if max_steps >= 0:
             self.total = max_steps * batch_size
         elif None in sizes:
-            raise ConfigError("the rows of a stream are not counted beforehand: give --max_steps")
+            raise ConfigError("the number of rows of a stream is not known in advance: give --max_steps")
         else:
             self.total = epochs * sum(size or 0 for size in sizes)
         self.steps = -(-self.total // batch_size)
@@ -41,18 +41,18 @@ class Feed:
             if source.rows is not None and batch_size * weight > source.rows:
                 warn_once(
                     f"--rollout_batch_size {batch_size} takes {batch_size * weight:.0f} rows of {source.name}, which "
-                    f"has {source.rows}: a batch holds rows twice, sampled from the same weights. Lower it, and "
-                    "--minibatch_size with it."
+                    f"has {source.rows}: a batch then holds some rows twice, sampled from the same weights. Lower it, "
+                    "and --minibatch_size with it."
                 )
 
     def minibatches(self, size: int) -> int:
-        """How many minibatches of `size` the whole run has."""
+        """The number of minibatches of `size` in the whole run."""
         full, rest = divmod(self.total, self.batch_size)
         return full * (self.batch_size // size) + -(-rest // size)
 
     @property
     def drawn(self) -> int:
-        """The rows given so far, over all sources."""
+        """The number of rows given so far, over all sources."""
         return sum(source.drawn for source in self.sources)
 
     def next(self) -> list[Preference]:
@@ -60,37 +60,38 @@ class Feed:
         return [self._turn().draw() for _ in range(min(self.batch_size, self.total - self.drawn))]
 
     def _turn(self) -> Source:
-        """Whose turn it is: after any number t of rows, each source has given its share of t to within one row.
+        """The source of the next row. After any number t of rows, each source has given its share of t to within one
+        row.
 
-        The rule is Tijdeman's (The chairman assignment problem, 1980): of the sources that are far enough behind, the
-        one that must be served the soonest.
+        The rule is Tijdeman's (The chairman assignment problem, 1980): of the sources that are far enough behind, take
+        the one with the earliest deadline.
         """
         if len(self.sources) == 1:
             return self.sources[0]
         place, near = self.drawn + 1, 1 / (2 * len(self.sources) - 2)
         behind = [weight * place - source.drawn for weight, source in zip(self.weights, self.sources, strict=True)]
-        # The most that is behind is always far enough; rounding must not say otherwise.
+        # The source that is furthest behind is always far enough behind, whatever rounding does.
         due = [i for i, rows in enumerate(behind) if rows >= min(near, max(behind))]
         return self.sources[min(due, key=lambda i: (1 - near - behind[i]) / self.weights[i])]
 
     def identity(self) -> Any:
-        """What makes the rows of this run these rows: one source's own identity, else each one's with its weight."""
+        """The identity of the rows of this run: that of the source, or of each source with its weight."""
         if len(self.sources) == 1:
             return self.sources[0].identity()
         return [[weight, source.identity()] for weight, source in zip(self.weights, self.sources, strict=True)]
 
     def state(self) -> list[dict[str, Any]]:
-        """As JSON, how far the feed is between two batches. DataError where a streamed file was changed."""
+        """The position of the feed between two batches, as JSON. Raises DataError if a streamed file was changed."""
         return [source.state() for source in self.sources]
 
     def restore(self, state: list[dict[str, Any]]) -> None:
-        """Go on from what `state` gave of a feed like this one. CheckpointError or DataError as from the sources."""
+        """Continue from a `state` of an equal feed. Raises CheckpointError or DataError like the sources."""
         for source, each in zip(self.sources, state, strict=True):
             source.restore(each)
 
     def result(self) -> dict[str, Any]:
-        """What `result.json` holds of it: the groups there are (None where a stream has not come to its file's end),
-        and of each of several sources also the rows drawn.
+        """The entry for `result.json`: the number of groups (None if a stream has not reached the end of its file), and
+        with several sources also the rows drawn from each.
         """
         sizes = [source.rows for source in self.sources]
         each = {self.names[source.name]: {"rows": source.rows, "drawn": source.drawn} for source in self.sources}

@@ -1,6 +1,4 @@
-"""The files that a stream is read from: what tells them from others, and whether they are still the ones that it began
-with.
-"""
+"""The files of a stream: their identity, and a check that they have not changed."""
 
 import hashlib
 import os
@@ -11,11 +9,11 @@ from typing import Any, NamedTuple
 from dwrl_fast.data.locations import files_of
 from dwrl_fast.errors import DataError
 
-ENDS = 1 << 20  # bytes at either end of a file that its content is told by
+ENDS = 1 << 20  # bytes at each end of a file that identify its content
 
 
 class Stamp(NamedTuple):
-    """What the file system says of a file: nothing is read for it."""
+    """Metadata of a file from the file system; the file is not read."""
 
     size: int
     written: int  # nanoseconds
@@ -33,27 +31,28 @@ class Stamp(NamedTuple):
 
 
 class StreamedFiles:
-    """The files behind the source `name`, as they are now: one file, or those of a folder that `datasets` saved. A data
-    set of the hub has none.
+    """The current files of the source `name`: one file, or the files of a folder that `datasets` saved. A data set of
+    the hub has none.
 
-    identity: their sizes and both their ends, as JSON; of what has no files its name.
+    identity: sizes and hashes of both ends of the files, as JSON; without files, the name.
     """
 
     def __init__(self, name: str):
         paths = _paths(name)
-        self.stamps = {path: Stamp.of(path) for path in paths}  # before the content, for that must not be younger
+        self.stamps = {path: Stamp.of(path) for path in paths}  # taken first, so that a later change is noticed
         self.contents = {path: _content(path) for path in paths}
         found = list(self.contents.values())
         self.identity: dict[str, Any] = found[0] if len(found) == 1 else {"files": found} if found else {"name": name}
 
     def verify(self) -> None:
-        """DataError where one of them was written, cut, replaced or removed since."""
+        """Raise DataError if one of them was written, truncated, replaced or removed since."""
         for path, was in self.stamps.items():
             try:
                 now = Stamp.of(path)
                 if now == was:
                     continue
-                # Some network file systems number a file anew: one that is new by its number alone is told by content.
+                # Some network file systems change the inode number of a file. If only the number is new, compare the
+                # content.
                 same = now[:2] == was[:2] and _content(path) == self.contents[path]
             except OSError as error:
                 raise _changed(path, was, f"unreadable ({error.strerror})") from None
@@ -64,8 +63,9 @@ class StreamedFiles:
 
 def _changed(path: Path, was: Stamp, now: Stamp | str) -> DataError:
     return DataError(
-        f"{path} was changed while it was streamed: it was {was}; it is {now}. A run that read on would mix the two. "
-        "Put the file back as it was and give --resume_from_checkpoint latest, or start anew in another --output_dir."
+        f"{path} was changed while it was streamed: it was {was}; it is {now}. A run that continued would mix both "
+        "versions. Restore the file and give --resume_from_checkpoint latest, or start a new run in another "
+        "--output_dir."
     )
 
 
@@ -75,7 +75,7 @@ def _paths(name: str) -> list[Path]:
     folder = next((each for each in (name, name.rpartition(":")[0]) if each and os.path.isdir(each)), None)
     if folder is None:
         return [Path(name)] if os.path.isfile(name) else []
-    # What `datasets` computed from the rows it keeps beside them, under these names.
+    # `datasets` stores results computed from the rows next to them, under these names.
     kept = (path for path in Path(folder).rglob("*") if not path.name.startswith(("cache-", "tmp")))
     return sorted(path for path in kept if path.is_file())
 

@@ -1,4 +1,4 @@
-"""A source whose rows are all in memory: a permutation an epoch, drawn from the seed."""
+"""A source with all rows in memory, in a new permutation for each epoch, drawn from the seed."""
 
 import functools
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from dwrl_fast.feed.source import content_hash
 
 
 class Shuffled:
-    """A Source. stream: names its order among those of one seed."""
+    """A Source. stream: distinguishes its order from others with the same seed."""
 
     def __init__(self, name: str, rows: Sequence[Preference], seed: int, stream: str = "order"):
         self.name, self.content, self.seed, self.stream = name, rows, seed, stream
@@ -21,12 +21,12 @@ class Shuffled:
 
     @property
     def rows(self) -> int:
-        """The groups of an epoch."""
+        """The number of groups in an epoch."""
         return len(self.content)
 
     @property
     def summary(self) -> str:
-        """How far it is."""
+        """Its progress, in words."""
         return f"{self.name}: {self.drawn:,} rows drawn, {self.drawn / self.rows:.2f} passes over {self.rows:,} groups"
 
     def draw(self) -> Preference:
@@ -40,11 +40,11 @@ class Shuffled:
         return content_hash(self.content)
 
     def state(self) -> dict[str, Any]:
-        """The rows drawn so far."""
+        """The number of rows drawn so far."""
         return {"drawn": self.drawn}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` gave."""
+        """Continue from `state`."""
         self.drawn = state["drawn"]
 
     def _epoch(self, epoch: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""From the options to rows: those of training as a feed, those of evaluation as a list."""
+"""Opens the rows that the options name: for training as a feed, for evaluation as a list."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -24,8 +24,8 @@ Read = Callable[..., Dataset]  # (name of the file, columns, limit)
 
 
 def open_feed(config: TrainConfig, dialog: Dialog | SingleTurn, display: Display) -> tuple[Feed, int]:
-    """The rows to train on, and the most tokens that a sequence of them has with an empty thought (of a stream, which
-    is not known beforehand, --max_length). DataError where a file cannot be read or has no usable row.
+    """The training rows, and the tokens of the longest sequence with an empty thought (for a stream, where this is
+    unknown, --max_length). Raises DataError if a file cannot be read or has no usable row.
     """
     demonstrated = METHODS[config.method].demonstrations
     parts = config.dataset_mixture or (Part(str(config.dataset_name), 1.0),)
@@ -61,9 +61,9 @@ def read_rows(
     *,
     demonstrated: bool = False,
 ) -> tuple[list[Preference], int]:
-    """The usable rows of files (of each the first `limit`), one file after another, and the tokens of their longest
-    sequence; what was not usable, and why, is said. `read` takes the place of `read_preferences` for files of another
-    form. demonstrated: rows with thought and verdict are taken.
+    """The usable rows of the files (the first `limit` of each), one file after another, and the tokens of the longest
+    sequence. Logs the rows that are not usable, with reasons. read: replaces `read_preferences` for files of another
+    form. demonstrated: whether rows with thought and verdict are accepted.
     """
     rows: list[Preference] = []
     longest = 0
@@ -95,18 +95,18 @@ def _read_whole(
         logger.warning("%s: %s", part.dataset_name, line)
     if dialog.counts:
         counts = ", ".join(f"{count} {what}" for what, count in dialog.counts.most_common())
-        logger.info("of their conversations, kept but counted: %s", counts)
+        logger.info("conversations that are kept but counted: %s", counts)
     return dataset.rows, longest
 
 
 def reading(part: Part, config: CommonOptions) -> dict[str, Any]:
-    """How the options have the rows of a file read, the names of its columns apart."""
-    aspect = part.aspect or getattr(config, "aspect", None)  # commands that compare runs have none
+    """The arguments of `read_preferences` from the options, except the columns."""
+    aspect = part.aspect or getattr(config, "aspect", None)  # commands that compare models have none
     return {"ties": config.ties, "rankings": config.rankings, "layout": config.layout, "aspect": aspect}
 
 
 def refuse_demonstration(row: Preference) -> None:
-    """DataError where a row says nothing of which response is preferred."""
+    """Raise DataError if a row does not say which response is preferred."""
     if isinstance(row, Demonstration):
         raise DataError(
             f"{row.source}: a judgement with its thought and verdict. Only --method sft trains on such rows, and no "
@@ -124,11 +124,11 @@ def _stream(part: Part, stream: str, config: TrainConfig, dialog: Dialog | Singl
 
     source = open_rows(part.dataset_name)
     reader = Reader(source, columns=config.columns, consecutive=True, **reading(part, config))
-    for outcome in reader.read():  # a file that is not there, or not of the form, is said before the model is loaded
+    for outcome in reader.read():  # reports a missing or malformed file before the model is loaded
         if outcome.error is not None:
             raise outcome.error
         for line in reader.unread.warnings(outcome.notes):
-            logger.warning("%s, of its first row: %s", part.dataset_name, line)
+            logger.warning("%s, first row: %s", part.dataset_name, line)
         break
     return Streamed(
         reader,

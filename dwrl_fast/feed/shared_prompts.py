@@ -1,4 +1,4 @@
-"""Prompts that are trained on and held out too: what is measured on them is memory."""
+"""Warns about prompts that occur in both training and held-out rows: accuracy on them measures memory."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,7 +10,9 @@ from dwrl_fast.log import logger
 
 
 def warn_of_shared_prompts(feed: Feed, held_out: Sequence[Preference]) -> None:
-    """Count the held-out rows whose prompt occurs in the training rows, as far as these are in memory, and say it."""
+    """Count the held-out rows whose prompt occurs in the training rows, as far as these are in memory, and log a
+    warning.
+    """
     if not held_out:
         return
     trained = set[Any]()
@@ -19,8 +21,8 @@ def warn_of_shared_prompts(feed: Feed, held_out: Sequence[Preference]) -> None:
             trained |= prompts(source.content)
         else:
             logger.info(
-                "%s is streamed: whether held-out prompts occur in it is not known (python -m dwrl_fast.data --check "
-                "TRAIN TEST says it)",
+                "%s is streamed: it was not checked for held-out prompts (python -m dwrl_fast.data --check TRAIN "
+                "TEST does this)",
                 source.name,
             )
     if said := shared(trained, held_out):
@@ -28,19 +30,19 @@ def warn_of_shared_prompts(feed: Feed, held_out: Sequence[Preference]) -> None:
 
 
 def shared(trained: set[Any], held_out: Sequence[Preference]) -> str:
-    """A sentence on the held-out rows whose prompt is among the trained ones; empty where there are none."""
+    """A sentence about the held-out rows whose prompt is in `trained`; empty if there are none."""
     again = [row for row in held_out if _key(row) in trained]
     if not again:
         return ""
     return (
         f"{len(again):,} of the {len(held_out):,} held-out groups ({again[0].source}, ...) have a prompt that occurs "
-        "in the training rows: their accuracy says nothing of new prompts. Take them out of one of the two files "
+        "in the training rows: their accuracy says nothing about new prompts. Remove them from one of the two files "
         "(python -m dwrl_fast.data --check TRAIN TEST lists them)."
     )
 
 
 def prompts(rows: Iterable[Preference]) -> set[Any]:
-    """The prompts of rows, as they are compared."""
+    """The prompts of rows, in the form in which they are compared."""
     return {_key(row) for row in rows}
 
 

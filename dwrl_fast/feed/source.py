@@ -1,4 +1,4 @@
-"""One file's rows in a seeded order without end, epoch after epoch: what every way to hold them offers."""
+"""The interface of a source: the rows of one file in a seeded order, epoch after epoch, without end."""
 
 import hashlib
 import json
@@ -10,36 +10,40 @@ from dwrl_fast.data import Preference
 
 
 class Source(Protocol):
-    """Usable rows of one file or data set, each epoch in another order."""
+    """The usable rows of one file or data set, in a different order in each epoch."""
 
-    name: str  # as the user gave it; Preference.source begins with it
+    name: str  # as given by the user; Preference.source begins with it
     drawn: int  # rows given so far, over all epochs
 
     @property
     def rows(self) -> int | None:
-        """How many groups an epoch has; None while that is not known."""
+        """The number of groups in an epoch; None while it is unknown."""
 
     @property
     def summary(self) -> str:
-        """How far it is; of a stream also what became of the rows, those left out with their reasons."""
+        """Its progress, in words; for a stream also the account of its rows, including those left out and the
+        reasons.
+        """
 
     def draw(self) -> Preference:
-        """The next row. DataError where there is none to use, or the file cannot be read on or was changed."""
+        """The next row. Raises DataError if there is no usable row, or if the file cannot be read further or was
+        changed.
+        """
 
     def identity(self) -> Any:
-        """What makes the rows these rows, whatever the file is called. JSON."""
+        """The identity of the rows, independent of the file name, as JSON."""
 
     def state(self) -> dict[str, Any]:
-        """How far it is, as JSON; given to `restore` of a source like this one, that one goes on to the bit. DataError
-        where its file is no longer the one that it began with, for then none could.
+        """Its position, as JSON. A source with the same arguments continues exactly from it after `restore`. Raises
+        DataError if its file has changed, because then no source could continue.
         """
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` gave. Raises CheckpointError where the rows are others now."""
+        """Continue from `state`. Raises CheckpointError if the rows have changed."""
 
 
 def content_hash(rows: Iterable[Preference]) -> str:
-    """Of all that is trained on, not of where it stood."""
+    """A hash of everything that training uses, without the sources of the rows."""
     digest = hashlib.blake2b(digest_size=16)
     for row in rows:
         digest.update(json.dumps(row.content).encode() + b"\n")
@@ -47,5 +51,5 @@ def content_hash(rows: Iterable[Preference]) -> str:
 
 
 def with_aspect(row: Preference, aspect: str | None) -> Preference:
-    """The row, `aspect` being its own where it has none."""
+    """The row with `aspect`, if it has no aspect of its own."""
     return replace(row, aspect=aspect) if row.aspect is None and aspect is not None else row

@@ -1,6 +1,6 @@
-"""A source read as it is needed: in memory are the rows of a buffer, of which the next one is drawn.
+"""A source that is read on demand. Only a shuffle buffer of rows is in memory; the next row is drawn from it.
 
-What a checkpoint holds is where the rows of the buffer begin in the file, not the rows: they are read again.
+A checkpoint stores the positions of the buffer's rows in the file, not the rows. They are read again on resume.
 """
 
 import itertools
@@ -18,21 +18,21 @@ from dwrl_fast.feed.files import StreamedFiles
 from dwrl_fast.feed.source import content_hash, with_aspect
 from dwrl_fast.log import logger
 
-MALFORMED = "not of the form"
+MALFORMED = "not in the expected form"
 
-Check = Callable[[Preference], tuple[str, Counter[str]]]  # why a row is left out, or ""; and notes about it
+Check = Callable[[Preference], tuple[str, Counter[str]]]  # the reason to drop a row, or ""; and notes about it
 
 
 class Segment(NamedTuple):
-    """A piece of a source that reading can begin with: what came of its rows from `start` to `outcome.after`."""
+    """A piece of a source where reading can start: the outcome of its rows from `start` to `outcome.after`."""
 
     start: Position
     outcome: Outcome
-    errors: list[tuple[int, DataError]]  # with their lines
+    errors: list[tuple[int, DataError]]  # (line, error)
 
 
 class Held(NamedTuple):
-    """A row in the buffer: the `place`-th of the segment that begins at `start`."""
+    """A row in the buffer: row `place` of the segment that begins at `start`."""
 
     start: Position
     place: int
@@ -41,14 +41,14 @@ class Held(NamedTuple):
 
 @dataclass
 class Account:
-    """What became of the rows of the first pass, in constant memory: how often each reason, and the first lines."""
+    """The account of the rows of the first pass, in constant memory: the count of each reason, and its first lines."""
 
     used: int = 0
     counts: dict[str, int] = field(default_factory=dict)
     lines: dict[str, list[int]] = field(default_factory=dict)
 
     def add(self, reason: str, line: int | None = None, count: int = 1) -> None:
-        """Count rows with one fate, of which `line` is one."""
+        """Count rows with this outcome. line: one of them."""
         self.counts[reason] = self.counts.get(reason, 0) + count
         lines = self.lines.setdefault(reason, [])
         if line is not None and len(lines) < SHOWN_LINES:
@@ -63,12 +63,12 @@ class Account:
 
 
 class Streamed:
-    """A Source in constant memory. Each row of an epoch is given once; an epoch begins when the one before is used up.
+    """A Source in constant memory. Each row is given once per epoch. An epoch begins when the previous one is used up.
 
-    The file must stay as it is: verified where a pass begins and ends, where reading fails, and at each `state`.
+    The file must not change. This is verified at the start and end of a pass, if reading fails, and at each `state`.
 
-    check: whether a row can be used, asked when it is its turn. aspect: that of rows without one. salt: what else the
-    use of a row depends on, for the identity.
+    check: tests whether a row can be used, when it is drawn. aspect: the aspect of rows without one. salt: further
+    settings that the use of a row depends on, for the identity.
     """
 
     def __init__(
@@ -86,20 +86,20 @@ class Streamed:
         self.name, self.buffer_size, self.seed, self.stream = reader.source.name, buffer_size, seed, stream
         self.files = StreamedFiles(self.name)
         self.drawn = self.epoch = 0
-        self.turns = self.used = 0  # of this epoch: rows taken out of the buffer, and those of them that were given
+        self.turns = self.used = 0  # in this epoch: rows taken out of the buffer, and rows given
         self.account = Account()
         self.buffer: list[Held] = []
-        self.read_to, self.taken = START, 0  # the segment that reading stands in, and its rows that were taken
+        self.read_to, self.taken = START, 0  # the current segment of reading, and the number of its rows taken
         self.reading = self._read()
 
     @property
     def rows(self) -> int | None:
-        """The groups of an epoch, once the first one is over."""
+        """The number of groups in an epoch, known after the first one."""
         return self.account.used if self.epoch else None
 
     @property
     def summary(self) -> str:
-        """How far it is, and what became of the rows."""
+        """Its progress and the account of the rows, in words."""
         where = (
             "read to the end"
             if self.epoch
@@ -108,7 +108,9 @@ class Streamed:
         return f"{self.name}: {self.drawn:,} rows drawn, {where}; {self.account}"
 
     def draw(self) -> Preference:
-        """The next usable row. DataError where a pass gives none, or the file cannot be read on or was changed."""
+        """The next usable row. Raises DataError if a pass gives none, or if the file cannot be read further or was
+        changed.
+        """
         while True:
             if not self.buffer:
                 self._begin()
@@ -133,12 +135,12 @@ class Streamed:
             return row
 
     def identity(self) -> dict[str, Any]:
-        """What the file was when the stream was opened, and how it is read."""
+        """The identity of the file when the stream was opened, and how it is read."""
         layout = {"layout": self.reader.layout.names} if self.reader.layout is not None else {}
         return self.files.identity | {"columns": self.reader.columns, "aspect": self.aspect, "salt": self.salt} | layout
 
     def state(self) -> dict[str, Any]:
-        """As JSON. DataError where the file was changed."""
+        """The position, as JSON. Raises DataError if the file was changed."""
         self.files.verify()
         first = min((held.start for held in self.buffer), default=self.read_to)
         return {
@@ -156,7 +158,7 @@ class Streamed:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` gave. CheckpointError where the rows of the buffer are others now."""
+        """Continue from `state`. Raises CheckpointError if the rows of the buffer have changed."""
         self.drawn, self.epoch, self.turns, self.used = (state[k] for k in ("drawn", "epoch", "turns", "used"))
         self.account = Account(**state["account"])
         self.read_to, self.taken = Position(*state["read_to"]), state["taken"]
@@ -164,13 +166,13 @@ class Streamed:
         self.buffer = self._read_again(Position(*state["buffer_from"]), keys)
         if content_hash(held.row for held in self.buffer) != state["buffer_content"]:
             raise CheckpointError(
-                f"{self.name} is not as it was when the checkpoint was written: the rows that stood in the shuffle "
-                "buffer are others now. Resume with the file as it was, or start anew in another --output_dir."
+                f"{self.name} has changed since the checkpoint was written: the rows of the shuffle buffer are "
+                "different now. Resume with the original file, or start a new run in another --output_dir."
             )
         self.reading = self._read()
 
     def _begin(self) -> None:
-        """Another pass. Raises DataError where there is nothing to read, or the last pass gave nothing."""
+        """Begin a pass. Raises DataError if there is nothing to read, or if the last pass gave no row."""
         self.files.verify()
         if self.turns:
             self._check_used()
@@ -191,22 +193,22 @@ class Streamed:
             raise DataError(f"no usable row in the whole of {self.name}: {self.account}")
 
     def _read(self) -> Iterator[Held]:
-        """Rows from where reading stands, whose place is kept up to date and whose fate is counted."""
+        """Rows from the current position on. Updates the position and counts the outcomes."""
         try:
             for segment in self._segments(self.read_to):
-                if not self.taken:  # otherwise it was counted before the checkpoint
+                if not self.taken:  # otherwise the segment was counted before the checkpoint
                     self._account(segment)
                 for index, row in enumerate(segment.outcome.preferences[self.taken :], start=self.taken):
                     self.read_to, self.taken = segment.start, index + 1
                     yield Held(segment.start, index, with_aspect(row, self.aspect))
                 self.read_to, self.taken = segment.outcome.after, 0
         except DataError:
-            self.files.verify()  # what cannot be read may be what was changed
+            self.files.verify()  # an unreadable row may be the result of a change
             raise
-        self.files.verify()  # the end may be that of a file which was cut
+        self.files.verify()  # the file may have been truncated
 
     def _read_again(self, start: Position, keys: list[tuple[int, int]]) -> list[Held]:
-        """The rows of a buffer, wherever they stand from `start` on."""
+        """Read the rows of a buffer again, from `start` on."""
         wanted, found = set(keys), {}
         if wanted:
             logger.info(
@@ -228,7 +230,7 @@ class Streamed:
             if outcome.error is not None:
                 errors.append((outcome.after.line, outcome.error))
                 after = outcome.after
-                if self.reader.format is SINGLE:  # the rows of a prompt can stand on both sides of it
+                if self.reader.format is SINGLE:  # the rows of a prompt may be on both sides of it
                     continue
                 outcome = Outcome(after)
             yield Segment(start, outcome, errors)
@@ -237,14 +239,16 @@ class Streamed:
             yield Segment(start, Outcome(after), errors)
 
     def _account(self, segment: Segment) -> None:
-        """Count what is no row. One not of the form ends the run as long as nothing was drawn; later it is counted."""
+        """Count dropped rows and errors. A malformed row ends the run if nothing has been drawn yet; later it is only
+        counted.
+        """
         if segment.errors:
             self.files.verify()
         for line, error in segment.errors:
             if not self.drawn:
                 raise error
             if not self.epoch and MALFORMED not in self.account.counts:
-                logger.warning("A row is left out, and so will be any other not of the form: %s", error)
+                logger.warning("A malformed row is left out, and so is every other malformed row: %s", error)
             self._count(MALFORMED, line)
         for reason, line in segment.outcome.dropped:
             self._count(reason, line)

@@ -1,4 +1,4 @@
-"""Files that users give, read within bounds: of a size, a depth and a kind that a file of its sort can have."""
+"""Reads files of users with limits on size, nesting depth and file type."""
 
 from dwrl_fast.files.bounded import bounded_json, bounded_text, opened
 from dwrl_fast.files.folder import check_folder, check_tensors

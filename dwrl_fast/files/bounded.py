@@ -1,4 +1,4 @@
-"""Texts and JSON. A pipe or a device in place of a file is not waited for, and a large file is not read."""
+"""Text and JSON files. A pipe or a device is refused without waiting, and a large file is not read."""
 
 import errno
 import json
@@ -13,10 +13,12 @@ NESTED = 4_000_000  # lists and objects: each takes some hundred bytes of memory
 
 
 def opened(path: str | Path) -> BufferedReader:
-    """A regular file, to be read. OSError where it cannot be, or is a pipe, a device or a folder."""
+    """Open a regular file for reading. Raises OSError if that is not possible, or if it is a pipe, a device or a
+    folder.
+    """
     if "\0" in str(path):
-        raise OSError(errno.EINVAL, "no file name holds a null byte", str(path).replace("\0", "\\0"))
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # which a pipe's other end would hold up
+        raise OSError(errno.EINVAL, "a file name cannot contain a null byte", str(path).replace("\0", "\\0"))
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # opening a pipe would otherwise block
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError(errno.EINVAL, "not a regular file", str(path))
@@ -28,21 +30,23 @@ def opened(path: str | Path) -> BufferedReader:
 
 
 def bounded_text(path: str | Path, most: int = MOST) -> str:
-    """The UTF-8 text of a file of at most `most` bytes. OSError as of `opened`, ValueError where it is no such text."""
+    """The UTF-8 text of a file of at most `most` bytes. Raises OSError like `opened`, and ValueError if it is too large
+    or not UTF-8.
+    """
     with opened(path) as file:
         data = file.read(most + 1)
     if len(data) > most:
-        raise ValueError(f"larger than {most >> 20} MiB, which no such file is")
+        raise ValueError(f"larger than {most >> 20} MiB, the limit for such files")
     return data.decode("utf-8")
 
 
 def bounded_json(path: str | Path, most: int = MOST) -> Any:
-    """The value that the file holds. Raises as `bounded_text`; ValueError also for what is no JSON, or nested too
+    """The value that the file holds. Raises like `bounded_text`; ValueError also if it is not JSON or is nested too
     deeply.
     """
     text = bounded_text(path, most)
     if text.count("[") + text.count("{") > NESTED:
-        raise ValueError(f"JSON of more than {NESTED:,} lists and objects, which no such file holds")
+        raise ValueError(f"JSON with more than {NESTED:,} lists and objects, the limit for such files")
     try:
         return json.loads(text)
     except RecursionError:

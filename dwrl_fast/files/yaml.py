@@ -1,15 +1,15 @@
-"""YAML: loaded safely, within bounds, and a key given twice is an error."""
+"""Loads YAML safely and with limits. A duplicate key is an error."""
 
 from typing import Any
 
 import yaml
 
 MOST = 1 << 20  # characters
-VALUES = 100_000  # that a file may hold, where it names one of them again counted anew
+VALUES = 100_000  # limit of values in a file; every use of an alias counts again
 
 
 class _Loader(yaml.SafeLoader):
-    """A SafeLoader that refuses a key given twice; PyYAML keeps the last one without a message."""
+    """A SafeLoader that refuses duplicate keys; PyYAML would silently keep the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -22,14 +22,14 @@ class _Loader(yaml.SafeLoader):
 
 
 def bounded_yaml(text: str, name: str) -> Any:
-    """What the text of the file `name` holds. Raises yaml.YAMLError for whatever is wrong with it."""
+    """The value of `text`, the content of the file `name`. Raises yaml.YAMLError for every kind of error."""
     if len(text) > MOST:
-        raise yaml.YAMLError(f"larger than {MOST >> 20} MiB, which no file of options or templates is")
+        raise yaml.YAMLError(f"larger than {MOST >> 20} MiB, the limit for options and templates")
     try:
         loader = _Loader(text)
         loader.name = name
         values = loader.get_single_data()
-    except (RecursionError, ValueError, TypeError) as error:  # of dates, numbers and keys that Python has none of
+    except (RecursionError, ValueError, TypeError) as error:  # dates, numbers and keys that Python cannot represent
         what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise yaml.YAMLError(what) from None
     left, waiting = VALUES, [values]
@@ -37,7 +37,7 @@ def bounded_yaml(text: str, name: str) -> Any:
         value = waiting.pop()
         left -= 1
         if left < 0:
-            raise yaml.YAMLError(f"its anchors unfold to more than {VALUES:,} values")
+            raise yaml.YAMLError(f"its anchors expand to more than {VALUES:,} values")
         if isinstance(value, dict):
             waiting += [*value, *value.values()]
         elif isinstance(value, list | tuple):

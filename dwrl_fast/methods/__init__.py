@@ -1,5 +1,5 @@
-"""The methods behind `--method`. A method is one file that says what it asks, how it rewards, what its loss is, which
-options it has, and by which traits the other rooms know it. None of them holds a model. registry.py names them.
+"""The methods behind `--method`. A method is one file with its questions, its reward, its loss, its options, and the
+traits that other packages read. No method holds a model. registry.py lists the methods.
 """
 
 from importlib import import_module

@@ -1,7 +1,7 @@
-"""`bt`: a scalar head on the last token, trained by the likelihood of the rewards; nothing is sampled.
+"""`bt`: a scalar head on the last token, trained with the preference likelihood of the rewards; nothing is sampled.
 
-With --prefilled_thoughts the model as it was before training writes one greedy thought about each response, which the
-head reads with it: its last token is then the one after which `dwrl` reads its score.
+With --prefilled_thoughts the untrained model writes one greedy thought about each response, and the head reads the
+response with this thought. The head then reads the same last token as the score of `dwrl`.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from dwrl_fast.options import Options
 
 @dataclass(frozen=True, kw_only=True)
 class PrefilledOptions(Options):
-    """Of `bt` alone."""
+    """The options of `bt`."""
 
     prefilled_thoughts: bool = method_option(
         False,
@@ -35,7 +35,7 @@ class PrefilledOptions(Options):
 
 
 class BradleyTerry(Method):
-    """A scalar reward, trained by the likelihood of the preferences."""
+    """A scalar reward, trained with the preference likelihood."""
 
     name = "bt"
     summary = "a scalar head with the Bradley-Terry loss, without thoughts"
@@ -48,8 +48,8 @@ class BradleyTerry(Method):
     def validate(cls, config: Any) -> None:
         if config.prefilled_thoughts and config.model_config is not None:
             raise ConfigError(
-                "prefilled_thoughts with model_config: the thoughts are written by the model before training, which "
-                "must be found again to score later. Give it as --model_name_or_path."
+                "prefilled_thoughts with model_config: the thoughts are written by the model before training, and "
+                "scoring later needs the same model. Give it as --model_name_or_path."
             )
 
     @classmethod
@@ -89,7 +89,7 @@ class BradleyTerry(Method):
 
 
 def reward_loss(batch: Batch, flat: Tensor, metrics: StepMetrics) -> Tensor:
-    """The likelihood (docs/method.md, 2.1) of rewards [S], one a response, in nats: a scalar, summed over groups."""
+    """The likelihood (docs/method.md, 2.1) of rewards [S], one per response, in nats: a scalar, summed over groups."""
     metrics.add_scores(batch, flat)
     rewards = batch.grid(flat)[..., 0]
     ranks = [group.ranks for group in batch.groups]

@@ -9,14 +9,14 @@ from dwrl_fast.methods.dwrl import DualWeightedRL
 
 
 class JointDualWeightedRL(DualWeightedRL):
-    """`dwrl` with one setting of its options."""
+    """`dwrl` with fixed values of some options."""
 
     name = "btpo"
     summary = "dwrl in one joint update"
 
     @classmethod
     def validate(cls, config: Any) -> None:
-        """It names one setting of `dwrl`'s options; what contradicts it is refused."""
+        """Raise ConfigError if an option contradicts the fixed values."""
         contrary = {"alternate": ("joint", config.alternate == "rollout" or "alternate" in config.explicit)}
         contrary["joint_reward"] = ("standardised", True)
         for name, (value, given) in contrary.items():

@@ -1,7 +1,7 @@
 """`dpo`: a policy that prefers the better response, without a reward model (docs/methods.md).
 
-The implicit reward beta (log pi(y | x) - log pi_ref(y | x)) takes the place of a reward, so every preference format has
-the likelihood that it has for `bt`. The frozen model pi_ref is the one that the run started from.
+The implicit reward beta (log pi(y | x) - log pi_ref(y | x)) replaces a reward, so every preference format has the same
+likelihood as for `bt`. The frozen model pi_ref is the model at the start of the run.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from dwrl_fast.options import POSITIVE, Options
 
 @dataclass(frozen=True, kw_only=True)
 class BetaOptions(Options):
-    """Of methods with an implicit reward."""
+    """The option of methods with an implicit reward."""
 
     beta: float | None = method_option(
         None,
@@ -36,7 +36,7 @@ class BetaOptions(Options):
 
 
 class DirectPreference(Method):
-    """The likelihood of implicit rewards against the model that the run started from."""
+    """The preference likelihood of implicit rewards, relative to the model at the start of the run."""
 
     name = "dpo"
     summary = "a policy: the best response is preferred to the others"
@@ -67,7 +67,9 @@ class DirectPreference(Method):
         return reward_loss(batch, rewards, metrics) / minibatch.groups
 
     def card(self) -> dict[str, Any]:
-        """With where the frozen model is found: the options that named it, and the seed of one that is drawn."""
+        """Also contains the place of the frozen model: the options that name it, and the seed if its weights are
+        drawn.
+        """
         config = self.config
         names = {"model_name_or_path": config.model_name_or_path, "model_config": config.model_config}
         start = {k: str(Path(v).resolve()) if v and Path(v).exists() else v for k, v in names.items()}

@@ -1,5 +1,5 @@
-"""`dwrl`: Dual-Weighted RL (docs/method.md, 2). Thoughts are sampled, the score and the thoughts are trained in turn or
-jointly.
+"""`dwrl`: Dual-Weighted RL (docs/method.md, 2). Thoughts are sampled; then score and thoughts are trained alternately
+or jointly.
 """
 
 from dataclasses import dataclass
@@ -72,7 +72,7 @@ class DualOptions(Options):
 
 
 class DualWeightedRL(ClippedMethod):
-    """Scores and thoughts are trained in turn, or jointly, by the weights of DWRL Eq. 12."""
+    """Trains scores and thoughts alternately or jointly with the weights of DWRL Eq. 12."""
 
     name = "dwrl"
     summary = "thoughts and score are trained together, with weights for pairs and thoughts"
@@ -115,11 +115,11 @@ class DualWeightedRL(ClippedMethod):
         return self.config.learning_rate if own is None else own
 
     def loss(self, phase: str, model: Any, batch: Batch, minibatch: Size, metrics: StepMetrics) -> Tensor:
-        """Phase `score` is DWRL Eq. 13, `thought` Eq. 14, `joint` their sum; the mean over preference groups."""
+        """Phase `score` is DWRL Eq. 13, `thought` Eq. 14, `joint` their sum; each is a mean over preference groups."""
         groups = minibatch.groups
         head = model(batch, tokens=phase != "score")
         labels, normalization = self.dialog.label_ids, self.config.score_normalization
-        if phase == "thought":  # it reads the recomputed weights from its own forward, but does not train the score
+        if phase == "thought":  # it computes the weights from its own forward pass, but does not train the score
             with torch.no_grad():
                 scores = head.scores(labels, normalization)
         else:

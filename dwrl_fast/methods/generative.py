@@ -1,4 +1,4 @@
-"""What the methods that train a language model on its own thoughts have in common."""
+"""What methods that train a language model on its own thoughts have in common."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -17,7 +17,7 @@ from dwrl_fast.options import Options
 
 
 class GenerativeMethod(Method):
-    """n thoughts a context, sampled by the model as it stands."""
+    """n thoughts per context, sampled by the current model."""
 
     options: ClassVar[tuple[type[Options], ...]] = (WritingOptions, SamplingOptions)
     card_options: ClassVar[tuple[str, ...]] = ("temperature", "max_completion_length")
@@ -29,7 +29,7 @@ class GenerativeMethod(Method):
         if cls.contrasts and config.num_generations < 2:
             raise ConfigError(
                 "num_generations = 1: with one thought there is nothing to compare it with (its weight is 1 and its "
-                "advantage 0), so that no thought would be learnt. Give at least 2 (the papers use 4)."
+                "advantage 0), so no thought would be learnt. Give at least 2 (the papers use 4)."
             )
 
     @property
@@ -40,7 +40,7 @@ class GenerativeMethod(Method):
         self, rows: Sequence[Preference], requests: Sequence[Request], sampled: list[Group], kept: list[Group],
         unread: int,
     ) -> dict[str, float]:  # fmt: skip
-        """How long thoughts are, in tokens, and how many were cut at the limit."""
+        """The mean length of thoughts in tokens, and the share that was cut at the limit."""
         ended = [thought.ended for group in sampled for some in group.thoughts for thought in some]
         sizes = [one.thought.stop - one.thought.start for group in sampled for one in group.flat]
         if not sizes:
@@ -53,7 +53,7 @@ class GenerativeMethod(Method):
 
 
 class ClippedMethod(GenerativeMethod):
-    """With the clipped objective over the thoughts' tokens, its ratio taken to what sampled them."""
+    """The clipped objective over the tokens of thoughts; the ratio is relative to the policy that sampled them."""
 
     options = (*GenerativeMethod.options, RatioOptions)
     contrasts = True

@@ -1,6 +1,6 @@
 """`genrm`: supervised fine-tuning on the label of the better response, without a thought (docs/method.md, 3).
 
-As `gram`, with the whole target on the right label.
+It is `gram` with the whole target on the right label.
 """
 
 from dwrl_fast.methods.gram import Gram

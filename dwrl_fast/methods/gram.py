@@ -1,4 +1,4 @@
-"""`gram`: both responses in one prompt, cross-entropy on the label A or B with its target smoothed (docs/method.md, 3).
+"""`gram`: both responses in one prompt, cross-entropy on the label A or B with a smoothed target (docs/method.md, 3).
 
 No thought is written. Every pair is shown in one order, drawn from the seed; a verdict averages both.
 """
@@ -25,7 +25,7 @@ class Gram(Method):
     summary = "both responses in one prompt; the label of the better one, with label smoothing, without thoughts"
     template = "direct"
     verdict = "label"
-    smoothing: ClassVar[float] = 0.1  # how much of the target the other label gets
+    smoothing: ClassVar[float] = 0.1  # share of the target for the other label
 
     @property
     def phases(self) -> tuple[str, ...]:
@@ -43,7 +43,7 @@ class Gram(Method):
         head = model(batch, tokens=False)
         right = torch.tensor([label for group in batch.groups for label in group.labels], device=head.score.device)
         labels = torch.tensor(self.dialog.label_ids, device=right.device)
-        # Both labels of every row in one pass of the head.
+        # Both labels of every row in one call of the head.
         logprob = head.logprobs(head.score.repeat(2, 1), torch.cat([labels[right], labels[1 - right]]))
         logprob = logprob.unflatten(0, (2, -1))
         losses = -(1 - self.smoothing) * logprob[0] - self.smoothing * logprob[1]

@@ -1,4 +1,4 @@
-"""What `grpo-pair` and `grpo-point` share: thoughts that end with a verdict, rewarded, and the clipped objective."""
+"""What `grpo-pair` and `grpo-point` share: rewarded thoughts that end with a verdict, and the clipped objective."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from dwrl_fast.objectives.group_relative import group_advantage
 
 
 class GroupRelative(ClippedMethod):
-    """GRPO without a reference model: every thought's reward, standardised among those of its context."""
+    """GRPO without a reference model: the reward of every thought, standardised over the thoughts of its context."""
 
     @property
     def phases(self) -> tuple[str, ...]:

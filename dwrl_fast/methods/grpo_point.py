@@ -1,5 +1,5 @@
-"""`grpo-point`: a thought about one response that ends with a number between `<s>` and `</s>`, rewarded by how many of
-the numbers of the other responses it is on the right side of (docs/method.md, 3).
+"""`grpo-point`: a thought about one response that ends with a number between `<s>` and `</s>`, rewarded by the share of
+the other responses' numbers that it is on the right side of (docs/method.md, 3).
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from dwrl_fast.objectives.group_relative import point_rewards
 
 
 class PointwiseGroupRelative(GroupRelative):
-    """A number for each response, rewarded by the numbers of the others."""
+    """A number for each response, rewarded by comparison with the numbers of the other responses."""
 
     name = "grpo-point"
     summary = "a thought about one response that ends with a number, rewarded by comparison with the other responses"
@@ -20,7 +20,7 @@ class PointwiseGroupRelative(GroupRelative):
     verdict = "number after a thought"
 
     def requests(self, rows: Sequence[Preference], seed: int) -> list[Request]:
-        """Of responses that all tie nothing can be right."""
+        """Leaves out rows whose responses all tie, because no number can be right for them."""
         return super().requests([row for row in rows if len(set(row.ranks)) != 1], seed)
 
     def reward(self, requests: Sequence[Request], groups: list[Group]) -> tuple[list[Group], int]:

@@ -1,7 +1,7 @@
-"""`judge`: nothing is trained. The model judges zero-shot, as it is: LLM-as-a-judge.
+"""`judge`: no training. The model judges zero-shot (LLM-as-a-judge).
 
-A model that judges in a form of its own is asked by a template of its own (--template); its verdict is read all the
-same where it ends with `<answer>[[A]]</answer>` or B, as RM-R1's does.
+A model with its own judging prompt needs its own template (--template). Its verdict can be read if it ends with
+`<answer>[[A]]</answer>` or B, like that of RM-R1.
 """
 
 from typing import Any, NoReturn
@@ -13,7 +13,7 @@ from dwrl_fast.methods.pairwise import PairwiseVerdicts
 
 
 class Judge(PairwiseVerdicts):
-    """A model that judges two responses as it is."""
+    """An untrained model that judges two responses."""
 
     name = "judge"
     summary = "nothing is trained; the model is evaluated without training, and saved for dwrl_fast.evaluate"

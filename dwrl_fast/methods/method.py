@@ -1,4 +1,4 @@
-"""What every method is to the other rooms."""
+"""The interface of a method."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -14,25 +14,25 @@ from dwrl_fast.methods.metrics import StepMetrics
 from dwrl_fast.options import Options
 
 OldPolicy = Literal["sampler", "itself", "start"]
-"""Whose log-probs a ratio is taken to: what sampled the thoughts (or the same model, as the trainer computes it); the
-model as it is before the step's updates; the model that the run started from.
+"""The old policy of the probability ratio: the sampler of the thoughts (or the same model as computed by the trainer);
+the model before the updates of the step; the model at the start of the run.
 """
 
 
 class Method(ABC):
-    """One way to train a preference model. It holds no model: what a step needs of one is handed to it.
+    """One way to train a preference model. It holds no model: the model is an argument of its functions.
 
-    Traits, by which the other rooms know a method:
+    Traits that other packages read:
 
-    name, summary: in `--method` and in its help. preparation: what a rollout does, for the progress bar.
-    options: the classes of options that have an effect under it. card_options: those that the model's card holds.
-    template: the kind of template that it judges by; other_templates: those that it takes too where one is given.
-    scalar: the model has a scalar head in place of a language model's.
-    verdict: how the model gives its verdict, a name of `scoring.VERDICTS`.
-    thinks: a thought precedes the verdict. contrasts: one thought alone about a context would teach nothing.
-    trains: False where the model is only evaluated and saved. demonstrations: it takes rows with thought and verdict.
-    old_policy: whose log-probs its ratio is taken to; None without a ratio.
-    selects: only some of what is sampled is trained.
+    name, summary: for `--method` and its help. preparation: what a rollout does, for the progress bar.
+    options: the classes of options that have an effect. card_options: options stored in the model's card.
+    template: the kind of its template; other_templates: further kinds that the user may give.
+    scalar: the model has a scalar head instead of a language-model head.
+    verdict: how the model gives its verdict, a name in `scoring.VERDICTS`.
+    thinks: a thought precedes the verdict. contrasts: a single thought per context teaches nothing.
+    trains: False if the model is only evaluated and saved. demonstrations: accepts rows with thought and verdict.
+    old_policy: the old policy of its probability ratio; None without a ratio.
+    selects: only some of the sampled thoughts are trained.
     """
 
     name: ClassVar[str]
@@ -52,69 +52,69 @@ class Method(ABC):
     selects: ClassVar[bool] = False
 
     config: Any  # a TrainConfig
-    dialog: Any  # a Dialog or SingleTurn, as `template` says
-    question: Any  # the Dialog or SingleTurn in which thoughts are asked for
+    dialog: Any  # a Dialog or a SingleTurn, depending on `template`
+    question: Any  # the Dialog or SingleTurn that asks for thoughts
 
     def __init__(self, config: Any, dialog: Dialog | SingleTurn):
         self.config, self.dialog, self.question = config, dialog, dialog
 
     @classmethod
     def validate(cls, config: Any) -> None:
-        """Raise ConfigError where options contradict each other under this method."""
+        """Raise ConfigError if options contradict each other under this method."""
         return
 
     @classmethod
     def takes(cls, config: Any) -> frozenset[str]:
-        """Options that have an effect here, by name, beside those of `options`."""
+        """Names of further options that have an effect, in addition to those of `options`."""
         return frozenset()
 
     @classmethod
     def embedded_recipe(cls, given: dict[str, Any]) -> str:
-        """The file of its options on the embedded task, under what the user gave."""
+        """The file with its options for the embedded task, given the options of the user."""
         return cls.name
 
     # What is asked
 
     @property
     def thoughts_each(self) -> int:
-        """Thoughts that a step samples for each context; 0 where it samples none."""
+        """The number of thoughts that a step samples per context; 0 for none."""
         return 0
 
     @property
     def sampling_temperature(self) -> float:
-        """That they are sampled at; 0 is greedy."""
+        """The sampling temperature of thoughts; 0 is greedy."""
         return self.config.temperature
 
     @property
     def writer(self) -> str | None:
-        """Another model, a folder or a hub name, that writes them. None: the one that is trained."""
+        """The model that writes the thoughts, as a folder or a hub name. None: the trained model."""
         return None
 
     def requests(self, rows: Sequence[Preference], seed: int) -> list[Request]:
-        """What thoughts are sampled for, in the dialog `question`; rows in which nothing can be judged are left out."""
+        """The requests for thoughts, in the dialog `question`. Rows without anything to judge are left out."""
         return response_requests(rows, self.question)
 
     def groups(self, rows: Sequence[Preference], seed: int) -> list[Group]:
-        """What is trained on, of a method that samples no thoughts."""
+        """The groups to train on, for a method that samples no thoughts."""
         raise NotImplementedError(f"{self.name} samples its thoughts")
 
     # How it is rewarded
 
     def reward(self, requests: Sequence[Request], groups: list[Group]) -> tuple[list[Group], int]:
-        """The sampled groups with a reward for each thought, where the method gives one; and how many of the verdicts
-        could not be read.
+        """The sampled groups with a reward for each thought, if the method gives rewards; and the number of unreadable
+        verdicts.
         """
         return groups, 0
 
     def keep(self, groups: list[Group], seed: int) -> list[Group]:
-        """The groups that are trained on, of those that were sampled and rewarded."""
+        """The subset of the sampled and rewarded groups that is trained."""
         return groups
 
     def figures(
         self, rows: Sequence[Preference], requests: Sequence[Request], sampled: list[Group], kept: list[Group],
         unread: int,
     ) -> dict[str, float]:  # fmt: skip
-        """What is worth logging of a rollout. unread: verdicts that could not be read."""
+        """Figures of a rollout for the log. unread: the number of unreadable verdicts."""
         return {}
 
     # What is trained
@@ -122,21 +122,21 @@ class Method(ABC):
     @property
     @abstractmethod
     def phases(self) -> tuple[str, ...]:
-        """The updates that one minibatch gets, in order; each has its own learning rate."""
+        """The updates on one minibatch, in order. Each has its own learning rate."""
 
     @property
     def phase_by_phase(self) -> bool:
-        """Whether a phase goes through the whole rollout batch before the next begins."""
+        """Whether a phase runs over the whole rollout batch before the next phase begins."""
         return False
 
     @property
     def separate_states(self) -> bool:
-        """Whether each phase has an optimizer state of its own."""
+        """Whether each phase has its own optimizer state."""
         return False
 
     @property
     def trained_temperature(self) -> float:
-        """The temperature of the log-probs that a ratio is made of."""
+        """The temperature of the log-probs in the ratio."""
         return 1.0
 
     def learning_rate(self, phase: str) -> float:
@@ -145,10 +145,10 @@ class Method(ABC):
 
     @abstractmethod
     def loss(self, phase: str, model: Any, batch: Batch, minibatch: Size, metrics: StepMetrics) -> Tensor:
-        """The phase's loss over one micro-batch, a scalar divided by what the whole `minibatch` holds, so that it does
-        not depend on micro-batches. model: a `GenerativeModel` or `ScalarModel`, as `scalar` says.
+        """The loss of a phase over one micro-batch: a scalar, divided by the size of the whole `minibatch`, so that it
+        does not depend on micro-batches. model: a `GenerativeModel`, or a `ScalarModel` if `scalar`.
         """
 
     def card(self) -> dict[str, Any]:
-        """What the JSON beside the saved model must hold so that it can be scored later."""
+        """The entries of the model's card that later scoring needs."""
         return {"method": self.name} | {name: getattr(self.config, name) for name in self.card_options}

@@ -1,4 +1,4 @@
-"""The options that several methods share. Those of one method stand in its own file."""
+"""The options that several methods share. Options of a single method are in its own file."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +13,7 @@ vllm_option = partial(thoughts_option, needs=("use_vllm", True))
 
 
 def cache_option() -> Any:
-    """The field `generation_cache_gib`, of training and of the commands that judge."""
+    """The field `generation_cache_gib`, for training and for the commands that judge."""
     return thoughts_option(
         4.0,
         "Maximum memory of the key-value cache in GiB while thoughts are generated. A thought waits until there is "
@@ -24,7 +24,7 @@ def cache_option() -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class VllmOptions(Options):
-    """Of whatever writes thoughts: that vLLM writes them."""
+    """Options of vLLM, for all commands that write thoughts."""
 
     use_vllm: bool = thoughts_option(
         False,
@@ -65,12 +65,12 @@ class VllmOptions(Options):
 
     @property
     def vllm_options(self) -> dict[str, Any]:
-        """These by name, as `Scorer.from_pretrained` takes them."""
+        """These options by name, as keyword arguments of `Scorer.from_pretrained`."""
         return {f.name: getattr(self, f.name) for f in option_fields(VllmOptions)}
 
     @property
     def vllm(self) -> VllmSettings | None:
-        """What the sampler takes of these; None without vLLM."""
+        """The settings for the sampler; None without vLLM."""
         if not self.use_vllm:
             return None
         return VllmSettings(
@@ -84,7 +84,7 @@ class VllmOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class WritingOptions(VllmOptions):
-    """Of methods whose model writes thoughts, in training or when it judges."""
+    """Options of methods whose model writes thoughts, in training or when it judges."""
 
     max_completion_length: int = thoughts_option(
         1000,
@@ -112,7 +112,7 @@ class WritingOptions(VllmOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions(Options):
-    """Of methods that are trained on thoughts of their own."""
+    """Options of methods that train on their own thoughts."""
 
     num_generations: int = thoughts_option(
         4, "Thoughts sampled per response, or per comparison. At least 2.", bound=at_least(1)
@@ -126,7 +126,7 @@ class SamplingOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class RatioOptions(Options):
-    """Of methods with the clipped objective."""
+    """Options of methods with the clipped objective."""
 
     epsilon: float = thoughts_option(
         0.2, "Lower clip bound of the probability ratio: 1 - epsilon.", bound=OPEN_FRACTION

@@ -1,4 +1,4 @@
-"""The figures of a training step, which add up over its micro-batches."""
+"""The figures of a training step, summed over its micro-batches."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,18 +17,20 @@ from dwrl_fast.ranks import Ranks
 
 @dataclass(slots=True)
 class StepMetrics:
-    """Sums with their counts, kept on the device; means are taken once a step, so that they do not depend on
-    micro-batches, and the device is waited for once.
+    """Sums with counts, kept on the device. Means are computed once per step, so they do not depend on micro-batches,
+    and the device is synchronised only once.
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, int | Tensor] = field(default_factory=dict)
     policy: list[Tensor] = field(default_factory=list)
     scored: list[tuple[Batch, Tensor]] = field(default_factory=list)
-    restored: dict[Group, list[list[float]]] = field(default_factory=dict)  # scores from before the run was resumed
+    restored: dict[Group, list[list[float]]] = field(default_factory=dict)  # scores computed before the run was resumed
 
     def add(self, name: str, values: Tensor, count: int | None = None, where: Tensor | None = None) -> None:
-        """Each of `values` counts once, or each where `where` is true, unless they are a sum over `count` already."""
+        """Add values. Each counts once (with `where`: only where it is true), or `values` is already a sum over `count`
+        values.
+        """
         taken = values.detach().double()
         total = taken.sum() if where is None else torch.where(where, taken, 0).sum()
         more = where.sum() if where is not None else values.numel() if count is None else count
@@ -36,17 +38,17 @@ class StepMetrics:
         self.counts[name] = self.counts.get(name, 0) + more
 
     def add_scores(self, batch: Batch, scores: Tensor) -> None:
-        """The scores [S] that the model gave in `batch`, in nats; of a group only the last are kept."""
+        """Store the model's scores [S] for `batch`, in nats. Only the last scores of a group are kept."""
         self.scored.append((batch, scores.detach()))
 
     def copy(self) -> "StepMetrics":
-        """The same, to go back to: what is added to one of the two is not in the other."""
+        """An independent copy, to return to."""
         return StepMetrics(
             dict(self.sums), dict(self.counts), list(self.policy), list(self.scored), dict(self.restored)
         )
 
     def joined(self, ranks: Ranks) -> "StepMetrics":
-        """With the sums of all ranks; the scores are still this rank's. Synchronises."""
+        """A copy with the sums over all ranks; the scores are still those of this rank. Synchronises."""
         if ranks.mesh is None:
             return self
         sums = {name: total.cpu() for name, total in self.sums.items()}
@@ -61,7 +63,7 @@ class StepMetrics:
         return found
 
     def means(self) -> dict[str, float]:
-        """Means by name, nan where nothing was counted, and what the policy loss counted. Synchronises."""
+        """Means by name (nan if nothing was counted), and the statistics of the policy loss. Synchronises."""
         counts = {name: int(count) for name, count in self.counts.items()}
         found = {name: total.item() / counts[name] if counts[name] else math.nan for name, total in self.sums.items()}
         if self.policy:
@@ -71,14 +73,14 @@ class StepMetrics:
         return found
 
     def scores(self, groups: Sequence[Group]) -> list[list[list[float]]]:
-        """The last scores of each of `groups`: K lists of N, empty where none were given. Synchronises."""
+        """The last scores of each of `groups`: K lists of N, empty if there are none. Synchronises."""
         found = dict(self.restored)
         for batch, scores in self.scored:
             found |= zip(batch.groups, batch.by_sequence(scores.tolist()), strict=True)
         return [found.get(group, []) for group in groups]
 
     def state(self, groups: Sequence[Group]) -> dict[str, Any]:
-        """As JSON, where the step is one over `groups`; what is not finite is null. Synchronises."""
+        """The state of a step over `groups` as JSON; values that are not finite become null. Synchronises."""
         return {
             "sums": finite({name: total.item() for name, total in self.sums.items()}),
             "counts": {name: int(count) for name, count in self.counts.items()},
@@ -87,7 +89,7 @@ class StepMetrics:
         }
 
     def restore(self, state: Mapping[str, Any], groups: Sequence[Group], device: torch.device) -> None:
-        """Add what `state` gave of the same step, on one of the ranks."""
+        """Add a `state` of the same step. Called on one rank only."""
         for name, total in state["sums"].items():
             self.add(name, _tensor(total, device), state["counts"][name])
         self.policy += [_tensor(stats, device) for stats in state["policy"]]
@@ -100,6 +102,6 @@ def _number(value: float | None) -> float:
 
 
 def _tensor(values: Any, device: torch.device) -> Tensor:
-    """float64 of a number or a list of them."""
+    """A float64 tensor from a number or a list of numbers."""
     some = [_number(each) for each in values] if isinstance(values, list) else _number(values)
     return torch.tensor(some, dtype=torch.float64, device=device)

@@ -13,11 +13,11 @@ from dwrl_fast.methods.method import Method
 from dwrl_fast.methods.metrics import StepMetrics
 from dwrl_fast.objectives.likelihood import preference_likelihood
 
-RANKS = {0: (1, 2), 1: (2, 1), None: (1, 1)}  # by which of the two is right
+RANKS = {0: (1, 2), 1: (2, 1), None: (1, 1)}  # by which of the two responses is better
 
 
 class PairRM(Method):
-    """A scalar head that says by how much the first of two responses leads."""
+    """A scalar head that gives by how much the first of two responses is better."""
 
     name = "pairrm"
     summary = "both responses in one prompt, with a scalar head"
@@ -33,8 +33,8 @@ class PairRM(Method):
         return label_groups(comparison_requests(rows, [both_orders(row) for row in rows], self.dialog), self.dialog)
 
     def loss(self, phase: str, model: Any, batch: Batch, minibatch: Size, metrics: StepMetrics) -> Tensor:
-        """h is by how much the first response leads the second, in nats: the likelihood of a pair of scores h and 0,
-        with the pair's margin, for a tie of it; the mean over all comparisons.
+        """The head gives h, by how much the first response is better than the second, in nats. The loss is the
+        preference likelihood of the scores h and 0, with the margin or tie of the pair; the mean over all comparisons.
         """
         leads = model(batch)
         asked = [

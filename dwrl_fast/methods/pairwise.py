@@ -1,4 +1,4 @@
-"""What the methods share that judge two responses in a thought which ends with the verdict."""
+"""What methods share that judge two responses in a thought that ends with the verdict."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,9 @@ from dwrl_fast.objectives.group_relative import choice_rewards
 
 
 class PairwiseVerdicts(GenerativeMethod):
-    """Every two responses that do not tie are shown in one order, drawn from the seed; a right verdict is worth 1."""
+    """Every pair of responses that do not tie is shown in one order, drawn from the seed. A right verdict has reward
+    1.
+    """
 
     template = "pairwise"
     verdict = "choice after a thought"

@@ -1,5 +1,5 @@
-"""The methods behind `--method`, a line each: the module of methods/ and the class. A new method is a new file and a
-line here.
+"""The methods behind `--method`, one line each: the module in methods/ and the class. A new method needs a new file and
+one line here.
 """
 
 WHERE = (

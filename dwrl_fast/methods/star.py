@@ -1,6 +1,6 @@
-"""Self-taught reasoners, what they share: a rollout batch is a round. Thoughts about comparisons are sampled by the
-model as it stands, then it is trained on what is kept. The log-probs that are trained are those of the model itself,
-whatever temperature the thoughts were sampled with.
+"""What self-taught reasoners share: a rollout batch is a round. The current model samples thoughts about comparisons,
+and is then trained on those that are kept. The trained log-probs have temperature 1, whatever the sampling temperature
+of the thoughts.
 """
 
 import dataclasses
@@ -10,11 +10,11 @@ from dwrl_fast.data import Preference
 from dwrl_fast.encode import Group, Request
 from dwrl_fast.methods.pairwise import PairwiseVerdicts
 
-Places = list[list[int]]  # for each comparison of a group, those among its thoughts
+Places = list[list[int]]  # for each comparison of a group, indices of its thoughts
 
 
 class SelfTaught(PairwiseVerdicts):
-    """What is sampled is judged by its verdict, and only part of it is trained."""
+    """Sampled thoughts are selected by their verdicts; only some of them are trained."""
 
     selects = True
 
@@ -23,8 +23,8 @@ class SelfTaught(PairwiseVerdicts):
         return ("thought",)
 
     def judged(self, group: Group, right: bool) -> Places:
-        """The thoughts that judge rightly, or the others; a verdict that cannot be read is wrong. Where thoughts cut at
-        the limit are masked, they are neither.
+        """The thoughts with a right verdict (`right`), or the others. An unreadable verdict is wrong. If thoughts cut
+        at the limit are masked, they are in neither set.
         """
         cut = self.config.truncated_thoughts == "mask"
         return [
@@ -33,15 +33,15 @@ class SelfTaught(PairwiseVerdicts):
         ]
 
     def keep(self, groups: list[Group], seed: int) -> list[Group]:
-        """Those that judge rightly."""
+        """The thoughts with a right verdict."""
         return [one for group in groups for one in select(group, self.judged(group, right=True))]
 
     def figures(
         self, rows: Sequence[Preference], requests: Sequence[Request], sampled: list[Group], kept: list[Group],
         unread: int,
     ) -> dict[str, float]:  # fmt: skip
-        """Comparisons are counted: those that tie and are not asked, those asked, and those with a thought that is
-        trained.
+        """Counts of comparisons: tied ones, which are not asked about; those asked about; and those with a trained
+        thought.
         """
         pairs = sum(len(row.responses) * (len(row.responses) - 1) // 2 for row in rows)
         comparisons = sum(len(request.comparisons) for request in requests)
@@ -61,9 +61,10 @@ class SelfTaught(PairwiseVerdicts):
 
 
 def select(group: Group, places: Places) -> list[Group]:
-    """The group with nothing but the thoughts at `places`, and no comparison without one; no group where none is left.
+    """The group with only the thoughts at `places`, without comparisons that have none; an empty list if no thought is
+    left.
 
-    A list, to be chained.
+    Returns a list, so that results can be chained.
     """
     kept = [(c, some) for c, some in enumerate(places) if some]
     if not kept:

@@ -1,5 +1,5 @@
-"""`star-dpo`: of the thoughts about one comparison a right one is preferred to a wrong one, by DPO; the frozen model is
-the one that sampled them (docs/methods.md).
+"""`star-dpo`: DPO that prefers a right thought to a wrong thought about the same comparison. The frozen model is the
+one that sampled them (docs/methods.md).
 """
 
 from collections.abc import Sequence

@@ -1,5 +1,5 @@
-"""`star-rationalizer`: thoughts that were written with the verdict given are imitated as answers to the question that
-does not tell it (docs/methods.md). Another model may write them.
+"""`star-rationalizer`: imitates thoughts that were written with a known verdict, as answers to the question without the
+verdict (docs/methods.md). Another model may write them.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from dwrl_fast.options import Options
 
 @dataclass(frozen=True, kw_only=True)
 class RationalizerOptions(Options):
-    """Who is asked for the rationales, and how."""
+    """The model and the template that produce the rationales."""
 
     rationalizer_model: str | None = method_option(
         None, "Folder or hub name of another model that writes the thoughts to imitate. none: the model itself."
@@ -33,7 +33,7 @@ class RationalizerOptions(Options):
 
 
 class StarRationalizer(StarImitation):
-    """Imitation of thoughts that were written with the verdict given."""
+    """Imitation of thoughts that were written with a known verdict."""
 
     name = "star-rationalizer"
     summary = "thoughts written with the verdict given are imitated"
@@ -53,12 +53,12 @@ class StarRationalizer(StarImitation):
         return self.config.rationalizer_model
 
     def requests(self, rows: Sequence[Preference], seed: int) -> list[Request]:
-        """The questions that tell the verdict."""
+        """Requests with questions that contain the verdict."""
         drawn = drawn_orders(rows, step_seed(seed, "order", 0))
         return comparison_requests(rows, drawn, self.question, tell_verdict=True)
 
     def reward(self, requests: Sequence[Request], groups: list[Group]) -> tuple[list[Group], int]:
-        """Read as they were written; then put after the questions that do not tell."""
+        """Reads the verdicts; then moves the thoughts behind the questions without the verdict."""
         rewarded, unread = super().reward(requests, groups)
         asked = zip(requests, rewarded, strict=True)
         return [self._ask_anew(request, group) for request, group in asked], unread
@@ -73,8 +73,8 @@ class StarRationalizer(StarImitation):
         return dataclasses.replace(group, sequences=sequences, thoughts=thoughts)
 
     def _own(self, thought: Thought) -> Thought:
-        """In the ids of the model that is trained: the text of another model is encoded anew. The log-probs go, as they
-        are under another question.
+        """The thought in ids of the trained model: the text of another model is encoded again. Its log-probs are
+        dropped, because they belong to a different question.
         """
         ids = thought.ids
         if self.writer is not None:
@@ -84,7 +84,7 @@ class StarRationalizer(StarImitation):
 
 
 def load_rationalizer(name: str) -> Template:
-    """The template that --rationalizer_template names. ConfigError where it is of another kind."""
+    """The template that --rationalizer_template names. Raises ConfigError if it has a different kind."""
     template = load_template(name)
     if template.kind != "rationalizer":
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""`star-sft`: the thoughts that end with the right verdict are imitated (docs/methods.md)."""
+"""`star-sft`: imitates the thoughts that end with the right verdict (docs/methods.md)."""
 
 from typing import Any
 

@@ -1,1 +1,1 @@
-"""Hugging Face models as preference models: loaded, placed, tried, adapted and saved."""
+"""Hugging Face models as preference models: loading, placement, trial, adapters and saving."""

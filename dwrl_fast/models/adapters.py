@@ -1,7 +1,7 @@
-"""LoRA by peft: low-rank adapters inside a frozen model, of which only the adapters train (docs/methods.md, Adapters).
+"""LoRA with peft: low-rank adapters inside a frozen model; only the adapters are trained (docs/methods.md, Adapters).
 
-The adapters stand in the model's own linear layers, so the model stays of its Hugging Face class: its attention, its
-head and its sampling are reached as before. They are float32, like all that an optimizer changes here.
+The adapters are inside the model's own linear layers, so the model keeps its Hugging Face class, and its attention,
+head and sampling are used as before. Adapters are float32, like everything that the optimizer changes.
 """
 
 import copy
@@ -21,19 +21,20 @@ from dwrl_fast.errors import ConfigError, ModelError
 from dwrl_fast.files import bounded_json, check_folder
 from dwrl_fast.log import logger
 
-NAME = "default"  # of the one adapter that a model has; peft's own default
+NAME = "default"  # name of the model's only adapter; peft's default
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."  # before every name in peft's files
-# In a model with experts in one tensor, peft takes these names for parts of that tensor, which nothing here can merge.
+PREFIX = "base_model.model."  # prefix of every name in peft's files
+# In a model with several experts in one tensor, peft interprets these names as parts of that tensor, which this package
+# cannot merge.
 FEED_FORWARD = {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3"}
 
 
 @dataclass(frozen=True, slots=True)
 class Lora:
-    """Adapters as the options ask for them (LoRA, arXiv 2106.09685).
+    """The settings of adapters (LoRA, arXiv 2106.09685).
 
-    rank, alpha: the adapters' product is scaled by alpha / rank. targets: names of linear layers; empty is all but the
-    head. four_bit: the frozen model is quantised to NF4. Raises ConfigError where a package or a GPU is missing.
+    rank, alpha: the adapters' product is scaled by alpha / rank. targets: names of linear layers; empty: all except the
+    head. four_bit: whether the frozen model is quantised to NF4. Raises ConfigError if a package or a GPU is missing.
     """
 
     rank: int
@@ -50,13 +51,13 @@ class Lora:
             raise ConfigError("--load_in_4bit: bitsandbytes is not installed (pip install bitsandbytes)")
         if self.compute.device.type != "cuda":
             raise ConfigError(
-                f"--load_in_4bit: the model would be on {self.compute.device.type}, and its 4-bit products are CUDA's; "
+                f"--load_in_4bit: the model would be on {self.compute.device.type}, but 4-bit products need CUDA; "
                 "leave the option out"
             )
 
     def base_options(self) -> dict[str, Any]:
-        """The arguments of `from_pretrained` for the frozen model. It loads in the run's dtype, on a CPU in float32:
-        bfloat16 would save no time there, and the model would not be the one that full training starts from.
+        """The arguments of `from_pretrained` for the frozen model. It is loaded in the run's dtype, on a CPU in
+        float32: bfloat16 would save no time there, and the model would differ from the start of full training.
         """
         dtype = torch.float32 if self.compute.device.type == "cpu" else self.compute.dtype
         if not self.four_bit:
@@ -71,9 +72,9 @@ class Lora:
 
 def add_adapters(lm: Any, lora: Lora, base: str) -> None:
     """Freeze `lm`, which was loaded from `base`, and add adapters that change nothing yet (B is 0). A scalar head is
-    trained in full beside them.
+    also trained, in full.
 
-    Raises ConfigError where the targets are not linear layers of `lm`, or its head or embedding is one of them.
+    Raises ConfigError if the targets are not linear layers of `lm`, or include its head or embedding.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -93,8 +94,8 @@ def add_adapters(lm: Any, lora: Lora, base: str) -> None:
     )
     if stray := sorted(name for name in targets if name not in linear and name.rpartition(".")[2] not in linear):
         raise ConfigError(
-            f"--lora_target_modules {' '.join(stray)}: {type(lm).__name__} has adapters in its linear layers below the "
-            f"head, whose weight the fused operators take as it is: {', '.join(sorted(linear))}"
+            f"--lora_target_modules {' '.join(stray)}: {type(lm).__name__} can have adapters only in its linear "
+            f"layers below the head (the fused operators read the head's weight directly): {', '.join(sorted(linear))}"
         )
     try:
         inject_adapter_in_model(config, lm, NAME)
@@ -113,15 +114,15 @@ def add_adapters(lm: Any, lora: Lora, base: str) -> None:
     logger.info("LoRA of rank %d in %d layers: %s trained parameters", lora.rank, len(_layers(lm)), f"{trained:,}")
     if fused:
         logger.warning(
-            "LoRA does not reach %s, several experts in one tensor, nor the feed-forward layers beside them: they stay "
+            "LoRA cannot adapt %s (several experts in one tensor) or the feed-forward layers next to them: they stay "
             "frozen.",
             ", ".join(fused),
         )
 
 
 def _targets(lm: Any, head: nn.Module) -> set[str]:
-    """The layers that adapters can be put into: the last part of their names, or all of it where that also names
-    something else (the "0" of a list).
+    """The layers that can have adapters: the last part of their names, or the full name if the last part also names
+    something else (such as the "0" of a list).
     """
     found = {name: module for name, module in lm.named_modules() if _linear(module) and module is not head}
     others = {name.rpartition(".")[2] for name, module in lm.named_modules() if name not in found}
@@ -129,27 +130,27 @@ def _targets(lm: Any, head: nn.Module) -> set[str]:
 
 
 def _linear(module: nn.Module) -> bool:
-    """Whether it is a layer that adapters are put into, and merged into again. Experts in one tensor are none."""
+    """Whether adapters can be added to this layer and merged into it. Several experts in one tensor cannot."""
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, nn.Linear | Conv1D)
 
 
 def _fused(lm: Any, name: str, parameter: nn.Parameter) -> bool:
-    """Several matrices in one parameter: mixture-of-experts layers have it."""
+    """Whether one parameter holds several matrices, as in mixture-of-experts layers."""
     return parameter.ndim == 3 and not isinstance(lm.get_submodule(name.rpartition(".")[0]), nn.Conv1d)
 
 
 def adapted(lm: Any) -> bool:
-    """Whether `lm` has adapters in it."""
+    """Whether `lm` has adapters."""
     return hasattr(lm, "peft_config")
 
 
 @contextmanager
 def switched_off(lm: Any) -> Iterator[None]:
-    """A context in which the adapters of `lm` are off, so that it computes what it did before training.
+    """A context in which the adapters of `lm` are off, so that it computes the same as before training.
 
-    The adapters take no gradient there. Raises ModelError where `lm` has none.
+    The adapters get no gradient there. Raises ModelError if `lm` has no adapters.
     """
     if not adapted(lm):
         raise ModelError(f"{type(lm).__name__} has no adapters to switch off; add --use_peft")
@@ -167,12 +168,14 @@ def switched_off(lm: Any) -> Iterator[None]:
 
 
 def is_adapter(name_or_path: str) -> bool:
-    """Whether the name is that of a local folder of adapters."""
+    """Whether this is a local folder of adapters."""
     return (Path(name_or_path) / CONFIG).is_file()
 
 
 def adapter_base(folder: str) -> str:
-    """The name or path of the model that the adapters in `folder` belong to. ModelError where none is written there."""
+    """The name or path of the model that the adapters in `folder` belong to. Raises ModelError if the folder does not
+    name it.
+    """
     base = _config(folder).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ModelError(f"{folder}/{CONFIG} does not say which model its adapters belong to (base_model_name_or_path)")
@@ -180,7 +183,7 @@ def adapter_base(folder: str) -> str:
 
 
 def holds_head(folder: str) -> bool:
-    """Whether the adapters in `folder` come with a scalar head."""
+    """Whether `folder` also holds a scalar head."""
     return "score" in (_config(folder).get("modules_to_save") or ())
 
 
@@ -195,7 +198,7 @@ def _config(folder: str) -> dict[str, Any]:
 def merged_adapter(lm: Any, folder: str) -> Any:
     """The model that results from merging the adapters in `folder` into `lm`, their base in float32.
 
-    Raises ModelError where they are not plain LoRA, or do not fit `lm`.
+    Raises ModelError if they are not plain LoRA, or do not fit `lm`.
     """
     _need_peft()
     from peft import LoraConfig, PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
@@ -206,17 +209,17 @@ def merged_adapter(lm: Any, folder: str) -> Any:
         tensors = {name.removeprefix(PREFIX): t for name, t in load_file(Path(folder) / WEIGHTS).items()}
         inject_adapter_in_model(config, lm, NAME)
         fit = set_peft_model_state_dict(lm, tensors, NAME)
-    except Exception as error:  # the libraries below raise anything where a file is damaged
+    except Exception as error:  # the libraries raise many kinds of errors for a damaged file
         raise ModelError(
-            f"{folder} cannot be merged into its base: {error}. Copy it again, or give the model that it merges into"
+            f"{folder} cannot be merged into its base: {error}. Copy it again, or give the merged model"
         ) from error
     strange = [*fit.unexpected_keys, *(name for name in fit.missing_keys if f".{NAME}" in name)]
     if strange:
-        raise ModelError(f"{folder} cannot be merged into its base, which does not fit it: {', '.join(strange[:3])}")
+        raise ModelError(f"{folder} does not fit its base and cannot be merged into it: {', '.join(strange[:3])}")
     if not isinstance(config, LoraConfig) or not _mergeable(lm, config):
         raise ModelError(
-            f"{folder} holds more than plain LoRA in linear layers below the head (biases, DoRA, embeddings and their "
-            "like), and nothing else is merged here; merge it by peft's merge_and_unload"
+            f"{folder} holds more than plain LoRA in linear layers below the head (biases, DoRA, embeddings or "
+            "similar), which this package does not merge; merge it with peft's merge_and_unload"
         )
     return plain(lm)
 
@@ -230,8 +233,9 @@ def _mergeable(lm: Any, config: Any) -> bool:
 
 
 def plain(lm: Any) -> Any:
-    """`lm` itself where it has no adapters; otherwise a new model without adapters that computes the same, merged in
-    float32 on the CPU. `lm` is not changed: adding adapters to weights and subtracting them does not restore these.
+    """`lm` itself if it has no adapters; otherwise a new model without adapters that computes the same, merged in
+    float32 on the CPU. `lm` is not changed, because adding adapters to weights and subtracting them again does not
+    restore the weights exactly.
     """
     if not adapted(lm):
         return lm
@@ -242,7 +246,7 @@ def plain(lm: Any) -> Any:
     weights = {name: weight.cpu() for name, weight in merged(lm, dequantized(lm))}
     found = model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
-    for name, buffer in lm.named_buffers():  # of rotary embeddings, which are in no file
+    for name, buffer in lm.named_buffers():  # of rotary embeddings, which files do not contain
         owner, _, kind = name.rpartition(".")
         setattr(model.get_submodule(owner), kind, buffer.cpu())
     assert not found.unexpected_keys and not any(p.is_meta for p in model.parameters()), found
@@ -252,7 +256,7 @@ def plain(lm: Any) -> Any:
 
 
 def dequantized(lm: Any) -> Iterator[tuple[str, Tensor]]:
-    """The parameters of `lm` by name, those in 4 bits as matrices."""
+    """The parameters of `lm` by name; 4-bit weights are dequantised to matrices."""
     for name, parameter in lm.named_parameters():
         owner, _, kind = name.rpartition(".")
         if adapted(lm) and kind == "weight":
@@ -263,8 +267,8 @@ def dequantized(lm: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def merged(lm: Any, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """What a model computes with that has the parameters `named`, in the order of those of `lm`, under the names that
-    it had without adapters; merged in float32. Without adapters they are passed on as they come.
+    """The effective weights of a model with the parameters `named` (in the order of those of `lm`), under their names
+    without adapters, merged in float32. Without adapters the parameters are passed through.
     """
     if not adapted(lm):
         yield from named
@@ -276,7 +280,7 @@ def merged(lm: Any, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, 
         owner, _, kind = name.rpartition(".")
         layer, part = owner.removesuffix(".base_layer"), owner.rpartition(".lora_")
         if layer in layers and layer != owner and kind == "weight":
-            base[layer] = weight.float()  # until its adapters have come, which follow it
+            base[layer] = weight.float()  # kept until its adapters arrive, which follow it
         elif part[1] and part[2].startswith("A."):
             down[part[0]] = weight
         elif part[1]:
@@ -307,9 +311,9 @@ def write_adapter(folder: Path, lm: Any) -> None:
 
 
 def base_fingerprint(lm: Any) -> str:
-    """A hash that identifies the model that a run begins with, wherever it is stored: of some 64 elements of every
-    weight, but for adapters and what trains beside them. They are hashed as bfloat16, so that the dtype of the file
-    does not matter.
+    """A hash that identifies the model at the start of a run, independent of its location. It covers about 64 elements
+    of every weight, except adapters and other trained weights. The elements are hashed as bfloat16, so that the dtype
+    of the file does not matter.
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, parameter in lm.named_parameters():

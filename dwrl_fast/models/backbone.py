@@ -1,7 +1,9 @@
-"""A Hugging Face decoder over a tree of tokens, through transformers' attention registry: no model code is edited.
+"""Runs a Hugging Face decoder on a tree of tokens through transformers' attention registry, without changes to model
+code.
 
-`attend_over_trees` gives a model an attention that is ours where the forward brings a `plan`, and otherwise the one it
-had: sampling and padded batches go on as before. A tree needs no mask; positions are those of the unpacked sequences.
+`attend_over_trees` replaces a model's attention: a forward pass with a `plan` uses `tree_attention`, any other pass
+uses the original attention, so sampling and padded batches work as before. A tree needs no mask; positions are those of
+the unpacked sequences.
 """
 
 import sys
@@ -20,8 +22,9 @@ from dwrl_fast.ops.oracle import Plan
 from dwrl_fast.sampling.cache import CachedPlan
 
 SUFFIX = "+tree"
-ATTENDS = {"full_attention", "sliding_attention"}  # the kinds of layer that tree_attention computes
-# What else transformers hands to an attention function; anything beyond these would be ignored, and so is refused.
+ATTENDS = {"full_attention", "sliding_attention"}  # the kinds of layers that tree_attention supports
+# Further keywords that transformers passes to an attention function. Any other keyword would be ignored, so it is
+# refused.
 WITHOUT_EFFECT = {"position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states"}
 
 
@@ -30,16 +33,16 @@ def backbone_states(backbone: nn.Module, batch: Batch) -> Tensor:
     if isinstance(batch, TreeBatch):
         return planned_states(backbone, batch.input_ids, batch.position_ids, batch.plan)
     assert isinstance(batch, PaddedBatch)
-    # Padding is on the right, so positions are those of the sequence alone.
+    # Padding is on the right, so positions are the same as for the sequence alone.
     states = backbone(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
     return states.last_hidden_state.flatten(0, 1)
 
 
 def planned_states(backbone: nn.Module, ids: Tensor, positions: Tensor, plan: Plan | CachedPlan) -> Tensor:
-    """[U, H]: the last hidden states of the tokens `ids` [U] at `positions` [U] of their texts, which attend to what
-    `plan` says.
+    """[U, H]: the last hidden states of the tokens `ids` [U] at `positions` [U] of their texts. `plan` defines what
+    they attend to.
     """
-    # A mask of four dimensions is handed through as it is: none is made.
+    # A mask of four dimensions is passed through unchanged, so transformers creates none.
     no_mask = torch.empty((1, 1, 0, 0), dtype=torch.bool, device=ids.device)
     return backbone(
         input_ids=ids[None], attention_mask=no_mask, position_ids=positions[None], use_cache=False, plan=plan
@@ -47,18 +50,19 @@ def planned_states(backbone: nn.Module, ids: Tensor, positions: Tensor, plan: Pl
 
 
 def keep_softcap(lm: Any) -> None:
-    """Let a model with a soft-cap in its attention (Gemma 2) attend eagerly, for SDPA has none. transformers 5.17 takes
-    SDPA by default there, and leaves the soft-cap out without a message; later versions raise.
+    """Use eager attention for a model with a soft-cap in its attention (Gemma 2), because SDPA does not support it.
+    transformers 5.17 uses SDPA by default there and silently ignores the soft-cap; later versions raise an error.
     """
     config = lm.config.get_text_config()
     if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":
         lm.set_attn_implementation("eager")
-        info_once(f"{type(lm).__name__}: eager attention, for SDPA would leave its soft-cap out")
+        info_once(f"{type(lm).__name__}: eager attention, because SDPA would ignore its soft-cap")
 
 
 def rotary_limit(lm: Any) -> int | None:
-    """The longest sequence, in tokens, for which the rotary factors of `lm` do not depend on the batch; None where they
-    never do. Past it, dynamic NTK and LongRoPE use the factors of the batch's longest sequence for all sequences.
+    """The longest sequence, in tokens, for which the rotary factors of `lm` do not depend on the batch; None if they
+    never do. For longer sequences, dynamic NTK and LongRoPE use the factors of the batch's longest sequence for all
+    sequences.
     """
     config = lm.config.get_text_config()
     limits = {
@@ -70,7 +74,7 @@ def rotary_limit(lm: Any) -> int | None:
 
 
 def _ropes(parameters: Any) -> list[dict[str, Any]]:
-    """The rope parameters of a config, which may stand under one key for each kind of layer."""
+    """The rope parameters of a config, which may have one entry for each kind of layer."""
     if not isinstance(parameters, dict):
         return []
     own = [parameters] if "rope_type" in parameters else []
@@ -78,8 +82,8 @@ def _ropes(parameters: Any) -> list[dict[str, Any]]:
 
 
 def keep_rotary(lm: Any) -> None:
-    """Let every forward pass of `lm` raise ModelError for a sequence longer than `rotary_limit`, in every layout and in
-    sampling: a score would depend on the other sequences of its batch.
+    """Make every forward pass of `lm` raise ModelError for a sequence longer than `rotary_limit`, in every layout and
+    in sampling, because a score would depend on the other sequences of its batch.
     """
     limit = rotary_limit(lm)
     if limit is None:
@@ -96,21 +100,21 @@ def keep_rotary(lm: Any) -> None:
 
 
 def refuse_past_rotary(lm: Any, longest: int) -> None:
-    """Raise ModelError where a sequence of `longest` tokens is longer than `rotary_limit`."""
+    """Raise ModelError if a sequence of `longest` tokens is longer than `rotary_limit`."""
     limit = rotary_limit(lm)
     if limit is not None and longest > limit:
         raise ModelError(
             f"a sequence of {longest} tokens: the rotary embedding of {type(lm).__name__} is the same in every batch "
-            f"only up to {limit} tokens; past that, scores would depend on what they are computed beside. Lower "
+            f"only up to {limit} tokens; past that, scores would depend on the other sequences of the batch. Lower "
             f"--max_length and --max_completion_length to {limit} tokens together"
         )
 
 
 def attend_over_trees(lm: Any) -> None:
-    """Let the backbone of `lm` take a tree of tokens (`TreeBatch`).
+    """Prepare the backbone of `lm` for trees of tokens (`TreeBatch`).
 
-    Raises ModelError with the reason where its configuration says that it cannot. trial.py finds what no configuration
-    says.
+    Raises ModelError with the reason if its configuration shows that this is impossible. trial.py finds other
+    obstacles.
     """
     config = lm.config.get_text_config()
     if reason := _hindrance(lm, config):
@@ -122,7 +126,7 @@ def attend_over_trees(lm: Any) -> None:
 
 
 def _hindrance(lm: Any, config: Any) -> str | None:
-    """Why `lm` cannot run on a tree, from what it says of itself."""
+    """The reason in its configuration why `lm` cannot run on a tree; None if there is none."""
     if not lm._can_set_attn_implementation():
         return "its attention is not taken from transformers' registry"
     if config._attn_implementation.removesuffix(SUFFIX) not in ("sdpa", "eager"):
@@ -138,7 +142,7 @@ def _hindrance(lm: Any, config: Any) -> str | None:
 
 
 def _register(base: str) -> None:
-    """An implementation of attention: `tree_attention` where a plan comes with it, otherwise `base`."""
+    """Register an attention implementation: `tree_attention` if a plan is passed, otherwise `base`."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -149,7 +153,7 @@ def _register(base: str) -> None:
         plan = options.pop("plan", None)
         if plan is not None:
             return _attention(module, query, key, value, plan, **options), None
-        if base == "eager":  # not in the registry: each model's file has its own
+        if base == "eager":  # not in the registry: each model file has its own
             return sys.modules[type(module).__module__].eager_attention_forward(  # type: ignore[attr-defined]
                 module, query, key, value, mask, **options
             )
@@ -173,12 +177,13 @@ def _attention(
     s_aux: Tensor | None = None,
     **others: Any,
 ) -> Tensor:
-    """Heads [1, heads, U, D] -> [1, U, Hq, D]. Raises ModelError on what tree_attention does not compute."""
+    """Heads [1, heads, U, D] -> [1, U, Hq, D]. Raises ModelError for arguments that tree_attention does not support."""
     unknown = [k for k, v in others.items() if k not in WITHOUT_EFFECT and v is not None]
     unknown += ["dropout"] if dropout else []
     if unknown:
         raise ModelError(
-            f"{type(module).__name__} asks its attention for {', '.join(unknown)}, which a tree of tokens does not have"
+            f"{type(module).__name__} asks its attention for {', '.join(unknown)}, which a tree of tokens does not "
+            "support"
         )
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     options: dict[str, Any] = {"scale": scaling, "softcap": softcap, "window": sliding_window, "sinks": s_aux}

@@ -1,4 +1,4 @@
-"""The weights of a model as an exported one has them, one after another: for an engine that samples with them."""
+"""Yields the weights of a model in the form of an exported model, one by one, for a sampling engine."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -12,8 +12,8 @@ from dwrl_fast.models.sharding import Sharded
 
 
 def exported(model: Any, sharded: Sharded | None, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Names and weights, in `dtype`: adapters merged, tied weights once. At most one layer's adapters and one weight
-    are held at a time; of ranks that hold parts all go through it together.
+    """Names and weights in `dtype`, with adapters merged and tied weights once. At most one weight and the adapters of
+    one layer are held at a time. With sharded weights, all ranks iterate together.
     """
     named: Iterable[tuple[str, Tensor]] = dequantized(model.lm)
     if sharded is not None:
@@ -24,8 +24,8 @@ def exported(model: Any, sharded: Sharded | None, dtype: torch.dtype) -> Iterato
 
 
 def check_exported_names(lm: Any) -> None:
-    """ModelError where an exported model names its weights otherwise than the model that is trained, as some mixtures
-    of experts do.
+    """Raise ModelError if an exported model has different weight names than the trained model, as some mixtures of
+    experts have.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -33,10 +33,10 @@ def check_exported_names(lm: Any) -> None:
     named = {name.replace(".base_layer.", "."): weight for name, weight in named.items()}
     try:
         same = set(revert_weight_conversion(lm, dict(named))) == set(named)
-    except Exception:  # of conversions, which a model without them does not meet
+    except Exception:  # in conversions, which other models do not use
         same = False
     if not same:
         raise ModelError(
-            f"--use_vllm: {type(lm).__name__} keeps its weights under other names in a file than in memory, and they "
-            "are not sent to vLLM under those. Leave --use_vllm out."
+            f"--use_vllm: {type(lm).__name__} has different weight names in its files and in memory, and this package "
+            "cannot send such weights to vLLM. Leave --use_vllm out."
         )

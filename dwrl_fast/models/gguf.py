@@ -1,7 +1,7 @@
-"""GGUF files (llama.cpp's format) as models, of the architectures that transformers reads.
+"""Loads GGUF files (llama.cpp's format) of the architectures that transformers can read.
 
-Config, weights and tokenizer come from the file and from nothing that lies beside it. The weights are dequantised as
-they are read; what is made of them is a plain model, and saved it is a folder like any other.
+Config, weights and tokenizer come from the file alone, not from other files in its folder. The weights are dequantised
+when they are read. The result is a plain model and is saved as an ordinary folder.
 """
 
 import shlex
@@ -20,11 +20,11 @@ NEEDS = (
     "It must be one whole GGUF file of a language model, of an architecture that transformers reads. In place of any "
     "other, give the folder or hub name that the file was made from."
 )
-SPLIT_AS_GPT2 = ("gpt-2", "smollm")  # SmolLM's splits digits too, which its merges never join
+SPLIT_AS_GPT2 = ("gpt-2", "smollm")  # SmolLM's rule also splits digits, which its merges never join
 
 
 def is_gguf(name_or_path: str | None) -> bool:
-    """Whether a model's name is that of a GGUF file."""
+    """Whether the name of a model is a GGUF file."""
     return name_or_path is not None and Path(name_or_path).suffix.lower() == ".gguf"
 
 
@@ -33,29 +33,29 @@ def source(name_or_path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """A context with the arguments of `from_pretrained` for a name: a folder or hub name, and keyword arguments, which
     are empty except for a GGUF file.
 
-    Raises ModelError where the file is missing or no GGUF file, or where the packages that read one are not installed.
+    Raises ModelError if the file is missing or not a GGUF file, or if packages to read it are not installed.
     """
     if not is_gguf(name_or_path):
         yield name_or_path, {}
         return
     _metadata(name_or_path)
-    # An empty folder: a tokenizer.json or an adapter that lies beside the file would go before what the file holds.
+    # An empty folder, because a tokenizer.json or an adapter next to the file would have priority over the file.
     with TemporaryDirectory() as empty:
         yield empty, {"gguf_file": str(Path(name_or_path).absolute())}
 
 
 def dequantising(options: dict[str, Any], name: str) -> dict[str, Any]:
-    """`options` of a model's `from_pretrained`, extended so that the GGUF file `name` is dequantised: packed weights
-    cannot be trained.
+    """`options` of a model's `from_pretrained`, extended so that the GGUF file `name` is dequantised, because packed
+    weights cannot be trained.
 
-    Raises ConfigError where the options ask for a quantisation of their own.
+    Raises ConfigError if the options already contain a quantisation.
     """
     from transformers import GgufConfig
 
     if "quantization_config" in options:
         raise ConfigError(
-            f"--load_in_4bit quantises a model as it is loaded, and {name} is quantised already: leave the option out, "
-            "or give the folder or hub name that the file was made from"
+            f"--load_in_4bit quantises a model when it is loaded, but {name} is quantised already: leave the option "
+            "out, or give the folder or hub name that the file was made from"
         )
     return options | {"quantization_config": GgufConfig(dequantize=True)}
 
@@ -68,34 +68,34 @@ def say_dequantised(model: Any, name: str) -> None:
 
 
 def check_split(tokenizer: Any, name: str) -> None:
-    """Warn where transformers does not know the rule by which the tokenizer of the GGUF file `name` splits text.
+    """Warn if transformers does not know the rule by which the tokenizer of the GGUF file `name` splits text.
 
-    The file holds only the name of the rule, and transformers takes GPT-2's rule for an unknown name. The tokenizer's
-    name_or_path is set too.
+    The file holds only the name of the rule, and transformers uses GPT-2's rule for an unknown name. Also sets the
+    tokenizer's name_or_path.
     """
     tokenizer.name_or_path = name
     rule = _metadata(name).get("tokenizer.ggml.pre")
     taken = type(tokenizer.backend_tokenizer.pre_tokenizer).__name__
     if rule is not None and rule not in SPLIT_AS_GPT2 and taken == "ByteLevel":
         warn_once(
-            f"{name} asks for its text to be split as by {rule!r}, which transformers does not know: it is split as by "
-            "GPT-2, and some ids may not be those that the model was trained on. Give its own tokenizer by "
-            "--tokenizer_name_or_path where it can be had."
+            f"{name} splits text by the rule {rule!r}, which transformers does not know. GPT-2's rule is used "
+            "instead, so some ids may differ from those of the model's training. If the model's own tokenizer is "
+            "available, give it with --tokenizer_name_or_path."
         )
 
 
 def _metadata(name: str) -> dict[str, Any]:
-    """The file's keys; arrays of texts as their lengths alone."""
+    """The metadata of the file; for arrays of texts only their lengths."""
     from transformers.integrations import gguf as reader
 
     missing = [package for package in ("gguf", "accelerate") if find_spec(package) is None]
     if not hasattr(reader, "get_gguf_tokenizer"):
-        missing.append("transformers>=5.18")  # older ones take the token that begins a turn for the one that ends it
+        missing.append("transformers>=5.18")  # older versions confuse the tokens that begin and end a turn
     if missing:
         needed = ", ".join(missing)
         raise ModelError(f"{name}: reading a GGUF file needs {needed}; run `pip install {shlex.join(missing)}`")
     if not Path(name).is_file():
-        raise ModelError(f"there is no file {name}: GGUF files are read from this machine, so fetch it first")
+        raise ModelError(f"there is no file {name}: GGUF files are read only from this machine, so fetch it first")
     try:
         return dict(reader.read_gguf_metadata(name)[0])
     except (OSError, ValueError, LookupError, struct.error) as error:

@@ -1,4 +1,4 @@
-"""What the head's operators take, and what is read from them: log-probs of tokens, scores, the clipped loss."""
+"""The inputs of the head's operators, and their results: log-probs of tokens, scores, the clipped loss."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -8,11 +8,11 @@ from dwrl_fast.ops import PolicyLoss
 
 
 class HeadInputs:
-    """The hidden states before the head, and the head, for S sequences with T thought tokens. No dataclass: FSDP would
-    put a hook on every tensor of one at each pass, on the weight again and again.
+    """The hidden states before the head and the head's weights, for S sequences with T thought tokens. Not a dataclass:
+    FSDP would register hooks on every tensor of a dataclass at each pass, and again and again on the weight.
 
     score: [S, H], the hidden states at the sequences' last tokens. token: [T, H], the hidden states that predict the
-    thoughts' tokens, or [0, H] where they were not asked for. weight: [V, H]. bias: [V]. softcap: of the logits.
+    thoughts' tokens, or [0, H] if they were not requested. weight: [V, H]. bias: [V]. softcap: of the logits.
     """
 
     __slots__ = ("bias", "score", "softcap", "token", "weight")
@@ -22,18 +22,18 @@ class HeadInputs:
         self.weight, self.bias, self.softcap = weight, bias, softcap
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[R, V] in float32, after the hidden states [R, H] of some tokens: what is drawn from. Not differentiable."""
+        """The logits [R, V] in float32 for hidden states [R, H], for sampling. Not differentiable."""
         logits = F.linear(hidden, self.weight, self.bias).float()
         return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def logprobs(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
-        """[R] log p of the targets [R] after the hidden states [R, H] of either kind, in nats, differentiable."""
+        """[R], log p of the targets [R] given the hidden states [R, H] (score or token), in nats, differentiable."""
         return ops.linear_logprob(
             hidden, self.weight, targets, bias=self.bias, temperature=temperature, softcap=self.softcap
         )
 
     def scores(self, labels: tuple[int, int], normalization: str) -> Tensor:
-        """[S] the score s, the log-probability of the first of two labels in nats, differentiable.
+        """[S], the score s: the log-probability of the first of two labels in nats, differentiable.
 
         See `ops.yes_no_logprob`.
         """

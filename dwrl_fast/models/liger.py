@@ -11,10 +11,12 @@ from dwrl_fast.ops.backend import interpreted
 
 
 def use_liger(lm: Any) -> None:
-    """Replace the layers of `lm` that Liger has kernels for. Parameters stay the same, and results too, to rounding.
+    """Replace the layers of `lm` that Liger has kernels for. Parameters stay the same, and results are equal up to
+    rounding.
 
-    The head and its loss are left alone: they are fused here already. The rotary embedding is replaced in the module of
-    the family, so afterwards every model of this family in this process has to be on a GPU.
+    The head and its loss are not replaced, because this package has its own fused operators. The rotary embedding is
+    replaced in the module of the model family, so afterwards every model of this family in the process must be on a
+    GPU.
 
     Raises ConfigError off CUDA and without liger-kernel, and ModelError for a family that Liger does not know.
     """
@@ -22,7 +24,7 @@ def use_liger(lm: Any) -> None:
         raise ConfigError("--use_liger_kernel: liger-kernel is not installed (pip install liger-kernel)")
     if lm.device.type != "cuda" and not interpreted():
         raise ConfigError(
-            f"--use_liger_kernel: the model is on {lm.device.type}, and Liger runs on CUDA; leave the option out"
+            f"--use_liger_kernel: the model is on {lm.device.type}, but Liger needs CUDA; leave the option out"
         )
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as FAMILIES
 

@@ -1,8 +1,8 @@
 """The root modules: a Hugging Face backbone with its head.
 
-One root owns backbone and head, so that checkpointing and saving see one module. Logits are never formed here: the
-generative root returns the hidden states at the thought rows and the score rows with the head's weight, and `ops` does
-the rest.
+One root owns backbone and head, so that checkpointing and saving handle a single module. Logits are never computed
+here: the generative root returns the hidden states at thought rows and score rows together with the head's weight, and
+`ops` computes the rest.
 """
 
 from collections.abc import Iterator
@@ -48,8 +48,8 @@ LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_m
 
 
 class PreferenceModel(nn.Module):
-    """What the two roots have in common. lm: the Hugging Face model. shares_cache: whether it was found to write
-    thoughts rightly over a cache that they share.
+    """What the two roots have in common. lm: the Hugging Face model. shares_cache: whether the trial showed that it
+    samples correctly with a shared cache.
     """
 
     lm: Any
@@ -62,10 +62,10 @@ class PreferenceModel(nn.Module):
         self.lm = lm
 
     def without_adapters(self) -> AbstractContextManager[None]:
-        """A context in which the adapters are off, so that the model computes what it did before training. Take no
-        gradient in it.
+        """A context in which the adapters are off, so that the model computes the same as before training. Do not
+        compute gradients in it.
 
-        Raises ModelError where the model has no adapters: its weights before training are then gone.
+        Raises ModelError if the model has no adapters, because its weights before training are then lost.
         """
         return switched_off(self.lm)
 
@@ -73,15 +73,16 @@ class PreferenceModel(nn.Module):
 class GenerativeModel(PreferenceModel):
     """A causal language model as a generative preference model (docs/method.md, 1).
 
-    `lm` stays a plain Hugging Face model, and is saved and loaded as such. Raises ModelError for a model without an
-    output head, or with a scale on its logits that the operators do not know.
+    `lm` is a plain Hugging Face model and is saved and loaded as such. Raises ModelError for a model without an
+    output head, or with a scale on its logits that the operators do not support.
     """
 
     def __init__(self, lm: Any):
         super().__init__(lm)
         if lm.get_output_embeddings() is None or lm.base_model is lm:
             raise ModelError(
-                f"{type(lm).__name__} is no causal language model with an output head; give a *ForCausalLM checkpoint"
+                f"{type(lm).__name__} is not a causal language model with an output head; give a *ForCausalLM "
+                "checkpoint"
             )
         config = lm.config.get_text_config()
         for name in LOGIT_SCALES:
@@ -98,7 +99,7 @@ class GenerativeModel(PreferenceModel):
         return self.head(hidden[batch.score_rows], hidden[batch.token_rows if tokens else batch.token_rows[:0]])
 
     def idle(self, batch: Batch) -> Tensor:
-        """0, whose gradients are 0 in every weight: what a rank adds that computes `batch` for nothing."""
+        """A scalar 0 whose gradients are 0 for every weight: the loss of a rank without groups."""
         head = self(batch, tokens=True)
         return 0 * head.logprobs(head.token, batch.targets).sum()
 
@@ -128,13 +129,13 @@ class ScalarModel(PreferenceModel):
     def forward(self, batch: Batch) -> Tensor:
         """The rewards [S] of the sequences, in float32, read at their last tokens."""
         hidden = backbone_states(self.lm.base_model, batch)[batch.score_rows]
-        # One product in the weight's float32, whatever the backbone computes in: bfloat16 rewards tie where the
-        # responses do not. A sum over its one column, for FSDP does not take a view as a module's output.
+        # A product in float32, whatever the dtype of the backbone, because bfloat16 rewards can be equal for different
+        # responses. A sum over the single column, because FSDP does not accept a view as output of a module.
         with torch.autocast(hidden.device.type, enabled=False):
             return self.lm.score(hidden.to(self.lm.score.weight.dtype)).sum(-1)
 
     def idle(self, batch: Batch) -> Tensor:
-        """As `GenerativeModel.idle`."""
+        """Like `GenerativeModel.idle`."""
         return 0 * self(batch).sum()
 
 
@@ -147,10 +148,10 @@ def load_generative(
     dtype: Literal["auto"] | None = None,
 ) -> GenerativeModel:
     """A causal language model from a folder, hub name or GGUF file, or with weights drawn with `seed` for the config at
-    `config_path`. The weights are float32 masters, with dtype "auto" as the file has them; with `lora` the model is
-    frozen and has adapters. A folder of adapters loads as the model that they merge into.
+    `config_path`. The weights are float32 masters; with dtype "auto" they have the dtype of the file. With `lora` the
+    model is frozen and has adapters. A folder of adapters is loaded as the merged model.
 
-    Raises ModelError where it does not load, and ConfigError for options of `lora` that do not fit.
+    Raises ModelError if it does not load, and ConfigError for options of `lora` that do not fit.
     """
     from transformers import AutoModelForCausalLM
 
@@ -167,8 +168,8 @@ def load_scalar(
     new_head: bool = False,
     dtype: Literal["auto"] | None = None,
 ) -> ScalarModel:
-    """As `load_generative`, the same backbone under a head with one output. With `new_head` a head that the checkpoint
-    lacks is drawn with `seed`, because it is about to be trained. pad_id: the token id that fills up rows.
+    """Like `load_generative`, with a scalar head on the same backbone. new_head: whether a head that the checkpoint
+    lacks is initialised with `seed`, because it will be trained. pad_id: the padding token.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -203,7 +204,7 @@ def _load(
     if name_or_path is not None and is_adapter(name_or_path):
         return _load_merged(auto, name_or_path, seed, lora, **extra)
     source = str(name_or_path or config_path)
-    # The caller's stream of random numbers must not depend on whether a model was drawn.
+    # The caller's random state must not depend on whether a model was initialised.
     with torch.random.fork_rng(devices=[]), gguf.source(source) as (path, keywords):
         torch.manual_seed(seed)
         try:
@@ -211,7 +212,7 @@ def _load(
             if name_or_path is not None:
                 options = extra | ({"dtype": dtype or torch.float32} if lora is None else lora.base_options())
                 options = gguf.dequantising(options, source) if keywords else options
-                # The report says which weights were found, and whose sizes differ.
+                # The report lists missing weights and weights of different sizes.
                 options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
                 with _without_remarks():
                     model, report = auto.from_pretrained(path, trust_remote_code=False, **options, **keywords)
@@ -241,7 +242,7 @@ def _load(
                 gguf.say_dequantised(model, source)
         if adapted(model):
             raise ModelError(
-                f"{source} is an adapter of the hub: give a local folder of it, or the model that it merges into"
+                f"{source} is an adapter of the hub: give a local folder of it, or the merged model"
             )
         if lora is not None:
             add_adapters(model, lora, source)
@@ -251,7 +252,9 @@ def _load(
 
 @contextmanager
 def _without_remarks() -> Iterator[None]:
-    """transformers only warns of weights that are missing, drawn or not tied; here each is an error, or is mended."""
+    """A context without warnings of transformers about weights that are missing, drawn or not tied: this module raises
+    an error for them, or repairs them.
+    """
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -263,15 +266,15 @@ def _without_remarks() -> Iterator[None]:
 
 
 def _refuse_other_weights(source: str, model: Any, report: dict[str, Any], new_head: bool) -> None:
-    """ModelError where the file lacks weights of `model`, which would be drawn at random, or holds others. The head of
-    a language model may make room for a scalar one that is about to be trained.
+    """Raise ModelError if the file lacks weights of `model` (they would be random), or holds others. A new scalar head
+    that will be trained may replace the head of a language model.
     """
     missing, others = set(report["missing_keys"]), set(report["unexpected_keys"])
     if new_head and "score.weight" in missing:
         missing = {name for name in missing if not name.startswith("score.")}
         others = {name for name in others if not name.startswith("lm_head.")}
     sizes = {f"{name} as {list(there)} for {list(here)}" for name, there, here in report["mismatched_keys"]}
-    said = {"lacks": missing, "holds besides": others, "has": sizes}
+    said = {"lacks": missing, "also holds": others, "has": sizes}
     found = [f"{what} {listed(names)}" for what, names in said.items() if names]
     if found:
         raise ModelError(
@@ -281,8 +284,8 @@ def _refuse_other_weights(source: str, model: Any, report: dict[str, Any], new_h
 
 
 def _read_tying(model: Any) -> None:
-    """Whether the head is the embedding: as the weights have it, whatever the config says, for that is what is saved
-    and merged by. Merged checkpoints hold a head of their own under a config that says tied.
+    """Set the config's tie_word_embeddings to what the weights show, because saving and merging use the config. Merged
+    checkpoints can have a separate head with a config that says tied.
     """
     head = model.get_output_embeddings()
     if head is not None:
@@ -294,25 +297,25 @@ def _read_tying(model: Any) -> None:
 def _load_merged(auto: Any, folder: str, seed: int, lora: Lora | None, **extra: Any) -> Any:
     if lora is not None:
         raise ModelError(
-            f"{folder} is an adapter, and --use_peft trains a new one over a whole model: give the one that it merges "
-            "into (OUTPUT_DIR/model beside OUTPUT_DIR/adapter)"
+            f"{folder} is an adapter, and --use_peft trains a new one over a whole model: give the merged model "
+            "(OUTPUT_DIR/model, next to OUTPUT_DIR/adapter)"
         )
     name = adapter_base(folder)
     try:
         base = _load(auto, name, None, seed, None, None, new_head=holds_head(folder), **extra)
     except ModelError as error:
         raise ModelError(
-            f"{folder} holds adapters of {name}, which must be there too: put it back, or write where it lies now into "
-            f"adapter_config.json, base_model_name_or_path. {error}"
+            f"{folder} holds adapters of {name}, which is also needed: put it back, or write its new place into "
+            f"adapter_config.json as base_model_name_or_path. {error}"
         ) from error
     return merged_adapter(base, folder)
 
 
 def place(model: Model, compute: Compute, layout: Layout, *, thinks: bool = True) -> Model:
-    """Move `model` to the device and try it there on batches of `layout` and, where it `thinks`, in sampling.
+    """Move `model` to the device and try it there on batches of `layout` and, if it `thinks`, in sampling.
 
-    Returns the model. Raises ModelError where it cannot run them, and NotFiniteError, which names the weights that hold
-    NaN, if any do.
+    Returns the model. Raises ModelError if it cannot run them, and NotFiniteError, which names the weights with NaN, if
+    there are any.
     """
     model.to(compute.device)
     thinks = thinks and isinstance(model, GenerativeModel)
@@ -322,15 +325,15 @@ def place(model: Model, compute: Compute, layout: Layout, *, thinks: bool = True
         if wrong := not_finite(model.lm):
             raise NotFiniteError(
                 f"{type(model.lm).__name__} cannot be used: its weights hold NaN or infinities, in {listed(wrong)}. "
-                "Take a checkpoint from before, or copy the model again"
+                "Use an earlier checkpoint, or copy the model again"
             ) from error
         raise
     return model
 
 
 def switch_dropout_off(model: nn.Module) -> None:
-    """Set every dropout rate to 0: with dropout the log-probabilities of a thought would not be those it was sampled
-    with, and the ratios of the policy loss would be wrong.
+    """Set every dropout rate to 0: with dropout the log-probabilities of a thought would differ from those at sampling,
+    and the ratios of the policy loss would be wrong.
     """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -340,7 +343,9 @@ def switch_dropout_off(model: nn.Module) -> None:
 
 
 def check_vocabulary(model: "GenerativeModel | ScalarModel", largest_id: int) -> None:
-    """Raise ModelError unless the model embeds every token id up to `largest_id`, the largest that the dialog makes."""
+    """Raise ModelError unless the model embeds every token id up to `largest_id`, the largest that the dialog can
+    produce.
+    """
     rows = model.lm.get_input_embeddings().weight.shape[0]
     if largest_id >= rows:
         raise ModelError(
@@ -351,7 +356,7 @@ def check_vocabulary(model: "GenerativeModel | ScalarModel", largest_id: int) ->
 
 
 def positions(model: "GenerativeModel | ScalarModel") -> int | None:
-    """How many tokens a sequence may have at most; None where the config does not say."""
+    """The maximum tokens of a sequence; None if the config does not say."""
     said = getattr(model.lm.config.get_text_config(), "max_position_embeddings", None)
     return min((most for most in (said, rotary_limit(model.lm)) if most is not None), default=None)
 
@@ -359,7 +364,7 @@ def positions(model: "GenerativeModel | ScalarModel") -> int | None:
 def check_positions(
     model: "GenerativeModel | ScalarModel", longest: int, remedy: str = "lower --max_length or --max_completion_length"
 ) -> bool:
-    """Warn where a sequence of `longest` tokens is longer than the model was made for. Returns whether it is.
+    """Warn if a sequence of `longest` tokens has more tokens than the model has positions. Returns whether it has.
 
     remedy: the advice in the warning. Raises ModelError past `rotary_limit`, where scores would depend on the batch.
     """
@@ -367,12 +372,12 @@ def check_positions(
     most = positions(model)
     past = most is not None and longest > most
     if past:
-        logger.warning("Sequences may reach %d tokens, and the model was made for %d: %s.", longest, most, remedy)
+        logger.warning("Sequences may reach %d tokens, but the model has positions for %d: %s.", longest, most, remedy)
     return past
 
 
 def quiet() -> None:
-    """Switch off the progress bars of transformers: loading and saving are short, and their bars would cut ours."""
+    """Switch off the progress bars of transformers: loading and saving are short, and their bars would break ours."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

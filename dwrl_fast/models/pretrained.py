@@ -1,4 +1,4 @@
-"""Models on disk: a plain Hugging Face folder, with the dialog and the labels in one small JSON beside the weights."""
+"""Models on disk: a plain Hugging Face folder, with the dialog and the labels in a small JSON file, the card."""
 
 import json
 import os
@@ -25,7 +25,7 @@ DEFAULT_ASPECT = "helpfulness"
 
 
 def load_tokenizer(name_or_path: str) -> Any:
-    """A tokenizer from a folder, hub name or GGUF file; code that comes with it is not run."""
+    """A tokenizer from a folder, hub name or GGUF file. Code that comes with it is not run."""
     from transformers import AutoTokenizer
 
     with gguf.source(name_or_path) as (path, keywords):
@@ -54,8 +54,8 @@ def load_chat(
     aspect: str | None,
     enable_thinking: Thinking,
 ) -> Dialog | SingleTurn:
-    """What builds the sequences: as the card of `model` says, if it has one of this kind, but for what is given here;
-    else the package's template of that kind. kind: None is the card's own, else dialog.
+    """The builder of sequences. Settings come from the arguments, then from the card of `model` if its template has
+    this kind, then from the packaged template of that kind. kind: None: that of the card, otherwise dialog.
     """
     saved = load_card(model)["dialog"] if has_card(model) else {}
     kind = kind or saved.get("template", {}).get("kind", DEFAULT)
@@ -74,11 +74,11 @@ def load_chat(
 
 
 def save_pretrained(folder: Path, model: PreferenceModel, dialog: Dialog | SingleTurn, card: dict[str, Any]) -> None:
-    """Replace `folder` by the model as it stands: config, safetensors, tokenizer and card. Of one with adapters that
-    is what they merge into, and `adapter` beside it holds them alone.
+    """Replace `folder` by the current model: config, safetensors, tokenizer and card. With adapters, `folder` gets the
+    merged model, and the folder `adapter` next to it the adapters alone.
 
-    What was written is loaded again and must compute what the model computes; ModelError otherwise, and then the new
-    folder stands in FOLDER.part and the one before where it was. ModelError also where the disk refuses it.
+    The written model is loaded again and must compute the same as the model. Otherwise ModelError is raised; the new
+    folder then stays as FOLDER.part, and the old one is unchanged. Also raises ModelError if writing fails.
     """
     try:
         _save(folder, model, dialog, card)
@@ -98,8 +98,8 @@ def _save(folder: Path, model: PreferenceModel, dialog: Dialog | SingleTurn, car
 
 
 def try_saving(folder: Path, model: PreferenceModel, dialog: Dialog | SingleTurn, card: dict[str, Any]) -> None:
-    """Save the model once where `folder` is or will be, and take it away again: what cannot be saved is known before it
-    is trained. ModelError as of `save_pretrained`, ConfigError where the disk refuses.
+    """Save the model once in the place of `folder` and remove it again, so that a model that cannot be saved is found
+    before training. Raises ModelError like `save_pretrained`, and ConfigError if writing fails.
     """
     there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
     try:
@@ -118,17 +118,17 @@ def _replace(
     dialog: Dialog | SingleTurn,
     card: dict[str, Any],
 ) -> None:
-    """`folder` with what `write` puts into it, tokenizer and card beside.
+    """Replace `folder` by the files that `write` writes, with tokenizer and card.
 
-    It is written whole beside its place, compared with `model`, and renamed into it; killed between two renames, the
-    new one stands in FOLDER.part and the one before in FOLDER.old.
+    The new folder is written next to `folder`, compared with `model`, and renamed. If the process is killed between two
+    renames, the new folder is FOLDER.part and the old one is FOLDER.old.
     """
     part, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
     shutil.rmtree(part, ignore_errors=True)
     write(part)
     dialog.tokenizer.save_pretrained(part)
     (part / CARD).write_text(json.dumps(card | {"dialog": dialog.to_dict()}, indent=2) + "\n", encoding="utf-8")
-    for file in part.iterdir():  # safetensors lets its owner alone read a file
+    for file in part.iterdir():  # safetensors makes files readable only for their owner
         file.chmod((part / CARD).stat().st_mode)
     _compare(part, model)
     if folder.exists():
@@ -139,7 +139,7 @@ def _replace(
 
 
 def _compare(folder: Path, model: PreferenceModel) -> None:
-    """ModelError where the model in `folder` gives other logits, or rewards, than `model`."""
+    """Raise ModelError if the model in `folder` gives different logits, or rewards, than `model`."""
     if isinstance(model, GenerativeModel):
         saved: PreferenceModel = load_generative(str(folder), None, 0)
     else:
@@ -147,25 +147,25 @@ def _compare(folder: Path, model: PreferenceModel) -> None:
     apart = difference(saved, model)
     if apart:
         raise ModelError(
-            f"what was saved in {folder} is not the model that was trained: {apart}. It is kept there for a look; "
-            "nothing before it was replaced, and checkpoints hold what was trained"
+            f"what was saved in {folder} is not the model that was trained: {apart}. The folder is kept for "
+            "inspection; it replaced nothing, and the checkpoints hold the trained weights"
         )
 
 
 def has_card(folder: str | Path | None) -> TypeGuard[str | Path]:
-    """Whether a model was trained here."""
+    """Whether `folder` holds a model trained by this package."""
     return folder is not None and (Path(folder) / CARD).is_file()
 
 
 def load_card(folder: str | Path) -> dict[str, Any]:
-    """The JSON beside a trained model."""
+    """The card of a trained model. Raises ModelError if there is none or it cannot be read."""
     path = Path(folder) / CARD
     if has_card(Path(folder) / "model"):
         raise ModelError(f"{folder} is a run's folder: give {Path(folder) / 'model'}, which holds its model")
     if not path.is_file():
         raise ModelError(
-            f"{folder} has no {CARD}, so it was not written by dwrl_fast.train, which saves it beside the weights in "
-            "OUTPUT_DIR/model. Give that folder; dwrl_fast.evaluate can ask any other causal language model, by "
+            f"{folder} has no {CARD}, so it was not written by dwrl_fast.train, which saves it next to the weights in "
+            "OUTPUT_DIR/model. Give that folder; dwrl_fast.evaluate can ask any other causal language model, with "
             '--method judge (in Python method="judge").'
         )
     try:

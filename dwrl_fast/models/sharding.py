@@ -1,11 +1,11 @@
-"""A model of which each rank holds a part, by PyTorch's FSDP2; and what is whole of it.
+"""A model sharded over ranks with PyTorch's FSDP2, and its unsharded copies.
 
-The layers are units that are gathered one after another. Embedding, norm and head stay with the root, whose weights are
-whole from the forward pass to the end of the backward pass, while the fused head reads them. Gradients are summed over
-ranks: a loss is divided by what all of them hold.
+Each layer is a unit; units are gathered one after another. Embedding, norm and head belong to the root unit, whose
+weights stay gathered from the forward pass to the end of the backward pass, because the fused head reads them.
+Gradients are summed over ranks: a loss is divided by the size of the global minibatch.
 
-Thoughts are never sampled with the sharded model: ranks would wait for each other at every token. A rank that samples
-has a whole copy in the run's dtype, the replica, which `refresh` brings up to date weight by weight.
+Thoughts are never sampled with the sharded model, because ranks would wait for each other at every token. A rank that
+samples has a whole copy in the run's dtype, the replica. `refresh` updates it weight by weight.
 """
 
 import copy
@@ -27,11 +27,12 @@ from dwrl_fast.ranks import Ranks
 
 
 class Sharded(Generic[Model]):
-    """`model`, sharded in place over `ranks`. It comes whole, in float32 or in the dtype of its file; what is trained
-    is cast to float32 layer by layer, as it is sharded, so that no rank holds all of it in float32 unless it came so.
+    """`model`, sharded in place over `ranks`. It is passed unsharded, in float32 or in the dtype of its file. Trained
+    weights are cast to float32 layer by layer while they are sharded, so that no rank holds the whole model in float32
+    unless it was passed in float32.
 
-    replica: where thoughts are sampled, the model as it came, in the run's dtype. fingerprint: of the model as it
-    came. Raises ModelError where the layers of the model are not found.
+    replica: if thoughts are sampled, the whole model in the run's dtype. fingerprint: of the model as passed. Raises
+    ModelError if the layers of the model are not found.
     """
 
     def __init__(self, model: Model, ranks: Ranks, compute: Compute, *, samples: bool, offload: bool = False):
@@ -47,8 +48,8 @@ class Sharded(Generic[Model]):
         self.offload, self.stale = offload, False
 
     def begin(self, batch: Batch) -> None:
-        """Run `batch`, without gradients. FSDP settles at its first pass in which dtype it reduces, by what is trained
-        there; the first pass of a run may be one with its adapters switched off. All ranks call it together.
+        """Run `batch` without gradients. FSDP chooses its reduce dtype at the first pass, from the trained weights; but
+        the first pass of a run may have its adapters switched off. All ranks call this together.
         """
         assert isinstance(self.model, FSDPModule)
         with torch.no_grad(), self.compute.autocast():
@@ -56,7 +57,7 @@ class Sharded(Generic[Model]):
         self.model.reshard()
 
     def refresh(self) -> None:
-        """Bring the replica up to date with the weights that were trained. All ranks call it together."""
+        """Update the replica with the trained weights. All ranks call this together."""
         assert self.replica is not None
         if not self.stale:
             return
@@ -66,8 +67,7 @@ class Sharded(Generic[Model]):
         self.stale = False
 
     def gathered(self, *, trained: bool = False) -> Iterator[tuple[str, Tensor]]:
-        """Weight by weight, the whole of each, or of those that are trained; in their master dtype. All ranks go
-        through it together.
+        """The gathered weights one by one, or only the trained ones, in their master dtype. All ranks iterate together.
         """
         assert isinstance(self.model, FSDPModule)
         self.model.reshard()
@@ -77,8 +77,8 @@ class Sharded(Generic[Model]):
                 yield name, part.full_tensor().detach()
 
     def whole(self) -> Model | None:
-        """On the first rank a whole copy in the processor's memory, no weight of which is on its GPU longer than one at
-        a time; None on the others. All ranks call it together.
+        """On the first rank a whole copy in CPU memory, gathered so that its GPU holds one weight at a time; None on
+        the other ranks. All ranks call this together.
         """
         found = {}
         for name, full in self.gathered():
@@ -88,13 +88,13 @@ class Sharded(Generic[Model]):
 
 
 def narrow(model: nn.Module, compute: Compute) -> None:
-    """Cast the weights to the run's dtype; buffers stay as they are, for rotary frequencies are of float32."""
+    """Cast the weights to the run's dtype. Buffers are not cast, because rotary frequencies are float32."""
     for p in model.parameters():
         p.data = p.data.to(compute.dtype)
 
 
 def layers(lm: Any) -> list[nn.Module]:
-    """The decoder layers of `lm`, in order. ModelError where they are not found."""
+    """The decoder layers of `lm`, in order. Raises ModelError if they are not found."""
     names = set(lm._no_split_modules or ())
     found = [module for module in lm.base_model.modules() if type(module).__name__ in names]
     if not found:
@@ -106,7 +106,7 @@ def layers(lm: Any) -> list[nn.Module]:
 
 
 def cost_of(model: Any) -> Cost:
-    """What the parts of a forward pass of `model` cost."""
+    """The costs of the parts of a forward pass of `model`."""
     lm, config = model.lm, model.lm.config.get_text_config()
     head = lm.get_output_embeddings() or lm.score
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -119,9 +119,9 @@ def cost_of(model: Any) -> Cost:
 
 
 def shard(model: Any, mesh: Any, compute: Compute, *, offload: bool = False) -> None:
-    """Shard `model` in place over `mesh`, unit by unit: computed in the run's dtype, gradients summed over ranks in
-    float32. A scalar head is in full precision. Of a mesh of two dimensions parts lie along the second, and the first
-    holds copies of them.
+    """Shard `model` in place over `mesh`, unit by unit. It computes in the run's dtype, and gradients are summed over
+    ranks in float32. A scalar head is in full precision. In a mesh of two dimensions, shards are along the second
+    dimension and copies along the first.
     """
     heads = _float32_heads(model.lm)
     for unit in [*layers(model.lm), *heads, model]:
@@ -140,11 +140,11 @@ def shard(model: Any, mesh: Any, compute: Compute, *, offload: bool = False) -> 
 
 
 def _float32_heads(lm: Any) -> list[nn.Module]:
-    """A scalar head, which is a product of float32 whatever the backbone computes in."""
+    """The scalar head, if any: it computes in float32, whatever the dtype of the backbone."""
     return [lm.score] if lm.get_output_embeddings() is None else []
 
 
 def _copied(model: Model, data: Any) -> Model:
-    """A copy whose parameters are `data` of each."""
+    """A copy whose parameters are `data(parameter)`."""
     memo = {id(p): nn.Parameter(data(p), requires_grad=p.requires_grad) for p in model.parameters()}
     return copy.deepcopy(model, memo)

@@ -1,6 +1,6 @@
-"""What a model can do here, tried on a few tokens before anything is trained: no configuration tells all of it.
+"""Tries on a few tokens what a model can do, before training. Configurations do not tell everything.
 
-What a layout computes is compared with each sequence alone, and what the sampler says with what the trainer computes.
+The result of a layout is compared with each sequence alone, and the sampler's log-probs with the trainer's.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,24 +22,25 @@ from dwrl_fast.log import info_once
 from dwrl_fast.models.backbone import attend_over_trees, backbone_states
 from dwrl_fast.sampling import Limits, Sampler, TransformersSampler, TreeSampler
 
-# Three share three tokens, two of them five; the last shares nothing and is shorter.
+# Three rows share three tokens, two of them five; the last row shares nothing and is shorter.
 ROWS = ((3, 1, 4, 1, 5, 2), (3, 1, 4, 2, 6), (3, 1, 4, 1, 5, 6), (2, 6))
-# What rounding may change: of the states' size, and of a thought's log-probs, in nats a token. A fault changes about 1.
+# Bounds for rounding: relative, of hidden states; and in nats per token, of log-probs of a thought. A fault changes
+# about 1.
 STATES = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 NATS = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 WITHOUT_THOUGHTS = "gram, genrm, sft and dpo write none"
 
 
 def admit(model: Any, packing: Packing, pad_id: int, compute: Compute, *, thinks: bool) -> bool:
-    """Prepare `model`, which is on its device, for batches of `packing`, and try it on a few tokens: the layout, and
-    where it `thinks`, sampling. Returns whether it can write thoughts over a cache that they share (`TreeSampler`);
-    where it cannot, that is said, and it writes them one context at a time.
+    """Prepare `model`, which is on its device, for batches of `packing`, and try it on a few tokens: the layout and, if
+    it `thinks`, sampling. Returns whether it can sample with a shared cache (`TreeSampler`). If not, this is logged,
+    and each thought gets its own cache.
 
-    Raises ModelError where it cannot run, with the reason and a remedy that was tried, and NotFiniteError where its
-    weights hold NaN.
+    Raises ModelError, with the reason and a remedy that was tried, if it cannot run, and NotFiniteError if its weights
+    hold NaN.
     """
     lm, name = model.lm, type(model.lm).__name__
-    pad_id %= lm.get_input_embeddings().num_embeddings  # whether the tokenizer fits is asked elsewhere
+    pad_id %= lm.get_input_embeddings().num_embeddings  # the fit of the tokenizer is checked elsewhere
     with _evaluating(lm), compute.autocast():
         alone = _alone(lm)
         padded = _fault(lambda: _layout_fault(lm, "padded", pad_id, alone))
@@ -51,37 +52,39 @@ def admit(model: Any, packing: Packing, pad_id: int, compute: Compute, *, thinks
         sharing = flat or _fault(lambda: _sampler_fault(model, works, pad_id, compute, sharing=True)) if tried else ""
         writing = _fault(lambda: _sampler_fault(model, works, pad_id, compute)) if sharing else None
     if packed and padded:
-        raise ModelError(f"{name} cannot be used here, in no layout: {packed}; padded: {padded}. Take another model")
+        raise ModelError(
+            f"{name} cannot be used here, because it works in no layout: {packed}; padded: {padded}. Use another model"
+        )
     also = " with --packing padded" if packed else ""
     if writing:
         raise ModelError(
-            f"{name} cannot write thoughts here: {writing}. Take another model, or a method without thoughts{also} "
+            f"{name} cannot write thoughts here: {writing}. Use another model, or a method without thoughts{also} "
             f"({WITHOUT_THOUGHTS})"
         )
     if packed:
         raise ModelError(f"{name} cannot run on a tree of tokens: {packed}; use --packing padded, which works")
     if sharing:
-        info_once(f"{name} writes each thought over a cache of its own, without what they share: {sharing}")
+        info_once(f"{name} gets a separate cache for each thought, without shared prefixes: {sharing}")
     return thinks and not sharing
 
 
 def difference(saved: Any, model: Any) -> str | None:
-    """In words, how the logits (or rewards) of `saved` differ from those of `model` on a few tokens; None where they
-    differ by rounding only.
+    """In words, how the logits (or rewards) of `saved` differ from those of `model` on a few tokens; None if they
+    differ only by rounding.
 
-    They differ where most tokens do: a wrong weight moves all of them, and rounding may send one or another to a
-    different expert.
+    They count as different if they differ at most of the tokens: a wrong weight changes all of them, while rounding may
+    send single tokens to a different expert.
     """
     one, other = (_outputs(each.lm) for each in (saved, model))
     apart, size = (one - other).norm(dim=-1), other.norm(dim=-1)
     same = apart <= STATES.get(model.lm.dtype, STATES[torch.bfloat16]) * size
     if 2 * same.sum() > len(same):
         return None
-    return f"on a few tokens what the head gives differs by {apart.median():.1g}, and is {size.median():.1g} in size"
+    return f"on a few tokens the output of its head, of size {size.median():.1g}, differs by {apart.median():.1g}"
 
 
 def _outputs(lm: Any) -> Tensor:
-    """[positions, V], or [positions, 1] of a scalar head, in float32 on the CPU."""
+    """The outputs of the head: [positions, V], or [positions, 1] for a scalar head, in float32 on the CPU."""
     head = lm.get_output_embeddings() or lm.score
     with _evaluating(lm):
         return head(_alone(lm).to(head.weight.dtype)).float().cpu()
@@ -99,7 +102,9 @@ def _evaluating(lm: Any) -> Iterator[None]:
 
 
 def _fault(attempt: Callable[[], str | None]) -> str | None:
-    """What is wrong, in words. A model's code may raise anything where it meets what it was not made for."""
+    """The fault, in words; None if there is none. Model code may raise any error for inputs that it does not
+    support.
+    """
     try:
         return attempt()
     except (NotFiniteError, torch.OutOfMemoryError):
@@ -116,7 +121,7 @@ def _rows(lm: Any) -> list[list[int]]:
 
 
 def _alone(lm: Any) -> Tensor:
-    """[positions, H] in float32: the states of every row, computed by itself, one after another."""
+    """[positions, H] in float32: the hidden states of every row, each computed alone, one after another."""
     found = []
     for row in _rows(lm):
         ids = torch.tensor([row], device=lm.device)
@@ -124,13 +129,13 @@ def _alone(lm: Any) -> Tensor:
         if not found[-1].isfinite().all():
             raise NotFiniteError(
                 f"{type(lm).__name__} gives states that are not finite even for one short sequence: its weights hold "
-                "NaN or infinities, or its activations overflow. Take a checkpoint from before, or copy the model again"
+                "NaN or infinities, or its activations overflow. Use an earlier checkpoint, or copy the model again"
             )
     return torch.cat(found)
 
 
 def _batch(lm: Any, rows: list[list[int]], starts: list[int], packing: Packing, pad_id: int) -> Batch:
-    """One micro-batch of `rows`, trained from their `starts`."""
+    """One micro-batch of `rows`; the tokens of each from its `starts` on are marked as trained."""
     none = slice(0)
     spans = [TokenSequence(row, none, none, slice(at, len(row)), none) for row, at in zip(rows, starts, strict=True)]
     layout = Layout(packing, 10**6, pad_id, lm.device)
@@ -149,8 +154,8 @@ def _layout_fault(lm: Any, packing: Packing, pad_id: int, alone: Tensor) -> str 
         apart = ((found - one).norm() / one.norm()).item()
         if not apart <= _allowed(STATES, lm):
             return (
-                f"on a few tokens its states differ by {apart:.1g} of their size from those of each sequence alone, so "
-                "it computes something across tokens that follows the layout"
+                f"on a few tokens its states differ by {apart:.1g} of their size from those of each sequence alone, "
+                "so a part of the model that works across tokens depends on the layout"
             )
     return None
 
@@ -161,7 +166,9 @@ def _tree_fault(lm: Any, packing: Packing, pad_id: int, alone: Tensor) -> str | 
 
 
 def _sampler_fault(model: Any, packing: Packing, pad_id: int, compute: Compute, *, sharing: bool = False) -> str | None:
-    """Thoughts of several lengths of context, two each, against the trainer's log-probs of the same ids."""
+    """Compare the sampler's log-probs of two thoughts for each of several contexts of different lengths with the
+    trainer's log-probs of the same ids.
+    """
     lm = model.lm
     how: dict[str, Any] = {"autocast": compute.autocast, "float32": compute.float32}
     sampler: Sampler

@@ -1,1 +1,1 @@
-"""The losses, as pure functions of scores and log-probabilities: they know nothing of models, batches or loops."""
+"""The losses, as pure functions of scores and log-probabilities, independent of models, batches and training loops."""

@@ -1,4 +1,4 @@
-"""How far scores agree with ranks: the accuracy of training and of evaluation."""
+"""The agreement of scores with ranks: the accuracy in training and evaluation."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def rank_grid(ranks: Sequence[Sequence[int]]) -> Tensor:
-    """The ranks of P groups as [P, K] int64. 1 is the best rank; 0 fills up a group with fewer than K responses."""
+    """The ranks of P groups as [P, K] int64. 1 is the best rank; 0 pads groups with fewer than K responses."""
     width = max(map(len, ranks))
     return torch.tensor([[*one, *[0] * (width - len(one))] for one in ranks])
 
@@ -18,7 +18,7 @@ def ordered_pairs(ranks: Tensor) -> Tensor:
 
 
 def order_accuracy(scores: Tensor, ranks: Tensor) -> Tensor:
-    """The accuracy of each group: the share of its ordered pairs that the scores order alike, [Q] float64.
+    """The accuracy of each group: the share of its ordered pairs that the scores order in the same way, [Q] float64.
 
     scores: [P, K]. ranks: [P, K], as `rank_grid` gives them. Equal scores count one half. Q is the number of groups
     with an ordered pair; groups in which all responses tie are left out.
@@ -30,10 +30,10 @@ def order_accuracy(scores: Tensor, ranks: Tensor) -> Tensor:
 def order_credit(scores: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
     """`order_accuracy` of all P groups [P] float64, and which of them have an ordered pair [P] bool.
 
-    The others have accuracy 0. Nothing waits for the device here.
+    Groups without an ordered pair have accuracy 0. Does not synchronise the device.
     """
     ordered = ordered_pairs(ranks)
     count = ordered.sum((1, 2))
-    one, other = scores[:, :, None], scores[:, None, :]  # not their difference: two infinite ones are equal
+    one, other = scores[:, :, None], scores[:, None, :]  # not their difference: two infinite scores are equal
     credit = torch.where(ordered, (one > other).double() + 0.5 * (one == other), 0.0).sum((1, 2))
     return credit / count.clamp_min(1), count > 0

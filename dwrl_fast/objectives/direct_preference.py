@@ -1,4 +1,4 @@
-"""Direct preference optimisation (DPO): the reward that the log-probabilities of a whole continuation imply.
+"""Direct preference optimisation (DPO): the implicit reward of a whole continuation.
 
 Shapes: T tokens of S sequences, one after another.
 """

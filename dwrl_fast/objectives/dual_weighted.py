@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class ThoughtSignal:
-    """What phase B gives to every token of a thought, as the arguments of `ops.linear_policy_loss`.
+    """The advantage and weight of phase B for every token of a thought, as arguments of `ops.linear_policy_loss`.
 
     advantage: [P, K, N], the signed A_i of Eq. 14. token_weight: [P, K, N], 0 or more; 0 trains nothing.
     """
@@ -26,7 +26,7 @@ class ThoughtSignal:
 
 
 def effective_coefficients(coefficients: Tensor, misalignment_weight: bool) -> Tensor:
-    """The coefficients [P, K] as they are, or their sign where `misalignment_weight` is off (the papers' ablation).
+    """The coefficients [P, K] unchanged, or their sign if `misalignment_weight` is off (the papers' ablation).
 
     A coefficient of 0 stays 0 (docs/method.md, 2.1).
     """
@@ -38,13 +38,13 @@ def score_objective(scores: Tensor, coefficients: Tensor, weights: Tensor, valid
 
     scores: s [P, K, N], log p(Yes) in nats, differentiated. coefficients: c [P, K], constant. weights: w [P, K, N],
     constant. For a pair this is -m sum_i (w_i+ s_i+ - w_i- s_i-). Its gradient in the scores is that of the likelihood
-    f itself (docs/method.md, 2.2, point 1). Its value has no meaning of its own: report `PreferenceWeights.losses`.
+    f itself (docs/method.md, 2.2, point 1). Its value is not meaningful; report `PreferenceWeights.losses` instead.
     """
     return -(coefficients[..., None] * weights * scores).masked_fill(~valid, 0).sum()
 
 
 def centred_reward(weights: Tensor, valid: Tensor) -> Tensor:
-    """w_ki - 1/n_k [P, K, N]: the advantage of DWRL Eq. 14 before its sign. 0 where a thought is not valid."""
+    """w_ki - 1/n_k [P, K, N]: the advantage of DWRL Eq. 14 before its sign. 0 for thoughts that are not valid."""
     count = valid.sum(-1, keepdim=True).clamp_min(1)
     return (weights - 1 / count).masked_fill(~valid, 0)
 
@@ -52,7 +52,7 @@ def centred_reward(weights: Tensor, valid: Tensor) -> Tensor:
 def standardised_reward(weights: Tensor, valid: Tensor) -> Tensor:
     """(w - mean) / (std + 1e-4) over the thoughts of each response, [P, K, N], as BTPO standardises its reward.
 
-    The standard deviation divides by n_k - 1. One thought alone gets 0.
+    The standard deviation divides by n_k - 1. A single thought gets 0.
     """
     count = valid.sum(-1, keepdim=True).clamp_min(1)
     centred = centred_reward(weights, valid)

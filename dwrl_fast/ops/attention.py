@@ -13,11 +13,11 @@ from dwrl_fast.ops.oracle import Plan
 from dwrl_fast.ops.products import wide
 from dwrl_fast.ops.tiles import forest
 
-MOST_CHANNELS = 256  # of a head in Triton: more do not fit the shared memory of a multiprocessor
+MOST_CHANNELS = 256  # channels of a head in Triton; more do not fit into the shared memory of a multiprocessor
 
 
 class _Options(NamedTuple):
-    """As the kernels take them."""
+    """Options in the form that the kernels take."""
 
     scale: float
     softcap: float | None
@@ -39,14 +39,15 @@ def tree_attention(
     """[U, Hq, D]: softmax attention of every token to the tokens of its node's ancestors, and of its node up to itself.
 
     q: [U, Hq, D]. k, v: [U, Hkv, D]. They are float32, bfloat16 or float64. Hq is a multiple of Hkv: query head h reads
-    key head h // (Hq / Hkv). scale is D ** -0.5 by default. softcap makes the logits softcap * tanh(logits / softcap).
-    window leaves only the keys less than that many tokens back along the path. sinks must be None.
+    key head h // (Hq / Hkv). scale is D ** -0.5 by default. softcap replaces the logits by softcap * tanh(logits /
+    softcap). window keeps only the keys less than that many tokens back on the path. sinks must be None.
 
     This is FlashAttention (arXiv 2205.14135), in C++ on the CPU and in Triton on CUDA: an online softmax, and a
-    backward pass from the saved out and log-sum-exp. No matrix of [U, U] ever exists, and no key is copied. Sums are in
-    float32 (float64 for float64), and their order follows from the plan alone, whatever the number of threads.
+    backward pass from the saved out and log-sum-exp. No matrix [U, U] is ever stored, and no key is copied. Sums are in
+    float32 (float64 for float64). Their order depends only on the plan, not on the number of threads.
 
-    Raises UserError, which names the argument, and ValueError for a plan that is no depth-first cover of the U tokens.
+    Raises UserError, which names the argument, and ValueError for a plan that is not a depth-first cover of the U
+    tokens.
     """
     q, k, v = autocast(q), autocast(k), autocast(v)
     check_attention("tree_attention", q, k, v, softcap, window, sinks)
@@ -66,7 +67,7 @@ def tree_attention(
 
 @torch.compiler.disable
 def _tiled(q: Tensor, k: Tensor, v: Tensor, plan: Plan, options: _Options) -> Tensor:
-    """By the Triton kernels: differentiable once. U must be above 0."""
+    """The Triton implementation: differentiable once. U must be above 0."""
     check_channels("tree_attention", q)
     if options.window is not None and options.window >= forest(plan, len(q)).longest_path:
         options = options._replace(window=None)
@@ -104,7 +105,7 @@ class _Tiled(torch.autograd.Function):
 def check_attention(
     name: str, q: Tensor, k: Tensor, v: Tensor, softcap: float | None, window: int | None, sinks: Tensor | None
 ) -> None:
-    """UserError unless these are what attention is computed from."""
+    """Raise UserError unless these are valid arguments of attention."""
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float64):
         advice = ": float16 gradients under- and overflow; use bfloat16" if q.dtype == torch.float16 else ""
         raise UserError(f"{name}: q is {q.dtype}; it can be float32, bfloat16 or float64{advice}")
@@ -126,7 +127,7 @@ def check_attention(
 
 
 def check_channels(name: str, q: Tensor) -> None:
-    """UserError where a head does not fit the Triton kernels."""
+    """Raise UserError if a head is too large for the Triton kernels."""
     if q.shape[2] > MOST_CHANNELS:
         raise UserError(
             f"{name}: heads have {q.shape[2]} channels; backend 'triton' takes {MOST_CHANNELS} at most "

@@ -1,4 +1,4 @@
-"""Which backend runs an operator, and the checks that every backend shares."""
+"""Chooses the backend of an operator, and holds the checks that all backends share."""
 
 import functools
 import importlib
@@ -20,9 +20,9 @@ BACKENDS = ("auto", "reference", "cpu", "triton")
 
 
 def choose_backend(backend: str, operator: str, x: Tensor) -> str:
-    """The name of the backend for `operator` on x. What "auto" chose is logged once.
+    """The name of the backend for `operator` on x. The choice of "auto" is logged once.
 
-    Raises UserError where the backend is unknown, or is named and cannot run.
+    Raises UserError if the backend is unknown, or is named but cannot run.
     """
     return _choose(backend, operator, x.device.type, x.dtype)
 
@@ -39,8 +39,8 @@ def _choose(backend: str, operator: str, device: str, dtype: torch.dtype) -> str
     natural = "cpu" if device == "cpu" else "triton"
     problem = _problem(natural, device, dtype)
     if problem and natural == "cpu":
-        warn_once(problem)  # once for all operators: what is missing, with the command that builds it
-        problem = "its C++ operators are not there"
+        warn_once(problem)  # once for all operators: the missing part, with the command that builds it
+        problem = "its C++ operators are missing"
     chosen = "reference" if problem else natural
     reason = f" ({natural} cannot run: {problem})" if problem else ""
     say = warn_once if problem else info_once
@@ -62,18 +62,18 @@ def _problem(backend: str, device: str, dtype: torch.dtype) -> str | None:
 
 
 def interpreted() -> bool:
-    """Whether Triton's kernels run in its interpreter, on the CPU and slowly, for tests (TRITON_INTERPRET=1)."""
+    """Whether Triton's kernels run in its slow CPU interpreter, for tests (TRITON_INTERPRET=1)."""
     return bool(importlib.import_module("triton").knobs.runtime.interpret)
 
 
 def row_pass(backend: str) -> ModuleType:
-    """The module with a backend's row work: policy_rows, logprob_rows, logprob_rows_grad, policy_loss_rows."""
+    """The module with a backend's row functions: policy_rows, logprob_rows, logprob_rows_grad, policy_loss_rows."""
     name = "dwrl_fast.ops.cpu" if backend == "cpu" else "dwrl_fast.kernels.rows"
     return importlib.import_module(name)
 
 
 def check_head(operator: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """UserError unless hidden is [T, H], weight [V, H] and bias [V], of dtypes and devices that go together."""
+    """UserError unless hidden is [T, H], weight [V, H] and bias [V], with compatible dtypes and devices."""
     if hidden.dtype not in (torch.float32, torch.bfloat16, torch.float64):
         advice = (
             ": float16 gradients under- and overflow; use bfloat16, in torch.autocast too"
@@ -121,8 +121,8 @@ def check_scaling(operator: str, temperature: float, softcap: float | None) -> N
 
 
 def check_targets(operator: str, targets: Tensor, vocabulary: int) -> None:
-    """UserError where a target is outside the vocabulary. On the CPU only: elsewhere the check would wait for the
-    device, and the kernels make such rows NaN.
+    """Raise UserError if a target is outside the vocabulary. Only on the CPU: elsewhere the check would wait for the
+    device, and the kernels return NaN for such rows.
     """
     if targets.device.type == "cpu" and targets.numel() and not 0 <= targets.min() <= targets.max() < vocabulary:
         raise UserError(
@@ -132,7 +132,7 @@ def check_targets(operator: str, targets: Tensor, vocabulary: int) -> None:
 
 
 def autocast(hidden: Tensor) -> Tensor:
-    """hidden in the dtype of torch.autocast where that is on. The weight keeps its dtype, and so does its gradient."""
+    """hidden in the dtype of torch.autocast if it is active. The weight and its gradient keep their dtype."""
     kind = hidden.device.type
     if hidden.is_floating_point() and hidden.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         return hidden.to(torch.get_autocast_dtype(kind))
@@ -140,7 +140,7 @@ def autocast(hidden: Tensor) -> Tensor:
 
 
 def without_autocast(body: Callable[..., Result]) -> Callable[..., Result]:
-    """`body(tensor, ...)` without torch.autocast, in forward and backward: `autocast` has already chosen the dtype."""
+    """`body(tensor, ...)` without torch.autocast, in forward and backward; `autocast` has already chosen the dtype."""
 
     @functools.wraps(body)
     def run(first: Tensor, *rest: object, **options: object) -> Result:

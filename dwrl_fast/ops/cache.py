@@ -1,4 +1,4 @@
-"""Attention of new tokens to a cache in which every prefix of several texts is kept once."""
+"""Attention of new tokens to a cache that stores every shared prefix of several texts once."""
 
 import torch
 from torch import Tensor
@@ -13,8 +13,8 @@ BLOCK = 64  # tokens
 
 
 def cache_shapes(heads: int, channels: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """One block of keys, [Hkv, D, BLOCK], and of values, [Hkv, BLOCK, Dv]: keys are transposed, and the values' rows
-    are filled up to whole vectors of every instruction set.
+    """One block of keys, [Hkv, D, BLOCK], and of values, [Hkv, BLOCK, Dv]: keys are transposed, and rows of values are
+    padded to whole vectors of every instruction set.
     """
     return (heads, channels, BLOCK), (heads, BLOCK, -(-channels // 16) * 16)
 
@@ -33,14 +33,14 @@ def cache_attention(
     sinks: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """[Q, Hq, D]: k and v of new tokens are kept in the cache, then every new token attends to what `step` says.
+    """[Q, Hq, D]: k and v of new tokens are stored in the cache, then every new token attends as `step` defines.
 
     q: [Q, Hq, D]. k, v: [Q, Hkv, D]. keys, values: `cache_shapes` for each block, of the same dtype, changed in place.
-    Dtypes, heads, scale, softcap, window (tokens back along the text) and sinks are those of `tree_attention`. It
-    decodes, continues a text by several tokens, and prefills, all in one call. No gradient is taken. Sums are in
-    float32 (float64 for float64), and their order follows from `step` alone.
+    Dtypes, heads, scale, softcap, window (tokens back in the text) and sinks are as in `tree_attention`. One call can
+    decode, continue a text by several tokens, and prefill. There is no gradient. Sums are in float32 (float64 for
+    float64), and their order depends only on `step`.
 
-    Raises UserError, which names the argument, and on the CPU ValueError for a step that leaves the cache.
+    Raises UserError, which names the argument, and on the CPU ValueError for a step that points outside the cache.
     """
     name = "cache_attention"
     q, k, v = autocast(q), autocast(k), autocast(v)
@@ -82,7 +82,7 @@ def _blocked(
     softcap: float | None,
     window: int | None,
 ) -> Tensor:
-    """By the Triton kernels, without waiting for the device. A step on the CPU is copied there."""
+    """The Triton implementation. It does not wait for the device. A step on the CPU is copied to the device."""
     from dwrl_fast.kernels import cache
 
     check_channels("cache_attention", q)

@@ -1,6 +1,6 @@
 """The clipped policy loss (DWRL Eq. 14), from hidden states or from log-probabilities.
 
-The forward pass forms the gradients too, while a chunk's logits are there. The backward pass only scales them.
+The forward pass also computes the gradients, while a chunk's logits are in memory. The backward pass only scales them.
 """
 
 import math
@@ -44,20 +44,20 @@ def linear_policy_loss(
     beta: float = 0.0,
     backend: str = "auto",
 ) -> PolicyLoss:
-    """`policy_loss` of the log-probabilities of a linear head (DWRL Eq. 14), without ever holding the logits [T, V].
+    """`policy_loss` of the log-probabilities of a linear head (DWRL Eq. 14). The logits [T, V] are never stored.
 
     hidden: [T, H], float32, bfloat16 or float64. weight: [V, H], of hidden's dtype or a float32 master. bias: [V].
     targets: [T] int64. old_logprob, advantage, token_weight, ref_logprob: [T], constants, as in `policy_loss`. The
     logits are softcap tanh(x / softcap) / temperature, x the head's output. hidden, weight and bias are differentiated.
 
-    It costs three matrix products of the trained rows. Rows with token_weight 0, or with advantage 0 when beta is 0,
-    are in no product and may hold anything. Rows whose gradient the clip makes 0 (beta 0) are in one. Put every
-    constant factor of the loss into token_weight: on the CPU a loss scaled afterwards costs one more pass over the
-    gradients. On CUDA that pass is always made, as it also rounds dWeight.
+    The cost is three matrix products over the trained rows. Rows with token_weight 0, or with advantage 0 if beta is 0,
+    are in no product and may hold anything. Rows whose gradient is 0 because of the clip (beta 0) are in one product.
+    Put constant factors of the loss into token_weight: on the CPU, scaling the loss afterwards costs one more pass over
+    the gradients. On CUDA that pass always happens, because it also rounds dWeight.
 
     Returns PolicyLoss(loss, logprob, stats), see `policy_loss`. Raises UserError, which names the argument. On CUDA a
     target outside the vocabulary does not raise: its row is NaN and counts as `invalid` in stats. On CUDA the host
-    waits once for the number of trained rows, and once a block of some thousand rows for those with a gradient.
+    waits once for the number of trained rows, and once per block of some thousand rows for the rows with a gradient.
     """
     name = "linear_policy_loss"
     hidden = autocast(hidden)
@@ -104,11 +104,11 @@ def policy_loss(
     the term is for other trainers. With ref_logprob and beta 0 the KL is only counted in stats.
 
     All arguments are [T], log-probabilities in nats, logprob in float32 or float64. Only logprob is differentiated.
-    entropy only goes into stats. Rows with token_weight 0, or with advantage 0 when beta is 0, are left out and may
+    entropy is only counted in stats. Rows with token_weight 0, or with advantage 0 if beta is 0, are left out and may
     hold anything.
 
-    Returns PolicyLoss(loss, logprob, stats): a scalar; logprob [T], detached, NaN where a row was left out; and what
-    `dwrl_fast.ops.stats` describes. Raises UserError, which names the argument.
+    Returns PolicyLoss(loss, logprob, stats): a scalar; logprob [T], detached, NaN for rows that are left out; and the
+    stats that `dwrl_fast.ops.stats` describes. Raises UserError, which names the argument.
     """
     name = "policy_loss"
     if logprob.dim() != 1 or logprob.dtype not in (torch.float32, torch.float64):
@@ -153,7 +153,9 @@ def _constant(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 class _Once(torch.autograd.Function):
-    """A gradient that cannot be differentiated: doing so raises, where without this it would be zero in silence."""
+    """A gradient that cannot be differentiated. Without this class a second differentiation would silently give zero;
+    with it, it raises.
+    """
 
     @staticmethod
     def forward(ctx: FunctionCtx, gradient: Tensor, *depends_on: Tensor) -> Tensor:
@@ -165,7 +167,9 @@ class _Once(torch.autograd.Function):
 
 
 def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """By an unrounded scale, rounded once: in one pass where the sum over blocks is still wide, which is on CUDA."""
+    """gradient * scale, with an unrounded scale and a single rounding; in one pass if the gradient is still in a wide
+    dtype (on CUDA).
+    """
     if gradient.dtype == dtype or torch.compiler.is_compiling():
         return (gradient * scale).to(dtype)
     from dwrl_fast.kernels.scaled import scaled
@@ -174,7 +178,7 @@ def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _Formed(torch.autograd.Function):
-    """A loss whose gradients exist already. Arguments: the loss, then the inputs, then as many gradients."""
+    """A loss with precomputed gradients. Arguments: the loss, the inputs, and one gradient per input."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, loss: Tensor, *pairs: Tensor) -> Tensor:
@@ -187,10 +191,10 @@ class _Formed(torch.autograd.Function):
         inputs, gradients = ctx.saved_tensors[:half], list(ctx.saved_tensors[half:])
         scale = outer[0].detach()
         eager = not torch.compiler.is_compiling()
-        # Read on the host only where that waits for no device: an unscaled loss then costs no pass over dWeight.
+        # Read on the host only if that does not wait for a device. An unscaled loss then needs no pass over dWeight.
         if not (eager and scale.device.type == "cpu" and scale.item() == 1):
             gradients = [_scaled(g, scale, x.dtype) for g, x in zip(gradients, inputs, strict=True)]
-        if eager and torch.is_grad_enabled():  # create_graph=True; compiled graphs refuse it themselves
+        if eager and torch.is_grad_enabled():  # create_graph=True; compiled graphs refuse it already
             gradients = [_Once.apply(g, *inputs) for g in gradients]
         return None, *gradients, *(None for _ in gradients)
 
@@ -217,7 +221,7 @@ def _policy_loss(
     beta: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss, logprob, dLoss/dlogprob and stats. Without a formula for autograd: differentiating it raises."""
+    """The loss, logprob, dLoss/dlogprob and stats. It has no autograd formula, so differentiating it raises."""
     return row_pass(backend).policy_loss_rows(
         logprob, old_logprob, advantage, token_weight, ref_logprob, entropy, clip_low, clip_high, beta
     )
@@ -249,7 +253,7 @@ def _linear_policy_loss(
     need_bias: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss, logprob, stats, dHidden, dWeight, dBias (empty where not needed). Differentiating through it raises."""
+    """The loss, logprob, stats, dHidden, dWeight, dBias (empty if not needed). Differentiating through it raises."""
     rows = row_pass(backend)
     rule = (clip_low, clip_high, beta)
     tokens = (targets, old_logprob, advantage, token_weight, ref_logprob)

@@ -1,4 +1,4 @@
-"""Draws whose noise depends on a key, a position and the token alone: not on what is drawn beside them."""
+"""Random draws whose noise depends only on a key, a position and the token, not on the rest of the batch."""
 
 import torch
 from torch import Tensor
@@ -11,11 +11,11 @@ from dwrl_fast.ops.backend import choose_backend
 def gumbel_pick(logprob: Tensor, keys: Tensor, positions: Tensor, *, backend: str = "auto") -> Tensor:
     """[R] int64: for each row an id drawn with probability exp(logprob), by the Gumbel-max trick.
 
-    logprob: [R, V] float32, nats. keys: [R] int64. positions: [R] int64, 0 to 2^32 - 1, the place of the drawn token in
-    its text. The noise of token v is word v mod 4 of Philox 4x32-10 (Salmon et al., 2011) with the row's key and the
+    logprob: [R, V] float32, nats. keys: [R] int64. positions: [R] int64, 0 to 2^32 - 1, the position of the drawn token
+    in its text. The noise of token v is word v mod 4 of Philox 4x32-10 (Salmon et al., 2011) with the row's key and the
     counter (v div 4, position), the numbers of `triton.language.randint4x(key, position << 32 | v div 4)`. A row's draw
-    is the same in any batch; log-probs that differ by rounding seldom change it. A row that holds NaN gives the place
-    of one.
+    is the same in any batch; rounding differences in log-probs seldom change it. A row with NaN gives the index of a
+    NaN.
 
     Raises UserError, which names the argument.
     """

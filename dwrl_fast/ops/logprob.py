@@ -1,4 +1,4 @@
-"""Log-probabilities of a linear head: of given targets, and of the label "Yes"."""
+"""Log-probabilities from a linear head: of given targets, and of the label "Yes"."""
 
 from typing import Any, Literal, overload
 
@@ -42,13 +42,13 @@ def linear_logprob(
     return_entropy: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """[T] log p(target) in nats, and with `return_entropy` the entropy [T] in nats, without ever holding [T, V].
+    """[T] log p(target) in nats, and with `return_entropy` the entropy [T] in nats. The logits [T, V] are never stored.
 
     hidden: [T, H], float32, bfloat16 or float64. weight: [V, H], of hidden's dtype or a float32 master. bias: [V].
     targets: [T] int64. The logits are softcap tanh(x / softcap) / temperature, x the head's output. Results are float32
-    (float64 for float64), and differentiable in hidden, weight and bias. It costs four matrix products: the backward
-    pass forms the logits again, of the rows whose gradient is not 0. Raises UserError, which names the argument. On
-    CUDA a target outside the vocabulary gives NaN.
+    (float64 for float64), and differentiable in hidden, weight and bias. The cost is four matrix products: the backward
+    pass computes the logits again for rows whose gradient is not 0. Raises UserError, which names the argument. On CUDA
+    a target outside the vocabulary gives NaN.
     """
     name = "linear_logprob"
     hidden = autocast(hidden)
@@ -90,10 +90,10 @@ def yes_no_logprob(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """[B] the score s = log p(Yes) in nats (docs/method.md, 1), and with `return_mass` p(Yes) + p(No) [B], detached.
 
-    hidden: [B, H]. weight: [V, H]. bias: [V]. yes_id, no_id: token ids of the labels. With normalization "vocab" (the
-    papers') s is `linear_logprob` of yes_id. With "yes_no" it is logsigmoid(logit[yes] - logit[no]), which reads two
+    hidden: [B, H]. weight: [V, H]. bias: [V]. yes_id, no_id: token ids of the labels. With normalization "vocab" (as in
+    the papers) s is `linear_logprob` of yes_id. With "yes_no" it is logsigmoid(logit[yes] - logit[no]), which reads two
     rows of the weight. The mass is over the vocabulary in both cases, so with "yes_no" it costs a product with the
-    whole head, without gradient. Results are float32 even where hidden is bfloat16 (float64 for float64); s is
+    whole head, without gradient. Results are float32 also for bfloat16 hidden (float64 for float64); s is
     differentiable in hidden, weight and bias. Raises UserError, which names the argument.
     """
     name = "yes_no_logprob"
@@ -112,7 +112,7 @@ def yes_no_logprob(
         if not return_mass:
             return score
     if hidden.device.type == "cpu" and hidden.dtype == torch.bfloat16:
-        hidden, weight = hidden.float(), weight.float()  # on CUDA the products give float32 themselves
+        hidden, weight = hidden.float(), weight.float()  # on CUDA the products give float32 directly
     targets = torch.full(hidden.shape[:1], yes_id, device=hidden.device)
     with torch.set_grad_enabled(torch.is_grad_enabled() and normalization == "vocab"):
         yes, _, no = _linear_logprob(
@@ -146,7 +146,7 @@ def _linear_logprob(
     beside: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """[T] each: log-probability, entropy, and, not differentiated, the log-probability of token `beside` (-1: none).
+    """[T] each: log-probability, entropy, and the log-probability of token `beside` (-1: none), not differentiated.
 
     `return_entropy` says whether the entropy's gradient will be used.
     """
@@ -160,7 +160,7 @@ def _linear_logprob(
             logprob[here], entropy[here] = rows.logprob_rows(logits, targets[here], temperature, softcap)
             continue
         z, z_beside = _logits_of_labels(logits, targets[here], beside, temperature, softcap)
-        masked = z == -torch.inf  # says nothing of the normaliser, so the row is read at the other label
+        masked = z == -torch.inf  # it does not determine the normaliser, so the row uses the other label
         known = torch.where(masked, beside, targets[here])
         found, entropy[here] = rows.logprob_rows(logits, known, temperature, softcap)
         logprob[here] = torch.where(masked, found - torch.inf, found)
@@ -171,7 +171,7 @@ def _linear_logprob(
 def _logits_of_labels(
     logits: Tensor, targets: Tensor, beside: int, temperature: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """z of the targets and of one token, of logits that the row pass is about to consume."""
+    """z of the targets and of one token, read before the row functions overwrite the logits."""
     pair = torch.stack([logits.gather(1, targets[:, None]).squeeze(1), logits[:, beside]]).to(wide(logits.dtype))
     if softcap is not None:
         pair = softcap * torch.tanh(pair / softcap)
@@ -200,7 +200,7 @@ def _linear_logprob_backward(
     need_bias: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients, empty where not needed. It has no formula for autograd, so that a double backward raises."""
+    """The gradients, empty if not needed. It has no autograd formula, so a double backward raises."""
     rows = row_pass(backend)
     products = Products(hidden, weight, bias, (need_hidden, need_weight, need_bias))
     moved = grad_logprob != 0 if grad_entropy is None else (grad_logprob != 0) | (grad_entropy != 0)
@@ -245,7 +245,9 @@ _linear_logprob.register_autograd(_backward_logprob, setup_context=_save_logprob
 def _label_scores(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, yes_id: int, no_id: int, softcap: float | None, backend: str
 ) -> Tensor:
-    """[B] log p(Yes) of the two labels: two columns, so that autograd over plain PyTorch is the CPU's fast path."""
+    """[B] log p(Yes) of the two labels: with only two columns, plain PyTorch with autograd is the fastest way on a
+    CPU.
+    """
     if backend == "triton":
         from dwrl_fast.kernels.yes_no import yes_no_scores
 

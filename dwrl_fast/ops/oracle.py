@@ -1,9 +1,10 @@
-"""The oracle: what each operator computes, in plain PyTorch. It is the specification, and what the tests compare with.
+"""The oracle: the definition of each operator in plain PyTorch. Tests compare all backends with it.
 
 Every floating dtype is accepted. float64 stays float64. Narrower dtypes compute in float32 from the logits on and
-return float32. Autograd forms the gradients. Nothing here is chunked or fast, and no argument is checked.
+return float32. Autograd computes the gradients. Nothing here is chunked or fast, and arguments are not checked.
 
-Shapes: T tokens, H hidden size, V vocabulary, B pairs or rows, P preference groups, K responses, N thoughts a response.
+Shapes: T tokens, H hidden size, V vocabulary, B pairs or rows, P preference groups, K responses, N thoughts per
+response.
 """
 
 from collections.abc import Callable
@@ -13,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# The entries of `PolicyLoss.stats`, over trained rows: what adds up over micro-batches, then what takes the maximum.
+# The entries of `PolicyLoss.stats`, over trained rows: first those that are summed over micro-batches, then those of
+# which the maximum is taken.
 STAT_SUMS = ("tokens", "token_weight", "ratio", "log_ratio", "clipped", "kl", "entropy", "invalid")
 STAT_MAXIMA = ("ratio_max", "log_ratio_abs_max")
 
 
 class PolicyLoss(NamedTuple):
-    """What the policy losses return.
+    """The result of the policy losses.
 
     loss: a differentiable scalar. logprob: [T], detached, NaN in rows that are not trained. stats: float64, the entries
     of `STAT_SUMS` and then of `STAT_MAXIMA`, detached (`dwrl_fast.ops.stats` says what they are).
@@ -31,7 +33,7 @@ class PolicyLoss(NamedTuple):
 
 
 class PreferenceWeights(NamedTuple):
-    """What phases A and B take (docs/method.md, 2.1). All are detached.
+    """The inputs of phases A and B (docs/method.md, 2.1). All are detached.
 
     coefficients: c = -df/dL [P, K]. weights: w [P, K, N], 0 where a thought is not valid. marginals: L [P, K], in nats.
     losses: f(L) [P], in nats.
@@ -46,7 +48,7 @@ class PreferenceWeights(NamedTuple):
 class DualWeights(NamedTuple):
     """The weights of pairs (DWRL Eq. 12). All are detached.
 
-    misalignment: m [B]. chosen, rejected: the self-normalised scores w of either side [B, N].
+    misalignment: m [B]. chosen, rejected: the self-normalised scores w of each side [B, N].
     """
 
     misalignment: Tensor
@@ -63,7 +65,7 @@ def logits_of(
 ) -> Tensor:
     """[T, H] x [V, H] -> [T, V]: softcap tanh(x / softcap) / temperature, x the head's output with its bias [V].
 
-    The product is in hidden's dtype; what follows is in float32, or float64 for float64.
+    The product is in hidden's dtype; everything after it is in float32, or float64 for float64.
     """
     logits = _wide(F.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)))
     if softcap is not None:
@@ -86,11 +88,11 @@ def linear_logprob(
     logprob = logp.gather(-1, targets[:, None]).squeeze(-1)
     if not return_entropy:
         return logprob
-    return logprob, -(logp.exp() * logp.clamp_min(-1e4)).sum(-1)  # 0 log 0 = 0, in the gradient too
+    return logprob, -(logp.exp() * logp.clamp_min(-1e4)).sum(-1)  # 0 log 0 = 0, also in the gradient
 
 
 def trained_rows(advantage: Tensor, token_weight: Tensor, beta: float) -> Tensor:
-    """[T] bool: the rows that move the loss. Without a KL term (beta 0), a row of advantage 0 does not."""
+    """[T] bool: the rows that contribute to the loss. Without a KL term (beta 0), rows with advantage 0 do not."""
     trained = token_weight != 0
     return trained if beta else trained & (advantage != 0)
 
@@ -122,7 +124,7 @@ def policy_loss(
     log_ratio = lp - old
     ratio = log_ratio.detach().exp()
     clipped = ((adv > 0) & (ratio > 1 + clip_high)) | ((adv < 0) & (ratio < 1 - clip_low))
-    still = clipped | (adv == 0)  # whatever the ratio: an infinite one must not meet the zero
+    still = clipped | (adv == 0)  # an infinite ratio must not be multiplied by zero
     bound = torch.where(adv > 0, torch.full_like(adv, 1 + clip_high), 1 - clip_low)
     gain = torch.where(still, bound, torch.where(still, 0.0, log_ratio).exp()) * adv
     kl = None if ref is None else (ref - lp).expm1() - (ref - lp)
@@ -157,7 +159,7 @@ def linear_policy_loss(
     ref_logprob: Tensor | None = None,
     beta: float = 0.0,
 ) -> PolicyLoss:
-    """`policy_loss` of `linear_logprob`, where only the trained rows are multiplied by the head."""
+    """`policy_loss` of `linear_logprob`; only the trained rows are multiplied by the head."""
     rows = trained_rows(advantage, token_weight, beta).nonzero().squeeze(-1)
     some = linear_logprob(
         hidden[rows], weight, targets[rows], bias=bias, temperature=temperature, softcap=softcap, return_entropy=True
@@ -182,8 +184,8 @@ def yes_no_logprob(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """[B] the score s = log p(Yes) in nats, in float32 (docs/method.md, 1).
 
-    normalization: p is over the vocabulary ("vocab", the papers') or over both labels ("yes_no"). With `return_mass`
-    also p(Yes) + p(No) over the vocabulary [B], detached.
+    normalization: p is over the vocabulary ("vocab", as in the papers) or over both labels ("yes_no"). With
+    `return_mass` also p(Yes) + p(No) over the vocabulary [B], detached.
     """
     logits = logits_of(_wide(hidden), weight, bias, softcap=softcap)
     logp = logits.log_softmax(-1)
@@ -196,8 +198,8 @@ def preference_weights(
 ) -> PreferenceWeights:
     """c_k = -df/dL_k and w_k = softmax_i s_ki, at the marginals L_k = logmeanexp_i s_ki (docs/method.md, 2.1).
 
-    f = `likelihood` is differentiable, [P, K] -> [P]. scores: s [P, K, N]. `valid` [P, K, N] bool leaves thoughts out
-    of the mean and of the softmax. A response without any valid thought has weights 0 and L = 0.
+    f = `likelihood` is differentiable, [P, K] -> [P]. scores: s [P, K, N]. `valid` [P, K, N] bool excludes thoughts
+    from the mean and the softmax. A response without any valid thought has weights 0 and L = 0.
     """
     scores = _wide(scores.detach())
     valid = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
@@ -215,7 +217,7 @@ def preference_weights(
 
 
 def dual_weights(scores_chosen: Tensor, scores_rejected: Tensor) -> DualWeights:
-    """m = sigmoid(L^- - L^+), L = logmeanexp_i s_i, and softmax_i s_i of either side (DWRL Eq. 12). Scores: [B, N]."""
+    """m = sigmoid(L^- - L^+), L = logmeanexp_i s_i, and softmax_i s_i of each side (DWRL Eq. 12). Scores: [B, N]."""
     chosen, rejected = _wide(scores_chosen.detach()), _wide(scores_rejected.detach())
     log_n = torch.tensor([chosen.shape[-1], rejected.shape[-1]], dtype=chosen.dtype, device=chosen.device).log()
     gap = (rejected.logsumexp(-1) - log_n[1]) - (chosen.logsumexp(-1) - log_n[0])
@@ -223,8 +225,8 @@ def dual_weights(scores_chosen: Tensor, scores_rejected: Tensor) -> DualWeights:
 
 
 class Plan(Protocol):
-    """A tree of U tokens, as M nodes in depth-first order. A token's path is the tokens of its node's ancestors, and of
-    its own node up to itself.
+    """A tree of U tokens, as M nodes in depth-first order. The path of a token consists of the tokens of its node's
+    ancestors, and of its own node up to itself.
     """
 
     @property
@@ -237,14 +239,14 @@ class Plan(Protocol):
 
     @property
     def parent(self) -> Tensor:
-        """[M] int64: the node above, -1 for a root."""
+        """[M] int64: the parent node, -1 for a root."""
 
 
 def tree_mask(plan: Plan, window: int | None = None, device: torch.device | None = None) -> Tensor:
     """[U, U] bool: whether the query of the row attends to the key of the column, which is on its path.
 
-    With a window, only keys less than `window` tokens back along the path. The mask is made on `device`, by default the
-    plan's.
+    With a window, only keys less than `window` tokens back on the path. The mask is created on `device`, by default
+    that of the plan.
     """
     device = plan.start.device if device is None else device
     start, sizes = plan.start.to(device), (plan.stop - plan.start).to(device)
@@ -289,12 +291,12 @@ def tree_attention(
 
 
 class CacheStep(NamedTuple):
-    """Q new tokens of texts whose beginnings lie in a cache of blocks of `BLOCK` tokens, and what they attend to.
+    """Q new tokens of texts whose beginnings are in a cache with blocks of `BLOCK` tokens, and what they attend to.
 
-    position: [Q] int64, each token's place in its text. slot: [Q] int64, block * BLOCK + place, where its key and value
-    are kept; -1: nowhere. tiles: [T, 5] int64, a row (block, position, count, start, stop) a piece of the cache: the
-    first `count` tokens of `block`, the first of them at `position` of the text, seen by new tokens [start, stop) at
-    that position or after. New tokens see one another by what was kept of them.
+    position: [Q] int64, the position of each token in its text. slot: [Q] int64, block * BLOCK + offset, where its key
+    and value are stored; -1: not stored. tiles: [T, 5] int64, each row (block, position, count, start, stop) is a piece
+    of the cache: the first `count` tokens of `block`, the first of them at `position` of the text, visible to the new
+    tokens [start, stop) at that position or later. New tokens see one another through their stored keys and values.
     """
 
     position: Tensor
@@ -314,7 +316,7 @@ def cache_attention(
     softcap: float | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """q [Q, Hq, D], k and v [Q, Hkv, D] -> [Q, Hq, D]: k and v are kept in the cache, then softmax(cap(scale q k)) v.
+    """q [Q, Hq, D], k and v [Q, Hkv, D] -> [Q, Hq, D]: k and v are stored in the cache, then softmax(cap(scale q k)) v.
 
     keys: [blocks, Hkv, D, BLOCK]. values: [blocks, Hkv, BLOCK, Dv], Dv >= D. Both are changed in place. cap, scale and
     heads are those of `tree_attention`. A token that sees nothing gets 0.
@@ -326,7 +328,7 @@ def cache_attention(
     values[block, :, place, :dim] = v[kept]
     block, first, count, start, stop = step.tiles.unbind(1)
     where = torch.arange(size, device=q.device)
-    place = first[:, None] + where  # [T, size], as what follows until it is flattened
+    place = first[:, None] + where  # [T, size], like the following tensors until they are flattened
     there = (where < count[:, None]).flatten()
     k = keys[block].permute(0, 3, 1, 2).flatten(0, 1)[there].repeat_interleave(group, dim=1).transpose(0, 1)
     v = values[block, :, :, :dim].transpose(1, 2).flatten(0, 1)[there].repeat_interleave(group, dim=1).transpose(0, 1)
@@ -343,9 +345,9 @@ def cache_attention(
 
 
 def gumbel_pick(logprob: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
-    """[R]: the places of the largest of logprob [R, V] and -log(-log1p(-w)), w uniform in (0, 1) from `philox`.
+    """[R]: the argmax of logprob [R, V] + (-log(-log1p(-w))), w uniform in (0, 1) from `philox`.
 
-    w is (bits + 1/2) 2^-32, at most 1 - 2^-24: close to 0, where a rare token wins, float32 holds it exactly.
+    w is (bits + 1/2) 2^-32, at most 1 - 2^-24. Near 0, where a rare token wins, float32 represents it exactly.
     """
     count = logprob.shape[1]
     low = torch.arange(-(-count // 4), device=keys.device)
@@ -357,15 +359,15 @@ def gumbel_pick(logprob: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
 def philox(keys: Tensor, low: Tensor, high: Tensor | int) -> tuple[Tensor, ...]:
     """Four words of 32 bits, int64: Philox 4x32-10 (Salmon et al., 2011) of the counter (low, high, 0, 0).
 
-    keys: int64, their 64 bits. low, high: int64, 0 to 2^32 - 1. They broadcast. As `triton.language.randint4x` computes
-    them.
+    keys: int64, their 64 bits. low, high: int64, 0 to 2^32 - 1. They broadcast. The result equals that of
+    `triton.language.randint4x`.
     """
     mask = 2**32 - 1
     k0, k1 = keys & mask, (keys >> 32) & mask
     zero = torch.zeros_like(low + keys)
     c0, c1, c2, c3 = zero + low, zero + high, zero, zero
     for _ in range(10):
-        a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # 64 bits, whose sign means nothing
+        a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # 64 bits; the sign has no meaning
         c0, c1, c2, c3 = ((b >> 32) & mask) ^ c1 ^ k0, b & mask, ((a >> 32) & mask) ^ c3 ^ k1, a & mask
         k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
     return c0, c1, c2, c3

@@ -1,10 +1,11 @@
-"""The three products of a head over chunks of rows: logits, dHidden, dWeight. All rows' logits never exist at once.
+"""The three products of a head over chunks of rows: logits, dHidden, dWeight. The logits of all rows never exist at the
+same time.
 
 T rows, H hidden size, V vocabulary, B rows of a block, C of a chunk. Products run in hidden's dtype; the gradient of
-the weight (and of the bias) is summed over blocks in float32 (float64 for float64) and leaves in the weight's own
+the weight (and of the bias) is summed over blocks in float32 (float64 for float64) and returned in the weight's own
 dtype, so that a float32 master of a bfloat16 computation gets it unrounded. On CUDA the logits of a bfloat16 head are
 float32 and their gradients bfloat16: a block has several chunks, which share the memory of the logits. Elsewhere a
-block is a chunk, and the gradient is written over the logits.
+block is one chunk, and the gradient overwrites the logits.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,17 +13,18 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-# A chunk's logits take about this much, whatever memory is free: equal inputs give equal chunks, and equal bits. On the
-# CPU that keeps them near the caches. On CUDA a product needs some thousand rows, and every block reads and writes all
-# of a float32 dWeight: gradients of CHUNKS chunks wait for that, in twice the bytes of a chunk's logits.
+# Approximate size of a chunk's logits, independent of free memory: equal inputs give equal chunks and equal bits. On
+# the CPU the logits then fit into the caches. On CUDA a product needs some thousand rows, and every block reads and
+# writes all of a float32 dWeight: therefore the gradients of CHUNKS chunks are collected, in twice the bytes of a
+# chunk's logits.
 CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 600 << 20}
 CHUNKS = 4
-MIN_ROWS = 128  # more where dWeight does not fit a cache, because every chunk reads and writes all of it
+MIN_ROWS = 128  # more if dWeight does not fit into a cache, because every chunk reads and writes all of it
 LARGE_WEIGHT = 32 << 20
 
 
 def chunk_rows(hidden: Tensor, weight: Tensor) -> int:
-    """C, how many rows of logits a chunk has: a multiple of 128. hidden: [T, H], weight: [V, H]."""
+    """C, the number of rows of logits per chunk: a multiple of 128. hidden: [T, H], weight: [V, H]."""
     return _chunk_rows(weight.shape, hidden.element_size(), hidden.device.type, direct=_direct(hidden))
 
 
@@ -30,16 +32,16 @@ def _chunk_rows(head: Sequence[int], itemsize: int, device: str, *, direct: bool
     rows = CHUNK_BYTES[device] // (head[0] * (4 if direct else itemsize))
     least = MIN_ROWS
     if head[0] * head[1] * 4 > LARGE_WEIGHT:
-        least *= 2 if itemsize > 2 else 4  # in as many bytes
+        least *= 2 if itemsize > 2 else 4  # in the same number of bytes
     return max(least, rows - rows % 128)
 
 
 def workspace_bytes(
     rows: int, head: Sequence[int], dtype: torch.dtype, device: str, *, gradients: bool = True, trained: bool = True
 ) -> int:
-    """What a pass over so many rows holds beside its inputs and results, of a head [V, H] whose products are computed
-    in `dtype` on a `device` of this type: logits, with `gradients` theirs, and dWeight of a `trained` head where it is
-    summed in a wider dtype.
+    """The bytes of working memory of a pass over `rows` rows, without its inputs and results, for a head [V, H] whose
+    products are computed in `dtype` on a `device` of this type: logits; with `gradients` their gradients; and dWeight
+    of a `trained` head if it is summed in a wider dtype.
     """
     direct = _gives_float32(dtype, device)
     chunk = _chunk_rows(head, dtype.itemsize, device, direct=direct)
@@ -51,15 +53,15 @@ def workspace_bytes(
 
 
 def piece_rows(rows: int, most: int, device: str) -> int:
-    """The rows of each piece of so many, `most` at most. On CUDA as few pieces as that allows, all of about equal size,
-    in tiles of 128 rows: a small last one would read all of the weight, and of dWeight, too.
+    """The rows of each piece if `rows` rows are split, at most `most`. On CUDA: as few pieces as possible, all of about
+    equal size, in tiles of 128 rows, because a small last piece would also read all of the weight and of dWeight.
     """
     each = most if device == "cpu" else -(-rows // max(-(-rows // most), 1))
     return max(1, min(most, each if device == "cpu" else each + -each % 128, rows))
 
 
 def _direct(hidden: Tensor) -> bool:
-    """Whether products of bfloat16 factors come out in float32."""
+    """Whether products of bfloat16 factors can be returned in float32."""
     return _gives_float32(hidden.dtype, hidden.device.type)
 
 
@@ -68,7 +70,7 @@ def _gives_float32(dtype: torch.dtype, device: str) -> bool:
 
 
 def _into_float32(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
-    """out = a b, or out + a b, of bfloat16 factors without rounding to bfloat16."""
+    """out = a b, or out + a b, for bfloat16 factors, without rounding to bfloat16."""
     if add:
         return torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
     return torch.mm(a, b, out_dtype=torch.float32, out=out)
@@ -80,7 +82,9 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 class Products:
-    """The products of one head in one pass. Gradients are formed only of what `needs` (hidden, weight, bias)."""
+    """The products of one head in one pass. Gradients are computed only if needed. needs: flags for (hidden, weight,
+    bias).
+    """
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]) -> None:
         self.needs = needs
@@ -101,8 +105,8 @@ class Products:
         return rows.split(piece_rows(len(rows), block, rows.device.type))
 
     def chunks(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-        """The logits of a block, or of all rows where no gradient is needed, chunk by chunk: its place in `hidden`
-        [B, H], its logits [C, V], which the next one overwrites, and where the row pass writes their gradient [C, V].
+        """The chunks of a block, or of all rows if no gradient is needed: the slice of `hidden` [B, H], the logits [C,
+        V] (overwritten by the next chunk), and the buffer [C, V] into which the row functions write their gradient.
         """
         size = piece_rows(len(hidden), self.chunk, hidden.device.type)
         if self.buffer is None:
@@ -125,10 +129,10 @@ class Products:
         return torch.mm(hidden, columns, out=out)
 
     def backward(self, hidden: Tensor, index: Tensor, live: Tensor) -> None:
-        """Add the gradients of a block whose `chunks` have all been walked.
+        """Add the gradients of a block, after iterating over all its `chunks`.
 
-        hidden: [B, H]. index: [B] int64, the block's places among all rows. live: [B] bool, the rows whose gradient is
-        not 0.
+        hidden: [B, H]. index: [B] int64, the indices of the block's rows among all rows. live: [B] bool, the rows whose
+        gradient is not 0.
         """
         assert self.d_logits is not None
         d_logits, hidden, index = _compact(self.d_logits[: len(index)], hidden, index, live)
@@ -150,16 +154,16 @@ class Products:
                 _into_float32(a, b, self.d_weight, add=True)
             return
         if self.dtypes[0] == kind:
-            a, b = a.to(kind), b.to(kind)  # the CPU has no product of bfloat16 into float32
+            a, b = a.to(kind), b.to(kind)  # the CPU has no product of bfloat16 factors with float32 result
         if self.d_weight is None:
             self.d_weight = torch.mm(a, b)
         elif a.dtype == kind:
             self.d_weight.addmm_(a, b)
         else:
-            self.d_weight = self.d_weight.to(kind).add_(torch.mm(a, b))  # terms are rounded as their sum will be
+            self.d_weight = self.d_weight.to(kind).add_(torch.mm(a, b))  # terms are rounded to the dtype of their sum
 
     def gradients(self, wide_weight: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """dHidden [T, H], dWeight [V, H], dBias [V]; empty where not needed.
+        """dHidden [T, H], dWeight [V, H], dBias [V]; empty if not needed.
 
         With `wide_weight` dWeight on CUDA stays in the dtype of its sum.
         """
@@ -174,7 +178,7 @@ class Products:
 
 
 def _compact(d_logits: Tensor, hidden: Tensor, index: Tensor, live: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Only the live rows, first: rows from behind fill the gaps, in place, so that few of them are moved."""
+    """Keep only the live rows, at the front. Rows from the end fill the gaps in place, so that few rows are moved."""
     keep = live.nonzero().squeeze(-1)
     count = keep.numel()
     if count == live.numel():
@@ -187,7 +191,7 @@ def _compact(d_logits: Tensor, hidden: Tensor, index: Tensor, live: Tensor) -> t
 
 
 def needs_gradient(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[bool, bool, bool]:
-    """Which gradients autograd will ask for. A frozen head, or no_grad, saves the product."""
+    """Which gradients autograd will need. A frozen head, or no_grad, saves the product."""
     on = torch.is_grad_enabled()
     return on and hidden.requires_grad, on and weight.requires_grad, on and bias is not None and bias.requires_grad
 

@@ -1,17 +1,17 @@
-"""What `PolicyLoss.stats` holds, and how it combines over micro-batches and ranks.
+"""The contents of `PolicyLoss.stats`, and how they are combined over micro-batches and ranks.
 
-One float64 tensor on the loss's device: the entries of `STAT_SUMS`, which add, then those of `STAT_MAXIMA`, of which
-the maximum is taken. Over ranks: all-reduce `stats[SUMS]` with SUM and `stats[MAXIMA]` with MAX. They are over the
-trained rows, unweighted:
+One float64 tensor on the loss's device: first the entries of `STAT_SUMS`, which are summed, then those of
+`STAT_MAXIMA`, of which the maximum is taken. Over ranks: all-reduce `stats[SUMS]` with SUM and `stats[MAXIMA]` with
+MAX. All are over the trained rows, unweighted:
 
-    tokens              how many rows were trained
+    tokens              number of trained rows
     token_weight        sum of token_weight
     ratio, log_ratio    sums of g = pi/pi_old and of log g; mean ratio - 1 - mean log_ratio estimates KL(old || new)
-    clipped             how many rows the clip left without a policy gradient
-    kl                  sum of the KL estimate to the reference policy; NaN where none was given
-    entropy             sum of the policy's entropy in nats; NaN where `policy_loss` is given none
-    invalid             how many rows have a log-probability that is not finite: look at it before the optimizer's step
-    ratio_max, log_ratio_abs_max    NaN where any row's is
+    clipped             number of rows without policy gradient because of the clip
+    kl                  sum of the KL estimate to the reference policy; NaN if none was given
+    entropy             sum of the policy's entropy in nats; NaN if `policy_loss` was given none
+    invalid             number of rows whose log-probability is not finite: check it before the optimizer's step
+    ratio_max, log_ratio_abs_max    NaN if any row's value is NaN
 """
 
 from collections.abc import Iterable
@@ -33,7 +33,7 @@ def combine_stats(stats: Iterable[Tensor]) -> Tensor:
 
 
 def read_stats(stats: Tensor) -> dict[str, float]:
-    """The entries by name: counts, sums of weights and maxima as they are, the rest as means over the trained rows.
+    """The entries by name: counts, sums of weights and maxima unchanged, the others as means over the trained rows.
 
     Waits for the device.
     """

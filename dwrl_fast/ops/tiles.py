@@ -1,4 +1,5 @@
-"""A plan as the tiles that kernels of tree attention walk. Made on the host, once a plan; every layer uses it.
+"""Converts a plan to the tiles of the tree-attention kernels. Done on the host once per plan; all layers use the
+result.
 
 Shapes: U tokens, M nodes, TQ tiles of queries, TK of keys, E entries of the lists of keys.
 """
@@ -20,11 +21,11 @@ Ints = npt.NDArray[np.int64]
 
 
 class QueryTiles(NamedTuple):
-    """Tiles of queries, and the keys that each reads. All int32, on the device of the attention.
+    """Tiles of queries and the keys that each tile reads. All int32, on the device of the attention.
 
-    order: [TQ], the tiles, those with most keys first. bounds: [TQ + 1], each tile's entries in `keys`. shared: [TQ],
-    how many at the beginning of its entries all its queries see. keys: [E]. below, place: [U], where the subtree of
-    each token's node ends, and how many tokens come before it on its path.
+    order: [TQ], the tiles, sorted by the number of keys, largest first. bounds: [TQ + 1], the range of each tile's
+    entries in `keys`. shared: [TQ], the number of leading entries that all queries of the tile see. keys: [E]. below,
+    place: [U], the end of the subtree of each token's node, and the number of tokens before it on its path.
     """
 
     order: Tensor
@@ -36,11 +37,11 @@ class QueryTiles(NamedTuple):
 
 
 class KeyTiles(NamedTuple):
-    """Tiles of keys, each read by the queries from its first key to the end of its subtree, in one run or in several.
+    """Tiles of keys. Each is read by the queries from its first key to the end of its subtree, in one run or several.
 
-    runs: [R, 4] int32, tile, first query, where its queries end, and its number among the parts of tiles with several
-    runs, -1 of others; the longest first. split: [S, 3] int32, each tile with several runs, and the range of its parts.
-    parts: P, how many there are. below, place: as `QueryTiles`.
+    runs: [R, 4] int32: tile, first query, end of the queries, and the index of its partial sum if the tile has several
+    runs, otherwise -1; the longest runs first. split: [S, 3] int32: each tile with several runs, and the range of its
+    partial sums. parts: P, the number of partial sums. below, place: as in `QueryTiles`.
     """
 
     runs: Tensor
@@ -50,16 +51,17 @@ class KeyTiles(NamedTuple):
     place: Tensor
 
 
-# Runs are split so that a GPU gets several programs a multiprocessor, but not below a length that is worth a sum.
+# Runs are split so that a GPU gets several programs per multiprocessor, but not below a length that justifies an extra
+# sum.
 PROGRAMS, SHORTEST_RUN, RUN_UNIT = 512, 1024, 128
 
 
 @dataclass(frozen=True)
 class Forest:
-    """A plan's nodes that hold tokens, on the host.
+    """The non-empty nodes of a plan, on the host.
 
-    start, stop, below: [M], their own tokens, and where their descendants' end. paths: of each node the nodes from the
-    root to itself.
+    start, stop, below: [M], the range of their own tokens, and the end of their descendants' tokens. paths: for each
+    node, the nodes from the root to itself.
     """
 
     start: Ints
@@ -70,12 +72,12 @@ class Forest:
 
     @property
     def tokens(self) -> int:
-        """U."""
+        """The number of tokens, U."""
         return int(self.stop[-1]) if len(self.stop) else 0
 
     @property
     def longest_path(self) -> int:
-        """In tokens."""
+        """The length of the longest path, in tokens."""
         return max((int((self.stop - self.start)[path].sum()) for path in self.paths), default=0)
 
     def tokenwise(self) -> tuple[Ints, Ints]:
@@ -85,7 +87,7 @@ class Forest:
         return np.repeat(self.below, sizes), np.arange(self.tokens) + np.repeat(before - self.start, sizes)
 
     def queries(self, tile: int, window: int | None, device: torch.device) -> QueryTiles:
-        """Tiles of so many queries. Of a window, keys that no query of a tile sees may be left in."""
+        """Tiles of `tile` queries. With a window, a tile may include keys that none of its queries sees."""
         key = ("queries", tile, window, device)
         if key not in self.made:
             self.made[key] = QueryTiles(*(_put(x, device) for x in self._queries(tile, window)))
@@ -93,7 +95,7 @@ class Forest:
         return found
 
     def keys(self, tile: int, heads: int, device: torch.device) -> KeyTiles:
-        """Tiles of so many keys, of so many key heads."""
+        """Tiles of `tile` keys, for `heads` key heads."""
         key = ("keys", tile, heads, device)
         if key not in self.made:
             runs, split, parts = self._runs(tile, heads)
@@ -149,13 +151,13 @@ class Forest:
         )
 
 
-_FORESTS: MutableMapping[Tensor, tuple[Tensor, Tensor, Forest]] = WeakIdKeyDictionary()  # by the plan's start
+_FORESTS: MutableMapping[Tensor, tuple[Tensor, Tensor, Forest]] = WeakIdKeyDictionary()  # key: the plan's start
 
 
 def forest(plan: Plan, tokens: int) -> Forest:
-    """`plan` as read on the host, once: a plan on a GPU is waited for then, and not in the layers that follow.
+    """`plan` read on the host, once per plan: only the first layer waits for a plan on a GPU.
 
-    Raises ValueError where it is no depth-first cover of so many tokens.
+    Raises ValueError if it is not a depth-first cover of `tokens` tokens.
     """
     found = _FORESTS.get(plan.start)
     if found is None or found[0] is not plan.stop or found[1] is not plan.parent:
@@ -169,7 +171,7 @@ def _read(plan: Plan) -> Forest:
     start, stop, parent = (x.tolist() for x in (plan.start, plan.stop, plan.parent))
     at = 0
     open_nodes: list[int] = []  # from the root to the last one
-    paths: list[list[int]] = []  # as places among the nodes that hold tokens
+    paths: list[list[int]] = []  # as indices of non-empty nodes
     place: list[list[int]] = []
     held: list[int] = []
     for node, above in enumerate(parent):
@@ -200,7 +202,7 @@ def _read(plan: Plan) -> Forest:
 
 
 def ranges(start: Ints, size: Ints) -> Ints:
-    """[start[i], start[i] + size[i]) for each i, joined."""
+    """The ranges [start[i], start[i] + size[i]), concatenated."""
     end = size.cumsum()
     return np.arange(end[-1]) + np.repeat(start - end + size, size)
 

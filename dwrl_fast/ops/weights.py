@@ -1,4 +1,6 @@
-"""The weights of thoughts and pairs (DWRL Eq. 12): a few numbers a group, so plain PyTorch serves every device."""
+"""The weights of thoughts and pairs (DWRL Eq. 12): a few numbers per group, so plain PyTorch is used on every
+device.
+"""
 
 from collections.abc import Callable
 
@@ -16,7 +18,7 @@ def preference_weights(
     """The coefficients c = -df/dL [P, K] and weights w = softmax_i s [P, K, N] of a likelihood f (docs/method.md, 2.1).
 
     likelihood: f, from marginals L [P, K] to losses [P] in nats, differentiable. scores: s = log p(Yes) [P, K, N].
-    valid: [P, K, N] bool, False for thoughts that are left out, so K and N may differ from group to group. L is
+    valid: [P, K, N] bool, False for thoughts that are left out, so groups may have different K and N. L is
     logmeanexp_i s. For a pair under -log sigmoid(L+ - L-), c is (m, -m) with the misalignment weight m (DWRL Eq. 12).
 
     Returns PreferenceWeights(coefficients, weights, marginals, losses), detached. Raises UserError, which names the
@@ -31,7 +33,7 @@ def preference_weights(
 
 
 def dual_weights(scores_chosen: Tensor, scores_rejected: Tensor) -> DualWeights:
-    """The misalignment weight m [B] and the self-normalised scores of either side [B, N], detached (DWRL Eq. 12).
+    """The misalignment weight m [B] and the self-normalised scores of each side [B, N], detached (DWRL Eq. 12).
 
     scores_chosen, scores_rejected: s = log p(Yes) [B, N]; N may differ between them. It is the pair form of
     `preference_weights`. Raises UserError, which names the argument.

@@ -1,6 +1,5 @@
-"""What a run takes before it is paid for: memory by kind, time by stage and cost, on 1 to 1,024 GPUs. The real model is
-traced under the real FSDP2 without memory (trace.py); the rest is arithmetic on what was traced (memory.py,
-seconds.py).
+"""Predicts the needs of a run: memory by kind, time by stage, and cost, on 1 to 1,024 GPUs. The real model is traced
+under the real FSDP2 with fake tensors (trace.py); the rest is arithmetic on the trace (memory.py, seconds.py).
 """
 
 from dwrl_fast.plan.options import PlanConfig, parse_plan

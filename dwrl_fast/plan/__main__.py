@@ -1,4 +1,4 @@
-"""`python -m dwrl_fast.plan`: what a training run takes, before it is paid for."""
+"""`python -m dwrl_fast.plan`: predicts memory, time and cost of a training run."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from dwrl_fast.plan.sizing import changes, sized, sizes, traced_on
 
 
 def main(argv: list[str]) -> None:
-    """The command. UnfitError where the run does not fit."""
+    """The command. Raises UnfitError if the run does not fit."""
     console = open_console()
     config = parse_plan(argv)
     if run(config, console).budget != config.token_budget:
@@ -20,7 +20,7 @@ def main(argv: list[str]) -> None:
 
 
 def run(config: PlanConfig, console: Console) -> Sized:
-    """The whole plan, printed; the run on --gpus."""
+    """Print the whole plan. Returns the result for --gpus."""
     setup = planned(config, config.lengths, load_profile(config.profile))
     report.head(setup, console)
     traced = traced_on(setup, config.gpus)
@@ -30,7 +30,7 @@ def run(config: PlanConfig, console: Console) -> Sized:
     every = sizes(setup, traced)
     report.size_table(setup, every, console)
     if found.budget != config.token_budget:
-        report.say(console, "what would change it:")
+        report.say(console, "possible changes:")
         for line in changes(setup, traced, config.gpus):
             report.say(console, f"  {line}")
     if config.plot is not None:

@@ -1,4 +1,6 @@
-"""What a pass holds and computes, read from its operators as they run. Under FakeTensorMode nothing is really held."""
+"""Records the memory and the work of a pass from its operators as they run. Under FakeTensorMode no memory is
+allocated.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
@@ -13,16 +15,16 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-PRODUCTS = {"mm": (0, 1), "addmm": (1, 2), "bmm": (0, 1)}  # where their factors stand among the arguments
+PRODUCTS = {"mm": (0, 1), "addmm": (1, 2), "bmm": (0, 1)}  # argument indices of their factors
 WITHOUT_WORK = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias"}
-GIVEN = {"weights", "optimizer", "gradients", "replica"}  # kinds that no operator changes
+GIVEN = {"weights", "optimizer", "gradients", "replica"}  # kinds that operators do not change
 
 
 @dataclass(slots=True)
 class Work:
-    """What operators compute. products: FLOPs of matrix products by their smallest dimension. traffic: bytes that all
-    others read and write. operators: how many there were, products among them. Attention and head, whose operators are
-    this package's own, are not in it.
+    """The work of operators. products: FLOPs of matrix products by their smallest dimension. traffic: bytes that all
+    other operators read and write. operators: the number of operators, including products. Attention and head are not
+    included, because they use this package's own operators.
     """
 
     products: Counter[int] = field(default_factory=Counter)
@@ -37,12 +39,12 @@ class _Held:
 
 
 class Allocations(TorchDispatchMode):
-    """Counts live storages by kind: `now`, `most` at the moment of the largest sum, and by kind the most that it had at
-    any moment, `tops`.
+    """Counts live storages by kind: `now`; `most`, at the moment of the largest sum; and `tops`, the maximum of each
+    kind at any moment.
 
-    whole: the shapes of the weights that stay gathered; a tensor of such a shape that the backward pass makes is a
-    gradient of one. workspace: what an operator of this package holds while it runs, in bytes, from its name and
-    arguments; the kinds at each such call are in `calls`, by name.
+    whole: the shapes of the weights that stay gathered; a tensor of such a shape from the backward pass is a gradient
+    of one. workspace: the bytes that an operator of this package holds while it runs, from its name and arguments.
+    `calls` holds the kinds at each such call, by name.
     """
 
     def __init__(self, whole: Collection[torch.Size], workspace: Callable[[str, Any], int]):
@@ -57,14 +59,14 @@ class Allocations(TorchDispatchMode):
         self.backward = False
 
     def take(self, tensors: Collection[Tensor], kind: str) -> None:
-        """Count the storages of `tensors` as `kind` from now on."""
+        """Count the storages of `tensors` as `kind` from here on."""
         for tensor in tensors:
             self._count(tensor._local_tensor if isinstance(tensor, DTensor) else tensor, kind)
 
     def __enter__(self) -> "Allocations":
         resize = torch.UntypedStorage.resize_
 
-        def resized(storage: Any, size: int) -> Any:  # FSDP frees and allocates gathered weights so
+        def resized(storage: Any, size: int) -> Any:  # FSDP frees and allocates gathered weights in this way
             found = resize(storage, size)
             self._resize(storage._cdata, size)
             return found
@@ -80,7 +82,7 @@ class Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # its operators on local tensors come after it
+            return NotImplemented  # its operators on local tensors follow
         found = func(*args, **(kwargs or {}))
         space, name = func.namespace, func._schema.name.partition("::")[2]
         for tensor, kind in self._kinds(space, name, args, kwargs or {}, found):
@@ -91,7 +93,7 @@ class Allocations(TorchDispatchMode):
         return found
 
     def _kinds(self, space: str, name: str, args: Any, kwargs: Any, found: Any) -> Iterator[tuple[Tensor, str]]:
-        """The tensors that an operator took and made, with the kind that it shows them to be."""
+        """The input and output tensors of an operator, with the kind that the operator implies."""
         taken, made = list(_tensors((args, kwargs))), list(_tensors(found))
         if name == "split_with_sizes_copy" and space == "fsdp":
             yield from ((tensor, "gathered weights") for tensor in kwargs["out"])
@@ -113,7 +115,7 @@ class Allocations(TorchDispatchMode):
         return "" if held is None else held.kind
 
     def _count(self, tensor: Tensor, kind: str) -> None:
-        """kind: empty where the operator does not show it; a new storage is then an activation."""
+        """Count a tensor. kind: empty if the operator does not imply one; a new storage is then an activation."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         held = self.held.get(key)

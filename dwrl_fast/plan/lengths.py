@@ -1,4 +1,4 @@
-"""Groups as long as the plan says, of made-up ids: what is laid out and traced in place of rows."""
+"""Artificial groups with the planned lengths, which are laid out and traced instead of rows."""
 
 from collections.abc import Iterator
 from itertools import count
@@ -9,7 +9,7 @@ from dwrl_fast.dialog import TokenSequence
 from dwrl_fast.encode import Group
 from dwrl_fast.methods import Method
 
-# Tokens of the turn that asks, with the thought's header, and of what closes a dialog after the thought: Qwen2.5's.
+# Tokens of the evaluate turn with the thought's header, and of everything after the thought, for Qwen2.5.
 ASKED, CLOSED = 55, 34
 
 
@@ -22,7 +22,7 @@ class Lengths(NamedTuple):
 
 
 class Contexts(NamedTuple):
-    """What thoughts of one group are sampled for: how many contexts, their tokens with what they share once, and the
+    """The contexts of one group for sampling: their number, their tokens with shared prefixes counted once, and the
     tokens of the longest.
     """
 
@@ -32,7 +32,7 @@ class Contexts(NamedTuple):
 
 
 def contexts(lengths: Lengths, method: Method) -> Contexts:
-    """Those of a group under `method`."""
+    """The contexts of a group under `method`."""
     if method.template in ("pairwise", "direct"):
         size = lengths.prompt + 2 * lengths.response + ASKED
         return Contexts(1, size, size)
@@ -41,8 +41,8 @@ def contexts(lengths: Lengths, method: Method) -> Contexts:
 
 
 def groups(lengths: Lengths, method: Method, number: int, vocabulary: int = 1 << 40) -> list[Group]:
-    """`number` groups of a prompt and two responses, which share nothing with one another. Ids are below `vocabulary`,
-    and begin again where it ends.
+    """`number` groups of a prompt and two responses, which share nothing with each other. Ids are below `vocabulary`
+    and wrap around.
     """
     ids = (i % vocabulary for i in count())
     return [_group(lengths, method, ids) for _ in range(number)]
@@ -65,7 +65,7 @@ def _group(lengths: Lengths, method: Method, ids: Iterator[int]) -> Group:
         for _ in range(max(1, method.thoughts_each)):
             thought = draw(lengths.thought) if method.thoughts_each else []
             start, stop = len(context), len(context) + len(thought)
-            if method.verdict == "likelihood":  # the response is what is trained
+            if method.verdict == "likelihood":  # the response is trained
                 start, stop = len(prompt), len(context)
             whole = context + thought + draw(closed)
             none = slice(0, 0)

@@ -1,11 +1,12 @@
-"""Memory of one GPU by kind, at the moments that can be the fullest. All is arithmetic on sizes; the activations alone
-are on a line through two traced passes, and the trace's own peak is held against the sums (docs/plan.md).
+"""Memory of one GPU by kind, at the moments that can be the peak. Everything is arithmetic on sizes, except
+activations, which are on a line through two traced passes. The peak of the trace is compared with the sums
+(docs/plan.md).
 
-    loss        the head forms its gradients, and all activations of a micro-batch are there
-    layers      the last layers give up theirs (with checkpointing, each is computed again from its input), and their
+    loss        the head computes its gradients; all activations of a micro-batch are in memory
+    layers      the last layers free their activations (with checkpointing, each layer is computed again), and their
                 gradients are summed over ranks
-    end         all gradients are there, and those of embedding and head come last
-    sampling    thoughts are written, over a cache of keys and values
+    end         all gradients are in memory; those of embedding and head come last
+    sampling    thoughts are sampled, with a cache of keys and values
 """
 
 import math
@@ -20,13 +21,13 @@ from dwrl_fast.plan.setup import NF4, Setup, Weights
 from dwrl_fast.plan.trace import Traced
 
 GIB = 2**30
-STEP = 256  # tokens by which budgets are tried
-MOST = 1 << 20  # tokens of the largest budget that is tried
+STEP = 256  # step of the budget search, in tokens
+MOST = 1 << 20  # the largest budget of the search, in tokens
 Kinds = dict[str, float]
 
 
 class Memory(NamedTuple):
-    """Bytes by kind at each moment; without those that this run does not have."""
+    """Bytes by kind at each moment, without moments that this run does not have."""
 
     moments: dict[str, Kinds]
 
@@ -36,7 +37,7 @@ class Memory(NamedTuple):
         return max(self.moments, key=self.sum)
 
     def sum(self, moment: str) -> float:
-        """Of all kinds at that moment."""
+        """The sum of all kinds at that moment."""
         return sum(self.moments[moment].values())
 
     @property
@@ -46,8 +47,8 @@ class Memory(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """How a run lies on its GPUs. parts: over how many a model is cut. ranks: whether there is more than one process.
-    accumulates: gradients of an earlier micro-batch are kept.
+    """The distribution of a run over its GPUs. parts: the number of GPUs that a model is sharded over. ranks: whether
+    there is more than one process. accumulates: whether gradients of an earlier micro-batch are kept.
     """
 
     parts: int
@@ -56,9 +57,9 @@ class Parts(NamedTuple):
 
 
 def parts(setup: Setup, gpus: int, tokens: float, group: float) -> Parts:
-    """Of `gpus`, with micro-batches of `tokens` and groups of so many."""
+    """The distribution over `gpus`. tokens: of a micro-batch. group: tokens of a group."""
     config = setup.config
-    # A training that is about to begin has what torchrun says.
+    # At the start of a real training, torchrun's variables count.
     beside = getattr(config, "gpus_per_machine", int(os.environ.get("LOCAL_WORLD_SIZE", gpus)))
     mine = -(-config.minibatch_size // gpus)
     whole = max(1, int(tokens // group))
@@ -66,8 +67,8 @@ def parts(setup: Setup, gpus: int, tokens: float, group: float) -> Parts:
 
 
 def memory(setup: Setup, traced: Traced, gpus: int, budget: float, *, full: bool = False) -> Memory:
-    """Of one of `gpus`, with micro-batches of `budget` tokens at most: a group that is larger is one by itself, and
-    none has more than a rank's share of a minibatch, unless they are to be `full`.
+    """The memory of one of `gpus` with micro-batches of at most `budget` tokens. A larger group is a micro-batch of its
+    own. Unless `full`, a micro-batch has at most a rank's share of a minibatch.
     """
     group = traced.small.tokens
     tokens = max(budget, group)
@@ -88,7 +89,9 @@ def memory(setup: Setup, traced: Traced, gpus: int, budget: float, *, full: bool
 
 
 def largest_budget(setup: Setup, traced: Traced, gpus: int, room: float) -> int:
-    """The most tokens of a full micro-batch that fit into `room` bytes; 0 where not even one group does."""
+    """The largest budget, in tokens of a full micro-batch, that fits into `room` bytes; 0 if not even one group
+    fits.
+    """
     if memory(setup, traced, gpus, 0, full=True).peak > room:
         return 0
     low, high = traced.small.tokens // STEP, MOST // STEP
@@ -106,12 +109,12 @@ def _trained(setup: Setup) -> int:
 
 
 def _bytes(setup: Setup, weights: Weights) -> float:
-    """As they are kept."""
+    """The bytes of weights as stored."""
     return 4 * weights.trained + setup.dtype.itemsize * weights.frozen
 
 
 def _kept(setup: Setup, lying: Parts) -> Kinds:
-    """What is there at every moment."""
+    """The kinds that are in memory at every moment."""
     shape, config = setup.shape, setup.config
     whole = shape.parameters * setup.dtype.itemsize
     stack = _bytes(setup, shape.stack)
@@ -128,20 +131,20 @@ def _kept(setup: Setup, lying: Parts) -> Kinds:
     if setup.method.old_policy == "start" and not config.use_peft:
         found["frozen model"] = (whole if lying.ranks else 4 * shape.parameters) / lying.parts
     if setup.method.writer is not None:
-        found["whole copy"] = float(whole)  # of the model that writes, taken to be as large
+        found["whole copy"] = float(whole)  # of the model that samples, assumed to be as large
     return found
 
 
 def _gathered(setup: Setup, lying: Parts) -> float:
-    """Bytes of the weights that are whole, or cast, from the forward to the end of the backward pass."""
+    """Bytes of the weights that stay gathered, or cast, from the forward pass to the end of the backward pass."""
     shape, size = setup.shape, setup.dtype.itemsize
     if lying.ranks:
         return shape.root.all * size
-    return 0.0 if setup.dtype == torch.float32 else shape.stack.trained * size  # which autocast keeps
+    return 0.0 if setup.dtype == torch.float32 else shape.stack.trained * size  # cast copies that autocast keeps
 
 
 def _head_gradient(setup: Setup) -> float:
-    """Of the head's whole weight, as the operators give it."""
+    """Bytes of the gradient of the head's whole weight, as the operators return it."""
     if not (setup.shape.head and setup.shape.root.trained):
         return 0.0
     return math.prod(setup.shape.head) * setup.dtype.itemsize
@@ -160,8 +163,8 @@ def _loss(setup: Setup, traced: Traced, lying: Parts, tokens: float) -> Kinds:
 
 
 def _layers(setup: Setup, traced: Traced, lying: Parts, tokens: float) -> Kinds:
-    """The layer that is computed is gathered, and so is the next; the last one's gradients are on their way. The head's
-    gradient waits for the embedding's where both are of the root's unit, or one weight.
+    """The current layer and the next one are gathered, and the gradients of the previous one are being reduced. The
+    head's gradient is kept until the embedding's is ready, if both belong to the root unit or are one weight.
     """
     shape, size = setup.shape, setup.dtype.itemsize
     layer = shape.layer

@@ -1,4 +1,4 @@
-"""The options of `dwrl_fast.plan`: those of training, for it is a training run that is planned, and what it runs on."""
+"""The options of `dwrl_fast.plan`: those of the planned training run, and those of its hardware."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -69,7 +69,7 @@ python -m dwrl_fast.plan --model_config models/smollm2/config.json --gpus 1 --pr
     json: str | None = plan_option(None, "Write all figures to this JSON file.")
 
     def validate(self) -> None:
-        """Raises ConfigError as training does, and where there is nothing to plan."""
+        """Raises ConfigError like training, and if there is nothing to plan."""
         super().validate()
         if not METHODS[self.method].trains:
             raise ConfigError(f"method = {self.method} trains nothing: there is no run to plan.")
@@ -79,24 +79,26 @@ python -m dwrl_fast.plan --model_config models/smollm2/config.json --gpus 1 --pr
                 raise ConfigError(f"{name} = {path} exists already: name another, or remove it")
         if self.hsdp and (self.gpus <= self.gpus_per_machine or self.gpus % self.gpus_per_machine):
             raise ConfigError(
-                f"hsdp with {self.gpus} GPUs, {self.gpus_per_machine} in a machine: it needs several machines, each "
-                "with as many. Give --gpus a multiple of --gpus_per_machine, or leave hsdp out."
+                f"hsdp with {self.gpus} GPUs, {self.gpus_per_machine} in a machine: it needs several machines with "
+                "equally many GPUs. Give --gpus a multiple of --gpus_per_machine, or leave hsdp out."
             )
 
     def _refuse_two_models(self) -> None:
-        """Of a recipe's model --model_config may be the configuration, where the hub is out of reach."""
+        """Both are allowed here: --model_config may give the configuration of a recipe's model if the hub cannot be
+        reached.
+        """
 
     def _refuse_drawn_base(self) -> None:
-        """A model of a configuration is planned like one with weights."""
+        """Adapters are allowed here: a model from a configuration is planned like one with weights."""
 
     @property
     def lengths(self) -> Lengths:
-        """Of the groups that are planned for."""
+        """The lengths of the planned groups."""
         return Lengths(self.prompt_tokens, self.response_tokens, self.thought_tokens)
 
 
 def parse_plan(argv: Sequence[str]) -> PlanConfig:
-    """The options of a command line. ConfigError where it names no model."""
+    """The options of a command line. Raises ConfigError if it names no model."""
     return parse(PlanConfig, argv, base=_base)
 
 

@@ -1,5 +1,5 @@
-"""Devices as the plan knows them: what they can do at most, as published, and the share of it that is reached; or what
-`doctor --profile` measured on a machine.
+"""Device profiles: published peak rates with the share that a run is assumed to reach, or rates that `doctor --profile`
+measured on a machine.
 """
 
 from dataclasses import dataclass, field
@@ -19,14 +19,13 @@ SHARES = ("products", "attention", "memory", "link", "network", "sampling")
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """A device and its links. All rates are a second's.
+    """A device and its links. All rates are per second.
 
-    source: where the figures are from, in words. products: FLOPs of matrix products by their smallest dimension;
-    one entry where the size makes no difference. attention: FLOPs of attention, forward and backward. memory: bytes
-    read or written. link, network: bytes that one device sends, and receives at the same time, within its machine and
-    to others. operator: seconds that one operator takes, whatever its size. overlaps: whether collectives run beside
-    computation. shares: of these rates, the share that is reached; `sampling`, of all of them while thoughts are
-    written.
+    source: the origin of the figures, in words. products: FLOPs of matrix products by their smallest dimension; one
+    entry if the size does not matter. attention: FLOPs of attention, forward and backward. memory: bytes read or
+    written. link, network: bytes that one device sends (and receives at the same time) within its machine and to other
+    machines. operator: seconds of overhead per operator. overlaps: whether collectives run in parallel with
+    computation. shares: the reached share of each rate; `sampling`: of all rates while thoughts are sampled.
     """
 
     name: str
@@ -43,35 +42,37 @@ class Profile:
     shares: dict[str, float] = field(default_factory=dict)
 
     def share(self, name: str) -> float:
-        """The share of a published rate that is reached; 1 where it was measured."""
+        """The reached share of a published rate; 1 for a measured rate."""
         return self.shares.get(name, 1.0)
 
     def product_rate(self, smallest: int) -> float:
-        """FLOPs a second of a product whose smallest dimension is this; between those given, by their logarithms."""
+        """FLOPs per second of a product with this smallest dimension; interpolated between the given ones in
+        logarithms.
+        """
         sizes = sorted(self.products)
         rates = [self.products[size] for size in sizes]
         return float(np.interp(np.log(max(1, smallest)), np.log(sizes), rates)) * self.share("products")
 
     @property
     def dtype(self) -> torch.dtype:
-        """What --dtype auto is on such a device."""
+        """The dtype of --dtype auto on such a device."""
         return torch.bfloat16 if self.device == "cuda" else torch.float32
 
     def to_yaml(self) -> str:
-        """The file that `load_profile` reads."""
+        """The profile as YAML, which `load_profile` reads."""
         values = {name: getattr(self, name) for name in self.__slots__}
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def published() -> dict[str, dict[str, Any]]:
-    """The devices of profiles.yaml by name."""
+    """The profiles of profiles.yaml by name."""
     found: dict[str, dict[str, Any]] = bounded_yaml(bounded_text(PUBLISHED), PUBLISHED.name)
     return found
 
 
 def load_profile(name: str) -> Profile:
-    """A published device by its name, or a file of `doctor --profile`. ConfigError where there is neither, or the file
-    is no profile.
+    """A published profile by its name, or a file of `doctor --profile`. Raises ConfigError if there is neither, or if
+    the file is not a profile.
     """
     known = published()
     if name in known:
@@ -80,8 +81,8 @@ def load_profile(name: str) -> Profile:
         values = bounded_yaml(bounded_text(name), name)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(
-            f"--profile {name}: it is none of {', '.join(known)}, and no file of a device ({error}). `python -m "
-            "dwrl_fast.doctor --profile FILE` measures this machine into one"
+            f"--profile {name}: it is neither one of {', '.join(known)} nor a profile file ({error}). `python -m "
+            "dwrl_fast.doctor --profile FILE` measures this machine and writes such a file"
         ) from None
     return _profile(name, values)
 
@@ -98,6 +99,6 @@ def _profile(name: str, values: Any) -> Profile:
             raise ValueError("the device is cuda or cpu, and rates are above 0")
     except (TypeError, ValueError, AttributeError) as error:
         raise ConfigError(
-            f"{name} is no profile of a device: {error}. profiles.yaml in dwrl_fast/plan has the form"
+            f"{name} is not a device profile: {error}. dwrl_fast/plan/profiles.yaml shows the form"
         ) from None
     return made

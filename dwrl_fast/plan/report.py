@@ -1,4 +1,4 @@
-"""The plan for people: tables on a terminal, a plot as a PNG; and as JSON."""
+"""Shows a plan: tables on a terminal, a plot as PNG, and JSON."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,12 +21,12 @@ DPI = 110
 
 
 def say(console: Console, line: str) -> None:
-    """A sentence as it is."""
+    """Print a sentence without interpreting markup."""
     console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def head(setup: Setup, console: Console) -> None:
-    """What is planned, and on what."""
+    """Print what is planned, and for which device."""
     config, shape = setup.config, setup.shape
     lengths = setup.lengths
     kind = str(setup.dtype).removeprefix("torch.")
@@ -40,11 +40,11 @@ def head(setup: Setup, console: Console) -> None:
     say(console, f"device: {setup.profile.source}")
     if setup.profile.shares:
         shares = ", ".join(f"{name} {share:g}" for name, share in setup.profile.shares.items())
-        say(console, f"shares of these rates that are taken to be reached (assumed, not measured): {shares}")
+        say(console, f"shares of these rates that a run is assumed to reach (not measured): {shares}")
 
 
 def memory_table(setup: Setup, found: Sized, console: Console) -> None:
-    """Memory of one GPU by kind, at every moment."""
+    """Print the memory of one GPU by kind, at every moment."""
     moments = found.memory.moments
     title = f"GiB of each of {found.gpus} GPU{'s' * (found.gpus > 1)}, micro-batches of {found.budget or 'any'} tokens"
     table = _table(title, "", *moments)
@@ -58,7 +58,7 @@ def memory_table(setup: Setup, found: Sized, console: Console) -> None:
 
 
 def verdict(setup: Setup, found: Sized, traced: Traced, console: Console) -> None:
-    """Whether it fits, the largest budget, and the trace beside the arithmetic."""
+    """Print whether the run fits, the largest budget, and the peak of the trace."""
     config: Any = setup.config
     limit = room(setup) / GIB
     fits = "fits" if found.budget == config.token_budget else "does not fit"
@@ -78,7 +78,7 @@ def verdict(setup: Setup, found: Sized, traced: Traced, console: Console) -> Non
 
 
 def size_table(setup: Setup, found: Sequence[Sized], console: Console) -> None:
-    """Every number of GPUs in a line, and below, in the same order, the stages of its step."""
+    """Print a table with a line per number of GPUs, and a second table with the stages of a step."""
     config: Any = setup.config
     costs = [f"cost at {config.price:g}"] if config.price else []
     table = _table("By number of GPUs; largest: the budget of full micro-batches that fits", "GPUs", "GiB", "budget",
@@ -109,7 +109,7 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def to_dict(setup: Setup, found: Sequence[Sized]) -> dict[str, Any]:
-    """For JSON: bytes by kind and moment, and seconds by stage, for every number of GPUs."""
+    """As JSON: bytes by kind and moment, and seconds by stage, for every number of GPUs."""
     config: Any = setup.config
     rows = []
     for each in found:
@@ -127,7 +127,7 @@ def to_dict(setup: Setup, found: Sequence[Sized]) -> dict[str, Any]:
 
 
 def plot(setup: Setup, found: Sequence[Sized], path: Path) -> None:
-    """Memory by kind at the fullest moment, seconds of a step by stage, and hours (and cost) of an epoch."""
+    """Plot the memory by kind at the peak, the seconds of a step by stage, and the hours (and cost) of an epoch."""
     from matplotlib.figure import Figure
 
     config: Any = setup.config
@@ -136,7 +136,7 @@ def plot(setup: Setup, found: Sequence[Sized], path: Path) -> None:
     places = [str(each.gpus) for each in found]
     _stack(memory, places, [_peak(each.memory) for each in found], ORDER)
     memory.axhline(room(setup) / GIB, color="black", linestyle="--", linewidth=1)
-    memory.set(title="GiB of a GPU at its fullest; the line: what may be filled", xlabel="GPUs")
+    memory.set(title="peak GiB of a GPU; the line is the limit", xlabel="GPUs")
     fitting = [each for each in found if each.fits]
     stages = list(dict.fromkeys(stage for each in fitting for stage in each.seconds))
     _stack(seconds, [str(each.gpus) for each in fitting], [each.seconds for each in fitting], stages)

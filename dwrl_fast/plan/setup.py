@@ -1,4 +1,4 @@
-"""What is planned: the options, the method, the device, and the model's size by the parts that memory is counted in."""
+"""The planned run: options, method, device, and the sizes of the model's parts."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,25 +19,26 @@ from dwrl_fast.models.sharding import layers
 from dwrl_fast.plan.lengths import Lengths
 from dwrl_fast.plan.profile import Profile
 
-NF4 = 0.5 + 4 / 64  # bytes of a weight in 4 bits, with a float32 scale for each 64 of them
+NF4 = 0.5 + 4 / 64  # bytes of a 4-bit weight, with a float32 scale per 64 weights
 
 
 class Weights(NamedTuple):
-    """How many numbers are trained and how many are frozen."""
+    """The numbers of trained and of frozen weights."""
 
     trained: int = 0
     frozen: int = 0
 
     @property
     def all(self) -> int:
-        """Both."""
+        """The sum of both."""
         return self.trained + self.frozen
 
 
 class Shape(NamedTuple):
-    """A model's sizes. depth: of its layers. layer: of its largest layer; stack: of all. root: embedding, norm and
-    head. head: [V, H], empty of a scalar one; tied: it is the embedding. inner: the widest state of a layer. channels:
-    of all query heads. cached: numbers of keys and values that a token leaves in all layers.
+    """A model's sizes. depth: number of layers. layer: weights of the largest layer; stack: of all layers. root:
+    weights of embedding, norm and head. head: [V, H], empty for a scalar head; tied: whether it is the embedding.
+    inner: the widest state in a layer. channels: of all query heads. cached: numbers of keys and values per token in
+    all layers.
     """
 
     name: str
@@ -54,13 +55,13 @@ class Shape(NamedTuple):
 
     @property
     def parameters(self) -> int:
-        """Of the whole model, adapters among them."""
+        """The parameters of the whole model, including adapters."""
         return self.stack.all + self.root.all
 
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """One run as it is planned. dtype: of its passes. Without a dialog the method only says how it trains."""
+    """The planned run. dtype: of its passes. The method has no dialog; only its traits are used."""
 
     config: TrainConfig
     method: Method
@@ -71,20 +72,22 @@ class Setup:
 
     @property
     def states(self) -> int:
-        """AdamW states over the trained weights."""
+        """The number of AdamW states over the trained weights."""
         return len(self.method.phases) if self.method.separate_states else 1
 
     @property
     def writes(self) -> bool:
-        """Whether the model writes its thoughts itself, in this package's sampler."""
+        """Whether the trained model samples its own thoughts with this package's sampler."""
         own = self.method.thinks and self.method.writer is None
         return own and not self.config.use_vllm
 
 
 def planned(config: TrainConfig, lengths: Lengths, profile: Profile) -> Setup:
-    """The run of `config`. ModelError where the model's configuration cannot be read, or it cannot run on a tree."""
+    """The run of `config`. Raises ModelError if the model's configuration cannot be read, or if it cannot run on a
+    tree.
+    """
     made = METHODS[config.method]
-    method = made.__new__(made)  # its traits follow from its options; a dialog would need a tokenizer
+    method = made.__new__(made)  # the traits depend only on options; a dialog would need a tokenizer
     method.config = config
     dtype = DTYPES.get(config.dtype, profile.dtype)
     with FakeTensorMode():
@@ -93,8 +96,8 @@ def planned(config: TrainConfig, lengths: Lengths, profile: Profile) -> Setup:
 
 
 def built(config: TrainConfig, dtype: torch.dtype) -> Any:
-    """The root module of the run, from its configuration alone, with fake weights: call it under FakeTensorMode. It is
-    made without weights at first, for peft moves adapters in a way that fake ones cannot be moved.
+    """The root module of the run, from its configuration alone, with fake weights. Call it under FakeTensorMode. The
+    module is first created without weights, because peft moves adapters in a way that fake tensors do not support.
     """
     name = str(config.model_config or config.model_name_or_path)
     lora = None
@@ -110,14 +113,14 @@ def built(config: TrainConfig, dtype: torch.dtype) -> Any:
     _fill(model)
     for p in model.parameters():
         if not p.requires_grad:
-            p.data = p.data.to(dtype)  # a base under adapters loads in the run's dtype
+            p.data = p.data.to(dtype)  # a base model with adapters loads in the run's dtype
     if config.gradient_checkpointing:
         model.lm.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()
 
 
 def _fill(model: nn.Module) -> None:
-    """Give every weight and buffer storage on the CPU; one that stands in two places stays one."""
+    """Give every weight and buffer storage on the CPU; shared tensors stay shared."""
     made: dict[int, Any] = {}
     for module in model.modules():
         for held in (module._parameters, module._buffers):

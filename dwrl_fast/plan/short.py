@@ -11,12 +11,12 @@ from dwrl_fast.plan.profile import Profile
 from dwrl_fast.plan.setup import planned
 from dwrl_fast.plan.trace import trace
 
-SMALL = 0.02  # of the sum: kinds below it are left out
+SMALL = 0.02  # kinds below this share of the sum are left out
 
 
 def short(config: TrainConfig, lengths: Lengths, ranks: int) -> str:
-    """What each of `ranks` holds at its fullest, of how much there is on this machine's device. UserError where it
-    cannot be planned.
+    """The peak memory of each of `ranks`, and the memory of this machine's device. Raises UserError if the run cannot
+    be planned.
     """
     profile = _here()
     setup = planned(config, lengths, profile)
@@ -26,11 +26,11 @@ def short(config: TrainConfig, lengths: Lengths, ranks: int) -> str:
     each = f" on each of {ranks} ranks" if ranks > 1 else ""
     there = profile.memory_gib if profile.device == "cuda" else profile.memory_gib / ranks
     fits = "" if found.peak / GIB < there else "; IT DOES NOT FIT: python -m dwrl_fast.plan says what to change"
-    return f"{found.peak / GIB:.3g} GiB{each} at its fullest, of {there:.3g} ({found.fullest}: {said}){fits}"
+    return f"{found.peak / GIB:.3g} GiB{each} at the peak, of {there:.3g} ({found.fullest}: {said}){fits}"
 
 
 def _here() -> Profile:
-    """This machine's device; how fast it is has no part in its memory."""
+    """A profile of this machine's memory; its rates are not used."""
     if torch.cuda.is_available():
         device, size = "cuda", torch.cuda.mem_get_info()[1]
     else:

@@ -1,6 +1,4 @@
-"""One number of GPUs after another: what fits, how long it takes, what it costs; and what to change where it does not
-fit.
-"""
+"""For each number of GPUs: whether the run fits, its time and its cost; and possible changes if it does not fit."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -15,8 +13,9 @@ SIZES = tuple(2**power for power in range(11))  # 1 to 1,024
 
 
 class Sized(NamedTuple):
-    """A run on `gpus`. budget: of a micro-batch, the option's or the largest that fits; 0 where none does. largest: the
-    most that fits. memory: with that budget, or the option's where none fits. seconds: of a step, by stage.
+    """A run on `gpus`. budget: tokens of a micro-batch: the option's value or the largest that fits; 0 if none fits.
+    largest: the largest budget that fits. memory: with `budget`, or with the option's value if none fits. seconds: of a
+    step, by stage.
     """
 
     gpus: int
@@ -27,23 +26,23 @@ class Sized(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        """Whether the run fits with the token budget that the options name."""
+        """Whether the run fits with the token budget of the options."""
         return self.budget > 0
 
     def hours(self, rows: int, batch: int) -> float:
-        """Of an epoch of so many groups in rollout batches."""
+        """The hours of an epoch of `rows` groups in rollout batches of `batch`."""
         return sum(self.seconds.values()) * rows / batch / 3600
 
 
 def room(setup: Setup) -> float:
-    """Bytes of a GPU that the plan may fill."""
+    """Bytes of a GPU that a run may use."""
     config: Any = setup.config
     capacity = config.gpu_memory or setup.profile.memory_gib
     return (capacity - config.reserve_gib) * GIB
 
 
 def sized(setup: Setup, traced: Traced, gpus: int) -> Sized:
-    """The run on so many."""
+    """The result for `gpus`."""
     wanted, largest = setup.config.token_budget, largest_budget(setup, traced, gpus, room(setup))
     fits = memory(setup, traced, gpus, wanted).peak <= room(setup)
     budget = wanted if fits else min(wanted, largest)
@@ -54,17 +53,17 @@ def sized(setup: Setup, traced: Traced, gpus: int) -> Sized:
 
 
 def sizes(setup: Setup, traced: Traced, most: int = SIZES[-1]) -> list[Sized]:
-    """On 1 to `most` GPUs, in powers of two. Under --hsdp, those that are whole machines."""
+    """The results for 1 to `most` GPUs, in powers of two; with --hsdp only whole machines."""
     config: Any = setup.config
     asked = [gpus for gpus in SIZES if gpus <= most and (not config.hsdp or gpus > config.gpus_per_machine)]
     return [sized(setup, traced, gpus) for gpus in asked]
 
 
 def changes(setup: Setup, traced: Traced, gpus: int) -> Iterator[str]:
-    """What would make the run fit, each computed as the run itself was: words with the figures."""
+    """Changes that could make the run fit, in words with figures. Each is computed like the run itself."""
     now, wanted = sized(setup, traced, gpus), setup.config.token_budget
     if now.largest:
-        yield f"--token_budget {now.largest}: the most that fits as it is"
+        yield f"--token_budget {now.largest}: the largest that fits without other changes"
     for more in (size for size in SIZES if size > gpus):
         peak = memory(setup, traced, more, wanted).peak
         if peak <= room(setup):
@@ -78,7 +77,7 @@ def changes(setup: Setup, traced: Traced, gpus: int) -> Iterator[str]:
 
 
 def _as_traced(setup: Setup, gpus: int) -> Iterator[dict[str, Any]]:
-    """Options that change no pass with gradients."""
+    """Changes of options that do not affect passes with gradients."""
     config = setup.config
     if setup.writes and config.generation_cache_gib > 1:
         yield {"generation_cache_gib": 1.0}
@@ -91,7 +90,7 @@ def _as_traced(setup: Setup, gpus: int) -> Iterator[dict[str, Any]]:
 
 
 def _told(setup: Setup, values: dict[str, Any], traced: Traced | None, gpus: int) -> str:
-    """The same run with other options; traced again where their activations are others."""
+    """The result of the run with changed options, in words; traced again if the activations change."""
     other = planned(dataclasses.replace(setup.config, **values), setup.lengths, setup.profile)
     found = sized(other, traced or traced_on(other, gpus), gpus)
     words = " ".join(f"--{name}" + ("" if value is True else f" {value}") for name, value in values.items())
@@ -102,11 +101,11 @@ def _told(setup: Setup, values: dict[str, Any], traced: Traced | None, gpus: int
 
 
 def _beside(setup: Setup) -> int | None:
-    """Ranks of a machine, where they hold a model by themselves."""
+    """The ranks per machine if each machine holds a whole model (--hsdp); otherwise None."""
     config: Any = setup.config
     return config.gpus_per_machine if config.hsdp else None
 
 
 def traced_on(setup: Setup, gpus: int) -> Traced:
-    """The trace of the run on so many GPUs."""
+    """The trace of the run on `gpus` GPUs."""
     return trace(setup, gpus, _beside(setup))

@@ -1,5 +1,5 @@
-"""The real model under the real sharding, run forward and backward on tensors that hold nothing: what it would keep,
-and what it would compute. One process stands for all ranks, over a process group that moves nothing.
+"""Runs the real model under the real sharding forward and backward on fake tensors, and records its memory and work.
+One process simulates all ranks, with a fake process group.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed._tools.fake_collectives  # registers what the collectives give under FakeTensorMode
+import torch.distributed._tools.fake_collectives  # registers the collectives for FakeTensorMode
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -30,13 +30,13 @@ from dwrl_fast.plan.lengths import groups
 from dwrl_fast.plan.setup import Setup, built
 from dwrl_fast.ranks import mesh_of
 
-NUMBERS = (1, 3)  # groups in the two passes that a line is drawn through
+NUMBERS = (1, 3)  # groups of the two traced passes, which define a line
 
 
 class Pass(NamedTuple):
     """One micro-batch with gradients, on one rank. tokens: of the backbone. rows: of the head. loss: bytes by kind
-    while the head forms its gradients. most: at the moment of the largest sum. layers: the most activations that there
-    are at any moment. forward, backward: what was computed.
+    while the head computes its gradients. most: bytes by kind at the moment of the largest sum. layers: the maximum
+    activations at any moment. forward, backward: the work.
     """
 
     tokens: int
@@ -55,21 +55,21 @@ class Traced(NamedTuple):
     large: Pass
 
     def at(self, tokens: float, small: float, large: float) -> float:
-        """On the line through a value of each pass, at so many tokens."""
+        """The value at `tokens` on the line through the values of both passes."""
         slope = (large - small) / (self.large.tokens - self.small.tokens)
         return max(0.0, small + slope * (tokens - self.small.tokens))
 
 
 def trace(setup: Setup, gpus: int, beside: int | None = None, *, accumulates: bool = True) -> Traced:
-    """Passes on one of `gpus` ranks; of one GPU without ranks. beside: ranks of a machine, under --hsdp. accumulates:
-    gradients of an earlier micro-batch are there.
+    """Trace passes on one of `gpus` ranks; a single GPU has no ranks. beside: ranks per machine, with --hsdp.
+    accumulates: whether gradients of an earlier micro-batch are in memory.
 
-    ConfigError where the operators are not compiled (plain PyTorch would hold what they do not), or torchrun started
+    Raises ConfigError if the operators are not compiled (plain PyTorch would use more memory), or if torchrun started
     this process.
     """
     problem = extension.problem()
     if problem is not None:
-        raise ConfigError(f"the trace needs the compiled operators, which know their sizes: {problem}")
+        raise ConfigError(f"the trace needs the compiled operators, which report their sizes: {problem}")
     compute = Compute(torch.device("cpu"), setup.dtype)
     packing = "packed" if setup.config.packing == "padded" else setup.config.packing
     layout = Layout(packing, 1 << 62, 0, compute.device)
@@ -84,7 +84,7 @@ def trace(setup: Setup, gpus: int, beside: int | None = None, *, accumulates: bo
 
 @contextmanager
 def _ranks(count: int, beside: int | None) -> Iterator[Any]:
-    """The mesh of so many ranks that are not there; None for one."""
+    """The mesh of `count` simulated ranks; None for one."""
     if count == 1:
         yield None
         return
@@ -101,7 +101,7 @@ def _ranks(count: int, beside: int | None) -> Iterator[Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Backends are chosen for the CPU's tensors, which is no news of the planned device."""
+    """A context without log lines about backends: they are chosen for CPU tensors, not for the planned device."""
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
@@ -111,7 +111,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _fake(mode: FakeTensorMode, record: Any) -> Any:
-    """`record`, a dataclass, with fake tensors in place of its own."""
+    """`record`, a dataclass, with its tensors replaced by fake ones."""
     changed = {}
     for field in dataclasses.fields(record):
         value = getattr(record, field.name)
@@ -143,7 +143,9 @@ def _passed(setup: Setup, model: Any, batch: Batch, compute: Compute, accumulate
 
 
 def _workspace(setup: Setup) -> Any:
-    """Of an operator of the head by its name and arguments, on the planned device."""
+    """A function that gives the working memory of a head operator on the planned device, from its name and
+    arguments.
+    """
 
     def bytes_of(name: str, args: Sequence[Any]) -> int:
         if not name.startswith("linear_"):

@@ -1,4 +1,4 @@
-"""The processes of one run: what they tell each other, and how they start and end."""
+"""The processes of one run: communication, start and end."""
 
 from dwrl_fast.ranks.launch import culprit, mesh_of, start, stop
 from dwrl_fast.ranks.ranks import ALONE, Ranks

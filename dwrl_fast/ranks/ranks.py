@@ -1,7 +1,7 @@
-"""The processes of one run, as torchrun starts them, and what they tell each other.
+"""The processes (ranks) of one run and their communication.
 
-A rank is one of them, with a GPU of its own where there are GPUs. All ranks run the same program over the same rows;
-where each does a share of the work, `gather` gives all of them the results of all.
+A rank is one process, with its own GPU if there are GPUs. All ranks run the same program over the same rows. If each
+does a share of the work, `gather` gives all of them all results.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,8 +19,8 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """This process among `count`. mesh: their device mesh; None where the process was started by itself, which then
-    holds the whole model. Of a mesh of two dimensions, a line of the second holds it whole.
+    """This process among `count`. mesh: the device mesh; None for a single process without torchrun, which holds the
+    whole model. In a mesh of two dimensions, the ranks along the second dimension together hold the whole model.
     """
 
     rank: int = 0
@@ -29,16 +29,16 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this rank is the one that logs, renames and exports."""
+        """Whether this is the rank that logs, renames and exports."""
         return self.rank == 0
 
     @property
     def parts(self) -> int:
-        """Over how many ranks a model lies in parts."""
+        """The number of ranks that a model is sharded over."""
         return 1 if self.mesh is None else int(self.mesh.size(-1))
 
     def gather(self, value: Value) -> list[Value]:
-        """The `value` of every rank, in the order of ranks; on all of them."""
+        """The `value` of every rank, in the order of ranks; returned on all ranks."""
         if self.mesh is None:
             return [value]
         found: list[Any] = [None] * self.count
@@ -46,14 +46,16 @@ class Ranks:
         return found
 
     def joined(self, own: Sequence[Value], places: Sequence[Sequence[int]]) -> list[Value]:
-        """One list of what every rank has of it, on all of them. places: for each rank, where its own belong."""
+        """One list joined from the parts of all ranks; returned on all ranks. places: for each rank, the indices of its
+        values.
+        """
         found: dict[int, Value] = {}
         for each, some in zip(places, self.gather(own), strict=True):
             found |= zip(each, some, strict=True)
         return [found[place] for place in sorted(found)]
 
     def from_first(self, make: Callable[[], Value]) -> Value:
-        """What `make` gives on the first rank, on all of them; a UserError of it is raised on all."""
+        """The result of `make` on the first rank, returned on all ranks. A UserError is raised on all ranks."""
         if self.mesh is None:
             return make()
         said: list[Any] = [None]
@@ -69,14 +71,14 @@ class Ranks:
         return value
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of `values` over ranks, element by element; on all of them. Any device and shape."""
+        """The elementwise sum of `values` over ranks; returned on all ranks. Any device and shape."""
         if self.mesh is not None:
             values = values.clone()
             dist.all_reduce(values)
         return values
 
     def largest(self, value: int) -> int:
-        """The largest `value` of all ranks, on all of them."""
+        """The largest `value` of all ranks; returned on all ranks."""
         if self.mesh is None:
             return value
         found = torch.tensor(value)

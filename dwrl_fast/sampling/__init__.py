@@ -1,4 +1,4 @@
-"""Sampling thoughts. One small interface; each engine is a file beside it."""
+"""Sampling of thoughts: one small interface, and one file per engine."""
 
 from dwrl_fast.sampling.groups import sample_groups
 from dwrl_fast.sampling.kept import KeptThoughts

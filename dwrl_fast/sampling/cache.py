@@ -1,4 +1,4 @@
-"""Keys and values of the texts that are being written, in blocks of tokens, for every layer of a model."""
+"""The key-value cache of the texts that are being sampled, in blocks of tokens, for every layer of a model."""
 
 from typing import Any, NamedTuple
 
@@ -10,13 +10,13 @@ from dwrl_fast.ops.backend import autocast
 
 
 def blocks_for(tokens: int) -> int:
-    """How many blocks hold a run of so many tokens."""
+    """The number of blocks for a run of `tokens` tokens."""
     return -(-tokens // BLOCK)
 
 
 class Cache:
-    """So many blocks. A layer's tensors are made when it first attends; memory that is never written stays untouched
-    on a CPU.
+    """A fixed number of blocks. The tensors of a layer are allocated when it first attends. On a CPU, memory that is
+    never written is never mapped.
     """
 
     def __init__(self, blocks: int):
@@ -25,20 +25,20 @@ class Cache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all layers' tensors that were made so far."""
+        """Bytes of all tensors allocated so far."""
         return sum(x.numel() * x.element_size() for layer in self.layers.values() for x in layer)
 
     def take(self, count: int) -> list[int]:
-        """So many free blocks, which are no longer free."""
+        """Allocate `count` free blocks."""
         return [self.free.pop() for _ in range(count)]
 
     def give(self, blocks: list[int]) -> None:
-        """These blocks are free again, and the list is emptied."""
+        """Free these blocks and empty the list."""
         self.free += blocks[::-1]
         blocks.clear()
 
     def layer(self, number: int, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of one layer, whose new keys are `k` [Q, Hkv, D]."""
+        """Keys and values of one layer; `k` [Q, Hkv, D], its new keys, gives shape and dtype."""
         if number not in self.layers:
             dtype = autocast(k[:0]).dtype
             shapes = ops.cache_shapes(k.shape[1], k.shape[2])
@@ -47,11 +47,11 @@ class Cache:
 
 
 class CachedPlan(NamedTuple):
-    """What an attention layer takes in place of a tree: `step` over `cache`."""
+    """The plan for an attention layer in sampling: `step` over `cache`."""
 
     cache: Cache
     step: CacheStep
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        """[Q, Hq, D], as `ops.cache_attention`."""
+        """[Q, Hq, D], the result of `ops.cache_attention`."""
         return ops.cache_attention(q, k, v, *self.cache.layer(layer, k), self.step, **options)

@@ -1,5 +1,5 @@
-"""The model's pass over new tokens of a cache. On a GPU small passes are CUDA graphs: launching a kernel takes longer
-than most of them run.
+"""The model's forward pass over new tokens with a cache. On a GPU small passes are CUDA graphs, because launching their
+kernels takes longer than running them.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -12,16 +12,16 @@ from dwrl_fast.log import warn_once
 from dwrl_fast.ops import CacheStep
 from dwrl_fast.sampling.cache import Cache, CachedPlan
 
-GRAPHED = 1024  # new tokens: larger passes, which keep a GPU busy, are not captured
+GRAPHED = 1024  # maximum new tokens of a captured pass; larger passes keep a GPU busy
 
 
 class Writer(Protocol):
-    """A `GenerativeModel`, of which the room below must not know."""
+    """The interface of a `GenerativeModel`, which this package must not import."""
 
     lm: Any
 
     def states(self, ids: Tensor, positions: Tensor, plan: CachedPlan) -> Tensor:
-        """[Q, H] of new tokens."""
+        """[Q, H], hidden states of new tokens."""
 
     def head(self, score: Tensor, token: Tensor) -> Any:
         """`HeadInputs` over hidden states."""
@@ -34,15 +34,14 @@ class _Graph(NamedTuple):
 
 
 def recurring(count: int) -> int:
-    """`count` or the next of few numbers, at most 64 or an eighth above it."""
+    """`count` rounded up to one of a few numbers, by at most 64 or an eighth."""
     unit = max(64, 1 << max(0, count.bit_length() - 4))
     return -(-count // unit) * unit
 
 
 class Forward:
-    """Passes of `model` over `cache`, while its weights stay as they are. A graph is captured when a shape is met for
-    the second time: the first pass compiles what it needs. A model that cannot be captured runs as it is, and that is
-    said.
+    """Forward passes of `model` over `cache`, with constant weights. A graph is captured at the second pass of a shape;
+    the first pass compiles kernels. A model that cannot be captured runs without graphs, which is logged.
     """
 
     def __init__(self, model: Writer, cache: Cache):
@@ -52,16 +51,16 @@ class Forward:
         self.pool = torch.cuda.graph_pool_handle() if self.captures else None
 
     def padded(self, count: int) -> int:
-        """How many tokens or tiles are given for `count` of them."""
+        """The padded number of tokens or tiles for `count` of them."""
         return recurring(count) if self.device.type == "cuda" else count
 
     def __call__(self, ids: list[int], position: list[int], slot: list[int], tiles: np.ndarray) -> Tensor:
-        """[Q, H]: the last hidden states of new tokens, from what a `CacheStep` holds. What an earlier call gave may be
-        overwritten.
+        """[Q, H]: the last hidden states of new tokens. The arguments are the fields of a `CacheStep`. May overwrite
+        the result of an earlier call.
         """
-        none = np.array([[0, 0, 1, 0, 0]]).repeat(self.padded(len(tiles)) - len(tiles), axis=0)  # seen by no token
+        none = np.array([[0, 0, 1, 0, 0]]).repeat(self.padded(len(tiles)) - len(tiles), axis=0)  # visible to no token
         shape = len(ids), len(tiles) + len(none)
-        # One tensor, for each copy to a GPU takes as long as a kernel.
+        # One tensor, because each copy to a GPU takes as long as a kernel.
         numbers = torch.from_numpy(np.concatenate([ids, position, slot, tiles.ravel(), none.ravel()], dtype=np.int64))
         if not self.captures or len(ids) > GRAPHED:
             return self._run(numbers.to(self.device), *shape)

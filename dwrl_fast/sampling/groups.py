@@ -1,4 +1,4 @@
-"""From requests to groups of sampled thoughts."""
+"""Samples thoughts for requests and makes groups from them."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,8 +20,8 @@ def sample_groups(
     progress: Callable[[int], None] | None = None,
     normalization: str | None = None,
 ) -> list[Group]:
-    """One group a request, with `n` thoughts for each of its contexts, which `progress` counts. The contexts are those
-    of `dialog`. With `normalization` (of `ops.yes_no_logprob`) a `RatingSampler` gives their scores too.
+    """One group per request, with `n` thoughts for each of its contexts. `progress` counts contexts. dialog: builds the
+    contexts. With `normalization` (see `ops.yes_no_logprob`) a `RatingSampler` also gives the scores.
     """
     contexts = [context for request in requests for context in request.contexts]
     sample = sampler.sample

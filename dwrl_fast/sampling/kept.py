@@ -1,4 +1,4 @@
-"""Thoughts that a model which is not trained writes once, and that are read again and again."""
+"""Thoughts of an untrained model, which are written once and reused."""
 
 import hashlib
 import json
@@ -14,9 +14,10 @@ from dwrl_fast.sampling.sampler import Sampler
 
 
 class KeptThoughts:
-    """A Sampler of one greedy thought a context, written by `writer` when it is first asked for, and kept.
+    """A Sampler that gives one greedy thought per context. `writer` writes it at the first request, and it is then
+    cached.
 
-    tokenizer: what makes a thought readable in `file`. stop_ids: what ends a thought.
+    tokenizer: decodes thoughts for `file`. stop_ids: end a thought.
     """
 
     float32 = True
@@ -27,8 +28,8 @@ class KeptThoughts:
         self.file: Path | None = None
 
     def keep_in(self, file: Path, ranks: Ranks = ALONE) -> None:
-        """Take up the thoughts that `file` holds (JSONL, one a line), and add to it what will be written. Of several
-        ranks, the first alone reads and writes it.
+        """Read the thoughts in `file` (JSONL, one per line), and append future ones to it. With several ranks only the
+        first one reads and writes it.
         """
         self.found = ranks.from_first(lambda: self._read(file))
         self.file = file if ranks.first else None
@@ -37,7 +38,7 @@ class KeptThoughts:
     def _read(file: Path) -> dict[str, list[int]]:
         if not file.exists():
             return {}
-        whole, _, _ = file.read_text(encoding="utf-8").rpartition("\n")  # a killed run may leave half a line
+        whole, _, _ = file.read_text(encoding="utf-8").rpartition("\n")  # a killed run may leave an incomplete line
         file.write_text(whole + "\n" * bool(whole), encoding="utf-8")
         rows = map(json.loads, whole.splitlines())
         return {row["context"]: row["ids"] for row in rows}
@@ -52,9 +53,11 @@ class KeptThoughts:
         seed: int,
         progress: Callable[[int], None] | None = None,
     ) -> list[list[Thought]]:
-        """See `Sampler.sample`; without log-probs. ValueError but for one greedy thought a context."""
+        """See `Sampler.sample`; without log-probs. Raises ValueError unless one greedy thought per context is
+        requested.
+        """
         if n != 1 or temperature:
-            raise ValueError(f"n = {n}, temperature = {temperature}: one greedy thought a context is kept")
+            raise ValueError(f"n = {n}, temperature = {temperature}: only one greedy thought per context is kept")
         keys = [_key(ids) for ids in contexts]
         missing = {key: ids for key, ids in zip(keys, contexts, strict=True) if key not in self.found}
         if missing:

@@ -1,18 +1,18 @@
-"""The tree of what contexts have in common: every run of tokens that several share is one node."""
+"""The prefix tree of contexts: every run of tokens that several contexts share is one node."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-LEAST = 16  # tokens that a shared run must have: below that a tile of its own costs more than it saves
+LEAST = 16  # minimum tokens of a shared run; for fewer, a separate tile costs more than it saves
 
 
 @dataclass(eq=False, slots=True)
 class Prefix:
-    """A run of tokens of one context or several, from `position` on, after those of `parent`.
+    """A run of tokens of one or several contexts, from `position` on, after the tokens of `parent`.
 
-    number: its place in depth-first order. below: contexts that end here or further down.
+    number: its index in depth-first order. below: the number of contexts that end here or in descendants.
     """
 
     parent: "Prefix | None"
@@ -28,7 +28,7 @@ class Prefix:
         return self.position + len(self.ids)
 
     def path(self) -> list["Prefix"]:
-        """From the root to this one."""
+        """The nodes from the root to this one."""
         found: list[Prefix] = []
         node: Prefix | None = self
         while node is not None:
@@ -38,7 +38,7 @@ class Prefix:
 
 
 def prefix_tree(contexts: Sequence[Sequence[int]]) -> list[Prefix]:
-    """For each context the node that it ends in. Equal contexts end in one node."""
+    """For each context, the node in which it ends. Equal contexts end in the same node."""
     ends: list[Prefix | None] = [None] * len(contexts)
     roots: list[Prefix] = []
     last: Prefix | None = None
@@ -70,8 +70,8 @@ def _common(a: np.ndarray, b: np.ndarray) -> int:
 
 
 def _branch(last: Prefix | None, shared: int, roots: list[Prefix]) -> Prefix | None:
-    """The node that ends where the next context leaves the last one, whose first `shared` tokens it has: one is cut in
-    two for it. None where it has too little in common with any.
+    """The node that ends after the first `shared` tokens, which the next context shares with the last one. If
+    necessary, a node is split there. None if the shared part is too short.
     """
     node = last
     while node is not None and shared < node.stop:

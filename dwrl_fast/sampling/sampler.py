@@ -1,4 +1,4 @@
-"""What every engine that samples thoughts must do."""
+"""The interface of engines that sample thoughts."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -10,18 +10,18 @@ from dwrl_fast.encode.thought import Thought
 
 
 class Limits(NamedTuple):
-    """What sampling may take: thoughts written at once, and GiB of keys and values."""
+    """Limits of sampling: thoughts at the same time, and GiB of keys and values."""
 
     batch_size: int
     cache_gib: float
 
 
 class Rating(NamedTuple):
-    """What is asked after each thought, so that its score comes with it.
+    """How to rate each thought, so that sampling also gives its score.
 
-    close: from the place of a context among those sampled for, and a thought's ids, all that follows the context: the
-    thought, and what asks for the label. most: the most tokens of that after the thought. labels, normalization: as
-    `ops.yes_no_logprob` takes them.
+    close: from the index of a context and the ids of a thought, returns all tokens after the context: the thought, and
+    the turns that ask for the label. most: the maximum number of tokens after the thought. labels, normalization: as in
+    `ops.yes_no_logprob`.
     """
 
     close: Callable[[int, list[int]], list[int]]
@@ -31,14 +31,13 @@ class Rating(NamedTuple):
 
 
 class Sampler(Protocol):
-    """Samples from the model's own distribution: softmax(logits / temperature) over the whole vocabulary and nothing
-    else.
+    """Samples from the model's own distribution, softmax(logits / temperature) over the whole vocabulary, without
+    modifications.
 
-    An engine that would apply top-k, top-p, min-p, penalties or forced tokens, from whatever source, must switch them
-    off or refuse.
+    An engine must switch off top-k, top-p, min-p, penalties and forced tokens from any source, or raise an error.
     """
 
-    float32: bool  # whether log-probs are computed in float32, so that they can stand for the trainer's
+    float32: bool  # whether log-probs are computed in float32, so that they can replace the trainer's
 
     def sample(
         self,
@@ -52,8 +51,8 @@ class Sampler(Protocol):
     ) -> list[list[Thought]]:
         """`n` thoughts for each context (token ids). temperature 0 is greedy, with log-probs at temperature 1.
 
-        Thought i of a context is drawn from `request_key(seed, context, i)` alone: it does not depend on what is
-        sampled beside it, on the size of a batch, or on the process. Equal contexts of one call get equal thoughts.
+        The draws of thought i of a context depend only on `request_key(seed, context, i)`, not on other thoughts, the
+        batch size or the process. Equal contexts in one call get equal thoughts.
 
         `progress` is called with the number of contexts finished since the last call.
         """
@@ -62,7 +61,7 @@ class Sampler(Protocol):
 
 @runtime_checkable
 class RatingSampler(Sampler, Protocol):
-    """A sampler that can also rate: thoughts come with their scores, read where the cache ends that sampling left."""
+    """A sampler that can also rate: it returns thoughts with their scores, computed with the cache of sampling."""
 
     def rated(
         self,
@@ -75,14 +74,14 @@ class RatingSampler(Sampler, Protocol):
         seed: int,
         progress: Callable[[int], None] | None = None,
     ) -> list[list[Thought]]:
-        """As `sample`, with the scores that `rating` asks for."""
+        """Like `sample`, with the scores that `rating` defines."""
         ...
 
 
 def request_key(seed: int, context: Sequence[int], index: int) -> int:
     """The key of the noise of thought `index` about `context` (token ids), 64 bits as a signed number.
 
-    seed: of the run and the step (`compute.step_seed`). What is asked, a row's response, stands in the context.
+    seed: of the run and the step (`compute.step_seed`). The context contains the question and the row's response.
     """
     digest = hashlib.blake2b(f"{seed}/{index}/".encode() + np.array(context, dtype=np.int64).tobytes(), digest_size=8)
     return int.from_bytes(digest.digest(), "big", signed=True)

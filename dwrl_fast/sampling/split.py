@@ -1,4 +1,4 @@
-"""Sampling by all ranks: each writes the thoughts about a share of the contexts, and all get all of them."""
+"""Sampling by all ranks: each rank samples the thoughts of a share of the contexts, and all ranks get all thoughts."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -13,10 +13,10 @@ from dwrl_fast.sampling.sampler import Rating, RatingSampler, Sampler
 
 
 class SplitSampler:
-    """A Sampler over one `sampler` a rank, whose model is made up to date by `refresh` before each call.
+    """A Sampler over one `sampler` per rank. `refresh` updates the sampler's model before each call.
 
-    All ranks call it together, with the same contexts. A thought's draws follow what it is for, so the ranks together
-    write what one would.
+    All ranks call it together with the same contexts. The draws of a thought depend only on its request, so the result
+    is the same as with one rank.
     """
 
     def __init__(self, sampler: Sampler, ranks: Ranks, refresh: Callable[[], None]):
@@ -39,7 +39,9 @@ class SplitSampler:
         return self._joined(self.sampler.sample, contexts, n, places, options, progress)
 
     def _places(self, contexts: Sequence[Sequence[int]], n: int, max_tokens: int) -> list[range]:
-        """Those of each rank, about the same number of tokens; contexts that follow each other begin alike."""
+        """The indices of each rank's contexts, with about the same number of tokens. Ranges are contiguous, because
+        adjacent contexts share prefixes.
+        """
         sizes = np.array([len(context) + n * max_tokens for context in contexts], dtype=np.int64)
         middle = np.cumsum(sizes) - sizes / 2
         edges = np.searchsorted(middle, sizes.sum() * np.arange(self.ranks.count + 1) / self.ranks.count).tolist()
@@ -64,7 +66,7 @@ class SplitSampler:
 
 
 class SplitRatingSampler(SplitSampler):
-    """Over samplers that can also rate."""
+    """The same for samplers that can also rate."""
 
     sampler: RatingSampler
 
@@ -88,7 +90,7 @@ class SplitRatingSampler(SplitSampler):
 
 
 def split(sampler: Sampler, ranks: Ranks, refresh: Callable[[], None]) -> Sampler:
-    """`sampler` shared by `ranks`; the same itself where there is one process."""
+    """`sampler` shared by `ranks`; with one process `sampler` itself."""
     if ranks.mesh is None:
         return sampler
     made = SplitRatingSampler if isinstance(sampler, RatingSampler) else SplitSampler

@@ -1,9 +1,9 @@
-"""Sampling with a Hugging Face model in this process, for families that cannot attend over a tree.
+"""Sampling with a Hugging Face model in this process, for model families that cannot run on a tree.
 
-The decoding loop is our own so that nothing but softmax(logits / temperature) can shape a thought: `generate` merges
-the model's generation_config into whatever it is given, and Qwen2.5's turns on top-k, top-p and a repetition penalty.
-Each context is prefilled once and its cache repeated n times; finished sequences leave the batch. Its draws follow the
-thought that they are for (`request_key`), so that batch size and neighbours change nothing but the products' rounding.
+This package has its own decoding loop, so that only softmax(logits / temperature) determines a thought: `generate`
+merges the model's generation_config into its arguments, and that of Qwen2.5 turns on top-k, top-p and a repetition
+penalty. Each context is prefilled once and its cache is repeated n times. Finished sequences leave the batch. The draws
+depend only on the thought (`request_key`), so batch size and other sequences affect only rounding.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,9 +18,9 @@ from dwrl_fast.sampling.sampler import request_key
 
 
 class TransformersSampler:
-    """Samples from `lm` as it stands at each call.
+    """Samples from the current weights of `lm` at each call.
 
-    batch_size: sequences decoded at once. autocast: a factory of the context manager to compute under.
+    batch_size: sequences decoded at once. autocast: a factory of the context manager for the computation.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class TransformersSampler:
         rows = len(contexts) * n
         keys = torch.tensor([request_key(seed, context, i) for context in contexts for i in range(n)], device=device)
         copies = torch.arange(len(contexts), device=device).repeat_interleave(n)
-        cache.reorder_cache(copies)  # the one way to repeat and to drop rows that layers with a state have too
+        cache.reorder_cache(copies)  # works also for layers with a state, to repeat and to drop rows
         logits, mask = output.logits[copies, -1], mask[copies]
         tokens = torch.zeros((rows, max_tokens), dtype=torch.int64, device=device)
         logprobs = torch.zeros((rows, max_tokens), device=device)

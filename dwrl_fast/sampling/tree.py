@@ -1,12 +1,11 @@
-"""Sampling in this process over a cache that texts share: every prefix is computed, kept and read once.
+"""Sampling in this process with a cache shared by texts: every prefix is computed, stored and read once.
 
-What contexts have in common is found first (prefixes.py). A step is one forward pass over new tokens alone, laid end to
-end: the next token of every thought that is being written, as much of waiting contexts as the token budget leaves room
-for, and what is asked after thoughts that have just ended. A thought that is finished gives its place to the next one.
-Positions are those of the texts by themselves, and no mask is made: `ops.cache_attention` takes what each token sees.
+First, shared prefixes of contexts are found (prefixes.py). A step is one forward pass over new tokens only, end to end:
+the next token of every active thought, as many tokens of waiting contexts as the token budget allows, and the rating
+turns of thoughts that have just ended. When a thought is finished, the next one takes its place. Positions are those of
+the separate texts. No mask is built: `ops.cache_attention` gets what each token attends to.
 
-Draws follow the thought that they are for (`request_key`), so what runs beside it changes nothing but the products'
-rounding.
+The draws depend only on the thought (`request_key`), so other thoughts affect only rounding.
 """
 
 from collections import deque
@@ -31,7 +30,9 @@ from dwrl_fast.sampling.sampler import Limits, Rating, request_key
 
 @dataclass(eq=False, slots=True)
 class _Run:
-    """Tokens of one text in the cache: `kept` of `ids` are there, the first of them at `position` of the text."""
+    """Tokens of one text in the cache: the first `kept` of `ids` are stored; the first of them has `position` in the
+    text.
+    """
 
     position: int
     ids: list[int]
@@ -45,7 +46,9 @@ class _Run:
 
 @dataclass(eq=False, slots=True)
 class _Prefix(_Run):
-    """A run that contexts share. left: thoughts that are not finished, here or below. state: [H] at its last token."""
+    """A run shared by contexts. left: the number of unfinished thoughts here or below. state: [H], the hidden state at
+    its last token.
+    """
 
     node: Prefix | None = None
     left: int = 0
@@ -55,7 +58,7 @@ class _Prefix(_Run):
 
 @dataclass(eq=False, slots=True)
 class _Thought(_Run):
-    """A thought that is being written, and then rated."""
+    """A thought while it is sampled and then rated."""
 
     context: int = 0
     index: int = 0
@@ -67,20 +70,20 @@ class _Thought(_Run):
 
 
 def tiles_of(seen: Sequence[tuple[_Run, int, int]]) -> np.ndarray:
-    """[T, 5] int64, as `CacheStep.tiles`: of runs that are seen by the new tokens of consecutive rows."""
+    """[T, 5] int64, `CacheStep.tiles` for runs, each visible to the new tokens of consecutive rows."""
     runs = np.array([(run.position, run.kept, first, stop) for run, first, stop in seen], dtype=np.int64).reshape(-1, 4)
     blocks = [block for run, _, _ in seen for block in run.blocks[: blocks_for(run.kept)]]
     counts = -(-runs[:, 1] // BLOCK)
     position, kept, first, stop = np.repeat(runs, counts, axis=0).T
-    before = BLOCK * (np.arange(len(blocks)) - np.repeat(counts.cumsum() - counts, counts))  # tokens, within its run
+    before = BLOCK * (np.arange(len(blocks)) - np.repeat(counts.cumsum() - counts, counts))  # in tokens, within its run
     return np.stack([blocks, position + before, np.minimum(BLOCK, kept - before), first, stop], axis=1)
 
 
 class TreeSampler:
-    """Samples from `model` as it stands at each call, over a cache that lasts for the call.
+    """Samples from the current weights of `model` at each call. The cache lives for one call.
 
-    limits: thoughts beyond them wait. token_budget: tokens of one forward pass. autocast: a factory of the context
-    manager to compute under.
+    limits: further thoughts wait. token_budget: tokens of one forward pass. autocast: a factory of the context manager
+    for the computation.
     """
 
     def __init__(
@@ -107,7 +110,7 @@ class TreeSampler:
         seed: int,
         progress: Callable[[int], None] | None = None,
     ) -> list[list[Thought]]:
-        """See `Sampler.sample`. ConfigError where the cache cannot hold one context with one thought."""
+        """See `Sampler.sample`. Raises ConfigError if the cache cannot hold one context with one thought."""
         return self._sample(contexts, n, max_tokens, temperature, seed, progress, None)
 
     def rated(
@@ -121,7 +124,7 @@ class TreeSampler:
         seed: int,
         progress: Callable[[int], None] | None = None,
     ) -> list[list[Thought]]:
-        """See `RatingSampler.rated`; errors as of `sample`."""
+        """See `RatingSampler.rated`. Raises the same errors as `sample`."""
         return self._sample(contexts, n, max_tokens, temperature, seed, progress, rating)
 
     @torch.no_grad()
@@ -139,7 +142,7 @@ class TreeSampler:
 
     @torch.no_grad()
     def block_bytes(self) -> int:
-        """What one block takes in all layers, which one token's pass through the model shows."""
+        """Bytes of one block in all layers, measured with a pass of one token."""
         cache = Cache(1)
         Forward(self.model, cache)([0], [0], [0], np.array([[0, 0, 1, 0, 1]]))
         return cache.nbytes
@@ -164,7 +167,7 @@ class _Sampling:
         self.progress, self.rating = progress, rating
         self.model, self.device = sampler.model, sampler.model.lm.device
         self.ends = prefix_tree(contexts)
-        self.runs: dict[Prefix, _Prefix] = {}  # those in the cache, in depth-first order
+        self.runs: dict[Prefix, _Prefix] = {}  # the runs in the cache, in depth-first order
         order = sorted(range(len(contexts)), key=lambda c: self.ends[c].number)
         self.waiting = deque((c, i) for c in order for i in range(n))
         self.writing: list[_Thought] = []
@@ -175,7 +178,7 @@ class _Sampling:
         self.forward = Forward(self.model, self.cache)
 
     def _blocks(self) -> int:
-        """As many as all need at once, or as the memory holds."""
+        """The number of blocks: what all thoughts need, or what the memory holds."""
         if not self.contexts:
             return 0
         nodes = {node for end in self.ends for node in end.path()}
@@ -188,8 +191,8 @@ class _Sampling:
             if least > there:
                 raise ConfigError(
                     f"a context of {len(self.contexts[c])} tokens with a thought of up to {self.max_tokens} takes "
-                    f"{least * size / 2**20:,.0f} MiB of keys and values, and --generation_cache_gib "
-                    f"{self.sampler.limits.cache_gib:g} holds {there * size / 2**20:,.0f}: raise it, or lower "
+                    f"{least * size / 2**20:,.0f} MiB of keys and values, but --generation_cache_gib "
+                    f"{self.sampler.limits.cache_gib:g} holds only {there * size / 2**20:,.0f}: raise it, or lower "
                     "--max_length or --max_completion_length"
                 )
         return min(need, there)
@@ -201,7 +204,9 @@ class _Sampling:
         return [[thought for thought in some if thought is not None] for some in self.found]
 
     def _admit(self) -> None:
-        """Let thoughts in for which there is room, in depth-first order, so that none waits for what others hold."""
+        """Admit thoughts for which there is memory, in depth-first order, so that no thought waits for memory held by
+        others.
+        """
         while self.waiting and len(self.writing) < self.sampler.limits.batch_size:
             context, index = self.waiting[0]
             end = self.ends[context]
@@ -218,18 +223,18 @@ class _Sampling:
             self.writing.append(thought)
 
     def _step(self) -> None:
-        """One forward pass, and what is read from it: a token of each thought that has one before it, or a score."""
+        """Run one forward pass and read its results: the next token of each active thought, or its score."""
         ids, position, slot, tiles, last = self._layout()
         states = torch.empty(0, device=self.device)
         if ids:
             states = self.forward(ids, position, slot, tiles)
             for run in self.runs.values():
                 if run.state is None and run.pending == 0 and run.thoughts:
-                    run.state = states[last[run]].clone()  # a view would keep the whole pass's states
+                    run.state = states[last[run]].clone()  # a view would keep the states of the whole pass
         finished = [thought for thought in self.writing if thought.finished]
         drawing: list[_Thought] = []
-        before: list[int] = []  # the rows of the states that their next tokens follow
-        begun: dict[_Prefix, int] = {}  # those whose states were kept have rows after the new tokens'
+        before: list[int] = []  # the rows of states that predict their next tokens
+        begun: dict[_Prefix, int] = {}  # stored states have rows after those of the new tokens
         for thought in self.writing:
             run = self.runs[self.ends[thought.context]]
             if not thought.finished and (thought.drawn or run.state is not None):
@@ -242,13 +247,13 @@ class _Sampling:
             self._rate(finished, states[[last[thought] for thought in finished]])
 
     def _layout(self) -> tuple[list[int], list[int], list[int], np.ndarray, dict[_Run, int]]:
-        """The new tokens in depth-first order, which makes those that see a run consecutive: ids, positions, slots, the
-        tiles of all runs that any of them sees, and the row of each run's last token.
+        """The new tokens in depth-first order, so that the tokens that see a run are consecutive: ids, positions,
+        slots, the tiles of all visible runs, and the row of each run's last token.
         """
         ids: list[int] = []
         position: list[int] = []
         slot: list[int] = []
-        seen: list[tuple[_Run, int, int]] = []  # with the first row that sees it, and the row after the last one
+        seen: list[tuple[_Run, int, int]] = []  # (run, first row that sees it, row after the last one)
         last: dict[_Run, int] = {}
         budget = max(1, self.sampler.token_budget - sum(thought.pending for thought in self.writing))
 
@@ -283,12 +288,12 @@ class _Sampling:
         empty = self.forward.padded(len(ids)) - len(ids)
         ids += [0] * empty
         position += [0] * empty
-        slot += [-1] * empty  # kept nowhere
+        slot += [-1] * empty  # not stored
         return ids, position, slot, tiles_of(seen), last
 
     def _draw(self, thoughts: list[_Thought], before: list[int], states: Tensor) -> None:
-        """The next token of each of `thoughts`, after the states in the rows `before`. Those that begin at one state
-        share its logits.
+        """Draw the next token of each of `thoughts` from the states in the rows `before`. Thoughts that start from the
+        same state share its logits.
         """
         rows = {row: i for i, row in enumerate(dict.fromkeys(before))}
         numbers = [[rows[row] for row in before], [thought.key for thought in thoughts]]

@@ -1,6 +1,4 @@
-"""How responses are scored under a trained model: a file for each way that a model gives its verdict, and the public
-`Scorer` over all of them.
-"""
+"""Scores responses with a trained model: one file for each kind of verdict, and the public `Scorer` over all kinds."""
 
 from dwrl_fast.scoring.comparison import ChoiceJudging, LabelJudging, LeadJudging
 from dwrl_fast.scoring.judging import Judging, Kind, Progress

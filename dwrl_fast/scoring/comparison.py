@@ -1,8 +1,8 @@
-"""Verdicts on two responses shown together, each pair in both orders: by a label, by what a thought ends with, or by a
-scalar head.
+"""Verdicts on two responses shown together, in both orders: from a label, from the end of a thought, or from a scalar
+head.
 
-A response's score is the log of the share of its comparisons that it wins, so that equal scores are a tie of the two
-orders, as pair accuracy averages them.
+The score of a response is the log of the share of its comparisons that it wins. If the two orders disagree, the scores
+are equal, so pair accuracy counts one half.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,9 @@ from dwrl_fast.scoring.scored import ScoredGroup
 
 
 class LabelJudging(Judging):
-    """p(A) / (p(A) + p(B)) at the label position, averaged over both orders; no thought, so votes change nothing."""
+    """p(A) / (p(A) + p(B)) at the label position, averaged over both orders. There is no thought, so votes have no
+    effect.
+    """
 
     kind = "comparison"
 
@@ -40,20 +42,20 @@ class LabelJudging(Judging):
         return batch.by_sequence(self.values(batch).double().tolist())
 
     def values(self, batch: Batch) -> Tensor:
-        """[S]: what is read at the end of each comparison."""
+        """[S], the value read at the end of each comparison."""
         head = self.runtime.model(batch, tokens=False)
         return head.scores(self.dialog.label_ids, "yes_no").exp()
 
     def shares(
         self, comparisons: Sequence[Comparison], values: list[float]
     ) -> tuple[list[float], list[tuple[float, float]]]:
-        """For each comparison, from what was read: the share of the response shown first, and those that count."""
+        """From the values of all comparisons: the share of the response shown first, and the shares that count."""
         return values, [(p, 1 - p) for p in values]
 
 
 class LeadJudging(LabelJudging):
-    """sigmoid((h(a, b) - h(b, a)) / 2), where h, of a scalar head, is by how much the response shown first leads the
-    second, in nats; no thought, so votes change nothing.
+    """sigmoid((h(a, b) - h(b, a)) / 2), where h, from a scalar head, is by how much the response shown first is better
+    than the second, in nats. There is no thought, so votes have no effect.
     """
 
     def values(self, batch: Batch) -> Tensor:
@@ -70,9 +72,9 @@ class LeadJudging(LabelJudging):
 
 
 class ChoiceJudging(Judging):
-    """The verdict that a thought ends with: one greedy thought for each order, or the votes of `votes` sampled ones.
+    """The verdict at the end of a thought: one greedy thought for each order, or the majority of `votes` sampled ones.
 
-    One that cannot be read is wrong, whichever response is the better: it counts for the one of the worse rank.
+    An unreadable verdict counts as wrong: it counts for the response with the worse rank.
     """
 
     thinks = True
@@ -101,10 +103,9 @@ class ChoiceJudging(Judging):
 def win_scores(
     group: Group, comparisons: Sequence[Comparison], shares: Sequence[tuple[float, float]]
 ) -> list[list[float]]:
-    """K lists of one score: the log of the mean share of its comparisons that each response wins; -inf where it wins
-    none.
+    """K lists of one score: the log of the mean share of its comparisons that each response wins; -inf if it wins none.
 
-    shares: for each comparison, those of the response shown first and of the one shown second.
+    shares: for each comparison, the shares of the response shown first and of the second.
     """
     won: list[list[float]] = [[] for _ in group.preference.responses]
     for comparison, (first, second) in zip(comparisons, shares, strict=True):

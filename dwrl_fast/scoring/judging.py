@@ -1,4 +1,4 @@
-"""What every way of giving a verdict is to training, to evaluation and to the public `Scorer`."""
+"""The interface of all kinds of verdicts, for training, evaluation and the public `Scorer`."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -13,15 +13,15 @@ from dwrl_fast.scoring.scored import ScoredGroup
 
 Progress = Callable[[int], None]
 Kind = Literal["score", "number", "comparison"]
-"""What one verdict of a model is: a score in nats, a number in text, or who won among two shown together."""
+"""The kind of a verdict: a score in nats, a number in text, or the winner of two responses shown together."""
 
 
 class Judging(ABC):
-    """Scores every response of every row under a model as it stands.
+    """Scores every response of every row with the current weights of a model.
 
-    thinks: whether a thought precedes the score, so that votes mean something. kind: under comparison a response's
-    score depends on those that it is shown with. switches_model: whether scoring switches adapters off and on, so that
-    no other call may run meanwhile. card: as `Method.card` gave it.
+    thinks: whether a thought precedes the score, so that votes have an effect. kind: with comparisons, the score of a
+    response depends on the other response shown. switches_model: whether scoring switches adapters off and on, so that
+    no other call may run at the same time. card: from `Method.card`.
     """
 
     thinks: ClassVar[bool] = False
@@ -36,7 +36,9 @@ class Judging(ABC):
     def score_groups(
         self, rows: Sequence[Preference], *, votes: int = 1, seed: int = 0, progress: Progress | None = None
     ) -> list[ScoredGroup]:
-        """In the order of `rows`. votes: 1 is one greedy thought, more are sampled. `progress` counts responses."""
+        """The scored groups, in the order of `rows`. votes: 1 is one greedy thought, more are sampled. `progress`
+        counts responses.
+        """
 
     def sample(
         self,
@@ -46,8 +48,8 @@ class Judging(ABC):
         progress: Progress | None = None,
         normalization: str | None = None,
     ) -> list[Group]:
-        """One group a request with `votes` thoughts a context, which `progress` counts; a single one is greedy. With
-        `normalization` the thoughts come with their scores, where the sampler can give them.
+        """One group per request with `votes` thoughts per context; a single thought is greedy. `progress` counts
+        contexts. With `normalization` the thoughts have scores, if the sampler can give them.
         """
         assert self.runtime.sampler is not None
         return sample_groups(

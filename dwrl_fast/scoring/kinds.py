@@ -1,4 +1,4 @@
-"""The ways of giving a verdict, by the name that `Method.verdict` has for them."""
+"""The kinds of verdicts, by their names in `Method.verdict`."""
 
 from typing import Any
 
@@ -23,5 +23,5 @@ VERDICTS: dict[str, type[Judging]] = {
 
 
 def judging_of(runtime: Runtime, card: dict[str, Any]) -> Judging:
-    """How the model of `runtime` gives its verdict, by the method that its card names."""
+    """The judging of the model of `runtime`, for the method that its card names."""
     return VERDICTS[METHODS[card["method"]].verdict](runtime, card)

@@ -1,4 +1,4 @@
-"""How a model is asked: the dialog of a run, of a model that was trained here, and of any other as a judge."""
+"""Loads the dialog of a run, of a model trained with this package, or of any other model as a judge."""
 
 import math
 from pathlib import Path
@@ -15,7 +15,9 @@ from dwrl_fast.templates import DEFAULT
 
 
 def load_dialog(config: TrainConfig) -> Dialog | SingleTurn:
-    """What builds the sequences of a run: a model trained here before brings its own, but for what the options say."""
+    """The builder of sequences of a run. A model trained with this package provides its own settings, which options
+    override.
+    """
     method = METHODS[config.method]
     source = config.tokenizer_name_or_path or config.model_name_or_path
     if source is None:
@@ -24,9 +26,9 @@ def load_dialog(config: TrainConfig) -> Dialog | SingleTurn:
         card = load_card(config.model_name_or_path)
         if METHODS[card["method"]].scalar:
             raise ModelError(
-                f"{config.model_name_or_path} was trained by {card['method']} and has a scalar head in place of a "
-                f"language model's, which {'prefilled_thoughts' if method.scalar else config.method} needs: start from "
-                "the model that it started from"
+                f"{config.model_name_or_path} was trained by {card['method']} and has a scalar head instead of a "
+                f"language model's head, which {'prefilled_thoughts' if method.scalar else config.method} needs: "
+                "start from the model that its own training started from"
             )
     chat = load_chat(
         config.model_name_or_path,
@@ -46,13 +48,13 @@ def load_dialog(config: TrainConfig) -> Dialog | SingleTurn:
 
 
 def load_trained(folder: str | Path, aspect: str | None = None) -> tuple[Dialog | SingleTurn, dict[str, Any]]:
-    """How a model that `save_pretrained` wrote is asked, and its card."""
+    """The dialog and the card of a model that `save_pretrained` wrote."""
     card = load_card(folder)
     try:
         _check_card(card)
     except ConfigError as error:
         raise ModelError(
-            f"the card of {folder} is not as it was saved: {error} Copy {CARD} again from where the model was trained"
+            f"the card of {folder} is not valid: {error} Copy {CARD} again from where the model was trained"
         ) from None
     saved = card["dialog"] | ({} if aspect is None else {"aspect": aspect})
     make = Dialog if saved["template"].get("kind", DEFAULT) == "dialog" else SingleTurn
@@ -60,15 +62,17 @@ def load_trained(folder: str | Path, aspect: str | None = None) -> tuple[Dialog 
 
 
 def _check_card(card: dict[str, Any]) -> None:
-    """ConfigError where a card lacks what its method needs, or a value has a wrong type or is out of range."""
+    """Raise ConfigError if a card lacks a value that its method needs, or if a value has a wrong type or is out of
+    range.
+    """
     if str(card.get("method")) not in METHODS:
-        raise ConfigError(f"its method is {card.get('method')!r}, which is none of {', '.join(METHODS)}.")
+        raise ConfigError(f"its method is {card.get('method')!r}, which is not one of {', '.join(METHODS)}.")
     options = [*METHODS[str(card["method"])].card_options, *["max_completion_length"] * ("prefilled_by" in card)]
     if absent := [name for name in ("dialog", *options) if card.get(name) is None]:
         raise ConfigError(f"it has no {', '.join(absent)}.")
     texts = {name for name in options if isinstance(card[name], str)} - {"score_normalization"}
     if texts:
-        raise ConfigError(f"{', '.join(sorted(texts))}: must be a number, and is text.")
+        raise ConfigError(f"{', '.join(sorted(texts))}: must be a number, but is text.")
     checked(TrainConfig, {name: card[name] for name in options}, "the card")
     calibration = card.get("calibration", {"temperature": 1.0})
     shapes = {"dialog": dict, "prefilled_by": str, "reference": dict, "calibration": dict}
@@ -84,11 +88,11 @@ def _check_card(card: dict[str, Any]) -> None:
 def load_judge(
     method: str, name_or_path: str, *, template: str | None, aspect: str | None, enable_thinking: Thinking
 ) -> tuple[Dialog | SingleTurn, dict[str, Any]]:
-    """How any causal language model is asked under `method`, which trains nothing, and a card for it."""
+    """The dialog for any causal language model under `method`, which trains nothing, and a card for it."""
     config = TrainConfig(
         method=method,
         model_name_or_path=name_or_path,
-        eval_dataset_name=(Part(name_or_path),),  # a judge must have something to judge; it is not read here
+        eval_dataset_name=(Part(name_or_path),),  # the options require evaluation data; this value is not read
         template=template,
         aspect=aspect,
         enable_thinking=enable_thinking,

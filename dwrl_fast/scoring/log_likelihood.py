@@ -1,4 +1,4 @@
-"""How likely a model writes a response: the score of a policy."""
+"""The score of a policy: the log-likelihood of a response."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -18,9 +18,9 @@ from dwrl_fast.scoring.scored import ScoredGroup
 
 
 class PolicyJudging(Judging):
-    """log pi(y | x), summed over the response's tokens with its end-of-turn, times beta; less that of the frozen model
-    that the policy was trained from, where its card names one: the implicit reward. Without it `token_scores` are
-    filled too. It has no thoughts, so votes change nothing.
+    """beta log pi(y | x), summed over the response's tokens including its end-of-turn. If the card names the frozen
+    start model, its value is subtracted, which gives the implicit reward. Without a start model `token_scores` are also
+    filled. There are no thoughts, so votes have no effect.
     """
 
     kind = "score"
@@ -32,8 +32,8 @@ class PolicyJudging(Judging):
         self.switches_model = self.start is runtime
 
     def with_start_logprobs(self, groups: Sequence[Group]) -> list[Group]:
-        """The groups with the log-probs of their trained tokens under the frozen model: a model with adapters is taken
-        without them.
+        """The groups with the log-probs of their trained tokens under the frozen start model; for a model with
+        adapters, that is the model without them.
         """
         assert self.start is not None
         model = self.start.model
@@ -64,8 +64,8 @@ class PolicyJudging(Judging):
 
 
 def _load_start(runtime: Runtime, card: dict[str, Any]) -> Runtime | None:
-    """The model that the run started from: the model itself without its adapters, if it has any; otherwise it is loaded
-    again, at the start of a run, when a run goes on, and for evaluation. None, said, where it is not found.
+    """The model at the start of the run: the model itself without its adapters, if it has any; otherwise it is loaded
+    again (at the start of a run, when a run is resumed, and for evaluation). None, with a warning, if it is not found.
     """
     if adapted(runtime.model.lm):
         return runtime
@@ -81,7 +81,7 @@ def _load_start(runtime: Runtime, card: dict[str, Any]) -> Runtime | None:
     except ModelError as error:
         warn_once(
             "the model that this one was trained from is not found, so the scores are beta log pi(y | x), without "
-            f"the reference's; accuracy and margin are those of another reward.\n  {error}"
+            f"the reference's term; accuracy and margin are then those of a different reward.\n  {error}"
         )
         return None
     return start

@@ -1,4 +1,4 @@
-"""The number that a thought about one response ends with."""
+"""The score is the number at the end of a thought about one response."""
 
 import math
 from collections.abc import Sequence
@@ -11,9 +11,10 @@ from dwrl_fast.scoring.scored import ScoredGroup
 
 
 class PointJudging(Judging):
-    """The number of one greedy thought, or the mean of those of `votes` sampled ones; it is no log-probability.
+    """The number of one greedy thought, or the mean of the numbers of `votes` sampled ones. It is not a
+    log-probability.
 
-    A response for which none can be read is judged wrongly: its score is infinite, on the wrong side.
+    A response without any readable number counts as wrong: its score is infinite, with the wrong sign.
     """
 
     thinks = True

@@ -1,4 +1,4 @@
-"""The rewards of a foreign trainer's rows: each that can be judged is, whatever stands beside it; others have none."""
+"""Rewards for rows of other trainers. Every row that can be judged gets a reward; the others get None."""
 
 import math
 import sys
@@ -20,7 +20,7 @@ INFINITE = "infinite log-odds, which cannot be a reward: use as_reward_function(
 
 
 class Judgeable(NamedTuple):
-    """A row that can be judged. reference: what the response is compared with, if it is."""
+    """A row that can be judged. reference: the text to compare the response with, if any."""
 
     place: int
     prompt: Turns
@@ -30,8 +30,8 @@ class Judgeable(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Rewards:
-    """score: takes prompts, responses and `reference`, gives [N]. longest: the most tokens that a sequence may have
-    before a thought is written. unjudged: counts the rows without a reward, by reason; the first is said.
+    """score: takes prompts, responses and `reference`, returns [N]. longest: maximum tokens of a sequence before its
+    thought. unjudged: counts the rows without a reward, by reason; the first one is logged.
     """
 
     score: Callable[..., Tensor]
@@ -42,8 +42,8 @@ class Rewards:
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], references: Sequence[Any] | None
     ) -> list[float | None]:
-        """One a row, None where it cannot be judged. DataError where these are no lists of one length, or a reference
-        is no text.
+        """One reward per row; None if it cannot be judged. Raises DataError if the arguments are not lists of the same
+        length, or if a reference is not text.
         """
         if not len(completions):
             return []
@@ -69,7 +69,7 @@ class Rewards:
         reference = None if references is None else references[i]
         if not isinstance(reference, str | list | tuple | None):
             raise DataError(
-                f"the reference of completion {i} is no text but the {type(reference).__name__} {reference!r:.60}"
+                f"the reference of completion {i} is not text but the {type(reference).__name__} {reference!r:.60}"
             )
         try:
             turns, begun = as_prompt("its prompt", prompt)
@@ -81,15 +81,15 @@ class Rewards:
             return None
         tokens, reason = fit(Preference(turns, tuple(texts)), self.dialog, sys.maxsize)
         if reason or tokens > self.longest:
-            self._pass_over(i, reason or "more tokens, with its thought, than the model has positions for")
+            self._pass_over(i, reason or "with its thought it has more tokens than the model has positions")
             return None
         return Judgeable(i, turns, texts[0], None if references is None else texts[1])
 
     def _pass_over(self, i: int, reason: str, said: str = "") -> None:
         if not self.unjudged:
             logger.warning(
-                "completion %d of a batch gets no reward (None): %s. So will others that cannot be judged; they are "
-                "counted by reason in Scorer.unjudged",
+                "completion %d of a batch gets no reward (None): %s. The same holds for every completion that cannot "
+                "be judged; Scorer.unjudged counts them by reason",
                 *(i, said or reason),
             )
         self.unjudged[reason] += 1

@@ -1,4 +1,4 @@
-"""A loaded model, and all that it takes to run it without gradients."""
+"""A loaded model with everything that is needed to run it without gradients."""
 
 import uuid
 from collections.abc import Callable, Sequence
@@ -27,8 +27,8 @@ Result = TypeVar("Result")
 
 
 class Share(NamedTuple):
-    """What all ranks compute of some groups: the places of each rank's own, and what the groups hold together.
-    batches: this rank's micro-batches, as many as the other ranks have; those that it lacks are idle, without groups.
+    """The division of groups over ranks: the indices of each rank's groups, and the total size. batches: this rank's
+    micro-batches. All ranks have the same number; missing ones are idle batches without groups.
     """
 
     places: list[list[int]]
@@ -38,8 +38,9 @@ class Share(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """model: a `GenerativeModel` or `ScalarModel`. sampler: None where it cannot write thoughts. sharded: what is whole
-    of the model where ranks hold parts of it. vllm: what writes the model's thoughts, where it is not the model itself.
+    """model: a `GenerativeModel` or `ScalarModel`. sampler: None if it cannot write thoughts. sharded: gives unsharded
+    weights if the model is sharded over ranks. vllm: the engine that writes the thoughts, if it is not the model
+    itself.
     """
 
     model: Any
@@ -52,26 +53,26 @@ class Runtime:
     vllm: VllmSampler | None = None
 
     def changed(self) -> None:
-        """The weights are no longer those that thoughts were last sampled with."""
+        """Note that the weights have changed since thoughts were last sampled."""
         if self.sharded is not None:
             self.sharded.stale = True
         if self.vllm is not None:
             self.vllm.changed()
 
     def refresh(self) -> None:
-        """Bring what samples up to date with the weights, as sampling would by itself. All ranks call it together."""
+        """Update the sampler's weights, which sampling would otherwise do. All ranks call this together."""
         if self.vllm is not None:
             self.vllm.refresh()
         elif self.sharded is not None and self.sharded.replica is not None:
             self.sharded.refresh()
 
     def close(self) -> None:
-        """Leave nothing running beside this process."""
+        """Stop all engines of this runtime."""
         if self.vllm is not None:
             self.vllm.close()
 
     def share(self, groups: Sequence[Group]) -> Share:
-        """`groups` over the ranks. All of them hold all groups and split them alike."""
+        """Divide `groups` over the ranks. All ranks hold all groups and compute the same division."""
         shares = self.layout.split(groups, self.ranks.count)
         _, micro = shares[self.ranks.rank]
         batches = self.layout.laid_out(micro)
@@ -86,11 +87,11 @@ class Runtime:
         read: Callable[[Batch], Sequence[Result]],
         progress: Callable[[int], None] | None = None,
     ) -> list[Result]:
-        """What `read` gives for each group, in their order: it takes a micro-batch and gives one thing a group of it.
+        """The result of `read` for each group, in order. read: takes a micro-batch and returns one result per group.
 
-        The model is in its mode for scoring, without gradients, in the run's dtype. `progress` counts responses. This
-        is the one pass without gradients: of scores of every kind, of old log-probs and of a frozen model's. Ranks
-        share the groups, and all get what was read of all.
+        The model is in evaluation mode, without gradients, in the run's dtype. `progress` counts responses. This is the
+        only pass without gradients: for scores of every kind, old log-probs, and log-probs of a frozen model. Ranks
+        share the groups, and all ranks get all results.
         """
         found: dict[Group, Result] = {}
         training = self.model.training
@@ -111,19 +112,19 @@ class Runtime:
         finally:
             self.model.train(training)
             if self.sharded is not None:
-                self.sharded.model.reshard()  # the root, which only a backward pass would give up
+                self.sharded.model.reshard()  # the root unit would otherwise be freed only by a backward pass
         own = [found[groups[place]] for place in share.places[self.ranks.rank]]
         joined = self.ranks.joined(own, share.places)
         if progress is not None and left:
-            progress(left)  # of the other ranks
+            progress(left)  # responses of the other ranks
         return joined
 
     def whole(self) -> Any:
-        """The model itself, or, where it is sharded, a whole copy on the first rank and None on the others."""
+        """The model itself; if it is sharded, a whole copy on the first rank and None on the others."""
         return self.model if self.sharded is None else self.sharded.whole()
 
     def logprobs(self, groups: Sequence[Group], temperature: float = 1.0) -> list[list[list[list[float]]]]:
-        """The log-probs of each group's trained tokens, in nats: K lists of N, a list a sequence."""
+        """The log-probs of each group's trained tokens, in nats: K lists of N, one list per sequence."""
 
         def read(batch: Batch) -> list[list[list[list[float]]]]:
             head = self.model(batch, tokens=True)
@@ -149,12 +150,12 @@ def load_runtime(
     offload: bool = False,
     vllm: VllmSettings | None = None,
 ) -> Runtime:
-    """The model that `card` tells of, from a folder or hub name or drawn from a configuration, on `compute.device`.
+    """The model that `card` describes, from a folder or hub name, or initialised from a configuration, on
+    `compute.device`.
 
-    limits: of sampling. new_head: a scalar head that the folder does not hold is drawn, to be trained. frozen: nothing
-    will be trained. ranks: those that hold the model together, each a part; offload: in the processor's memory. vllm:
-    that writes the model's thoughts.
-    ModelError where the model, or the one that prefills its thoughts, cannot be loaded.
+    limits: of sampling. new_head: initialise a scalar head that the folder lacks, for training. frozen: nothing will be
+    trained. ranks: the ranks that share the model in shards; offload: in CPU memory. vllm: the settings if vLLM writes
+    the thoughts. Raises ModelError if the model, or the one that writes prefilled thoughts, cannot be loaded.
     """
     method = METHODS[card["method"]]
     dtype = _dtype(compute, ranks)
@@ -186,7 +187,7 @@ def load_runtime(
 
 
 def _with_vllm(runtime: Runtime, settings: VllmSettings, limits: Limits, *, trains: bool) -> Runtime:
-    """With thoughts by vLLM, which has no weights but those that are sent to it."""
+    """The runtime with vLLM as sampler. vLLM uses only the weights that are sent to it."""
     model, sharded, compute, ranks = runtime.model, runtime.sharded, runtime.compute, runtime.ranks
     lm = model.lm if sharded is None else sharded.skeleton.lm
     check_exported_names(lm)
@@ -197,8 +198,8 @@ def _with_vllm(runtime: Runtime, settings: VllmSettings, limits: Limits, *, trai
 
 
 def _dtype(compute: Compute, ranks: Ranks) -> Literal["auto"] | None:
-    """What weights are loaded in: by one process in float32; by ranks as their file has them, to be cast part by part,
-    where not all is computed in float32.
+    """The dtype of loaded weights: one process loads float32; several ranks load the dtype of the file and cast shard
+    by shard, unless everything is computed in float32.
     """
     return None if ranks.mesh is None or compute.float32 else "auto"
 
@@ -211,8 +212,8 @@ def load_writer(
     limits: Limits,
     ranks: Ranks = ALONE,
 ) -> Sampler:
-    """A language model, as it stands, that only writes thoughts in `dialog`; every rank has all of it. ModelError where
-    it cannot be loaded.
+    """A sampler with an untrained language model that only writes thoughts in `dialog`. Every rank holds the whole
+    model. Raises ModelError if it cannot be loaded.
     """
     dtype = _dtype(compute, ranks)
     model = place(load_generative(name_or_path, None, 0, dtype=dtype), compute, layout, thinks=True)
@@ -230,10 +231,12 @@ def _sampler(model: Any, dialog: Any, compute: Compute, layout: Layout, limits: 
 
 
 def _prefilled(runtime: Runtime, writer: str, limits: Limits) -> Runtime:
-    """With the thoughts of the language model `writer`, which stands beside the scalar one."""
+    """The runtime of a scalar model with the thoughts of the language model `writer`."""
     dialog = runtime.dialog
     try:
         sampler = load_writer(writer, dialog, runtime.compute, runtime.layout, limits, runtime.ranks)
     except ModelError as error:
-        raise ModelError(f"this model reads thoughts that {writer} writes, which must be there too. {error}") from error
+        raise ModelError(
+            f"this model reads thoughts that {writer} writes, so that model is needed too. {error}"
+        ) from error
     return replace(runtime, sampler=KeptThoughts(sampler, dialog.tokenizer, dialog.stop_ids))

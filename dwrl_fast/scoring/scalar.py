@@ -1,4 +1,4 @@
-"""The reward of a scalar model, read at the last token of prompt and response, or of a thought about them as well."""
+"""The reward of a scalar model, read at the last token of prompt and response, or of a thought about them."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from dwrl_fast.scoring.scored import ScoredGroup
 
 
 class ScalarJudging(Judging):
-    """r(x, y), or r(x, y, o) where one thought o is kept for each response: votes change nothing."""
+    """r(x, y), or r(x, y, o) with one cached thought o per response. Votes have no effect."""
 
     kind = "score"
 
@@ -20,7 +20,7 @@ class ScalarJudging(Judging):
             groups = plain_groups(rows, self.dialog)
         else:
             groups = self.sample(response_requests(rows, self.dialog), 1, seed, progress)
-            progress = None  # it was the writing that took the time
+            progress = None  # writing the thoughts took the time and was counted
         scores = self.runtime.run_batches(
             groups, lambda batch: batch.by_sequence(self.runtime.model(batch).tolist()), progress
         )

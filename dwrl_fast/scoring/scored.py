@@ -1,4 +1,4 @@
-"""What a model made of one group."""
+"""The scores of one group."""
 
 import math
 from collections.abc import Sequence
@@ -12,12 +12,14 @@ from dwrl_fast.encode import Comparison, Group
 
 @dataclass(frozen=True, slots=True)
 class ScoredGroup:
-    """scores: K lists of N in nats, for each response; the mean of their probabilities is the response's. Methods that
+    """The scores and verdicts of one group.
+
+    scores: K lists of N in nats, one list per response; the response's probability is the mean of theirs. Methods that
     compare responses, or whose verdict is a number, give K lists of one.
-    verdicts: where they are no scores in nats, what each thought says, or what is read without one: for each response,
-    or for each of `comparisons`, N numbers; of comparisons, 1 where the response shown first wins, 0 where the other
-    does, a probability between. None where it cannot be read.
-    token_scores: K scores a token, where a score is a response's log-prob.
+    verdicts: if they are not scores in nats, N numbers for each response, or for each of `comparisons`, read after the
+    thoughts or without any. For comparisons: 1 if the response shown first wins, 0 if the other wins, or a probability
+    between. None for a verdict that cannot be read.
+    token_scores: K scores per token, if a score is the log-prob of a response.
     """
 
     group: Group
@@ -28,20 +30,18 @@ class ScoredGroup:
 
     @property
     def unparsable(self) -> int:
-        """Verdicts that could not be read."""
+        """The number of unreadable verdicts."""
         return sum(some.count(None) for some in self.verdicts)
 
     @property
     def first_shares(self) -> list[float]:
-        """For each comparison with a verdict that could be read, the share of these for the response shown first."""
+        """For each comparison with readable verdicts, their share for the response shown first."""
         read = [[verdict for verdict in some if verdict is not None] for some in self.verdicts if self.comparisons]
         return [sum(some) / len(some) for some in read if some]
 
 
 def marginal_scores(groups: Sequence[ScoredGroup]) -> Tensor:
-    """Log of the mean of exp(score) over each response's scores: float64 [P, K], nan where a group has fewer
-    responses.
-    """
+    """Log of the mean of exp(score) over each response's scores: float64 [P, K], nan if a group has fewer responses."""
     rows = [
         [torch.tensor(each, dtype=torch.float64).logsumexp(0).item() - math.log(len(each)) for each in g.scores]
         for g in groups

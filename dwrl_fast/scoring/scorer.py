@@ -1,4 +1,4 @@
-"""`dwrl_fast.Scorer`: a model as a judge, for evaluation and for code that is not ours, as another trainer's loop."""
+"""`dwrl_fast.Scorer`: a model as a judge, for evaluation and for other code, such as the loop of another trainer."""
 
 import asyncio
 import math
@@ -38,27 +38,27 @@ Thoughts = list[list[str]]
 
 
 class Scorer:
-    """Scores responses; `dwrl_fast.evaluate` goes through it too. Prompts are strings or lists of messages, responses
-    strings or lists with one message. The content of a message may be a list of parts that are all text. Where a
-    prompt ends with a turn of the assistant, each response to it goes on with that turn.
+    """Scores responses; `dwrl_fast.evaluate` uses it too. Prompts are strings or lists of messages, responses are
+    strings or lists with one message. The content of a message may be a list of text parts. If a prompt ends with an
+    assistant turn, each response continues that turn.
 
-    Scores are float32 on the CPU, in the order given: log p(Yes) in nats, r of scalar heads, the number that a thought
-    ends with, the log-prob or implicit reward of policies. With `votes` = 1 a thought is greedy; of more, which are
-    drawn from `seed`, the score is the log of the mean of their p(Yes). Methods that compare two responses give
-    log-odds, in nats, and need `reference`, what each response is compared with; under any other method log-odds are
-    the difference of the two scores. A verdict that cannot be read makes the score nan.
+    Scores are float32 on the CPU, in the given order: log p(Yes) in nats, the reward of scalar heads, the number at the
+    end of a thought, or the log-prob or implicit reward of policies. With `votes` = 1 the thought is greedy. With more
+    votes, thoughts are drawn with `seed`, and the score is the log of the mean of their p(Yes). Methods that compare
+    two responses give log-odds in nats and need `reference`, a text to compare each response with. For all other
+    methods log-odds are the difference of two scores. If a verdict cannot be read, the score is nan.
 
-    The responses of one prompt share it in the forward pass, so many of them go best into one call. What a text scores,
-    and the noise from which its thoughts are drawn, do not depend on what is scored beside it. Calls from several
-    threads run side by side, each with memory of its own; those of a policy with adapters wait for one another.
+    The responses to one prompt share it in the forward pass, so it is best to put many of them into one call. The score
+    of a text, and the random draws of its thoughts, do not depend on the other texts in the call. Calls from several
+    threads run in parallel, each with its own memory; calls of a policy with adapters wait for each other.
 
-    thinks: whether a thought precedes the verdict, so that votes mean something. kind: what one verdict is; compares:
-    whether it is about two responses. dialog: how the model is asked. tokens: `computed` so far, and `naive`, what one
-    sequence at a time with nothing shared would have taken; padding of the sampler is not counted. unjudged: how many
-    rows got no reward from `as_reward_function`, by reason.
+    thinks: whether a thought precedes the verdict, so that votes have an effect. kind: the kind of a verdict; compares:
+    whether a verdict is about two responses. dialog: the builder of the model's sequences. tokens: `computed` so far,
+    and `naive` (one sequence at a time without sharing); padding in the sampler is not counted. unjudged: the number of
+    rows without a reward from `as_reward_function`, by reason.
 
-    DataError: prompts or responses are no such lists, or a prompt is no conversation. TemplateError: the chat template
-    cannot carry one.
+    Raises DataError if prompts or responses are not such lists, or a prompt is not a conversation, and TemplateError if
+    the chat template cannot represent one.
     """
 
     def __init__(self, judging: Judging):
@@ -68,7 +68,7 @@ class Scorer:
         self.compares = judging.kind == "comparison"
         self.tokens: Counter[str] = judging.runtime.layout.tokens
         self.unjudged: Counter[str] = Counter()
-        self._said_past = False  # that sequences pass the model's positions
+        self._said_past = False  # whether the warning about the model's positions was logged
         self._judging, self._lock = judging, threading.Lock()
         self._writes = judging.thinks or "prefilled_by" in card
         self._thought_tokens: int = card.get("max_completion_length", 0) if self._writes else 0
@@ -97,11 +97,11 @@ class Scorer:
         vllm_gpu_memory_utilization: float = EvaluateConfig.vllm_gpu_memory_utilization,
         vllm_max_model_length: int | None = None,
     ) -> Self:
-        """From a folder that `dwrl_fast.train` wrote (OUTPUT_DIR/model); or, as a "judge" that is asked for a verdict
-        in text, from any causal language model, by folder, hub name or GGUF file. On the GPU if there is one.
+        """From a folder that `dwrl_fast.train` wrote (OUTPUT_DIR/model); or, with method "judge", which asks for a
+        verdict in text, from any causal language model, by folder, hub name or GGUF file. Uses the GPU if there is one.
 
-        The options are those of `dwrl_fast.evaluate`; None is what the model was trained with. ModelError where it
-        cannot be loaded or was not trained here, ConfigError where an option is wrong.
+        The options are those of `dwrl_fast.evaluate`; None means the value of the model's training. Raises ModelError
+        if the model cannot be loaded or was not trained with this package, ConfigError if an option is wrong.
         """
         options: dict[str, Any] = {
             "method": method,
@@ -144,15 +144,15 @@ class Scorer:
     def score_groups(
         self, rows: Sequence[Preference], *, votes: int = 1, seed: int = 0, progress: Progress | None = None
     ) -> list[ScoredGroup]:
-        """Every response of every row, with all that there is to know of it: scores, verdicts, thoughts as token ids.
+        """All results for every response of every row: scores, verdicts, and thoughts as token ids.
 
-        The groups are in the order of `rows`. A verdict that cannot be read is wrong: it counts for the response of the
-        worse rank. `progress` counts responses. This is what everything else here, and evaluation, is made of.
-        NotFiniteError where the model gives NaN.
+        The groups are in the order of `rows`. An unreadable verdict counts as wrong: it counts for the response with
+        the worse rank. `progress` counts responses. All other methods of this class, and evaluation, use this one.
+        Raises NotFiniteError if the model gives NaN.
         """
         if votes < 1:
             raise DataError(f"votes = {votes}: must be at least 1")
-        device = self._judging.runtime.model.lm.device  # a thread that was just started would take the first GPU
+        device = self._judging.runtime.model.lm.device  # a new thread would use the first GPU
         alone = self._lock if self._judging.switches_model else nullcontext()
         with alone, torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             groups = self._judging.score_groups(rows, votes=votes, seed=seed, progress=progress)
@@ -163,12 +163,14 @@ class Scorer:
             if any(math.isnan(score) for scores in found.scores for score in scores):
                 raise NotFiniteError(
                     f"{found.group.preference.source}: the model's score is not a number (NaN): its weights hold NaN, "
-                    'or its activations overflow. Try dtype "fp32", or a checkpoint from before'
+                    'or its activations overflow. Try dtype "fp32", or an earlier checkpoint'
                 )
         return groups
 
     def check_positions(self, longest: int) -> None:
-        """Warn, once, where a sequence that has `longest` tokens before its thought may pass the model's positions."""
+        """Warn once if a sequence with `longest` tokens before its thought may have more tokens than the model has
+        positions.
+        """
         remedy = "shorten the texts (--max_length leaves longer ones out)"
         remedy += ", or lower max_completion_length" if self._thought_tokens else ""
         longest += self._thought_tokens
@@ -208,11 +210,11 @@ class Scorer:
         reference: Sequence[Response] | None = None,
         seed: int = 0,
     ) -> Tensor | tuple[Tensor, Thoughts]:
-        """Scores [N] of N responses, each to the prompt at its place; with `reference`, log-odds that it is better than
-        the text at its place there.
+        """Scores [N] of N responses, each with the prompt at the same index; with `reference`, the log-odds that it is
+        better than the reference at the same index.
 
-        With `return_thoughts`, also the thoughts about each response, as text. ModelError where the method writes none,
-        or needs a `reference`.
+        With `return_thoughts`, also the thoughts about each response, as text. Raises ModelError if the method writes
+        none, or needs a `reference`.
         """
         turns, texts, others = _conversations(prompts, responses, reference)
         if return_thoughts and not self._writes:
@@ -240,14 +242,16 @@ class Scorer:
         votes: int = 1,
         seed: int = 0,
     ) -> Tensor:
-        """[N]: how probably each response is better than its `reference`, the sigmoid of their log-odds over the
-        temperature that `dwrl_fast.evaluate --calibrate` stored with the model (else 1). Without a `reference`, p(Yes).
+        """[N]: the probability that each response is better than its `reference`: the sigmoid of their log-odds,
+        divided by the temperature that `dwrl_fast.evaluate --calibrate` stored with the model (otherwise 1). Without
+        `reference`: p(Yes).
         """
         if reference is not None:
             fitted = self._calibration.get("votes", votes)
             if fitted != votes:
                 warn_once(
-                    f"the stored temperature was fitted to scores of {fitted} thoughts, and these are of {votes}."
+                    f"the stored temperature was fitted to scores of {fitted} thoughts, but these scores are of "
+                    f"{votes}."
                 )
             scores = self.score(prompts, responses, votes, reference=reference, seed=seed)
             return (scores / self._calibration["temperature"]).sigmoid()
@@ -259,12 +263,12 @@ class Scorer:
         return self.score(prompts, responses, votes, seed=seed).exp()
 
     def compare(self, prompt: Prompt, a: Response, b: Response, *, votes: int = 1, seed: int = 0) -> float:
-        """How probably `a` is the better response; see `probability`."""
+        """The probability that `a` is the better response; see `probability`."""
         return self.probability([prompt], [a], [b], votes=votes, seed=seed).item()
 
     def rank(self, prompt: Prompt, responses: Sequence[Response], *, votes: int = 1, seed: int = 0) -> list[int]:
-        """The places of `responses`, best first; equal ones as they were given, those without a score last. Methods
-        that compare two let each meet every other.
+        """The indices of `responses`, best first. Equal responses keep their order; responses without a score come
+        last. Methods that compare two responses compare every pair.
         """
         turns, begun = as_prompt("prompt", prompt)
         texts = [begun + text for text in as_responses("responses", responses)]
@@ -281,13 +285,13 @@ class Scorer:
     def as_reward_function(
         self, *, votes: int = 1, probability: bool = False, reference: str = "reference"
     ) -> Callable[..., Coroutine[Any, Any, list[float | None]]]:
-        """A reward function for TRL's trainers: the score, or with `probability` that in its place.
+        """A reward function for TRL's trainers. It gives the score, or with `probability` the probability.
 
-        reference: the column of the training data that holds what a method that compares needs. A row that cannot be
-        judged gets None, which TRL takes for no reward, is counted in `unjudged`, and the first is said: one with a
-        tool's turns or an image, with no completion, of more tokens than the model has positions for, that the chat
-        template cannot carry, or whose verdict cannot be read. DataError where the lists differ in length or the
-        column is missing, ModelError where log-odds would be infinite as a rule.
+        reference: the column of the training data with the references, for methods that compare. A row that cannot be
+        judged gets None, which TRL treats as no reward, and is counted in `unjudged`; the first one is logged. Such
+        rows have tool turns, an image or no completion, have more tokens than the model has positions, cannot be
+        represented by the chat template, or get an unreadable verdict. Raises DataError if the lists differ in length
+        or the column is missing, ModelError if log-odds would usually be infinite.
         """
         scored = partial(self.probability if probability else self.score, votes=votes)
         most = positions(self._judging.runtime.model) or sys.maxsize
@@ -299,8 +303,8 @@ class Scorer:
             others = columns.get(reference) if self.compares else None
             if self.compares and others is None:
                 raise DataError(
-                    f"the training data have no column {reference!r}, with which the method {self.method} compares "
-                    "each completion; name it in as_reward_function(reference=...)"
+                    f"the training data have no column {reference!r}, which the method {self.method} compares each "
+                    "completion with; name it in as_reward_function(reference=...)"
                 )
             if self.compares and self.thinks and not probability:
                 raise ModelError(
@@ -312,7 +316,7 @@ class Scorer:
         return preference_reward
 
     def _each(self, turns: Sequence[Turns], texts: Sequence[str], votes: int, seed: int) -> tuple[Tensor, Thoughts]:
-        """Scores [N] under a method that judges each response by itself."""
+        """Scores [N] under a method that judges each response alone."""
         places = self._together(turns, texts, votes)
         rows = [_equals(turns[some[0]], [texts[i] for i in some], f"prompts[{some[0]}]") for some in places]
         groups = self.score_groups(rows, votes=votes, seed=seed)
@@ -322,14 +326,14 @@ class Scorer:
             scores[some] = marginal_scores([group])[0]
             for i, written in zip(some, self._thoughts(group), strict=False):
                 thoughts[i] = written
-        # A number that could not be read is -inf there, for responses of which none is the better.
+        # An unreadable number is -inf there, because no response is known to be better.
         return scores.masked_fill(scores == -math.inf, math.nan), thoughts
 
     def _compared(
         self, turns: Sequence[Turns], texts: Sequence[str], others: Sequence[str], votes: int, seed: int
     ) -> tuple[Tensor, Thoughts]:
-        """Log-odds [N] under a method that compares, and the thoughts of both orders, the response being first in the
-        first.
+        """Log-odds [N] under a method that compares, and the thoughts of both orders. In the first order the response
+        is shown first.
         """
         rows = [_equals(turns[i], pair, f"prompts[{i}]") for i, pair in enumerate(zip(texts, others, strict=True))]
         groups = self.score_groups(rows, votes=votes, seed=seed)
@@ -337,7 +341,7 @@ class Scorer:
         return scores[:, 0] - scores[:, 1], [list(chain(*self._thoughts(group))) for group in groups]
 
     def _without_thought(self, found: ScoredGroup) -> int:
-        """The tokens of its longest sequence but for what was written."""
+        """The tokens of the longest sequence, without the thought."""
         return max(len(s.ids) - (s.thought.stop - s.thought.start if self._writes else 0) for s in found.group.flat)
 
     def _thoughts(self, found: ScoredGroup) -> Thoughts:
@@ -350,7 +354,9 @@ class Scorer:
         ]
 
     def _together(self, turns: Sequence[Turns], texts: Sequence[str], votes: int) -> list[list[int]]:
-        """The places of the responses to one prompt, as many together as a forward pass holds whatever is thought."""
+        """Indices of responses to the same prompt, grouped so that each group fits into a forward pass even with the
+        longest thoughts.
+        """
         dialog = self.dialog
         budget = self._judging.runtime.layout.token_budget
         found: dict[Any, list[list[int]]] = {}
@@ -373,7 +379,7 @@ class Scorer:
 def _conversations(
     prompts: Sequence[Prompt], responses: Sequence[Response], reference: Sequence[Response] | None
 ) -> tuple[list[Turns], list[str], list[str] | None]:
-    """Prompts, responses and what these are compared with, each response whole where its prompt began it."""
+    """Prompts, responses and references. A response that its prompt began is completed with that beginning."""
     prompts, texts = as_list("prompts", prompts), as_responses("responses", responses)
     if len(prompts) != len(texts):
         raise DataError(f"{len(prompts)} prompts and {len(texts)} responses: give each response its prompt")
@@ -387,13 +393,14 @@ def _conversations(
 
 
 def _equals(prompt: Turns, texts: Sequence[str], source: str) -> Preference:
-    """Responses of which none is said to be better: a verdict that cannot be read is then nobody's."""
+    """A row without preference between its responses: an unreadable verdict then counts for none of them."""
     return Preference(prompt, tuple(texts), ranks=(1,) * len(texts), source=source)
 
 
 def _sampled_tokens(groups: Sequence[ScoredGroup]) -> tuple[int, int]:
-    """Computed and naive, of writing thoughts: a context is read once for all its thoughts, naively once for each.
-    Where scores came with the thoughts, what follows these was appended; naively all is read again for a score.
+    """The tokens of sampling, computed and naive. A context is computed once for all its thoughts, naively once per
+    thought. If scores came with the thoughts, the rating turns were appended; naively the whole sequence is computed
+    again for a score.
     """
     computed = naive = 0
     rated = any(one.score is not None for found in groups for some in found.group.thoughts for one in some)

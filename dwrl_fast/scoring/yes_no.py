@@ -29,7 +29,7 @@ class GenerativeJudging(Judging):
 
 
 def _from_cache(groups: Sequence[Group]) -> list[list[list[float]]]:
-    """The scores that came with the thoughts; none where the sampler gave none."""
+    """The scores that came with the thoughts; empty if the sampler gave none."""
     given = [[[thought.score for thought in some] for some in group.thoughts] for group in groups]
     found = [[[score for score in some if score is not None] for some in each] for each in given]
     return found if found == given else []

@@ -1,4 +1,4 @@
-"""What a model is asked when it judges, as data: one YAML file a template."""
+"""The turns that ask a model to judge, as data: one YAML file per template."""
 
 from dwrl_fast.templates.template import (
     DEFAULT,

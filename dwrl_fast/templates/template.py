@@ -1,7 +1,7 @@
-"""What a model is asked when it judges: the kinds of template, their one schema, and how contents are filled in.
+"""Templates of judging turns: the kinds, their schema, and how contents are filled in.
 
-A template is a YAML file. In its texts a word in braces stands for a content and is replaced once: what a response
-itself spells in braces stays as it is.
+A template is a YAML file. In its texts, a word in braces is a placeholder and is replaced once: braces in a response
+are not replaced.
 """
 
 import difflib
@@ -22,7 +22,9 @@ DEFAULT = "dialog"
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A kind's texts with the contents that each must show, whether it has labels, and what its answer must hold."""
+    """The texts of a kind with the placeholders that each must contain, whether it has labels, and what its answer must
+    contain.
+    """
 
     texts: Mapping[str, tuple[str, ...]]
     labels: bool
@@ -47,9 +49,9 @@ KINDS = {
 class Template:
     """The turns that make a model judge.
 
-    kind: one of KINDS. `evaluate` asks for the thought (or, of kind direct, for the label), `rate` for the label after
-    a thought (kind dialog). labels: the two that are scored, the better first (dialog) or in the order of the
-    responses (direct); other kinds are answered in text.
+    kind: one of KINDS. `evaluate` asks for the thought (kind direct: for the label), `rate` for the label after a
+    thought (kind dialog). labels: the two labels that are scored, the better one first (dialog), or in the order of the
+    responses (direct). The other kinds are answered in text.
     """
 
     evaluate: str
@@ -65,12 +67,12 @@ class Template:
 
 
 def template_names() -> tuple[str, ...]:
-    """The templates that come with the package."""
+    """The names of the packaged templates."""
     return tuple(sorted(path.name.removesuffix(".yaml") for path in _folder().iterdir() if path.name.endswith(".yaml")))
 
 
 def load_template(name_or_file: str = DEFAULT) -> Template:
-    """A template of the package by its name, or a YAML file. TemplateError names file, key and remedy."""
+    """A packaged template by its name, or a YAML file. Raises TemplateError, which names file, key and remedy."""
     if name_or_file in template_names():
         text = (_folder() / f"{name_or_file}.yaml").read_text(encoding="utf-8")
     else:
@@ -92,13 +94,13 @@ def load_template(name_or_file: str = DEFAULT) -> Template:
 
 
 def read_template(values: Any, where: str) -> Template:
-    """The template that a mapping holds, checked by its kind; `where` names it in TemplateErrors."""
+    """The template in a mapping, checked against its kind. where: its name in TemplateErrors."""
     if not isinstance(values, dict):
         raise TemplateError(f"template {where}: expected lines of `key: value`, found a {type(values).__name__}")
     name = values.get("kind", DEFAULT)
     if not isinstance(name, str) or name not in KINDS:
         near = difflib.get_close_matches(str(name), KINDS, n=1, cutoff=0.0)[0]
-        raise _error(where, "kind", f"{name!r} is none of {', '.join(KINDS)}; the nearest is {near}")
+        raise _error(where, "kind", f"{name!r} is not one of {', '.join(KINDS)}; the nearest is {near}")
     kind = KINDS[name]
     keys = ["kind", *kind.texts, *["labels"] * kind.labels]
     for key in values:
@@ -116,7 +118,9 @@ def read_template(values: Any, where: str) -> Template:
 
 
 def fill(text: str, contents: Mapping[str, str]) -> tuple[str, dict[str, slice]]:
-    """`text` with its places filled in one pass, and where in it the last of each content stands, in characters."""
+    """`text` with all placeholders filled in one pass, and the span of the last occurrence of each content, in
+    characters.
+    """
     parts: list[str] = []
     places: dict[str, slice] = {}
     end = length = 0
@@ -139,23 +143,25 @@ def _error(where: str, key: Any, what: str) -> TemplateError:
 
 
 def _text(value: Any, key: str, shown: tuple[str, ...], where: str) -> str:
-    """A text that shows each of `shown` once; white space at its ends, which chat templates treat differently, goes."""
+    """Check that a text contains each of `shown` once. Strips white space at its ends, because chat templates treat it
+    differently.
+    """
     if not isinstance(value, str) or not value.strip():
         raise _error(where, key, f"expected a text, found {value!r}; quote what YAML reads otherwise")
     used, allowed = PLACE.findall(value), ("aspect", *shown)
     for name in used:
         if name not in allowed:
             near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.0)[0]
-            raise _error(where, key, f"there is nothing to put in place of {{{name}}}; the nearest is {{{near}}}")
+            raise _error(where, key, f"{{{name}}} is not a known placeholder; the nearest is {{{near}}}")
     for name in shown:
         if name not in used:
             raise _error(where, key, f"{{{name}}} is missing, so the model would not see it; write it where it belongs")
         if used.count(name) > 1 and name != "verdict":
-            raise _error(where, key, f"{{{name}}} stands there {used.count(name)} times; leave one")
+            raise _error(where, key, f"{{{name}}} occurs {used.count(name)} times; leave one")
     order = [name for name in used if name in ("prompt", "response_a", "response_b")]
     if order != sorted(order):
         raise _error(
-            where, key, f"the contents stand in the order {', '.join(order)}; put them in {', '.join(sorted(order))}"
+            where, key, f"the contents are in the order {', '.join(order)}; put them in {', '.join(sorted(order))}"
         )
     return value.strip()
 
@@ -169,7 +175,9 @@ def _labels(value: Any, where: str) -> tuple[str, str]:
 
 
 def _check_asks(template: Template, where: str) -> None:
-    """A file must ask about the aspect, and for an answer that can be read; what a program makes is its own matter."""
+    """Check that a file asks about the aspect and for an answer that can be parsed. Templates made by a program are not
+    checked.
+    """
     if "{aspect}" not in template.evaluate:
         raise _error(
             where, "evaluate", "{aspect} is missing, so --aspect would change nothing; write it where it belongs"

@@ -1,16 +1,16 @@
-"""Checkpoints: one folder each, whole or absent, given back to the bit.
+"""Checkpoints: one folder each, written atomically, restored bit for bit.
 
-    parent/checkpoint-000120/   shard-00001-model-00001-of-00001.safetensors   the tensors, or one rank's parts of them
+    parent/checkpoint-000120/   shard-00001-model-00001-of-00001.safetensors   the tensors, or one rank's shards
                                 state.json                                     everything else
                                 manifest.json             size and SHA-256 of each file, written last
 
-A checkpoint within a step is called checkpoint-000120-0007: 120 steps are over, and seven updates of the next one. A
-save is written under another name, made durable, and renamed, so that a process killed at any moment leaves the earlier
-checkpoints as they were. What was once saved is never written again. One run writes to a parent folder at a time
+A checkpoint within a step is named checkpoint-000120-0007: 120 steps are finished, and seven updates of the next one. A
+checkpoint is written under a temporary name, synced to disk, and renamed, so that a process killed at any moment leaves
+earlier checkpoints unchanged. A saved checkpoint is never overwritten. Only one run at a time writes to a parent folder
 (lock.py).
 
-Tensors are written and read by torch.distributed.checkpoint, each rank its own parts; so any number of ranks can go on
-from a checkpoint. Loading trusts no file: what the manifest does not vouch for is not read, and no file is a pickle.
+torch.distributed.checkpoint writes and reads the tensors, each rank its own shards, so any number of ranks can resume
+from a checkpoint. Loading trusts no file: files that the manifest does not list are not read, and no file is a pickle.
 """
 
 import itertools
@@ -37,13 +37,13 @@ from dwrl_fast.log import logger
 from dwrl_fast.ranks import ALONE, Ranks
 from dwrl_fast.training.manifest import FORMAT, MANIFEST, STATE, UNREADABLE, fingerprint, verify
 
-FILE_BYTES = 2**30  # tensors that begin below a multiple of it share a file
-MOST_STATE = 1 << 30  # bytes: the thoughts of a round of a million
+FILE_BYTES = 2**30  # a file holds the tensors that begin within this many bytes
+MOST_STATE = 1 << 30  # bytes; enough for a round of a million thoughts
 UNFINISHED = ".unfinished"
 DAMAGED = ".damaged"
 NAME = re.compile(r"checkpoint-(\d+)(?:-(\d+))?")
 
-Place = tuple[int, int]  # steps, and updates of the next one
+Place = tuple[int, int]  # finished steps, and updates of the next step
 
 
 def save_checkpoint(
@@ -57,13 +57,13 @@ def save_checkpoint(
     spared: Collection[str] = (),
     ranks: Ranks = ALONE,
 ) -> Path:
-    """Write `parent/checkpoint-STEP`, or `-STEP-UPDATE`, and return it; then remove all but the newest `keep` (this one
-    is never removed, nor one whose name is `spared`).
+    """Write `parent/checkpoint-STEP`, or `-STEP-UPDATE`, and return its path. Then remove all but the newest `keep`
+    checkpoints; this one and those named in `spared` are never removed.
 
-    tensors: any dtypes and shapes, by name. state: what JSON gives back unchanged (no tuples, all keys text, no NaN).
-    All `ranks` call it together, into one folder that all of them see; each writes its parts of sharded tensors.
-    UnwrittenError: the disk refused it; earlier checkpoints stay whole. CheckpointError: the place is taken, or
-    something is not as said above.
+    tensors: any dtypes and shapes, by name. state: values that JSON restores unchanged (no tuples, all keys text, no
+    NaN). All `ranks` call this together with one folder that all of them can access; each writes its shards. Raises
+    UnwrittenError if the disk refuses a write (earlier checkpoints stay intact), and CheckpointError if the checkpoint
+    exists already or an argument is not valid.
     """
     if keep is not None and keep < 1:
         raise ValueError(f"keep = {keep}: at least the checkpoint just written is kept")
@@ -72,7 +72,7 @@ def save_checkpoint(
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise CheckpointError(
-                f"{name} is a {type(tensor).__name__}: only tensors are saved here, the rest is state."
+                f"{name} is a {type(tensor).__name__}: only tensors are saved here; other values belong to the state."
             )
     folder = final.with_name(final.name + UNFINISHED)
     try:
@@ -89,40 +89,40 @@ def save_checkpoint(
 
 
 def latest_checkpoint(parent: Path) -> Path | None:
-    """The newest checkpoint under `parent` that is whole, or None. Those passed over are said, with what is wrong."""
+    """The newest intact checkpoint under `parent`, or None. Skipped ones are logged with the reason."""
     for folder in sorted(parent.glob(f"*{UNFINISHED}")):
-        logger.warning("Passed over %s, left by an interrupted save or removal.", folder)
+        logger.warning("Ignored %s, left by an interrupted save or removal.", folder)
     for folder in reversed(checkpoints(parent)):
         try:
             verify(folder)
         except CheckpointError as error:
-            logger.warning("PASSED OVER: %s", error)
+            logger.warning("SKIPPED: %s", error)
             continue
         return folder
     return None
 
 
 def checkpoints(parent: Path, past: Place = (-1, 0)) -> list[Path]:
-    """The folders that have the name of a checkpoint, of a place past `past`; oldest first."""
+    """The folders with a checkpoint name and a place after `past`, oldest first."""
     found = [(place, folder) for folder in parent.glob("checkpoint-*") if (place := place_of(folder)) is not None]
     return [folder for place, folder in sorted(found) if place > past]
 
 
 def name_of(place: Place) -> str:
-    """What the folder of a checkpoint is called."""
+    """The folder name of a checkpoint."""
     step, update = place
     return f"checkpoint-{step:06d}" + (f"-{update:04d}" if update else "")
 
 
 def place_of(folder: Path) -> Place | None:
-    """The place of a checkpoint, from its folder's name; None where that is no checkpoint's."""
+    """The place of a checkpoint, from its folder name; None if it is not a checkpoint name."""
     found = NAME.fullmatch(folder.name)
     return None if found is None else (int(found[1]), int(found[2] or 0))
 
 
 def set_aside(folder: Path) -> Path:
-    """Rename a damaged checkpoint to a name that is no checkpoint's, so that its step can be saved again; where it is
-    then.
+    """Rename a damaged checkpoint to a name that is not a checkpoint name, so that its step can be saved again. Returns
+    the new path.
     """
     ends = itertools.chain([""], (f"-{i}" for i in itertools.count(2)))
     names = (folder.with_name(folder.name + DAMAGED + end) for end in ends)
@@ -136,11 +136,12 @@ def load_checkpoint(
     accept: Callable[[dict[str, Any]], object] = lambda state: None,
     ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
-    """Fill `tensors` in place from the checkpoint at `path` and return its state. All `ranks` call it together; they
-    may be more or fewer than those that wrote it.
+    """Fill `tensors` in place from the checkpoint at `path` and return its state. All `ranks` call this together. Their
+    number may differ from that of the ranks that wrote it.
 
-    accept: called with the state before a tensor is filled; raises where the checkpoint is not to be gone on from.
-    CheckpointError: it is missing, incomplete or altered, or holds other names, shapes or dtypes.
+    accept: called with the state before any tensor is filled; raises if the run must not resume from this checkpoint.
+    Raises CheckpointError if the checkpoint is missing, incomplete or altered, or holds different names, shapes or
+    dtypes.
     """
     ranks.from_first(lambda: verify(path))
     try:
@@ -175,25 +176,25 @@ def _state_text(state: dict[str, Any]) -> str:
         raise CheckpointError(f"The state cannot be written as JSON: {error}.") from None
     if json.loads(text) != state:
         raise CheckpointError(
-            "The state would not come back from JSON as it is: it holds tuples, or keys that are not text."
+            "The state would change when it is read back from JSON: it holds tuples, or keys that are not text."
         )
     return text
 
 
 @contextmanager
 def _writing(final: Path) -> Iterator[None]:
-    """What the disk refuses, as UnwrittenError."""
+    """A context that turns errors of the disk into UnwrittenError."""
     try:
         yield
     except (OSError, CheckpointException, SafetensorError) as error:
         raise UnwrittenError(
-            f"{final} could not be written: {_cause(error)}. Earlier checkpoints are as they were."
+            f"{final} could not be written: {_cause(error)}. Earlier checkpoints are unchanged."
         ) from error
 
 
 def _write_tensors(folder: Path, tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, Any]:
-    """Each rank its own parts, made durable; the fingerprints of the files of all ranks. Where one rank's disk refuses,
-    all raise.
+    """Write and sync this rank's shards. Returns the fingerprints of the files of all ranks. If the disk of one rank
+    refuses, all ranks raise.
     """
     with _quiet():
         dcp.save(
@@ -217,7 +218,7 @@ def _write_tensors(folder: Path, tensors: dict[str, Tensor], ranks: Ranks) -> di
 
 
 def _write_rest(folder: Path, state: str, files: dict[str, Any]) -> None:
-    """The state and, last, the manifest."""
+    """Write the state and, last, the manifest."""
     (folder / STATE).write_text(state, encoding="utf-8")
     _sync(folder / STATE)
     manifest = {"format": FORMAT, "files": dict(sorted((files | {STATE: fingerprint(folder / STATE)}).items()))}
@@ -227,20 +228,20 @@ def _write_rest(folder: Path, state: str, files: dict[str, Any]) -> None:
 
 
 class _Planner(dcp.DefaultSavePlanner):
-    """Hands over one tensor at a time in the order that safetensors writes."""
+    """Passes one tensor at a time, in the order in which safetensors writes them."""
 
     def transform_object(self, write_item: Any, object: Any) -> Any:
         return object.contiguous()
 
 
 def _file_of(tensors: dict[str, Tensor]) -> dict[str, int]:
-    """The number of each tensor's file: a file's worth is copied in memory while it is written."""
+    """The file number of each tensor. One file's tensors are copied in memory while they are written."""
     sizes = itertools.accumulate((tensor.numel() * tensor.itemsize for tensor in tensors.values()), initial=0)
     return {name: 1 + size // FILE_BYTES for name, size in zip(tensors, sizes, strict=False)}
 
 
 def _sync(path: Path) -> None:
-    """Make a file's content, or a folder's entries, survive a power cut."""
+    """Sync a file's content, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -249,21 +250,21 @@ def _sync(path: Path) -> None:
 
 
 def _prune(newest: Path, keep: int, spared: Collection[str]) -> None:
-    """Remove the oldest beside `newest`, once `newest` is known to be whole on the disk."""
+    """Remove the oldest checkpoints except `newest`, after `newest` is complete on disk."""
     old = [folder for folder in checkpoints(newest.parent) if folder != newest and folder.name not in spared]
     surplus = old[: max(0, len(old) - (keep - 1))]
     if surplus:
         verify(newest)
     for folder in surplus:
-        # Renamed first: killed half-way, what is left must not look like a checkpoint that went bad.
+        # Renamed first: if the process is killed half-way, the rest must not look like a damaged checkpoint.
         try:
             shutil.rmtree(folder.rename(folder.with_name(folder.name + UNFINISHED)))
         except OSError as error:
-            logger.warning("%s is no longer needed, and could not be removed: %s.", folder, error)
+            logger.warning("%s is no longer needed, but could not be removed: %s.", folder, error)
 
 
 def _make(folder: Path, final: Path) -> None:
-    """The empty folder that a checkpoint is written into, in place of those that interrupted saves left."""
+    """Create the empty folder for writing a checkpoint, and remove those that interrupted saves left."""
     if final.exists():
         raise CheckpointError(
             f"{final} exists, and a saved step is never overwritten. Give another --output_dir, or move it away."
@@ -276,7 +277,7 @@ def _make(folder: Path, final: Path) -> None:
 
 
 def _complete(folder: Path, final: Path, state: str, files: dict[str, Any]) -> None:
-    """Write what makes a checkpoint of the tensors in `folder`, and give it its name."""
+    """Complete the checkpoint in `folder`, which holds the tensors, and rename it."""
     with _writing(final):
         _write_rest(folder, state, files)
         folder.rename(final)
@@ -287,27 +288,31 @@ def _complete(folder: Path, final: Path, state: str, files: dict[str, Any]) -> N
 
 
 def _match(path: Path, metadata: Metadata, tensors: dict[str, Tensor]) -> None:
-    """CheckpointError unless the checkpoint holds these tensors, whole, and no others."""
-    remedy = "It belongs to a run with other options: resume with the configuration saved beside it."
+    """Raise CheckpointError unless the checkpoint holds exactly these tensors, complete."""
+    remedy = "It belongs to a run with other options: resume with the configuration saved next to it."
     stored: dict[str, Any] = metadata.state_dict_metadata
     missing, surplus = tensors.keys() - stored.keys(), stored.keys() - tensors.keys()
     if missing or surplus:
-        what = [f"lacks {_listed(missing)}"] * bool(missing) + [f"holds {_listed(surplus)} besides"] * bool(surplus)
+        what = [f"lacks {_listed(missing)}"] * bool(missing) + [f"also holds {_listed(surplus)}"] * bool(surplus)
         raise CheckpointError(f"{path} {' and '.join(what)}. {remedy}")
     for name, tensor in tensors.items():
         there, here = (stored[name].size, stored[name].properties.dtype), (tensor.size(), tensor.dtype)
         if there != here:
             there_text, here_text = (f"{dtype} {list(size)}" for size, dtype in (there, here))
-            raise CheckpointError(f"{path}: {name} is {there_text} there and {here_text} here. {remedy}")
+            raise CheckpointError(
+                f"{path}: {name} is {there_text} in the checkpoint and {here_text} in this run. {remedy}"
+            )
         if not _tiled(stored[name].chunks, tensor.size()):
-            raise CheckpointError(f"{path}: the parts of {name} do not make the whole of it. Use another checkpoint.")
+            raise CheckpointError(
+                f"{path}: the parts of {name} do not add up to the whole tensor. Use another checkpoint."
+            )
     for index, place in metadata.storage_data.items():
         if place.dtype != tensors[index.fqn].dtype:
             raise CheckpointError(f"{path}: a part of {index.fqn} is {place.dtype}. Use another checkpoint.")
 
 
 def _tiled(parts: list[ChunkStorageMetadata], size: tuple[int, ...]) -> bool:
-    """Whether parts that end within `size` cover all of it, each element once."""
+    """Whether parts within `size` cover every element exactly once."""
     if any(len(part.offsets) != len(size) or min(part.offsets, default=0) < 0 for part in parts):
         return False
     boxes = [list(zip(part.offsets, part.sizes, strict=True)) for part in parts if math.prod(part.sizes)]
@@ -324,7 +329,9 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _cause(error: BaseException) -> str:
-    """What went wrong. torch.distributed.checkpoint wraps everything by rank, even an interrupt: that is raised."""
+    """The cause of an error, in words. torch.distributed.checkpoint wraps all exceptions by rank, even an interrupt,
+    which is raised again here.
+    """
     if not isinstance(error, CheckpointException):
         return str(error)
     failures = [failure for failure, _ in error.failures.values()]
@@ -336,7 +343,7 @@ def _cause(error: BaseException) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the library's remark that torch.distributed is not initialised."""
+    """A context without the library's warning that torch.distributed is not initialised."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield

@@ -1,7 +1,7 @@
-"""`--dry_run`: what a run would be, from its options, rows and templates. Nothing is trained or left written; weights
-that are at hand are loaded and tried on a few tokens.
+"""`--dry_run`: reports what a run would be, from its options, rows and templates. Nothing is trained and no file is
+kept. Local weights are loaded and tried on a few tokens.
 
-What stands in the way of the run is collected, so that one look shows all of it.
+All errors are collected, so that one dry run shows all of them.
 """
 
 import dataclasses
@@ -39,12 +39,12 @@ from dwrl_fast.training.policy import load_judging
 from dwrl_fast.training.rollout import Rollout, sampled_groups
 
 SAMPLE = 256  # rows of each file that are encoded
-THOUGHT = 300  # tokens that a thought is taken to have: nobody knows before one is sampled
-PREPARED = re.compile(r"(?P<name>[a-z0-9]+)(-(?P<train>\d+)-(?P<test>\d+))?")  # a folder that --prepare filled
+THOUGHT = 300  # assumed tokens of a thought; the real length is unknown before sampling
+PREPARED = re.compile(r"(?P<name>[a-z0-9]+)(-(?P<train>\d+)-(?P<test>\d+))?")  # folder names of --prepare
 
 
 class Findings:
-    """What is said, and what stands in the way."""
+    """The printed report and the collected errors."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -56,7 +56,7 @@ class Findings:
 
     @contextmanager
     def looking_at(self, what: str) -> Iterator[None]:
-        """Collect the UserError of what is looked at."""
+        """A context that collects a UserError."""
         try:
             yield
         except UserError as error:
@@ -66,7 +66,7 @@ class Findings:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Guessed:
-    """A Sampler whose thoughts have `tokens` tokens, drawn but for the end-of-turn."""
+    """A Sampler whose thoughts have `tokens` random tokens, the last one an end-of-turn."""
 
     tokens: int
     vocabulary: int
@@ -83,7 +83,7 @@ class Guessed:
         seed: int,
         progress: Callable[[int], None] | None = None,
     ) -> list[list[Thought]]:
-        """See `Sampler.sample`; `max_tokens` and `temperature` have no say."""
+        """See `Sampler.sample`; `max_tokens` and `temperature` are ignored."""
         drawn = np.random.default_rng(seed).integers(self.vocabulary, size=(len(contexts), n, self.tokens)).tolist()
         return [
             [Thought([*ids[:-1], self.end_id], [0.0] * self.tokens, True) for ids in thoughts] for thoughts in drawn
@@ -91,11 +91,11 @@ class Guessed:
 
 
 def dry_run(config: TrainConfig, console: Console, ranks: int = 1) -> None:
-    """Say what the run would be, on so many ranks. UserError with all that stands in its way."""
+    """Report what the run would be. ranks: the number of ranks. Raises UserError with all collected errors."""
     found = Findings(console)
-    found.say("dry run", f"{config.method}; nothing is trained, nothing is left written")
+    found.say("dry run", f"{config.method}; nothing is trained, no file is kept")
     if not config.own_data:
-        found.say("data", "the embedded task makes its model and its pairs when it runs; the options are valid")
+        found.say("data", "the embedded task creates its model and its pairs when it runs; the options are valid")
         return
     dialog = method = None
     with found.looking_at("template"):
@@ -132,9 +132,10 @@ def dry_run(config: TrainConfig, console: Console, ranks: int = 1) -> None:
 
 
 def preparation(name: str) -> str:
-    """The command that makes the file `name`; empty where none does.
+    """The command that makes the file `name`; empty if there is none.
 
-    The file's folder is called as the data set, or that with the rows of both files: data/ultrafeedback-14407-784.
+    The file's folder must have the name of the data set, or that name with the rows of both files, as in
+    data/ultrafeedback-14407-784.
     """
     path = Path(name)
     match = PREPARED.fullmatch(path.parent.name)
@@ -156,12 +157,12 @@ def _told(dialog: Dialog | SingleTurn) -> str:
 def _look_at(
     part: Part, config: TrainConfig, dialog: Dialog | SingleTurn | None, found: Findings, demonstrated: bool
 ) -> tuple[list[Preference], int]:
-    """A file's rows, and the tokens of the longest sequence, with an empty thought, of those that were encoded."""
+    """The rows of a file, and the tokens of the longest encoded sequence, with an empty thought."""
     with found.looking_at("data"):
         dataset = _read(part, config)
         if not demonstrated:
             refuse_demonstration(dataset.rows[0])
-        found.say("data", dataset.summary + (" (of a stream, the first)" if config.streaming else ""))
+        found.say("data", dataset.summary + (" (the first rows of the stream)" if config.streaming else ""))
         for line in dataset.warnings:
             found.say("warning", line)
         if dialog is None:
@@ -181,14 +182,14 @@ def _read(part: Part, config: TrainConfig) -> Dataset:
         )
     except DataError as error:
         command = preparation(name)
-        remedy = "" if Path(name).exists() or not command else f"\n  This makes it: {command}"
+        remedy = "" if Path(name).exists() or not command else f"\n  This command makes it: {command}"
         raise DataError(f"{error}{remedy}") from error
     dataset.rows = [with_aspect(row, part.aspect) for row in dataset.rows]
     return dataset
 
 
 def _some(rows: Sequence[Preference], count: int) -> list[Preference]:
-    """`count` rows from the whole of the file, or all."""
+    """`count` rows, evenly spaced over the file, or all rows."""
     return [rows[i] for i in np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)]
 
 
@@ -203,13 +204,13 @@ def _say_encoded(dataset: Dataset, config: TrainConfig, dialog: Dialog | SingleT
             sizes.append(tokens)
     left_out = "".join(f"; {count} left out: {reason}" for reason, count in reasons.most_common())
     if not sizes:
-        raise DataError(f"{dataset.path}: of {len(some)} rows that were encoded none can be used{left_out}")
+        raise DataError(f"{dataset.path}: none of the {len(some)} encoded rows can be used{left_out}")
     half, most, longest = np.percentile(sizes, (50, 95, 100)).round().astype(int).tolist()
     notes = "".join(f"; {count} {what}" for what, count in dialog.counts.most_common())
     found.say(
         "encoded",
-        f"{len(some):,} of its {len(dataset.rows):,} groups: longest sequence without thought {half} tokens at the "
-        f"median, {most} at 95 %, {longest} at most{left_out}{notes}",
+        f"{len(some):,} of its {len(dataset.rows):,} groups: longest sequence without thought {half} tokens in the "
+        f"median, {most} at the 95th percentile, {longest} at most{left_out}{notes}",
     )
     return longest
 
@@ -217,7 +218,7 @@ def _say_encoded(dataset: Dataset, config: TrainConfig, dialog: Dialog | SingleT
 def _say_updates(
     parts: Sequence[Part], files: Sequence[list[Preference]], config: TrainConfig, found: Findings
 ) -> None:
-    """Of files read whole, before over-long rows are left out."""
+    """Report the updates, for files that were read whole; rows that are too long are still included."""
     sources = [Shuffled(part.dataset_name, rows, config.seed) for part, rows in zip(parts, files, strict=True)]
     feed = Feed(
         sources,
@@ -235,31 +236,31 @@ def _say_updates(
 
 
 def _say_tokens(rows: Sequence[Preference], config: TrainConfig, method: Method, found: Findings) -> None:
-    """The tokens of one rollout batch like `rows`, as they are laid out in minibatches."""
+    """Report the tokens of one rollout batch like `rows`, laid out in minibatches."""
     length, dialog = min(THOUGHT, config.max_completion_length), method.dialog
     rows = [row for row in rows if not fit(row, dialog, config.max_length)[1]]
     groups = guessed_groups(rows, method, length) if rows else []
     if not groups:
-        found.say("tokens", "not counted: no row that was encoded is trained on")
+        found.say("tokens", "not counted: the method trains on none of the encoded rows")
         return
     layout = Layout(config.packing, config.token_budget, dialog.pad_id, torch.device("cpu"))
     size = config.minibatch_size
     batches = [b for i in range(0, len(groups), size) for b in layout.batches(groups[i : i + size])]
     computed, naive = (sum(getattr(b, name) for b in batches) for name in ("trunk_tokens", "naive_tokens"))
     scale = config.rollout_batch_size / len(groups)
-    thoughts = f", thoughts guessed at {length} tokens," if method.thoughts_each else ""
-    about = "at most" if method.selects else "about"  # only what was judged rightly is trained
+    thoughts = f", with thoughts assumed to have {length} tokens," if method.thoughts_each else ""
+    about = "at most" if method.selects else "about"  # only thoughts with a right verdict are trained
     found.say(
         "tokens",
-        f"a rollout batch{thoughts} is {about} {computed * scale:,.0f} through the backbone ({config.packing}), where "
-        f"each sequence by itself would be {naive * scale:,.0f}: {naive / computed:.2f} x; about "
+        f"a rollout batch{thoughts} is {about} {computed * scale:,.0f} tokens through the backbone "
+        f"({config.packing}); each sequence alone would be {naive * scale:,.0f}: {naive / computed:.2f} x; about "
         f"{len(batches) * scale:,.0f} forward passes of at most {config.token_budget:,}",
     )
 
 
 def guessed_groups(rows: Sequence[Preference], method: Method, length: int) -> list[Group]:
-    """What a rollout would make of the rows, with thoughts of `length` drawn tokens; of the methods that keep only some
-    thoughts, all.
+    """The groups that a rollout would make from the rows, with thoughts of `length` random tokens. For methods that
+    keep only some thoughts, all are included.
     """
     seed = method.config.seed
     if not method.thoughts_each:
@@ -271,10 +272,12 @@ def guessed_groups(rows: Sequence[Preference], method: Method, length: int) -> l
 
 
 def _say_model(config: TrainConfig, method: Method | None, longest: int, found: Findings) -> None:
-    """The model as its config.json says, where that is at hand: on disk, or on a hub that just gave the tokenizer."""
+    """Report the model from its config.json, if that is available: on disk, or on the hub if the tokenizer just came
+    from there.
+    """
     name = config.model_name_or_path or str(config.model_config)
     if not (_model_at_hand(config) and (method is not None or Path(name).exists())):
-        found.say("model", f"{name} is not on this machine, and was not looked for: training needs it")
+        found.say("model", f"{name} is not on this machine, and the hub was not asked for it: training needs it")
         return
     made = METHODS[config.method]
     with torch.device("meta"):
@@ -283,7 +286,7 @@ def _say_model(config: TrainConfig, method: Method | None, longest: int, found: 
     moments = 8 * (len(method.phases) if method is not None and method.separate_states else 1)
     least = parameters * (4 + 4 + moments) / 2**30
     trained = "" if config.use_peft or not made.trains else (
-        f"; weights, gradients and AdamW's moments in float32 take {least:.3g} GiB, and activations come on top"
+        f"; weights, gradients and AdamW's moments in float32 take {least:.3g} GiB, plus activations"
     )  # fmt: skip
     found.say("model", f"{name}: {type(model.lm).__name__}, {parameters:,} parameters{trained}")
     if method is not None:
@@ -293,13 +296,15 @@ def _say_model(config: TrainConfig, method: Method | None, longest: int, found: 
 
 
 def _model_at_hand(config: TrainConfig) -> bool:
-    """Whether its config.json is on disk, or on a hub that just gave the tokenizer."""
+    """Whether the model's config.json is on disk, or on the hub from which the tokenizer just came."""
     local = Path(config.model_name_or_path or str(config.model_config)).exists()
     return local or config.tokenizer_name_or_path in (None, config.model_name_or_path)
 
 
 def _say_memory(config: TrainConfig, longest: int, ranks: int, found: Findings) -> None:
-    """The short form of the plan, of groups as long as the longest. What cannot be planned may still run."""
+    """Report the short form of the plan, for groups as long as the longest. A run that cannot be planned may still
+    work.
+    """
     lengths = Lengths(max(1, longest // 2), max(1, longest // 2), min(THOUGHT, config.max_completion_length))
     try:
         found.say("memory", short(config, lengths, ranks))
@@ -308,12 +313,12 @@ def _say_memory(config: TrainConfig, longest: int, ranks: int, found: Findings) 
 
 
 def weights_at_hand(name: str | None) -> bool:
-    """Whether the model's weights, or adapters, lie on this machine."""
+    """Whether the model's weights, or adapters, are on this machine."""
     return name is not None and (is_gguf(name) or any(Path(name).glob("*.safetensors")))
 
 
 def _say_trial(config: TrainConfig, method: Method, found: Findings) -> None:
-    """The model loaded, placed, sampled from, merged and saved as a run would."""
+    """Load, place, sample from, merge and save the model as a run would."""
     judging = load_judging(config, method, method.dialog, Compute.resolve(config.dtype))
     Rollout(method, judging)
     try_saving(Path(config.output_dir or "."), judging.runtime.model, method.dialog, method.card())

@@ -1,17 +1,17 @@
-"""What the first rollout batch shows of a model that will learn slowly, before hours are spent on it."""
+"""Warnings after the first rollout batch about a model that will learn slowly."""
 
 from collections.abc import Iterator, Mapping
 
-MASS_WARN, CUT_WARN, UNREAD_WARN = 0.5, 0.2, 0.2  # the doctor warns by the same
+MASS_WARN, CUT_WARN, UNREAD_WARN = 0.5, 0.2, 0.2  # the same limits as in the doctor
 
 
 def warnings(values: Mapping[str, float], limit: int) -> Iterator[str]:
-    """A line for each figure of the first step that is bad, with the remedy. limit: tokens of a thought at most."""
+    """A line for each bad figure of the first step, with the remedy. limit: maximum tokens of a thought."""
     if values.get("label_mass", 1.0) < MASS_WARN:
         yield (
-            f"the two labels have only {values['label_mass']:.2g} of the probability where the score is read. A "
-            "template of your own (--template) may ask more plainly for a label, or for one that the model answers "
-            "with; a model that follows instructions better starts higher. docs/pretrained.md has figures"
+            f"the two labels together have only probability {values['label_mass']:.2g} where the score is read. Use a "
+            "template (--template) that asks more clearly for a label, or for labels that the model does answer "
+            "with. A model that follows instructions better starts higher. docs/pretrained.md has figures"
         )
     if values.get("truncation_rate", 0.0) > CUT_WARN:
         yield (
@@ -20,6 +20,6 @@ def warnings(values: Mapping[str, float], limit: int) -> Iterator[str]:
         )
     if values.get("unparsable", 0.0) > UNREAD_WARN:
         yield (
-            f"{values['unparsable']:.0%} of the verdicts cannot be read, and earn nothing. Raise "
+            f"{values['unparsable']:.0%} of the verdicts cannot be read and get no reward. Raise "
             "--max_completion_length, or start from a model that knows the verdict's form (docs/methods.md, sft)"
         )

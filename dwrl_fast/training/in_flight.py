@@ -1,4 +1,4 @@
-"""The rollout batch that is being trained, and how far its updates are; in a checkpoint as JSON."""
+"""The rollout batch that is being trained, and the progress of its updates. Checkpoints store it as JSON."""
 
 import math
 from collections import defaultdict
@@ -15,8 +15,9 @@ from dwrl_fast.encode import Group, group_of, group_record
 
 @dataclass
 class InFlight:
-    """groups: with their thoughts and the old policy's log-probs. figures: of the rollout. done: its updates so far, of
-    all phases. norms: of each phase's gradients before clipping. seconds: that it took before the run was resumed.
+    """groups: with their thoughts and the old policy's log-probs. figures: of the rollout. done: the number of its
+    updates so far, over all phases. norms: gradient norms of each phase before clipping. seconds: its duration before
+    the run was resumed.
     """
 
     groups: list[Group]
@@ -26,7 +27,7 @@ class InFlight:
     seconds: float = 0.0
 
     def state(self, metrics: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:
-        """As JSON. metrics: `StepMetrics.state` of each rank. seconds: since it began. Synchronises."""
+        """The state as JSON. metrics: `StepMetrics.state` of each rank. seconds: since its start. Synchronises."""
         return {
             "groups": [group_record(group) for group in self.groups],
             "figures": finite(self.figures),
@@ -38,7 +39,7 @@ class InFlight:
 
     @classmethod
     def restored(cls, state: dict[str, Any], device: torch.device) -> Self:
-        """What `state` gave, but for the metrics."""
+        """The inverse of `state`, without the metrics."""
         norms = {phase: list(torch.tensor(some, device=device)) for phase, some in state["norms"].items()}
         return cls(
             [group_of(record) for record in state["groups"]],

@@ -1,4 +1,4 @@
-"""AdamW by phase: a learning rate each, and one state for all phases or one a phase; the schedule over minibatches."""
+"""AdamW with a learning rate per phase, one state for all phases or one per phase, and a schedule over minibatches."""
 
 import math
 
@@ -11,9 +11,10 @@ from dwrl_fast.methods import Method
 
 
 class Optimizers:
-    """The phases' optimizers over one model.
+    """The optimizers of all phases over one model.
 
-    total: minibatches of the whole run, over which the schedule runs; every phase of a minibatch has its factor.
+    total: the number of minibatches of the whole run, the length of the schedule. All phases of a minibatch have the
+    same factor.
     """
 
     def __init__(self, model: nn.Module, method: Method, config: TrainConfig, total: int):
@@ -36,7 +37,7 @@ class Optimizers:
             weight_decay=config.weight_decay,
             fused=True,
         )
-        # The state exists from the start, so that a checkpoint has the same tensors whenever it is taken or loaded.
+        # The state exists from the start, so that every checkpoint has the same tensors.
         for p in self.named.values():
             adamw.state[p] = {
                 "step": torch.zeros((), dtype=torch.float32, device=p.device),
@@ -46,7 +47,7 @@ class Optimizers:
         return adamw
 
     def step(self, phase: str, minibatch: int, used: float = 0.0) -> None:
-        """One AdamW step of `phase` at the schedule's place (see `factor`); the gradients are freed."""
+        """One AdamW step of `phase` with the schedule's factor (see `factor`). Frees the gradients."""
         adamw = self.of_phase[phase]
         self.last_rates[phase] = self.rates[phase] * self.factor(minibatch, used)
         for group in adamw.param_groups:
@@ -60,13 +61,13 @@ class Optimizers:
             p.grad = None
 
     def clip(self) -> Tensor:
-        """Scale the gradients down to --max_grad_norm; their norm before that, on the device."""
+        """Scale the gradients down to --max_grad_norm. Returns their norm before clipping, on the device."""
         norm = nn.utils.clip_grad_norm_(self.named.values(), self.config.max_grad_norm)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def factor(self, minibatch: int, used: float = 0.0) -> float:
-        """The learning rate at `minibatch`, or where the share `used` of the run's time is over if that is further on,
-        as a fraction of its highest.
+        """The learning rate as a fraction of its peak, at `minibatch` or at the share `used` of the run's time,
+        whichever is later.
         """
         warmup, floor = self.config.warmup_steps, self.config.min_learning_rate_ratio
         if minibatch < warmup:
@@ -78,7 +79,7 @@ class Optimizers:
         return floor + (1 - floor) * shape
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every state tensor under a name of its own, for the checkpoint."""
+        """All state tensors by unique names, for checkpoints."""
         return {
             f"optimizer.{state}.{name}.{key}": adamw.state[p][key]
             for state, adamw in self.made.items()

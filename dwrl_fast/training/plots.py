@@ -1,4 +1,4 @@
-"""The curves of a run as one PNG."""
+"""The curves of a run in one PNG."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ PANELS: dict[str, tuple[str, ...]] = {
 
 
 def plot_curves(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """Draw what `metrics.jsonl` holds over the steps; panels without figures are left out."""
+    """Plot the metrics of `metrics.jsonl` over the steps. Panels without figures are left out."""
     import matplotlib
 
     matplotlib.use("Agg")

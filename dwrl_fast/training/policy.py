@@ -1,4 +1,4 @@
-"""The model that is trained: it alone runs micro-batches and takes optimizer steps."""
+"""The trained model. Only this class trains micro-batches and takes optimizer steps."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -29,7 +29,9 @@ Loss = Callable[[str, Any, Batch, Size, StepMetrics], Tensor]
 
 
 class Minibatch(NamedTuple):
-    """What one update is made of. groups, size: over all ranks. batches: this rank's, as many as the others have."""
+    """The data of one update. groups, size: over all ranks. batches: those of this rank; all ranks have the same
+    number.
+    """
 
     groups: Sequence[Group]
     size: Size
@@ -37,14 +39,14 @@ class Minibatch(NamedTuple):
 
 
 class Policy:
-    """Model, optimizers and device placement. `run_batches` of its `runtime` is the pass without gradients, `update`
-    the one with them: in these two places ranks compute what is theirs, and take part in what they do together.
+    """Model, optimizers and device placement. `runtime.run_batches` is the pass without gradients, `update` the pass
+    with gradients. In both, each rank computes its share and takes part in the collectives.
     """
 
     def __init__(self, runtime: Runtime, optimizers: Optimizers):
         self.runtime, self.optimizers = runtime, optimizers
         self.metrics = StepMetrics()
-        self.halved = 0  # minibatches that were computed again in smaller micro-batches
+        self.halved = 0  # number of minibatches computed again with smaller micro-batches
 
     @property
     def model(self) -> Any:
@@ -52,18 +54,18 @@ class Policy:
         return self.runtime.model
 
     def pack(self, groups: Sequence[Group], size: int) -> list[Minibatch]:
-        """Minibatches of `size` groups, each in micro-batches, as every phase of a step takes them."""
+        """Minibatches of `size` groups, each divided into micro-batches, for all phases of a step."""
         cuts = [groups[i : i + size] for i in range(0, len(groups), size)]
         shares = map(self.runtime.share, cuts)
         return [Minibatch(cut, share.size, share.batches) for cut, share in zip(cuts, shares, strict=True)]
 
     def update(self, phase: str, minibatch: Minibatch, loss: Loss, place: int, used: float = 0.0) -> Tensor:
-        """One optimizer step of `phase` over a minibatch, at the schedule's `place`, with the share `used` of the run's
-        time over; the gradient's norm before clipping. Where one process runs out of memory, the minibatch is computed
-        once more in micro-batches of half the size.
+        """One optimizer step of `phase` over a minibatch. place, used: the position in the schedule and the used share
+        of the run's time. Returns the gradient norm before clipping. If a single process runs out of memory, the
+        minibatch is computed once more in micro-batches of half the size.
 
-        Where it raises, no step was taken, and nothing of it is left in metrics and gradients. NotFiniteError: an old
-        log-prob, a loss or the norm is not a number. ConfigError: memory does not suffice.
+        If it raises, no step was taken, and metrics and gradients are as before. Raises NotFiniteError if an old
+        log-prob, a loss or the norm is not finite, and ConfigError if memory is not sufficient.
         """
         before, batches = self.metrics.copy(), minibatch.batches
         try:
@@ -85,8 +87,8 @@ class Policy:
     def _backward(
         self, phase: str, batches: Sequence[Batch], size: Size, loss: Loss, *, last: bool = False
     ) -> Tensor | None:
-        """The losses of micro-batches, whose gradients are added up; None where memory did not suffice, and ConfigError
-        where it is the last try, or that of one of several ranks, which cannot try again by itself.
+        """The losses of micro-batches; accumulates their gradients. None if memory was not sufficient. Raises
+        ConfigError instead at the last try, or with several ranks, because one rank cannot retry alone.
         """
         sharded, ranks = self.runtime.sharded, self.runtime.ranks
         losses, left = [], len(batches)
@@ -107,21 +109,22 @@ class Policy:
             if last or ranks.mesh is not None:
                 tokens = max(batch.trunk_tokens for batch in batches)
                 raise ConfigError(
-                    f"out of memory in a micro-batch of {tokens} tokens{f' on rank {ranks.rank}' * (ranks.count > 1)}, "
-                    f"and nothing was trained with it: give --token_budget {max(1, tokens // 2)} or less, or "
-                    "--gradient_checkpointing; of one preference group alone, lower --max_completion_length or "
-                    f"--num_generations. {str(error).splitlines()[0][:200]}"
+                    f"out of memory in a micro-batch of {tokens} "
+                    f"tokens{f' on rank {ranks.rank}' * (ranks.count > 1)}, before any training step: give "
+                    f"--token_budget {max(1, tokens // 2)} or less, or --gradient_checkpointing. If one preference "
+                    "group alone is too large, lower --max_completion_length or --num_generations. "
+                    f"{str(error).splitlines()[0][:200]}"
                 ) from error
             return None
         return torch.stack(losses)
 
     def _halved(self, minibatch: Minibatch) -> list[Batch]:
-        """The minibatch in micro-batches of half the size, which is said and counted."""
+        """The minibatch in micro-batches of half the size. Logs and counts this."""
         budget = max(1, max(batch.trunk_tokens for batch in minibatch.batches) // 2)
         self.halved += 1
         logger.warning(
-            "Out of memory in a micro-batch: this minibatch is computed again in micro-batches of %d tokens. Where "
-            "this is said often, --token_budget %d saves the time.",
+            "Out of memory in a micro-batch: this minibatch is computed again in micro-batches of %d tokens. If this "
+            "line is frequent, --token_budget %d avoids the repeated work.",
             *(budget, budget),
         )
         if torch.cuda.is_available():
@@ -139,19 +142,19 @@ class Policy:
         sources = [group.preference.source for group in minibatch.groups[:8]]
         wrong = "" if torch.isfinite(known) else "log-probs of the sampler or of the frozen model are not finite, "
         raise NotFiniteError(
-            f"phase {phase}: {wrong}losses {losses.tolist()}, gradient norm {norm.item()}. No step was taken with it. "
-            "If a checkpoint was saved, resume from it with a lower learning rate, or with --dtype fp32. "
-            f"Rows: {', '.join(sources)} ..."
+            f"phase {phase}: {wrong}losses {losses.tolist()}, gradient norm {norm.item()}. The optimizer took no "
+            "step. If a checkpoint was saved, resume from it with a lower learning rate, or with --dtype fp32. Rows: "
+            f"{', '.join(sources)} ..."
         )
 
     def _forget(self, metrics: StepMetrics) -> None:
-        """Leave nothing of an update that is given up: the metrics are these, and no gradient is there."""
+        """Undo an update that is given up: restore `metrics` and free the gradients."""
         self.metrics = metrics
         self.optimizers.clear()
 
     def read_metrics(self, groups: Sequence[Group]) -> tuple[dict[str, float], list[ScoredGroup]]:
-        """What the updates since the last call, over `groups`, added up to on all ranks: means by name, and the groups
-        with the last scores that the model gave them.
+        """The metrics of the updates over `groups` since the last call, over all ranks: means by name, and the groups
+        with their last scores.
         """
         metrics, self.metrics = self.metrics, StepMetrics()
         each = self.runtime.ranks.gather(metrics.scores(groups))
@@ -159,12 +162,12 @@ class Policy:
         return metrics.joined(self.runtime.ranks).means(), [*map(ScoredGroup, groups, scores)]
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that a step changes, by name; tied weights once, frozen ones not at all."""
+        """Everything that a step changes, by name. Tied weights occur once, frozen weights are left out."""
         model = {f"model.{name}": p.detach() for name, p in self.optimizers.named.items()}
         return model | self.optimizers.tensors()
 
     def fingerprint(self) -> str:
-        """Of the model, where nothing was trained yet."""
+        """The fingerprint of the untrained model."""
         sharded = self.runtime.sharded
         return base_fingerprint(self.model.lm) if sharded is None else sharded.fingerprint
 
@@ -172,8 +175,8 @@ class Policy:
 def load_judging(
     config: TrainConfig, method: Method, dialog: Dialog | SingleTurn, compute: Compute, ranks: Ranks = ALONE
 ) -> Judging:
-    """The model that a run starts from, placed and ready to be trained, and how it gives its verdict. ranks: those that
-    train it together. ModelError where it cannot be loaded or cannot run the layout.
+    """The judging with the start model of a run, placed and ready for training. ranks: the ranks that train it
+    together. Raises ModelError if the model cannot be loaded or cannot run the layout.
     """
     layout = Layout(
         config.packing,
@@ -183,7 +186,7 @@ def load_judging(
         mask_truncated=config.truncated_thoughts == "mask",
     )
     if config.cpu_offload and (ranks.mesh is None or compute.device.type != "cuda"):
-        raise ConfigError("--cpu_offload: it needs a GPU and processes that torchrun started; leave it out.")
+        raise ConfigError("--cpu_offload: it needs GPUs and processes started by torchrun; leave it out.")
     if config.load_in_4bit and ranks.count > 1:
         raise ConfigError("--load_in_4bit: weights in 4 bits are not sharded here; leave it out, or use one process.")
     lora = Lora(config.lora_r, config.lora_alpha, config.lora_target_modules, config.load_in_4bit, compute)

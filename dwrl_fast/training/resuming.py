@@ -1,4 +1,4 @@
-"""Which checkpoint of a folder a run goes on from, and what becomes of those past it."""
+"""Chooses the checkpoint from which a run resumes, and renames damaged later ones."""
 
 from pathlib import Path
 
@@ -9,8 +9,9 @@ from dwrl_fast.training.checkpoint import checkpoints, latest_checkpoint, place_
 
 
 def found(folder: Path, wanted: str) -> Path | None:
-    """The checkpoint that --resume_from_checkpoint `wanted` names for a run in `folder`; None where the run is to
-    begin. CheckpointError where there is none to go on from, and the run must not begin.
+    """The checkpoint that --resume_from_checkpoint `wanted` names for a run in `folder`; None if the run starts from
+    the beginning. Raises CheckpointError if there is no usable checkpoint and the run must not start from the
+    beginning.
     """
     path = latest_checkpoint(folder) if wanted in NEWEST else Path(wanted)
     if path is None or path.resolve().parent != folder.resolve():
@@ -18,32 +19,32 @@ def found(folder: Path, wanted: str) -> Path | None:
     if path is None:
         if checkpoints(folder):
             raise CheckpointError(
-                f"{folder} holds checkpoints, and none is whole (see above). Move them away to begin anew."
+                f"{folder} holds checkpoints, but none is intact (see above). Move them away to start again."
             )
         if wanted != "auto":
-            logger.warning("%s holds no checkpoint to resume from: the run starts at its beginning.", folder)
+            logger.warning("%s holds no checkpoint to resume from: the run starts from the beginning.", folder)
     return path
 
 
 def set_later_aside(folder: Path, path: Path, wanted: str) -> None:
-    """Rename the checkpoints of `folder` past `path`, which were found damaged. CheckpointError where they may be
-    whole.
+    """Rename the damaged checkpoints in `folder` that are later than `path`. Raises CheckpointError if they may be
+    intact.
     """
     place = place_of(path)
     for later in checkpoints(folder, past=(-1, 0) if place is None else place):
         if wanted not in NEWEST:
             raise CheckpointError(
-                f"{folder} holds {later.name}, which lies past {path} and would have to be overwritten. Give another "
-                "--output_dir, or move the later checkpoints away."
+                f"{folder} holds {later.name}, which is later than {path} and would have to be overwritten. Give "
+                "another --output_dir, or move the later checkpoints away."
             )
-        logger.warning("%s is damaged, and was set aside as %s.", later, set_aside(later).name)
+        logger.warning("%s is damaged and was renamed to %s.", later, set_aside(later).name)
 
 
 def _refuse_finished(folder: Path) -> None:
-    """CheckpointError where the folder holds a model, which this run would write over."""
+    """Raise CheckpointError if the folder holds a model, which this run would overwrite."""
     held = [name for name in ("model", "adapter") if (folder / name).exists()]
     if held:
         raise CheckpointError(
-            f"{folder} holds {' and '.join(held)} of a run that came to its end, and no checkpoint of it to go on from."
-            " A finished run is never written over: give another --output_dir."
+            f"{folder} holds {' and '.join(held)} of a finished run, but no checkpoint to continue from. A finished "
+            "run is never overwritten: give another --output_dir."
         )

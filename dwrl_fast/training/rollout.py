@@ -1,4 +1,6 @@
-"""From rows to the groups that a step trains: asked, sampled, rewarded, kept, with the old policy's log-probs."""
+"""From rows to the groups that a step trains: requests, sampled thoughts, rewards, selection, and the old policy's
+log-probs.
+"""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -25,10 +27,10 @@ def _untimed(stage: str) -> AbstractContextManager[None]:
 
 
 class Rollout:
-    """What `method` trains on, under the model of `judging` as it stands at each call.
+    """Makes the training groups of `method` with the current model of `judging`.
 
-    ConfigError where the sampler's log-probs are asked for and cannot stand for the trainer's; ModelError where another
-    model writes the thoughts and cannot be loaded. timed: a context whose seconds are added to a stage's.
+    Raises ConfigError if the sampler's log-probs are requested but cannot replace the trainer's, and ModelError if
+    another model writes the thoughts and cannot be loaded. timed: a context that adds its duration to a stage.
     """
 
     def __init__(self, method: Method, judging: Judging, timed: Timed = _untimed):
@@ -37,7 +39,8 @@ class Rollout:
         if method.thinks and config.old_logprobs == "sampler" and not compute.float32:
             raise ConfigError(
                 "--old_logprobs sampler needs a sampler that computes in float32, and this one computes in "
-                f"{compute.dtype}: its rounding would pass for a change of the policy. Use recompute, or --dtype fp32."
+                f"{compute.dtype}: its rounding would look like a change of the policy. Use recompute, or --dtype "
+                "fp32."
             )
         self.sampler: Sampler | None = self.runtime.sampler
         if method.writer is not None:
@@ -46,7 +49,7 @@ class Rollout:
             self.sampler = load_writer(method.writer, method.question, compute, self.runtime.layout, limits, ranks)
 
     def __call__(self, rows: Sequence[Preference], seed: int, display: Display) -> tuple[list[Group], dict[str, float]]:
-        """The groups of one rollout batch, and what is worth logging of them."""
+        """The groups of one rollout batch, and figures for the log."""
         method = self.method
         if not method.thoughts_each:
             with display.stage("  " + method.preparation, len(rows)) as stage:
@@ -82,8 +85,8 @@ class Rollout:
         return self.recomputed(groups)[0], {}
 
     def recomputed(self, groups: Sequence[Group]) -> tuple[list[Group], dict[str, float]]:
-        """The groups with the trainer's own log-probs in place of the sampler's, before anything is updated; how far
-        the two were apart, in nats.
+        """The groups with the trainer's log-probs instead of the sampler's, computed before any update; and the
+        difference of the two in nats.
         """
         with self.timed("old_logprobs"):
             fresh = self.runtime.logprobs(groups, self.method.trained_temperature)
@@ -91,8 +94,9 @@ class Rollout:
         gap = (_logprobs(found) - _logprobs(groups)).abs()
         if gap.numel() and gap.mean() > FAR:
             logger.warning(
-                "The log-probs of sampler and trainer are %.3f nats apart in the mean. More than rounding does that: "
-                "the trainer's are taken, and thoughts still come from another policy than the one that is trained.",
+                "The log-probs of sampler and trainer differ by %.3f nats on average, which is more than rounding. "
+                "The trainer's log-probs are used, but the thoughts still come from a policy other than the trained "
+                "one.",
                 gap.mean().item(),
             )
         return found, {"sampler_gap_mean": gap.mean().item(), "sampler_gap_max": gap.max().item()}
@@ -109,7 +113,7 @@ def sampled_groups(
     seed: int,
     progress: Callable[[int], None] | None = None,
 ) -> list[Group]:
-    """One group a request, with as many thoughts a context as the method trains; `progress` counts contexts."""
+    """One group per request, with the method's number of thoughts per context. `progress` counts contexts."""
     return sample_groups(
         requests,
         method.question,

@@ -1,4 +1,4 @@
-"""What a run writes as it goes: metrics.jsonl, a line a rollout batch, and the thoughts with their scores."""
+"""The log files of a run: metrics.jsonl with one line per rollout batch, and the thoughts with their scores."""
 
 import json
 import os
@@ -11,12 +11,12 @@ from dwrl_fast.data.jsonl import finite
 from dwrl_fast.log import logger
 from dwrl_fast.scoring import ScoredGroup
 
-NEAR_ZERO = 1e-3  # a mean advantage, or the labels' probability
-SOLVED = 0.05  # nats: below it there is nothing left to learn
+NEAR_ZERO = 1e-3  # limit of a mean advantage, and of the labels' probability
+SOLVED = 0.05  # nats; with a lower loss there is nothing left to learn
 
 
 class Decoder(Protocol):
-    """What makes text of token ids."""
+    """Decodes token ids."""
 
     def decode(self, ids: list[int]) -> str:
         """The text."""
@@ -24,13 +24,13 @@ class Decoder(Protocol):
 
 
 class RunLog:
-    """The log files of one run's folder. `resumed_at`: the step that the run goes on from; what was logged past it is
+    """The log files in the folder of one run. resumed_at: the step from which the run resumes; later entries are
     dropped.
     """
 
     def __init__(self, folder: Path, resumed_at: int = 0):
         self.metrics_path, self.thoughts_folder = folder / "metrics.jsonl", folder / "thoughts"
-        self.waiting = ""  # lines that the disk has not taken yet
+        self.waiting = ""  # lines that could not be written yet
         folder.mkdir(parents=True, exist_ok=True)
         rows = (
             [row for row in read_metrics(self.metrics_path) if row["step"] <= resumed_at]
@@ -46,7 +46,9 @@ class RunLog:
                 path.unlink()
 
     def metrics(self, step: int, values: Mapping[str, Any]) -> None:
-        """A line of metrics.jsonl. Where the disk refuses it, that is said, and it is written with the next one."""
+        """Write a line of metrics.jsonl. If that fails, an error is logged, and the line is written together with the
+        next one.
+        """
         self.waiting += json.dumps({"step": step, **values}) + "\n"
         size = 0
         try:
@@ -56,23 +58,27 @@ class RunLog:
                 file.write(self.waiting.encode())
         except OSError as error:
             with suppress(OSError):
-                os.truncate(self.metrics_path, size)  # what was written of it, it may be half a line
-            logger.error("%s: %s. The line is written with the next one.", self.metrics_path, error.strerror)
+                os.truncate(self.metrics_path, size)  # remove an incomplete line
+            logger.error(
+                "%s: %s. The line will be written together with the next one.", self.metrics_path, error.strerror
+            )
         else:
             self.waiting = ""
 
     def thoughts(self, step: int, scored: Sequence[ScoredGroup], decoder: Decoder) -> None:
-        """The thoughts of a rollout batch, as `write_groups` has them; lost, and said so, where the disk refuses."""
+        """Write the thoughts of a rollout batch with `write_groups`. If that fails, an error is logged and they are
+        lost.
+        """
         path = self.thoughts_folder / f"step-{step:06d}.jsonl"
         try:
             self.thoughts_folder.mkdir(parents=True, exist_ok=True)
             write_groups(path, scored, decoder)
         except OSError as error:
-            logger.error("%s: %s. The run goes on without it.", path, error.strerror)
+            logger.error("%s: %s. The run continues without it.", path, error.strerror)
 
 
 def write_bad_batch(folder: Path, name: str, record: Mapping[str, Any]) -> str:
-    """Write what could not be trained to `folder`/bad_batches/`name`.json; a sentence that says where it is."""
+    """Write a batch that could not be trained to `folder`/bad_batches/`name`.json. Returns a sentence with its path."""
     path = folder / "bad_batches" / f"{name}.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,9 +89,9 @@ def write_bad_batch(folder: Path, name: str, record: Mapping[str, Any]) -> str:
 
 
 def write_groups(path: Path, scored: Sequence[ScoredGroup], decoder: Decoder) -> None:
-    """One line a sequence: where its row came from, which response it is about (0 is the best; of methods that compare,
-    which comparison), the thought where there is one, its score in nats or its reward. Where a score is not one
-    sequence's, as of verdicts on two responses, lines with the responses' scores follow.
+    """Write one line per sequence: the source of its row, the index of its response (0 is the best; for methods that
+    compare: of its comparison), the thought if there is one, and its score in nats or its reward. If scores do not
+    belong to single sequences, as for verdicts on two responses, lines with the responses' scores follow.
     """
     with path.open("w", encoding="utf-8") as file:
         for found in scored:
@@ -109,28 +115,28 @@ def write_groups(path: Path, scored: Sequence[ScoredGroup], decoder: Decoder) ->
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all."""
+    """Write `content` as JSON, atomically."""
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(finite(content), indent=2) + "\n", encoding="utf-8")
     part.replace(path)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line that a killed run left half written is left out."""
+    """The rows of a metrics.jsonl, without an incomplete last line of a killed run."""
     rows = []
     for line in path.read_text(encoding="utf-8").split("\n"):
         try:
             rows.append(json.loads(line)) if line else None
         except json.JSONDecodeError:
-            logger.warning("%s: a half-written line was dropped", path)
+            logger.warning("%s: an incomplete last line was dropped", path)
     return rows
 
 
 class StallWatch:
-    """Says once when the figures show that training has stopped, and why (each must hold for `PATIENCE` rollout
-    batches); knows at any time whether one of the run's trained anything.
+    """Logs once, with the reason, that training has stalled, if a reason holds for `PATIENCE` rollout batches. Also
+    records whether any rollout batch of the run trained anything.
 
-    trained: whether any did. why: of the last that did not, the reason.
+    trained: whether any rollout batch trained anything. why: the reason of the last one that did not.
     """
 
     PATIENCE = 5
@@ -141,7 +147,7 @@ class StallWatch:
         self.told: set[str] = set()
 
     def update(self, values: Mapping[str, float], minibatch_size: int) -> None:
-        """Take in the figures of one rollout batch."""
+        """Process the figures of one rollout batch."""
         kind, why = _idle(values)
         if kind:
             self.why = why
@@ -154,37 +160,37 @@ class StallWatch:
             logger.warning("training has stalled: %s.", why)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds of it."""
+        """Its entry in a checkpoint."""
         return {"trained": self.trained, "why": self.why}
 
     def result(self) -> dict[str, Any]:
-        """What `result.json` holds of it."""
+        """Its entries in `result.json`."""
         return {"trained": True} if self.trained else {"trained": False, "why": self.why}
 
 
 def _idle(values: Mapping[str, float]) -> tuple[str, str]:
-    """The kind of reason for which a rollout batch trained nothing, and the reason with what to do; both empty where it
-    trained.
+    """The kind of reason why a rollout batch trained nothing, and the reason with a remedy; both empty if it trained
+    something.
     """
     if "kept_comparisons" in values and values["kept_comparisons"] == 0:
         return "none", (
-            f"of {values['comparisons']:.0f} comparisons none has a thought to train on (right "
+            f"none of {values['comparisons']:.0f} comparisons has a thought to train on (right "
             f"{values.get('right_thoughts', 0):.1%}, unparsable {values.get('unparsable', 0):.1%}). Raise "
-            "--num_generations; where hardly any can be read, start from a model that knows the verdict's form"
+            "--num_generations; if almost none can be read, start from a model that knows the verdict's form"
         )
     if "loss" not in values:
-        return "ties", "no row has a response that is better than another. Train on rows that are no ties"
+        return "ties", "no row has a response that is better than another. Train on rows that are not ties"
     if values.get("label_mass", 1.0) < NEAR_ZERO:
         return "mass", (
-            f"the labels have {values['label_mass']:.1e} of the probability where the verdict is read: the model does "
-            "not answer as it is asked. Give a --template whose labels it uses, or start from a model that follows "
-            "instructions"
+            f"the labels together have probability {values['label_mass']:.1e} where the verdict is read: the model "
+            "does not answer as asked. Give a --template with labels that it uses, or start from a model that "
+            "follows instructions"
         )
     if "reward" in values and values["advantage"] < NEAR_ZERO:
         return "equal", (
             f"the thoughts of a comparison are all right or all wrong (mean reward {values['reward']:.3g}, "
             f"unparsable {values['unparsable']:.1%}), so they give no gradient. Raise --temperature or "
-            "--num_generations; where hardly any can be read, start from a model that knows the verdict's form"
+            "--num_generations; if almost none can be read, start from a model that knows the verdict's form"
         )
     if "effective_groups" in values and values["advantage"] < NEAR_ZERO and values["loss"] >= SOLVED:
         return "equal", (
@@ -195,21 +201,21 @@ def _idle(values: Mapping[str, float]) -> tuple[str, str]:
     still = [name.removeprefix("grad_norm_") for name, norm in values.items() if "grad_norm_" in name and not norm]
     if still and values.get("trained_tokens") == 0:
         return "cut", (
-            "all thoughts are cut at the limit, and cut ones are not trained. Raise --max_completion_length, or give "
-            "--truncated_thoughts keep"
+            "all thoughts are cut at the limit, and cut thoughts are not trained. Raise --max_completion_length, or "
+            "give --truncated_thoughts keep"
         )
     if still:
         return "still", (
-            f"the gradient of the update {' and '.join(still)} is 0 (mean loss {values['loss']:.3g}). Where the loss "
-            "is near 0 the pairs are solved: add harder ones"
+            f"the gradient of the update {' and '.join(still)} is 0 (mean loss {values['loss']:.3g}). If the loss is "
+            "near 0, the pairs are solved: add harder ones"
         )
     return "", ""
 
 
 def _narrow(values: Mapping[str, float], minibatch_size: int) -> tuple[str, str]:
-    """The same, where a rollout batch trained, but too little of it."""
+    """The same for a rollout batch of which only a small part trained."""
     few = values.get("effective_groups", minibatch_size) < 0.08 * minibatch_size and values["loss"] >= SOLVED
     return ("few", (
-        f"of {minibatch_size} groups in a minibatch about {values['effective_groups']:.1f} carry the gradient; the "
-        "others are solved. Raise --minibatch_size, or add harder pairs"
+        f"of {minibatch_size} groups in a minibatch about {values['effective_groups']:.1f} contribute to the "
+        "gradient; the others are solved. Raise --minibatch_size, or add harder pairs"
     )) if few else ("", "")  # fmt: skip

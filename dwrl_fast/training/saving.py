@@ -1,4 +1,4 @@
-"""A run's checkpoints, written beside training: what is to be saved is copied at once, and a thread writes the copy."""
+"""Writes checkpoints in the background: the data are copied at once, and a thread writes the copy."""
 
 import threading
 from collections.abc import Collection
@@ -16,11 +16,11 @@ from dwrl_fast.training.checkpoint import Place, save_checkpoint
 
 
 class Saver:
-    """Saves into `folder`, of which the newest `keep` are kept. beside: training goes on meanwhile, for the memory of a
-    copy of all that is saved; several ranks write together, and training waits for them.
+    """Saves into `folder` and keeps the newest `keep` checkpoints. beside: whether training continues during a save,
+    which needs memory for a copy of everything saved. With several ranks, training waits.
 
-    A disk that refuses does not end the run: that is said, and the checkpoints before it stay as they are. As a context
-    it waits for what is being written, unless a signal ends the run.
+    A failed write does not end the run: it is logged, and earlier checkpoints are unchanged. As a context manager it
+    waits for the current write, unless a signal ends the run.
     """
 
     def __init__(self, folder: Path, keep: int | None, ranks: Ranks, *, beside: bool):
@@ -41,8 +41,8 @@ class Saver:
     def save(
         self, place: Place, tensors: dict[str, Tensor], state: dict[str, Any], spared: Collection[str] = ()
     ) -> None:
-        """Save what a run holds at `place`, unless it is the place of the last save. spared: names of older checkpoints
-        that are kept. Waits for the save before.
+        """Save a checkpoint for `place`, unless the last save had the same place. spared: names of older checkpoints to
+        keep. Waits for the previous save.
         """
         if self.finish() and place == self.place:
             return
@@ -58,8 +58,8 @@ class Saver:
         self.thread.start()
 
     def finish(self) -> bool:
-        """Wait for what is being written; whether the last save is on the disk. Says where the disk refused it, and
-        raises any other error.
+        """Wait for the current write. Returns whether the last save is on disk. Logs a refusal of the disk, and raises
+        any other error.
         """
         if self.thread is not None:
             self.thread.join()
@@ -67,13 +67,13 @@ class Saver:
         failure, self.place = self.failure, self.place if self.failure is None else None
         self.failure = None
         if isinstance(failure, UnwrittenError):
-            logger.error("%s The run goes on without it; the next one is tried when it is due.", failure)
+            logger.error("%s The run continues without it; the next checkpoint is tried when it is due.", failure)
         elif failure is not None:
             raise failure
         return self.place is not None
 
     def _copy(self, tensors: dict[str, Tensor]) -> None:
-        """Into memory that is kept from save to save, on the processor."""
+        """Copy into CPU memory that is reused for all saves."""
         for name, tensor in tensors.items():
             copy = self.copies.get(name)
             if copy is None:
@@ -88,5 +88,5 @@ class Saver:
             save_checkpoint(
                 self.folder, step, tensors, state, self.keep, update=update, spared=spared, ranks=self.ranks
             )
-        except Exception as error:  # raised where the thread is waited for
+        except Exception as error:  # raised when the thread is joined
             self.failure = error

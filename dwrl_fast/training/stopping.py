@@ -1,4 +1,6 @@
-"""SIGTERM and SIGINT while a run trains: the first is noted, so that the run can save and end; the second ends it."""
+"""SIGTERM and SIGINT during training: the first one is noted, so that the run can save and stop; the second one ends
+the run.
+"""
 
 import signal
 import threading
@@ -11,13 +13,13 @@ from dwrl_fast.log import logger
 from dwrl_fast.ranks import Ranks
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-TOGETHER = 2.0  # seconds in which several processes get one signal twice, from the terminal and from torchrun
+TOGETHER = 2.0  # seconds in which processes can get the same signal twice, from the terminal and from torchrun
 
 
 class Stopping:
     """A context in which the first signal is only noted. A second one raises `Stopped` at once.
 
-    Outside the main thread, where Python takes no signals, it does nothing.
+    Outside the main thread, where Python handles no signals, it does nothing.
     """
 
     def __init__(self, ranks: Ranks):
@@ -33,11 +35,11 @@ class Stopping:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
-        if self.signal and kind is None:  # it came after the last save, which holds all of the run
+        if self.signal and kind is None:  # it came after the last save, which is complete
             raise Stopped(self.signal, saved=True)
 
     def asked(self) -> int:
-        """The signal by which any rank was asked to end; 0 where none was. All ranks call it together."""
+        """The signal that any rank has received; 0 if none. All ranks call this together."""
         return self.ranks.largest(self.signal)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -47,7 +49,7 @@ class Stopping:
             raise Stopped(number)
         self.signal, self.since = number, time.monotonic()
         logger.warning(
-            "%s: the run saves a checkpoint after the update that it is at, and ends. A second signal ends it at once, "
-            "without one.",
+            "%s: the run saves a checkpoint after the current update, then stops. A second signal stops it at once, "
+            "without a checkpoint.",
             signal.Signals(number).name,
         )

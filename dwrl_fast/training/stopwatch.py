@@ -1,4 +1,4 @@
-"""Where the time of a run goes, stage by stage."""
+"""Measures the time of a run by stage."""
 
 import time
 from collections import defaultdict
@@ -9,16 +9,16 @@ import torch
 
 
 class Stopwatch:
-    """seconds: of each stage, of the whole run, those of the stages within it apart."""
+    """seconds: of each stage over the whole run, without the time of nested stages."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
-        self.inner = [0.0]  # seconds that belong to stages within the open ones, from the outermost
+        self.inner = [0.0]  # seconds of nested stages in each open stage, from the outermost
         self.restart()
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Add the time within it, but for that of stages within, to that of `stage`."""
+        """A context that adds its duration, without nested stages, to `stage`."""
         started = time.monotonic()
         self.inner.append(0.0)
         try:
@@ -32,11 +32,11 @@ class Stopwatch:
         self.seconds[stage] += seconds - within
 
     def restart(self) -> None:
-        """Count shares from here on."""
+        """Start a new period for `shares`."""
         self.since, self.before = time.monotonic(), dict(self.seconds)
 
     def shares(self) -> dict[str, float]:
-        """The share of each stage in the time since the last shares, stages that took none left out."""
+        """The share of each stage in the time since the last call, without stages that took no time."""
         since, before = self.since, self.before
         self.restart()
         passed = {stage: seconds - before.get(stage, 0.0) for stage, seconds in self.seconds.items()}

@@ -1,8 +1,8 @@
 """The training loop: rollout batch by rollout batch, the same for every method.
 
-A step is one rollout batch: thoughts are sampled with the weights as they stand, then the batch's minibatches are
-trained, each phase in turn. All that is random depends on (seed, step) alone, the feed knows where it stands, and a
-checkpoint within a step holds its thoughts: a run that resumes after any update goes on to the bit.
+A step is one rollout batch: thoughts are sampled with the current weights, then the minibatches of the batch are
+trained, phase by phase. All randomness depends only on (seed, step), the feed stores its position, and a checkpoint
+within a step holds its thoughts. So a run that resumes after any update continues bit for bit.
 """
 
 import math
@@ -72,17 +72,17 @@ class Trainer:
         self.identity = identity(config, feed.identity(), feed.steps, method.dialog, self.policy.fingerprint())
         self.saver = Saver(folder, config.save_total_limit, self.ranks, beside=config.async_save)
         self.stopping = Stopping(self.ranks)
-        self.step = 0  # steps that are over
-        self.current: InFlight | None = None  # the one that has begun
-        self.skipped = 0  # updates and rollouts that were given up
+        self.step = 0  # finished steps
+        self.current: InFlight | None = None  # the step in progress
+        self.skipped = 0  # updates and rollouts that were skipped
         self.best: Best | None = None
-        self.began = 0.0  # when the step began
-        self.trained = self.last = 0.0  # seconds of all steps, and of the last one
+        self.began = 0.0  # start time of the step
+        self.trained = self.last = 0.0  # seconds of all steps, and of the last step
         self.stall = StallWatch()
         self.before: dict[str, PairReport] = {}
 
     def train(self) -> dict[str, Any]:
-        """Every step from where the run stands. Returns what `result.json` holds of it."""
+        """Run all remaining steps. Returns the entries for `result.json`."""
         self.policy.model.train()
         log, first = RunLog(self.folder, self.step) if self.ranks.first else None, self.step
         self.before = self.before or self.evaluate("before")
@@ -124,21 +124,21 @@ class Trainer:
 
     @property
     def _budget(self) -> float:
-        """Seconds that may be trained."""
+        """The time limit of training in seconds."""
         return math.inf if self.config.max_minutes is None else 60 * self.config.max_minutes
 
     def _over(self) -> bool:
-        """Whether no further step is to begin."""
+        """Whether training ends before the next step."""
         return self.step >= self.feed.steps or (self.step > 0 and self.trained + self.last > self._budget)
 
     def train_step(self, log: RunLog | None, stage: Stage) -> dict[str, Any]:
-        """One rollout batch: sample, update, and the figures of both. log: of the first rank. Stopped where the run was
-        asked to end, after an update that is not the last one and a checkpoint of it.
+        """One rollout batch: sample, update, and return the figures of both. log: on the first rank. Raises Stopped,
+        after saving a checkpoint, if the run was asked to stop after an update that is not the last one.
         """
         self.began = time.monotonic() - (self.current.seconds if self.current else 0.0)
         self.current = current = self.current or self._roll_out()
         groups, size = current.groups, self.config.minibatch_size
-        with self.watch.timed("pack"):  # once for all phases
+        with self.watch.timed("pack"):  # packed once for all phases
             minibatches = self.policy.pack(groups, size)
         self._update_all(current, minibatches)
         means, scored = self.policy.read_metrics(groups)
@@ -153,7 +153,7 @@ class Trainer:
             counters([batch for some in minibatches for batch in some.batches if batch.groups])
         )
         values |= {name: sum(each[name] for each in computed) for name in computed[0]}
-        self.last = self.ranks.from_first(lambda: time.monotonic() - self.began)  # clocks differ
+        self.last = self.ranks.from_first(lambda: time.monotonic() - self.began)  # clocks of ranks differ
         self.trained += self.last
         values |= self._figures(values, current.norms, len(groups), self.last)
         self.stall.update(values, size)
@@ -168,12 +168,12 @@ class Trainer:
                 return InFlight(*self.rollout(rows, step_seed(self.config.seed, "rollout", self.step), self.display))
             except NotFiniteError as error:
                 if self.ranks.mesh is not None:
-                    raise  # the other ranks do not know of it
+                    raise  # the other ranks do not know about it
                 self._give_up(error, f"step-{self.step + 1:06d}-rollout", {"rows": [row.content for row in rows]})
         return InFlight([], {})
 
     def _update_all(self, current: InFlight, minibatches: Sequence[Minibatch]) -> None:
-        """The updates of the step that are left, with a checkpoint between two of them where one is due."""
+        """The remaining updates of the step, with checkpoints between updates if they are due."""
         schedule = list(self._schedule(len(minibatches)))
         with self.display.stage("  update", len(schedule), done=current.done) as updating:
             for phase, m in schedule[current.done :]:
@@ -192,8 +192,8 @@ class Trainer:
             yield from ((phase, m) for m in range(minibatches) for phase in phases)
 
     def update(self, phase: str, minibatch: Minibatch, index: int) -> Tensor | None:
-        """One optimizer step of `phase` over a minibatch; the gradient's norm before clipping. None where it was given
-        up, as often as --skip_bad_batches allows.
+        """One optimizer step of `phase` over a minibatch. Returns the gradient norm before clipping; None if the update
+        was skipped, which --skip_bad_batches limits.
         """
         place = self.step * (self.config.rollout_batch_size // self.config.minibatch_size) + index
         with self.watch.timed(phase):
@@ -206,17 +206,19 @@ class Trainer:
         return None
 
     def _give_up(self, error: NotFiniteError, name: str, record: dict[str, Any]) -> None:
-        """Write what could not be trained, and go on without it; or raise the error where that was allowed no more."""
+        """Write the batch that could not be trained and continue without it; or raise the error if no more may be
+        skipped.
+        """
         said = str(error)
         if self.ranks.first:
             said += write_bad_batch(self.folder, name, record | {"error": str(error)})
         self.skipped += 1
         if self.skipped > self.config.skip_bad_batches:
-            raise NotFiniteError(f"{said} --skip_bad_batches N goes on without up to N such batches.") from None
+            raise NotFiniteError(f"{said} --skip_bad_batches N skips up to N such batches.") from None
         logger.warning("Skipped, %d of at most %d: %s", self.skipped, self.config.skip_bad_batches, said)
 
     def _best(self, now: dict[str, PairReport]) -> bool:
-        """Whether the held-out accuracy is higher than ever before; then the step's checkpoint is kept."""
+        """Whether the held-out accuracy is the highest so far. The checkpoint of that step is kept."""
         if "greedy" not in now or (self.best is not None and now["greedy"].accuracy <= self.best.accuracy):
             return False
         self.best = Best(name_of((self.step, 0)), now["greedy"].accuracy)
@@ -224,7 +226,7 @@ class Trainer:
 
     def evaluate(self, name: str) -> dict[str, PairReport]:
         """Reports of the held-out pairs with one greedy thought ("greedy") and with --eval_votes sampled ones
-        ("4_thoughts"); of several files also "greedy/NAME", and so on.
+        ("4_thoughts"); with several files also "greedy/NAME", and so on.
         """
         if not self.held_out:
             return {}
@@ -252,8 +254,8 @@ class Trainer:
         groups: int,
         seconds: float,
     ) -> dict[str, Any]:
-        """What is derived from a step's means: norms, effective groups a minibatch, speed, and where the time went
-        since the last figures, with what was saved and evaluated between the steps.
+        """Figures derived from a step's means: norms, effective groups per minibatch, speed, and the shares of time
+        since the last figures, including saving and evaluation between the steps.
         """
         found: dict[str, Any] = {
             f"grad_norm_{phase}": torch.stack(each).mean().item() for phase, each in norms.items() if each
@@ -279,18 +281,18 @@ class Trainer:
         return result
 
     def _checkpoint(self, due: bool) -> None:
-        """Save where it is due. Where the run was asked to end it saves too, and ends: Stopped."""
+        """Save if it is due. If the run was asked to stop, save and raise Stopped."""
         asked = self.stopping.asked()
         if due or asked:
             self.save()
         if asked:
             saved = self.saver.finish()
             if saved:
-                logger.warning("Saved, and ended. The run goes on by --resume_from_checkpoint latest.")
+                logger.warning("Saved and stopped. Resume the run with --resume_from_checkpoint latest.")
             raise Stopped(asked, saved=saved)
 
     def save(self) -> None:
-        """A checkpoint of where the run stands, in a folder of its own."""
+        """Save a checkpoint of the current state."""
         current = None
         if self.current is not None:
             metrics = self.ranks.gather(self.policy.metrics.state(self.current.groups))
@@ -313,7 +315,9 @@ class Trainer:
             self.saver.save(place, self.policy.state(), state, {self.best.name} if self.best else ())
 
     def resume(self) -> None:
-        """Go on from what --resume_from_checkpoint names, if anything: weights, optimizer, step, first figures."""
+        """Resume from the checkpoint that --resume_from_checkpoint names, if any: weights, optimizer, step, first
+        figures.
+        """
         wanted = self.config.resume_from_checkpoint
         if wanted is None:
             return
@@ -337,7 +341,7 @@ class Trainer:
         logger.info("resumed %s at step %d%s of %d", path, self.step, updates, self.feed.steps)
 
     def _restore(self, state: dict[str, Any]) -> None:
-        """What checkpoints of older versions may lack."""
+        """Restore entries that checkpoints of older versions may lack."""
         self.trained, self.last = state.get("trained", (0.0, 0.0))
         self.stall = StallWatch(**state.get("stall", {}))
         self.skipped, self.policy.halved = state.get("counts", (0, 0))
@@ -355,8 +359,8 @@ def _due(done: int, every: int) -> bool:
 
 
 def counters(batches: Sequence[Batch]) -> dict[str, int]:
-    """What one pass over `batches` computes: positions in the backbone, those of them that are padding, rows of the
-    head; and the tokens of all sequences, which a pass without sharing or padding would take.
+    """The counts of one pass over `batches`: positions in the backbone, padding among them, rows of the head; and the
+    tokens of all sequences, which a pass without sharing or padding would compute.
     """
     names = ("trunk_tokens", "naive_tokens", "head_rows", "padding")
     return {name: sum(getattr(batch, name) for batch in batches) for name in names}

@@ -1,6 +1,6 @@
-"""The layouts that public preference data come in, and which of them a file has. The reader itself knows none of them.
+"""The layouts of public preference data, and the detection of a file's layout. The reader itself knows no layout.
 
-What a layout makes of a row is a row of one of our formats, which is then judged as any is.
+A layout converts a row to one of this package's formats. The converted row is then checked like any other row.
 """
 
 import difflib
@@ -31,51 +31,53 @@ __all__ = [
 ]
 
 LAYOUTS: tuple[Layout, ...] = (*PAIRS, *LISTED, *VERDICTS, *MANY)
-PLAIN = "plain"  # the formats of ours, as they stand
+PLAIN = "plain"  # this package's own formats, without conversion
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """The layouts that a file has, all of one convert."""
+    """The layouts of a file; all share one convert function."""
 
     layouts: tuple[Layout, ...]
 
     @property
     def title(self) -> str:
-        """What the rows are read as."""
+        """The text after "read as"."""
         return " + ".join(layout.title for layout in self.layouts)
 
     @property
     def names(self) -> str:
-        """As `--layout` has them."""
+        """The value of `--layout` for them."""
         return "+".join(layout.name for layout in self.layouts)
 
     @property
     def form(self) -> Format:
-        """What its rows become."""
+        """The format of the converted rows."""
         return self.layouts[0].form
 
     def check_first(self, values: Mapping[str, Any], mapping: Mapping[str, str], source: str) -> None:
-        """Raises DataError where a mapped column is not there, or nobody reads what it is mapped to."""
+        """Raises DataError if a mapped column is missing, or if no layout reads the name that it is mapped to."""
         read = names_of(self.layouts) | self.form.columns | set(PROMPT.split("|")) | set(OURS)
         for name, theirs in mapping.items():
             if theirs not in values or name not in read:
                 absent = f"no column '{theirs}' among {quoted(values)}"
                 wrong = absent if theirs not in values else f"no '{name}' is read"
                 raise DataError(
-                    f"{source}: --columns {name}={theirs}: {wrong}, and the rows are read as {self.title}; correct it, "
-                    "or leave it out"
+                    f"{source}: --columns {name}={theirs}: {wrong}; the rows are read as {self.title}. Correct the "
+                    "option or leave it out"
                 )
 
     def row(self, values: Mapping[str, Any], source: str, aspect: str | None) -> tuple[dict[str, Any], Published]:
-        """A published row as a row of ours, and what was read of it. Raises DataError or Unusable."""
+        """A published row converted to this package's format, and the record of the columns that were read. Raises
+        DataError or Unusable.
+        """
         published = Published(values, source, self.title, aspect)
         return self.layouts[0].convert(published), published
 
 
 def choose(values: Mapping[str, Any], source: str) -> Chosen | None:
-    """The layout of a file that has this row; None where it is one of our formats, or of no layout. Raises DataError
-    where it can be several.
+    """The layout of a file that contains this row; None if the row has one of this package's formats or no known
+    layout. Raises DataError if several layouts fit.
     """
     told = [layout for layout in LAYOUTS if layout.tells(values)]
     converts = list(dict.fromkeys(layout.convert for layout in told))
@@ -85,13 +87,13 @@ def choose(values: Mapping[str, Any], source: str) -> Chosen | None:
         candidates = [f"{PLAIN} ({plain.name})"] if plain else []
         candidates += [f"{layout.name} ({layout.title})" for layout in told]
         raise DataError(
-            f"{source}: the rows can be read in several ways; say which with --layout NAME: {', '.join(candidates)}"
+            f"{source}: the rows can be read in several ways; choose one with --layout NAME: {', '.join(candidates)}"
         )
     return Chosen(tuple(told)) if told else None
 
 
 def renamed(values: Mapping[str, Any], mapping: Mapping[str, str]) -> Mapping[str, Any]:
-    """The row with the columns under our names that `mapping` gives as theirs."""
+    """The row with columns renamed by `mapping` (our name -> name in the file)."""
     if not mapping:
         return values
     theirs = {name: key for key, name in mapping.items()}
@@ -100,7 +102,7 @@ def renamed(values: Mapping[str, Any], mapping: Mapping[str, str]) -> Mapping[st
 
 
 def layout_of(name: str) -> Layout:
-    """The layout of this name. Raises DataError where there is none."""
+    """The layout with this name. Raises DataError if there is none."""
     named = {layout.name: layout for layout in LAYOUTS}
     if name not in named:
         near = difflib.get_close_matches(name, [PLAIN, *named], n=1)
@@ -110,22 +112,22 @@ def layout_of(name: str) -> Layout:
 
 
 def asked_for(names: str | None) -> Chosen | None:
-    """The layouts of `--layout`, with + between those that go together; None for plain. Raises DataError."""
+    """The layouts that `--layout` names, joined by +; None for plain. Raises DataError."""
     if names in (None, PLAIN):
         return None
     layouts = tuple(map(layout_of, str(names).split("+")))
     if len({id(layout.convert) for layout in layouts}) > 1:
-        raise DataError(f"--layout {names}: these do not go together; name one of them")
+        raise DataError(f"--layout {names}: these layouts cannot be combined; name one of them")
     return Chosen(layouts)
 
 
 def names_of(layouts: Iterable[Layout] = LAYOUTS) -> set[str]:
-    """The columns of layouts, by all the names they may have."""
+    """All possible column names of the layouts."""
     return {name for layout in layouts for name in layout.names}
 
 
 def layout_table() -> str:
-    """The layouts as a table of Markdown."""
+    """The layouts as a Markdown table."""
     lines = ["| `--layout` | read as | identified by | conversion | lost |", "|---|---|---|---|---|"]
     for layout in LAYOUTS:
         columns = " and ".join(_shown(names) for names in layout.columns.split())

@@ -1,4 +1,4 @@
-"""One layout that data are published in: how it is told, what maps to what, what it cannot carry."""
+"""One layout of published data: how it is recognised, what its columns become, and what is lost."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -10,17 +10,17 @@ from dwrl_fast.data.formats import Format
 from dwrl_fast.data.table_text import parsed
 from dwrl_fast.errors import DataError
 
-OURS = ("margin", "magnitude", "aspect", "subset", "id")  # of any layout: passed on as they are
+OURS = ("margin", "magnitude", "aspect", "subset", "id")  # copied unchanged from every layout
 
 Values = Mapping[str, Any]
 
 
 @dataclass
 class Published:
-    """One row as it is published. `read` has the columns that were asked for; what is in none of them was not read.
+    """One row in its published form. `read` collects the columns that were read.
 
-    A column is asked for by the names it may have, with | between them: "prompt|question". aspect: what to judge, where
-    the layout has scores by aspect. notes: as those of the Dataset.
+    A column is requested by its possible names, separated by |: "prompt|question". aspect: the aspect to judge, if the
+    layout has scores by aspect. notes: as in Dataset.
     """
 
     values: Values
@@ -35,7 +35,7 @@ class Published:
         return found(self.values, names)
 
     def get(self, names: str, default: Any = None) -> Any:
-        """A column's value; `default` where none of the names has one."""
+        """A column's value; `default` if none of the names has a value."""
         name = self.name(names)
         if name is None:
             self.read.update(set(names.split("|")) & self.values.keys())
@@ -44,20 +44,20 @@ class Published:
         return self.values[name]
 
     def take(self, names: str) -> Any:
-        """A column that must be there, be it null. DataError."""
+        """The value of a required column, possibly null. Raises DataError if it is missing."""
         name = self.name(names) or next((each for each in names.split("|") if each in self.values), None)
         if name is None:
             first = names.split("|")[0]
             near = nearest(first, self.values) or "NAME"
             raise DataError(
-                f"{self.source}: no column '{first}' among {quoted(self.values)}, and the rows are read as "
-                f"{self.title}; say which it is with --columns {first}={near}, or name another --layout"
+                f"{self.source}: no column '{first}' among {quoted(self.values)}; the rows are read as {self.title}. "
+                f"Name it with --columns {first}={near}, or name another --layout"
             )
         self.read.add(name)
         return self.values[name]
 
     def wrong(self, name: str, value: Any, wanted: str) -> DataError:
-        """That `value`, of column `name`, is none that the layout has."""
+        """The error for a `value` of column `name` that the layout does not know."""
         kind = type(value).__name__
         return DataError(
             f"{self.source}: '{name}' should hold {wanted}, not the {kind} {SHORT.repr(value)[:60]}; the rows are read "
@@ -66,7 +66,7 @@ class Published:
 
 
 def any_values(values: Values) -> bool:
-    """Whatever the values are."""
+    """Accepts any values."""
     return True
 
 
@@ -75,11 +75,12 @@ Convert = Callable[[Published], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Layout:
-    """name: for --layout. title: completes "read as". columns: how it is told: each of these words is a column, by one
-    of its names; `when` is asked about the values too. becomes: what maps to what. lost: what cannot be carried.
+    """name: the value of --layout. title: completes "read as". columns: the columns that identify it, separated by
+    spaces, each with its possible names; `when` also tests the values. becomes: what the columns become. lost: what
+    cannot be represented.
 
-    convert: a row of it as a row of ours, of `form`. Layouts of one convert go together. over: formats of ours whose
-    columns it has too, and which are not meant then.
+    convert: converts a row to the format `form`. Layouts with the same `convert` can be combined. over: formats whose
+    columns also match; the layout has priority over them.
     """
 
     name: str
@@ -93,30 +94,30 @@ class Layout:
     over: tuple[Format, ...] = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled by its name, for another process."""
+        """Pickle by name, for other processes."""
         from dwrl_fast.data.layouts import layout_of
 
         return layout_of, (self.name,)
 
     def tells(self, values: Values) -> bool:
-        """Whether a row is of it."""
+        """Whether a row has this layout."""
         return all(any(name in values for name in names.split("|")) for names in self.columns.split()) and self.when(
             values
         )
 
     @property
     def names(self) -> set[str]:
-        """Its columns, by all their names."""
+        """All possible names of its columns."""
         return {name for names in self.columns.split() for name in names.split("|")}
 
 
 def found(values: Values, names: str) -> str | None:
-    """The first of the names, with | between them, that `values` has a value for."""
+    """The first of the names (separated by |) that has a value in `values`."""
     return next((name for name in names.split("|") if values.get(name) is not None), None)
 
 
 def number(row: Published, name: str, value: Any) -> float | None:
-    """A number, also one that is written as text; None for a null. DataError."""
+    """A number, also one written as text; None for a null. Raises DataError for anything else."""
     if value is None or (isinstance(value, str) and value.strip().lower() in ("", "n/a", "none", "null")):
         return None
     if not isinstance(value, bool) and isinstance(value, int | float | str):
@@ -128,7 +129,7 @@ def number(row: Published, name: str, value: Any) -> float | None:
 
 
 def listed(row: Published, name: str, value: Any) -> list[Any]:
-    """A list. DataError."""
+    """A list. Raises DataError for anything else."""
     value = parsed(value)
     if not isinstance(value, list):
         raise row.wrong(name, value, "a list")

@@ -1,4 +1,4 @@
-"""Many answers: in a list with ranks or scores, as winners and losers, or one a row with its scores."""
+"""Layouts with many answers: a list with ranks or scores, winners and losers, or one answer per row with scores."""
 
 from typing import Any
 
@@ -55,12 +55,12 @@ def generations(row: Published) -> dict[str, Any]:
     """A list of answers and a list of their ratings."""
     texts, ratings = (listed(row, name, row.take(name)) for name in (GENERATIONS, "ratings"))
     if len(texts) != len(ratings):
-        raise Unusable("not as many ratings as answers")
+        raise Unusable("the numbers of ratings and answers differ")
     return _ranking(row, [(text, number(row, "ratings", each)) for text, each in zip(texts, ratings, strict=True)])
 
 
 def several(row: Published) -> dict[str, Any]:
-    """Lists of better and of worse answers: each of the first against each of the second."""
+    """Lists of better and of worse answers; every better answer is compared with every worse one."""
     better, worse = (_texts(row.take(names)) for names in (CHOSEN, REJECTED))
     if not better or not worse:
         raise Unusable("no chosen or no rejected response")
@@ -69,13 +69,13 @@ def several(row: Published) -> dict[str, Any]:
 
 
 def picked(row: Published) -> dict[str, Any]:
-    """A list of answers and the place of the best, counted from 0: it is better than each of the others."""
+    """A list of answers and the index of the best, from 0; it is better than each of the others."""
     name, texts = row.name(LISTS) or "", [_text(item) for item in listed(row, "responses", row.take(LISTS))]
     place = number(row, row.name(INDEX) or "", row.take(INDEX))
     if place is None:
-        raise Unusable("null place of the best response")
+        raise Unusable("null index of the best response")
     if place not in range(len(texts)):
-        raise row.wrong(row.name(INDEX) or "", place, f"a place in {name}, 0 to {len(texts) - 1}")
+        raise row.wrong(row.name(INDEX) or "", place, f"an index into {name}, 0 to {len(texts) - 1}")
     ranks = [1 if i == place else 2 for i in range(len(texts))]
     return prompt(row) | {"responses": [content(text) for text in texts], "ranks": ranks} | ours(row)
 
@@ -85,27 +85,27 @@ def _text(item: Any) -> Any:
 
 
 def by_aspect(row: Published) -> dict[str, Any]:
-    """One answer a row, with scores by aspect in columns."""
+    """One answer per row, with scores by aspect in columns."""
     aspect = row.aspect if row.aspect is not None and row.aspect in row.values else DEFAULT
     there = [name for name in ASPECTS if name in row.values]
     if aspect not in row.values and there:
         raise DataError(
-            f"{row.source}: the rows are read as {row.title}, and have no scores of {row.aspect or aspect}; say which "
-            f"to take: --aspect {there[0]}" + "".join(f", or {name}" for name in there[1:])
+            f"{row.source}: the rows are read as {row.title}, and have no scores of {row.aspect or aspect}; name the "
+            f"scores to take: --aspect {there[0]}" + "".join(f", or {name}" for name in there[1:])
         )
     score = number(row, aspect, row.take(aspect))
     return prompt(row) | {"completion": content(row.take("response|completion|answer")), "score": score} | ours(row)
 
 
 def scored(row: Published) -> dict[str, Any]:
-    """One answer a row, with a score under another name."""
+    """One answer per row, with a score under another name."""
     name = row.name(f"{SCORE}|label") or "score"
     score = number(row, name, row.take(f"{SCORE}|label"))
     return prompt(row) | {"completion": content(row.take("response|completion|answer")), "score": score} | ours(row)
 
 
 def graded(row: Published) -> dict[str, Any]:
-    """One answer a row, labelled true or false; the answer may be the last turn of a conversation."""
+    """One answer per row, labelled true or false; the answer may be the last turn of a conversation."""
     label = row.take(LABEL)
     if _truth(label) is None:
         raise row.wrong("label", label, "true or false")
@@ -161,7 +161,7 @@ def _answers(values: Values) -> bool:
     items = parsed(values[name]) if name else None
     if name not in ("completions", "responses"):
         return True
-    # `completions` of rank and completion are a format of ours, those with a response UltraFeedback's.
+    # `completions` with rank and completion are this package's format, those with a response are UltraFeedback's.
     return isinstance(items, list) and all(
         isinstance(item, dict) and found(item, SCORE) and found(item, TEXT) and not item.keys() & {"rank", "response"}
         for item in items
@@ -169,7 +169,7 @@ def _answers(values: Values) -> bool:
 
 
 def _several(values: Values) -> bool:
-    """Whether an answer is a list of texts, or of conversations."""
+    """Whether an answer column holds a list of texts or of conversations."""
     sides = [values.get(found(values, names) or "") for names in (CHOSEN, REJECTED)]
     sides = [parsed(side) for side in sides]
     return any(isinstance(side, list) and side and isinstance(side[0], str | list) for side in sides)

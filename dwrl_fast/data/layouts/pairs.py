@@ -1,4 +1,4 @@
-"""Pairs: the better and the worse answer stand in columns of their own."""
+"""Layouts of pairs, with separate columns for the better and the worse answer."""
 
 from typing import Any
 
@@ -25,38 +25,40 @@ SCORES = tuple(
 def pair(row: Published) -> dict[str, Any]:
     """A row with chosen and rejected."""
     sides = {"chosen": content(row.take(CHOSEN)), "rejected": content(row.take(REJECTED))}
-    if is_transcript(row.values.get("prompt")):  # whose last heading is parted from the answer by a blank
+    if is_transcript(row.values.get("prompt")):  # a space separates its last heading from the answer
         sides = {name: side.strip() if isinstance(side, str) else side for name, side in sides.items()}
     return _prompt(row) | sides | _margin(row) | ours(row)
 
 
 def answered(row: Published) -> dict[str, Any]:
-    """A conversation that ends with the better answer, and the worse one beside it, alone or as its conversation."""
+    """A conversation that ends with the better answer, and a column with the worse answer, alone or as a
+    conversation.
+    """
     turns = content(row.take(MESSAGES))
     if not isinstance(turns, list) or not turns:
         raise row.wrong(row.name(MESSAGES) or "messages", turns, "a list of messages")
     worse = content(row.take(REJECTED_TURN))
-    whole = isinstance(worse, list) and len(worse) > 1  # then the reader compares the two conversations
+    whole = isinstance(worse, list) and len(worse) > 1  # the reader then compares both conversations
     asked, answer = (turns[:0], turns) if whole else (turns[:-1], turns[-1:])
     return {"prompt": [*_system(row, turns), *asked], "chosen": answer, "rejected": worse} | ours(row)
 
 
 def _system(row: Published, turns: list[Any]) -> list[dict[str, Any]]:
-    """A system prompt in a column of its own, unless the conversation begins with one."""
+    """The turns with the system prompt from its column, unless the conversation begins with one."""
     value = row.get(SYSTEM)
     return [{"role": "system", "content": value}] if value and role_of(turns[0]) != "system" else []
 
 
 def listed_pair(row: Published) -> dict[str, Any]:
-    """An instruction with a list of two answers, the better first."""
+    """An instruction with a list of two answers, the better one first."""
     answers = listed(row, "output", row.take("output"))
     if len(answers) != 2:
-        raise Unusable(f"{len(answers)} answers, where two are a pair")
+        raise Unusable(f"{len(answers)} answers, but a pair has two")
     return prompt(row) | {"chosen": content(answers[0]), "rejected": content(answers[1])} | ours(row)
 
 
 def ours(row: Published) -> dict[str, Any]:
-    """The columns of ours that any row may have."""
+    """The columns of this package that any row may have."""
     return {name: row.get(name) for name in OURS if row.name(name)}
 
 
@@ -88,7 +90,7 @@ def _values(values: Values) -> list[Any]:
 
 
 def _answers(values: Values) -> bool:
-    """Whether no answer is a list of texts, which are several."""
+    """Whether no answer column holds a list of several texts."""
     return not any(isinstance(value, list) and value and isinstance(value[0], str) for value in _values(values)[-2:])
 
 
@@ -113,7 +115,7 @@ def _transcripts(values: Values) -> bool:
 
 
 def _asked_in_messages(values: Values) -> bool:
-    """Whether the messages are a prompt, and no copy of the conversation with an answer."""
+    """Whether the messages are a prompt, not a copy of the conversation with an answer."""
     name = found(values, MESSAGES)
     said = values[name] if name else None
     asked = isinstance(said, list) and bool(said) and role_of(said[-1]) == "user"

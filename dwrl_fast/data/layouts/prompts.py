@@ -1,4 +1,4 @@
-"""The prompt of a published row, wherever it stands."""
+"""Finds the prompt of a published row."""
 
 from typing import Any
 
@@ -14,15 +14,15 @@ PROMPT = f"{TEXT}|{MESSAGES}"
 
 
 def prompt(row: Published) -> dict[str, Any]:
-    """The column `prompt`, where the row has one by any of its names: a text, or turns where it has several, a system
-    prompt or earlier turns. Unusable where there are two system prompts.
+    """The column `prompt`, if the row has one under any of its names: a text, or turns if there are several turns, a
+    system prompt or a history. Raises Unusable if there are two system prompts.
     """
     name = found(row.values, PROMPT)
     before = [*_system(row), *_history(row, name)]
     if name is None:
         return {"prompt": before} if before else {}
     value = content(row.get(name))
-    value = value["full_text"] if isinstance(value, dict) and "full_text" in value else value  # of WebGPT
+    value = value["full_text"] if isinstance(value, dict) and "full_text" in value else value  # WebGPT's form
     if name == "instruction" and isinstance(value, str):
         more = row.get("input", "")
         value = f"{value}\n{more}" if isinstance(more, str) and more.strip() else value
@@ -37,7 +37,7 @@ def prompt(row: Published) -> dict[str, Any]:
 
 
 def content(value: Any) -> Any:
-    """Text or turns, of any of their shapes. A transcript loses the heading of the answer that it asks for."""
+    """Text or turns in any known form. A transcript loses its last heading, that of the answer."""
     if isinstance(value, Cell) and isinstance(value.parsed, list | dict):
         value = value.parsed
     if not is_transcript(value):
@@ -54,7 +54,7 @@ def _system(row: Published) -> list[dict[str, Any]]:
 
 
 def _history(row: Published, name: str | None) -> list[dict[str, Any]]:
-    """Earlier turns, as pairs of a question and its answer, beside a prompt of another name."""
+    """The earlier turns, stored as pairs of question and answer next to the prompt."""
     if name == "history" or not isinstance(row.values.get("history"), list):
         return []
     before = []

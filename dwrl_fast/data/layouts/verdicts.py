@@ -1,4 +1,4 @@
-"""Two answers and a verdict: which is the better is said in a column beside them."""
+"""Layouts with two answers and a column that says which one is better."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,8 +24,8 @@ REFERENCES = {"1": FIRST, "0": SECOND}
 
 @dataclass(frozen=True, eq=False)
 class Verdict:
-    """first, second: the names that the answers' columns may have; column: those of the verdict. says: what each of its
-    values means, in small letters.
+    """first, second: possible names of the answer columns. column: possible names of the verdict column. says: the
+    meaning of each of its values, in lower case.
     """
 
     first: str
@@ -34,7 +34,7 @@ class Verdict:
     says: Mapping[str, str]
 
     def __call__(self, row: Published) -> dict[str, Any]:
-        """The row as a pair, or as a tie."""
+        """The row as a pair or a tie."""
         sides = content(row.take(self.first)), content(row.take(self.second))
         value = row.take(self.column)
         name = row.name(self.column)
@@ -47,12 +47,12 @@ class Verdict:
 
     @property
     def columns(self) -> str:
-        """How rows of it are told."""
+        """The columns that identify this layout."""
         return f"{self.first} {self.second} {self.column}"
 
 
 def preference(row: Published) -> dict[str, Any]:
-    """A number below 0 where the first is better; its size is the margin."""
+    """A number that is negative if the first answer is better; its absolute value is the margin."""
     sides = content(row.take("response1|response_1")), content(row.take("response2|response_2"))
     value = number(row, "overall_preference", row.take("overall_preference|preference_strength"))
     if value is None:
@@ -62,7 +62,7 @@ def preference(row: Published) -> dict[str, Any]:
 
 
 def scored(row: Published) -> dict[str, Any]:
-    """Two answers with a score each: the higher is the better, by the difference."""
+    """Two answers with a score each: the higher score is better, and the difference is the margin."""
     names = next((names for names in SCORED if names[0] in row.values), SCORED[0])
     first, second, *scores = (row.take(name) for name in names)
     one, other = (number(row, name, value) for name, value in zip(names[2:], scores, strict=True))
@@ -77,7 +77,7 @@ def choice(row: Published) -> dict[str, Any]:
     summaries = listed(row, "summaries", row.take("summaries"))
     texts = [each.get("text") if isinstance(each, dict) else each for each in summaries]
     if len(texts) != 2:
-        raise Unusable(f"{len(texts)} summaries, where two are a pair")
+        raise Unusable(f"{len(texts)} summaries, but a pair has two")
     said = BY_INDEX.get(_word(row.take("choice")))
     if said is None:
         raise row.wrong("choice", row.values["choice"], "0 or 1")
@@ -87,10 +87,10 @@ def choice(row: Published) -> dict[str, Any]:
 
 
 def one_hot(row: Published) -> dict[str, Any]:
-    """Questions and answers as lists, and three columns of which one is 1."""
+    """Questions and answers as lists, and three verdict columns of which exactly one is 1."""
     questions, first, second = (_texts(row, name) for name in ("prompt", "response_a", "response_b"))
     if not len(questions) == len(first) == len(second):
-        raise Unusable("not as many answers as questions")
+        raise Unusable("the numbers of answers and questions differ")
     sides = tuple(
         [
             {"role": role, "content": text}
@@ -101,7 +101,11 @@ def one_hot(row: Published) -> dict[str, Any]:
     )
     marks = [number(row, name, row.take(name)) for name in ("winner_model_a", "winner_model_b", "winner_tie")]
     if sorted(mark or 0.0 for mark in marks) != [0, 0, 1]:
-        raise row.wrong("winner_model_a", marks, "1 where winner_model_b and winner_tie hold 0, or the other way round")
+        raise row.wrong(
+            "winner_model_a",
+            marks,
+            "1 in exactly one of winner_model_a, winner_model_b and winner_tie, and 0 in the others",
+        )
     both = {"chosen": sides[0], "rejected": sides[1]}
     return _paired(row, (both["chosen"], both["rejected"]), (FIRST, SECOND, TIE)[marks.index(1)], asked={})
 
@@ -118,7 +122,7 @@ def _paired(row: Published, sides: tuple[Any, Any], said: str, asked: dict[str, 
 
 
 def _word(value: Any) -> str:
-    """A verdict as it is looked up: 1, 1.0, "1" and true are one."""
+    """A verdict as a lookup key: 1, 1.0, "1" and true are the same."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return str(int(value) if isinstance(value, bool) else value).strip().lower()[:40]

@@ -1,6 +1,6 @@
-"""The compiled C++ operators: loaded once, and when they are absent that is said with the command that builds them.
+"""Loads the compiled C++ operators once. If they are missing, a message gives the command that builds them.
 
-`python -m dwrl_fast.ops.extension` says whether they are there, and exits with 1 where they are not.
+`python -m dwrl_fast.ops.extension` reports whether they are available, and exits with 1 if not.
 """
 
 import functools
@@ -17,7 +17,7 @@ headers of Python (Debian, Ubuntu: apt-get install g++ python3-dev; Fedora: dnf 
 
 @functools.cache
 def problem() -> str | None:
-    """Register the C++ operators in `torch.ops.dwrl_fast`: None, or what is wrong with them and how to mend it."""
+    """Register the C++ operators in `torch.ops.dwrl_fast`: None, or what is wrong with them and how to repair it."""
     import torch  # noqa: F401  the extension links against its libraries
 
     try:

@@ -1,4 +1,4 @@
-"""`python -m dwrl_fast.ops.extension` says whether the C++ operators are there, and exits with 1 where they are not."""
+"""`python -m dwrl_fast.ops.extension` reports whether the C++ operators are available, and exits with 1 if not."""
 
 import sys
 

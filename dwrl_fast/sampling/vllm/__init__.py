@@ -1,5 +1,5 @@
-"""Thoughts written by vLLM, in this process or by servers of it (docs/vllm.md). Neither vllm nor httpx2 is imported
-before an engine is made.
+"""Thoughts from vLLM, in this process or from vLLM servers (docs/vllm.md). vllm and httpx2 are imported only when an
+engine is created.
 """
 
 from typing import Any
@@ -25,8 +25,8 @@ def make_engine(
     *,
     trains: bool,
 ) -> Engine:
-    """The engine that `settings` ask for. config: of the Hugging Face model. trains: whether the device is also needed
-    for training.
+    """The engine for `settings`. config: of the Hugging Face model. trains: whether the device is also used for
+    training.
     """
     if settings.mode == "server":
         from dwrl_fast.sampling.vllm.servers import Servers

@@ -1,6 +1,6 @@
-"""All that depends on vLLM's version: its names, and what they take and give.
+"""Everything that depends on vLLM's version: names, arguments and results.
 
-Read in the sources of 0.29, 0.30, 0.31 and 0.32; run with 0.32, on a CPU.
+Written from the sources of 0.29, 0.30, 0.31 and 0.32; run with 0.32 on a CPU.
 """
 
 import shlex
@@ -16,8 +16,8 @@ from dwrl_fast.sampling.vllm.engine import Answer, Ask, Sent, Weights
 Known = tuple[str, torch.dtype, tuple[int, ...]]
 OLDEST, BELOW = (0, 29), (0, 34)
 LOGPROBS_MODE, GENERATION_CONFIG = "processed_logprobs", "vllm"
-EXTENSION = "dwrl_fast.sampling.vllm.worker.Repacking"  # which a CPU's worker needs
-SAMPLING: dict[str, Any] = {  # every way to sample from another distribution, switched off
+EXTENSION = "dwrl_fast.sampling.vllm.worker.Repacking"  # needed by workers on a CPU
+SAMPLING: dict[str, Any] = {  # switches off everything that changes the distribution
     "top_k": 0,
     "top_p": 1.0,
     "min_p": 0.0,
@@ -28,18 +28,19 @@ SAMPLING: dict[str, Any] = {  # every way to sample from another distribution, s
 
 
 def check_version(version: str, where: str) -> None:
-    """SamplerError where vLLM `version` is none that this file was written for."""
+    """Raise SamplerError if this file does not support vLLM `version`."""
     parts = version.split("+")[0].split(".")[:2]
     found = tuple(int(part) for part in parts if part.isdigit())
     if not OLDEST <= found < BELOW:
         raise SamplerError(
-            f"{where} is vLLM {version}. How weights reach it changes from version to version: 0.29 to 0.33 are taken "
-            "(0.29 to 0.32 were read, 0.32 was run). Install one of them: pip install 'vllm>=0.29,<0.34'"
+            f"{where} is vLLM {version}. The interface for sending weights changes between versions: 0.29 to 0.33 are "
+            "supported (the code of 0.29 to 0.32 was read, 0.32 was run). Install one of them: pip install "
+            "'vllm>=0.29,<0.34'"
         )
 
 
 def server_command(model: str, *, dtype: str = "bfloat16", cpu: bool = False, port: str = "8000") -> str:
-    """The command line of a server that can be sampled from."""
+    """The command line of a server with the right settings."""
     words = ["python", "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1"]
     words += ["--port", port, "--dtype", dtype, "--logprobs-mode", LOGPROBS_MODE]
     words += ["--generation-config", GENERATION_CONFIG]
@@ -51,7 +52,7 @@ def server_command(model: str, *, dtype: str = "bfloat16", cpu: bool = False, po
 
 
 def make_llm(folder: str, **options: Any) -> Any:
-    """vLLM's `LLM` over the config.json of `folder`; its weights are drawn until some are loaded."""
+    """vLLM's `LLM` for the config.json in `folder`; its weights are random until weights are loaded."""
     import vllm
 
     check_version(vllm.__version__, "the installed one")
@@ -69,7 +70,7 @@ def make_llm(folder: str, **options: Any) -> Any:
 
 
 def check_cpu_heads(config: Any) -> None:
-    """SamplerError where vLLM's attention on a CPU cannot take the heads of a model with this configuration."""
+    """Raise SamplerError if vLLM's attention on a CPU does not support the head size of this model."""
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
     text = config.get_text_config()
@@ -77,13 +78,14 @@ def check_cpu_heads(config: Any) -> None:
     taken = CPUAttentionBackend.get_supported_head_sizes()
     if size not in taken:
         raise SamplerError(
-            f"vLLM's attention on a CPU takes heads of {', '.join(map(str, taken))} numbers, and this model has heads "
-            f"of {size} (as the embedded task's has). Leave --use_vllm out, or take another model."
+            f"vLLM's attention on a CPU supports the head sizes {', '.join(map(str, taken))}, but this model has "
+            f"heads of size {size} (so has the model of the embedded task). Leave --use_vllm out, or use another "
+            "model."
         )
 
 
 def sampling_params(ask: Ask) -> Any:
-    """vLLM's `SamplingParams` of a request."""
+    """vLLM's `SamplingParams` for a request."""
     from vllm import SamplingParams
 
     return SamplingParams(
@@ -99,7 +101,7 @@ def sampling_params(ask: Ask) -> Any:
 
 
 def answer_of(output: Any, ask: Ask) -> Answer:
-    """From a `CompletionOutput`."""
+    """The answer in a `CompletionOutput`."""
     ids = list(output.token_ids)
     rows = output.logprobs or []
     labels = tuple(rows[0][label].logprob for label in ask.labels) if rows else ()
@@ -107,12 +109,12 @@ def answer_of(output: Any, ask: Ask) -> Answer:
 
 
 def load_weights(llm: Any, weights: Weights) -> None:
-    """Every weight, one after another, from this process's memory."""
+    """Load every weight, one by one, from this process's memory."""
     llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
 
 
 def set_version(llm: Any, version: str) -> None:
-    """What `weight_versions` of each output will say."""
+    """Set the value of `weight_versions` in later outputs."""
     llm.llm_engine.set_weight_version(version)
 
 
@@ -120,7 +122,7 @@ def set_version(llm: Any, version: str) -> None:
 
 
 def completion_body(ask: Ask, model: str) -> dict[str, Any]:
-    """What is posted to /v1/completions."""
+    """The body of a request to /v1/completions."""
     return {
         "model": model,
         "prompt": ask.prompt,
@@ -140,7 +142,7 @@ def completion_body(ask: Ask, model: str) -> dict[str, Any]:
 
 
 def answer_of_body(body: dict[str, Any], ask: Ask) -> Answer:
-    """From what /v1/completions answers. LookupError or TypeError where it is something else."""
+    """The answer in a response of /v1/completions. Raises LookupError or TypeError for any other content."""
     (choice,) = body["choices"]
     if choice["prompt_token_ids"] != ask.prompt:
         raise LookupError("the prompt came back changed")
@@ -150,7 +152,7 @@ def answer_of_body(body: dict[str, Any], ask: Ask) -> Answer:
 
 
 def unfit(config: dict[str, Any], dtype: str) -> list[str]:
-    """What of a server's configuration (`/server_info`) makes its thoughts none of ours."""
+    """The settings in a server's configuration (`/server_info`) that make its thoughts unusable for training."""
     model = config["model_config"]
     wanted = {
         "logprobs_mode": LOGPROBS_MODE,
@@ -162,9 +164,14 @@ def unfit(config: dict[str, Any], dtype: str) -> list[str]:
         f"{name} is {model.get(name)!r}, not {value!r}" for name, value in wanted.items() if model.get(name) != value
     ]
     if on_cpu(config) and config["parallel_config"].get("worker_extension_cls") != EXTENSION:
-        found.append(f"worker_extension_cls is not {EXTENSION}, without which a tied head stays as it was on a CPU")
+        found.append(
+            f"worker_extension_cls is not {EXTENSION}, without which a tied head keeps its old weights on a CPU"
+        )
     if on_cpu(config) and config["scheduler_config"].get("enable_chunked_prefill"):
-        found.append("enable_chunked_prefill is on, and on a CPU it ends vLLM at the first seeded request that is cut")
+        found.append(
+            "enable_chunked_prefill is on, which on a CPU makes vLLM crash at the first seeded request that is split "
+            "into chunks"
+        )
     return found
 
 
@@ -174,13 +181,13 @@ def on_cpu(config: dict[str, Any]) -> bool:
 
 
 def takes_nccl(config: dict[str, Any]) -> bool:
-    """Whether the server was started to take weights by NCCL (--weight-transfer-config '{"backend": "nccl"}')."""
+    """Whether the server was started to receive weights by NCCL (--weight-transfer-config '{"backend": "nccl"}')."""
     return (config.get("weight_transfer_config") or {}).get("backend") == "nccl"
 
 
 def nccl_sender(client: Any, world_size: int, meeting: tuple[str, int], known: Sequence[Known], weights: Sent) -> Any:
-    """vLLM's sender, joined with the servers' workers: its `send_weights` sends what `weights` gives then, which is
-    `known` by name, dtype and shape. meeting: the address and port at which they join.
+    """vLLM's sender, connected to the servers' workers. Its `send_weights` sends the current `weights`. known: their
+    names, dtypes and shapes. meeting: the address and port for the connection.
     """
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
@@ -199,6 +206,6 @@ def nccl_sender(client: Any, world_size: int, meeting: tuple[str, int], known: S
 
 
 def load_calls(folder: str, cpu: bool) -> Sequence[tuple[str, dict[str, Any]]]:
-    """What is posted to /collective_rpc, in order, so that the server takes over the safetensors in `folder`."""
+    """The calls of /collective_rpc, in order, that make the server load the safetensors in `folder`."""
     reload = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
     return [("/collective_rpc", reload), *([("/collective_rpc", {"method": "repack_heads"})] if cpu else [])]

@@ -1,4 +1,4 @@
-"""vLLM in this process, on the device that trains."""
+"""vLLM in this process, on the training device."""
 
 import os
 import tempfile
@@ -18,11 +18,11 @@ _kept: list[Any] = []
 
 
 class Colocated:
-    """An engine over vLLM's `LLM`. config: of the Hugging Face model; its weights come by `load`, out of this process's
-    memory. limits: of sequences that are written at once, and on a CPU of the cache. trains: the device is needed for
-    training too, so vLLM sleeps between calls, which a CPU cannot.
+    """An engine over vLLM's `LLM`. config: of the Hugging Face model; `load` passes its weights from this process's
+    memory. limits: of concurrent sequences, and on a CPU of the cache. trains: whether the device is also used for
+    training; vLLM then sleeps between calls (not supported on a CPU).
 
-    ConfigError where vLLM is missing or cannot run as it is asked to.
+    Raises ConfigError if vLLM is missing or cannot run with these settings.
     """
 
     def __init__(
@@ -39,15 +39,15 @@ class Colocated:
         self.cpu = cpu = device.type == "cpu"
         self.among_ranks = ranks.mesh is not None
         self.sleeps, self.lock = trains and not cpu, threading.Lock()
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights go from memory to memory
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are passed in memory
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the threads are the trainer's too
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the trainer uses the same threads
         options: dict[str, Any] = {"gpu_memory_utilization": settings.gpu_memory_utilization}
         if self.among_ranks:
-            options["distributed_executor_backend"] = "external_launcher"  # torchrun's processes are there already
+            options["distributed_executor_backend"] = "external_launcher"  # torchrun has already started the processes
         if cpu:
             options |= {"kv_cache_memory_bytes": int(limits.cache_gib * 2**30), "enforce_eager": True}
-            options["enable_chunked_prefill"] = False  # with which vLLM 0.32 fails on a CPU, where requests are seeded
+            options["enable_chunked_prefill"] = False  # vLLM 0.32 on a CPU fails with it for seeded requests
         threads, set_threads = torch.get_num_threads(), torch.set_num_threads
         with tempfile.TemporaryDirectory() as folder:
             config.save_pretrained(folder)
@@ -67,7 +67,7 @@ class Colocated:
                     f"--use_vllm: vLLM cannot be imported ({error}). Install it (pip install 'dwrl_fast[vllm]'; on a "
                     "CPU `make vllm` makes an environment that has it), or leave --use_vllm out."
                 ) from error
-        torch.set_num_threads = set_threads  # which vLLM replaces on a CPU
+        torch.set_num_threads = set_threads  # vLLM replaces this function on a CPU
         torch.set_num_threads(threads)
         self.longest = int(self.llm.llm_engine.model_config.max_model_len)
         self.asleep = False
@@ -92,7 +92,9 @@ class Colocated:
                     engine.abort_request(left)
         for place, ask in enumerate(asks):
             if why := "no answer came" if place not in found else wrong(ask, found[place]):
-                raise SamplerError(f"vLLM in this process gave no whole thought: {why}. Nothing was trained on it.")
+                raise SamplerError(
+                    f"vLLM in this process returned an incomplete thought: {why}. It was not used for training."
+                )
         return [found[place] for place in range(len(asks))]
 
     def load(self, weights: Sent, version: str) -> None:
@@ -110,21 +112,21 @@ class Colocated:
             adapter.set_version(self.llm, version)
 
     def reset(self) -> None:
-        """Forget all keys and values. SamplerError where vLLM does not."""
+        """Reset the prefix cache. Raises SamplerError if vLLM does not."""
         if not self.llm.reset_prefix_cache():
             raise SamplerError(
-                "vLLM in this process did not reset its prefix cache, which holds keys and values of older weights: "
-                "nothing is sampled from it. Leave --use_vllm out, or report this with vLLM's version."
+                "vLLM in this process did not reset its prefix cache, which holds keys and values of older weights, "
+                "so it is not used for sampling. Leave --use_vllm out, or report this with vLLM's version."
             )
 
     def sleep(self) -> None:
         """See `Engine.sleep`."""
-        self.llm.sleep(level=2)  # without a copy of the weights, which are sent again
+        self.llm.sleep(level=2)  # without a backup of the weights, which are sent again
         self.asleep = True
 
     def close(self) -> None:
-        """See `Engine.close`. Among ranks it stays until the process ends, for where it is let go of, vLLM ends their
-        group.
+        """See `Engine.close`. With several ranks the engine is kept until the process ends, because on release vLLM
+        destroys the process group.
         """
         if (llm := self.__dict__.pop("llm", None)) is None:
             return

@@ -1,4 +1,4 @@
-"""What a vLLM that writes for us must do, wherever it runs."""
+"""The interface of a vLLM engine, in this process or on servers."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple, Protocol
@@ -6,11 +6,11 @@ from typing import Literal, NamedTuple, Protocol
 from torch import Tensor
 
 Weights = Iterable[tuple[str, Tensor]]
-Sent = Callable[[], Weights]  # the weights as they are, each time it is called
+Sent = Callable[[], Weights]  # returns the current weights at each call
 
 
 class VllmSettings(NamedTuple):
-    """What the options `vllm_*` say."""
+    """The values of the options `vllm_*`."""
 
     mode: Literal["colocate", "server"] = "colocate"
     base_url: tuple[str, ...] = ()
@@ -20,8 +20,8 @@ class VllmSettings(NamedTuple):
 
 
 class Ask(NamedTuple):
-    """One sequence to go on with, and its own draws. labels: token ids whose log-probs after `prompt` are wanted; then
-    one token is drawn, by any seed, at temperature 1.
+    """One request: a sequence to continue, with its own seed. labels: token ids whose log-probs after `prompt` are
+    requested; then one token is drawn, with any seed, at temperature 1.
     """
 
     prompt: list[int]
@@ -33,7 +33,9 @@ class Ask(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """ids: what was drawn, with the stop token if one was. logprobs: of each, in nats. labels: those of the labels."""
+    """ids: the sampled tokens, including a sampled stop token. logprobs: of each token, in nats. labels: log-probs of
+    the labels.
+    """
 
     ids: list[int]
     logprobs: list[float]
@@ -41,37 +43,37 @@ class Answer(NamedTuple):
 
 
 class Engine(Protocol):
-    """One vLLM or several, whose weights are those that were loaded last.
+    """One or several vLLM instances with the weights that were loaded last.
 
-    longest: the most tokens of a sequence. sleeps: whether weights and cache are given up between calls, by `sleep`.
+    longest: the maximum tokens of a sequence. sleeps: whether `sleep` frees weights and cache between calls.
     """
 
     longest: int
     sleeps: bool
 
     def complete(self, asks: Sequence[Ask], done: Callable[[int], None]) -> list[Answer]:
-        """The answers, in the order of `asks`, all of them whole. `done` is told the place of each that is finished, at
-        least once. SamplerError where one cannot be had.
+        """All answers, complete, in the order of `asks`. `done` is called at least once with the index of each finished
+        answer. Raises SamplerError if an answer cannot be obtained.
         """
         ...
 
     def load(self, weights: Sent, version: str) -> None:
-        """Take over all `weights`, then forget every key and value that older ones left. All ranks call it together.
-        SamplerError where any of it fails; then nothing is sampled before the next `load`.
+        """Load all `weights`, then reset the prefix cache, which holds keys and values of older weights. All ranks call
+        this together. Raises SamplerError if any part fails; then nothing is sampled before the next `load`.
         """
         ...
 
     def sleep(self) -> None:
-        """Give up the memory of weights and cache until the next `load`."""
+        """Free the memory of weights and cache until the next `load`."""
         ...
 
     def close(self) -> None:
-        """Leave nothing running, and no file."""
+        """Stop everything and remove temporary files."""
         ...
 
 
 def wrong(ask: Ask, answer: Answer) -> str:
-    """What is missing in `answer`, in words; empty where nothing is."""
+    """What is missing in `answer`, in words; empty if it is complete."""
     if not answer.ids or len(answer.ids) != len(answer.logprobs):
         return f"{len(answer.ids)} tokens came with {len(answer.logprobs)} log-probs"
     if len(answer.labels) != len(ask.labels):

@@ -1,4 +1,4 @@
-"""Weights on their way to a server: a folder of safetensors, written as they come."""
+"""Transfers weights to a server through a folder of safetensors."""
 
 from pathlib import Path
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 from dwrl_fast.sampling.vllm.engine import Weights
 
-SHARD = 2**31  # bytes; the most that is held at once, but for the last weight
+SHARD = 2**31  # bytes; at most this much is in memory, plus the last weight
 
 
 def write_weights(folder: Path | None, weights: Weights) -> int:
-    """Write `weights` into `folder`, some GB a file, and give their bytes. Without a folder they are only gone through,
-    as ranks must that hold parts of them.
+    """Write `weights` into `folder` as files of some GB, and return their bytes. Without a folder, only iterate over
+    the weights, as ranks with shards must do.
     """
     held: dict[str, Tensor] = {}
     size, files, total = 0, 0, 0

@@ -1,6 +1,7 @@
-"""Weights to servers by NCCL, from the first rank's GPU to those of all servers at once, by vLLM's own sender.
+"""Sends weights to servers by NCCL with vLLM's own sender, from the first rank's GPU to the GPUs of all servers at
+once.
 
-Written from the sources of vLLM 0.32. It has not run: it takes GPUs of several processes.
+Written from the sources of vLLM 0.32. It has never been run, because it needs several processes with GPUs.
 """
 
 import itertools
@@ -18,8 +19,8 @@ from dwrl_fast.sampling.vllm.server import Server, TroubleError
 
 
 class Client:
-    """What vLLM's sender tells the servers, each call to all of them at once, for they wait for each other. Their
-    workers are counted through, after the sender, which is 0.
+    """The calls of vLLM's sender to the servers. Each call goes to all servers at the same time, because they wait for
+    each other. Workers of all servers are numbered consecutively; the sender has number 0.
     """
 
     def __init__(self, servers: Sequence[Server]):
@@ -28,25 +29,25 @@ class Client:
         *self.offsets, self.world_size = itertools.accumulate(sizes, initial=1)
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Each server's workers join the group at places of their own."""
+        """Let the workers of each server join the group with their numbers."""
         self._all(
             "/init_weight_transfer_engine", [{"init_info": init_info | {"rank_offset": at}} for at in self.offsets]
         )
 
     def shutdown_weight_transfer_engine(self) -> None:
-        """They leave it."""
+        """Let the workers leave the group."""
         self._all("/shutdown_weight_transfer_engine", [None] * len(self.servers))
 
     def start_weight_update(self) -> None:
-        """Weights will come."""
+        """Announce weights."""
         self._all("/start_weight_update", [None] * len(self.servers))
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """They come now; it returns when the last one is there."""
+        """Receive the weights; returns after the last one."""
         self._all("/update_weights", [{"update_info": update_info}] * len(self.servers))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """All have come. The version is given later, once the cache is reset."""
+        """End the transfer. The version is set later, after the cache has been reset."""
         self._all("/finish_weight_update", [None] * len(self.servers))
 
     def _all(self, path: str, bodies: Sequence[Any]) -> None:
@@ -62,17 +63,17 @@ class Client:
 
 
 class Nccl:
-    """The way of weights to `servers`. ranks: those that hold the weights; the first of them sends."""
+    """The NCCL transfer to `servers`. ranks: the ranks that hold the weights; the first one sends."""
 
     def __init__(self, servers: Sequence[Server], ranks: Ranks):
         self.servers, self.ranks = servers, ranks
         self.known: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
         self.sender: Any = None
-        self.weights: Sent = list  # those that are sent now
+        self.weights: Sent = list  # the weights that are sent now
 
     def send(self, weights: Sent) -> None:
-        """Send all of them. All ranks call it together; before the first time they go through the weights once more,
-        for servers want to know names and sizes beforehand. SamplerError where a server fails.
+        """Send all weights. All ranks call this together. Before the first transfer they iterate over the weights once
+        more, because servers need names and sizes in advance. Raises SamplerError if a server fails.
         """
         if not self.known:
             self.known = [(name, weight.dtype, tuple(weight.shape)) for name, weight in weights()]
@@ -94,7 +95,9 @@ class Nccl:
 
 
 def _meeting(servers: Sequence[Server]) -> tuple[str, int]:
-    """An address of this machine that all servers reach, and a free port: loopback where they are all here."""
+    """An address of this machine that all servers can reach, and a free port. Loopback if all servers are on this
+    machine.
+    """
     own = []
     for server in servers:
         url = server.client.base_url

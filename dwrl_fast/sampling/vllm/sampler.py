@@ -1,8 +1,8 @@
-"""A sampler over vLLM that never samples with other weights than the trainer's.
+"""A sampler over vLLM that always uses the trainer's current weights.
 
-The trainer says when it has changed its weights; before the next thought all of them are sent, and then every key and
-value that older ones left is forgotten. Each thought is a request of its own with a seed of its own, hashed from what
-it is for; those about one context share its prefix in vLLM's cache.
+The trainer announces changes of its weights. Before the next thought all weights are sent, and then the prefix cache is
+reset. Each thought is a separate request with its own seed, hashed from its purpose. Thoughts about one context share
+its prefix in vLLM's cache.
 """
 
 import math
@@ -21,13 +21,13 @@ from dwrl_fast.sampling.vllm.engine import Answer, Ask, Engine, Sent
 
 
 class VllmSampler:
-    """A `RatingSampler` over `engine`. weights: gives the trainer's as they are, by their names in an exported model;
-    ranks go through it together. run: names this run among others that may use a server.
+    """A `RatingSampler` over `engine`. weights: yields the trainer's current weights by their names in an exported
+    model; ranks iterate together. run: the name of this run, to distinguish it from others that use the same server.
 
-    version: of the trainer's weights. sent: the version that the engine has; None where it has none of ours.
+    version: of the trainer's weights. sent: the version that the engine has; None if it has none from this run.
     """
 
-    float32 = False  # its kernels are not the trainer's: the old policy's log-probs are computed again
+    float32 = False  # its kernels differ from the trainer's, so the old policy's log-probs are recomputed
 
     def __init__(self, engine: Engine, stop_ids: Sequence[int], weights: Sent, run: str):
         self.engine, self.stop_ids, self.weights, self.run = engine, tuple(stop_ids), weights, run
@@ -37,16 +37,16 @@ class VllmSampler:
         self.close = weakref.finalize(self, engine.close)
 
     def changed(self) -> None:
-        """The trainer's weights are others than before."""
+        """Note that the trainer's weights have changed."""
         self.version += 1
 
     def refresh(self) -> None:
-        """Send the weights where the engine has not got those of now. All ranks call it together."""
+        """Send the weights if the engine does not have the current ones. All ranks call this together."""
         with self.lock:
             if self.sent == self.version:
                 return
             started, version = time.monotonic(), self.version
-            self.sent = None  # until all of it is there
+            self.sent = None  # until everything has arrived
             self.engine.load(self.weights, f"{self.run}/{version}")
             self.sent = version
             logger.info("vLLM has the weights of version %d, sent in %.1f s", version, time.monotonic() - started)
@@ -61,7 +61,7 @@ class VllmSampler:
         seed: int,
         progress: Callable[[int], None] | None = None,
     ) -> list[list[Thought]]:
-        """See `Sampler.sample`. ConfigError where a sequence would be longer than the engine takes."""
+        """See `Sampler.sample`. Raises ConfigError if a sequence would be longer than the engine allows."""
         return self._sample(contexts, n, max_tokens, temperature, seed, progress, None)
 
     def rated(
@@ -75,7 +75,7 @@ class VllmSampler:
         seed: int,
         progress: Callable[[int], None] | None = None,
     ) -> list[list[Thought]]:
-        """See `RatingSampler.rated`. A score is read by a second request, of one token, over the cached prefix."""
+        """See `RatingSampler.rated`. A score is read with a second request of one token, over the cached prefix."""
         return self._sample(contexts, n, max_tokens, temperature, seed, progress, rating)
 
     def _sample(
@@ -140,8 +140,8 @@ class VllmSampler:
         return [[Thought(t.ids, t.logprobs, t.ended, score=next(flat)) for t in some] for some in thoughts]
 
     def text_logprobs(self, ids: Sequence[int]) -> list[float]:
-        """Log-probs of a fixed text's tokens but the first, each read after those before it, as scores are: over the
-        cache. They prove which weights the engine has.
+        """Log-probs of all tokens of a text except the first, each read with the cache of the tokens before it, like a
+        score. They show which weights the engine has.
         """
         self.refresh()
         self._check_length(len(ids))
@@ -151,15 +151,15 @@ class VllmSampler:
     def _check_length(self, longest: int) -> None:
         if longest > self.engine.longest:
             raise ConfigError(
-                f"a context with its thought may take {longest} tokens, and vLLM takes {self.engine.longest}: raise "
-                "--vllm_max_model_length (of a server, its --max-model-len), or lower --max_completion_length or "
-                "--max_length"
+                f"a context with its thought may take {longest} tokens, but vLLM takes at most {self.engine.longest}: "
+                "raise --vllm_max_model_length (of a server, its --max-model-len), or lower --max_completion_length "
+                "or --max_length"
             )
 
 
 class _Counting:
-    """Tells `progress` of contexts that are finished: each when its n asks are. owners: for each ask, how many contexts
-    it stands for.
+    """Reports finished contexts to `progress`: a context is finished when its n requests are. owners: for each request,
+    the number of equal contexts that it serves.
     """
 
     def __init__(self, owners: Sequence[int], n: int, progress: Callable[[int], None] | None):
@@ -177,16 +177,16 @@ class _Counting:
 
 
 def _nothing(place: int) -> None:
-    """Not counted."""
+    """A `done` callback that does nothing."""
 
 
 def _seed(seed: int, context: Sequence[int], index: int) -> int:
-    """63 bits: vLLM takes signed numbers of 64, and -1 for none."""
+    """A seed of 63 bits: vLLM takes signed 64-bit numbers, and -1 means none."""
     return request_key(seed, context, index) & (2**63 - 1)
 
 
 def _score(labels: tuple[float, ...], normalization: str) -> float:
-    """log p(Yes) in nats, as `ops.yes_no_logprob` gives it."""
+    """log p(Yes) in nats, like `ops.yes_no_logprob`."""
     yes, no = labels
     return yes if normalization == "vocab" else yes - float(np.logaddexp(yes, no))
 
@@ -194,6 +194,6 @@ def _score(labels: tuple[float, ...], normalization: str) -> float:
 def _check_finite(answers: Sequence[Answer]) -> None:
     if not all(math.isfinite(p) for answer in answers for p in answer.logprobs):
         raise NotFiniteError(
-            "vLLM's log-probs are not finite, so no thought can be taken from it. If a checkpoint from before was "
-            "saved, resume from it with a lower learning rate or with --dtype fp32"
+            "vLLM's log-probs are not finite, so its thoughts cannot be used. If there is an earlier checkpoint, "
+            "resume from it with a lower learning rate or with --dtype fp32"
         )

@@ -1,4 +1,4 @@
-"""One vLLM server over HTTP: whether it can be trusted, what weights it has, and requests to it."""
+"""One vLLM server over HTTP: checks of its settings, its weights, and requests."""
 
 import time
 from collections.abc import Callable
@@ -9,19 +9,17 @@ from dwrl_fast.errors import ConfigError, SamplerError
 from dwrl_fast.sampling.vllm import adapter
 from dwrl_fast.sampling.vllm.engine import Answer, Ask, wrong
 
-PAUSE = 0.5  # seconds between looks at a server that does not answer
-PROBED = 16  # token ids whose log-probs show how a server samples
-TOLERANCE = 0.02  # nats; rounding of two requests against a distribution that was altered
+PAUSE = 0.5  # seconds between checks of a server that does not answer
+PROBED = 16  # number of token ids whose log-probs show how a server samples
+TOLERANCE = 0.02  # nats; above the rounding between two requests, below the effect of a changed distribution
 
 
 class TroubleError(Exception):
-    """A server did not do what it should; a second try may help."""
+    """A server failed in a way for which a retry may help."""
 
 
 class Server:
-    """A server at `url`. timeout: seconds that it may be silent, and take to come up. dtype: what it must
-    compute in.
-    """
+    """A server at `url`. timeout: seconds to wait for an answer, and for its start. dtype: its required dtype."""
 
     def __init__(self, url: str, timeout: float, dtype: str, connections: int):
         try:
@@ -34,19 +32,19 @@ class Server:
             base_url=self.url,
             timeout=httpx.Timeout(timeout, connect=5.0),
             limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
-            trust_env=False,  # no proxy between this process and a loopback address
+            trust_env=False,  # no proxy for a loopback address
         )
         self.model, self.longest, self.cpu, self.nccl = "", 0, False, False
 
     def call(self, method: str, path: str, body: Any = None, **query: str) -> dict[str, Any]:
-        """The JSON that it answers. TroubleError where it does not answer, SamplerError where it refuses."""
+        """The JSON of its answer. Raises TroubleError if it does not answer, SamplerError if it refuses."""
         try:
             answer = self.client.request(method, path, json=body, params=query or None)
         except self.failures as error:
             what = f"no answer within {self.timeout:g} s" if "Timeout" in type(error).__name__ else str(error)
             raise TroubleError(f"{method} {path}: {what or type(error).__name__}") from error
         if answer.status_code == 404:
-            raise self.refused(f"it has no route {path}, which VLLM_SERVER_DEV_MODE=1 gives it")
+            raise self.refused(f"it has no route {path}; set VLLM_SERVER_DEV_MODE=1 for it")
         if answer.status_code == 429 or answer.status_code >= 500:
             raise TroubleError(f"{method} {path}: status {answer.status_code}, {answer.text[:300]}")
         if answer.status_code != 200:
@@ -54,20 +52,21 @@ class Server:
         try:
             found = answer.json() if answer.content else {}
         except ValueError as error:
-            raise TroubleError(f"{method} {path}: {answer.text[:100]!r} is no JSON") from error
+            raise TroubleError(f"{method} {path}: {answer.text[:100]!r} is not JSON") from error
         return found if isinstance(found, dict) else {"content": found}
 
     def refused(self, why: str) -> SamplerError:
-        """The error of a server that was started otherwise than it must be."""
+        """The error for a server that was started with wrong settings."""
         return SamplerError(
-            f"the vLLM server {self.url} cannot be sampled from: {why}. Stop it, and start it as\n  {self._command()}"
+            f"the vLLM server {self.url} cannot be used for sampling: {why}. Stop it, and start it with\n  "
+            f"{self._command()}"
         )
 
     def failed(self, what: str) -> SamplerError:
-        """The error of a server that was right and is no longer."""
+        """The error for a server that worked before and has failed."""
         return SamplerError(
-            f"the vLLM server {self.url} failed: {what}. Nothing was trained on what it had written. See what it "
-            "printed, start it again, and go on with the run by --resume_from_checkpoint latest."
+            f"the vLLM server {self.url} failed: {what}. None of its unfinished output was used for training. Look at "
+            "its log, start it again, and resume the run with --resume_from_checkpoint latest."
         )
 
     def _command(self) -> str:
@@ -75,24 +74,24 @@ class Server:
         return adapter.server_command(self.model or "MODEL", dtype=self.dtype, cpu=self.cpu, port=port)
 
     def wait(self) -> None:
-        """Until it is up. SamplerError where it is not within `timeout` seconds."""
+        """Wait until it is up. Raises SamplerError if it is not up within `timeout` seconds."""
         until = time.monotonic() + self.timeout
         while True:
             try:
                 if self.client.get("/health", timeout=min(self.timeout, 10.0)).status_code == 200:
                     return
-                why = "its /health says that it is not well"
+                why = "its /health reports a failure"
             except self.failures as error:
                 why = str(error) or type(error).__name__
             if time.monotonic() > until:
                 raise SamplerError(
                     f"no vLLM server answers at {self.url} within {self.timeout:g} s (--vllm_server_timeout): {why}. "
-                    f"Start one as\n  {self._command()}"
+                    f"Start one with\n  {self._command()}"
                 )
             time.sleep(PAUSE)
 
     def settle(self) -> None:
-        """Find out what it is. SamplerError where it was not started as it must be."""
+        """Read its configuration. Raises SamplerError if it was started with wrong settings."""
         self.wait()
         try:
             adapter.check_version(str(self.call("GET", "/version").get("version")), f"the server {self.url}")
@@ -108,10 +107,10 @@ class Server:
         except (LookupError, TypeError, ValueError) as error:
             if isinstance(error, SamplerError):
                 raise
-            raise self.failed(f"it says of itself what cannot be read ({error!r})") from error
+            raise self.failed(f"its description of itself cannot be read ({error!r})") from error
 
     def _probe(self) -> None:
-        """Whether its log-probs are those of softmax(logits / temperature), and its own defaults alter nothing."""
+        """Check that its log-probs are those of softmax(logits / temperature), and that its defaults change nothing."""
         labels = tuple(range(1, PROBED + 1))
         body = adapter.completion_body(Ask([1, 2, 3], labels=labels), self.model)
         plain, cold = self._logprobs(body, labels), self._logprobs(body | {"temperature": 0.5}, labels)
@@ -123,7 +122,7 @@ class Server:
         altering = {"temperature", *adapter.SAMPLING}
         own = self._logprobs({k: v for k, v in body.items() if k not in altering}, labels)
         if any(not abs(a - b) <= TOLERANCE * max(1.0, abs(a)) for a, b in zip(plain, own, strict=True)):
-            raise self.refused("defaults of its own alter what it samples, as a generation_config's top-k does")
+            raise self.refused("its own defaults change what it samples, for example top-k from a generation_config")
 
     def _logprobs(self, body: dict[str, Any], labels: tuple[int, ...]) -> tuple[float, ...]:
         return adapter.answer_of_body(
@@ -131,24 +130,24 @@ class Server:
         ).labels
 
     def version(self) -> str:
-        """What `load` named the weights that it has; "default" of one that was just started."""
+        """The version of its weights, set by `load`; "default" for a server that was just started."""
         return str(self.call("GET", "/weight_info").get("weight_version"))
 
     def load(self, folder: Path, version: str) -> None:
-        """Let it take over the safetensors in `folder`; its prefix cache is reset after the last of them, and only then
-        it bears `version`. TroubleError or SamplerError where any of that fails.
+        """Make it load the safetensors in `folder`. After the last weight its prefix cache is reset, and only then
+        `version` is set. Raises TroubleError or SamplerError if any of that fails.
         """
         for path, body in adapter.load_calls(str(folder), self.cpu):
             self.call("POST", path, body)
         self.take_over(version)
 
     def take_over(self, version: str) -> None:
-        """Sample with the weights that have arrived: reset the prefix cache, and only then bear `version`."""
+        """Activate the weights that have arrived: reset the prefix cache, and only then set `version`."""
         self.reset()
         self.call("POST", "/update_weight_version", {"new_version": version})
 
     def reset(self) -> None:
-        """Forget all keys and values. SamplerError where it does not."""
+        """Reset its prefix cache. Raises SamplerError if it does not."""
         if self.call("POST", "/reset_prefix_cache").get("success") is not True:
             raise self.failed(
                 "it did not reset its prefix cache, which holds keys and values of older weights (another program may "
@@ -156,7 +155,7 @@ class Server:
             )
 
     def ask(self, ask: Ask) -> Answer:
-        """One answer. TroubleError where it is not whole."""
+        """One answer. Raises TroubleError if it is incomplete."""
         body = self.call("POST", "/v1/completions", adapter.completion_body(ask, self.model))
         try:
             answer = adapter.answer_of_body(body, ask)
@@ -168,7 +167,7 @@ class Server:
 
 
 def tried(what: Callable[[], None], server: Server, attempts: int) -> None:
-    """`what`, so many times where it meets trouble; then SamplerError."""
+    """Call `what`, up to `attempts` times on TroubleError; then raise SamplerError."""
     for left in range(attempts - 1, -1, -1):
         try:
             return what()

@@ -1,8 +1,8 @@
 """Several vLLM servers as one engine.
 
-Each has a version of its weights, which is compared before and after every call: a server that was restarted has its
-file's weights again, and bears no version of ours. It gets the last weights once more, and what it answered meanwhile
-is thrown away. All retries are bounded.
+Each server has a version of its weights, which is compared before and after every call. A restarted server has the
+weights of its files and a version that is not from this run. It gets the latest weights again, and its answers in the
+meantime are discarded. All retries are bounded.
 """
 
 import fcntl
@@ -29,10 +29,10 @@ ATTEMPTS = 3
 
 
 class Servers:
-    """An engine over servers that are up. at_once: requests to each at a time. ranks: those that share the servers; the
-    first of them sends the weights.
+    """An engine over running servers. at_once: concurrent requests per server. ranks: the ranks that share the servers;
+    the first one sends the weights.
 
-    SamplerError where a server does not answer or was not started as it must be.
+    Raises SamplerError if a server does not answer or was started with wrong settings.
     """
 
     sleeps = False
@@ -45,12 +45,12 @@ class Servers:
             server.model, server.longest, server.cpu, server.nccl = said
         joined = {server.nccl for server in self.servers}
         self.nccl = Nccl(self.servers, ranks) if joined == {True} and device.type == "cuda" else None
-        logger.info("weights go to vLLM's servers by %s", "NCCL" if self.nccl else "a folder of safetensors")
+        logger.info("weights are sent to vLLM's servers by %s", "NCCL" if self.nccl else "a folder of safetensors")
         self.longest = min(server.longest for server in self.servers)
         if settings.max_model_length is not None:
             self.longest = min(self.longest, settings.max_model_length)
         self.folder: Path | None = None
-        self.wanted = ""  # what the version of every server begins with
+        self.wanted = ""  # the prefix of every server's version
 
     def _settled(self) -> list[tuple[str, int, bool, bool]]:
         for server in self.servers:
@@ -68,7 +68,7 @@ class Servers:
         self.wanted = version
 
     def _load_folder(self, weights: Sent, version: str) -> None:
-        """The weights stay in their folder until the next ones are there, for a server that is restarted."""
+        """The weights stay in their folder until the next ones arrive, in case a server is restarted."""
         own, before = Path(tempfile.mkdtemp(prefix="dwrl_fast_weights_")) if self.ranks.first else None, self.folder
         try:
             write_weights(own, weights())
@@ -92,7 +92,9 @@ class Servers:
                 pass
 
     def complete(self, asks: Sequence[Ask], done: Callable[[int], None]) -> list[Answer]:
-        """See `Engine.complete`. Each server answers those that stand together, about as many tokens as any other."""
+        """See `Engine.complete`. Each server answers a contiguous part of the requests with about the same number of
+        tokens.
+        """
         sizes = np.array([len(ask.prompt) + ask.max_tokens for ask in asks], dtype=np.int64)
         middle, count = np.cumsum(sizes) - sizes / 2, len(self.servers)
         edges = np.searchsorted(middle, sizes.sum() * np.arange(count + 1) / count).tolist()
@@ -122,7 +124,7 @@ class Servers:
                 if len(found) == len(asks):
                     break
             except TroubleError as error:
-                found.clear()  # whose weights they are of is not known
+                found.clear()  # it is unknown which weights they come from
                 why = str(error)
             logger.warning("the vLLM server %s: %s. Trying again.", server.url, why)
         if len(found) < len(asks):
@@ -132,7 +134,7 @@ class Servers:
     def _asked(
         self, server: Server, asks: Sequence[Ask], places: Sequence[int], done: Callable[[int], None]
     ) -> tuple[dict[int, Answer], str]:
-        """What the server answers of `places`, until one fails; and why that did."""
+        """The server's answers for `places` until one fails, and the reason of the failure."""
         found: dict[int, Answer] = {}
         troubles: list[str] = []
 
@@ -151,22 +153,23 @@ class Servers:
         return found, troubles[0] if troubles else ""
 
     def _ready(self, server: Server) -> str:
-        """The version of a server that is up and has the last weights, which it is sent again where it has not."""
+        """The version of a running server with the latest weights. If it does not have them, they are sent again."""
         server.wait()
         version = server.version()
         if self._ours(version):
             return version
         if self.nccl is not None:
-            raise server.failed(f"it has the weights {version!r} and not the last ones, as after a restart")
+            raise server.failed(f"it has the weights {version!r} instead of the latest ones, as after a restart")
         if self.folder is None or not self.wanted:
-            raise SamplerError(f"the vLLM server {server.url} has weights {version!r}, and none were sent to it")
+            raise SamplerError(f"the vLLM server {server.url} has weights {version!r}, but none were sent to it")
         with (self.folder / "lock").open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # of several ranks one sends, and no other asks meanwhile
+            fcntl.flock(file, fcntl.LOCK_EX)  # only one rank sends, and no other rank asks in the meantime
             version = server.version()
             if self._ours(version):
                 return version
             logger.warning(
-                "the vLLM server %s has the weights %r and not the last ones, as after a restart: they are sent again",
+                "the vLLM server %s has the weights %r instead of the latest ones, as after a restart: the latest "
+                "are sent again",
                 *(server.url, version),
             )
             server.settle()
@@ -179,10 +182,10 @@ class Servers:
         return bool(self.wanted) and version.rpartition("#")[0] == self.wanted
 
     def sleep(self) -> None:
-        """A server keeps what it has: it computes on devices of its own."""
+        """Does nothing: a server has its own devices."""
 
     def close(self) -> None:
-        """See `Engine.close`. The servers run on; whoever started them stops them."""
+        """See `Engine.close`. The servers keep running; their owner stops them."""
         if self.nccl is not None:
             self.nccl.close()
         for server in self.servers:
@@ -196,7 +199,7 @@ def _shifted(done: Callable[[int], None], first: int, place: int) -> None:
 
 
 def _named(server: Server, version: str) -> None:
-    """The weights that came by NCCL get their name once the cache is reset."""
+    """Set the version of weights received by NCCL, after the cache is reset."""
     tried(lambda: server.take_over(version), server, ATTEMPTS)
 
 

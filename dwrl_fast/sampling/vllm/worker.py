@@ -1,19 +1,19 @@
-"""What runs inside vLLM's workers, by `--worker-extension-cls dwrl_fast.sampling.vllm.worker.Repacking`.
+"""Code that runs inside vLLM's workers, through `--worker-extension-cls dwrl_fast.sampling.vllm.worker.Repacking`.
 
-On a CPU vLLM computes its head from a packed copy. Where the head is tied to the embedding, reloading weights renews
-the embedding and leaves that copy as it was (seen with vLLM 0.32): every sync would leave the head stale.
+On a CPU vLLM computes its head from a packed copy of the weight. If the head is tied to the embedding, reloading
+weights updates the embedding but not this copy (seen with vLLM 0.32), so the head would be stale after every sync.
 """
 
 from typing import Any
 
 
 class Repacking:
-    """Mixed into vLLM's worker. Nothing of this is needed on a GPU, where a tied head is the embedding itself."""
+    """A mixin for vLLM's worker. It is not needed on a GPU, where a tied head is the embedding itself."""
 
     model_runner: Any
 
     def repack_heads(self) -> int:
-        """Pack every head again from its weights as they are now; how many there are."""
+        """Pack every head again from its current weights. Returns the number of heads."""
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
         heads = [module for module in self.model_runner.get_model().modules() if isinstance(module, ParallelLMHead)]
