@@ -35,6 +35,7 @@ from dwrl_fast.evaluation.votes import vote_curve
 from dwrl_fast.feed import read_rows
 from dwrl_fast.feed.source import content_hash
 from dwrl_fast.log import logger
+from dwrl_fast.models.hub import judge_folder, on_hub
 from dwrl_fast.models.pretrained import CARD, has_card, load_card
 from dwrl_fast.progress import Display, Stage
 from dwrl_fast.scoring.scorer import Scorer
@@ -54,7 +55,15 @@ def run(config: EvaluateConfig, console: Console) -> PairReport:
     """Score the files' pairs and say what comes out; with --output_dir, all of it is written there."""
     folder = None if config.output_dir is None else open_folder(Path(config.output_dir))
     started = time.monotonic()
-    scorer = load(config)
+    model = config.model_name_or_path
+    if config.method is None:
+        model = str(judge_folder(model, config.revision))
+    if config.calibrate and on_hub(config.model_name_or_path):
+        raise ConfigError(
+            f"calibrate: the temperature is stored in the model's folder, and {config.model_name_or_path} is on the "
+            f"hub. Fetch it by `hf download {config.model_name_or_path} --local-dir DIR` and give that folder."
+        )
+    scorer = load(config, model)
     if config.vote_curve and not scorer.thinks:
         raise ConfigError("vote_curve: this model judges without thoughts, so there are no votes. Leave it out.")
     with Display(console) as display:
@@ -70,7 +79,7 @@ def run(config: EvaluateConfig, console: Console) -> PairReport:
         if config.benchmark is not None:
             check_benchmark(config.benchmark, rows)
         check_ordered(rows)
-        with nullcontext() if folder is None else PartFile(folder / PART, identity(config, rows)) as part:
+        with nullcontext() if folder is None else PartFile(folder / PART, identity(config, model, rows)) as part:
             steps = steps_of(config, scorer, config.sampled, part)
             with stage_of(steps, "rows", [len(row.responses) for row in rows], display) as stage:
                 scored = score_rows(steps, rows, stage.advance)
@@ -103,10 +112,10 @@ def open_folder(folder: Path) -> Path:
     return folder
 
 
-def load(config: EvaluateConfig) -> Scorer:
-    """The model as the options want it; a folder without a card needs --method judge."""
+def load(config: EvaluateConfig, model: str) -> Scorer:
+    """`model`, a folder where it was trained here, as the options want it; one without a card needs --method judge."""
     return Scorer.from_pretrained(
-        config.model_name_or_path,
+        model,
         method=config.method,
         template=config.template,
         enable_thinking=config.enable_thinking,
@@ -195,8 +204,8 @@ def calibrate(config: EvaluateConfig, report: Report) -> None:
     logger.info("temperature %.4g is stored in %s", report.temperature, folder / CARD)
 
 
-def identity(config: EvaluateConfig, rows: Sequence[Preference]) -> dict[str, Any]:
-    """What an evaluation must have in common with one that it goes on with. JSON."""
+def identity(config: EvaluateConfig, model: str, rows: Sequence[Preference]) -> dict[str, Any]:
+    """What an evaluation of `model`, a folder or name, must have in common with one that it goes on with. JSON."""
     later = {
         "output_dir",
         "calibrate",
@@ -210,7 +219,7 @@ def identity(config: EvaluateConfig, rows: Sequence[Preference]) -> dict[str, An
     options = {name: value for name, value in config.to_dict().items() if name not in later}
     return {
         "model": config.model_name_or_path,
-        "the model's files": _files(config.model_name_or_path),
+        "the model's files": _files(model),
         "data": [part.dataset_name for part in config.dataset_name],
         "its rows": content_hash(rows),
         "votes": config.sampled,
@@ -275,7 +284,7 @@ def _replace(path: Path, text: str) -> None:
 
 def _files(model: str) -> str:
     """Of a folder, or of a GGUF file: its files' names, sizes and times, and what the card says but for what
-    --calibrate put there. Of the hub, the name alone is known.
+    --calibrate put there. Of a judge on the hub, the name alone is known.
     """
     digest = hashlib.blake2b(digest_size=8)
     for path in sorted(Path(model).glob("*")) if Path(model).is_dir() else [Path(model)]:

@@ -26,7 +26,8 @@ class PairReport:
     out because all of their responses tie. margin: mean s+ - s-, nan where a score is infinite.
     unparsable: verdicts in text that could not be read, and so are wrong. first_share: of methods that show two
     responses together, the share of verdicts for the one shown first; without bias it is one half. token_accuracy: of
-    policies, the accuracy of log-probs a token in place of their sums.
+    policies, the accuracy of log-probs a token in place of their sums. calibration_error: the expected one, of a run's
+    reports (an evaluation's own report has all of `Calibration`).
     """
 
     accuracy: float
@@ -43,6 +44,7 @@ class PairReport:
     token_accuracy: float | None = None
     pairs: int = 0
     prompts: int | None = None
+    calibration_error: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON, which has no inf and no nan: null stands for them."""

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -61,12 +61,15 @@ class RunLog:
         else:
             self.waiting = ""
 
-    def thoughts(self, step: int, scored: Sequence[ScoredGroup], decoder: Decoder) -> None:
-        """The thoughts of a rollout batch, as `write_groups` has them; lost, and said so, where the disk refuses."""
+    def thoughts(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """The thoughts of a rollout batch, of which `thought_rows` made `rows`; lost, and said so, where the disk
+        refuses.
+        """
         path = self.thoughts_folder / f"step-{step:06d}.jsonl"
         try:
             self.thoughts_folder.mkdir(parents=True, exist_ok=True)
-            write_groups(path, scored, decoder)
+            with path.open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         except OSError as error:
             logger.error("%s: %s. The run goes on without it.", path, error.strerror)
 
@@ -82,30 +85,27 @@ def write_bad_batch(folder: Path, name: str, record: Mapping[str, Any]) -> str:
     return f" It is in {path}."
 
 
-def write_groups(path: Path, scored: Sequence[ScoredGroup], decoder: Decoder) -> None:
-    """One line a sequence: where its row came from, which response it is about (0 is the best; of methods that compare,
-    which comparison), the thought where there is one, its score in nats or its reward. Where a score is not one
-    sequence's, as of verdicts on two responses, lines with the responses' scores follow.
+def thought_rows(scored: Sequence[ScoredGroup], decoder: Decoder) -> Iterator[dict[str, Any]]:
+    """One a sequence, as JSON: where its row came from, which response it is about (0 is the best; of methods that
+    compare, which comparison), the thought where there is one, its score in nats or its reward. Where a score is not
+    one sequence's, as of verdicts on two responses, rows with the responses' scores follow.
     """
-    with path.open("w", encoding="utf-8") as file:
-        for found in scored:
-            group = found.group
-            source = {"source": group.preference.source}
-            values = {"score": found.scores, "reward": group.rewards}
-            shape = list(map(len, group.sequences))
-            own = {name: each for name, each in values.items() if list(map(len, each)) == shape}
-            about = "response" if len(shape) == len(group.preference.responses) else "comparison"
-            lines: list[dict[str, Any]] = []
-            for k, sequences in enumerate(group.sequences):
-                for i, sequence in enumerate(sequences):
-                    row = source | {about: k} | {name: each[k][i] for name, each in own.items()}
-                    if group.thoughts:
-                        thought = decoder.decode(sequence.ids[sequence.thought])
-                        row |= {"thought": thought, "ended": group.thoughts[k][i].ended}
-                    lines.append(row)
-            if found.scores and "score" not in own:
-                lines += [source | {"response": k, "score": each[0]} for k, each in enumerate(found.scores)]
-            file.writelines(json.dumps(finite(line), ensure_ascii=False) + "\n" for line in lines)
+    for found in scored:
+        group = found.group
+        source = {"source": group.preference.source}
+        values = {"score": found.scores, "reward": group.rewards}
+        shape = list(map(len, group.sequences))
+        own = {name: each for name, each in values.items() if list(map(len, each)) == shape}
+        about = "response" if len(shape) == len(group.preference.responses) else "comparison"
+        for k, sequences in enumerate(group.sequences):
+            for i, sequence in enumerate(sequences):
+                row = source | {about: k} | {name: each[k][i] for name, each in own.items()}
+                if group.thoughts:
+                    thought = decoder.decode(sequence.ids[sequence.thought])
+                    row |= {"thought": thought, "ended": group.thoughts[k][i].ended}
+                yield finite(row)
+        if found.scores and "score" not in own:
+            yield from (finite(source | {"response": k, "score": each[0]}) for k, each in enumerate(found.scores))
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
