@@ -107,7 +107,7 @@ def test_a_token_that_is_not_taken_is_said_before_the_run(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", token)
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(folder / "none"))
-    with pytest.raises(ConfigError, match="--push_to_hub: .*Log in by `hf auth login`, or set HF_TOKEN") as error:
+    with pytest.raises(ConfigError, match="(?s)--push_to_hub: .*Log in by `hf auth login`, or set HF_TOKEN") as error:
         go(folder)
     assert not (folder / "run" / "metrics.jsonl").exists() and not hub.private
     assert not token or token not in str(error.value)
@@ -116,7 +116,7 @@ def test_a_token_that_is_not_taken_is_said_before_the_run(
 def test_what_may_not_be_written_or_is_no_name_is_said_before_the_run(folder: Path, hub: FakeHub) -> None:
     for broken, name in (("/repos/create|/api/models", "somebody/theirs"), ("a path of none", "two words")):
         hub.broken = broken
-        with pytest.raises(ConfigError, match=rf"the repository (tester/)?{name} cannot be made: .*--hub_model_id"):
+        with pytest.raises(ConfigError, match=rf"(?s)the repository (tester/)?{name} cannot be made: .*--hub_model_id"):
             go(folder, hub_model_id=name)
     assert not (folder / "run" / "metrics.jsonl").exists()
 
@@ -135,5 +135,5 @@ def test_no_token_is_needed_to_read_what_is_public_and_one_for_what_is_private(
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(folder / "none"))
     assert len(Scorer.from_pretrained("tester/open").score(PROMPTS, RESPONSES)) == 2
-    with pytest.raises(ModelError, match=r"tester/closed .*a private model needs a token"):
+    with pytest.raises(ModelError, match=r"(?s)tester/closed .*a private model needs a token"):
         Scorer.from_pretrained("tester/closed")

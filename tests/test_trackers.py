@@ -44,7 +44,52 @@ def tensorboard_told(run: Path) -> Told:
     return {tag: [(each.step, each.value) for each in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-READERS: dict[str, Callable[[Path], Told]] = {"tensorboard": tensorboard_told}
+def wandb_told(run: Path) -> Told:
+    """Of the two files that a run has which was resumed offline."""
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    told: Told = {}
+    for path in sorted((run / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns):
+        store, record = DataStore(), wandb_internal_pb2.Record()
+        store.open_for_scan(str(path))
+        while (data := store.scan_data()) is not None:
+            record.ParseFromString(data)
+            if record.WhichOneof("record_type") == "history":
+                for item in record.history.item:
+                    value = json.loads(item.value_json)
+                    name = item.key or "/".join(item.nested_key)
+                    if isinstance(value, int | float) and not name.startswith("_"):
+                        told.setdefault(name, []).append((record.history.step.num, value))
+    return told
+
+
+def mlflow_told(run: Path) -> Told:
+    import mlflow
+
+    client, known = mlflow.MlflowClient(), json.loads((run / RECORD).read_text())["mlflow"]["run"]
+    names = client.get_run(known).data.metrics
+    return {name: [(each.step, each.value) for each in client.get_metric_history(known, name)] for name in names}
+
+
+def trackio_told(run: Path) -> Told:
+    from trackio.sqlite_storage import SQLiteStorage
+
+    known = json.loads((run / RECORD).read_text())["trackio"]["run"]
+    told: Told = {}
+    for row in SQLiteStorage.get_logs("tests", known):
+        for name, value in row.items():
+            if name.startswith(("train/", "eval/")):
+                told.setdefault(name, []).append((row["step"], value))
+    return told
+
+
+READERS: dict[str, Callable[[Path], Told]] = {
+    "tensorboard": tensorboard_told,
+    "trackio": trackio_told,
+    "wandb": wandb_told,
+    "mlflow": mlflow_told,
+}
 
 
 @pytest.fixture(params=["tensorboard", "trackio", "wandb", "mlflow"])

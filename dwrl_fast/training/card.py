@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from dwrl_fast.config import TrainConfig
-from dwrl_fast.data.locations import HUB, files_of
+from dwrl_fast.data.locations import FILES, HUB, PACKED, files_of
 from dwrl_fast.evaluation.escaping import block, plain, table_row
 from dwrl_fast.files import bounded_text
 from dwrl_fast.methods import METHODS, Method
@@ -92,7 +92,9 @@ def _sources(config: TrainConfig) -> list[str]:
 
 
 def _of_hub(name: str) -> bool:
-    return not Path(name).exists() and not files_of(name) and HUB.fullmatch(name) is not None
+    """A file of rows may be gone by now, and is still none of the hub's data sets."""
+    file = Path(name).suffix in (*FILES, *PACKED) or Path(name).exists() or files_of(name)
+    return not file and HUB.fullmatch(name) is not None
 
 
 def _shown(name: str) -> str:
