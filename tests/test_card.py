@@ -20,7 +20,7 @@ from dwrl_fast.data.mixture import Part
 from dwrl_fast.training.card import HERE, model_card
 from dwrl_fast.training.runlog import read_metrics
 
-NASTY = "a|b`c <img src=x> [click](http://x) \u202e.jsonl"
+NASTY = "a|b`c <img src=x> [click](x) \u202e.jsonl"
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,10 @@ def trained(module_folder: Path) -> tuple[TrainConfig, dict[str, Any]]:
 @pytest.fixture(scope="module")
 def card(trained: tuple[TrainConfig, dict[str, Any]]) -> str:
     return (Path(str(trained[0].output_dir)) / "model" / "README.md").read_text(encoding="utf-8")
+
+
+def front(card: str) -> dict[str, Any]:
+    return dict(ModelCard(card).data.to_dict())
 
 
 def blocks(card: str, language: str) -> list[str]:
@@ -66,8 +70,7 @@ def test_its_figures_are_those_of_the_run_and_of_an_evaluation(
 
 
 def test_its_front_is_the_hubs(card: str) -> None:
-    front = ModelCard(card).data.to_dict()
-    assert front == {
+    assert front(card) == {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["dwrl_fast", "preference-model", "dwrl"],
@@ -76,7 +79,7 @@ def test_its_front_is_the_hubs(card: str) -> None:
 
 def test_names_of_files_are_no_markup(card: str) -> None:
     (line,) = (line for line in card.splitlines() if line.startswith("How often the better response"))
-    assert r"a\|b\`c \<img src=x\> \[click\](http://x) \\u202e.jsonl" in line
+    assert r"a\|b\`c \<img src=x\> \[click\](x) \\u202e.jsonl" in line
     assert "\u202e" not in card and str(Path.cwd()) not in card.replace(blocks(card, "bash")[0], "")
 
 
@@ -90,9 +93,10 @@ def test_its_command_is_the_runs(trained: tuple[TrainConfig, dict[str, Any]], ca
 
 def test_its_examples_work(trained: tuple[TrainConfig, dict[str, Any]], card: str) -> None:
     folder = f"{trained[0].output_dir}/model"
-    judge, plainly = ({"code": code.replace(HERE, folder)} for code in blocks(card, "python"))
-    for each in (judge, plainly):
-        exec(each["code"], each)
+    judge: dict[str, Any] = {}
+    plainly: dict[str, Any] = {}
+    for code, names in zip(blocks(card, "python"), (judge, plainly), strict=True):
+        exec(code.replace(HERE, folder), names)
     assert torch.equal(judge["scores"], Scorer.from_pretrained(folder).score(["Name a prime."], ["7"]))
     assert plainly["model"].config.model_type == "llama" and plainly["tokenizer"].chat_template
 
@@ -107,11 +111,11 @@ def test_what_is_known_of_base_model_license_and_data_is_said(
     known = dataclasses.replace(
         config, model_name_or_path=str(tmp_path / "base"), dataset_name=None, dataset_mixture=parts
     )
-    front = ModelCard(model_card(known, result, [])).data
-    assert (front.license, front.base_model, front.datasets) == ("mit", "a/b", ["c/d"])
+    found = front(model_card(known, result, []))
+    assert [found[name] for name in ("license", "base_model", "datasets")] == ["mit", "a/b", ["c/d"]]
     named = dataclasses.replace(config, model_name_or_path="Qwen/Qwen2.5-3B-Instruct")
     text = model_card(named, result, [], repository="me/mine", processes=8)
-    assert ModelCard(text).data.base_model == "Qwen/Qwen2.5-3B-Instruct"
+    assert front(text)["base_model"] == "Qwen/Qwen2.5-3B-Instruct"
     assert "# mine\n" in text and "torchrun --nproc-per-node 8 -m dwrl_fast.train" in text
 
 
@@ -119,7 +123,7 @@ def test_what_is_known_of_base_model_license_and_data_is_said(
 def test_every_kind_of_method_has_a_card(trained: tuple[TrainConfig, dict[str, Any]], method: str) -> None:
     config, result = trained
     card = model_card(dataclasses.replace(config, method=method), result | {"trained": False, "why": "none"}, [])
-    assert f"`--method {method}`" in card and ModelCard(card).data.tags[-1] == method
+    assert f"`--method {method}`" in card and front(card)["tags"][-1] == method
     assert ("frozen reference" in card) == (method == "dpo") and "Training did not work: none." in card
     auto = "AutoModelForSequenceClassification" if method == "bt" else "AutoModelForCausalLM"
     assert f"model = {auto}.from_pretrained(" in card
@@ -129,7 +133,16 @@ def test_every_kind_of_method_has_a_card(trained: tuple[TrainConfig, dict[str, A
 def test_options_go_to_a_command_line_and_back() -> None:
     options = ["--columns", "chosen=a b", "--columns", "rejected=c", "--eval_dataset_name", "x.jsonl::tone", "y.jsonl"]
     options += ["--dataset_mixture", "c/d:train:0.7", "e.jsonl:0.3:aspect", "--model_name_or_path", "m", "--use_peft"]
-    options += ["--save_total_limit", "none", "--async_save", "off", "--aspect=--odd", "--lora_target_modules", "q", "v"]
+    options += [
+        "--save_total_limit",
+        "none",
+        "--async_save",
+        "off",
+        "--aspect=--odd",
+        "--lora_target_modules",
+        "q",
+        "v",
+    ]
     config = parse_train(options)
     assert parse_train(config.to_arguments()) == config
     also = parse_train(config.to_arguments(["learning_rate", "report_to", "epsilon_high"]))

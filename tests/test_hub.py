@@ -29,6 +29,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     with serving() as found:
         constants = huggingface_hub.constants
         monkeypatch.setattr(constants, "ENDPOINT", found.endpoint)
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace("https://huggingface.co", found.endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -58,13 +60,13 @@ def test_a_run_sends_its_model_and_the_hub_gives_it_back(folder: Path, hub: Fake
     assert files == {path.name: path.read_bytes() for path in local.iterdir()} and "README.md" in files
     assert b"Scorer.from_pretrained('tester/run')" in files["README.md"] and not empty
 
-    hub.commit("tester/run", {name: b"" for name in ("evil.bin", "evil.pkl", "evil.py", "pytorch_model.bin")})
+    hub.commit("tester/run", dict.fromkeys(("evil.bin", "evil.pkl", "evil.py", "pytorch_model.bin"), b""))
     hub.fetched.clear()
     scores = Scorer.from_pretrained("tester/run").score(PROMPTS, RESPONSES)
     assert torch.equal(scores, Scorer.from_pretrained(local).score(PROMPTS, RESPONSES))
     assert hub.fetched and all(name.endswith((".json", ".safetensors", ".jinja")) for name in hub.fetched)
     assert torch.equal(Scorer.from_pretrained("tester/run", revision=sha).score(PROMPTS, RESPONSES), scores)
-    with pytest.raises(ModelError, match=rf"tester/run on the hub has no preference_model\.json"):
+    with pytest.raises(ModelError, match=r"tester/run on the hub has no preference_model\.json"):
         Scorer.from_pretrained("tester/run", revision=first)
     with pytest.raises(ModelError, match="tester/run is no folder here, and could not be fetched from the hub"):
         Scorer.from_pretrained("tester/run", revision="no-such-branch")
@@ -77,18 +79,16 @@ def test_a_run_sends_its_model_and_the_hub_gives_it_back(folder: Path, hub: Fake
     assert evaluated[0] == evaluated[1]
     compare.main(["tester/run", str(local), *rows])
     assert "A  tester/run: accuracy" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="hf download tester/run --local-dir DIR") as error:
-        evaluate.main(["--model_name_or_path", "tester/run", "--calibrate", *rows])
-    command = re.search("`(hf .*)`", str(error.value))[1].replace("DIR", str(folder / "fetched"))  # type: ignore[index]
-    assert hf(hub, folder, command).returncode == 0
-    assert torch.equal(Scorer.from_pretrained(folder / "fetched").score(PROMPTS, RESPONSES), scores)
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_sent_is_kept_and_sent_later(
     folder: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.broken = "/commit/"
-    with pytest.raises(ModelError, match="its model is in .*run/model, but it could not be sent to tester/mine") as error:
+    with pytest.raises(
+        ModelError, match=r"its model is in .*run/model, but it could not be sent to tester/mine"
+    ) as error:
         go(folder, hub_model_id="mine")
     assert (folder / "run" / "result.json").exists() and TOKEN not in str(error.value)
     assert len(hub.commits["tester/mine"]) == 1
@@ -101,13 +101,31 @@ def test_a_model_that_cannot_be_sent_is_kept_and_sent_later(
     )
 
 
+def publish(folder: Path, hub: FakeHub, name: str, *, private: bool = False) -> None:
+    train.claim(name, folder, private=private)
+    hub.commit(name, {path.name: path.read_bytes() for path in (folder / "tiny").iterdir()})
+
+
+@pytest.mark.slow
+def test_a_temperature_is_not_stored_in_the_cache(folder: Path, hub: FakeHub) -> None:
+    """The remedy that is named works."""
+    publish(folder, hub, "tester/open")
+    argv = ["--calibrate", "--dataset_name", f"{folder}/pairs.jsonl", "--model_name_or_path"]
+    with pytest.raises(ConfigError, match="hf download tester/open --local-dir DIR") as error:
+        evaluate.main([*argv, "tester/open"])
+    (command,) = re.findall("`(hf .*)`", str(error.value))
+    fetched = hf(hub, folder, command.replace("DIR", f"{folder}/fetched"))
+    assert fetched.returncode == 0, fetched.stderr
+    evaluate.main([*argv, f"{folder}/fetched"])
+
+
 @pytest.mark.parametrize("token", ["", "hf_of_another"])
 def test_a_token_that_is_not_taken_is_said_before_the_run(
     folder: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch, token: str
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", token)
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(folder / "none"))
-    with pytest.raises(ConfigError, match="(?s)--push_to_hub: .*Log in by `hf auth login`, or set HF_TOKEN") as error:
+    with pytest.raises(ConfigError, match=r"(?s)--push_to_hub: .*Log in by `hf auth login`, or set HF_TOKEN") as error:
         go(folder)
     assert not (folder / "run" / "metrics.jsonl").exists() and not hub.private
     assert not token or token not in str(error.value)
@@ -130,8 +148,7 @@ def test_no_token_is_needed_to_read_what_is_public_and_one_for_what_is_private(
     folder: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, private in (("tester/open", False), ("tester/closed", True)):
-        train.claim(name, folder, private=private)
-        hub.commit(name, {path.name: path.read_bytes() for path in (folder / "tiny").iterdir()})
+        publish(folder, hub, name, private=private)
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(folder / "none"))
     assert len(Scorer.from_pretrained("tester/open").score(PROMPTS, RESPONSES)) == 2

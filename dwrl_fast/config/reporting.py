@@ -6,8 +6,6 @@ from typing import Literal
 
 from dwrl_fast.options import Options, option
 
-# ruff: noqa: RUF009 - what option() returns is a dataclass field
-
 tracker_option = partial(option, group="Trackers")
 hub_option = partial(option, group="Hugging Face hub")
 pushed_option = partial(hub_option, needs=("push_to_hub", True))
@@ -23,9 +21,7 @@ class ReportingOptions(Options):
         "nothing is sent anywhere. docs/training.md lists the names of the figures and where each tracker writes.",
     )
     project: str = tracker_option("dwrl_fast", "Project of the trackers; the experiment of MLflow.")
-    run_name: str | None = tracker_option(
-        None, "Name of the run in the trackers. none: the name of the output folder."
-    )
+    run_name: str | None = tracker_option(None, "Name of the run in the trackers. none: the name of the output folder.")
     push_to_hub: bool = hub_option(
         False,
         "Upload OUTPUT_DIR/model, with its model card, to the Hugging Face hub at the end of the run. The token of `hf "

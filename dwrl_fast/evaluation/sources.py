@@ -70,6 +70,4 @@ def _report(groups: Sequence[ScoredGroup], seed: int) -> PairReport:
         token_scores=marginal_scores(a_token) if groups[0].token_scores else None,
     )
     gaps = score_gaps(scores, ranks)
-    return dataclasses.replace(
-        report, calibration_error=calibration(gaps.gap, units.at(gaps.group).weight).error
-    )
+    return dataclasses.replace(report, calibration_error=calibration(gaps.gap, units.at(gaps.group).weight).error)

@@ -132,8 +132,8 @@ model = {auto}.from_pretrained({name!r})
 """
     return (
         f"## Use\n\nAs a judge:\n\n{block(judge.rstrip(), 'python')}\nWithout dwrl_fast it is a plain model of "
-        f"transformers, and no code comes with it. `{CARD}` beside the weights holds the turns that it is asked with and "
-        f"the labels that are read:\n\n{block(plainly.rstrip(), 'python')}"
+        f"transformers, and no code comes with it. `{CARD}` beside the weights holds the turns that it is asked with "
+        f"and the labels that are read:\n\n{block(plainly.rstrip(), 'python')}"
     )
 
 
@@ -184,8 +184,8 @@ def _held_out(
             figures = [f"{report['accuracy']:.3f}", interval, f"{report['groups']:,}", _number(report["nll"], 3)]
             yield table_row([name, *figures, _number(report.get("calibration_error"), 3)]) + "\n"
         yield (
-            "\nThe calibration error is the expected one of sigmoid(score difference): the mean distance between confidence "
-            "and accuracy over ten bins.\n"
+            "\nThe calibration error is the expected one of sigmoid(score difference): the mean distance between "
+            "confidence and accuracy over ten bins.\n"
         )
     if metrics and metrics[-1].get("label_mass") is not None:
         yield (
@@ -214,8 +214,8 @@ def _limits(config: TrainConfig, method: type[Method], result: Mapping[str, Any]
         "measured: `python -m dwrl_fast.evaluate` does that on your pairs."
     )
     yield (
-        "A response can try to talk a judge round. `python -m dwrl_fast.evaluate --probe` measures how far that goes; no "
-        "such attack was measured here."
+        "A response may try to influence its judge. No such attack was measured here; `python -m dwrl_fast.evaluate "
+        "--probe` does that."
     )
 
 
