@@ -5,11 +5,13 @@ import importlib.util
 import json
 import logging
 import re
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from conftest import ROOT
 from rich.console import Console
 from test_run_folder import killed_before
@@ -24,6 +26,7 @@ from dwrl_fast.training.runlog import read_metrics
 from dwrl_fast.training.trackers import NAMES, OF_ONE_PHASE, RECORD, hyperparameters, tracker_names
 
 Told = dict[str, list[tuple[int, float]]]  # by name the steps and values, in the order in which they came
+Kept = tuple[dict[str, Any], list[dict[str, Any]]]  # the options, and the rows of the table of the first step
 
 
 def config_of(folder: Path, *names: str, **changes: Any) -> TrainConfig:
@@ -44,21 +47,34 @@ def tensorboard_told(run: Path) -> Told:
     return {tag: [(each.step, each.value) for each in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
+def wandb_records(data: bytes) -> Iterator[bytes]:
+    """Of a file in LevelDB's log format: after seven bytes, blocks of 32 KiB; a record in parts that each say their
+    size and whether it ends with them.
+    """
+    at, record = 7, b""
+    while at + 7 <= len(data):
+        if (left := 32768 - at % 32768) < 7:
+            at += left
+            continue
+        _, size, kind = struct.unpack("<IHB", data[at : at + 7])
+        record += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):
+            yield record
+            record = b""
+
+
 def wandb_told(run: Path) -> Told:
     """Of the two files that a run has which was resumed offline."""
     from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
 
     told: Told = {}
     for path in sorted((run / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns):
-        store, record = DataStore(), wandb_internal_pb2.Record()
-        store.open_for_scan(str(path))
-        while (data := store.scan_data()) is not None:
-            record.ParseFromString(data)
+        for data in wandb_records(path.read_bytes()):
+            record = wandb_internal_pb2.Record.FromString(data)
             if record.WhichOneof("record_type") == "history":
                 for item in record.history.item:
-                    value = json.loads(item.value_json)
-                    name = item.key or "/".join(item.nested_key)
+                    name, value = item.key or "/".join(item.nested_key), json.loads(item.value_json)
                     if isinstance(value, int | float) and not name.startswith("_"):
                         told.setdefault(name, []).append((record.history.step.num, value))
     return told
@@ -84,6 +100,49 @@ def trackio_told(run: Path) -> Told:
     return told
 
 
+def tensorboard_kept(run: Path) -> Kept:
+    (options,) = (run / "tensorboard").glob("*/hparams.yml")
+    return yaml.safe_load(options.read_text()), []
+
+
+def trackio_kept(run: Path) -> Kept:
+    from trackio.sqlite_storage import SQLiteStorage
+
+    known = json.loads((run / RECORD).read_text())["trackio"]["run"]
+    (table,) = (
+        row["thoughts"]
+        for row in SQLiteStorage.get_logs("tests", known)
+        if row.keys() > {"thoughts"} and row["step"] == 1
+    )
+    return SQLiteStorage.get_run_config("tests", known), table["_value"]
+
+
+def wandb_kept(run: Path) -> Kept:
+    from wandb.proto import wandb_internal_pb2
+
+    first, _ = sorted((run / "wandb").glob("offline-run-*"), key=lambda path: path.stat().st_mtime_ns)
+    records = [
+        wandb_internal_pb2.Record.FromString(data) for data in wandb_records(next(first.glob("*.wandb")).read_bytes())
+    ]
+    options = {item.key: json.loads(item.value_json) for record in records for item in record.config.update}
+    (table,) = (json.loads(path.read_text()) for path in first.glob("files/media/table/thoughts_0_*.json"))
+    return options, [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+
+
+def mlflow_kept(run: Path) -> Kept:
+    import mlflow
+
+    known = json.loads((run / RECORD).read_text())["mlflow"]["run"]
+    table = mlflow.load_table("thoughts/step-000001.json", run_ids=[known])
+    return mlflow.MlflowClient().get_run(known).data.params, table.to_dict("records")
+
+
+KEPT: dict[str, Callable[[Path], Kept]] = {
+    "tensorboard": tensorboard_kept,
+    "trackio": trackio_kept,
+    "wandb": wandb_kept,
+    "mlflow": mlflow_kept,
+}
 READERS: dict[str, Callable[[Path], Told]] = {
     "tensorboard": tensorboard_told,
     "trackio": trackio_told,
@@ -92,15 +151,18 @@ READERS: dict[str, Callable[[Path], Told]] = {
 }
 
 
-@pytest.fixture(params=["tensorboard", "trackio", "wandb", "mlflow"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("wandb", "mlflow")]
+
+
+@pytest.fixture(params=["tensorboard", "trackio", *SLOW])
 def tracker(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    pytest.importorskip(request.param)
-    pytest.importorskip("accelerate")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # which it reads when it is imported
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     monkeypatch.chdir(tmp_path)
+    pytest.importorskip("accelerate")
+    pytest.importorskip(request.param)
     return str(request.param)
 
 
@@ -125,6 +187,10 @@ def test_a_tracker_is_told_each_step_once_under_the_documented_names(folder: Pat
         assert set(found) == {0, 2, 4}
         before, after = (result[f"report_{when}{kind}"]["accuracy"] for when in ("before", "after"))
         assert (found[0], found[4]) == pytest.approx((before, after))
+    options, rows = KEPT[tracker](folder / "run")
+    assert options["method"] == "dwrl" and int(options["max_steps"]) == 4 and options["report_to"] == f'["{tracker}"]'
+    written = [json.loads(line) for line in (folder / "run" / "thoughts" / "step-000001.jsonl").open()]
+    assert [row["thought"] for row in rows] == [row["thought"] for row in written if tracker != "tensorboard"]
 
 
 def test_the_names_of_the_figures() -> None:
@@ -152,7 +218,7 @@ def test_the_names_of_the_figures() -> None:
 
 def test_the_documented_names_are_those_of_the_code() -> None:
     text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8").partition("## Trackers")[2].partition("\n## ")[0]
-    shown = dict(re.findall(r"^\| `([\w]+)` \| `([\w/]+)` \|", text, re.M))
+    shown = dict(re.findall(r"^\| `(\w+)` \| `(train/[\w/]+)` \|", text, re.M))
     assert shown == NAMES | OF_ONE_PHASE
 
 
@@ -184,7 +250,9 @@ def test_a_missing_package_is_refused_with_the_command_that_installs_it(
         trackers.check_installed(["no_such_tracker"])
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     argv = ["--report_to", "wandb", "mlflow", "--output_dir", f"{folder}/run", "--dry_run"]
-    with pytest.raises(ConfigError, match="needs packages that are not installed: pip install accelerate wandb mlflow"):
+    with pytest.raises(
+        ConfigError, match=r"not installed: pip install accelerate wandb mlflow-skinny sqlalchemy alembic$"
+    ):
         train.main(argv)
 
 

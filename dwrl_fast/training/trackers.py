@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from dwrl_fast.config import TrainConfig
 from dwrl_fast.errors import ConfigError
@@ -69,30 +69,39 @@ def check_installed(names: Sequence[str]) -> None:
     needed = [*(["accelerate"] if names else []), *names]
     specs = {name: find_spec(name) for name in needed}
     if missing := [name for name, spec in specs.items() if spec is None or spec.origin is None]:  # a folder is none
-        raise ConfigError(
-            f"--report_to {' '.join(names)} needs packages that are not installed: pip install {' '.join(missing)}"
-        )
+        wanted = " ".join(PACKAGES.get(name, name) for name in missing)
+        raise ConfigError(f"--report_to {' '.join(names)} needs packages that are not installed: pip install {wanted}")
 
 
 @dataclass(slots=True)
 class Tracked:
-    """A run as its tracker knows it. run: its id there. last: the last step that it got; -1 before the first."""
+    """A run as its tracker knows it. run: its id there. last: the last step that it got, and half a step more after the
+    evaluation that follows the run; -1 before the first.
+    """
 
     run: str
-    last: int = -1
+    last: float = -1
+
+
+class Table(NamedTuple):
+    """Rows of cells, each of as many as there are columns."""
+
+    columns: list[str]
+    rows: list[list[Any]]
 
 
 class Trackers:
     """The trackers that one run reports to; without arguments none. As a context it closes them at the end.
 
     running: accelerate's tracker by name. known: the run of each, also of those that failed. record: where that is kept
-    for a run that is resumed.
+    for a run that is resumed. table: thoughts that go with the next figures.
     """
 
     def __init__(self) -> None:
         self.running: dict[str, Any] = {}
         self.known: dict[str, Tracked] = {}
         self.record: Path | None = None
+        self.table: Table | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -103,25 +112,30 @@ class Trackers:
         self.running = {}
 
     def metrics(self, step: int, values: Mapping[str, Any], *, again: bool = False) -> None:
-        """The figures of a step, but for trackers that had them before the run was resumed. again: the tracker may have
-        got other figures of the same step.
+        """The figures of a step, but for trackers that had them before the run was resumed. again: these are further
+        ones of a step.
         """
-        named = tracker_names(values)
-        for name in self._behind(step - again):
-            if named and self._try(name, lambda tracker: tracker.log(named, step=step)):
-                self.known[name].last = step
+        named, place = tracker_names(values), step + again / 2
+        for name in self._behind(place) if named else []:
+            if self._try(name, lambda tracker, name=name: self._log(name, tracker, named, step)):
+                self.known[name].last = place
+        self.table = None
         self._save()
 
-    def thoughts(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """The first thoughts of a step as a table, in trackers that have tables. rows: as in the files of thoughts."""
+    def thoughts(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """The first thoughts of a step, a table that goes with the step's figures to trackers that have tables. rows:
+        as in the files of thoughts.
+        """
         shown = [row for row in rows if "thought" in row][:TABLE_ROWS]
         columns = list(dict.fromkeys(name for row in shown for name in row))
-        data = [[row.get(name) for name in columns] for row in shown]
-        for name in self._behind(step):
-            if shown and name in TABLES:
-                self._try(name, lambda tracker, log=TABLES[name]: log(tracker, columns, data, step))
+        self.table = Table(columns, [[row.get(name) for name in columns] for row in shown])
 
-    def _behind(self, step: int) -> list[str]:
+    def _log(self, name: str, tracker: Any, named: dict[str, float], step: int) -> None:
+        if self.table is not None and self.table.rows and name in TABLES:
+            TABLES[name](tracker, self.table, step)
+        tracker.log(named, step=step)
+
+    def _behind(self, step: float) -> list[str]:
         return [name for name in self.running if self.known[name].last < step]
 
     def _try(self, name: str, act: Callable[..., None]) -> bool:
@@ -166,7 +180,7 @@ def open_trackers(config: TrainConfig, folder: Path, *, resumed: bool) -> Tracke
         try:
             tracker = found.running[name] = LOGGER_TYPE_TO_CLASS[name](*arguments, **options)
             tracker.start()
-            if name not in before:
+            if name not in before or name in FORGETFUL:
                 tracker.store_init_configuration(hyperparameters(config))
             found.known[name] = before.get(name) or Tracked(RUN_IDS[name](tracker))
         except Exception as error:  # of a network, a disk, a library
@@ -210,25 +224,26 @@ def _how(name: str, config: TrainConfig, folder: Path, run: str | None) -> tuple
             return (config.project,), {"run_name": run_name, "run_id": run}
 
 
-def _trackio_table(tracker: Any, columns: list[str], data: list[list[Any]], step: int) -> None:
+def _trackio_table(tracker: Any, table: Table, step: int) -> None:
     import pandas
     import trackio
 
-    tracker.log({"thoughts": trackio.Table(dataframe=pandas.DataFrame(data, columns=columns))}, step=step)
+    frame = pandas.DataFrame(table.rows, columns=table.columns)
+    tracker.log({"thoughts": trackio.Table(dataframe=frame)}, step=step)
 
 
-def _wandb_table(tracker: Any, columns: list[str], data: list[list[Any]], step: int) -> None:
-    tracker.log_table("thoughts", columns=columns, data=data, step=step)
+def _wandb_table(tracker: Any, table: Table, step: int) -> None:
+    tracker.log_table("thoughts", columns=table.columns, data=table.rows, step=step)
 
 
-def _mlflow_table(tracker: Any, columns: list[str], data: list[list[Any]], step: int) -> None:
+def _mlflow_table(tracker: Any, table: Table, step: int) -> None:
     import mlflow
 
-    table = {name: [row[i] for row in data] for i, name in enumerate(columns)}
-    mlflow.log_table(table, f"thoughts/step-{step:06d}.json")  # one that is added to is sent whole each time
+    columns = {name: [row[i] for row in table.rows] for i, name in enumerate(table.columns)}
+    mlflow.log_table(columns, f"thoughts/step-{step:06d}.json")  # one that is added to is sent whole each time
 
 
-TABLES: dict[str, Callable[[Any, list[str], list[list[Any]], int], None]] = {
+TABLES: dict[str, Callable[[Any, Table, int], None]] = {
     "trackio": _trackio_table,
     "wandb": _wandb_table,
     "mlflow": _mlflow_table,
@@ -239,4 +254,7 @@ RUN_IDS: dict[str, Callable[[Any], str]] = {
     "wandb": lambda tracker: str(tracker.tracker.id),
     "mlflow": lambda tracker: str(tracker.tracker.info.run_id),
 }
+FORGETFUL = {"trackio", "wandb"}  # a run that goes on has the options that it is given again
+# What pip installs for a tracker, where it is not called as the tracker: mlflow itself asks for an older pandas.
+PACKAGES = {"mlflow": "mlflow-skinny sqlalchemy alembic"}
 HINTS = {"wandb": " WANDB_MODE=offline writes to the output folder alone."}

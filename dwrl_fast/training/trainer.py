@@ -156,7 +156,7 @@ class Trainer:
         if groups and self.method.thoughts_each and log is not None:
             rows = list(thought_rows(scored, self.method.dialog.tokenizer))
             log.thoughts(self.step + 1, rows)
-            self.trackers.thoughts(self.step + 1, rows)
+            self.trackers.thoughts(rows)
         self.step, self.current = self.step + 1, None
         computed = self.ranks.gather(
             counters([batch for some in minibatches for batch in some.batches if batch.groups])
