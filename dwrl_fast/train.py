@@ -125,8 +125,7 @@ def run_in(folder: Path, config: TrainConfig, console: Console, ranks: Ranks) ->
                 result = train_embedded(config, folder, display, ranks, trackers)
     result |= {"seconds": time.monotonic() - started, "seed": config.seed, "versions": versions()}
     if ranks.first:
-        metrics = read_metrics(folder / "metrics.jsonl")
-        write_card(folder / "model", config, result, metrics, repository=repository, processes=ranks.count)
+        write_card(folder, config, result, repository=repository, processes=ranks.count)
         write_json(folder / RESULT, result)
         report(result, config, folder, console)
     if repository is not None and not result.get("trained", True):

@@ -109,12 +109,8 @@ def trackio_kept(run: Path) -> Kept:
     from trackio.sqlite_storage import SQLiteStorage
 
     known = json.loads((run / RECORD).read_text())["trackio"]["run"]
-    (table,) = (
-        row["thoughts"]
-        for row in SQLiteStorage.get_logs("tests", known)
-        if row.keys() > {"thoughts"} and row["step"] == 1
-    )
-    return SQLiteStorage.get_run_config("tests", known), table["_value"]
+    tables = {row["step"]: row["thoughts"] for row in SQLiteStorage.get_logs("tests", known) if "thoughts" in row}
+    return SQLiteStorage.get_run_config("tests", known), tables[1]["_value"]
 
 
 def wandb_kept(run: Path) -> Kept:
@@ -133,8 +129,9 @@ def mlflow_kept(run: Path) -> Kept:
     import mlflow
 
     known = json.loads((run / RECORD).read_text())["mlflow"]["run"]
-    table = mlflow.load_table("thoughts/step-000001.json", run_ids=[known])
-    return mlflow.MlflowClient().get_run(known).data.params, table.to_dict("records")
+    table = mlflow.artifacts.load_dict(f"runs:/{known}/thoughts/step-000001.json")
+    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    return mlflow.MlflowClient().get_run(known).data.params, rows
 
 
 KEPT: dict[str, Callable[[Path], Kept]] = {

@@ -16,19 +16,19 @@ from dwrl_fast.files import bounded_text
 from dwrl_fast.methods import METHODS, Method
 from dwrl_fast.models.hub import on_hub
 from dwrl_fast.models.pretrained import CARD
+from dwrl_fast.training.runlog import read_metrics
 
 README = "README.md"
 FEW = 100  # held-out rows, of which an accuracy says little
 HERE = "path/to/this/folder"
 
 
-def write_card(
-    folder: Path, config: TrainConfig, result: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], **where: Any
-) -> None:
-    """Put the card of a run that is over into the folder of its model; see `model_card`. OSError where the disk refuses
-    it.
+def write_card(run: Path, config: TrainConfig, result: Mapping[str, Any], **where: Any) -> None:
+    """Put the card of a run that is over beside the weights in its folder; see `model_card`. OSError where the disk
+    refuses it.
     """
-    (folder / README).write_text(model_card(config, result, metrics, **where), encoding="utf-8")
+    text = model_card(config, result, read_metrics(run / "metrics.jsonl"), **where)
+    (run / "model" / README).write_text(text, encoding="utf-8")
 
 
 def model_card(
