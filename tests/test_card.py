@@ -116,6 +116,8 @@ def test_what_is_known_of_base_model_license_and_data_is_said(
     named = dataclasses.replace(config, model_name_or_path="Qwen/Qwen2.5-3B-Instruct")
     text = model_card(named, result, [], repository="me/mine", processes=8)
     assert front(text)["base_model"] == "Qwen/Qwen2.5-3B-Instruct"
+    rates = dataclasses.replace(config, score_learning_rate=1e-5, thought_learning_rate=1e-4)
+    assert "| learning rate | 1e-05 (score), 0.0001 (thought), linear |" in model_card(rates, result, [])
     assert "# mine\n" in text and "torchrun --nproc-per-node 8 -m dwrl_fast.train" in text
 
 

@@ -141,6 +141,9 @@ def _training(config: TrainConfig, method: type[Method], result: Mapping[str, An
     base = config.model_name_or_path or config.model_config
     drawn = " (drawn at random from this configuration)" if config.model_config else ""
     rows = result.get("rows")
+    phases = {name: getattr(config, f"{name}_learning_rate") for name in ("score", "thought")}
+    rates = [f"{rate:g} ({name})" for name, rate in phases.items() if rate is not None]
+    rates = rates if len(rates) == 2 else [f"{config.learning_rate:g}", *rates]
     facts: dict[str, Any] = {
         "method": f"{method.name}: {method.summary}",
         "started from": (base if base and on_hub(base) else PurePath(base).name) + drawn if base else "a tiny model",
@@ -148,12 +151,12 @@ def _training(config: TrainConfig, method: type[Method], result: Mapping[str, An
         "preference groups": "not counted (streamed)" if rows is None else f"{rows:,}",
         "rollout batches": f"{result['steps']:,} of {config.rollout_batch_size} groups, in minibatches of "
         f"{config.minibatch_size}",
-        "learning rate": f"{config.learning_rate:g}, {config.lr_scheduler_type}",
+        "learning rate": f"{', '.join(rates)}, {config.lr_scheduler_type}",
         "adapters": f"LoRA, rank {config.lora_r}, merged" if config.use_peft else None,
         "thoughts": f"{config.num_generations} of at most {config.max_completion_length} tokens, temperature "
         f"{config.temperature:g}" if method.thinks else None,
         "seed": config.seed,
-        "time": f"{result['seconds'] / 60:,.1f} minutes",
+        "time": f"{sum(result['seconds_by_stage'].values()) / 60:,.1f} minutes",
     }  # fmt: skip
     yield from (line + "\n" for line in (table_row(("", "")), table_row(("---", "---"))))
     yield from (table_row(item) + "\n" for item in facts.items() if item[1] is not None)
