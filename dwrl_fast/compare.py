@@ -1,7 +1,6 @@
 """`python -m dwrl_fast.compare A B`: compares two trained models on the same pairs and lists their disagreements."""
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,13 +18,15 @@ from dwrl_fast.data.printing import say
 from dwrl_fast.dialog.single_turn import transcript
 from dwrl_fast.errors import ConfigError, DataError
 from dwrl_fast.evaluate import steps_of
+from dwrl_fast.evaluation.escaping import block, inline
 from dwrl_fast.evaluation.judged import Judged, judged_report, score_table
 from dwrl_fast.evaluation.paired import PairedReport, disagreements, paired_report
 from dwrl_fast.evaluation.pairs import check_ordered
 from dwrl_fast.evaluation.scoring import score_rows
 from dwrl_fast.evaluation.units import Units
 from dwrl_fast.feed import read_rows
-from dwrl_fast.log import escaped, logger
+from dwrl_fast.log import logger
+from dwrl_fast.models.hub import judge_folder, on_hub
 from dwrl_fast.models.pretrained import load_card
 from dwrl_fast.options import at_least, option, parse
 from dwrl_fast.progress import Display
@@ -58,7 +59,10 @@ python -m dwrl_fast.compare runs/new/model runs/old/model --dataset_name held_ou
 python -m dwrl_fast.compare runs/dwrl/model runs/bt/model --dataset_name held_out.jsonl --output_file differ.md
 """
 
-    model_a: str = _model(help="Folder of the first model, which dwrl_fast.train wrote. Also as the first argument, A.")
+    model_a: str = _model(
+        help="Folder of the first model, which dwrl_fast.train wrote, or its name on the Hugging Face hub. Also as the "
+        "first argument, A."
+    )
     model_b: str = _model(help="Folder of the second model. Also as the second argument, B.")
     dataset_name: tuple[Part, ...] = _data(
         help="Preference data, in any format of training: FILE, or FILE::ASPECT. Rows that one of the models cannot "
@@ -117,7 +121,7 @@ def run(config: CompareConfig, console: Console) -> PairedReport:
     write the rows on which one model is better.
     """
     for path in (config.model_a, config.model_b):
-        load_card(path)  # a missing card is an error before the first model runs
+        load_card(judge_folder(path))  # a missing card is an error before the first model runs
     if config.output_file is not None:
         open(config.output_file, "x").close()  # the same holds for an output file that cannot be written
         Path(config.output_file).unlink()
@@ -140,12 +144,12 @@ def run(config: CompareConfig, console: Console) -> PairedReport:
     return report
 
 
-def _judge(config: CompareConfig, folder: str, display: Display) -> Judgements:
+def _judge(config: CompareConfig, model: str, display: Display) -> Judgements:
     """The judgements of one model, by the source of the row, for the rows that it can read. Frees the model at the
     end.
     """
     scorer = Scorer.from_pretrained(
-        folder,
+        model,
         aspect=config.aspect,
         dtype=config.dtype,
         packing=config.packing,
@@ -158,7 +162,8 @@ def _judge(config: CompareConfig, folder: str, display: Display) -> Judgements:
     scorer.check_positions(longest)
     check_ordered(rows)
     steps = steps_of(config, scorer, config.votes)
-    with display.stage(f"score {Path(folder).parent.name}", sum(len(row.responses) for row in rows)) as stage:
+    name = model if on_hub(model) else Path(model).parent.name
+    with display.stage(f"score {name}", sum(len(row.responses) for row in rows)) as stage:
         found, _ = score_rows(steps, rows, stage.advance)
     return {row.source: (row, judgement) for row, judgement in zip(rows, found, strict=True)}
 
@@ -191,29 +196,18 @@ def _json_lines(differ: Sequence[Difference], config: CompareConfig) -> Iterator
 
 
 def _markdown(differ: Sequence[Difference], config: CompareConfig) -> Iterator[str]:
-    yield f"# {len(differ)} disagreements\n\nA: {_inline(config.model_a)}  \nB: {_inline(config.model_b)}\n"
+    yield f"# {len(differ)} disagreements\n\nA: {inline(config.model_a)}  \nB: {inline(config.model_b)}\n"
     for row, models in differ:
-        yield f"\n## {_inline(row.source)}\n\n{_quoted(transcript(row.prompt))}"
+        yield f"\n## {inline(row.source)}\n\n{block(transcript(row.prompt))}"
         for k, response in enumerate(row.responses):
             scores = ", ".join(f"{name} {found.scores[k]:.4f}" for name, found in zip("AB", models, strict=True))
-            yield f"\n**Response {k + 1}** (rank {models[0].ranks[k]}; {scores})\n\n{_quoted(response)}"
+            yield f"\n**Response {k + 1}** (rank {models[0].ranks[k]}; {scores})\n\n{block(response)}"
         for name, found in zip("AB", models, strict=True):
             shown = [f"responses {i + 1} and {j + 1}" for i, j in found.comparisons]
             about = shown or [f"response {k + 1}" for k in range(len(row.responses))]
             for what, thoughts in zip(about, found.thoughts, strict=False):  # some methods write no thoughts
                 for thought in thoughts:
-                    yield f"\n{name} on {what}:\n\n{_quoted(thought)}"
-
-
-def _quoted(text: str) -> str:
-    """A Markdown code block of the text. Its fence is longer than any fence in the text."""
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence}text\n{escaped(text)}\n{fence}\n"
-
-
-def _inline(text: str) -> str:
-    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence} {escaped(text)} {fence}" if "`" in text else f"`{escaped(text)}`"
+                    yield f"\n{name} on {what}:\n\n{block(thought)}"
 
 
 if __name__ == "__main__":

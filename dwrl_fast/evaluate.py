@@ -35,6 +35,7 @@ from dwrl_fast.evaluation.votes import vote_curve
 from dwrl_fast.feed import read_rows
 from dwrl_fast.feed.source import content_hash
 from dwrl_fast.log import logger
+from dwrl_fast.models.hub import judge_folder, on_hub
 from dwrl_fast.models.pretrained import CARD, has_card, load_card
 from dwrl_fast.progress import Display, Stage
 from dwrl_fast.scoring.scorer import Scorer
@@ -54,7 +55,15 @@ def run(config: EvaluateConfig, console: Console) -> PairReport:
     """Score the pairs of the files and print the report. With --output_dir, also write it there."""
     folder = None if config.output_dir is None else open_folder(Path(config.output_dir))
     started = time.monotonic()
-    scorer = load(config)
+    model = config.model_name_or_path
+    if config.method is None:
+        model = str(judge_folder(model, config.revision))
+    if config.calibrate and on_hub(config.model_name_or_path):
+        raise ConfigError(
+            f"calibrate: the temperature is stored in the model's folder, and {config.model_name_or_path} is on the "
+            f"hub. Fetch it by `hf download {config.model_name_or_path} --local-dir DIR` and give that folder."
+        )
+    scorer = load(config, model)
     if config.vote_curve and not scorer.thinks:
         raise ConfigError("vote_curve: this model judges without thoughts, so there are no votes. Leave it out.")
     with Display(console) as display:
@@ -70,7 +79,7 @@ def run(config: EvaluateConfig, console: Console) -> PairReport:
         if config.benchmark is not None:
             check_benchmark(config.benchmark, rows)
         check_ordered(rows)
-        with nullcontext() if folder is None else PartFile(folder / PART, identity(config, rows)) as part:
+        with nullcontext() if folder is None else PartFile(folder / PART, identity(config, model, rows)) as part:
             steps = steps_of(config, scorer, config.sampled, part)
             with stage_of(steps, "rows", [len(row.responses) for row in rows], display) as stage:
                 scored = score_rows(steps, rows, stage.advance)
@@ -103,10 +112,10 @@ def open_folder(folder: Path) -> Path:
     return folder
 
 
-def load(config: EvaluateConfig) -> Scorer:
-    """The model with the settings of the options. A folder without a card needs --method judge."""
+def load(config: EvaluateConfig, model: str) -> Scorer:
+    """`model`, a folder or a name, with the settings of the options. A folder without a card needs --method judge."""
     return Scorer.from_pretrained(
-        config.model_name_or_path,
+        model,
         method=config.method,
         template=config.template,
         enable_thinking=config.enable_thinking,
@@ -199,8 +208,8 @@ def calibrate(config: EvaluateConfig, report: Report) -> None:
     logger.info("temperature %.4g is stored in %s", report.temperature, folder / CARD)
 
 
-def identity(config: EvaluateConfig, rows: Sequence[Preference]) -> dict[str, Any]:
-    """What must be equal for an interrupted evaluation to be resumed, as JSON."""
+def identity(config: EvaluateConfig, model: str, rows: Sequence[Preference]) -> dict[str, Any]:
+    """What must be equal for an interrupted evaluation of `model`, a folder or a name, to be resumed, as JSON."""
     later = {
         "output_dir",
         "calibrate",
@@ -214,7 +223,7 @@ def identity(config: EvaluateConfig, rows: Sequence[Preference]) -> dict[str, An
     options = {name: value for name, value in config.to_dict().items() if name not in later}
     return {
         "model": config.model_name_or_path,
-        "the model's files": _files(config.model_name_or_path),
+        "the model's files": _files(model),
         "data": [part.dataset_name for part in config.dataset_name],
         "its rows": content_hash(rows),
         "votes": config.sampled,

@@ -12,7 +12,7 @@ import shutil
 import sys
 import textwrap
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -116,6 +116,25 @@ class Options:
         """Every option by name, with values that YAML can hold."""
         return {f.name: _plain(getattr(self, f.name)) for f in option_fields(type(self))}
 
+    def to_arguments(self, also: Collection[str] = ()) -> list[str]:
+        """The command line that gives this configuration: the options that are not their defaults, and those `also`
+        named.
+        """
+        found: list[str] = []
+        for f in option_fields(type(self)):
+            value = getattr(self, f.name)
+            default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+            if value == default and f.name not in also:
+                continue
+            if isinstance(value, dict):
+                found += [word for item in value.items() for word in (f"--{f.name}", "=".join(item))]
+            elif isinstance(value, tuple) and value:
+                found += [f"--{f.name}", *map(str, value)]
+            else:
+                text = _said(value or None if isinstance(value, tuple) else value)
+                found += [f"--{f.name}={text}"] if text.startswith("--") else [f"--{f.name}", text]
+        return found
+
     def to_yaml(self) -> str:
         """Every option, grouped. Read with `--config`, the text gives an equal configuration."""
         parts = []
@@ -183,7 +202,8 @@ def _convert(hint: Any, value: Any) -> Any:
             return dict(value)
         raise ValueError("expected new=old, as in --columns prompt=question (in YAML a mapping, new: old)")
     if origin is tuple:
-        items = value if isinstance(value, list | tuple) else [] if value in (None, "none") else [value]
+        items = value if isinstance(value, list | tuple) else [value]
+        items = [] if list(items) in ([None], ["none"]) else items
         return tuple(_convert(args[0], item) for item in items)
     if hasattr(hint, "parse"):
         return hint.parse(value)

@@ -23,16 +23,19 @@ from dwrl_fast.feed import Feed, open_feed, read_rows, warn_of_shared_prompts
 from dwrl_fast.lock import sole_writer
 from dwrl_fast.log import logger
 from dwrl_fast.methods import METHODS
+from dwrl_fast.models.hub import check_account, claim, push
 from dwrl_fast.models.model import check_positions, check_vocabulary
 from dwrl_fast.models.pretrained import try_saving
 from dwrl_fast.progress import Display, Stage
 from dwrl_fast.ranks import ALONE, Ranks, start
 from dwrl_fast.scoring.loading import load_dialog
+from dwrl_fast.training.card import write_card
 from dwrl_fast.training.checkpoint import checkpoints, latest_checkpoint
 from dwrl_fast.training.dry_run import dry_run
 from dwrl_fast.training.plots import plot_curves
 from dwrl_fast.training.policy import PREFILLED, load_judging
 from dwrl_fast.training.runlog import read_metrics, write_json
+from dwrl_fast.training.trackers import Trackers, check_installed, open_trackers
 from dwrl_fast.training.trainer import Trainer
 
 BASELINE = "bt"  # also trained on the embedded task, for comparison
@@ -47,6 +50,7 @@ def main(argv: list[str]) -> None:
     """The command. Raises UntrainedError if no rollout batch trained anything."""
     console = open_console()
     config = configure(argv)
+    check_installed(config.report_to)
     ranks = start(config.ddp_timeout, hsdp=config.hsdp)
     for name in ("reshard_after_backward", "ddp_timeout", "hsdp"):
         if ranks.mesh is None and config.changed(name):
@@ -54,6 +58,8 @@ def main(argv: list[str]) -> None:
     if config.dry_run:
         if not ranks.first:
             return
+        if config.push_to_hub:
+            check_account()
         if config.output_dir is not None:
             wanted = Path(config.output_dir)
             if next(path for path in (wanted, *wanted.absolute().parents) if path.exists()).is_file():
@@ -107,16 +113,27 @@ def begun(config: TrainConfig, folder: Path) -> dict[str, Any]:
 def run_in(folder: Path, config: TrainConfig, console: Console, ranks: Ranks) -> dict[str, Any]:
     """The run, in a folder that no other process writes to."""
     started = time.monotonic()
-    with Display(console) as display:
+    repository = None
+    if config.push_to_hub:
+        repository = ranks.from_first(lambda: claim(config.hub_model_id, folder, private=config.hub_private_repo))
+    resumed = config.resume_from_checkpoint is not None
+    trackers = open_trackers(config, folder, resumed=resumed) if ranks.first else Trackers()
+    with Display(console) as display, trackers:
         if config.own_data:
-            result = train(config, folder, display, config, ranks)
+            result = train(config, folder, display, config, ranks, trackers)
         else:
             with one_thread():
-                result = train_embedded(config, folder, display, ranks)
+                result = train_embedded(config, folder, display, ranks, trackers)
     result |= {"seconds": time.monotonic() - started, "seed": config.seed, "versions": versions()}
     if ranks.first:
+        write_card(folder, config, result, repository=repository, processes=ranks.count)
         write_json(folder / RESULT, result)
         report(result, config, folder, console)
+    if repository is not None and not result.get("trained", True):
+        logger.warning("Nothing was trained, so nothing was sent to %s on the hub.", repository)
+    elif repository is not None:
+        address = ranks.from_first(lambda: push(folder / "model", repository))
+        console.print(f"On the hub: {address}", markup=False, highlight=False, soft_wrap=True)
     ranks.gather(None)  # no rank ends while the first still writes
     return result
 
@@ -166,9 +183,16 @@ def make_folder(folder: Path) -> None:
 
 
 def train(
-    config: TrainConfig, folder: Path, display: Display, saved: TrainConfig, ranks: Ranks = ALONE
+    config: TrainConfig,
+    folder: Path,
+    display: Display,
+    saved: TrainConfig,
+    ranks: Ranks = ALONE,
+    trackers: Trackers | None = None,
 ) -> dict[str, Any]:
-    """Train one method on the given files and plot its curves. saved: the configuration that would repeat this run."""
+    """Train one method on the given files, report to `trackers` and plot its curves. saved: the configuration that
+    would repeat this run.
+    """
     compute = Compute.resolve(config.dtype)
     dialog = load_dialog(config)
     if METHODS[config.method].trains:
@@ -194,7 +218,7 @@ def train(
         try_saving(folder, whole, dialog, method.card())
     del whole
     with closing(judging.runtime):
-        trainer = Trainer(config, method, judging, feed, held_out, folder, display)
+        trainer = Trainer(config, method, judging, feed, held_out, folder, display, trackers)
         trainer.resume()
         if ranks.first:
             dataclasses.replace(saved, resume_from_checkpoint=None, resume_anyway=False).save(folder / "config.yaml")
@@ -205,12 +229,14 @@ def train(
     return result
 
 
-def train_embedded(config: TrainConfig, folder: Path, display: Display, ranks: Ranks) -> dict[str, Any]:
+def train_embedded(
+    config: TrainConfig, folder: Path, display: Display, ranks: Ranks, trackers: Trackers
+) -> dict[str, Any]:
     """The demonstration: create the task and a warmed-up model, and train the method on it. For comparison, also train
     BT from the same model on the same pairs.
     """
     made = ranks.from_first(lambda: make_embedded(folder / "embedded", config, display))
-    result = train(on_embedded(config, made), folder, display, config, ranks)
+    result = train(on_embedded(config, made), folder, display, config, ranks, trackers)
     result["seconds_by_stage"]["warm up"] = made.seconds
     result["warmup_state"] = made.state
     if config.method == BASELINE:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_trackers import tensorboard_told
 from tiny import tiny_folder, tiny_pairs
 
 from dwrl_fast import embedded
@@ -156,3 +157,13 @@ def test_the_embedded_task_draws_the_same_thoughts(folder: Path, capsys: pytest.
 def test_an_error_of_the_user_is_said_once(folder: Path) -> None:
     done, _ = run(folder, "wrong", 2, "--max_length", "3")
     assert done.returncode != 0 and done.stderr.count("\nerror: ") == 1, done.stderr
+
+
+def test_only_the_first_rank_tells_trackers(folder: Path) -> None:
+    pytest.importorskip("tensorboard")
+    done, path = run(folder, "tracked", 2, "--report_to", "tensorboard")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list((path / "tensorboard").glob("events.*"))) == 1
+    assert [(step, value) for step, value in tensorboard_told(path)["train/loss"]] == [
+        (row["step"], pytest.approx(row["loss"])) for row in read_metrics(path / "metrics.jsonl")
+    ]

@@ -127,6 +127,7 @@ def test_the_lock_is_held_for_as_long_as_the_run(folder: Path, monkeypatch: pyte
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "train", second)
+        patch.setattr(train, "write_card", lambda *_, **__: None)
         go(config_of(folder))
     assert inside == ["refused"]
     with sole_writer(folder / "run", "its run"):

@@ -34,6 +34,8 @@ class CommonOptions(Options):
         "Optimizer",
         "Evaluation",
         "Run",
+        "Trackers",
+        "Hugging Face hub",
         "Several GPUs",
         "Embedded task",
     )

@@ -55,8 +55,11 @@ python -m dwrl_fast.evaluate --model_name_or_path runs/mine/model --dataset_name
 """
 
     model_name_or_path: str = model_option(
-        help="Folder of a model that dwrl_fast.train wrote. With --method judge any other folder, hub name or local "
-        "FILE.gguf."
+        help="Folder of a model that dwrl_fast.train wrote, or its name on the Hugging Face hub. With --method judge "
+        "any other folder, hub name or local FILE.gguf."
+    )
+    revision: str | None = model_option(
+        None, "Branch, tag or commit of a trained model on the hub. none: its branch main."
     )
     dataset_name: tuple[Part, ...] = data_option(
         help="Preference data, in any format of training: FILE, or FILE::ASPECT. Several files are also reported one "
@@ -125,6 +128,12 @@ python -m dwrl_fast.evaluate --model_name_or_path runs/mine/model --dataset_name
                     f"{name} without --method judge: a model that was trained is asked what it was trained on. Leave "
                     "it out, or add --method judge."
                 )
+        if self.revision is not None and self.method is not None:
+            raise ConfigError(
+                f"revision with method = {self.method}: it is taken of models that dwrl_fast.train wrote. Fetch the "
+                f"model by `hf download {self.model_name_or_path} --revision {self.revision} --local-dir DIR` and give "
+                "that folder."
+            )
         if self.vote_curve and self.votes == 1:
             raise ConfigError("vote_curve with votes = 1: there is no curve of one thought. Leave --votes out.")
         if self.calibrate and self.method is not None:

@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from dwrl_fast.config.common import CommonOptions, data_option, evaluation_option, model_option, run_option
+from dwrl_fast.config.reporting import ReportingOptions
 from dwrl_fast.data.mixture import Part, check_evaluated, check_mixture
 from dwrl_fast.dialog import Thinking
 from dwrl_fast.errors import ConfigError
@@ -45,7 +46,7 @@ else:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(MethodOptions, CommonOptions):
+class TrainConfig(MethodOptions, ReportingOptions, CommonOptions):
     """The options of `python -m dwrl_fast.train`: its own, and those that the methods declare."""
 
     command: ClassVar[str] = "python -m dwrl_fast.train"
@@ -407,7 +408,9 @@ python -m dwrl_fast.train --config runs/mine/config.yaml --resume_from_checkpoin
 
     def without_effect(self) -> dict[str, str]:
         taken = METHODS[self.method].takes(self)
-        return {name: need for name, need in super().without_effect().items() if name not in taken}
+        found = {name: need for name, need in super().without_effect().items() if name not in taken}
+        untold = () if self.report_to else ("project", "run_name")
+        return found | {name: "report_to" for name in untold if self.changed(name)}
 
 
 def parse_train(argv: Sequence[str], base: Base | None = None) -> TrainConfig:

@@ -25,6 +25,12 @@ class Part:
     weight: float | None = None
     aspect: str | None = None
 
+    def __str__(self) -> str:
+        """As the command line has it."""
+        aspect = "" if self.aspect is None else f":{self.aspect}"
+        weight = "" if self.weight is None else repr(self.weight)
+        return f"{self.dataset_name}:{weight}{aspect}" if weight or aspect else self.dataset_name
+
     @classmethod
     def parse(cls, value: Any) -> "Part":
         """From FILE, FILE:WEIGHT, FILE:WEIGHT:ASPECT or FILE::ASPECT, or a mapping with the fields as keys. The file

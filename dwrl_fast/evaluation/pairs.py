@@ -27,7 +27,8 @@ class PairReport:
     left out because all their responses tie. margin: mean s+ - s-, nan if a score is infinite. unparsable: verdicts in
     text that could not be read; they count as wrong. first_share: for methods that show two responses together, the
     share of verdicts for the one shown first; one half without bias. token_accuracy: for policies, the accuracy of mean
-    log-probs per token instead of their sums.
+    log-probs per token instead of their sums. calibration_error: the expected calibration error in the reports of a
+    training run (the report of an evaluation has a whole `Calibration`).
     """
 
     accuracy: float
@@ -44,6 +45,7 @@ class PairReport:
     token_accuracy: float | None = None
     pairs: int = 0
     prompts: int | None = None
+    calibration_error: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON; inf and nan become null."""

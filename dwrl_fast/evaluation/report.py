@@ -11,6 +11,7 @@ import numpy as np
 from dwrl_fast.data import Preference
 from dwrl_fast.data.jsonl import finite
 from dwrl_fast.evaluation.calibration import Calibration, calibration
+from dwrl_fast.evaluation.escaping import plain, table_row
 from dwrl_fast.evaluation.judged import Judged, judged_report
 from dwrl_fast.evaluation.pairs import PairReport, credit
 from dwrl_fast.evaluation.probe import ProbeReport
@@ -244,22 +245,12 @@ def _probe(found: ProbeReport) -> Section:
 def markdown(report: Report) -> str:
     """The tables as Markdown. It contains no text of rows."""
     lines = [
-        f"# {_cell(report.about['model'])}",
+        f"# {plain(report.about['model'])}",
         "",
-        *(f"- {name}: {_cell(value)}" for name, value in report.about.items()),
+        *(f"- {name}: {plain(value)}" for name, value in report.about.items()),
     ]
     for section in sections(report):
         lines += ["", f"## {section.title}", ""] + ([section.note, ""] if section.note else [])
-        lines += [_row(section.header), _row(["---"] + ["---:"] * (len(section.header) - 1))]
-        lines += [_row(row) for row in section.rows]
+        lines += [table_row(section.header), table_row(["---"] + ["---:"] * (len(section.header) - 1))]
+        lines += [table_row(cells) for cells in section.rows]
     return "\n".join(lines) + "\n"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(map(_cell, cells)) + " |"
-
-
-def _cell(value: Any) -> str:
-    """A cell as one line of escaped text, because names of files and subsets come from the user."""
-    text = " ".join(str(value).split())
-    return "".join(f"\\{c}" if c in r"\|`*_<>[]#" else c for c in text)

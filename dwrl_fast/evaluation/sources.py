@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dwrl_fast.data import Preference
 from dwrl_fast.data.mixture import short_names
 from dwrl_fast.data.preference import LINES
-from dwrl_fast.evaluation.pairs import PairReport, full_report
+from dwrl_fast.evaluation.calibration import calibration
+from dwrl_fast.evaluation.pairs import PairReport, full_report, score_gaps
 from dwrl_fast.evaluation.units import Units
 from dwrl_fast.log import warn_once
 from dwrl_fast.objectives.agreement import order_accuracy, rank_grid
@@ -58,12 +59,16 @@ def _parts(groups: Sequence[ScoredGroup], names: Mapping[str, str]) -> dict[str,
 
 def _report(groups: Sequence[ScoredGroup], seed: int) -> PairReport:
     a_token = [dataclasses.replace(each, scores=[[score] for score in each.token_scores]) for each in groups]
-    return full_report(
-        marginal_scores(groups),
-        [each.group.ranks for each in groups],
+    scores, ranks = marginal_scores(groups), [each.group.ranks for each in groups]
+    units = Units.of([each.group.preference for each in groups])
+    report = full_report(
+        scores,
+        ranks,
         seed,
-        Units.of([each.group.preference for each in groups]),
+        units,
         unparsable=sum(each.unparsable for each in groups),
         first_shares=[share for each in groups for share in each.first_shares],
         token_scores=marginal_scores(a_token) if groups[0].token_scores else None,
     )
+    gaps = score_gaps(scores, ranks)
+    return dataclasses.replace(report, calibration_error=calibration(gaps.gap, units.at(gaps.group).weight).error)

@@ -241,9 +241,7 @@ def _load(
             if keywords:
                 gguf.say_dequantised(model, source)
         if adapted(model):
-            raise ModelError(
-                f"{source} is an adapter of the hub: give a local folder of it, or the merged model"
-            )
+            raise ModelError(f"{source} is an adapter of the hub: give a local folder of it, or the merged model")
         if lora is not None:
             add_adapters(model, lora, source)
     switch_dropout_off(model)

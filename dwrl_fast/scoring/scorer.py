@@ -23,6 +23,7 @@ from dwrl_fast.data.given import Prompt, Response, Turns, as_list, as_prompt, as
 from dwrl_fast.dialog import Dialog, Thinking
 from dwrl_fast.errors import DataError, ModelError, NotFiniteError
 from dwrl_fast.log import warn_once
+from dwrl_fast.models.hub import judge_folder
 from dwrl_fast.models.model import check_positions, positions
 from dwrl_fast.options import given_by
 from dwrl_fast.sampling import Limits
@@ -79,6 +80,7 @@ class Scorer:
         cls,
         path: str | Path,
         *,
+        revision: str | None = None,
         method: str | None = None,
         template: str | None = None,
         enable_thinking: Thinking = "auto",
@@ -97,13 +99,16 @@ class Scorer:
         vllm_gpu_memory_utilization: float = EvaluateConfig.vllm_gpu_memory_utilization,
         vllm_max_model_length: int | None = None,
     ) -> Self:
-        """From a folder that `dwrl_fast.train` wrote (OUTPUT_DIR/model); or, with method "judge", which asks for a
+        """From a folder that `dwrl_fast.train` wrote (OUTPUT_DIR/model), or the name of such a model on the Hugging
+        Face hub, from which only safetensors, JSON and templates are downloaded; or, with method "judge", which asks for a
         verdict in text, from any causal language model, by folder, hub name or GGUF file. Uses the GPU if there is one.
 
-        The options are those of `dwrl_fast.evaluate`; None means the value of the model's training. Raises ModelError
-        if the model cannot be loaded or was not trained with this package, ConfigError if an option is wrong.
+        revision: branch, tag or commit on the hub. The other options are those of `dwrl_fast.evaluate`; None means the
+        value of the model's training. Raises ModelError if the model cannot be loaded or was not trained with this
+        package, ConfigError if an option is wrong.
         """
         options: dict[str, Any] = {
+            "revision": revision,
             "method": method,
             "template": template,
             "enable_thinking": enable_thinking,
@@ -130,6 +135,7 @@ class Scorer:
                 method, str(path), template=template, aspect=aspect, enable_thinking=enable_thinking
             )
         else:
+            path = judge_folder(path, revision)
             dialog, card = load_trained(path, aspect)
         limits = {"max_completion_length": max_completion_length, "temperature": temperature}
         card |= {name: value for name, value in limits.items() if value is not None}

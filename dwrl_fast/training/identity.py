@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dwrl_fast.config import TrainConfig
+from dwrl_fast.config.reporting import ReportingOptions
 from dwrl_fast.errors import CheckpointError
 from dwrl_fast.log import logger
 from dwrl_fast.methods.method_options import VllmOptions
@@ -21,6 +22,7 @@ APART = {
     *("dataset_mixture", "columns", "layout", "max_length", "aspect", "template", "model_name_or_path"),
     *("model_config", "tokenizer_name_or_path", "num_train_epochs", "max_steps", "gradient_checkpointing"),
     *("ddp_timeout", "cpu_offload", "reshard_after_backward", "hsdp"),
+    *(f.name for f in option_fields(ReportingOptions)),
 }
 # Options that may be changed during a run. The run continues with different results.
 TUNABLE = {

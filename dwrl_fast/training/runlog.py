@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -65,14 +65,15 @@ class RunLog:
         else:
             self.waiting = ""
 
-    def thoughts(self, step: int, scored: Sequence[ScoredGroup], decoder: Decoder) -> None:
-        """Write the thoughts of a rollout batch with `write_groups`. If that fails, an error is logged and they are
-        lost.
+    def thoughts(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write the thoughts of a rollout batch, as `thought_rows` gives them. If that fails, an error is logged and
+        they are lost.
         """
         path = self.thoughts_folder / f"step-{step:06d}.jsonl"
         try:
             self.thoughts_folder.mkdir(parents=True, exist_ok=True)
-            write_groups(path, scored, decoder)
+            with path.open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         except OSError as error:
             logger.error("%s: %s. The run continues without it.", path, error.strerror)
 
@@ -88,30 +89,27 @@ def write_bad_batch(folder: Path, name: str, record: Mapping[str, Any]) -> str:
     return f" It is in {path}."
 
 
-def write_groups(path: Path, scored: Sequence[ScoredGroup], decoder: Decoder) -> None:
-    """Write one line per sequence: the source of its row, the index of its response (0 is the best; for methods that
+def thought_rows(scored: Sequence[ScoredGroup], decoder: Decoder) -> Iterator[dict[str, Any]]:
+    """One row per sequence, as JSON: the source of its row, the index of its response (0 is the best; for methods that
     compare: of its comparison), the thought if there is one, and its score in nats or its reward. If scores do not
-    belong to single sequences, as for verdicts on two responses, lines with the responses' scores follow.
+    belong to single sequences, as for verdicts on two responses, rows with the responses' scores follow.
     """
-    with path.open("w", encoding="utf-8") as file:
-        for found in scored:
-            group = found.group
-            source = {"source": group.preference.source}
-            values = {"score": found.scores, "reward": group.rewards}
-            shape = list(map(len, group.sequences))
-            own = {name: each for name, each in values.items() if list(map(len, each)) == shape}
-            about = "response" if len(shape) == len(group.preference.responses) else "comparison"
-            lines: list[dict[str, Any]] = []
-            for k, sequences in enumerate(group.sequences):
-                for i, sequence in enumerate(sequences):
-                    row = source | {about: k} | {name: each[k][i] for name, each in own.items()}
-                    if group.thoughts:
-                        thought = decoder.decode(sequence.ids[sequence.thought])
-                        row |= {"thought": thought, "ended": group.thoughts[k][i].ended}
-                    lines.append(row)
-            if found.scores and "score" not in own:
-                lines += [source | {"response": k, "score": each[0]} for k, each in enumerate(found.scores)]
-            file.writelines(json.dumps(finite(line), ensure_ascii=False) + "\n" for line in lines)
+    for found in scored:
+        group = found.group
+        source = {"source": group.preference.source}
+        values = {"score": found.scores, "reward": group.rewards}
+        shape = list(map(len, group.sequences))
+        own = {name: each for name, each in values.items() if list(map(len, each)) == shape}
+        about = "response" if len(shape) == len(group.preference.responses) else "comparison"
+        for k, sequences in enumerate(group.sequences):
+            for i, sequence in enumerate(sequences):
+                row = source | {about: k} | {name: each[k][i] for name, each in own.items()}
+                if group.thoughts:
+                    thought = decoder.decode(sequence.ids[sequence.thought])
+                    row |= {"thought": thought, "ended": group.thoughts[k][i].ended}
+                yield finite(row)
+        if found.scores and "score" not in own:
+            yield from (finite(source | {"response": k, "score": each[0]}) for k, each in enumerate(found.scores))
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

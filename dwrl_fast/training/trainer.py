@@ -7,7 +7,7 @@ within a step holds its thoughts. So a run that resumes after any update continu
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,10 +37,11 @@ from dwrl_fast.training.optimizer import Optimizers
 from dwrl_fast.training.policy import Minibatch, Policy
 from dwrl_fast.training.resuming import found, set_later_aside
 from dwrl_fast.training.rollout import Rollout
-from dwrl_fast.training.runlog import RunLog, StallWatch, write_bad_batch
+from dwrl_fast.training.runlog import RunLog, StallWatch, thought_rows, write_bad_batch
 from dwrl_fast.training.saving import Saver
 from dwrl_fast.training.stopping import Stopping
 from dwrl_fast.training.stopwatch import Stopwatch
+from dwrl_fast.training.trackers import Trackers
 
 
 class Best(NamedTuple):
@@ -51,7 +52,7 @@ class Best(NamedTuple):
 
 
 class Trainer:
-    """Trains `method` on the rows of `feed`, evaluates it on `held_out`, and writes into `folder`."""
+    """Trains `method` on the rows of `feed`, evaluates it on `held_out`, writes into `folder` and tells `trackers`."""
 
     def __init__(
         self,
@@ -62,9 +63,11 @@ class Trainer:
         held_out: Sequence[Preference],
         folder: Path,
         display: Display,
+        trackers: Trackers | None = None,
     ):
         self.config, self.method, self.judging, self.feed, self.held_out = config, method, judging, feed, held_out
         self.folder, self.display, self.watch = folder, display, Stopwatch()
+        self.trackers = trackers or Trackers()
         model, minibatches = judging.runtime.model, feed.minibatches(config.minibatch_size)
         self.policy = Policy(judging.runtime, Optimizers(model, method, config, total=minibatches))
         self.ranks = judging.runtime.ranks
@@ -86,6 +89,8 @@ class Trainer:
         self.policy.model.train()
         log, first = RunLog(self.folder, self.step) if self.ranks.first else None, self.step
         self.before = self.before or self.evaluate("before")
+        if first == 0:
+            self.trackers.metrics(0, accuracies(self.before))
         self.watch.restart()
         train = self.display.stage(f"train {self.method.name}", self.feed.steps, done=self.step)
         with self.stopping, self.saver, train as stage:
@@ -103,10 +108,11 @@ class Trainer:
                 last, best = self._over(), False
                 if self.config.eval_steps and self.step % self.config.eval_steps == 0 and not last:
                     now = self.evaluate(f"step {self.step}")
-                    values |= {f"eval_{k}": report.accuracy for k, report in now.items()}
+                    values |= accuracies(now)
                     best = self._best(now)
                 if log is not None:
-                    log.metrics(self.step, finite(values))
+                    log.metrics(self.step, values := finite(values))
+                    self.trackers.metrics(self.step, values)
                 self._checkpoint(last or best or _due(self.step, self.config.save_steps))
         if self.step < self.feed.steps:
             logger.info(
@@ -116,6 +122,7 @@ class Trainer:
         for source in self.feed.sources:
             logger.info(source.summary)
         after = self.evaluate("after") if self.feed.steps else {}
+        self.trackers.metrics(self.step, accuracies(after), again=True)
         with self.watch.timed("save"):
             model = self.policy.runtime.whole()
             if model is not None:
@@ -147,7 +154,9 @@ class Trainer:
             found = source_accuracy(scored, self.feed.names)
             values |= {f"train_accuracy/{name}": accuracy for name, accuracy in found.items()}
         if groups and self.method.thoughts_each and log is not None:
-            log.thoughts(self.step + 1, scored, self.method.dialog.tokenizer)
+            rows = list(thought_rows(scored, self.method.dialog.tokenizer))
+            log.thoughts(self.step + 1, rows)
+            self.trackers.thoughts(rows)
         self.step, self.current = self.step + 1, None
         computed = self.ranks.gather(
             counters([batch for some in minibatches for batch in some.batches if batch.groups])
@@ -352,6 +361,11 @@ class Trainer:
             self.current = InFlight.restored(current, device)
             for part in current["metrics"][self.ranks.rank :: self.ranks.count]:  # there may have been more ranks
                 self.policy.metrics.restore(part, self.current.groups, device)
+
+
+def accuracies(reports: Mapping[str, PairReport]) -> dict[str, float]:
+    """What metrics.jsonl holds of an evaluation."""
+    return {f"eval_{kind}": report.accuracy for kind, report in reports.items()}
 
 
 def _due(done: int, every: int) -> bool:
