@@ -27,6 +27,10 @@ class TemplateError(UserError):
     """The chat template, the tokenizer and the dialog do not fit together."""
 
 
+class OverrunError(TemplateError):
+    """The chat template takes more time or memory than any conversation does."""
+
+
 class LabelError(TemplateError):
     """A label of the template is not one token of its own where it is read."""
 

@@ -229,6 +229,72 @@ def restart(folder: Path) -> None:
         end(second)
 
 
+HOW: dict[str, Any] = {"max_tokens": 40, "temperature": 1.0, "seed": 0}
+CONTEXTS = [FIXED[i : i + 20] for i in range(0, 60, 10)]
+
+
+def died(folder: Path) -> None:
+    """vLLM in this process whose model fails within a batch is started again, and the batch is the same."""
+    from tiny import tiny_model
+
+    model = tiny_model(head=HEAD)
+    sampler = sampler_of(model, None, (2,))
+    change(model, 1)
+    sampler.changed()
+    expected = sampler.sample(CONTEXTS, 3, **HOW)
+    passes: list[int] = []
+
+    def plant(worker: Any) -> None:
+        def strike(module: Any, args: Any, kwargs: Any = None) -> None:
+            passes.append(1)
+            if len(passes) == 5:
+                raise RuntimeError("planted")
+
+        worker.model_runner.get_model().register_forward_pre_hook(strike, with_kwargs=True)
+
+    sampler.engine.llm.collective_rpc(plant)
+    assert sampler.sample(CONTEXTS, 3, **HOW) == expected
+    assert len(passes) == 5 and sampler.engine.restarts == 1
+    assert apart(sampler.text_logprobs(FIXED[:40]), text_logprobs(model, FIXED[:40])) < 1e-3
+    sampler.close()
+
+
+def killed(folder: Path) -> None:
+    """A server that is killed within a batch and started again: the batch is the same."""
+    from tiny import tiny_folder, tiny_model
+
+    from dwrl_fast.sampling.vllm.server import Server
+
+    model, port = tiny_model(head=HEAD), free_port()
+    tiny_folder(folder / "tiny", head=HEAD)
+    servers = [start(folder / "tiny", port, folder / "log")]
+    ask, asked = Server.ask, 0
+
+    def counted(self: Server, *given: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        if asked == 5:
+            servers[0].kill()
+            servers[0].wait()
+            servers.append(start(folder / "tiny", port, folder / "log2"))
+        return ask(self, *given)
+
+    try:
+        sampler = sampler_of(model, f"http://127.0.0.1:{port}", (2,))
+        change(model, 1)
+        sampler.changed()
+        expected = sampler.sample(CONTEXTS, 3, **HOW)
+        setattr(Server, "ask", counted)  # noqa: B010 - mypy takes no assignment to a method
+        found = sampler.sample(CONTEXTS, 3, **HOW)
+        assert len(servers) == 2 and sampler.engine.restarts == 1 and asked >= 5 + len(CONTEXTS) * 3
+        assert [[t.ids for t in some] for some in found] == [[t.ids for t in some] for some in expected]
+        sampler.close()
+    finally:
+        setattr(Server, "ask", ask)  # noqa: B010
+        for each in servers:
+            end(each)
+
+
 def refused(folder: Path) -> None:
     """A server of which one flag is missing is named with the command line that makes it right."""
     from tiny import tiny_folder, tiny_model

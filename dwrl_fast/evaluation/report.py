@@ -18,6 +18,7 @@ from dwrl_fast.evaluation.rewardbench import Benchmark
 from dwrl_fast.evaluation.table import PairTable, Slice, partitions, slice_of
 from dwrl_fast.evaluation.units import Units
 from dwrl_fast.evaluation.votes import VotePoint
+from dwrl_fast.log import escaped
 from dwrl_fast.scoring import Kind
 
 
@@ -260,5 +261,5 @@ def _row(cells: Sequence[str]) -> str:
 
 def _cell(value: Any) -> str:
     """One line that Markdown takes as text: names of files and subsets are the user's."""
-    text = " ".join(str(value).split())
+    text = escaped(" ".join(str(value).split()))
     return "".join(f"\\{c}" if c in r"\|`*_<>[]#" else c for c in text)

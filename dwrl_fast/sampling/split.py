@@ -16,7 +16,7 @@ class SplitSampler:
     """A Sampler over one `sampler` a rank, whose model is made up to date by `refresh` before each call.
 
     All ranks call it together, with the same contexts. A thought's draws follow what it is for, so the ranks together
-    write what one would.
+    write what one would. A UserError on one of them is raised on all.
     """
 
     def __init__(self, sampler: Sampler, ranks: Ranks, refresh: Callable[[], None]):
@@ -56,7 +56,7 @@ class SplitSampler:
     ) -> list[list[Thought]]:
         own = places[self.ranks.rank]
         self.refresh()
-        found = sample(contexts[own.start : own.stop], n, progress=progress, **options)
+        found = self.ranks.agreed(lambda: sample(contexts[own.start : own.stop], n, progress=progress, **options))
         joined = self.ranks.joined(found, places)
         if progress is not None:
             progress(len(contexts) - len(own))

@@ -44,10 +44,12 @@ class Engine(Protocol):
     """One vLLM or several, whose weights are those that were loaded last.
 
     longest: the most tokens of a sequence. sleeps: whether weights and cache are given up between calls, by `sleep`.
+    restarts: how often one of them was started again, and sent the last weights again.
     """
 
     longest: int
     sleeps: bool
+    restarts: int
 
     def complete(self, asks: Sequence[Ask], done: Callable[[int], None]) -> list[Answer]:
         """The answers, in the order of `asks`, all of them whole. `done` is told the place of each that is finished, at

@@ -67,7 +67,8 @@ class Server:
         """The error of a server that was right and is no longer."""
         return SamplerError(
             f"the vLLM server {self.url} failed: {what}. Nothing was trained on what it had written. See what it "
-            "printed, start it again, and go on with the run by --resume_from_checkpoint latest."
+            f"printed, and start it again as\n  {self._command()}\nThen go on with the run by --resume_from_checkpoint "
+            "latest."
         )
 
     def _command(self) -> str:
@@ -88,6 +89,8 @@ class Server:
                 raise SamplerError(
                     f"no vLLM server answers at {self.url} within {self.timeout:g} s (--vllm_server_timeout): {why}. "
                     f"Start one as\n  {self._command()}"
+                    + "\nThen go on with the run by --resume_from_checkpoint latest."
+                    * bool(self.model)
                 )
             time.sleep(PAUSE)
 

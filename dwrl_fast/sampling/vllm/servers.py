@@ -51,6 +51,7 @@ class Servers:
             self.longest = min(self.longest, settings.max_model_length)
         self.folder: Path | None = None
         self.wanted = ""  # what the version of every server begins with
+        self.restarts = 0
 
     def _settled(self) -> list[tuple[str, int, bool, bool]]:
         for server in self.servers:
@@ -169,6 +170,7 @@ class Servers:
                 "the vLLM server %s has the weights %r and not the last ones, as after a restart: they are sent again",
                 *(server.url, version),
             )
+            self.restarts += 1
             server.settle()
             again = 1 + sum(1 for _ in self.folder.glob("again-*"))
             (self.folder / f"again-{again}").touch()
