@@ -44,7 +44,8 @@ def strike(trainer: Trainer, kind: str) -> None:
     if kind == "raise":
         raise RuntimeError("a planted fault")
     if kind in ("loss", "sampler"):
-        once(*((trainer.method, "loss") if kind == "loss" else (trainer.rollout.sampler.sampler, "sample")))
+        sampler: Any = trainer.rollout.sampler
+        once(*((trainer.method, "loss") if kind == "loss" else (sampler.sampler, "sample")))
         return
     os.kill(os.getpid(), {"kill": signal.SIGKILL, "interrupt": signal.SIGINT}[kind])
 

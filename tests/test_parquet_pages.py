@@ -37,7 +37,7 @@ def written(path: Path, chosen: list[Any], **options: Any) -> Path:
 
 
 def read(path: Path) -> list[Any]:
-    return [row.values["chosen"] for row in open_rows(str(path)).rows()]
+    return [row.values["chosen"] for row in open_rows(str(path)).rows() if isinstance(row.values, dict)]
 
 
 def among(value: Any, small: Any) -> list[Any]:

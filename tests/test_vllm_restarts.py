@@ -157,7 +157,7 @@ def test_a_restarted_server_is_counted_and_one_that_stays_away_ends_the_run(
 ) -> None:
     server, url = fake
     make_trainer(served(module_folder, url), tmp_path / "whole").train()
-    asked, fired = 0, []
+    asked, fired = 0, list[str]()
 
     def counting(body: dict[str, Any]) -> None:
         nonlocal asked

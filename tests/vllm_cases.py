@@ -7,6 +7,7 @@ import contextlib
 import copy
 import itertools
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -39,7 +40,10 @@ def start(model: Path, port: int, log: Path, *more: str) -> subprocess.Popen[byt
     said, _, rest = server_command(str(model), dtype="float32", cpu=True, port=str(port)).partition(" python ")
     own = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", said.split("=")[0]: said.split("=")[1]}
     words = [sys.executable, *rest.split(), "--enforce-eager", "--max-model-len", "1024", *more]
-    return subprocess.Popen(words, env=os.environ | own, stdout=log.open("wb"), stderr=subprocess.STDOUT)
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            words, env=os.environ | own, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
 
 
 @contextlib.contextmanager
@@ -66,7 +70,7 @@ def settings(url: str | None) -> Any:
 
     if url is None:
         return VllmSettings(max_model_length=1024)
-    return VllmSettings("server", (url,), timeout=120.0)
+    return VllmSettings("server", (url,), timeout=300.0)
 
 
 def sampler_of(model: Any, url: str | None, stops: tuple[int, ...]) -> Any:
@@ -274,7 +278,7 @@ def killed(folder: Path) -> None:
         nonlocal asked
         asked += 1
         if asked == 5:
-            servers[0].kill()
+            os.killpg(servers[0].pid, signal.SIGKILL)  # its engine is a process of its own
             servers[0].wait()
             servers.append(start(folder / "tiny", port, folder / "log2"))
         return ask(self, *given)
