@@ -187,8 +187,9 @@ def write_table(path: Path, columns: dict[str, list[Any]]) -> None:
 
 def saved_cell(path: Path) -> None:
     """A folder that `datasets` saved, with a cell of a GiB among 20,000 small ones."""
-    from datasets import Dataset
+    from datasets import Dataset, disable_progress_bars
 
+    disable_progress_bars()
     columns = {name: ["a few words"] * 20_000 for name in ("prompt", "chosen", "rejected")}
     one_cell(columns["chosen"])
     Dataset.from_dict(columns).save_to_disk(str(path))
