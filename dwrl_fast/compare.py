@@ -91,10 +91,7 @@ python -m dwrl_fast.compare runs/dwrl/model runs/bt/model --dataset_name held_ou
         path = Path(self.output_file)
         if path.suffix not in FORMATS:
             raise ConfigError(f"output_file = {path}: its name must end with {' or '.join(FORMATS)}")
-        if path.exists():
-            raise ConfigError(f"output_file = {path} exists already: name another, or remove it")
-        if not path.parent.is_dir():
-            raise ConfigError(f"output_file = {path}: its folder does not exist; make it first")
+        self.check_new_files("output_file")
 
 
 def parse_compare(argv: Sequence[str]) -> CompareConfig:

@@ -27,6 +27,10 @@ class TemplateError(UserError):
     """The chat template, the tokenizer and the dialog do not fit together."""
 
 
+class OverrunError(TemplateError):
+    """The chat template takes more time or memory than any conversation does."""
+
+
 class LabelError(TemplateError):
     """A label of the template is not exactly one token at the position where it is read."""
 

@@ -85,6 +85,15 @@ class Options:
     def validate(self) -> None:
         """Raise ConfigError if options contradict each other."""
 
+    def check_new_files(self, *names: str) -> None:
+        """Raise ConfigError where a file that one of these options names exists already, or its folder does not."""
+        for name in names:
+            path = getattr(self, name)
+            if path is not None and Path(path).exists():
+                raise ConfigError(f"{name} = {path} exists already: name another, or remove it")
+            if path is not None and not Path(path).parent.is_dir():
+                raise ConfigError(f"{name} = {path}: its folder does not exist; make it first")
+
     def changed(self, name: str) -> bool:
         """Whether the user set the option to a value other than the default (a saved configuration sets every
         option).

@@ -1,14 +1,20 @@
-"""A server that imitates vLLM's answers as far as the sampler reads them, and that can be told to fail."""
+"""A server that answers as vLLM's does and an engine in this process, as far as the sampler looks. Both fail as they
+are told to.
+"""
 
+import hashlib
 import json
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
+
+from dwrl_fast.sampling.vllm.engine import Ask
 
 CONFIG: dict[str, Any] = {
     "model_config": {
@@ -40,6 +46,8 @@ class FakeVllm:
         self.vllm_version = "0.32.0"
         self.defaults: dict[str, Any] = {}
         self.written: list[str] = []
+        self.length = 64
+        self.gone = False  # it answers nothing any more
         self.joined: dict[str, Any] = {}
 
     def restart(self) -> None:
@@ -70,7 +78,7 @@ class FakeVllm:
         answers: dict[str, dict[str, Any]] = {
             "/health": {},
             "/version": {"version": self.vllm_version},
-            "/v1/models": {"data": [{"id": "tiny", "max_model_len": 64}]},
+            "/v1/models": {"data": [{"id": "tiny", "max_model_len": self.length}]},
             "/server_info": {"vllm_config": self.config},
             "/weight_info": {"weight_version": self.version},
             "/reset_prefix_cache": {"success": self.reset},
@@ -102,6 +110,8 @@ def serving(fake: FakeVllm) -> Iterator[str]:
             body = json.loads(self.rfile.read(size)) if size else {}
             fake.routes.append(path if path != "/collective_rpc" else body["method"])
             try:
+                if fake.gone:
+                    raise Die
                 found = fake.completion(body) if path == "/v1/completions" else fake.answer(path, body)
             except Die:
                 self.close_connection = True
@@ -127,6 +137,60 @@ def serving(fake: FakeVllm) -> Iterator[str]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+class FakeLlm:
+    """vLLM's `LLM`, as far as `Colocated` looks: a thought follows weights, prompt and seed. strike: called before each
+    step with the number of requests that are finished, over all engines; it may raise, as an engine that dies.
+    """
+
+    def __init__(self, words: Sequence[int], finished: list[int], strike: Callable[[int], None]) -> None:
+        self.words, self.finished, self.strike = words, finished, strike
+        self.weights, self.dead, self.asked = "drawn", False, dict[str, tuple[list[int], Ask]]()
+        self.llm_engine = self.engine_core = self
+        self.model_config = SimpleNamespace(max_model_len=1024)
+
+    def collective_rpc(self, name: str, kwargs: Any = None) -> None:
+        if name == "reload_weights":
+            found = hashlib.sha256()
+            for _, weight in kwargs["weights_iterator"]:
+                found.update(weight.numpy().tobytes())
+            self.weights = found.hexdigest()
+
+    def reset_prefix_cache(self) -> bool:
+        return True
+
+    def set_weight_version(self, version: str) -> None:
+        self.version = version
+
+    def add_request(self, name: str, prompt: Any, ask: Ask) -> None:
+        assert not self.dead
+        self.asked[name] = prompt["prompt_token_ids"], ask
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.asked)
+
+    def step(self) -> list[Any]:
+        try:
+            self.strike(self.finished[0])
+        except Exception:
+            self.dead = True
+            raise
+        name, (prompt, ask) = self.asked.popitem()
+        self.finished[0] += 1
+        drawn = hashlib.sha256(f"{self.weights} {prompt} {ask.seed}".encode()).digest()[: ask.max_tokens]
+        ids = [self.words[byte % len(self.words)] for byte in drawn]
+        rows = [{token: SimpleNamespace(logprob=-1.0)} for token in ids]
+        output = SimpleNamespace(token_ids=ids, logprobs=rows)
+        return [SimpleNamespace(finished=True, request_id=name, outputs=[output])]
+
+    def abort_request(self, names: list[str]) -> None:
+        assert not self.dead
+
+    def shutdown(self) -> None:
+        if self.dead:
+            raise RuntimeError("it is too far gone to shut down")
+        self.dead = True
 
 
 def hang(body: dict[str, Any]) -> None:

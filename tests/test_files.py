@@ -1,18 +1,28 @@
 """Files are read with limits, and text cannot control a terminal."""
 
+import dataclasses
 import io
 import logging
 import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jinja2
 import pytest
 import yaml
 
+from bench.reliability.lives import lived
 from dwrl_fast.console import Terminal, set_up_logging
+from dwrl_fast.data import Preference
 from dwrl_fast.data.compression import lines_of
-from dwrl_fast.dialog.limits import LimitError, within_bounds
-from dwrl_fast.errors import DataError
+from dwrl_fast.dialog import Dialog, Template, limits
+from dwrl_fast.dialog.limits import LimitError, SlowError, Watched, raise_in, within_bounds
+from dwrl_fast.embedded.arrays import EVALUATE, RATE
+from dwrl_fast.embedded.tokenizer import make_tokenizer
+from dwrl_fast.encode import fit
+from dwrl_fast.errors import DataError, OverrunError
 from dwrl_fast.files import bounded_json, bounded_text, bounded_yaml, check_folder, opened
 from dwrl_fast.log import escaped, logger
 
@@ -86,11 +96,61 @@ def test_lines_have_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_code_runs_within_bounds() -> None:
     with within_bounds():
         assert sum(range(1000)) == 499500
-    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(LimitError), within_bounds():
-        jinja2.Template(loop).render()
+        jinja2.Template(LOOP).render()
     with pytest.raises(MemoryError), within_bounds():
         "a" * 2**33
+
+
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+DOUBLE = "{% set n = namespace(x='aaaaaaaa') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}"
+
+
+def test_code_that_is_looked_on_runs_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In any thread, and the error comes within the context, not after it."""
+    with pytest.raises(LimitError, match="more than 256 MiB"):
+        render_watched(DOUBLE)
+    monkeypatch.setattr(limits, "SECONDS", 0.2)
+    with pytest.raises(LimitError, match=r"more than 0\.2 s"):
+        render_watched(LOOP)
+    with ThreadPoolExecutor(2) as pool:
+        ends = [pool.submit(render_watched, code) for code in (LOOP, "{{ 1 + 1 }}", LOOP)]
+        assert [each.exception() is None for each in ends] == [False, True, False]
+    with Watched(10):
+        assert sum(range(1000)) == 499500
+
+
+def test_an_error_on_its_way_does_not_come_later() -> None:
+    with pytest.raises(SlowError), Watched(10) as call:
+        call.stopped = SlowError
+        threading.Timer(0.1, raise_in, (call.thread, SlowError)).start()
+    time.sleep(0.2)
+
+
+def render_watched(code: str) -> None:
+    with Watched(10):
+        jinja2.Template(code).render()
+
+
+def test_a_forked_process_has_its_own_watch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(limits, "SECONDS", 0.2)
+    render_watched("{{ 1 }}")
+    assert lived(lambda: render_watched(LOOP), tmp_path / "log") == 1
+    assert "it takes more than 0.2 s" in (tmp_path / "log").read_text()
+
+
+def test_a_chat_template_that_turns_slow_or_long_on_one_row_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "SECONDS", 0.2)
+    fine = Preference(({"role": "user", "content": "1 2 3"},), ("4", "5"), source="rows.jsonl:1")
+    strikes = dataclasses.replace(fine, responses=("4", "7 7"), source="rows.jsonl:2")
+    for code, said in {LOOP: "more than 0.2 s", "{{ 'a' * 3000000 }}": r"it makes 3,[\d,]+ of \d+ characters"}.items():
+        tokenizer = make_tokenizer()
+        own = "{% for m in messages %}{% if m['content'] == '7 7' %}" + code + "{% endif %}{% endfor %}"
+        tokenizer.chat_template = own + str(tokenizer.chat_template)
+        dialog = Dialog(tokenizer, Template(EVALUATE, RATE), "correctness")
+        assert fit(fine, dialog, 10**6)[1] == ""
+        with pytest.raises(OverrunError, match=rf"rows\.jsonl:2: the chat template .*'1 2 3' .*{said}.*leave that row"):
+            fit(strikes, dialog, 10**6)
 
 
 def test_nothing_from_a_file_speaks_to_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:

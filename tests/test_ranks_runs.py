@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from dwrl_fast.compute import one_thread
 from dwrl_fast.training.runlog import read_metrics
 
 pytestmark = pytest.mark.slow
+MOST = 120  # tokens of a micro-batch: half a minibatch has more, a group less
 AUTO = ("--resume_from_checkpoint", "auto")
 DRILL = Path(__file__).with_name("rank_drill.py")
 
@@ -131,6 +133,37 @@ def test_an_interrupted_rank_leaves_a_run_that_goes_on(folder: Path, whole: dict
     done, _ = run(folder, "interrupted", 2, *AUTO)
     assert done.returncode == 0, done.stdout + done.stderr
     assert weights(there) == weights(whole[2])
+
+
+@pytest.mark.parametrize("kind", ["loss", "sampler"])
+def test_nan_on_one_rank_is_skipped_by_both(folder: Path, whole: dict[int, Path], kind: str) -> None:
+    """Of a loss, or of what a rank samples; the weights that ranks sample with stay equal on both."""
+    done, there = run(folder, f"nan-{kind}", 2, "--skip_bad_batches", "1", fault=f"{kind}:1:2")
+    assert done.returncode == 0 and "fault at step 2" in done.stdout, done.stdout + done.stderr
+    said = re.findall(r"step (\d) rank (\d): (skipped \d, [0-9a-f]{32})", done.stdout)
+    of_rank = {rank: {step: rest for step, who, rest in said if who == rank} for rank in "01"}
+    assert of_rank["0"] == of_rank["1"] and len(of_rank["0"]) == 4
+    assert [rest.split(",")[0] for _, rest in sorted(of_rank["1"].items())] == [f"skipped {n}" for n in (0, 0, 1, 1)]
+    rows = read_metrics(there / "metrics.jsonl")
+    assert [row.get("skipped_batches") for row in rows] == [None, None, 1, 1]
+    (file,) = (there / "bad_batches").iterdir()
+    assert file.name == {"loss": "step-000003-score-0001.json", "sampler": "step-000003-rollout.json"}[kind]
+    assert weights(there) != weights(whole[2]), "an update is missing"
+    assert ("loss" in rows[2]) == (kind == "loss") and all(row["loss"] < 100 for row in rows if "loss" in row)
+
+
+def test_a_rank_without_memory_ends_all_and_names_a_budget_that_suffices(folder: Path) -> None:
+    done, there = run(folder, "memory", 2, fault=f"memory:1:{MOST}")
+    assert done.returncode != 0 and "fault at" in done.stdout, done.stdout + done.stderr
+    said = re.search(
+        r"\nerror: out of memory in a micro-batch of (\d+) tokens on rank 1, .* give --token_budget (\d+) or less",
+        done.stderr,
+    )
+    assert said is not None and done.stderr.count("\nerror: ") == 1, done.stderr
+    assert int(said[1]) > MOST >= int(said[2]) and not (there / "model").exists()
+    done, there = run(folder, "memory-again", 2, "--token_budget", said[2], fault=f"memory:1:{MOST}")
+    assert done.returncode == 0 and "fault at" not in done.stdout, done.stdout + done.stderr
+    assert (there / "model").exists()
 
 
 def test_the_embedded_task_draws_the_same_thoughts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from test_embedded import TINY
 
-from bench.reliability import disks, files, kills, resume, signals
+from bench.reliability import cases, disks, files, kills, resume, signals
 from bench.reliability.lives import lived
 from bench.reliability.task import made
 from dwrl_fast.embedded import Embedded
@@ -83,7 +83,7 @@ def test_a_disk_that_refuses(task: Embedded, tmp_path: Path, monkeypatch: pytest
 
 
 def test_hostile_files(task: Embedded, tmp_path: Path) -> None:
-    assert len(list(files.cases())) >= 60
+    assert len(list(cases.cases())) >= 100
     drill = files.hostile(task, tmp_path / "drill")
     assert drill.held, drill.found
 
@@ -98,7 +98,7 @@ def test_the_drill_of_files_sees_each_kind_of_harm(task: Embedded, tmp_path: Pat
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(files, "load", lambda *_: loads(folder))
             patch.setattr(files, "SECONDS", seconds)
-            return files.verdict(files.Case("data", "", "rows.jsonl", named), folder, tmp_path / "log")
+            return files.verdict(cases.Case("data", "", "rows.jsonl", named), folder, tmp_path / "log")
 
     def named(folder: Path) -> Any:
         raise DataError(f"{folder}/rows.jsonl")

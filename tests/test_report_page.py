@@ -3,8 +3,11 @@
 import re
 import shutil
 import subprocess
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +22,33 @@ from dwrl_fast.evaluation.units import Units
 from dwrl_fast.evaluation.votes import vote_curve
 
 ATTACK = "<script>document.title = 'taken'</script><img src=x onerror=alert(1)></pre></details>\"'&amp; $x$ | `a`"
+TAKEN = "document.title='taken'"
+MARKUP = [  # each would be an element, or end one, were it not escaped
+    f"</script><script>{TAKEN}</script>",
+    f"</title></style></pre></textarea><script>{TAKEN}</script>",
+    f"<svg/onload={TAKEN}>",
+    f"<img src=x onerror={TAKEN}>",
+    f'<a href="javascript:{TAKEN}" autofocus onfocus={TAKEN}>here</a>',
+    f"<details open ontoggle={TAKEN}>",
+    f'"><body onload={TAKEN}>',
+    f'<iframe srcdoc="<script>parent.{TAKEN}</script>"></iframe>',
+    f'<meta http-equiv=refresh content="0;url=javascript:{TAKEN}">',
+    f"<math><mtext><style><img src=x onerror={TAKEN}></style></mtext></math>",
+    f"<!-- --!><script>{TAKEN}</script>",
+    f"]]><![CDATA[<script>{TAKEN}</script>",
+    "<base href=javascript:/><form action=javascript:alert(1)><button>send</button></form>",
+    "<style>*{display:none}</style>",
+]
+TEXTS = [  # and these are nothing but texts to a browser
+    f"{{{{constructor.constructor('{TAKEN}')()}}}} ${{{TAKEN}}} {{% if 1 %}}",
+    f"javascript:{TAKEN}",
+    f"&lt;script&gt;{TAKEN}&lt;/script&gt; &#60;script&#62;",
+    "\u202e\u2066gpj.exe\u2069 \u200f\u2028\u2029",
+    "\x1b]0;taken\x07\x1b[2J\x9b31m",
+    "a\0b<scr\0ipt>",
+    "$\\frac{$ \\$ %s {0} `a` | b",
+    "<" * 20_000,
+]
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
@@ -87,6 +117,60 @@ def test_texts_stay_texts() -> None:
     assert f"… ({7:,} characters more)" in "".join(reader.text)
 
 
+def hostile(texts: list[str], folder: Path | None = None) -> str:
+    """A page on which each of `texts` stands wherever a text of a user's or a model's can."""
+    judged, preferences = [], []
+    for place, text in enumerate(texts):
+        options = {"verdicts": [[0.0, 0.0]] * 2, "thoughts": [[text] * 2] * 2, "ended": [[True, False]] * 2}
+        judged.append(judged_row([1.0, 0.0], source=text, subset=text, **options))
+        asked = ({"role": "system", "content": text}, {"role": "user", "content": text})
+        preferences.append(preference(prompt=asked, responses=(text, f"{place}{text}"), source=text))
+    about = {"model": texts[0], "data": "".join(texts)}
+    report, table = make_report(judged, preferences, Units.of(preferences), "score", about, 0)
+    plots = {} if folder is None else figures(report, table.gap)
+    return page(report, table, judged, preferences, plots, 0)
+
+
+def elements(whole: str) -> Counter[tuple[Any, ...]]:
+    """The kinds of elements of a page, with their attributes; of those that a page has once, how many there are."""
+
+    class Elements(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            found[tag, *attrs] += 1
+
+        def handle_comment(self, data: str) -> None:
+            found["comment",] += 1
+
+        unknown_decl = handle_comment
+
+    found: Counter[tuple[Any, ...]] = Counter()
+    reader = Elements()
+    reader.feed(whole)
+    reader.close()
+    return Counter({kind: count if kind[0] in ("style", "title", "meta") else 1 for kind, count in found.items()})
+
+
+def test_no_text_becomes_an_element(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor with what stands beside it; and this would be seen of each, were nothing escaped."""
+    texts = MARKUP + TEXTS
+    found = elements(hostile(texts))
+    assert found == elements(hostile([f"plain {k}" for k in range(len(texts))]))
+    for tag, *attributes in found:
+        assert tag != "script" and not any(name.startswith("on") for name, _ in attributes)
+        assert not any("javascript:" in str(value) for _, value in attributes)
+    monkeypatch.setattr("dwrl_fast.evaluation.page.html", SimpleNamespace(escape=str))
+    plain = elements(hostile(["plain"]))
+    for text in MARKUP:
+        assert elements(hostile([text])) != plain, text
+
+
+def test_no_text_speaks_to_the_terminal_out_of_markdown() -> None:
+    judged = [judged_row([1.0, 0.0], source=text, subset=text) for text in TEXTS]
+    rows = [preference(source=text) for text in TEXTS]
+    report, _ = make_report(judged, rows, Units.of(rows), "score", {"model": TEXTS[3], "data": TEXTS[4]}, 0)
+    assert not {"\x1b", "\x07", "\x9b", "\u202e", "\0"} & set(markdown(report))
+
+
 def test_nothing_is_fetched() -> None:
     reader = Reader()
     reader.feed(made())
@@ -115,6 +199,29 @@ def browse(file: Path, folder: Path, *what: str) -> subprocess.CompletedProcess[
     own = ["--proxy-server=127.0.0.1:9", f"--user-data-dir={folder}/profile", "--allow-file-access-from-files"]
     command = [BROWSER, *quiet, *own, *what, file.as_uri()]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium: the page is read by html.parser alone")
+@pytest.mark.parametrize("escaping", [True, False], ids=["escaped", "as it is"])
+@pytest.mark.parametrize("policy", [True, False], ids=["policy", "no policy"])
+def test_no_text_runs_in_a_browser(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, escaping: bool, policy: bool
+) -> None:
+    """Escaping alone suffices, and the policy alone; without either the scripts run, so that this test can fail."""
+    if not escaping:
+        monkeypatch.setattr("dwrl_fast.evaluation.page.html", SimpleNamespace(escape=str))
+    whole = hostile([*TEXTS, *MARKUP], tmp_path)
+    if not policy:
+        whole = re.sub(r'<meta http-equiv="Content[^>]*">', "", whole, count=1)
+    (tmp_path / "report.html").write_text(whole, encoding="utf-8")
+    done = browse(tmp_path / "report.html", tmp_path, "--virtual-time-budget=3000", "--dump-dom")
+    ran = "<title>taken</title>" in done.stdout
+    assert ran == (not escaping and not policy)
+    if escaping:
+        assert "CONSOLE" not in done.stderr and "<script" not in done.stdout, done.stderr
+    elif policy:
+        assert "Content Security Policy" in done.stderr, "scripts stood on the page, and were refused"
 
 
 @pytest.mark.slow

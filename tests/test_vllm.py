@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 pytestmark = pytest.mark.slow
-CASES = ["in_process", "by_server", "restart", "refused", "nccl"]
+CASES = ["in_process", "by_server", "restart", "died", "killed", "refused", "nccl"]
 WITH_SMOLLM2 = ["smollm2_in_process", "smollm2_by_server"]
 
 

@@ -193,7 +193,9 @@ def test_trouble_is_bounded_and_named(fake: FakeVllm, url: str, fault: Any, said
     sampler = sampler_of(url)
     sampler.sample(CONTEXTS, 1, **HOW)
     fake.fault, before = fault, fake.routes.count("/v1/completions")
-    with pytest.raises(SamplerError, match=f"{url} failed.*{said}.*asked 3 times.*resume_from_checkpoint"):
+    with pytest.raises(
+        SamplerError, match=rf"(?s){url} failed.*{said}.*asked 3 times.*api_server.*resume_from_checkpoint"
+    ):
         sampler.sample(CONTEXTS, 1, **HOW)
     assert 3 <= fake.routes.count("/v1/completions") - before <= 6
 

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import itertools
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -39,7 +40,10 @@ def start(model: Path, port: int, log: Path, *more: str) -> subprocess.Popen[byt
     said, _, rest = server_command(str(model), dtype="float32", cpu=True, port=str(port)).partition(" python ")
     own = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", said.split("=")[0]: said.split("=")[1]}
     words = [sys.executable, *rest.split(), "--enforce-eager", "--max-model-len", "1024", *more]
-    return subprocess.Popen(words, env=os.environ | own, stdout=log.open("wb"), stderr=subprocess.STDOUT)
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            words, env=os.environ | own, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
 
 
 @contextlib.contextmanager
@@ -66,7 +70,7 @@ def settings(url: str | None) -> Any:
 
     if url is None:
         return VllmSettings(max_model_length=1024)
-    return VllmSettings("server", (url,), timeout=120.0)
+    return VllmSettings("server", (url,), timeout=300.0)
 
 
 def sampler_of(model: Any, url: str | None, stops: tuple[int, ...]) -> Any:
@@ -227,6 +231,72 @@ def restart(folder: Path) -> None:
         assert apart(expected, text_logprobs(model, FIXED[:20])) < 1e-3
     finally:
         end(second)
+
+
+HOW: dict[str, Any] = {"max_tokens": 40, "temperature": 1.0, "seed": 0}
+CONTEXTS = [FIXED[i : i + 20] for i in range(0, 60, 10)]
+
+
+def died(folder: Path) -> None:
+    """vLLM in this process whose model fails within a batch is started again, and the batch is the same."""
+    from tiny import tiny_model
+
+    model = tiny_model(head=HEAD)
+    sampler = sampler_of(model, None, (2,))
+    change(model, 1)
+    sampler.changed()
+    expected = sampler.sample(CONTEXTS, 3, **HOW)
+    passes: list[int] = []
+
+    def plant(worker: Any) -> None:
+        def strike(module: Any, args: Any, kwargs: Any = None) -> None:
+            passes.append(1)
+            if len(passes) == 5:
+                raise RuntimeError("planted")
+
+        worker.model_runner.get_model().register_forward_pre_hook(strike, with_kwargs=True)
+
+    sampler.engine.llm.collective_rpc(plant)
+    assert sampler.sample(CONTEXTS, 3, **HOW) == expected
+    assert len(passes) == 5 and sampler.engine.restarts == 1
+    assert apart(sampler.text_logprobs(FIXED[:40]), text_logprobs(model, FIXED[:40])) < 1e-3
+    sampler.close()
+
+
+def killed(folder: Path) -> None:
+    """A server that is killed within a batch and started again: the batch is the same."""
+    from tiny import tiny_folder, tiny_model
+
+    from dwrl_fast.sampling.vllm.server import Server
+
+    model, port = tiny_model(head=HEAD), free_port()
+    tiny_folder(folder / "tiny", head=HEAD)
+    servers = [start(folder / "tiny", port, folder / "log")]
+    ask, asked = Server.ask, 0
+
+    def counted(self: Server, *given: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        if asked == 5:
+            os.killpg(servers[0].pid, signal.SIGKILL)  # its engine is a process of its own
+            servers[0].wait()
+            servers.append(start(folder / "tiny", port, folder / "log2"))
+        return ask(self, *given)
+
+    try:
+        sampler = sampler_of(model, f"http://127.0.0.1:{port}", (2,))
+        change(model, 1)
+        sampler.changed()
+        expected = sampler.sample(CONTEXTS, 3, **HOW)
+        setattr(Server, "ask", counted)  # noqa: B010 - mypy takes no assignment to a method
+        found = sampler.sample(CONTEXTS, 3, **HOW)
+        assert len(servers) == 2 and sampler.engine.restarts == 1 and asked >= 5 + len(CONTEXTS) * 3
+        assert [[t.ids for t in some] for some in found] == [[t.ids for t in some] for some in expected]
+        sampler.close()
+    finally:
+        setattr(Server, "ask", ask)  # noqa: B010
+        for each in servers:
+            end(each)
 
 
 def refused(folder: Path) -> None:

@@ -157,12 +157,7 @@ python -m dwrl_fast.data --prepare on-topic --source pairs.jsonl --longest 450 -
             raise ConfigError("--fix writes the rows of one file: give --check only that one")
         if self.fix is not None:
             refuse_existing(Path(self.fix))
-        for name in ("json", "plot"):
-            path = getattr(self, name)
-            if path is not None and Path(path).exists():
-                raise ConfigError(f"--{name} {path} exists already: name another, or remove it")
-            if path is not None and not Path(path).parent.is_dir():
-                raise ConfigError(f"--{name} {path}: its folder does not exist; make it first")
+        self.check_new_files("json", "plot")
 
 
 def main(argv: list[str]) -> None:

@@ -16,15 +16,19 @@ from typing import Any
 
 from dwrl_fast.data.compression import MOST
 from dwrl_fast.data.messages import from_text
+from dwrl_fast.data.parquet_pages import largest_value
 from dwrl_fast.data.row_source import START, Position, Row
 from dwrl_fast.errors import DataError
+from dwrl_fast.files import opened
 
-BATCH = 64  # rows converted to Python objects at once
+BATCH = 64  # rows turned into Python objects at once
+PAGES = 2 * MOST  # bytes of one page of every column
+BUFFER = 1 << 20  # bytes read at once
 REMEDY = "fetch it again, or name another"
 
 
 class Parquet:
-    """A RowSource over one Parquet file. One row group at a time is in memory."""
+    """A RowSource over one Parquet file, of which some pages at a time are in memory."""
 
     table = True
 
@@ -34,14 +38,16 @@ class Parquet:
     def rows(self, start: Position = START) -> Iterator[Row]:
         """The rows from `start` on. Raises DataError."""
         parquet = library("pyarrow.parquet", self.name)
-        with readable(self.name), parquet.ParquetFile(self.path) as file:
+        with readable(self.name), parquet.ParquetFile(self.path, buffer_size=BUFFER, pre_buffer=False) as file:
             decoders = _decoders(file.schema_arrow, self.name)
-            _refuse_large(file.metadata, self.name)
+            largest = _largest(self.path, file, self.name)
             sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-            first = bisect_right(list(itertools.accumulate(sizes)), start.line)  # earlier row groups are skipped
-            batches = file.iter_batches(batch_size=BATCH, row_groups=range(first, len(sizes)))
-            rows = (_decoded(row, decoders) for batch in batches for row in batch.to_pylist())
-            yield from _numbered(rows, sum(sizes[:first]), start)
+            first = bisect_right(list(itertools.accumulate(sizes)), start.line)  # groups before it are passed over
+            before = sum(sizes[:first])
+            batches = file.iter_batches(max(1, min(BATCH, PAGES // largest)), row_groups=range(first, len(sizes)))
+            tables = _checked(batches, before, self.name)
+            rows = (_decoded(row, decoders) for table in tables for row in table.to_pylist())
+            yield from _numbered(rows, before, start)
 
 
 class SavedDataset:
@@ -63,7 +69,9 @@ class SavedDataset:
                 raise DataError(f"{self.name}: the folder holds one data set without splits; leave :{self.split} out")
             data = data.with_format(None)  # a saved format would give tensors or arrays
             if start.line < len(data):
-                yield from _numbered(data.select(range(start.line, len(data))), start.line, start)
+                data = data.select(range(start.line, len(data)))
+                tables = _checked(data.with_format("arrow"), start.line, self.name)
+                yield from _numbered((row for _, row in zip(tables, data, strict=True)), start.line, start)
 
 
 class HubDataset:
@@ -93,16 +101,37 @@ class HubDataset:
             yield from _numbered(rows, start.line, start)
 
 
-def _refuse_large(metadata: Any, name: str) -> None:
-    """Raises DataError if the mean size of the cells in a row group is larger than a row of text may be."""
-    for group in map(metadata.row_group, range(metadata.num_row_groups)):
-        for column in map(group.column, range(group.num_columns)):
-            mean = column.total_uncompressed_size / max(1, column.num_values)
-            if mean > MOST:
+def _largest(path: str | Path, file: Any, name: str) -> int:
+    """The most bytes that a row of a Parquet file may take. DataError where it is more than PAGES."""
+    depths = [file.schema.column(k).max_repetition_level for k in range(len(file.schema))]
+    largest = 1
+    with opened(path) as raw:
+        for group in map(file.metadata.row_group, range(file.num_row_groups)):
+            columns = list(map(group.column, range(group.num_columns)))
+            sizes = [largest_value(raw, column, depth, PAGES) for column, depth in zip(columns, depths, strict=True)]
+            largest = max(largest, sum(sizes))
+            if sum(sizes) > PAGES:
+                place = max(range(len(sizes)), key=sizes.__getitem__)
                 raise DataError(
-                    f"{name}: cells of {mean / 2**20:,.0f} MiB in the column {column.path_in_schema!r}; no row may "
-                    f"have more than {MOST >> 20}: write the file without them"
+                    f"{name}: up to {sizes[place] >> 20:,} MiB in one value of the column "
+                    f"'{columns[place].path_in_schema}', and no row may have more than {MOST >> 20}: write the file "
+                    "without it. Where no value is that large, its pages are: write it with smaller ones, in pyarrow "
+                    "by write_table(..., write_batch_size=16)"
                 )
+    return largest
+
+
+def _checked(tables: Iterable[Any], before: int, name: str) -> Iterator[Any]:
+    """Arrow's tables or batches as they come, from row `before` + 1 on. DataError where a row of one is too large."""
+    for table in tables:
+        if table.nbytes > MOST:
+            for place in range(len(table)):
+                if table.slice(place, 1).nbytes > MOST:
+                    raise DataError(
+                        f"{name}:{before + place + 1}: a row of more than {MOST >> 20} MiB; write the file without it"
+                    )
+        before += len(table)
+        yield table
 
 
 Decode = Callable[[Any], Any]

@@ -12,16 +12,15 @@ import functools
 import re
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from dwrl_fast.data import Message
 from dwrl_fast.dialog.contents import ContentTokenizer
-from dwrl_fast.dialog.limits import LimitError, within_bounds
+from dwrl_fast.dialog.limits import LimitError, Watched, check_size, within_bounds
 from dwrl_fast.dialog.sequence import TokenSequence
-from dwrl_fast.errors import LabelError, TemplateError
+from dwrl_fast.errors import LabelError, OverrunError, TemplateError
 from dwrl_fast.log import info_once
 from dwrl_fast.templates import Template, read_template
 
@@ -231,15 +230,16 @@ class Chat:
         return opened
 
     def _apply(self, messages: Sequence[Message], head: Head | None, tokenize: bool, *, first: bool = False) -> Any:
-        """Run the chat template. first: whether these roles occur for the first time. Only then are time and memory
-        limited, because the limits cost too much for every row.
+        """first: with these roles for the first time, and so within narrow bounds, which cost too much for every row.
+        OverrunError where they, or those of all rows, do not suffice.
         """
         from jinja2.exceptions import TemplateError as JinjaError
 
         thinking = {"enable_thinking": self.enable_thinking == "on" and head == "thought"} if self._switch else {}
+        size = sum(len(message["content"]) for message in messages)
         try:
-            with within_bounds() if first else nullcontext():
-                return self.tokenizer.apply_chat_template(
+            with within_bounds() if first else Watched(size):
+                rendered = self.tokenizer.apply_chat_template(
                     [dict(message) for message in messages],
                     chat_template=self._chat_template,
                     tokenize=tokenize,
@@ -248,11 +248,20 @@ class Chat:
                     date_string=TODAY.strftime("%d %b %Y"),
                     **thinking,
                 )
+            check_size(rendered, size)
+            return rendered
         except JinjaError as error:
             raise self.error(f"refuses the roles ({', '.join(roles_of(messages))}): {error}") from error
-        except (LimitError, MemoryError, OverflowError, TypeError, ValueError) as error:
-            what = str(error) or "it needs more memory than any conversation should"
-            raise self.error(f"cannot be run ({what}); give the tokenizer of another model") from error
+        except (LimitError, MemoryError) as error:
+            what = str(error) or "it takes more memory than any conversation"
+            begins = next((each["content"][:80] for each in messages if each["role"] == "user"), "")
+            where = "" if first else f" on the conversation that begins with {begins!r}"
+            remedy = "" if first else "leave that row out, or "
+            raise OverrunError(
+                self._said(f"cannot be run{where} ({what}); {remedy}give the tokenizer of another model")
+            ) from error
+        except (OverflowError, TypeError, ValueError) as error:
+            raise self.error(f"cannot be run ({error}); give the tokenizer of another model") from error
 
     def _render(self, messages: Sequence[Message], head: Head | None, *, first: bool = False) -> str:
         text = self._apply(messages, head, tokenize=False, first=first)

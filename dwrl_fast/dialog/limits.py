@@ -1,20 +1,46 @@
-"""Runs chat templates, which are third-party code, with limits on time and memory."""
+"""Code of others, chat templates, run within bounds of time and memory.
 
+Where a template is seen for the first time, its steps are counted and the process may not grow: `within_bounds`. That
+would double the time of every further row, so there a thread looks on instead, some times a second: `Watched`.
+"""
+
+import ctypes
+import os
 import resource
 import sys
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from types import FrameType, TracebackType
+from typing import Any, Self
 
-TEMPLATE = "<template>"  # the file name of code compiled by jinja
-STEPS = 1_000_000  # template lines and calls of one rendering; a long conversation takes some thousand
-MEMORY = 256 << 20  # bytes that it may allocate
+TEMPLATE = "<template>"  # the file of what jinja compiles
+STEPS = 1_000_000  # lines of a template, and calls, of one rendering: a long conversation takes some thousand
+SECONDS = 5.0  # of the processor, for one rendering: a long conversation takes a thousandth
+MEMORY = 256 << 20  # bytes that it may take more than there are
+TEXT = 1 << 20  # characters that a template may add to its contents
+TIMES = 16  # characters and bytes that it may make of one of its contents
+TICK = 0.05  # seconds between two looks
 
 
 class LimitError(Exception):
-    """The code took too long."""
+    """The code took too long, too much memory, or wrote too much."""
+
+
+class SlowError(LimitError):
+    """Of `Watched`."""
+
+    def __str__(self) -> str:
+        return f"it takes more than {SECONDS:g} s"
+
+
+class LargeError(LimitError):
+    """Of `Watched`."""
+
+    def __str__(self) -> str:
+        return f"it takes more than {MEMORY >> 20} MiB"
 
 
 @contextmanager
@@ -32,7 +58,7 @@ def within_bounds() -> Iterator[None]:
         return traced if frame.f_code.co_filename == TEMPLATE else None
 
     before, limits = sys.gettrace(), resource.getrlimit(resource.RLIMIT_AS)
-    if held := _held():
+    if held := _held(0):
         most = held + MEMORY if limits[1] == resource.RLIM_INFINITY else min(held + MEMORY, limits[1])
         resource.setrlimit(resource.RLIMIT_AS, (most, limits[1]))
     sys.settrace(traced)
@@ -43,9 +69,100 @@ def within_bounds() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
-def _held() -> int:
-    """Bytes of address space of this process; 0 if unknown."""
+def check_size(rendered: Any, size: int) -> None:
+    """LimitError where what was rendered of contents of `size` characters is too long, as text or as ids."""
+    if len(rendered) > TEXT + TIMES * size:
+        raise LimitError(f"it makes {len(rendered):,} of {size:,} characters")
+
+
+class Watched:
+    """A context in which this thread may compute for SECONDS, and the process grow by MEMORY and TIMES `size` while it
+    does; LimitError past them. One operation of Python's own is not interrupted: it ends first.
+    """
+
+    __slots__ = ("began", "held", "size", "stopped", "thread")
+
+    def __init__(self, size: int):
+        self.size, self.thread = size, threading.get_ident()
+        self.began, self.held = -1.0, 0  # of its first look: seconds of the processor, and bytes before
+        self.stopped: type[LimitError] | None = None
+
+    def __enter__(self) -> Self:
+        if _watch.thread is None:
+            _watch.start()
+        _watch.calls[self.thread] = self
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        with _watch.lock:
+            _watch.calls.pop(self.thread, None)
+        if self.stopped is not None and kind is not self.stopped:  # it is on its way, and must not come later
+            with suppress(LimitError):
+                for _ in range(10_000):
+                    time.sleep(0.0001)
+            raise self.stopped
+
+
+class _Watch:
+    """The thread that looks on, and the calls that are running, by their threads."""
+
+    def __init__(self) -> None:
+        self.calls: dict[int, Watched] = {}
+        self.lock = threading.Lock()
+        self.thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        self.thread = threading.Thread(target=self.look_on, name="templates", daemon=True)
+        self.thread.start()
+
+    def forget(self) -> None:
+        """In a process that was forked, where the threads are gone."""
+        self.calls, self.lock, self.thread = {}, threading.Lock(), None
+
+    def look_on(self) -> None:
+        before = _held(1)
+        while True:
+            time.sleep(TICK)
+            now = _held(1)
+            with self.lock:
+                for call in list(self.calls.values()):
+                    self.look(call, before, now)
+            before = now
+
+    def look(self, call: Watched, before: int, now: int) -> None:
+        used = _used(call.thread)
+        if call.began < 0:
+            call.began, call.held = used, before
+        elif used - call.began > SECONDS:
+            self.stop(call, SlowError)
+        elif used - call.began > TICK / 10 and now - call.held > MEMORY + TIMES * call.size:
+            self.stop(call, LargeError)
+
+    def stop(self, call: Watched, error: type[LimitError]) -> None:
+        """Raise `error` in the thread of `call`, once."""
+        call.stopped = error
+        del self.calls[call.thread]
+        raise_in(call.thread, error)
+
+
+_watch = _Watch()
+os.register_at_fork(after_in_child=_watch.forget)
+
+
+def raise_in(thread: int, error: type[LimitError]) -> None:
+    """Raise `error` in another thread, at the next line of Python that it runs."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(error))
+
+
+def _used(thread: int) -> float:
+    """Seconds of the processor that a thread has had; where the system does not say, those that have passed."""
+    clock = getattr(time, "pthread_getcpuclockid", None)
+    return time.monotonic() if clock is None else time.clock_gettime(clock(thread))
+
+
+def _held(column: int) -> int:
+    """Bytes that this process has: of address space (0), in memory (1); 0 where the system does not say."""
     try:
-        return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        return int(Path("/proc/self/statm").read_text().split()[column]) * resource.getpagesize()
     except OSError:
         return 0

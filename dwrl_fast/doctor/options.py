@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 from dwrl_fast.config import TrainConfig
 from dwrl_fast.embedded.options import embedded_options
-from dwrl_fast.errors import ConfigError
 from dwrl_fast.methods import METHODS
 from dwrl_fast.options import at_least, option, parse
 
@@ -59,12 +58,9 @@ torchrun --nproc-per-node 8 -m dwrl_fast.doctor --config mine.yaml
     )
 
     def validate(self) -> None:
-        """Raises ConfigError like training, and if an output file exists."""
+        """Raises ConfigError like training, and if an output file exists or cannot be created."""
         super().validate()
-        for name in ("json", "profile"):
-            path = getattr(self, name)
-            if path is not None and Path(path).exists():
-                raise ConfigError(f"{name} = {path} exists already: name another, or remove it")
+        self.check_new_files("json", "profile")
 
 
 def parse_doctor(argv: Sequence[str]) -> DoctorConfig:

@@ -6,7 +6,7 @@ from itertools import permutations
 from dwrl_fast.data import Dataset, Demonstration, Preference
 from dwrl_fast.dialog import Dialog, SingleTurn
 from dwrl_fast.encode.demonstrations import demonstration_group
-from dwrl_fast.errors import DataError, TemplateError
+from dwrl_fast.errors import DataError, OverrunError, TemplateError
 
 
 def drop_long(dataset: Dataset, dialog: Dialog | SingleTurn, max_length: int, progress: Callable[[int], None]) -> int:
@@ -30,8 +30,9 @@ def drop_long(dataset: Dataset, dialog: Dialog | SingleTurn, max_length: int, pr
 def fit(row: Preference, dialog: Dialog | SingleTurn, max_length: int) -> tuple[int, str]:
     """The tokens of a group's longest sequence, with an empty thought, and ""; or 0 and the reason to drop the group.
 
-    A group is dropped if its prompt and longest response (or the responses that are shown together, or a whole
-    demonstration) have more than `max_length` tokens, or if the chat template cannot represent them.
+    It is where prompt and longest response, or what is shown together, or a whole demonstration, have more than
+    `max_length` tokens, or the chat template cannot carry them. OverrunError, with the row, where the chat template
+    takes too much for them.
     """
     try:
         if isinstance(row, Demonstration):
@@ -42,6 +43,8 @@ def fit(row: Preference, dialog: Dialog | SingleTurn, max_length: int) -> tuple[
         else:
             shown = permutations(row.responses, len(dialog.shows))
             contexts = [dialog.context(row.prompt, some, row.aspect) for some in shown]
+    except OverrunError as error:
+        raise OverrunError(f"{row.source}: {error}") from error
     except TemplateError as error:
         return 0, str(error)
     if max((context.second or context.response).stop for context in contexts) > max_length:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from dwrl_fast.evaluation.report import SLICED, Report
 from dwrl_fast.evaluation.table import Slice
+from dwrl_fast.log import escaped
 
 RIGHT, WRONG, PLAIN = "#2f7ed8", "#d8572f", "#888888"
 MOST_SLICES = 24  # more would be unreadable
@@ -91,6 +92,6 @@ def _slices(slices: Sequence[Slice], axes: Any) -> None:
     axes.plot([one.accuracy for one in some], range(len(some)), "o", color=RIGHT, label="model")
     axes.plot([one.longer_wins for one in some], range(len(some)), "x", color=PLAIN, label="longer wins")
     axes.axvline(0.5, color=PLAIN, linewidth=0.8)
-    # Names come from the user; an unescaped "$" would start a formula.
-    axes.set_yticks(range(len(some)), [one.name.replace("$", r"\$")[:40] for one in some])
+    # A name is the user's: "$" would begin a formula.
+    axes.set_yticks(range(len(some)), [escaped(one.name)[:40].replace("$", r"\$") for one in some])
     axes.set(xlabel="accuracy", xlim=(-0.03, 1.03), ylim=(-0.6, len(some) - 0.4))

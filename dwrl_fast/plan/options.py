@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 from dwrl_fast.config import TrainConfig
@@ -73,10 +72,7 @@ python -m dwrl_fast.plan --model_config models/smollm2/config.json --gpus 1 --pr
         super().validate()
         if not METHODS[self.method].trains:
             raise ConfigError(f"method = {self.method} trains nothing: there is no run to plan.")
-        for name in ("plot", "json"):
-            path = getattr(self, name)
-            if path is not None and Path(path).exists():
-                raise ConfigError(f"{name} = {path} exists already: name another, or remove it")
+        self.check_new_files("plot", "json")
         if self.hsdp and (self.gpus <= self.gpus_per_machine or self.gpus % self.gpus_per_machine):
             raise ConfigError(
                 f"hsdp with {self.gpus} GPUs, {self.gpus_per_machine} in a machine: it needs several machines with "

@@ -70,6 +70,22 @@ class Ranks:
             raise wrong
         return value
 
+    def agreed(self, make: Callable[[], Value]) -> Value:
+        """What `make` gives on this rank; a UserError of any rank is raised on all. They call it together, and `make`
+        waits for no other rank.
+        """
+        if self.mesh is None:
+            return make()
+        value, wrong = None, None
+        try:
+            value = make()
+        except UserError as error:
+            wrong = error
+        for each in self.gather(wrong):
+            if each is not None:
+                raise each
+        return value  # type: ignore[return-value]
+
     def sum(self, values: Tensor) -> Tensor:
         """The elementwise sum of `values` over ranks; returned on all ranks. Any device and shape."""
         if self.mesh is not None:

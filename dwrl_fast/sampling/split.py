@@ -15,8 +15,8 @@ from dwrl_fast.sampling.sampler import Rating, RatingSampler, Sampler
 class SplitSampler:
     """A Sampler over one `sampler` per rank. `refresh` updates the sampler's model before each call.
 
-    All ranks call it together with the same contexts. The draws of a thought depend only on its request, so the result
-    is the same as with one rank.
+    All ranks call it together, with the same contexts. A thought's draws follow what it is for, so the ranks together
+    write what one would. A UserError on one of them is raised on all.
     """
 
     def __init__(self, sampler: Sampler, ranks: Ranks, refresh: Callable[[], None]):
@@ -58,7 +58,7 @@ class SplitSampler:
     ) -> list[list[Thought]]:
         own = places[self.ranks.rank]
         self.refresh()
-        found = sample(contexts[own.start : own.stop], n, progress=progress, **options)
+        found = self.ranks.agreed(lambda: sample(contexts[own.start : own.stop], n, progress=progress, **options))
         joined = self.ranks.joined(found, places)
         if progress is not None:
             progress(len(contexts) - len(own))

@@ -100,8 +100,8 @@ class Scorer:
         vllm_max_model_length: int | None = None,
     ) -> Self:
         """From a folder that `dwrl_fast.train` wrote (OUTPUT_DIR/model), or the name of such a model on the Hugging
-        Face hub, from which only safetensors, JSON and templates are downloaded; or, with method "judge", which asks for a
-        verdict in text, from any causal language model, by folder, hub name or GGUF file. Uses the GPU if there is one.
+        Face hub, from which only safetensors, JSON and templates are downloaded; or, with method "judge", which asks
+        for a verdict in text, any causal language model by folder, hub name or GGUF file. Uses the GPU if there is one.
 
         revision: branch, tag or commit on the hub. The other options are those of `dwrl_fast.evaluate`; None means the
         value of the model's training. Raises ModelError if the model cannot be loaded or was not trained with this

@@ -43,6 +43,7 @@ class Rollout:
                 "fp32."
             )
         self.sampler: Sampler | None = self.runtime.sampler
+        self.restarts = 0  # of vLLM so far
         if method.writer is not None:
             limits = Limits(config.generation_batch_size, config.generation_cache_gib)
             ranks = self.runtime.ranks
@@ -67,7 +68,14 @@ class Rollout:
                 sampled = sampled_groups(method, requests, self.sampler, seed, stage.advance)
         sampled, unread = method.reward(requests, sampled)
         kept, gaps = self._with_old_logprobs(method.keep(sampled, seed))
-        return kept, method.figures(rows, requests, sampled, kept, unread) | gaps
+        return kept, method.figures(rows, requests, sampled, kept, unread) | gaps | self._restarts()
+
+    def _restarts(self) -> dict[str, float]:
+        """How often vLLM was started again since the last rollout batch, on all ranks."""
+        if self.runtime.vllm is None:
+            return {}
+        before, self.restarts = self.restarts, sum(self.runtime.ranks.gather(self.runtime.vllm.engine.restarts))
+        return {"engine_restarts": self.restarts - before}
 
     def _with_old_logprobs(self, groups: list[Group]) -> tuple[list[Group], dict[str, float]]:
         method, source = self.method, self.method.config.old_logprobs

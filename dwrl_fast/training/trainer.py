@@ -20,7 +20,7 @@ from dwrl_fast.config import TrainConfig
 from dwrl_fast.data import Preference
 from dwrl_fast.data.jsonl import finite
 from dwrl_fast.encode import group_record
-from dwrl_fast.errors import NotFiniteError, Stopped
+from dwrl_fast.errors import NotFiniteError, SamplerError, Stopped
 from dwrl_fast.evaluation.pairs import PairReport
 from dwrl_fast.evaluation.sources import source_accuracy, source_reports
 from dwrl_fast.feed import Feed
@@ -170,15 +170,20 @@ class Trainer:
         return values
 
     def _roll_out(self) -> InFlight:
+        """Sample the next step's thoughts. Where vLLM is lost, all before them is saved first."""
+        saves = self.policy.runtime.vllm is not None and self.ranks.mesh is None and self.step > 0
         with self.watch.timed("feed"):
+            before = self.feed.state() if saves else None
             rows = self.feed.next()
         with self.watch.timed("rollout"):
             try:
                 return InFlight(*self.rollout(rows, step_seed(self.config.seed, "rollout", self.step), self.display))
             except NotFiniteError as error:
-                if self.ranks.mesh is not None:
-                    raise  # the other ranks do not know about it
                 self._give_up(error, f"step-{self.step + 1:06d}-rollout", {"rows": [row.content for row in rows]})
+            except SamplerError:
+                if before is not None:
+                    self.save(before)
+                raise
         return InFlight([], {})
 
     def _update_all(self, current: InFlight, minibatches: Sequence[Minibatch]) -> None:
@@ -300,8 +305,8 @@ class Trainer:
                 logger.warning("Saved and stopped. Resume the run with --resume_from_checkpoint latest.")
             raise Stopped(asked, saved=saved)
 
-    def save(self) -> None:
-        """Save a checkpoint of the current state."""
+    def save(self, feed: list[dict[str, Any]] | None = None) -> None:
+        """A checkpoint of where the run stands, in a folder of its own. feed: its state, where it has gone further."""
         current = None
         if self.current is not None:
             metrics = self.ranks.gather(self.policy.metrics.state(self.current.groups))
@@ -317,7 +322,7 @@ class Trainer:
             "counts": [self.skipped, self.policy.halved],
             "rates": dict(self.policy.optimizers.last_rates),
             "best": list(self.best) if self.best else None,
-            "feed": self.feed.state(),
+            "feed": self.feed.state() if feed is None else feed,
         }
         place = self.step, self.current.done if self.current else 0
         with self.watch.timed("save"):

@@ -1,14 +1,17 @@
 """vLLM in this process, on the training device."""
 
+import gc
 import os
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 
 from dwrl_fast.errors import ConfigError, SamplerError
+from dwrl_fast.log import logger
 from dwrl_fast.ranks import Ranks
 from dwrl_fast.sampling.sampler import Limits
 from dwrl_fast.sampling.vllm import adapter
@@ -38,8 +41,8 @@ class Colocated:
     ):
         self.cpu = cpu = device.type == "cpu"
         self.among_ranks = ranks.mesh is not None
-        self.sleeps, self.lock = trains and not cpu, threading.Lock()
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are passed in memory
+        self.sleeps, self.lock = trains and not cpu, threading.RLock()
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights go from memory to memory
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the trainer uses the same threads
         options: dict[str, Any] = {"gpu_memory_utilization": settings.gpu_memory_utilization}
@@ -47,21 +50,27 @@ class Colocated:
             options["distributed_executor_backend"] = "external_launcher"  # torchrun has already started the processes
         if cpu:
             options |= {"kv_cache_memory_bytes": int(limits.cache_gib * 2**30), "enforce_eager": True}
-            options["enable_chunked_prefill"] = False  # vLLM 0.32 on a CPU fails with it for seeded requests
+            options["enable_chunked_prefill"] = False  # with which vLLM 0.32 fails on a CPU, where requests are seeded
+        self.options = options | {
+            "dtype": str(dtype).removeprefix("torch."),
+            "max_model_len": settings.max_model_length,
+            "max_num_seqs": limits.batch_size,
+            "enable_sleep_mode": self.sleeps,
+        }
+        self.config, self.restarts = config, 0
+        self.loaded: tuple[Sent, str] | None = None
+        self._start()
+        self.longest = int(self.llm.llm_engine.model_config.max_model_len)
+
+    def _start(self) -> None:
+        """Make vLLM's `LLM`; its weights are drawn until some are loaded."""
         threads, set_threads = torch.get_num_threads(), torch.set_num_threads
         with tempfile.TemporaryDirectory() as folder:
-            config.save_pretrained(folder)
+            self.config.save_pretrained(folder)
             try:
-                if cpu:
-                    adapter.check_cpu_heads(config)
-                self.llm = adapter.make_llm(
-                    folder,
-                    dtype=str(dtype).removeprefix("torch."),
-                    max_model_len=settings.max_model_length,
-                    max_num_seqs=limits.batch_size,
-                    enable_sleep_mode=self.sleeps,
-                    **options,
-                )
+                if self.cpu:
+                    adapter.check_cpu_heads(self.config)
+                self.llm = adapter.make_llm(folder, **self.options)
             except ImportError as error:
                 raise ConfigError(
                     f"--use_vllm: vLLM cannot be imported ({error}). Install it (pip install 'dwrl_fast[vllm]'; on a "
@@ -69,27 +78,21 @@ class Colocated:
                 ) from error
         torch.set_num_threads = set_threads  # vLLM replaces this function on a CPU
         torch.set_num_threads(threads)
-        self.longest = int(self.llm.llm_engine.model_config.max_model_len)
         self.asleep = False
 
     def complete(self, asks: Sequence[Ask], done: Callable[[int], None]) -> list[Answer]:
-        """See `Engine.complete`."""
-        engine = self.llm.llm_engine
-        found: dict[int, Answer] = {}
+        """See `Engine.complete`. Where vLLM dies it is started again, once a call, with the weights that were loaded
+        last, and all of `asks` are asked again.
+        """
         with self.lock:
-            for place, ask in enumerate(asks):
-                prompt = {"prompt_token_ids": list(ask.prompt)}
-                engine.add_request(str(place), prompt, adapter.sampling_params(ask))
-            try:
-                while engine.has_unfinished_requests():
-                    for output in engine.step():
-                        if output.finished:
-                            place = int(output.request_id)
-                            found[place] = adapter.answer_of(output.outputs[0], asks[place])
-                            done(place)
-            finally:
-                if left := [str(place) for place in range(len(asks)) if place not in found]:
-                    engine.abort_request(left)
+            found, why = self._complete(asks, done)
+            if why:
+                self._restart(why, len(asks))
+                found, why = self._complete(asks, done)
+            if why:
+                with suppress(Exception):  # of one that is too far gone
+                    self._end()
+                raise _lost(f"it died again after a restart ({why})")
         for place, ask in enumerate(asks):
             if why := "no answer came" if place not in found else wrong(ask, found[place]):
                 raise SamplerError(
@@ -97,9 +100,62 @@ class Colocated:
                 )
         return [found[place] for place in range(len(asks))]
 
+    def _complete(self, asks: Sequence[Ask], done: Callable[[int], None]) -> tuple[dict[int, Answer], str]:
+        """The answers by their places in `asks`, and why vLLM died; empty where it did not."""
+        engine = self.llm.llm_engine
+        found: dict[int, Answer] = {}
+        for place, ask in enumerate(asks):
+            engine.add_request(str(place), {"prompt_token_ids": list(ask.prompt)}, adapter.sampling_params(ask))
+        try:
+            while engine.has_unfinished_requests():
+                try:
+                    outputs = engine.step()
+                except Exception as error:  # of a kernel, a worker or the memory; it holds on to the engine's frames
+                    return {}, f"{type(error).__name__}: {error}"[:300]
+                for output in outputs:
+                    if output.finished:
+                        place = int(output.request_id)
+                        found[place] = adapter.answer_of(output.outputs[0], asks[place])
+                        done(place)
+        except BaseException:
+            engine.abort_request([str(place) for place in range(len(asks)) if place not in found])
+            raise
+        return found, ""
+
+    def _restart(self, why: str, requests: int) -> None:
+        """A new engine with the weights that were loaded last. SamplerError where there is none to be had."""
+        if self.among_ranks:
+            raise _lost(f"it died ({why}), and is not started again by one of several ranks")
+        self.restarts += 1
+        logger.warning(
+            "vLLM in this process died (%s). It is started again, and its %d requests are sampled again with the same "
+            "seeds.",
+            *(why, requests),
+        )
+        assert self.loaded is not None
+        try:
+            with suppress(Exception):
+                self._end()
+            self._start()
+            self.load(*self.loaded)
+        except Exception as error:
+            raise _lost(f"it died ({why}) and could not be started again ({error})") from error
+
+    def _end(self) -> None:
+        """End vLLM, and give its memory back."""
+        llm = self.__dict__.pop("llm")
+        try:
+            llm.llm_engine.engine_core.shutdown()
+        finally:
+            del llm
+            gc.collect()
+            if not self.cpu:
+                torch.cuda.empty_cache()
+
     def load(self, weights: Sent, version: str) -> None:
         """See `Engine.load`."""
         with self.lock:
+            self.loaded = weights, version
             if self.asleep:
                 self.llm.wake_up(["weights"])
             adapter.load_weights(self.llm, weights())
@@ -128,9 +184,18 @@ class Colocated:
         """See `Engine.close`. With several ranks the engine is kept until the process ends, because on release vLLM
         destroys the process group.
         """
-        if (llm := self.__dict__.pop("llm", None)) is None:
+        self.loaded = None
+        if "llm" not in self.__dict__:
             return
         if self.among_ranks:
-            _kept.append(llm)
+            _kept.append(self.__dict__.pop("llm"))
         else:
-            llm.llm_engine.engine_core.shutdown()
+            self._end()
+
+
+def _lost(what: str) -> SamplerError:
+    return SamplerError(
+        f"vLLM in this process failed: {what}. Nothing was trained on what it had written. Go on with the run by "
+        "--resume_from_checkpoint latest; where it dies of memory, lower --vllm_gpu_memory_utilization or "
+        "--generation_batch_size."
+    )

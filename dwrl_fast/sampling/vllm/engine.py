@@ -45,11 +45,13 @@ class Answer(NamedTuple):
 class Engine(Protocol):
     """One or several vLLM instances with the weights that were loaded last.
 
-    longest: the maximum tokens of a sequence. sleeps: whether `sleep` frees weights and cache between calls.
+    longest: the most tokens of a sequence. sleeps: whether weights and cache are given up between calls, by `sleep`.
+    restarts: how often one of them was started again, and sent the last weights again.
     """
 
     longest: int
     sleeps: bool
+    restarts: int
 
     def complete(self, asks: Sequence[Ask], done: Callable[[int], None]) -> list[Answer]:
         """All answers, complete, in the order of `asks`. `done` is called at least once with the index of each finished

@@ -61,33 +61,25 @@ class VllmSampler:
         seed: int,
         progress: Callable[[int], None] | None = None,
     ) -> list[list[Thought]]:
-        """See `Sampler.sample`. Raises ConfigError if a sequence would be longer than the engine allows."""
-        return self._sample(contexts, n, max_tokens, temperature, seed, progress, None)
+        """See `Sampler.sample`. ConfigError where a sequence would be longer than the engine takes."""
+        return self.rated(
+            contexts, n, None, max_tokens=max_tokens, temperature=temperature, seed=seed, progress=progress
+        )
 
     def rated(
         self,
         contexts: Sequence[Sequence[int]],
         n: int,
-        rating: Rating,
+        rating: Rating | None,
         *,
         max_tokens: int,
         temperature: float,
         seed: int,
         progress: Callable[[int], None] | None = None,
     ) -> list[list[Thought]]:
-        """See `RatingSampler.rated`. A score is read with a second request of one token, over the cached prefix."""
-        return self._sample(contexts, n, max_tokens, temperature, seed, progress, rating)
-
-    def _sample(
-        self,
-        contexts: Sequence[Sequence[int]],
-        n: int,
-        max_tokens: int,
-        temperature: float,
-        seed: int,
-        progress: Callable[[int], None] | None,
-        rating: Rating | None,
-    ) -> list[list[Thought]]:
+        """See `RatingSampler.rated`. A score is read by a second request, of one token, over the cached prefix. Without
+        a `rating` there are no scores.
+        """
         if not all(contexts):
             raise DataError("a context has no token, so nothing can be sampled after it")
         self.refresh()

@@ -50,7 +50,8 @@ class Servers:
         if settings.max_model_length is not None:
             self.longest = min(self.longest, settings.max_model_length)
         self.folder: Path | None = None
-        self.wanted = ""  # the prefix of every server's version
+        self.wanted = ""  # what the version of every server begins with
+        self.restarts = 0
 
     def _settled(self) -> list[tuple[str, int, bool, bool]]:
         for server in self.servers:
@@ -172,6 +173,7 @@ class Servers:
                 "are sent again",
                 *(server.url, version),
             )
+            self.restarts += 1
             server.settle()
             again = 1 + sum(1 for _ in self.folder.glob("again-*"))
             (self.folder / f"again-{again}").touch()
