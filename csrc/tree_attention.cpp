@@ -3,7 +3,6 @@
 #include "attention_heads.h"
 #include "dispatch.h"
 
-#include <ATen/Version.h>
 #include <torch/library.h>
 
 #include <optional>
@@ -19,13 +18,11 @@ using at::Tensor;
 constexpr int64_t kSegment = 64;          // trees smaller than a block of queries share one
 constexpr int64_t kTokens = int64_t(1) << 24;  // float32 counts them exactly
 
-// Follows ATen's own choice, and so the environment's ATEN_CPU_CAPABILITY.
 const AttentionPasses& passes() {
   static const AttentionPasses chosen = [] {
 #ifdef DWRL_FAST_X86_VARIANTS
-    const std::string capability = at::get_cpu_capability();
-    if (capability == "AVX512") return attention_passes_avx512();
-    if (capability == "AVX2") return attention_passes_avx2();
+    if (instruction_set() == "AVX512") return attention_passes_avx512();
+    if (instruction_set() == "AVX2") return attention_passes_avx2();
 #endif
     return baseline::attention_passes();
   }();
