@@ -1,4 +1,4 @@
-"""The package map, the C++ (and, on request, CUDA) operators and the dependencies; everything else is in pyproject.toml.
+"""The package map, the C++ (and, on request, CUDA) operators, the dependencies; the rest is in pyproject.toml.
 
 Every `csrc/*.cpp` becomes part of one module, `dwrl_fast._C_torchX_Y`. It loads into PyTorch X.Y only, for each minor
 version changes the C++ interface; so its name has that version, and what is built with it depends on that version. It

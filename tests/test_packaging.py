@@ -295,7 +295,8 @@ def test_the_same_pythons_are_named_everywhere() -> None:
 def test_the_image_is_built_of_what_is_there() -> None:
     """Docker is on few machines; this is what can be said without it."""
     lines = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", "").splitlines()
-    copied = {name for line in lines if line.startswith("COPY ") and "--from" not in line for name in line.split()[1:-1]}
+    copies = [line.split() for line in lines if line.startswith("COPY ") and "--from" not in line]
+    copied = {name for _, *names, _ in copies for name in names}
     assert copied == {*FOLDERS, "constraints.txt", "pyproject.toml", "setup.py", "README.md", "LICENSE"}
     assert all((ROOT / name).exists() for name in copied)
     context = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()

@@ -17,9 +17,10 @@ Everything works, but operators on the CPU take the slower PyTorch path. To buil
 headers of Python (Debian, Ubuntu: apt-get install g++ python3-dev; Fedora: dnf install gcc-c++ python3-devel), then:
     {command}"""
 OTHER = """\
-the C++ operators of this dwrl_fast are compiled for PyTorch {theirs}, and this is PyTorch {ours}. Install PyTorch {theirs}:
+the C++ operators of this dwrl_fast are compiled for PyTorch {theirs}, and this is PyTorch {ours}.
+Install PyTorch {theirs}:
     {python} -m pip install 'torch=={theirs}.*'
-or compile them for this one, from its source:
+or compile them for this one:
     {command}"""
 PREFIX = "_C_torch"
 
