@@ -258,13 +258,13 @@ def test_the_wheel_of_a_source_distribution_runs_without_a_compiler(
     examined: list[str | Path] = [python, "-m", "dwrl_fast.ops.extension"]
     assert "They run with DEFAULT." in succeed(examined, place, **alone, ATEN_CPU_CAPABILITY="default")
     options: list[str | Path] = ["dwrl_fast.train", "--model_name_or_path", model, "--dataset_name", pairs]
-    options += ["--max_steps", "2", "--max_completion_length", "4", "--output_dir", "run"]
-    said = succeed([python, "-m", *options], place, **alone)
+    options += ["--max_steps", "2", "--max_completion_length", "4", "--output_dir"]
+    said = succeed([python, "-m", *options, "run"], place, **alone)
     for operator in ("linear_policy_loss", "tree_attention", "cache_attention", "yes_no_logprob"):
         assert re.search(rf"{operator} on cpu in torch.float32: backend cpu \((AVX512|AVX2|DEFAULT)\)", said)
     assert (place / "run" / "model" / "model.safetensors").is_file()
 
-    refused = run([python, "-c", ANOTHER_PYTORCH, *options], place, **alone)
+    refused = run([python, "-c", ANOTHER_PYTORCH, *options, "refused"], place, **alone)
     assert refused.returncode == 2
     theirs = ".".join(PYTORCH)
     assert f"compiled for PyTorch {theirs}, and this is PyTorch 2.99.1+cu199" in refused.stderr
