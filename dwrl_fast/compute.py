@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from dwrl_fast.errors import ConfigError
+from dwrl_fast.errors import ConfigError, UserError
 from dwrl_fast.log import logger
+from dwrl_fast.ops import extension
 
 BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # the last two of ARM
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -26,8 +27,11 @@ class Compute:
         """From the option --dtype: fp32, bf16, or auto, which is fp32 on a CPU and bf16 on a GPU.
 
         Raises ConfigError for another one. float16 needs a loss scale, which would come too late for gradients that the
-        forward pass forms.
+        forward pass forms. UserError where the C++ operators are compiled for another PyTorch: no run begins with them.
         """
+        other = extension.refusal()
+        if other is not None:
+            raise UserError(other)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if dtype == "auto":
             dtype = "bf16" if device.type == "cuda" else "fp32"
