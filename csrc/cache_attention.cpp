@@ -4,7 +4,6 @@
 #include "cache_attention.h"
 #include "dispatch.h"
 
-#include <ATen/Version.h>
 #include <torch/library.h>
 
 #include <optional>
@@ -22,9 +21,8 @@ constexpr int64_t kRows = 64;  // rows of a block of queries, shared by G heads
 const CachePasses& passes() {
   static const CachePasses chosen = [] {
 #ifdef DWRL_FAST_X86_VARIANTS
-    const std::string capability = at::get_cpu_capability();
-    if (capability == "AVX512") return cache_passes_avx512();
-    if (capability == "AVX2") return cache_passes_avx2();
+    if (instruction_set() == "AVX512") return cache_passes_avx512();
+    if (instruction_set() == "AVX2") return cache_passes_avx2();
 #endif
     return baseline::cache_passes();
   }();

@@ -1,9 +1,9 @@
 // Operators over a chunk of logits [C, V]: `policy_rows_`, `logprob_rows_`, `logprob_rows_grad_`. They overwrite the chunk.
+// `instruction_set` reports the instruction set that all operators use.
 
 #include "dispatch.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 #include <torch/library.h>
 
 #include <optional>
@@ -17,13 +17,11 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// Follows ATen's choice, and therefore the environment variable ATEN_CPU_CAPABILITY.
 const RowPasses& passes() {
   static const RowPasses chosen = [] {
 #ifdef DWRL_FAST_X86_VARIANTS
-    const std::string capability = at::get_cpu_capability();
-    if (capability == "AVX512") return row_passes_avx512();
-    if (capability == "AVX2") return row_passes_avx2();
+    if (instruction_set() == "AVX512") return row_passes_avx512();
+    if (instruction_set() == "AVX2") return row_passes_avx2();
 #endif
     return baseline::row_passes();
   }();
@@ -122,6 +120,7 @@ void logprob_rows_grad(
 }
 
 TORCH_LIBRARY_FRAGMENT(dwrl_fast, m) {
+  m.def("instruction_set() -> str", instruction_set);
   m.def(
       "policy_rows_(Tensor(a!) logits, Tensor targets, Tensor old_logprob, Tensor advantage, Tensor token_weight, Tensor? ref_logprob, "
       "float clip_low, float clip_high, float beta, float temperature, float? softcap, bool gradient) -> Tensor");

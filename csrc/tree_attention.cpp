@@ -4,7 +4,6 @@
 #include "attention_heads.h"
 #include "dispatch.h"
 
-#include <ATen/Version.h>
 #include <torch/library.h>
 
 #include <optional>
@@ -20,13 +19,11 @@ using at::Tensor;
 constexpr int64_t kSegment = 64;          // trees smaller than a block of queries share a segment
 constexpr int64_t kTokens = int64_t(1) << 24;  // float32 represents such counts exactly
 
-// Follows ATen's choice, and therefore the environment variable ATEN_CPU_CAPABILITY.
 const AttentionPasses& passes() {
   static const AttentionPasses chosen = [] {
 #ifdef DWRL_FAST_X86_VARIANTS
-    const std::string capability = at::get_cpu_capability();
-    if (capability == "AVX512") return attention_passes_avx512();
-    if (capability == "AVX2") return attention_passes_avx2();
+    if (instruction_set() == "AVX512") return attention_passes_avx512();
+    if (instruction_set() == "AVX2") return attention_passes_avx2();
 #endif
     return baseline::attention_passes();
   }();

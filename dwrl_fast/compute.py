@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from dwrl_fast.errors import ConfigError
+from dwrl_fast.errors import ConfigError, UserError
 from dwrl_fast.log import logger
+from dwrl_fast.ops import extension
 
 BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # the last two are on ARM
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -27,7 +28,11 @@ class Compute:
 
         Raises ConfigError for any other value. float16 is not supported: it needs a loss scale, and here the forward
         pass already computes gradients, before a loss scale could be applied.
+        Raises UserError if the C++ operators are compiled for another PyTorch.
         """
+        other = extension.refusal()
+        if other is not None:
+            raise UserError(other)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if dtype == "auto":
             dtype = "bf16" if device.type == "cuda" else "fp32"

@@ -358,7 +358,9 @@ def test_auto_logs_its_choice_once(caplog: Any) -> None:
     with caplog.at_level(logging.INFO, "dwrl_fast"):
         for _ in range(3):
             policy(case())
-    assert [r.getMessage() for r in caplog.records] == ["linear_policy_loss on cpu in torch.float32: backend cpu"]
+    [record] = caplog.records
+    instructions = extension.instruction_set()
+    assert record.getMessage() == f"linear_policy_loss on cpu in torch.float32: backend cpu ({instructions})"
 
 
 def test_a_missing_extension_is_said_with_the_command(caplog: Any, monkeypatch: Any) -> None:
@@ -375,6 +377,14 @@ def test_a_missing_extension_is_said_with_the_command(caplog: Any, monkeypatch: 
     assert "linear_policy_loss on cpu in torch.float32: backend reference (cpu cannot run" in fallback.getMessage()
     with pytest.raises(UserError, match=r"backend 'cpu' cannot run: .*pip install"):
         policy(x, backend="cpu")
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
+def test_operators_for_another_pytorch_are_refused(backend: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.99.1+cu199")
+    theirs = r"compiled for PyTorch \d+\.\d+, and this is PyTorch 2\.99\.1\+cu199"
+    with pytest.raises(UserError, match=rf"(?s)^linear_policy_loss: .*{theirs}.*pip install 'torch==.*--no-build-isol"):
+        policy(case(), backend=backend)
 
 
 def test_policy_loss_is_linear_policy_loss_of_given_logprobs() -> None:

@@ -25,6 +25,8 @@ RUN = """
 import sys, pytest, torch
 found = torch.backends.cpu.get_cpu_capability()
 assert found == sys.argv[1], f"asked for {sys.argv[1]}, and PyTorch took {found}"
+from dwrl_fast.ops import extension
+assert extension.problem() is None and extension.instruction_set() == found
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[2:]]))
 """
 

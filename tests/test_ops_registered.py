@@ -77,11 +77,13 @@ def test_opcheck(name: str) -> None:
 
 @built
 def test_nothing_registered_is_left_unchecked() -> None:
-    """`yes_no_scores` launches a Triton kernel: test_ops_triton.py checks it where that runs."""
+    """`yes_no_scores` launches a Triton kernel: test_ops_triton.py checks it where that runs. `instruction_set` has no
+    tensors: test_ops_instruction_sets.py checks it.
+    """
     extension.problem()
     all_names = {n.split("::")[1].split(".")[0] for n in torch._C._dispatch_get_all_op_names() if "dwrl_fast::" in n}
     ours = {n for n in all_names if not n.startswith("tree_")}
-    assert ours == {*NAMES, "yes_no_scores"}
+    assert ours == {*NAMES, "yes_no_scores", "instruction_set"}
 
 
 @built

@@ -11,14 +11,26 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import zipfile
 from collections.abc import Callable
+from email.message import Message
+from email.parser import Parser
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
+from tiny import tiny_folder, tiny_pairs
+
+import dwrl_fast
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ["csrc", "dwrl_fast", "kernels", "setup.py", "pyproject.toml", "MANIFEST.in", "Makefile", "constraints.txt"]
+FOLDERS = ["csrc", "dwrl_fast", "kernels"]
+SOURCES = [*FOLDERS, "setup.py", "pyproject.toml", "MANIFEST.in", "Makefile", "constraints.txt", "README.md", "LICENSE"]
+COMPILER = pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler here")
+PYTORCH = torch.__version__.split(".")[:2]
+MODULE = f"dwrl_fast._C_torch{'_'.join(PYTORCH)}"
 OUTPUTS = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
 
 STAND_IN = """
@@ -170,17 +182,21 @@ def test_editable_without_a_compiler_and_then_with_one(
         pytest.skip("no C++ compiler here: the command that builds the operators was not tried")
     mend = said.stdout.splitlines()[-1].strip()
     succeed(["bash", "-c", mend.replace(" install ", " install --ignore-installed ")], tmp_path)
-    succeed([python, "-c", "import torch, dwrl_fast._C"], tmp_path)  # a module without operators: `ops` would miss them
+    succeed([python, "-c", f"import torch, {MODULE}"], tmp_path)  # a module without operators: `ops` would miss them
 
 
 def test_the_build_says_what_is_missing(root: Path, tmp_path: Path) -> None:
-    build: list[str | Path] = [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", tmp_path]
-    said = run(build, root, CXX="no-such-compiler")
+    """Without operators, the package takes any PyTorch since the oldest that was tested."""
+    said = run(
+        [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", tmp_path], root, CXX="no-such-compiler"
+    )
     assert said.returncode == 0
     assert "no-such-compiler is not on the PATH" in said.stderr
+    asked = Parser().parsestr((tmp_path / "dwrl_fast.egg-info" / "PKG-INFO").read_text(encoding="utf-8"))
+    assert "torch>=2.11" in asked.get_all("Requires-Dist", [])
 
 
-@pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler here")
+@COMPILER
 def test_a_source_that_does_not_compile_fails_the_build(checkout: Callable[..., Path], tmp_path: Path) -> None:
     root = checkout()
     (root / "csrc" / "broken.cpp").write_text("this is not C++\n")
@@ -196,19 +212,101 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path, root: Path) -
     assert {name for name in inside if not name.endswith(".so")} == ours
 
 
+def metadata(wheel: Path) -> Message:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        return Parser().parsestr(archive.read(name).decode())
+
+
+@COMPILER
+def test_the_wheel_depends_on_the_pytorch_that_it_was_compiled_for(wheel: Path) -> None:
+    major, minor = map(int, PYTORCH)
+    asked = metadata(wheel).get_all("Requires-Dist", [])
+    assert f"torch<{major}.{minor + 1},>={major}.{minor}" in asked
+    assert re.fullmatch(r"dwrl_fast-[\d.]+-cp311-abi3-\w+\.whl", wheel.name), "one wheel for every Python from 3.11"
+    inside = zipfile.ZipFile(wheel).namelist()
+    assert [name for name in inside if name.endswith(".so")] == [f"{MODULE.replace('.', '/')}.abi3.so"]
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in inside)
+
+
+ANOTHER_PYTORCH = """
+import runpy, sys, torch
+torch.__version__ = "2.99.1+cu199"
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler here")
-def test_operators_from_the_source_distribution(
+@COMPILER
+def test_the_wheel_of_a_source_distribution_runs_without_a_compiler(
     checkout: Callable[..., Path], environment: Callable[..., Path], tmp_path: Path
 ) -> None:
+    """It trains outside any checkout, under a lower instruction set than it was built on, and into no other PyTorch."""
     root = checkout(operators=True)
     build = "from setuptools.build_meta import build_sdist; build_sdist('dist')"
     succeed([sys.executable, "-c", build], root)
     (sdist,) = (root / "dist").glob("*.tar.gz")
-    python = environment(build_wheel(sdist, tmp_path))
-    assert "are built" in succeed([python, "-m", "dwrl_fast.ops.extension"], tmp_path)
-    names = "import torch, dwrl_fast._C; print(torch._C._dispatch_get_all_op_names())"
-    assert "dwrl_fast::" in succeed([python, "-c", names], tmp_path)
+    wheel = build_wheel(sdist, tmp_path)
+    python = environment(wheel)
+    with zipfile.ZipFile(wheel) as archive:
+        assert [n for n in archive.namelist() if n.endswith(".so")] == [f"{MODULE.replace('.', '/')}.abi3.so"]
+    shutil.rmtree(root)
+    place = tmp_path / "place"
+    model, pairs = tiny_folder(place / "tiny"), tiny_pairs(place / "pairs.jsonl")
+    alone = {"PATH": str(place), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}  # of the PATH, only what has no compiler
+
+    examined: list[str | Path] = [python, "-m", "dwrl_fast.ops.extension"]
+    assert "They run with DEFAULT." in succeed(examined, place, **alone, ATEN_CPU_CAPABILITY="default")
+    options: list[str | Path] = ["dwrl_fast.train", "--model_name_or_path", model, "--dataset_name", pairs]
+    options += ["--max_steps", "2", "--max_completion_length", "4", "--output_dir"]
+    said = succeed([python, "-m", *options, "run"], place, **alone)
+    for operator in ("linear_policy_loss", "tree_attention", "cache_attention", "yes_no_logprob"):
+        assert re.search(rf"{operator} on cpu in torch.float32: backend cpu \((AVX512|AVX2|DEFAULT)\)", said)
+    assert (place / "run" / "model" / "model.safetensors").is_file()
+
+    refused = run([python, "-c", ANOTHER_PYTORCH, *options, "refused"], place, **alone)
+    assert refused.returncode == 2
+    theirs = ".".join(PYTORCH)
+    assert f"compiled for PyTorch {theirs}, and this is PyTorch 2.99.1+cu199" in refused.stderr
+    assert f"pip install 'torch=={theirs}.*'" in refused.stderr
+    examined = [python, "-c", ANOTHER_PYTORCH, "dwrl_fast.ops.extension"]
+    assert run(examined, place, **alone).returncode == 1
+
+
+def test_a_release_has_one_version() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"]
+    headings = re.findall(r"^## (\d\S*)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    assert cited == headings[0] == dwrl_fast.__version__
+
+
+def test_the_same_pythons_are_named_everywhere() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    kept = [name.rpartition(" :: 3.")[2] for name in project["classifiers"] if " :: Python :: 3." in name]
+    first, last = int(kept[0]), int(kept[-1])
+    assert project["requires-python"] == f">=3.{first},<3.{last + 1}"
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert f"PYTHON ?= {' '.join(f'python3.{minor}' for minor in kept)} python3\n" in makefile
+    assert f"(3, {first}) <= sys.version_info < (3, {last + 1})" in makefile
+    for name in ("README.md", "Makefile"):
+        assert f"Python 3.{first} to 3.{last}" in (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_the_image_is_built_of_what_is_there() -> None:
+    """Docker is on few machines; this is what can be said without it."""
+    lines = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", "").splitlines()
+    copies = [line.split() for line in lines if line.startswith("COPY ") and "--from" not in line]
+    copied = {name for _, *names, _ in copies for name in names}
+    assert copied == {*FOLDERS, "constraints.txt", "pyproject.toml", "setup.py", "README.md", "LICENSE"}
+    assert all((ROOT / name).exists() for name in copied)
+    context = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    assert {line[1:] for line in context if line.startswith("!")} == copied
+    installs = [line for line in lines if "pip install" in line]
+    assert installs and all("-c constraints.txt" in line for line in installs), "the versions that are tested together"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (python,) = {found for line in lines for found in re.findall(r"python(3\.\d+)", line)}
+    assert any(name.endswith(f" :: {python}") for name in project["classifiers"])
+    extras = {name for line in installs for name in re.findall(r"\.\[([\w,]+)\]", line)}
+    assert all(name in project["optional-dependencies"] for names in extras for name in names.split(","))
 
 
 def test_our_kernels_folder_is_no_regular_package() -> None:

@@ -61,6 +61,16 @@ def of_family(folder: Path, family: str, **changes: Any) -> FakePolicy:
 JOINT: dict[str, Any] = {"alternate": "joint", "joint_reward": "centred"}
 
 
+def test_a_policy_without_adapters_does_not_ask_for_peft(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent() -> None:
+        raise ConfigError("peft is not installed")
+
+    monkeypatch.setattr("dwrl_fast.models.adapters._need_peft", absent)
+    FakePolicy(tiny_config(folder))
+    with pytest.raises(ConfigError, match="peft is not installed"):
+        FakePolicy(tiny_config(folder, **LORA))
+
+
 def groups_of(policy: FakePolicy, count: int = 3) -> list[Group]:
     return policy.rollout(read_preferences(str(policy.method.config.dataset_name)).rows[:count])[0]
 

@@ -22,7 +22,8 @@ BACKENDS = ("auto", "reference", "cpu", "triton")
 def choose_backend(backend: str, operator: str, x: Tensor) -> str:
     """The name of the backend for `operator` on x. The choice of "auto" is logged once.
 
-    Raises UserError if the backend is unknown, or is named but cannot run.
+    Raises UserError if the backend is unknown, or is named but cannot run, and with every backend if the C++ operators
+    are compiled for another PyTorch.
     """
     return _choose(backend, operator, x.device.type, x.dtype)
 
@@ -31,6 +32,9 @@ def choose_backend(backend: str, operator: str, x: Tensor) -> str:
 def _choose(backend: str, operator: str, device: str, dtype: torch.dtype) -> str:
     if backend not in BACKENDS:
         raise UserError(f"{operator}: backend is {backend!r}; it can be {', '.join(BACKENDS)}")
+    other = extension.refusal()
+    if other is not None:
+        raise UserError(f"{operator}: {other}")
     if backend != "auto":
         problem = _problem(backend, device, dtype)
         if problem:
@@ -42,7 +46,9 @@ def _choose(backend: str, operator: str, device: str, dtype: torch.dtype) -> str
         warn_once(problem)  # once for all operators: the missing part, with the command that builds it
         problem = "its C++ operators are missing"
     chosen = "reference" if problem else natural
-    reason = f" ({natural} cannot run: {problem})" if problem else ""
+    reason = f" ({extension.instruction_set()})" if chosen == "cpu" else ""
+    if problem:
+        reason = f" ({natural} cannot run: {problem})"
     say = warn_once if problem else info_once
     say(f"{operator} on {device} in {dtype}: backend {chosen}{reason}")
     return chosen

@@ -189,7 +189,9 @@ def load_judging(
         raise ConfigError("--cpu_offload: it needs GPUs and processes started by torchrun; leave it out.")
     if config.load_in_4bit and ranks.count > 1:
         raise ConfigError("--load_in_4bit: weights in 4 bits are not sharded here; leave it out, or use one process.")
-    lora = Lora(config.lora_r, config.lora_alpha, config.lora_target_modules, config.load_in_4bit, compute)
+    lora = None
+    if config.use_peft:
+        lora = Lora(config.lora_r, config.lora_alpha, config.lora_target_modules, config.load_in_4bit, compute)
     runtime = load_runtime(
         method.card(),
         config.model_name_or_path,
@@ -199,7 +201,7 @@ def load_judging(
         compute,
         layout,
         Limits(config.generation_batch_size, config.generation_cache_gib),
-        lora if config.use_peft else None,
+        lora,
         new_head=True,
         ranks=ranks,
         offload=config.cpu_offload,

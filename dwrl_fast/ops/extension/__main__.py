@@ -2,9 +2,15 @@
 
 import sys
 
+import torch
+
 from dwrl_fast.ops import extension
 
 if __name__ == "__main__":
     message = extension.problem()
-    print(message or "dwrl_fast: the C++ operators are built and load.")
+    print(
+        message
+        or f"dwrl_fast: the C++ operators are built for PyTorch {torch.__version__} and load. They run with "
+        f"{extension.instruction_set()}."
+    )
     sys.exit(message is not None)
