@@ -1,5 +1,5 @@
-"""Maps the packages, builds the C++ (and, on request, CUDA) operators, and lists the dependencies. Everything else is in
-pyproject.toml.
+"""Maps the packages, builds the C++ (and, on request, CUDA) operators, and lists the dependencies. All other settings
+are in pyproject.toml.
 
 Every `csrc/*.cpp` becomes part of one module, `dwrl_fast._C_torchX_Y`. It loads only into PyTorch X.Y, because each
 minor version changes the C++ interface. Its name has that version, and a package that is built with it depends on that

@@ -110,7 +110,9 @@ def trackio_kept(run: Path) -> Kept:
 
     known = json.loads((run / RECORD).read_text())["trackio"]["run"]
     tables = {row["step"]: row["thoughts"] for row in SQLiteStorage.get_logs("tests", known) if "thoughts" in row}
-    return SQLiteStorage.get_run_config("tests", known), tables[1]["_value"]
+    options = SQLiteStorage.get_run_config("tests", known)
+    assert options is not None
+    return options, tables[1]["_value"]
 
 
 def wandb_kept(run: Path) -> Kept:

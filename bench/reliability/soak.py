@@ -25,9 +25,10 @@ def endless(task: Embedded, folder: Path, steps: int) -> Any:
 
 
 def hunted(task: Embedded, folder: Path, steps: int, between: tuple[float, float], seed: int = 0) -> Drill:
-    """Kills after random times in the range `between` (seconds), compared with the same run without kills."""
+    """Kills after random times in the range `between` (seconds), compared with the same run without kills, which runs beside it."""
     chance, kills, started = random.Random(seed), 0, time.monotonic()
     folder.mkdir(parents=True)
+    whole = life(lambda: run(endless(task, folder / "whole", steps)), folder / "whole.log")
     while True:
         process = life(lambda: run(endless(task, folder / "killed", steps)), folder / "killed.log")
         until = time.monotonic() + chance.uniform(*between)
@@ -44,7 +45,7 @@ def hunted(task: Embedded, folder: Path, steps: int, between: tuple[float, float
         assert status == 0, f"status {os.waitstatus_to_exitcode(status)}: see {folder / 'killed.log'}"
         break
     minutes = (time.monotonic() - started) / 60
-    assert lived(lambda: run(endless(task, folder / "whole", steps)), folder / "whole.log") == 0
+    assert ended(whole) == 0, f"see {folder / 'whole.log'}"
     same = written(folder / "killed") == written(folder / "whole")
     found_text = (
         f"{'the same' if same else 'OTHER'} weights, thoughts and metrics; {kills} kills in {minutes:.0f} minutes"

@@ -67,7 +67,7 @@ class Sharded(Generic[Model]):
         self.stale = False
 
     def gathered(self, *, trained: bool = False) -> Iterator[tuple[str, Tensor]]:
-        """The gathered weights, or only the trained ones, one by one, in their master dtype. All ranks take part."""
+        """The gathered weights (or only the trained ones) one by one, in their master dtype. All ranks take part."""
         assert isinstance(self.model, FSDPModule)
         self.model.reshard()
         for name, part in self.parts.items():
