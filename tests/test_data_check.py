@@ -302,7 +302,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert report["files"][0]["dropped"] == REASONS and report["overlap"]["second_lines"] == [1]
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
     done = run("--check", train, "--fix", tmp_path / "good.jsonl")
-    assert done.returncode == 0 and "is clean" in done.stdout
+    assert done.returncode == 0 and "and clean)" in done.stdout
     assert _not_blank(tmp_path / "good.jsonl") == 5 and _not_blank(tmp_path / "good.quarantine.jsonl") == 8
 
 

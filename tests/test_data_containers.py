@@ -260,7 +260,7 @@ def test_json_text_of_datasets_is_messages_again(tmp_path: Path, monkeypatch: py
     )
     assert plain.rows[0].responses[0] == turns[0]
     [warning] = plain.warnings
-    assert warning.startswith("1 x rows with a text that looks like messages written as JSON: it is read as text")
+    assert warning.startswith("1 x rows with a text that looks like messages written as JSON: it is read as plain text")
 
 
 def test_start_is_the_beginning(tmp_path: Path) -> None:
@@ -283,7 +283,7 @@ def test_the_good_rows_of_a_table_and_of_an_array(tmp_path: Path) -> None:
             check=False,
             text=True,
         )
-        assert done.returncode == 0 and "is clean" in done.stdout, done.stderr
+        assert done.returncode == 0 and "and clean)" in done.stdout, done.stderr
         good, bad = out.read_text(), Path(f"{out}".replace(".jsonl", ".quarantine.jsonl")).read_text()
         assert (good.count("\n"), bad.count("\n")) == ((2, 1) if path.endswith("csv") else (1, 2))
         assert read_preferences(out).used == good.count("\n")

@@ -250,10 +250,10 @@ def test_a_demonstrated_label_has_no_thought() -> None:
     [
         (None, ("1", "2"), "4", "Yes", "not 1 responses, the number that a template of kind dialog shows"),
         (PAIRWISE, ("1",), "4", "A", "not 2 responses, the number that a template of kind pairwise shows"),
-        (None, ("1",), "4", "Maybe", "none of the template's labels, Yes and No"),
+        (None, ("1",), "4", "Maybe", "not one of the template's labels, Yes and No"),
         (PAIRWISE, ("1", "2"), "4", "", "no verdict, neither as a column nor at the end of the thought"),
-        (PAIRWISE, ("1", "2"), "4", "C", "none that a template of kind pairwise asks for"),
-        (POINTWISE, ("1",), "4", "11", "none that a template of kind pointwise asks for"),
+        (PAIRWISE, ("1", "2"), "4", "C", "not one that a template of kind pairwise asks for"),
+        (POINTWISE, ("1",), "4", "11", "not one that a template of kind pointwise asks for"),
     ],
 )
 def test_a_demonstration_that_the_template_does_not_ask_for(

@@ -66,7 +66,7 @@ def test_what_is_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     argv = ["--model_name_or_path", f"{folder}/tiny", "--dataset_name", f"{folder}/pairs.jsonl"]
     found = evaluate.run(parse_evaluate(argv), Console(width=150))
     said = capsys.readouterr().out
-    assert "drawn from 14 rows: too few" in said
+    assert "comes from only 14 rows: too few" in said
     assert f"accuracy {found.accuracy:.3f}" in said and "thoughts: one, greedy" in said
     assert "By subset" in said and "longer response wins" in said and "tokens computed, naively" in said
 

@@ -43,7 +43,7 @@ def test_it_is_evaluated_and_saved_and_nothing_is_trained(folder: Path, capsys: 
 
 def test_the_documented_template_of_a_foreign_judge_can_be_used(tmp_path: Path) -> None:
     text = (Path(__file__).resolve().parent.parent / "docs" / "methods.md").read_text(encoding="utf-8")
-    block = text.split("# rubrics.yaml\n", 1)[1].split("\nWith ", 1)[0]
+    block = text.split("# rubrics.yaml\n", 1)[1].split("\n```", 1)[0]
     (tmp_path / "rubrics.yaml").write_text(textwrap.dedent(block), encoding="utf-8")
     template = load_template(str(tmp_path / "rubrics.yaml"))
     assert (

@@ -52,14 +52,14 @@ CHANGED: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], dict[str, torc
     "other names": (
         "dwrl",
         lambda tensors: {f"x.{name}": tensor for name, tensor in tensors.items()},
-        r"lacks lm_head.* and holds besides x\.model",
+        r"lacks lm_head.* and also holds x\.model",
     ),
     "another size": (
         "dwrl",
         lambda tensors: tensors | {"model.norm.weight": torch.ones(3)},
         r"has model\.norm\.weight as \[3\] for \[16\]",
     ),
-    "one more": ("dwrl", lambda tensors: tensors | {"extra.weight": torch.ones(2)}, r"holds besides extra\.weight"),
+    "one more": ("dwrl", lambda tensors: tensors | {"extra.weight": torch.ones(2)}, r"also holds extra\.weight"),
 }
 
 

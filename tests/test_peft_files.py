@@ -66,7 +66,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "no base": (lambda f: _config(f, base_model_name_or_path=None), "does not say which model"),
     "another method": (lambda f: _config(f, peft_type="PREFIX_TUNING"), "cannot be merged"),
     "biases": (lambda f: _config(f, bias="all"), "more than plain LoRA"),
-    "a variant": (lambda f: _config(f, use_dora=True), "does not fit it: .*magnitude"),
+    "a variant": (lambda f: _config(f, use_dora=True), "does not fit its base.*magnitude"),
     "another base": (lambda f: _config(f, r=2), "size mismatch"),
     "other layers": (lambda f: _config(f, target_modules=["q_proj"]), "does not fit its base .*lora"),
     "no weights": (lambda f: (f / adapters.WEIGHTS).unlink(), "cannot be merged into its base: No such file"),

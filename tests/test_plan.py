@@ -234,7 +234,7 @@ def test_a_dry_run_says_its_short_form(folder: Path) -> None:
     out = io.StringIO()
     dry_run(parse_train([*given, "--max_completion_length", "6"]), Console(file=out, width=200), 2)
     (line,) = [line for line in out.getvalue().splitlines() if line.startswith("memory")]
-    assert "GiB on each of 2 ranks at its fullest" in line and "activations" in line
+    assert "GiB on each of 2 ranks at the peak" in line and "activations" in line
 
 
 def test_a_trace_without_compiled_operators_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

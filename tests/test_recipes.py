@@ -200,7 +200,7 @@ def test_the_page_about_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert stems - set(re.findall(r"`([^`\s]+)`", page)) == set()
     (tmp_path / "recipes").symlink_to(FOLDER)
     monkeypatch.chdir(tmp_path)
-    for text, name in re.findall(r"^    echo '(.*)' > (\S+)$", page, re.M):
+    for text, name in re.findall(r"^echo '(.*)' > (\S+)$", page, re.M):
         Path(name).write_text(text, encoding="utf-8")
     commands = re.findall(r"^ *python -m dwrl_fast\.train (.*)$", page.replace("\\\n", " "), re.M)
     assert commands

@@ -389,7 +389,7 @@ def test_groups_are_never_split(folder: Path) -> None:
     "change, said",
     [
         ({"advantage": 1e-5}, "all score alike"),
-        ({"effective_groups": 1.0}, "carry the gradient"),
+        ({"effective_groups": 1.0}, "contribute to the gradient"),
         ({}, None),
         ({"advantage": 0.0, "loss": 0.01}, None),
     ],

@@ -103,7 +103,9 @@ def test_layers_with_a_state_are_sampled_from(kind: str) -> None:
             with torch.no_grad():
                 logprobs = lm(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
             alone = logprobs[len(context) - 1 : -1].gather(-1, ids[0, len(context) :, None])[:, 0]
-            torch.testing.assert_close(torch.tensor(thought.logprobs), alone, rtol=0, atol=1e-5)
+            # A step and a whole sequence use two rules for the state, with sums in another order: 2e-5 on one machine.
+            # A state that takes in the padding, as Mamba's, differs by .5.
+            torch.testing.assert_close(torch.tensor(thought.logprobs), alone, rtol=0, atol=1e-4)
     assert len(sizes) > 2
 
 

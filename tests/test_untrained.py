@@ -133,7 +133,7 @@ def test_labels_that_the_model_does_not_use(folder: Path, monkeypatch: pytest.Mo
     more: dict[str, Any] = {"max_completion_length": 6, "learning_rate": 1e-6, "score_normalization": normalization}
     assert outcome(monkeypatch, options(folder, "dwrl", **more)) == 3
     assert all(row["label_mass"] < 1e-3 for row in read_metrics(folder / "run" / "metrics.jsonl"))
-    assert "the labels have" in result(folder)["why"] and "--template" in result(folder)["why"]
+    assert "the labels together have" in result(folder)["why"] and "--template" in result(folder)["why"]
     template = {"evaluate": EVALUATE + " {aspect}", "rate": RATE, "labels": ["1", "2"]}
     (folder / "others.yaml").write_text(yaml.safe_dump(template))
     more |= {"template": folder / "others.yaml"}

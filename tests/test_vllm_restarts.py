@@ -171,7 +171,7 @@ def test_a_restarted_server_is_counted_and_one_that_stays_away_ends_the_run(
     make_trainer(served(module_folder, url), tmp_path / "run").train()
     assert fired == ["restart"]
     assert [row["engine_restarts"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 0]
-    assert caplog.text.count("they are sent again") == 1
+    assert caplog.text.count("the latest are sent again") == 1
     assert same(tmp_path / "run", tmp_path / "whole")
 
     def leaving(body: dict[str, Any]) -> None:

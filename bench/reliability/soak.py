@@ -25,7 +25,10 @@ def endless(task: Embedded, folder: Path, steps: int) -> Any:
 
 
 def hunted(task: Embedded, folder: Path, steps: int, between: tuple[float, float], seed: int = 0) -> Drill:
-    """Kills after random times in the range `between` (seconds), compared with the same run without kills, which runs beside it."""
+    """Kills after random times in the range `between` (seconds), compared with the same run without kills.
+
+    Both run at the same time.
+    """
     chance, kills, started = random.Random(seed), 0, time.monotonic()
     folder.mkdir(parents=True)
     whole = life(lambda: run(endless(task, folder / "whole", steps)), folder / "whole.log")

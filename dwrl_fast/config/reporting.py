@@ -17,7 +17,7 @@ class ReportingOptions(Options):
 
     report_to: tuple[Literal["tensorboard", "trackio", "wandb", "mlflow"], ...] = tracker_option(
         (),
-        "Experiment trackers that get the options, the figures and some of the thoughts while the run goes on. none: "
+        "Experiment trackers that get the options, the figures and some of the thoughts during the run. none: "
         "nothing is sent anywhere. docs/training.md lists the names of the figures and where each tracker writes.",
     )
     project: str = tracker_option("dwrl_fast", "Project of the trackers; the experiment of MLflow.")

@@ -44,6 +44,7 @@ class DirectPreference(Method):
     card_options = ("beta",)
     verdict = "likelihood"
     preparation = "encode, reference"
+    companion = "its frozen reference"
     old_policy = "start"
     default_beta: ClassVar[float] = 0.22
 

@@ -33,6 +33,7 @@ class Method(ABC):
     trains: False if the model is only evaluated and saved. demonstrations: accepts rows with thought and verdict.
     old_policy: the old policy of its probability ratio; None without a ratio.
     selects: only some of the sampled thoughts are trained.
+    companion: a further model that scoring needs, in words; empty if none.
     """
 
     name: ClassVar[str]
@@ -50,6 +51,7 @@ class Method(ABC):
     demonstrations: ClassVar[bool] = False
     old_policy: ClassVar[OldPolicy | None] = None
     selects: ClassVar[bool] = False
+    companion: ClassVar[str] = ""
 
     config: Any  # a TrainConfig
     dialog: Any  # a Dialog or a SingleTurn, depending on `template`

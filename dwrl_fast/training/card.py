@@ -209,8 +209,8 @@ def _limits(config: TrainConfig, method: type[Method], result: Mapping[str, Any]
         yield "A demonstration: a tiny model on a made task. It judges nothing else."
     if reports and min(report["groups"] for _, report in reports) < FEW:
         yield f"It was measured on fewer than {FEW} rows: see the interval."
-    if method.name == "dpo" or config.prefilled_thoughts:
-        needed = "its frozen reference" if method.name == "dpo" else "the model that writes its thoughts"
+    needed = method.companion or ("the model that writes its thoughts" if config.prefilled_thoughts else "")
+    if needed:
         yield f"It scores only together with {needed}, which `{CARD}` names and which is not in this folder."
     yield (
         "Its scores order responses as the held-out pairs say. On other prompts, languages and aspects nothing was "
