@@ -111,7 +111,7 @@ def test_the_drill_of_files_sees_each_kind_of_harm(task: Embedded, tmp_path: Pat
     assert "more than 2 s" in wrong(lambda folder: time.sleep(60), 2.0)
     assert "MiB" in wrong(lambda folder: (b"x" * (1200 << 20), named(folder)))
     assert "outside was read" in wrong(lambda folder: ((folder.parent / "outside" / "x").read_bytes(), named(folder)))
-    assert "code was run" in wrong(lambda folder: ((folder / "ran").mkdir(), named(folder)))
+    assert "code ran" in wrong(lambda folder: ((folder / "ran").mkdir(), named(folder)))
 
 
 def test_a_life_ends_as_it_ends(tmp_path: Path) -> None:
