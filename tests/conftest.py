@@ -18,8 +18,8 @@ from dwrl_fast.log import logger
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# What torch.compile keeps does not say which instruction set it is for: made under a lowered ATEN_CPU_CAPABILITY, it
-# corrupts the memory of a process that has a wider one.
+# torch.compile's cache does not record the instruction set: code compiled under a lowered ATEN_CPU_CAPABILITY corrupts
+# the memory of a process with a wider one.
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(
     tempfile.gettempdir(), f"dwrl_fast_tests_{getpass.getuser()}_{torch.backends.cpu.get_cpu_capability()}"
 )
@@ -27,8 +27,8 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(
 
 @pytest.fixture(autouse=True)
 def propagating() -> None:
-    """A command that an earlier test ran leaves its handler at the package's logger; then caplog would see messages
-    twice, or not at all.
+    """Remove the log handler that a command in an earlier test left. Otherwise caplog would see messages twice, or not
+    at all.
     """
     logger.handlers.clear()
     logger.propagate = True
@@ -37,7 +37,7 @@ def propagating() -> None:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder with real data and tokenizers, named by DWRL_FAST_SHARED or lying beside the checkout as `shared`."""
+    """The folder with real data and tokenizers, named by DWRL_FAST_SHARED, or `shared` next to the checkout."""
     folder = Path(os.environ.get("DWRL_FAST_SHARED", ROOT.parent / "shared")) / "data"
     if not folder.is_dir():
         pytest.skip(f"real data not found at {folder}; name its parent folder in DWRL_FAST_SHARED")
@@ -56,7 +56,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def module_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, one for all tests of a module: for tests that leave it as it is."""
+    """The same folder for all tests of a module, which must not change it."""
     from tiny import tiny_folder, tiny_pairs
 
     made = tmp_path_factory.mktemp("tiny")
@@ -66,7 +66,7 @@ def module_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Payload:
-    """Unpickled, it makes the file `ran`."""
+    """An object that creates the file `ran` when it is unpickled."""
 
     def __init__(self, ran: Path) -> None:
         self.ran = ran
@@ -77,8 +77,8 @@ class Payload:
 
 @pytest.fixture
 def unpickling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The file that any pickle of the working folder makes when it is loaded, under a `datasets` whose pandas reader
-    unpickles, as it did before version 5.2.
+    """The file that a pickle in the working folder creates when it is loaded, with a `datasets` whose pandas reader
+    unpickles, as before version 5.2.
     """
     reader = pytest.importorskip("datasets.packaged_modules.pandas.pandas", reason="this version has no such reader")
     pandas, pyarrow = pytest.importorskip("pandas"), pytest.importorskip("pyarrow")

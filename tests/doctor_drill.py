@@ -14,17 +14,17 @@ from dwrl_fast.ranks import Ranks
 
 
 def nothing(self: Any) -> None:
-    """A replica that is never brought up to date."""
+    """A replica that is never updated."""
     self.stale = False
 
 
 def averaged(sum_: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """A backend that gives means for sums."""
+    """A backend that returns means instead of sums."""
     return lambda self, x: sum_(self, x) / self.count
 
 
 def halved(divide: Callable[..., None]) -> Callable[..., None]:
-    """Gradients that are divided on their way between the ranks."""
+    """Gradients that are wrongly divided between the ranks."""
     return lambda self, factor: divide(self, 2 * factor)
 
 

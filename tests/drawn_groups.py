@@ -8,12 +8,12 @@ from dwrl_fast.encode import Group, Thought
 
 
 def make_sequence(ids: list[int], start: int, stop: int) -> TokenSequence:
-    """`ids` with the thought at [start, stop); the other spans are of no interest here."""
+    """`ids` with the thought at [start, stop); the other spans do not matter."""
     return TokenSequence(ids, slice(0, 1), slice(1, start), slice(start, stop), slice(stop, len(ids)))
 
 
 def make_group(responses: list[list[TokenSequence]]) -> Group:
-    """Old log-probs and flags that differ from thought to thought, so that no two can be exchanged unseen."""
+    """A group whose old log-probs and flags differ between thoughts, so that a swap is detected."""
     count = iter(range(1000))
 
     def thought(s: TokenSequence) -> Thought:
@@ -25,13 +25,15 @@ def make_group(responses: list[list[TokenSequence]]) -> Group:
 
 
 def whole(*ids: list[int]) -> Group:
-    """One response whose thoughts are all but the first token."""
+    """One response; each thought is everything except the first token."""
     return make_group([[make_sequence(i, 1, len(i)) for i in ids]])
 
 
 @st.composite
 def drawn_groups(draw: st.DrawFn) -> list[Group]:
-    """Ids of one to three letters: prefixes are shared at odd places, within groups, between them, or all the way."""
+    """Ids from a vocabulary of one to three letters, so that prefixes are shared at random places, within groups,
+    between groups, or completely.
+    """
     letter = st.integers(0, draw(st.integers(0, 2)))
 
     def run(least: int, most: int) -> list[int]:

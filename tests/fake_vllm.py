@@ -34,8 +34,8 @@ NCCL += [f"/{name}_weight_transfer_engine" for name in ("init", "shutdown")]
 
 
 class FakeVllm:
-    """weights: what was loaded last. fault: called with each completion's body before it is answered; it may raise
-    `Hang` or `Die`, or give what is to be answered. routes: what every call was for, in order.
+    """weights: loaded last. fault: called with the body of each completion request; it may raise `Hang` or `Die`, or
+    return the answer. routes: the routes of all calls, in order.
     """
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class FakeVllm:
         self.version, self.weights = "default", "its file's"
 
     def completion(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Token 7, then 8, and so on; labels as of logits that are their ids."""
+        """Tokens 7, 8, and so on; log-probs of labels as if logits were their ids."""
         changed = self.fault(body)
         if changed is not None:
             return changed
@@ -194,5 +194,5 @@ class FakeLlm:
 
 
 def hang(body: dict[str, Any]) -> None:
-    """Longer than any timeout of the tests."""
+    """Wait longer than all timeouts of the tests."""
     time.sleep(3)

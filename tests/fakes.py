@@ -18,7 +18,7 @@ from dwrl_fast.scoring.loading import load_dialog
 from dwrl_fast.training.policy import load_judging
 from dwrl_fast.training.rollout import Rollout
 
-CUT = " cut"  # at the end of what is said: the limit came before the end of the turn
+CUT = " cut"  # suffix of a thought that was cut at the limit
 
 
 class FakeSampler:
@@ -42,7 +42,7 @@ class FakeSampler:
 
 
 class FakePolicy:
-    """A method on the model that `config` names. says: its thoughts are told (see FakeSampler), not sampled."""
+    """A method on the model that `config` names. says: gives its thoughts instead of sampling (see FakeSampler)."""
 
     def __init__(
         self,

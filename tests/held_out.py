@@ -19,6 +19,6 @@ def share_won(model: Path, pairs: Path, votes: int = 1, seed: int = 0) -> float:
 
 
 def log_mean_exp(scores: list[float]) -> float:
-    """Of scores in nats, which may be far below 0."""
+    """The log of the mean of exp(scores), stable for scores far below 0."""
     top = max(scores)
     return top + math.log(sum(math.exp(score - top) for score in scores) / len(scores))

@@ -36,7 +36,7 @@ def single_turn(template: Template) -> SingleTurn:
 
 
 def make_policy(folder: Path, name: str, says: Callable[[str, int], str] | None = None, **changes: Any) -> FakePolicy:
-    """A method that judges by the template of TEMPLATES, otherwise by PAIRWISE; see FakePolicy."""
+    """A method with its template in TEMPLATES, or PAIRWISE; see FakePolicy."""
     config = tiny_config(folder, method=name, **changes)
     return FakePolicy(config, single_turn(TEMPLATES.get(name, PAIRWISE)), says)
 
@@ -58,20 +58,20 @@ def save(folder: Path, policy: FakePolicy) -> None:
 
 
 def taken_gradients(model: Any) -> dict[str, Tensor]:
-    """By name; the model is left without."""
+    """The gradients by name; they are removed from the model."""
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return found
 
 
 def logprobs(model: Any, sequence: TokenSequence) -> Tensor:
-    """log pi of each of the trained tokens, the sequence by itself and its logits whole."""
+    """log pi of each trained token, for the sequence alone, from all its logits."""
     rows, span = model.lm(torch.tensor([sequence.ids])).logits[0].log_softmax(-1), sequence.thought
     return rows[span.start - 1 : span.stop - 1].gather(-1, torch.tensor(sequence.ids[span])[:, None])[:, 0]
 
 
 def shake(model: Any, by: float = 0.05) -> None:
-    """Move the weights that are trained, as training would."""
+    """Change the trained weights, as training would."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():

@@ -20,14 +20,14 @@ def parts(role: str, text: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Made:
-    """rows: of which each makes the same pair (SINGLE: all of them together). prompt: the turns as (role, content)."""
+    """rows: each gives the same pair (SINGLE: all rows together). prompt: the turns as (role, content)."""
 
     rows: list[dict[str, Any]]
     prompt: list[tuple[str, str]] = field(default_factory=lambda: [("user", ASK)])
     margin: float = 0.0
     pairs: int = 1  # a row
     together: bool = False
-    tie: dict[str, Any] = field(default_factory=dict)  # what makes a row of it a tie
+    tie: dict[str, Any] = field(default_factory=dict)  # changes that make a row a tie
 
 
 UNDER_SYSTEM = [("system", SYSTEM), ("user", ASK)]

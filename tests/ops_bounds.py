@@ -13,9 +13,8 @@ def bounds(
     operator: str, x: dict[str, Any], *, direct: bool = False, clip_low: float = 0.2, clip_high: float = 0.2,
     beta: float = 0.0, normalization: str = "vocab",
 ) -> Bounds:  # fmt: skip
-    """hidden's dtype enters at the logits, at their gradient, and at the gradients that leave; all between is wide.
-
-    Logits of scores are wide, and all are where products come out so (`direct`: on CUDA).
+    """hidden's dtype applies to the logits, their gradient, and the returned gradients; everything between is in the
+    wide dtype. Logits of scores are wide, and so are all logits if products return wide results (`direct`: on CUDA).
     """
     narrow, (t, v) = x["hidden"].dtype, (len(x["targets"]), len(x["weight"]))
     every = torch.arange(v)
@@ -34,7 +33,7 @@ def bounds(
         k, h = k * 1.5, 0 * w
     elif scores:
         whole = _logits(x, every, products.wide(narrow))[0].log_softmax()[:, [v - 1, 0]]
-        either = Rounded(whole.value, whole.error.sum(1, keepdim=True), whole.u)  # one label may be had from the other
+        either = Rounded(whole.value, whole.error.sum(1, keepdim=True), whole.u)  # one label from the other
         found, k, h = {"score": logprob, "mass": either.exp().sum(1)}, logprob * 0 + a, 0 * w
     else:
         found, k, h = {"logprob": logprob, "entropy": entropy}, logprob * 0 + a, w
@@ -53,7 +52,9 @@ def _double(x: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 def _logits(x: dict[str, Any], columns: Tensor, narrow: torch.dtype) -> tuple[Rounded, Rounded]:
-    """Of some columns, after soft-cap and temperature, and their slope in the head's output."""
+    """The logits of some columns, after soft-cap and temperature, and their derivative with respect to the head's
+    output.
+    """
     head = {"temperature": 1.0, "softcap": None} | x["head"]
     hidden, weight, bias = _double(x)
     wide = products.wide(x["hidden"].dtype)
@@ -70,7 +71,7 @@ def _logits(x: dict[str, Any], columns: Tensor, narrow: torch.dtype) -> tuple[Ro
 
 
 def _products(x: dict[str, Any], columns: Tensor, d_logits: Rounded) -> Bounds:
-    """The gradients that leave, of the logits' of some columns."""
+    """The returned gradients, from the logit gradients of some columns."""
     hidden, weight, bias = _double(x)
     narrow, back = x["hidden"].dtype, d_logits.moved(Tensor.t)
 
@@ -86,7 +87,9 @@ def _products(x: dict[str, Any], columns: Tensor, d_logits: Rounded) -> Bounds:
 def _policy(
     x: dict[str, Any], logprob: Rounded, entropy: Rounded, edges: tuple[float, float], beta: float
 ) -> tuple[Bounds, Rounded]:
-    """Loss, logprob, stats, and the loss's derivative in logprob. No rounding carries a ratio over the clip's edge."""
+    """Loss, logprob, stats, and the derivative of the loss with respect to logprob. Rounding moves no ratio over a clip
+    boundary.
+    """
     a, w, old = (x[k].double() for k in ("advantage", "token_weight", "old_logprob"))
     trained = oracle.trained_rows(a, w, beta)
     log_ratio = logprob - old

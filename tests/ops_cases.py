@@ -13,7 +13,8 @@ from torch import Tensor
 from dwrl_fast import ops
 from dwrl_fast.ops import oracle, products
 
-# Odd on purpose: one row, fewer columns than a vector, no multiple of a vector or of a block, a real vocabulary's tail.
+# Chosen to be irregular: one row, fewer columns than a vector, not multiples of a vector or a block, the remainder of a
+# real vocabulary.
 SHAPES = [(1, 1, 2), (7, 5, 3), (23, 17, 101), (34, 16, 4099), (13, 8, 32003)]
 
 OPERATORS: list[tuple[str, dict[str, Any]]] = [
@@ -30,7 +31,7 @@ every_operator = pytest.mark.parametrize(
 
 @contextmanager
 def small_chunks(rows: int = 8) -> Iterator[None]:
-    """Every pass in chunks of so few rows that there are many."""
+    """A context with small chunks, so that every pass has many."""
     before = products.MIN_ROWS, dict(products.CHUNK_BYTES)
     products.MIN_ROWS = rows
     products.CHUNK_BYTES.update(cpu=1, cuda=1)
@@ -57,7 +58,7 @@ def inputs(
     targets = torch.randint(v, (t,), generator=g)
     double: dict[str, Any] = {k: wide(y) for k, y in x.items()}
     exact: Any = oracle.linear_logprob(targets=targets, **double, **head)
-    # Ratios far from the clip's edges (.6, .8, 1.2, 1.6), on both sides of each: no rounding decides where a row is.
+    # Ratios far from the clip boundaries (.6, .8, 1.2, 1.6), on both sides of each, so that rounding does not decide.
     log_ratio = torch.tensor([-0.6, -0.35, -0.1, 0.05, 0.4, 0.6])[torch.arange(t) % 6]
     wide_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     old = (exact.detach() - log_ratio).to(wide_dtype)
@@ -88,7 +89,7 @@ def in_float64(x: dict[str, Any]) -> dict[str, Any]:
 
 
 def results(operator: str, x: dict[str, Any], backend: str, **options: Any) -> dict[str, Tensor]:
-    """What an operator returns and the gradients of a fixed combination of it."""
+    """The results of an operator, and the gradients of a fixed combination of them."""
     module: Any = oracle if backend == "reference" else ops
     how = {} if backend == "reference" else {"backend": backend}
     head = x["head"]

@@ -12,8 +12,8 @@ from dwrl_fast.ranks import Ranks
 
 
 def peak(ranks: Ranks, config: PlanConfig, folder: Path) -> int:
-    """Bytes that are allocated at most in an update of every phase, by the profiler's events. Their sums begin before
-    the model is made, and go on in a process that was profiled before: call it once in each.
+    """Peak bytes of an update of every phase, from the profiler's events. The sums start before the model is created,
+    and continue if the process was profiled before, so call this once per process.
     """
     torch.set_num_threads(1)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:

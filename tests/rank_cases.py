@@ -23,8 +23,8 @@ WORDS = ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"]
 
 
 def says(text: str, i: int) -> str:
-    """A thought of two to six tokens that follows what it is about. Some are cut; those about two responses end with
-    one verdict or the other.
+    """A thought of two to six tokens that depends on its context. Some are cut; thoughts about two responses end with a
+    verdict.
     """
     place = sum(map(ord, text)) + 7 * i
     verdict = f" {(A, B)[place % 2]}" if "compare" in text else ""
@@ -32,7 +32,7 @@ def says(text: str, i: int) -> str:
 
 
 def gradients(policy: Policy, method: Any, minibatch: Any, phase: str) -> dict[str, Tensor]:
-    """What an update takes its step by, before clipping; no step is taken."""
+    """The gradients of an update before clipping; no step is taken."""
     found: dict[str, Tensor] = {}
 
     class Read(Optimizers):
@@ -84,7 +84,7 @@ def updated(ranks: Ranks, config: TrainConfig, steps: int) -> dict[str, Any]:
 
 
 def _compute_in_float64() -> None:
-    """Models come in float64, and their norms compute in it; transformers' own compute in float32."""
+    """Load models in float64 and compute their norms in float64; transformers' norms compute in float32."""
     from transformers.models.llama import modeling_llama
     from transformers.models.qwen2 import modeling_qwen2
 
@@ -99,7 +99,7 @@ def _compute_in_float64() -> None:
 
 
 def in_bfloat16(ranks: Ranks, config: TrainConfig) -> dict[str, Any]:
-    """Updates computed in bfloat16, of a model whose file is in bfloat16: masters, and what samples."""
+    """Updates in bfloat16, for a model with a bfloat16 file: master weights, and weights of the sampler."""
     policy_of = FakePolicy(config, says=says, ranks=ranks)
     runtime, sharded = policy_of.runtime, policy_of.runtime.sharded
     assert sharded is not None and sharded.replica is not None
@@ -121,7 +121,7 @@ def in_bfloat16(ranks: Ranks, config: TrainConfig) -> dict[str, Any]:
 
 
 def in_bfloat16_over_a_reference(ranks: Ranks, config: TrainConfig) -> dict[bool, dict[str, Tensor]]:
-    """Updates of adapters, after a first pass without them, and of a whole model beside a frozen one."""
+    """Updates of adapters, after a first pass without them, and of a whole model with a frozen reference."""
     found = {}
     for adapters in (True, False):
         changed = dataclasses.replace(config, use_peft=adapters)

@@ -18,20 +18,19 @@ def unit(dtype: torch.dtype) -> float:
 
 
 def growth(terms: int) -> float:
-    """The error of a sum of so many terms, in units of one rounding and of the sum of their magnitudes.
+    """The error bound of a sum of `terms` terms, in units of one rounding times the sum of magnitudes.
 
-    In any order at most the number of terms. Rounding errors of either sign grow as its root: beyond 6 roots they are
-    less probable than 1e-7 (Higham and Mary 2019, Theorem 2.4).
+    In any order it is at most the number of terms. Random rounding errors grow as its square root: more than 6 times
+    the root has a probability below 1e-7 (Higham and Mary 2019, Theorem 2.4).
     """
     return min(terms, 6 * terms**0.5)
 
 
 @dataclass
 class Rounded:
-    """A float64 `value`, and the `error` that arithmetic with roundings of relative size u may have made on the way.
-
-    Every operation passes on the errors of its operands and adds its own: u of its result, or of the magnitudes of its
-    terms where it sums. Instruction set, blocking and number of threads do not come into it.
+    """A float64 `value`, and a bound `error` for arithmetic with roundings of relative size u. Every operation
+    propagates the errors of its operands and adds its own: u times its result, or times the magnitudes of its terms for
+    sums. The bound does not depend on instruction set, blocking or number of threads.
     """
 
     value: Tensor
@@ -40,7 +39,7 @@ class Rounded:
 
     @classmethod
     def given(cls, value: Tensor, dtype: torch.dtype) -> "Rounded":
-        """Exact, and at the start of a computation in dtype."""
+        """An exact value at the start of a computation in dtype."""
         return cls(value.detach().double(), torch.zeros_like(value, dtype=torch.float64), unit(dtype))
 
     def _new(self, value: Tensor, error: Tensor) -> "Rounded":
@@ -75,14 +74,14 @@ class Rounded:
         return self.moved(lambda x: x[index])
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "Rounded":
-        """With its elements elsewhere."""
+        """The same elements, rearranged."""
         return Rounded(move(self.value), move(self.error), self.u)
 
     def sum(self, dim: int) -> "Rounded":
         sums = self.u * growth(self.value.shape[dim]) * self.value.abs()
         return self._new(self.value.sum(dim), (self.error + sums).sum(dim))
 
-    # A library function is good to 4 units in the last place, of 2 u each.
+    # A library function is accurate to 4 units in the last place, of 2 u each.
     def exp(self) -> "Rounded":
         value = self.value.exp()
         scaled = self.error + self.u * self.value.abs()  # to base 2
@@ -104,7 +103,7 @@ class Rounded:
 
 
 def product(a: Rounded, b: Operand, dtype: torch.dtype, pieces: bool = True) -> Rounded:
-    """a @ b, rounded to dtype; with `pieces` it may also be a sum of products that each were."""
+    """a @ b, rounded to dtype; with `pieces` it may also be a sum of rounded products."""
     whole = (a @ b).narrowed(dtype)
     if pieces:
         whole.error += unit(dtype) * (a.value.abs() @ a._of(b).value.abs())
@@ -112,11 +111,11 @@ def product(a: Rounded, b: Operand, dtype: torch.dtype, pieces: bool = True) -> 
 
 
 Bounds = dict[str, Rounded]
-UNDERFLOW = 1e-30  # what float32 has nothing left of may be missing
+UNDERFLOW = 1e-30  # values that underflow in float32 may be missing
 
 
 def assert_within(found: dict[str, Tensor], bounds: Bounds) -> None:
-    """Every number of `found` within its bound; what is not a number in the one is none in the other."""
+    """Assert that every number of `found` is within its bound, and that both have NaN at the same places."""
     assert found.keys() == bounds.keys()
     for name, bound in bounds.items():
         got = found[name].double()

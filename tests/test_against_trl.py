@@ -1,12 +1,12 @@
 """Losses and gradients of one step against TRL's trainers, on the same weights and token ids.
 
-Each trainer is built for real over a plain Hugging Face model of its own, its collator pads the ids and its own
-`compute_loss` runs; ours come from the method's rollout, as a tree and padded. Both are float32: losses agree to 1e-5,
-gradients to 1e-5 of the largest element, which sums in another order stay well under.
+Each trainer is really built, over a separate plain Hugging Face model; its collator pads the ids, and its own
+`compute_loss` runs. Our losses come from the method's rollout, as a tree and padded. Both are float32: losses agree to
+1e-5, gradients to 1e-5 of the largest element; sums in a different order differ by much less.
 
-No definition differs, once the options say the same: DPO's and the reward's margins and means over pairs, SFT's mean
-over all completion tokens, GRPO's mean of means with `loss_type="grpo"` and `beta=0`. What TRL adds on request (centred
-rewards, DPO's other divergences and losses) has no counterpart here, and is off there by default.
+With equal options no definition differs: DPO's and the reward's margins and means over pairs, SFT's mean
+over all completion tokens, GRPO's mean of means with `loss_type="grpo"` and `beta=0`. Optional parts of TRL (centred
+rewards, DPO's other divergences and losses) have no counterpart here, and are off by default.
 """
 
 from pathlib import Path
@@ -98,7 +98,7 @@ def prompt_and_completion(group: Group, k: int) -> tuple[list[int], list[int]]:
 @pytest.mark.parametrize("rows", [PLAIN, ROWS], ids=["pairs", "margins"])
 @pytest.mark.parametrize("packing", ["tree", "padded"])
 def test_bt(tmp_path: Path, rows: list[Preference], packing: str) -> None:
-    """Rewards are read at the end-of-turn by both: TRL's model takes the last id that is no padding."""
+    """Both read rewards at the end-of-turn: TRL's model uses the last id that is not padding."""
     policy = make(tmp_path, "bt", packing)
     groups = policy.rollout(rows)[0]
     trainer = trainer_of("Reward", policy, tmp_path, {"chosen": "1", "rejected": "2"})
@@ -138,12 +138,12 @@ def test_sft(tmp_path: Path, packing: str) -> None:
 
 @pytest.mark.parametrize("packing", ["tree", "padded"])
 def test_grpo(tmp_path: Path, packing: str) -> None:
-    """Off the policy that sampled, so that the ratio is clipped on both sides for some tokens."""
+    """Off-policy, so that the ratio of some tokens is clipped on both sides."""
     template = Template("compare {prompt} A {response_a} B {response_b}", labels=None, kind="pairwise")
     policy = make(tmp_path, "grpo-pair", packing, SingleTurn(make_tokenizer(), template, "correctness"))
     groups = policy.rollout(PLAIN)[0]
     g = torch.Generator().manual_seed(0)
-    groups = [  # a drawn model writes no verdicts
+    groups = [  # a random model writes no verdicts
         group.with_rewards([torch.rand(len(r), generator=g).tolist() for r in group.rewards]) for group in groups
     ]
     trainer = trainer_of(
@@ -164,7 +164,7 @@ def test_grpo(tmp_path: Path, packing: str) -> None:
 
 
 def grpo_inputs(groups: list[Group], pad_id: int) -> dict[str, Tensor]:
-    """What TRL's rollout would give: prompts padded on the left, completions on the right."""
+    """The inputs of TRL's rollout: prompts padded on the left, completions on the right."""
     sequences = [sequence for group in groups for sequence in group.flat]
     old = [thought.logprobs for group in groups for each in group.thoughts for thought in each]
     start = max(sequence.thought.start for sequence in sequences)

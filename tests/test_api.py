@@ -43,7 +43,7 @@ def scorer_of(folder: Path, name: str, **options: Any) -> Scorer:
 
 
 def says(scorer: Scorer, said: Callable[[str, int], str]) -> None:
-    """Let the thoughts be what they are told to be."""
+    """Replace the sampler by one that gives these thoughts."""
     runtime = scorer._judging.runtime
     object.__setattr__(runtime, "sampler", FakeSampler(runtime.dialog, said))
 
@@ -94,8 +94,8 @@ def test_a_score_does_not_depend_on_what_is_beside_it(folder: Path, name: str, p
 
 
 def test_many_responses_of_a_prompt_take_several_passes(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Where scores take a pass of their own: together as far as the budget goes, whatever is thought; a group past it
-    would be one pass all the same.
+    """If scores need a separate pass: responses are grouped up to the budget, assuming the longest thoughts, because a
+    larger group would be one pass anyway.
     """
     scorer = scorer_of(folder, "dwrl", token_budget=64)
     sizes: list[int] = []
@@ -172,7 +172,9 @@ def test_a_method_that_compares_gives_log_odds(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["dwrl", "bt", "dpo", "grpo-pair"])
 def test_threads_score_side_by_side(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eight at once give what one gives after another: scores, thoughts, tokens. None waits for another to end."""
+    """Eight concurrent calls give the same scores, thoughts and tokens as sequential ones. No call waits for
+    another.
+    """
     scorer = scorer_of(folder, name)
     prompts = [[prompt] * 2 for prompt in ("3 5 0", "1", "5 6 2 1", "8", "7 7", "2 4 6 8", "9 1 1", "6")]
     answers = ["5", "2 7 1"]
@@ -189,7 +191,7 @@ def test_threads_score_side_by_side(folder: Path, name: str, monkeypatch: pytest
     judge = type(scorer._judging).score_groups
 
     def together(self: Any, *args: Any, **options: Any) -> Any:
-        all_here.wait()  # would never end if calls waited for one another
+        all_here.wait()  # would deadlock if calls waited for each other
         return judge(self, *args, **options)
 
     monkeypatch.setattr(type(scorer._judging), "score_groups", together)
@@ -201,7 +203,7 @@ def test_threads_score_side_by_side(folder: Path, name: str, monkeypatch: pytest
 
 
 def test_a_policy_with_adapters_waits(folder: Path) -> None:
-    """Its adapters are switched off and on, which another call would see."""
+    """Scoring switches its adapters off and on, which a concurrent call would see."""
     plain, adapted_ = scorer_of(folder, "dpo"), scorer_of(folder, "dpo")
     assert not plain._judging.switches_model
     inside: list[int] = []
@@ -225,7 +227,7 @@ def test_a_policy_with_adapters_waits(folder: Path) -> None:
     [
         ("A A A", "B B B", math.inf),
         ("A A B", "B A A", 0.0),  # 3 of 6
-        ("A A ok", "B B A", math.log(4)),  # what cannot be read is nobody's: 4 to 1
+        ("A A ok", "B B A", math.log(4)),  # unreadable verdicts count for neither: 4 to 1
         ("ok ok ok", "ok ok ok", math.nan),
     ],
 )
@@ -279,7 +281,7 @@ def test_the_stored_temperature_is_used(tmp_path: Path, caplog: pytest.LogCaptur
 
 def test_what_evaluate_calibrates_is_what_is_used(tmp_path: Path) -> None:
     path, pairs = tiny_folder(tmp_path / "tiny", seed=3), tiny_pairs(tmp_path / "pairs.jsonl", 40)
-    turned = {"chosen": "rejected", "rejected": "chosen"}  # the drawn model is right less often than not
+    turned = {"chosen": "rejected", "rejected": "chosen"}  # the random model is wrong more often than right
     rows = [json.loads(line) for line in pairs.read_text().splitlines()]
     pairs.write_text("".join(json.dumps({turned.get(k, k): v for k, v in row.items()}) + "\n" for row in rows))
     evaluate.main(["--model_name_or_path", str(path), "--dataset_name", str(pairs), "--calibrate"])

@@ -22,7 +22,7 @@ from dwrl_fast.errors import DataError
 
 
 def check_whole(row: Preference) -> None:
-    """What everything behind the reader relies on."""
+    """Assert the properties of a row that later code relies on."""
     assert [turn["role"] for turn in row.prompt if turn["role"] != "system"][-1] == "user"
     assert len(row.responses) > 1
     for text in (*row.responses, *(turn["content"] for turn in row.prompt)):
@@ -35,7 +35,7 @@ def check_whole(row: Preference) -> None:
 
 
 def accounted(path: Path, **options: Any) -> tuple[set[int], dict[int, str], dict[int, str]]:
-    """The lines used, dropped and in error, by a reader that goes on after errors; no line is two of these."""
+    """The used, dropped and erroneous lines, from a reader that continues after errors; the three are disjoint."""
     used: set[int] = set()
     dropped: dict[int, str] = {}
     errors: dict[int, str] = {}
@@ -65,7 +65,7 @@ def test_a_bad_line_among_good_ones(tmp_path: Path, kind: str) -> None:
         with pytest.raises(DataError, match=f"^{where}{bad.error}"):
             read_preferences(path)
         assert re.match(where + bad.error, errors[bad.number])
-        assert "; " in errors[bad.number] or "should hold" in errors[bad.number]  # what to do
+        assert "; " in errors[bad.number] or "should hold" in errors[bad.number]  # a remedy
         assert (used, dropped) == (lines - errors.keys(), {})
         assert all(bad.number <= line <= len(lines) - len(bad.among) for line in errors)
         return
@@ -131,7 +131,7 @@ def test_a_line_of_100_megabytes(tmp_path: Path) -> None:
 
 
 class Words(Dialog):
-    """A dialog in which a word is a token; spaces are none."""
+    """A dialog in which every word is a token."""
 
     def __init__(self) -> None:
         """Without template or tokenizer."""
@@ -176,7 +176,7 @@ def real_bad_rows(shared: Path) -> list[dict[str, Any]]:
 
 
 def test_real_bad_rows_as_they_stand(shared: Path, tmp_path: Path) -> None:
-    """Some are of a source's own columns: the error says which are needed. Others are read as they are published."""
+    """Some have columns of their source: the error says which are needed. Others are read in their published layout."""
     found = real_bad_rows(shared)
     assert len(found) == 190
     for i, row in enumerate(found):
@@ -226,11 +226,11 @@ def gsm8k(raw: dict[str, Any]) -> dict[str, Any]:
 
 def qa_feedback(raw: dict[str, Any]) -> dict[str, Any]:
     tied = not any(raw["preference"])
-    ranks = [1, 1, 1, 1] if tied else [1, 1, 1, 3]  # no weak order: there are no ranks that say it
+    ranks = [1, 1, 1, 1] if tied else [1, 1, 1, 3]  # not a weak order, so no ranks can represent it
     return {"prompt": raw["question"], "responses": raw["predictions"], "ranks": ranks}
 
 
-# What becomes of each kind of fault, once its source's columns are put into one of our formats.
+# The outcome of each kind of fault, after its columns are converted to one of our formats.
 REAL: list[tuple[str, Callable[[dict[str, Any]], dict[str, Any]], dict[str, str]]] = [
     (
         "anthropic-hh",
@@ -311,7 +311,7 @@ KEYS = ["prompt", "chosen", "rejected", "margin", "magnitude", "responses", "ran
 
 
 def mutated_value(value: Any, draw: random.Random) -> Any:
-    """`value` with one part of it changed, moved, doubled or gone."""
+    """`value` with one part changed, moved, duplicated or removed."""
     if draw.random() < 0.25 or not isinstance(value, dict | list) or not value:
         return draw.choice(NASTY)
     key = draw.choice([*value]) if isinstance(value, dict) else draw.randrange(len(value))
@@ -365,7 +365,7 @@ def check_fuzzed(path: Path, rows: list[dict[str, Any]], count: int, seed: int, 
     with open(path, "rb") as file:
         lines = {number for number, line in enumerate(file, start=1) if line.strip()}
     assert used | dropped.keys() | errors.keys() == lines
-    assert min(len(used), len(dropped), len(errors)) > 0.02 * count  # all three are exercised
+    assert min(len(used), len(dropped), len(errors)) > 0.02 * count  # all three outcomes occur
     assert all(message.startswith(f"{path}:{line}: ") for line, message in errors.items())
     assert all(len(message) < 1000 and message.isprintable() for message in errors.values())
 

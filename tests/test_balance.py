@@ -41,7 +41,7 @@ def test_every_place_once_and_nothing_left_to_exchange(costs: list[int], count: 
 
 @pytest.mark.parametrize("data", ["hh", "rmb"])
 def test_real_lengths_are_shared_within_five_percent(data: str) -> None:
-    """At 8 ranks: minibatches of 64 and more in every draw, the default of 32 groups in the median."""
+    """With 8 ranks: minibatches of 64 and more in every draw, the default of 32 groups in the median."""
     for row in balance(data, 100, 200, 20):
         assert row["median"] <= ASKED and (row["most"] <= ASKED or row["minibatch"] < 64), row
 
@@ -64,7 +64,7 @@ def test_an_idle_batch_has_no_group(packing: Any) -> None:
 
 
 class Counting:
-    """Thoughts that say which context of the call they are about, rated by what `close` is asked."""
+    """A sampler whose thoughts name the context of the call, rated by the arguments of `close`."""
 
     float32 = True
 
@@ -76,7 +76,7 @@ class Counting:
 
 
 def on_threads(count: int, function: Callable[[Ranks], Any]) -> list[Any]:
-    """What `function` gives on each of `count` ranks, which are threads."""
+    """The results of `function` on each of `count` ranks, which are threads."""
     board, met = [None] * count, threading.Barrier(count, timeout=30)
 
     class Threads(Ranks):

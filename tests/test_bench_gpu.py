@@ -54,7 +54,7 @@ def test_equal_work_is_as_much() -> None:
 
 
 def test_attention_in_float64() -> None:
-    """Sequence by sequence as over the tree, with shared key heads."""
+    """Attention sequence by sequence equals attention over the tree, with shared key heads."""
     plan = plan_of([(7, -1), (5, 0), (3, 1), (4, 1), (6, 0), (2, 4), (9, -1)])
     for heads in (SMALL, Heads(6, 2, 8)):
         flat, gradient = tree_attention.drawn(36, heads, torch.float32)
@@ -67,7 +67,9 @@ def test_attention_in_float64() -> None:
 
 @pytest.mark.parametrize("name", ["a group", "many roots"])
 def test_flash_attention_by_path(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a peer is given is the tree: its operators, in float64, are those of the definition."""
+    """The inputs of a peer describe the tree: its operators, replaced by float64 versions, give the result of the
+    definition.
+    """
     plan, heads = TREES[name], Heads(4, 2, 8)
     flat, gradient = tree_attention.drawn(int(plan.stop[-1]), heads, torch.float64)
     where = varlen.segments(plan, torch.device("cpu"))
@@ -76,7 +78,7 @@ def test_flash_attention_by_path(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     want = torch.autograd.grad(out, flat, gradient)
 
     def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Of one segment, aligned at the ends."""
+        """Causal attention of one segment, aligned at the ends."""
         back = torch.arange(len(q))[:, None] + len(k) - len(q) - torch.arange(len(k))
         k, v = (x.repeat_interleave(2, 1).transpose(0, 1) for x in (k, v))
         logits = (q.transpose(0, 1) @ k.mT * 8**-0.5).masked_fill(back < 0, -torch.inf)
@@ -119,13 +121,13 @@ def test_a_reference_is_not_a_row() -> None:
 
 
 def test_bits() -> None:
-    """A NaN is equal to itself, and the other zero is another."""
+    """A NaN equals itself, and -0 differs from 0."""
     values = iter([torch.tensor([0.0, torch.nan]), torch.tensor([0.0, torch.nan]), torch.tensor([-0.0, torch.nan])])
     assert calls.differing(lambda: (next(values),), 2) == 1
 
 
 def test_every_call_of_the_head_runs() -> None:
-    """Through Triton's interpreter, which has to be chosen before Triton is imported."""
+    """With Triton's interpreter, which must be selected before Triton is imported."""
     script = (
         "import torch\nfrom bench.gpu import calls\n"
         "for dtype in (torch.float32, torch.bfloat16):\n"
@@ -143,7 +145,9 @@ def test_every_call_of_the_head_runs() -> None:
 
 
 def test_the_calls_of_the_sampler() -> None:
-    """On the CPU by the C++ operators. The last tokens see of what is kept what they saw when all came at once."""
+    """With the C++ operators on the CPU. The last tokens get the same result from the cache as in one call with all
+    tokens.
+    """
     found = dict(calls.cache_calls(*calls.SMALL_CACHE, "cpu"))
     assert len(found) == 8 and not any(calls.differing(call, 1) for call in found.values())
     for dtype in ("float32", "bfloat16"):
@@ -158,14 +162,14 @@ def test_the_calls_of_the_sampler() -> None:
 
 
 def test_sampling_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a tiny shape and the CPU, where no pass is a graph."""
+    """On a tiny shape on the CPU, where no pass is a graph."""
     monkeypatch.setattr(sampling, "SHAPES", {"tiny": sampling.SHAPES["smollm2-135m"] | TINY})
     monkeypatch.setattr(sampling, "ceilings", lambda: {"bytes_per_second": 1e9, "bf16_flop_per_second": 1e10})
     console = Console(record=True, width=120)
     args = argparse.Namespace(pairs=2, tokens=6, rounds=2, seconds=60)
     found = sampling.measured("tiny", args, console)
     assert {row["variant"]: len(row["seconds"]) for row in found["rows"]} == {"tree, graphs": 2, "tree": 2, "plain": 2}
-    # 5 passes read a megabyte of weights each, and one reads what it computes.
+    # 5 passes read a megabyte of weights each.
     assert 5e-3 < found["bound_seconds"] < 1 and forward.GRAPHED > 0
     assert "share of the bound" in console.export_text()
 

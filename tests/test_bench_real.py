@@ -48,7 +48,7 @@ def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_definitions_of_the_most_frequent_nouns(archive: Path, tmp_path: Path) -> None:
-    """Not of second senses, of verbs, of what was never counted, nor where the definition names the word."""
+    """No second senses, verbs, words without frequencies, or definitions that contain the word."""
     assert wordnet.write(tmp_path / "out" / "words.jsonl", archive) == 2
     rows = [json.loads(line) for line in (tmp_path / "out" / "words.jsonl").read_text().splitlines()]
     assert [(row["prompt"], row["chosen"]) for row in rows] == [
@@ -79,7 +79,7 @@ def test_another_archive_and_none_are_said(
 def test_it_trains_and_shows_thoughts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """From one's own file, in the time of one rollout batch."""
+    """From a user's file, with the time of one rollout batch."""
     rows = [{"prompt": f"{i:03d}", "chosen": f"{i:03d}"[::-1] + "1", "rejected": "0"} for i in range(120)]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.chdir(tmp_path)

@@ -115,7 +115,7 @@ def test_the_tree_is_counted_as_its_texts_share(runtime: Runtime) -> None:
     assert found.decode == 3 * 2 * 4
     assert found.head == 3 + 3 * 2 * 4
     assert found.passes == 5
-    # Each pass reads what is shared once, every context's own part once, and every thought by itself.
+    # Each pass reads the shared part once, every context's own part once, and every thought separately.
     assert found.cached == 5 * 40 + 5 * 3 * 30 + 6 * (1 + 2 + 3 + 4)
     assert found.attended == 2 * 3 * sum(70 + t for t in range(1, 5))
     assert found.prefill_attended == 40 * 41 // 2 + 3 * sum(range(41, 71))
@@ -204,7 +204,7 @@ def test_a_stage_within_another_counts_for_itself() -> None:
 
 @pytest.fixture
 def moving(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rates that a weight shows."""
+    """Learning rates large enough to change a weight."""
     monkeypatch.setattr(iteration, "RATE", 1e-2)
 
 

@@ -113,7 +113,7 @@ def test_counters_of_the_plain_recipe(tiny: Setting) -> None:
 
 @pytest.mark.parametrize("size", [4, 16])
 def test_trl_computes_the_clipped_objective_of_ours(tiny: Setting, size: int) -> None:
-    """Loss and gradient of GRPOTrainer's own code are those of our operator with the weights that it uses."""
+    """Loss and gradient of GRPOTrainer equal those of our operator with the same weights."""
     pytest.importorskip("trl")
     sequences = [sequence for group in tiny.groups for sequence in group.flat]
     advantages = torch.randn(len(sequences), generator=torch.Generator().manual_seed(1))
@@ -153,7 +153,7 @@ def test_trunk_variants_agree_and_hold_memory_as_they_hold_tokens() -> None:
 
 
 def test_model_flops_are_those_of_the_products_that_are_computed(tiny: Setting) -> None:
-    """Held against PyTorch's own count, whose attention takes all keys."""
+    """Compared with PyTorch's own count, whose attention uses all keys."""
     lm, tokens = copy.deepcopy(tiny.lm), 12
     lm.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counter:
@@ -219,7 +219,7 @@ def test_a_ladder_ends_where_memory_does() -> None:
 
 def test_saved_bytes_counts_storages_once_and_no_parameters() -> None:
     weight, x = torch.ones(8, 8, requires_grad=True), torch.ones(4, 8, requires_grad=True)
-    # The product keeps x and the weight, the exponential its result, and the square that result again.
+    # The product saves x and the weight, the exponential saves its result, and the square saves that result too.
     assert saved_bytes(lambda: (x @ weight).exp().square(), [weight]) == 2 * x.nbytes
 
 

@@ -70,7 +70,7 @@ def header(file: Path) -> dict[str, Any]:
 
 
 def reseal(folder: Path) -> None:
-    """Make the manifest vouch for the files that are there now, as an attacker would."""
+    """Update the manifest to the current files, as an attacker would."""
     (folder / "manifest.json").unlink()
     files = {path.name: checkpoint.fingerprint(path) for path in folder.iterdir()}
     (folder / "manifest.json").write_text(json.dumps({"format": checkpoint.FORMAT, "files": files}))
@@ -124,7 +124,7 @@ def test_pruning_keeps_the_newest(tmp_path: Path, keep: int | None) -> None:
         10,
         1000000,
         15,
-    ):  # 1000000 has more digits than the others; 15 comes last though its number is smaller
+    ):  # 1000000 has more digits than the others; 15 comes last although its number is smaller
         save_checkpoint(tmp_path, step, {"a": torch.tensor(step)}, {}, keep)
     left = {None: {5, 10, 15, 1000000}, 1: {15}, 2: {15, 1000000}, 3: {10, 15, 1000000}}[keep]
     assert {path.name for path in tmp_path.iterdir()} == {f"checkpoint-{s:06d}" for s in left} | {"checkpoint-final"}
@@ -172,7 +172,7 @@ def test_a_checkpoint_that_is_not_accepted_fills_nothing(tmp_path: Path) -> None
 
 
 def test_every_dtype_and_shape_comes_back_to_the_bit(tmp_path: Path) -> None:
-    """Any bits, a NaN's too; scalars, and tensors of nothing."""
+    """Any bits, including NaN; scalars, and empty tensors."""
     floats = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
     whole = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64]
     tensors, into = {}, {}
@@ -202,7 +202,7 @@ def test_no_tensors_at_all(tmp_path: Path) -> None:
 
 
 def test_tensors_are_split_into_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tensor is in one file, however large; those that begin below a multiple of FILE_BYTES share one."""
+    """A tensor of any size is in one file; tensors that begin within the same multiple of FILE_BYTES share a file."""
     monkeypatch.setattr(checkpoint, "FILE_BYTES", 100)
     tensors = {name: torch.randn(size) for name, size in {"a": 15, "b": 15, "c": 15, "d": 125, "e": 1}.items()}
     path = save_checkpoint(tmp_path, 1, tensors, STATE)
@@ -352,7 +352,7 @@ def test_only_tensors_are_saved(tmp_path: Path) -> None:
 
 
 class Malice:
-    """Runs code when unpickled: makes the folder that it names."""
+    """An object that creates the named folder when it is unpickled."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -475,7 +475,7 @@ def test_an_interrupt_while_saving_stays_an_interrupt(tmp_path: Path, monkeypatc
 
 
 class Died(BaseException):
-    """Stands for a process that ends: nothing may be cleaned up after it."""
+    """Simulates the end of a process, without any cleanup."""
 
 
 STEPS_OF_A_SAVE = [
@@ -538,7 +538,9 @@ def save_without_end(parent: Path, step: int, said: Connection) -> None:
 
 
 def test_twenty_kills_while_saving(tmp_path: Path) -> None:
-    """SIGKILL at random moments; whatever was reported as saved is there, whole, and equal to what that step held."""
+    """SIGKILL at random moments. Every checkpoint reported as saved exists, is intact, and equals the state of its
+    step.
+    """
     chance = random.Random(0)
     context = multiprocessing.get_context("forkserver")  # imports torch once, not twenty times
     context.set_forkserver_preload(["dwrl_fast.training.checkpoint"])
@@ -566,7 +568,7 @@ def test_twenty_kills_while_saving(tmp_path: Path) -> None:
             continue
         into = blank(numbers(0))
         saved = load_checkpoint(latest, into)["step"]
-        assert saved in (reported, reported + 1)  # the next one may be whole before it is reported
+        assert saved in (reported, reported + 1)  # the next one may be complete before it is reported
         assert latest.name == f"checkpoint-{saved:06d}"
         assert_same(into, numbers(saved))
     assert saved > 0

@@ -26,7 +26,7 @@ def put(file: Path, head: bytes, body: bytes) -> None:
 
 
 def refused(path: Path) -> str:
-    """The message that the re-sealed checkpoint of HELD is refused with, before any of it is read."""
+    """The message with which the re-sealed checkpoint of HELD is refused, before any of it is read."""
     reseal(path)
     into = blank(HELD)
     with pytest.raises(CheckpointError) as error:
@@ -113,7 +113,7 @@ def test_a_changed_byte_of_the_header_is_refused_or_changes_nothing(tmp_path: Pa
 
 
 def say_of_places(path: Path, text: str) -> None:
-    """Replace what the file says of where its parts lie in the whole tensors."""
+    """Replace the offsets of the parts in the file."""
     head, body = header(path / SHARD), split(path / SHARD)[1]
     head["__metadata__"][SHARDING] = text
     put(path / SHARD, json.dumps(head).encode(), body)
@@ -149,7 +149,7 @@ def test_a_part_in_an_impossible_place_is_refused(tmp_path: Path, name: str, pla
 
 
 def save_parts(path: Path, *parts: tuple[list[int], Tensor]) -> None:
-    """Put `a` of HELD in files of several ranks, each with its part and where that lies in the whole."""
+    """Save `a` of HELD in files of several ranks, each with its part and its offset."""
     for number, (place, part) in enumerate(parts, start=1):
         tensors = {"a": part.clone()} | ({"scalar": HELD["scalar"], "nothing": HELD["nothing"]} if number == 1 else {})
         places = {name: {"saved_offsets": [0] * tensor.dim()} for name, tensor in tensors.items()}

@@ -29,7 +29,7 @@ SMALL = ["--rollout_batch_size", "8", "--minibatch_size", "4", "--max_steps", "2
 
 @pytest.fixture
 def small_embedded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The default run in small: its own code and recipes, fewer steps."""
+    """A small version of the default run: its own code and recipes, with fewer steps."""
     monkeypatch.setattr(embedded, "prepare", functools.partial(embedded.prepare, sizes=SIZES, plan=TINY))
     shipped = embedded.recipe
 
@@ -243,7 +243,7 @@ def test_the_versions_of_a_checkout_that_is_not_installed(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(("module", "cls"), [("train", TrainConfig), ("evaluate", EvaluateConfig)])
 def test_the_help_that_a_command_prints_names_its_options(module: str, cls: type[Options]) -> None:
-    """In a process of its own: the page of its own parser, each option once, and none that it does not take."""
+    """In a separate process: the help page of its parser has each option once, and no others."""
     command = [sys.executable, "-m", f"dwrl_fast.{module}", "--help"]
     page = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
     named = re.findall(r"^  --(\w+) ", page.partition("\nExamples")[0], re.M)

@@ -60,12 +60,12 @@ def test_rewards_and_advantages() -> None:
 
 @pytest.mark.parametrize("name", ["grpo-pair", "grpo-point"])
 def test_the_grpo_gradient_is_the_policy_gradient(folder: Path, name: str) -> None:
-    """On the policy that sampled, the mean over sequences of A_i / |o_i| sum_t grad log pi."""
+    """On-policy it is the mean over sequences of A_i / |o_i| sum_t grad log pi."""
     policy = make_policy(folder, name)
     groups, logs = policy.rollout(tiny_rows(folder)[:4])
     assert set(logs) >= {"reward", "unparsable", "thought_length"}
     g = torch.Generator().manual_seed(0)
-    groups = [  # a drawn model writes no verdicts: rewards are drawn instead
+    groups = [  # a random model writes no verdicts, so rewards are random
         group.with_rewards([torch.rand(len(r), generator=g).round().tolist() for r in group.rewards])
         for group in groups
     ]
@@ -81,7 +81,7 @@ def test_the_grpo_gradient_is_the_policy_gradient(folder: Path, name: str) -> No
 
 @pytest.mark.parametrize("name", ["gram", "genrm", "grpo-pair", "grpo-point"])
 def test_verdicts(folder: Path, name: str) -> None:
-    """Scores of every response, and a report that counts what could not be read."""
+    """Scores of every response, and a report that counts unreadable verdicts."""
     groups = make_policy(folder, name).judging.score_groups(tiny_rows(folder)[:5], votes=1, seed=0)
     assert marginal_scores(groups).shape == (5, 2)
     report = source_reports(groups, 0)[""]

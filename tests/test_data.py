@@ -19,7 +19,7 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 
 
 def write(folder: Path, *rows: Any, name: str = "pairs.jsonl") -> Path:
-    """A file of rows; a string or bytes is a line as it stands."""
+    """A file of rows; a string or bytes is written as a raw line."""
     lines = [
         row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row)).encode() for row in rows
     ]

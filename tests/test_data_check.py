@@ -35,7 +35,7 @@ def pair(prompt: str = "p", chosen: str = "good", rejected: str = "bad", **more:
 
 
 def write(path: Path, rows: list[Any]) -> Path:
-    """Rows as lines; bytes and texts as they stand."""
+    """Write rows as lines; bytes and texts are written raw."""
     lines = [
         row if isinstance(row, bytes) else row.encode() if isinstance(row, str) else json.dumps(row).encode()
         for row in rows
@@ -90,7 +90,7 @@ def test_every_row_is_accounted_for(tmp_path: Path) -> None:
 
 
 def big(path: Path, seed: int = 0) -> Path:
-    """Good, bad, blank and repeated lines in no order, with carriage returns and a byte-order mark."""
+    """A file with good, bad, blank and repeated lines in random order, with carriage returns and a byte-order mark."""
     draw = random.Random(seed)
     rows: list[Any] = []
     for number in range(600):
@@ -135,7 +135,9 @@ def test_processes_tell_how_far_they_are(tmp_path: Path) -> None:
 
 @relabelled
 def test_what_cannot_be_divided_is_read_in_one_go(tmp_path: Path) -> None:
-    """Completions of one prompt may stand anywhere; a gzipped file has one beginning; a wrong mapping is said."""
+    """Completions of one prompt may be anywhere; a gzip file must be read from its start; a wrong mapping is
+    reported.
+    """
     rows = [{"prompt": f"{i % 7}", "completion": f"{i}", "score": i % 3} for i in range(200)]
     path = write(tmp_path / "single.jsonl", rows)
     found = check(path, processes=2, stretch=500)
@@ -194,7 +196,7 @@ def test_what_two_files_share(tmp_path: Path) -> None:
     found = find_overlap(one, two)
     assert (found.prompts, found.first_lines, found.second_lines) == (2, [2, 3, 4], [2, 4, 5])
     assert found.agreement is not None
-    # Two comparisons that both label, once alike and once not: in both orders, as often the one as the other.
+    # Two comparisons labelled in both files, once equally and once not; counted in both orders.
     assert (found.agreement.comparisons, found.agreement.labels) == (2, 4)
     assert found.agreement.fleiss_kappa == found.agreement.pearson_r == 0
     assert find_overlap(one, check(write(tmp_path / "three.jsonl", [pair("z")]))).agreement is None
@@ -259,7 +261,7 @@ def test_fixed_files_hold_every_line(tmp_path: Path) -> None:
 
 
 def test_fix_of_completions_and_of_a_table(tmp_path: Path) -> None:
-    """A completion that nothing can be compared with goes; rows of Parquet become JSON."""
+    """A completion without a counterpart is dropped; rows of Parquet become JSON."""
     rows = [{"prompt": f"{i // 2}", "completion": f"{i}", "score": i} for i in range(9)]
     path = write(tmp_path / "single.jsonl", rows)
     assert fix(path, check(path), tmp_path / "good.jsonl") == (8, 1)
@@ -332,7 +334,7 @@ def test_how_the_command_ends(
 
 
 def test_real_files_are_accounted_for(shared: Path) -> None:
-    """Each file's own rows; the shares in which the longer response wins are those of its README."""
+    """The rows of each file; the share in which the longer response wins equals that in its README."""
     for name, rows, low, high in (
         ("hh/hh_train", 3632, 0.51, 0.53),
         ("math/gsm8k_real_test", 802, 0.52, 0.58),
@@ -348,7 +350,7 @@ def test_real_files_are_accounted_for(shared: Path) -> None:
 
 
 def test_lengths_in_real_tokens(shared: Path) -> None:
-    """p50, p95 and the most of prompt and longest response, as the data's README has them."""
+    """p50, p95 and maximum of prompt and longest response, as in the README of the data."""
     from dwrl_fast.data.__main__ import dialog_of, tokens
 
     measure = tokens(dialog_of(str(shared / "tokenizers/qwen2.5")))

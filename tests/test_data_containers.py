@@ -41,7 +41,7 @@ def pair(number: int) -> dict[str, Any]:
 
 
 def table(rows: Rows, separator: str) -> bytes:
-    """As a table of text: what is no text is JSON."""
+    """Rows as a text table; values that are not text are written as JSON."""
     out = io.StringIO()
     names = list(dict.fromkeys(name for row in rows for name in row))
     writer = csv.DictWriter(out, names, delimiter=separator)
@@ -100,7 +100,7 @@ CONTAINERS: dict[str, Callable[[Path, Rows], str]] = {
 
 
 def told(rows: list[Preference]) -> list[tuple[Any, ...]]:
-    """All but where it stood."""
+    """Everything except the sources."""
     return [(*row.content[:4], row.source.count("-")) for row in rows]
 
 

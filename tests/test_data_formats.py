@@ -26,7 +26,7 @@ def write(folder: Path, *rows: Any) -> Path:
 
 
 def groups(dataset: Dataset) -> list[tuple[Any, ...]]:
-    """Each group's responses, margin, ranks and what its source says after the file's name."""
+    """The responses, margin and ranks of each group, and its source after the file name."""
     return [(*row.responses, row.margin, row.ranks, row.source.partition("rows.jsonl:")[2]) for row in dataset.rows]
 
 
@@ -124,7 +124,7 @@ def test_losers_of_a_best_of_n_row_are_not_compared(tmp_path: Path) -> None:
         assert dataset.summary.endswith(
             "0 dropped; 3 groups from the 1 used rows; 3 x pairs left out: losers of a best-of-n row"
         )
-    scored = PROMPT | {"responses": list("abc"), "scores": [1, 1, 2]}  # here somebody said that the losers are equal
+    scored = PROMPT | {"responses": list("abc"), "scores": [1, 1, 2]}  # here the scores say that the losers are equal
     assert len(read(tmp_path, scored, ties="keep")) == 3
 
 
@@ -305,7 +305,9 @@ def test_lines_of_a_source(source: str, lines: tuple[int, ...]) -> None:
 
 
 def strict_pairs(row: dict[str, Any], ties: bool) -> list[tuple[str, str, float]]:
-    """The pairs of a graded row by brute force: every ordered two of which the first is better, or tied and earlier."""
+    """The pairs of a graded row by brute force: every ordered pair whose first response is better, or tied and
+    earlier.
+    """
     scores, texts = row.get("scores"), row["responses"]
     ranks = row.get("ranks") or [1 + sum(other > score for other in row["scores"]) for score in row["scores"]]
     bon = not scores and len(ranks) > 2 and ranks.count(1) == 1 and len(set(ranks)) == 2

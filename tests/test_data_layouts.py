@@ -17,7 +17,7 @@ from dwrl_fast.data.layouts import LAYOUTS, layout_table
 from dwrl_fast.dialog import Dialog
 from dwrl_fast.errors import DataError
 
-# The files of the folder `foreign`: rows used, rows dropped as ties; and what is said of them.
+# The files of the folder `foreign`: used rows, rows dropped as ties, and the logged text.
 FOREIGN: dict[str, tuple[int, int, str]] = {
     "array.json": (5, 0, ""),
     "array_oneline.json": (5, 0, ""),

@@ -163,7 +163,7 @@ def prompts(rows: list[Preference]) -> set[str]:
 
 
 def read(folder: Path) -> tuple[list[Preference], list[Preference]]:
-    """Both files, of which nothing is dropped."""
+    """Read both files and assert that no row is dropped."""
     found = [read_preferences(folder / name) for name in ("train.jsonl", "test.jsonl")]
     assert not any(sum(map(len, dataset.dropped.values())) for dataset in found)
     return found[0].rows, found[1].rows
@@ -325,7 +325,7 @@ def test_what_is_asked_of_the_hub(tmp_path: Path, name: str, monkeypatch: pytest
 
 
 def test_on_topic_pairs(tmp_path: Path) -> None:
-    """Of any layout: every response once right and once wrong, in one file, against that of another prompt."""
+    """From any layout: every response is once right and once wrong, in one file, paired with that of another prompt."""
     said = [{"prompt": f"Question {i}?", "chosen": f"Answer {i}.", "rejected": "No."} for i in range(60)]
     said += [{"prompt": "Question 7?", "chosen": "Another.", "rejected": "No."}]
     said += [
@@ -395,7 +395,7 @@ def shared_rows(shared: Path, name: str) -> list[Row]:
 
 
 def same(found: list[Preference], rows: list[Row]) -> None:
-    """The same pairs, whitespace at the ends of turns aside."""
+    """Assert equal pairs, ignoring white space at the ends of turns."""
 
     def plain(prompt: Any, responses: Any) -> str:
         return json.dumps(
@@ -448,7 +448,7 @@ def test_real_ultrafeedback_and_rmb(shared: Path, tmp_path: Path) -> None:
 
 
 def test_a_copy_is_read_from_its_folder_whatever_it_is_called(unpickling: Path) -> None:
-    """`datasets` has readers of these names, which would take the files of the working folder."""
+    """`datasets` has readers with these names, which would read the files of the working folder."""
     for name in ("pandas", "json"):
         ultrafeedback_files(Path(name))
         found = prepare_data_set("ultrafeedback", Path(f"out-{name}"), source=name)

@@ -81,7 +81,7 @@ def one_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=[(name, kind) for name in REAL for kind in KINDS], ids="-".join)
 def chat(request: pytest.FixtureRequest, shared: Path) -> tuple[Any, Dialog | SingleTurn]:
-    """A real tokenizer and what builds a kind's sequences with it, made once."""
+    """A real tokenizer and the builder of a kind's sequences, created once."""
     name, kind = request.param
     if request.param not in _made:
         tokenizer = real_tokenizer(shared, name)
@@ -121,7 +121,7 @@ def test_no_control_id_comes_from_a_text(chat: tuple[Any, Dialog | SingleTurn], 
 
 
 def test_a_response_fills_no_place(shared: Path) -> None:
-    """Also where it is the first of two: what it spells is not taken for the place of the second."""
+    """Also for the first of two responses: its text is not mistaken for the placeholder of the second."""
     tokenizer = real_tokenizer(shared, "qwen2.5")
     pairwise = SingleTurn(tokenizer, load_template("pairwise"))
     made = pairwise.context(PROMPT, ["{response_b}", "{response_a}"])

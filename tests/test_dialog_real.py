@@ -20,7 +20,7 @@ _loaded: dict[str, tuple[Any, Dialog]] = {}
 
 @pytest.fixture(params=REAL)
 def real(request: pytest.FixtureRequest, shared: Path) -> tuple[Any, Dialog]:
-    """A real tokenizer and its dialog, made once."""
+    """A real tokenizer and its dialog, created once."""
     if request.param not in _loaded:
         tokenizer = real_tokenizer(shared, request.param)
         _loaded[request.param] = tokenizer, Dialog(tokenizer)
@@ -43,7 +43,9 @@ CLEAN = (
 
 
 def check_rows(tokenizer: Any, dialog: Dialog, path: Path, limit: int) -> Counter[str]:
-    """Our ids against the tokenizer's own on a response of each row; how many rows differ, by what counts them."""
+    """Compare our ids with the tokenizer's for a response of each row. Returns the number of different rows, by
+    counter.
+    """
     evaluate, rate = filled(dialog)
     differing: Counter[str] = Counter()
     with gzip.open(path, "rt", encoding="utf-8", newline="\n") as file:

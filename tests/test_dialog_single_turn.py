@@ -46,7 +46,7 @@ def test_labels_are_read_after_the_head() -> None:
 
 @pytest.mark.parametrize("chat_template", [CHATML, TRIMMING], ids=["as it is", "trimmed"])
 def test_spans_follow_a_trim(chat_template: str) -> None:
-    """Also where a text that the chat template strips comes first in the turn."""
+    """Also if a text that the chat template strips is first in the turn."""
     tokenizer: Any = merging("\n\n", "  ")
     tokenizer.chat_template = chat_template
     pointwise = SingleTurn(tokenizer, RATE)

@@ -13,8 +13,8 @@ from dwrl_fast.dialog import Dialog, SingleTurn, Thinking, load_template
 from dwrl_fast.errors import TemplateError
 from dwrl_fast.log import info_once
 
-# As Qwen3's: a think block is shown in the last turn only and cut out of earlier ones; told not to think, the
-# generation head holds an empty one.
+# Like Qwen3's: a think block is shown only in the last turn and removed from earlier ones; with thinking off, the
+# generation head has an empty block.
 CUT = "{% set said = m.content.split('</think>')[-1].lstrip('\n') if '</think>' in m.content else m.content %}"
 SWITCHED = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}" + CUT + "{% if loop.last %}"
@@ -22,13 +22,14 @@ SWITCHED = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
-# As DeepSeek-R1's distilled models': no switch, every head opens a block, earlier turns show what follows it.
+# Like DeepSeek-R1's distilled models: no switch, every head opens a block, and earlier turns show only the text after
+# it.
 OPENING = (
     "<|begin|>{% for m in messages %}{% if m.role == 'assistant' %}<|Assistant|>{{ m.content.split('</think>')[-1] }}"
     "<|end|>{% else %}{{ '' if m.role == 'system' else '<|User|>' }}{{ m.content }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}"
 )
-# As Qwen3.5's: the switch decides between a block that is open and one that is empty.
+# Like Qwen3.5's: the switch chooses between an open and an empty block.
 EITHER = SWITCHED.replace("</think>\n\n{% endif %}{% endif %}", "</think>\n\n{% else %}<think>\n{% endif %}{% endif %}")
 THINK = ("<think>", "</think>")
 ADDED = {SWITCHED: THINK, EITHER: THINK, OPENING: (*THINK, "<|begin|>", "<|Assistant|>", "<|User|>", "<|end|>")}
@@ -48,7 +49,7 @@ def thinking(shared: Path, template: str, enable_thinking: Thinking = "auto") ->
 
 
 def texts(tokenizer: Any, dialog: Dialog, thought: str) -> tuple[str, str]:
-    """The context, and what is scored behind it."""
+    """The context, and the scored text after it."""
     context = dialog.context(PROMPT, "Six.")
     sequence = dialog.sequence(context, encoded(tokenizer, thought))
     assert sequence.ids[: len(context.ids)] == context.ids
@@ -137,7 +138,7 @@ def test_reasoning_in_a_text_is_kept_and_counted(shared: Path, template: str) ->
 
 
 def test_plain_turns_are_the_templates(shared: Path) -> None:
-    """What a reward head reads: Qwen3 shows an empty block before the last turn."""
+    """The input of a reward head: Qwen3 shows an empty block before the last turn."""
     tokenizer, dialog = thinking(shared, SWITCHED)
     ids = dialog.plain(PROMPT, "Six.").ids
     assert ids == applied(tokenizer, messages(PROMPT, "Six."), head=False)[: len(ids)]

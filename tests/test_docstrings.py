@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# Triton kernels import where Triton is; commands run what they are when imported as `__main__`.
+# Triton kernels can be imported only with Triton; `__main__` modules run their command on import.
 MODULES = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for room in ("dwrl_fast", "bench")

@@ -68,7 +68,7 @@ def finding(found: Report, name: str) -> Finding:
 
 
 def edit(path: Path, **changes: Any) -> None:
-    """A JSON file with these keys changed; None takes one out."""
+    """Change keys of a JSON file; None removes a key."""
     values = (json.loads(path.read_text()) if path.exists() else {}) | changes
     path.write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
 
@@ -76,7 +76,7 @@ def edit(path: Path, **changes: Any) -> None:
 def test_a_sound_set_up_passes(place: Path) -> None:
     found = report(place)
     assert {each.name for each in found.findings} == OWN | THINKING | LABELLED
-    # A model with drawn weights does not answer Yes or No, and seldom ends a thought.
+    # A model with random weights does not answer Yes or No, and seldom ends a thought.
     assert set(found.named("pass")) >= OWN | THINKING - {"thoughts"}, found.to_dict()
     assert found.left_out == {
         "there is one process: start it with torchrun": ["collectives", "uneven ranks", "sharded gradients", "replicas"]
@@ -85,7 +85,7 @@ def test_a_sound_set_up_passes(place: Path) -> None:
 
 
 def with_begin(place: Path, chat_template: str, *, added: bool) -> None:
-    """The tiny model with a token that begins a text, which the tokenizer adds to plain texts or not."""
+    """The tiny model with a BOS token, which the tokenizer adds to plain texts or not."""
     tokenizer: Any = make_tokenizer()
     before = tokenizer.chat_template
     tokenizer.add_special_tokens({"bos_token": BEGIN})
@@ -177,7 +177,7 @@ def test_a_template_file_that_is_wrong_is_not_taken_for_the_chat_template(place:
 
 
 def test_labels_that_the_model_does_not_give(place: Path) -> None:
-    """Those that it gives stand in the line; a template with them is the remedy."""
+    """The line names the labels that it does give; a template with them is the remedy."""
     found = finding(report(place), "label mass")
     assert found.status == "fail" and "--template" in found.remedy
     likely = found.seen.split("most likely tokens are ")[1].split("'")[1::2]
@@ -192,20 +192,20 @@ def test_labels_that_the_model_does_not_give(place: Path) -> None:
 
 
 def top_k(logits: Any, temperature: float) -> Any:
-    """What an engine draws from that keeps the likeliest tokens."""
+    """The distribution of an engine that keeps only the most likely tokens."""
     whole = logprobs_at(logits, temperature)
     least = whole.topk(3, dim=-1).values[..., -1:]
     return whole.masked_fill(whole < least, -torch.inf).log_softmax(-1)
 
 
 def picked_from_top_k(logprob: Any, temperature: float, *rest: Any) -> Any:
-    """The draw of such an engine, with the log-probs of the whole distribution."""
+    """A draw of such an engine, with log-probs of the full distribution."""
     chosen, _ = pick(top_k(logprob, 1.0).clamp_min(-1e9), temperature, *rest)
     return chosen, logprob.gather(-1, chosen[:, None]).squeeze(-1)
 
 
 def plant(planted: pytest.MonkeyPatch, name: str, other: Any) -> None:
-    """`other` in the sampler, once the model was tried with the one that there is."""
+    """Put `other` into the sampler, after the model has been tried with the original."""
 
     def made(*given: Any, **options: Any) -> TreeSampler:
         planted.setattr(tree, name, other)
@@ -242,7 +242,7 @@ def test_a_generation_config_that_shapes_samples(place: Path) -> None:
 
 
 class StalePrefixes:
-    """An engine that takes up new weights and keeps what it cached of the contexts."""
+    """An engine that loads new weights but keeps its prefix cache."""
 
     float32 = True
 
@@ -272,7 +272,7 @@ class StalePrefixes:
 
 
 def stale_weights(model: Any, stop_ids: Sequence[int], **options: Any) -> TreeSampler:
-    """An engine that was given the weights once."""
+    """An engine that gets the weights only once."""
     return TreeSampler(copy.deepcopy(model), stop_ids, **options)
 
 
@@ -338,7 +338,7 @@ def test_operators_that_were_not_built(place: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture(scope="module")
 def left(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which a run left the embedded task, in small."""
+    """A folder with a small embedded task left by a run."""
     folder = tmp_path_factory.mktemp("work")
     embedded.prepare(folder / "runs" / "dwrl-1" / "embedded", 0, sizes=SIZES, plan=TINY)
     return folder

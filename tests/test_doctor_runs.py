@@ -37,7 +37,7 @@ def test_without_arguments(tmp_path: Path) -> None:
 
 
 def test_smollm2(tmp_path: Path) -> None:
-    """On the package's rows. Its label mass is below a half, and thoughts are cut; all else is as it must be."""
+    """On the packaged rows. Its label mass is below one half, and thoughts are cut; everything else passes."""
     model = ROOT / "models" / "smollm2"
     if not model.is_dir():
         pytest.skip("models/smollm2 is not here: make smollm2")
@@ -57,7 +57,7 @@ FAULTS = [
 
 @pytest.mark.parametrize(("fault", "failing"), FAULTS)
 def test_over_two_ranks(tmp_path: Path, fault: str, failing: set[str]) -> None:
-    """The first rank alone prints; what was planted is named."""
+    """Only the first rank prints, and it names the planted fault."""
     tiny_folder(tmp_path / "tiny")
     tiny_pairs(tmp_path / "pairs.jsonl")
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "tests/doctor_drill.py"))

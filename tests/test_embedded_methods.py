@@ -65,7 +65,7 @@ def test_a_rationalizer_is_the_pairwise_question_with_its_answer() -> None:
 
 
 def share_right(noise: Noise, easy_fraction: float) -> float:
-    """Of the pairwise verdicts of a thinker that goes wrong as `noise` says; a coin says which response comes first."""
+    """The accuracy of pairwise verdicts with the errors of `noise` and random order of responses."""
     rng = np.random.default_rng(0)
     right, wrong = draw_claims(prompts("train"), 20000, easy_fraction, rng)
     a_is_right = rng.random(20000) < 0.5
@@ -77,8 +77,8 @@ def share_right(noise: Noise, easy_fraction: float) -> float:
 
 @pytest.mark.parametrize(("easy_fraction", "agrees", "adds"), [(0.0, 0.50, 0.71), (0.4, 0.65, 0.73), (0.7, 0.77, 0.74)])
 def test_what_a_reward_for_verdicts_pays(easy_fraction: float, agrees: float, adds: float) -> None:
-    """Among many easy pairs it pays to agree with any claim that could be right, more than to add with the warm-up's
-    slips: docs/embedded.md says what GRPO makes of it.
+    """With many easy pairs, agreeing with any possible claim is rewarded more than adding with the warm-up's errors;
+    docs/embedded.md describes the effect on GRPO.
     """
     assert share_right(Noise(step_error=0.2, sycophancy=1.0), easy_fraction) == pytest.approx(agrees, abs=0.01)
     assert share_right(Noise(step_error=0.2), easy_fraction) == pytest.approx(adds, abs=0.01)
@@ -94,7 +94,7 @@ def test_every_method_takes_two_steps(case: str, made: embedded.Embedded, tmp_pa
     assert result["accuracy_after"] == share_won(tmp_path / "model", made.test)
     scorer = Scorer.from_pretrained(tmp_path / "model", dtype="fp32")
     kind = METHODS[config.method].template
-    assert scorer.dialog.template == TEMPLATES[kind]  # it came through training and the card
+    assert scorer.dialog.template == TEMPLATES[kind]  # kept through training and in the card
 
 
 def test_what_the_embedded_task_cannot_take(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,8 +139,6 @@ def test_methods_that_think_learn(
 def test_methods_that_do_not_think_tell_easy_pairs_alone(
     method: str, warm: dict[float, embedded.Embedded], tmp_path: Path
 ) -> None:
-    """The held-out pairs are all hard. Of the training pairs 0.7 are easy: those right and a coin for the others make
-    0.85.
-    """
+    """All held-out pairs are hard. 0.7 of the training pairs are easy: these plus chance for the others give 0.85."""
     after = trained(method, warm[0.7], tmp_path)["report_after"]
     assert after["low"] < 0.56 and after["high"] > 0.44

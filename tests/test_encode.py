@@ -39,7 +39,7 @@ def words(dialog: Dialog | SingleTurn, sequence: TokenSequence, part: slice = sl
 
 
 def thoughts(dialog: Dialog | SingleTurn, *texts: str) -> list[Thought]:
-    """Each ended by a stop token, with log-probs and rewards of its own."""
+    """Thoughts that end with a stop token, with different log-probs and rewards."""
     found = []
     for number, text in enumerate(texts):
         ids = dialog.thought_ids(text)
@@ -78,7 +78,7 @@ def test_an_order_is_drawn_for_tied_responses_too() -> None:
 
 
 def test_the_drawn_order_of_one_row_is_the_generators() -> None:
-    """What a seed gives is part of what a run can be repeated from."""
+    """The draws of a seed are fixed, because runs must be reproducible."""
     assert [each.right for some in drawn_orders([PAIR] * 8, seed=0) for each in some] == [1, 0, 0, 0, 1, 1, 1, 1]
 
 
@@ -274,7 +274,7 @@ def test_what_fits_is_measured_in_tokens() -> None:
 
 
 def test_what_is_shown_together_fits_together() -> None:
-    """<|user|> compare 3 5 A 1 B 2 2 are 9 up to the end of the second response, whichever stands there."""
+    """<|user|> compare 3 5 A 1 B 2 2 are 9 tokens up to the end of the second response, in both orders."""
     dialog = single_turn(PAIRWISE)
     assert fit(PAIR, dialog, 9) == (11, "")
     assert fit(PAIR, dialog, 8) == (0, "longer than --max_length 8 tokens")
@@ -306,7 +306,7 @@ def test_long_groups_are_left_out_and_the_longest_other_is_told() -> None:
 
 
 def test_a_group_holds_sequences_of_the_row_it_names() -> None:
-    """Groups are told apart by identity: two of one row are two."""
+    """Groups are compared by identity: two groups of the same row are different."""
     dialog = tiny_dialog()
     one, other = plain_groups([PAIR, PAIR], dialog)
     assert one != other and len({one, other}) == 2 and one.preference is other.preference

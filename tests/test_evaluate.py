@@ -72,7 +72,7 @@ def test_what_is_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_tokens_are_those_of_the_tree(folder: Path) -> None:
-    """Of n thoughts the context is read once, and what asks for the score is appended, whatever the layout is."""
+    """The context of n thoughts is computed once, and the rate turn is appended, in every layout."""
     go(folder, "--votes", "6")
     tree = report(folder)["tokens"]
     go(folder, "--votes", "6", "--packing", "packed", out="packed")
@@ -86,7 +86,7 @@ class Killed(Exception):
 
 
 def killed_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> list[int]:
-    """Let the scorer do so many steps; the list holds how many rows each was given."""
+    """Let the scorer run `steps` steps; the list holds the number of rows of each."""
     asked: list[int] = []
     whole = GenerativeJudging.score_groups
 
@@ -112,7 +112,7 @@ def test_an_interrupted_evaluation_gives_the_same_report(folder: Path, monkeypat
     part = folder / "out" / evaluate.PART
     assert [path.name for path in (folder / "out").iterdir()] == [evaluate.PART]
     with part.open("a") as file:
-        file.write('{"rows": [{"source": "pa')  # what a kill leaves of a line
+        file.write('{"rows": [{"source": "pa')  # an incomplete line after a kill
     with monkeypatch.context() as patch:
         asked = killed_after(patch, 1)
         with pytest.raises(Killed):
@@ -230,7 +230,7 @@ def test_the_vote_curve_ends_in_the_headline(folder: Path) -> None:
 def test_a_temperature_is_kept_in_the_card(folder: Path) -> None:
     path = folder / "tiny" / "preference_model.json"
     before = json.loads(path.read_text())
-    for seed in range(9):  # a drawn model may order no more pairs right than wrong
+    for seed in range(9):  # a random model may order at most half of the pairs correctly
         tiny_folder(folder / "tiny", seed)
         go(folder, "--calibrate", out=f"out{seed}")
         found = report(folder, f"out{seed}")
@@ -322,7 +322,7 @@ def test_a_model_without_thoughts_has_no_votes(folder: Path) -> None:
 
 
 def test_thoughts_do_not_depend_on_the_step(folder: Path) -> None:
-    """Steps of another size, and a row among others: the same thoughts. Another seed gives others."""
+    """A different step size and different other rows give the same thoughts. A different seed gives different ones."""
     rows = (folder / "plain.jsonl").read_text().splitlines()
     (folder / "moved.jsonl").write_text("\n".join([*rows[3:6], rows[0], *rows[1:3]]) + "\n")
 
