@@ -117,7 +117,7 @@ def run_in(folder: Path, config: TrainConfig, console: Console, ranks: Ranks) ->
     if config.push_to_hub:
         repository = ranks.from_first(lambda: claim(config.hub_model_id, folder, private=config.hub_private_repo))
     resumed = config.resume_from_checkpoint is not None
-    trackers = open_trackers(config, folder, resumed=resumed) if ranks.first else Trackers()
+    trackers = ranks.agreed(lambda: open_trackers(config, folder, resumed=resumed) if ranks.first else Trackers())
     with Display(console) as display, trackers:
         if config.own_data:
             result = train(config, folder, display, config, ranks, trackers)
@@ -130,7 +130,7 @@ def run_in(folder: Path, config: TrainConfig, console: Console, ranks: Ranks) ->
         write_json(folder / RESULT, result)
         report(result, config, folder, console)
     if repository is not None and not result.get("trained", True):
-        logger.warning("Nothing was trained, so nothing was sent to %s on the hub.", repository)
+        logger.warning("Nothing was trained, so nothing was uploaded to %s on the hub.", repository)
     elif repository is not None:
         address = ranks.from_first(lambda: push(folder / "model", repository))
         console.print(f"On the hub: {address}", markup=False, highlight=False, soft_wrap=True)

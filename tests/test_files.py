@@ -143,7 +143,10 @@ def test_a_chat_template_that_turns_slow_or_long_on_one_row_names_it(monkeypatch
     monkeypatch.setattr(limits, "SECONDS", 0.2)
     fine = Preference(({"role": "user", "content": "1 2 3"},), ("4", "5"), source="rows.jsonl:1")
     strikes = dataclasses.replace(fine, responses=("4", "7 7"), source="rows.jsonl:2")
-    for code, said in {LOOP: "more than 0.2 s", "{{ 'a' * 3000000 }}": r"it makes 3,[\d,]+ of \d+ characters"}.items():
+    for code, said in {
+        LOOP: "more than 0.2 s",
+        "{{ 'a' * 3000000 }}": r"it turns \d+ characters into 3,[\d,]+",
+    }.items():
         tokenizer = make_tokenizer()
         own = "{% for m in messages %}{% if m['content'] == '7 7' %}" + code + "{% endif %}{% endfor %}"
         tokenizer.chat_template = own + str(tokenizer.chat_template)

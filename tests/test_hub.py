@@ -68,7 +68,7 @@ def test_a_run_sends_its_model_and_the_hub_gives_it_back(folder: Path, hub: Fake
     assert torch.equal(Scorer.from_pretrained("tester/run", revision=sha).score(PROMPTS, RESPONSES), scores)
     with pytest.raises(ModelError, match=r"tester/run on the hub has no preference_model\.json"):
         Scorer.from_pretrained("tester/run", revision=first)
-    with pytest.raises(ModelError, match="tester/run is no folder here, and could not be fetched from the hub"):
+    with pytest.raises(ModelError, match="tester/run is not a folder, and could not be downloaded from the hub"):
         Scorer.from_pretrained("tester/run", revision="no-such-branch")
 
     rows = ["--dataset_name", f"{folder}/pairs.jsonl"]
@@ -87,7 +87,7 @@ def test_a_model_that_cannot_be_sent_is_kept_and_sent_later(
 ) -> None:
     hub.broken = "/commit/"
     with pytest.raises(
-        ModelError, match=r"its model is in .*run/model, but it could not be sent to tester/mine"
+        ModelError, match=r"the model is in .*run/model, but it could not be uploaded to tester/mine"
     ) as error:
         go(folder, hub_model_id="mine")
     assert (folder / "run" / "result.json").exists() and TOKEN not in str(error.value)
@@ -125,7 +125,7 @@ def test_a_token_that_is_not_taken_is_said_before_the_run(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", token)
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(folder / "none"))
-    with pytest.raises(ConfigError, match=r"(?s)--push_to_hub: .*Log in by `hf auth login`, or set HF_TOKEN") as error:
+    with pytest.raises(ConfigError, match=r"(?s)--push_to_hub: .*Log in with `hf auth login`, or set HF_TOKEN") as error:
         go(folder)
     assert not (folder / "run" / "metrics.jsonl").exists() and not hub.private
     assert not token or token not in str(error.value)
@@ -134,7 +134,9 @@ def test_a_token_that_is_not_taken_is_said_before_the_run(
 def test_what_may_not_be_written_or_is_no_name_is_said_before_the_run(folder: Path, hub: FakeHub) -> None:
     for broken, name in (("/repos/create|/api/models", "somebody/theirs"), ("a path of none", "two words")):
         hub.broken = broken
-        with pytest.raises(ConfigError, match=rf"(?s)the repository (tester/)?{name} cannot be made: .*--hub_model_id"):
+        with pytest.raises(
+            ConfigError, match=rf"(?s)the repository (tester/)?{name} cannot be created: .*--hub_model_id"
+        ):
             go(folder, hub_model_id=name)
     assert not (folder / "run" / "metrics.jsonl").exists()
 
@@ -152,5 +154,5 @@ def test_no_token_is_needed_to_read_what_is_public_and_one_for_what_is_private(
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(folder / "none"))
     assert len(Scorer.from_pretrained("tester/open").score(PROMPTS, RESPONSES)) == 2
-    with pytest.raises(ModelError, match=r"(?s)tester/closed .*a private model needs a token"):
+    with pytest.raises(ModelError, match=r"(?s)tester/closed .*A private model needs a token"):
         Scorer.from_pretrained("tester/closed")

@@ -259,7 +259,7 @@ def test_a_tracker_that_cannot_begin_is_refused_before_the_work(folder: Path) ->
     pytest.importorskip("tensorboard")
     (folder / "run").mkdir()
     (folder / "run" / "tensorboard").write_text("a file where its folder would be")
-    with pytest.raises(ConfigError, match=r"--report_to tensorboard cannot begin \(.*Error: .*Mend it, or leave"):
+    with pytest.raises(ConfigError, match=r"--report_to tensorboard cannot start \(.*Error: .*Correct this, or leave"):
         go(config_of(folder, "tensorboard"))
     assert not (folder / "run" / "metrics.jsonl").exists()
 

@@ -1,4 +1,4 @@
-"""An engine that dies within a batch: it is started again, and the run is the run that was not interrupted."""
+"""An engine that fails within a batch is restarted, and the result equals that of an uninterrupted run."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -84,7 +84,7 @@ def test_an_engine_that_dies_is_started_again_and_the_batch_sampled_again(
     assert fault.fired == 1 and len(made) == 2 and made[0].dead, "the fault has fired"
     assert made[0].finished[0] == 3 * BATCH + 7, "the whole batch was sampled again"
     assert [row["engine_restarts"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 0]
-    assert caplog.text.count("vLLM in this process died (RuntimeError: the engine core died). It is started again") == 1
+    assert caplog.text.count("vLLM in this process failed (RuntimeError: the engine core died). It is restarted") == 1
     assert same(tmp_path / "run", whole)
 
 
@@ -109,7 +109,7 @@ def test_an_engine_that_dies_again_ends_the_run_which_goes_on_from_there(
     fault = Fault(lambda finished, fired: finished >= 2 * BATCH + 3)
     made = engines(monkeypatch, fault)
     config = config_of(module_folder, save_steps=0)
-    with pytest.raises(SamplerError, match=f"died again after a restart .*the engine core died.*{LATEST}"):
+    with pytest.raises(SamplerError, match=f"failed again after a restart .*the engine core died.*{LATEST}"):
         make_trainer(config, tmp_path / "run").train()
     assert fault.fired == 2 and len(made) == 2
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-000002"], "nothing before is lost"
@@ -131,7 +131,7 @@ def test_an_engine_that_cannot_be_started_again_is_named(
         raise RuntimeError("the engine core died")
 
     made = engines(monkeypatch, strikes)
-    with pytest.raises(SamplerError, match=f"could not be started again .no memory for the cache.*{LATEST}"):
+    with pytest.raises(SamplerError, match=f"could not be restarted .no memory for the cache.*{LATEST}"):
         make_trainer(config_of(module_folder), tmp_path / "run").train()
     assert ALONE.mesh is None and len(made) == 1
 

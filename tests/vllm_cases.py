@@ -238,7 +238,7 @@ CONTEXTS = [FIXED[i : i + 20] for i in range(0, 60, 10)]
 
 
 def died(folder: Path) -> None:
-    """vLLM in this process whose model fails within a batch is started again, and the batch is the same."""
+    """vLLM in this process, whose model fails within a batch, is restarted, and the batch is the same."""
     from tiny import tiny_model
 
     model = tiny_model(head=HEAD)

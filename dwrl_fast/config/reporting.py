@@ -1,4 +1,4 @@
-"""What a run sends elsewhere, and only where it is asked to: figures to trackers, its model to the hub."""
+"""Options that send data of a run elsewhere: metrics to trackers, and the model to the hub."""
 
 from dataclasses import dataclass
 from functools import partial

@@ -1,10 +1,10 @@
-"""How large the values of a Parquet file are at most, from the headers and levels of its pages, before Arrow reads it.
+"""An upper bound of the value sizes in a Parquet file, from its page headers and levels, before Arrow reads the file.
 
-A cell lies within one page, so no cell is larger than the largest page. A list may go over many pages; it begins where
-a repetition level is 0. Where its cells stand in a dictionary, a page of some bytes may hold any number of them. The
-averages of the footer would not show one large value among thousands of small ones.
+A cell is within one page, so no cell is larger than the largest page. A list may extend over many pages; it starts at a
+repetition level of 0. If its cells are in a dictionary, a small page may hold any number of them. The averages in the
+footer would not show one large value among thousands of small ones. pyarrow does not expose page headers.
 
-Written from the format's specification: parquet.thrift, Thrift's compact protocol, the hybrid of runs and packed bits.
+Source: the format's specification (parquet.thrift, Thrift's compact protocol, the RLE/bit-packing hybrid encoding).
 """
 
 import importlib
@@ -14,18 +14,18 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 DATA, DICTIONARY, DATA_2 = 0, 2, 3  # kinds of pages
-PLAIN, DELTA_LENGTHS = 0, 6  # encodings in which a page holds every byte of its cells
-IN_DICTIONARY = (2, 8)  # encodings in which it holds places in the chunk's dictionary
-NUMBER = 16  # bytes; the most of a cell that is no text
-OBJECT = 64  # bytes that Python takes for a value besides its text
-WALKED = 16 << 20  # bytes of a dictionary; of a larger one each cell counts as the whole
-DEPTH = 4  # structs within structs
+PLAIN, DELTA_LENGTHS = 0, 6  # encodings in which a page contains all bytes of its cells
+IN_DICTIONARY = (2, 8)  # encodings in which it contains indices of the chunk's dictionary
+NUMBER = 16  # maximum bytes of a cell that is not text
+OBJECT = 64  # bytes that Python needs for a value in addition to its text
+WALKED = 16 << 20  # bytes of a dictionary; in a larger one each cell counts as the whole dictionary
+DEPTH = 4  # levels of nested structs
 BOOLEANS, BYTE, INTEGERS, DOUBLE, BINARY, STRUCT = (1, 2), 3, (4, 5, 6), 7, 8, 12  # Thrift's types
 
 
 class Page(NamedTuple):
-    """size, compressed: in bytes. values: that it holds. body: where it begins in the file. levels: of a page of the
-    second kind, the bytes of its repetition levels, which are not compressed there; None of the first.
+    """The header of a page. size, compressed: bytes. values: their number. body: offset in the file. levels: in a page
+    of version 2, the bytes of its uncompressed repetition levels; None in version 1.
     """
 
     kind: int
@@ -38,8 +38,8 @@ class Page(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """How many values of a page belong to the list from before, to the longest list that is whole in it, and to the
-    last one, which may go on. begins: whether any list begins in it.
+    """Numbers of values of a page: in the list that started before it (head), in the longest list within it (whole),
+    and in the last list, which may continue (tail). begins: whether any list starts in it.
     """
 
     begins: bool
@@ -49,9 +49,9 @@ class Parts(NamedTuple):
 
 
 def largest_value(file: BinaryIO, chunk: Any, depth: int, most: int) -> int:
-    """The most bytes that one row's value of a column chunk may take, decompressed. chunk: pyarrow's
-    ColumnChunkMetaData. depth: how many lists are around its cells. most: past it the answer is no longer exact, and
-    lists are told from each other only in a chunk that is larger. ValueError where the file is not of the format.
+    """An upper bound of the decompressed bytes of one row's value in a column chunk. chunk: pyarrow's
+    ColumnChunkMetaData. depth: the number of lists around its cells. most: the limit of interest; lists are separated
+    only if the whole chunk may exceed it. Raises ValueError if the file does not follow the format.
     """
     found = list(_pages(file, chunk))
     largest = max((page.size for page in found), default=0)
@@ -61,7 +61,7 @@ def largest_value(file: BinaryIO, chunk: Any, depth: int, most: int) -> int:
     data = [page for page in found if page.kind != DICTIONARY]
     if sum(_bytes_of(page, page.values, cell) for page in data) <= most:
         return max(largest, cell)
-    so_far = 0  # of the list that may go on
+    so_far = 0  # bytes of the list that may continue
     for page in data:
         parts = _parts(_levels(file, chunk, page), depth.bit_length(), page.values)
         head, whole, tail = (_bytes_of(page, values, cell) for values in (parts.head, parts.whole, parts.tail))
@@ -71,14 +71,14 @@ def largest_value(file: BinaryIO, chunk: Any, depth: int, most: int) -> int:
 
 
 def _bytes_of(page: Page, values: int, cell: int) -> int:
-    """The most that some of a page's values may take, with what they are held in. cell: the longest in a dictionary."""
+    """An upper bound of the bytes of some of a page's values as Python objects. cell: the longest dictionary cell."""
     if page.encoding in (PLAIN, DELTA_LENGTHS):
         return page.size + OBJECT * values
     return (OBJECT + (cell if page.encoding in IN_DICTIONARY else page.size)) * values
 
 
 def _longest(file: BinaryIO, chunk: Any, page: Page) -> int:
-    """The bytes of the longest cell in a dictionary."""
+    """The bytes of the longest cell of a dictionary page."""
     if chunk.physical_type != "BYTE_ARRAY":
         return NUMBER
     if page.size > WALKED:
@@ -91,7 +91,7 @@ def _longest(file: BinaryIO, chunk: Any, page: Page) -> int:
 
 
 def _pages(file: BinaryIO, chunk: Any) -> Iterator[Page]:
-    """The pages of a column chunk, up to its last value, as a reader takes them."""
+    """The pages of a column chunk up to its last value, in the order of a reader."""
     place = min(filter(None, (chunk.dictionary_page_offset, chunk.data_page_offset)), default=0)
     seen = 0
     while seen < chunk.num_values:
@@ -130,7 +130,7 @@ def _levels(file: BinaryIO, chunk: Any, page: Page) -> bytes:
 
 
 def _parts(levels: bytes, width: int, values: int) -> Parts:
-    """From `values` encoded levels of `width` bits: runs of one level, and levels that are packed."""
+    """The parts of a page from its `values` levels of `width` bits, encoded as runs and as packed bits."""
     begins, head, whole, current, place, left = False, 0, 0, 0, 0, values
     while left > 0:
         run, place = _varint(levels, place)
@@ -145,7 +145,7 @@ def _parts(levels: bytes, width: int, values: int) -> Parts:
             count = min(left, run >> 1)
             zeros = np.arange(0 if any(held) else min(count, 2)) * max(1, count - 1)  # the first and the last of them
         if count == 0:
-            raise ValueError("a run of nothing")
+            raise ValueError("an empty run")
         left -= count
         if not len(zeros):
             current += count
@@ -171,7 +171,7 @@ def _varint(data: bytes, place: int) -> tuple[int, int]:
 
 
 def _struct(file: BinaryIO, depth: int) -> dict[int, Any]:
-    """The numbers and structs of a struct, by the numbers of their fields. No list stands in a page's header."""
+    """The integers and structs of a struct, by field number. A page header contains no lists."""
     found: dict[int, Any] = {}
     number = 0
     while head := _byte(file):
@@ -184,7 +184,7 @@ def _struct(file: BinaryIO, depth: int) -> dict[int, Any]:
         elif kind in (BYTE, DOUBLE, BINARY):
             file.seek({BYTE: 1, DOUBLE: 8}.get(kind) or _unsigned(file), 1)
         elif kind not in BOOLEANS:
-            raise ValueError("a page's header with what none has")
+            raise ValueError("a page header with an unknown type")
     return found
 
 

@@ -21,14 +21,14 @@ from dwrl_fast.data.row_source import START, Position, Row
 from dwrl_fast.errors import DataError
 from dwrl_fast.files import opened
 
-BATCH = 64  # rows turned into Python objects at once
-PAGES = 2 * MOST  # bytes of one page of every column
+BATCH = 64  # rows converted to Python objects at once
+PAGES = 2 * MOST  # maximum bytes of one page of every column together
 BUFFER = 1 << 20  # bytes read at once
 REMEDY = "fetch it again, or name another"
 
 
 class Parquet:
-    """A RowSource over one Parquet file, of which some pages at a time are in memory."""
+    """A RowSource over one Parquet file. A few pages at a time are in memory."""
 
     table = True
 
@@ -42,7 +42,7 @@ class Parquet:
             decoders = _decoders(file.schema_arrow, self.name)
             largest = _largest(self.path, file, self.name)
             sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-            first = bisect_right(list(itertools.accumulate(sizes)), start.line)  # groups before it are passed over
+            first = bisect_right(list(itertools.accumulate(sizes)), start.line)  # earlier row groups are skipped
             before = sum(sizes[:first])
             batches = file.iter_batches(max(1, min(BATCH, PAGES // largest)), row_groups=range(first, len(sizes)))
             tables = _checked(batches, before, self.name)
@@ -102,7 +102,7 @@ class HubDataset:
 
 
 def _largest(path: str | Path, file: Any, name: str) -> int:
-    """The most bytes that a row of a Parquet file may take. DataError where it is more than PAGES."""
+    """An upper bound of the bytes of a row of a Parquet file. Raises DataError if it is more than PAGES."""
     depths = [file.schema.column(k).max_repetition_level for k in range(len(file.schema))]
     largest = 1
     with opened(path) as raw:
@@ -115,14 +115,14 @@ def _largest(path: str | Path, file: Any, name: str) -> int:
                 raise DataError(
                     f"{name}: up to {sizes[place] >> 20:,} MiB in one value of the column "
                     f"'{columns[place].path_in_schema}', and no row may have more than {MOST >> 20}: write the file "
-                    "without it. Where no value is that large, its pages are: write it with smaller ones, in pyarrow "
-                    "by write_table(..., write_batch_size=16)"
+                    "without it. If no value is that large, the pages of the file are: write it with smaller pages, in "
+                    "pyarrow with write_table(..., write_batch_size=16)"
                 )
     return largest
 
 
 def _checked(tables: Iterable[Any], before: int, name: str) -> Iterator[Any]:
-    """Arrow's tables or batches as they come, from row `before` + 1 on. DataError where a row of one is too large."""
+    """Arrow's tables or batches unchanged, from row `before` + 1 on. Raises DataError if a row is too large."""
     for table in tables:
         if table.nbytes > MOST:
             for place in range(len(table)):

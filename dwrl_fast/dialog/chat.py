@@ -230,8 +230,8 @@ class Chat:
         return opened
 
     def _apply(self, messages: Sequence[Message], head: Head | None, tokenize: bool, *, first: bool = False) -> Any:
-        """first: with these roles for the first time, and so within narrow bounds, which cost too much for every row.
-        OverrunError where they, or those of all rows, do not suffice.
+        """Run the chat template. first: whether these roles occur for the first time; then the strict limits apply,
+        which cost too much for every row. Raises OverrunError if the template exceeds its limits.
         """
         from jinja2.exceptions import TemplateError as JinjaError
 
@@ -253,7 +253,7 @@ class Chat:
         except JinjaError as error:
             raise self.error(f"refuses the roles ({', '.join(roles_of(messages))}): {error}") from error
         except (LimitError, MemoryError) as error:
-            what = str(error) or "it takes more memory than any conversation"
+            what = str(error) or "it needs more memory than any conversation should"
             begins = next((each["content"][:80] for each in messages if each["role"] == "user"), "")
             where = "" if first else f" on the conversation that begins with {begins!r}"
             remedy = "" if first else "leave that row out, or "

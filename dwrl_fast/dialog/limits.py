@@ -1,7 +1,8 @@
-"""Code of others, chat templates, run within bounds of time and memory.
+"""Limits of time and memory for chat templates, which are code from other people.
 
-Where a template is seen for the first time, its steps are counted and the process may not grow: `within_bounds`. That
-would double the time of every further row, so there a thread looks on instead, some times a second: `Watched`.
+When a template renders a sequence of roles for the first time, its steps are counted and memory is limited:
+`within_bounds`. That would double the time of every further row, so a thread checks those instead, 20 times a second:
+`Watched`.
 """
 
 import ctypes
@@ -18,11 +19,11 @@ from typing import Any, Self
 
 TEMPLATE = "<template>"  # the file of what jinja compiles
 STEPS = 1_000_000  # lines of a template, and calls, of one rendering: a long conversation takes some thousand
-SECONDS = 5.0  # of the processor, for one rendering: a long conversation takes a thousandth
-MEMORY = 256 << 20  # bytes that it may take more than there are
-TEXT = 1 << 20  # characters that a template may add to its contents
-TIMES = 16  # characters and bytes that it may make of one of its contents
-TICK = 0.05  # seconds between two looks
+SECONDS = 5.0  # processor time of one rendering; a long conversation takes a thousandth
+MEMORY = 256 << 20  # additional bytes of memory
+TEXT = 1 << 20  # characters that a template may add to the contents
+TIMES = 16  # output characters, and bytes of memory, per character of the contents
+TICK = 0.05  # seconds between two checks
 
 
 class LimitError(Exception):
@@ -30,14 +31,14 @@ class LimitError(Exception):
 
 
 class SlowError(LimitError):
-    """Of `Watched`."""
+    """Too much processor time, found by `Watched`."""
 
     def __str__(self) -> str:
         return f"it takes more than {SECONDS:g} s"
 
 
 class LargeError(LimitError):
-    """Of `Watched`."""
+    """Too much memory, found by `Watched`."""
 
     def __str__(self) -> str:
         return f"it takes more than {MEMORY >> 20} MiB"
@@ -70,21 +71,21 @@ def within_bounds() -> Iterator[None]:
 
 
 def check_size(rendered: Any, size: int) -> None:
-    """LimitError where what was rendered of contents of `size` characters is too long, as text or as ids."""
+    """Raise LimitError if the rendered text, or its ids, is too long for contents of `size` characters."""
     if len(rendered) > TEXT + TIMES * size:
-        raise LimitError(f"it makes {len(rendered):,} of {size:,} characters")
+        raise LimitError(f"it turns {size:,} characters into {len(rendered):,}")
 
 
 class Watched:
-    """A context in which this thread may compute for SECONDS, and the process grow by MEMORY and TIMES `size` while it
-    does; LimitError past them. One operation of Python's own is not interrupted: it ends first.
+    """A context in which this thread may use SECONDS of processor time, and the process may grow by MEMORY plus TIMES
+    `size` bytes; beyond that it raises LimitError. A single operation of Python is not interrupted: it ends first.
     """
 
     __slots__ = ("began", "held", "size", "stopped", "thread")
 
     def __init__(self, size: int):
         self.size, self.thread = size, threading.get_ident()
-        self.began, self.held = -1.0, 0  # of its first look: seconds of the processor, and bytes before
+        self.began, self.held = -1.0, 0  # at the first check: processor seconds, and bytes before
         self.stopped: type[LimitError] | None = None
 
     def __enter__(self) -> Self:
@@ -96,7 +97,9 @@ class Watched:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         with _watch.lock:
             _watch.calls.pop(self.thread, None)
-        if self.stopped is not None and kind is not self.stopped:  # it is on its way, and must not come later
+        if (
+            self.stopped is not None and kind is not self.stopped
+        ):  # the exception was sent to this thread: wait for it here
             with suppress(LimitError):
                 for _ in range(10_000):
                     time.sleep(0.0001)
@@ -104,7 +107,7 @@ class Watched:
 
 
 class _Watch:
-    """The thread that looks on, and the calls that are running, by their threads."""
+    """The thread that checks, and the running calls by their threads."""
 
     def __init__(self) -> None:
         self.calls: dict[int, Watched] = {}
@@ -116,7 +119,7 @@ class _Watch:
         self.thread.start()
 
     def forget(self) -> None:
-        """In a process that was forked, where the threads are gone."""
+        """Reset in a forked process, which has no other threads."""
         self.calls, self.lock, self.thread = {}, threading.Lock(), None
 
     def look_on(self) -> None:
@@ -150,18 +153,18 @@ os.register_at_fork(after_in_child=_watch.forget)
 
 
 def raise_in(thread: int, error: type[LimitError]) -> None:
-    """Raise `error` in another thread, at the next line of Python that it runs."""
+    """Raise `error` in another thread, when it runs the next Python instruction."""
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(error))
 
 
 def _used(thread: int) -> float:
-    """Seconds of the processor that a thread has had; where the system does not say, those that have passed."""
+    """The processor seconds of a thread; wall time if the system does not report them."""
     clock = getattr(time, "pthread_getcpuclockid", None)
     return time.monotonic() if clock is None else time.clock_gettime(clock(thread))
 
 
 def _held(column: int) -> int:
-    """Bytes that this process has: of address space (0), in memory (1); 0 where the system does not say."""
+    """Bytes of this process: address space (column 0) or resident memory (1); 0 if the system does not report them."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[column]) * resource.getpagesize()
     except OSError:

@@ -71,8 +71,8 @@ class Ranks:
         return value
 
     def agreed(self, make: Callable[[], Value]) -> Value:
-        """What `make` gives on this rank; a UserError of any rank is raised on all. They call it together, and `make`
-        waits for no other rank.
+        """The result of `make` on this rank. A UserError of any rank is raised on all ranks. All ranks call this
+        together, and `make` must not wait for other ranks.
         """
         if self.mesh is None:
             return make()

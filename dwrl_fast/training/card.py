@@ -1,4 +1,4 @@
-"""The model card, README.md beside the weights: what the model is, how it was made, how good it is, how it is used."""
+"""The model card, README.md next to the weights: what the model is, its training, its accuracy, and how to use it."""
 
 import dataclasses
 import shlex
@@ -19,13 +19,13 @@ from dwrl_fast.models.pretrained import CARD
 from dwrl_fast.training.runlog import read_metrics
 
 README = "README.md"
-FEW = 100  # held-out rows, of which an accuracy says little
+FEW = 100  # below this number of held-out rows an accuracy says little
 HERE = "path/to/this/folder"
 
 
 def write_card(run: Path, config: TrainConfig, result: Mapping[str, Any], **where: Any) -> None:
-    """Put the card of a run that is over beside the weights in its folder; see `model_card`. OSError where the disk
-    refuses it.
+    """Write the card of a finished run next to the weights in its folder; see `model_card`. Raises OSError if it cannot
+    be written.
     """
     text = model_card(config, result, read_metrics(run / "metrics.jsonl"), **where)
     (run / "model" / README).write_text(text, encoding="utf-8")
@@ -39,8 +39,8 @@ def model_card(
     repository: str | None = None,
     processes: int = 1,
 ) -> str:
-    """Markdown under the YAML that the Hugging Face hub reads. result: as in result.json; metrics: the rows of
-    metrics.jsonl; repository: USER/NAME that the model is sent to; processes: that trained it.
+    """The card: YAML for the Hugging Face hub, then Markdown. result: as in result.json. metrics: the rows of
+    metrics.jsonl. repository: USER/NAME that the model is uploaded to. processes: the number that trained it.
     """
     method = METHODS[config.method]
     parts = [
@@ -58,7 +58,7 @@ def model_card(
 
 
 def _front(config: TrainConfig, method: type[Method]) -> str:
-    """The YAML: license and base model only where they are known."""
+    """The YAML; license and base model only if they are known."""
     from huggingface_hub import ModelCardData
 
     base = config.model_name_or_path
@@ -75,7 +75,7 @@ def _front(config: TrainConfig, method: type[Method]) -> str:
 
 
 def _said_by(base: str | None) -> dict[str, Any]:
-    """License and base model as the card of a model in a folder has them."""
+    """License and base model from the card of a model in a folder."""
     from huggingface_hub import ModelCard
 
     with suppress(OSError, ValueError, yaml.YAMLError):
@@ -92,13 +92,13 @@ def _sources(config: TrainConfig) -> list[str]:
 
 
 def _of_hub(name: str) -> bool:
-    """A file of rows may be gone by now, and is still none of the hub's data sets."""
+    """Whether `name` is a data set of the hub. A file that has been deleted since is not."""
     file = Path(name).suffix in (*FILES, *PACKED) or Path(name).exists() or files_of(name)
     return not file and HUB.fullmatch(name) is not None
 
 
 def _shown(name: str) -> str:
-    """A data set of the hub by its name, a file by its own without the folders."""
+    """The name of a data set of the hub, or the name of a file without its folders."""
     return name if _of_hub(name) else PurePath(name).name
 
 
@@ -109,7 +109,7 @@ def _what(method: type[Method]) -> str:
         kind = "A generative preference model: a language model that writes a thought before its verdict on a response"
     else:
         kind = "A preference model: it judges responses without a thought"
-    return f"{kind}. Made with dwrl_fast, `--method {method.name}`: {method.summary}."
+    return f"{kind}. Trained with dwrl_fast, `--method {method.name}`: {method.summary}."
 
 
 def _use(method: type[Method], name: str) -> str:
@@ -132,8 +132,8 @@ model = {auto}.from_pretrained({name!r})
 """
     return (
         f"## Use\n\nAs a judge:\n\n{block(judge.rstrip(), 'python')}\nWithout dwrl_fast it is a plain model of "
-        f"transformers, and no code comes with it. `{CARD}` beside the weights holds the turns that it is asked with "
-        f"and the labels that are read:\n\n{block(plainly.rstrip(), 'python')}"
+        f"transformers, without code of its own. `{CARD}` next to the weights has the turns that ask it and the labels "
+        f"that are read:\n\n{block(plainly.rstrip(), 'python')}"
     )
 
 
@@ -167,7 +167,7 @@ def _reports(result: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]
     for key, report in result.items():
         if key.startswith(("report_before", "report_after")):
             kind, _, source = key.removeprefix("report_").partition("/")
-            yield kind.replace("_", " ", 1).replace("_", " ") + (f", {source}" if source else ""), report
+            yield kind.replace("_", " ") + (f", {source}" if source else ""), report
 
 
 def _held_out(

@@ -1,7 +1,7 @@
 """Experiment trackers (`--report_to`), through accelerate's integrations.
 
-They get what `metrics.jsonl` holds, under TRL's names where a figure means the same there. A tracker that cannot begin
-ends the run before its work; one that fails later is given up, and the run goes on.
+They receive the values of `metrics.jsonl`. Metrics with the same meaning as in TRL have TRL's names. If a tracker
+cannot start, the run ends before training. If a tracker fails later, the run continues without it.
 """
 
 import json
@@ -20,11 +20,11 @@ from dwrl_fast.files import bounded_json
 from dwrl_fast.log import logger
 from dwrl_fast.training.runlog import write_json
 
-RECORD = "trackers.json"  # in the run's folder: the run of each tracker, and the last step that it got
-TABLE_ROWS = 256  # thoughts of a rollout batch that a tracker gets; thoughts/ holds all
-UNSAFE = re.compile(r"[^\w\-. /]")  # what MLflow allows in no name
+RECORD = "trackers.json"  # in the run's folder: the run id of each tracker, and the last step that it received
+TABLE_ROWS = 256  # thoughts per rollout batch that a tracker receives; thoughts/ has all of them
+UNSAFE = re.compile(r"[^\w\-. /]")  # characters that MLflow does not allow in names
 
-# Names in metrics.jsonl -> names of TRL 1.16 that mean the same. Any other figure is train/NAME.
+# Names in metrics.jsonl -> names in TRL 1.16 with the same meaning. Any other metric is train/NAME.
 NAMES = {
     "loss": "train/loss",
     "train_accuracy": "train/accuracy",
@@ -42,13 +42,13 @@ NAMES = {
     "sampler_gap_max": "train/sampling/sampling_logp_difference/max",
     "seconds": "train/step_time",
 }
-# Of methods with one update; those of two keep their phase: train/learning_rate_score.
+# For methods with one phase. Methods with two phases keep the phase in the name: train/learning_rate_score.
 OF_ONE_PHASE = {"learning_rate": "train/learning_rate", "grad_norm": "train/grad_norm"}
 EVALUATED = {"greedy": "accuracy"}  # eval/accuracy, and with more thoughts eval/accuracy_4_thoughts
 
 
 def tracker_names(values: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of a line of metrics.jsonl under the names that trackers get; those that are not finite left out."""
+    """The finite values of a line of metrics.jsonl, under the names that trackers receive."""
     phases = [name.removeprefix("learning_rate_") for name in values if name.startswith("learning_rate_")]
     alone = {f"{name}_{phases[0]}": theirs for name, theirs in OF_ONE_PHASE.items()} if len(phases) == 1 else {}
     names = NAMES | alone
@@ -59,24 +59,25 @@ def tracker_names(values: Mapping[str, Any]) -> dict[str, float]:
 def _own_name(name: str) -> str:
     if not name.startswith("eval_"):
         return f"train/{name}"
-    kind, _, source = name.removeprefix("eval_").partition("/")  # of several files, the file that is evaluated
+    kind, _, source = name.removeprefix("eval_").partition("/")  # with several evaluation files, the name of the file
     figure = EVALUATED.get(kind, f"accuracy_{kind}")
     return f"eval/{source}_{figure}" if source else f"eval/{figure}"
 
 
 def check_installed(names: Sequence[str]) -> None:
-    """ConfigError, with the command that helps, where a package is missing that the trackers of `names` need."""
+    """Raises ConfigError, with the pip command, if a package that the trackers `names` need is missing."""
     needed = [*(["accelerate"] if names else []), *names]
     specs = {name: find_spec(name) for name in needed}
-    if missing := [name for name, spec in specs.items() if spec is None or spec.origin is None]:  # a folder is none
+    # A local folder of that name has a spec without an origin.
+    if missing := [name for name, spec in specs.items() if spec is None or spec.origin is None]:
         wanted = " ".join(PACKAGES.get(name, name) for name in missing)
         raise ConfigError(f"--report_to {' '.join(names)} needs packages that are not installed: pip install {wanted}")
 
 
 @dataclass(slots=True)
 class Tracked:
-    """A run as its tracker knows it. run: its id there. last: the last step that it got, and half a step more after the
-    evaluation that follows the run; -1 before the first.
+    """A run in a tracker. run: its id there. last: the last step that the tracker received, plus one half after the
+    evaluation at the end of training; -1 before the first step.
     """
 
     run: str
@@ -84,17 +85,17 @@ class Tracked:
 
 
 class Table(NamedTuple):
-    """Rows of cells, each of as many as there are columns."""
+    """A table; each row has one cell per column."""
 
     columns: list[str]
     rows: list[list[Any]]
 
 
 class Trackers:
-    """The trackers that one run reports to; without arguments none. As a context it closes them at the end.
+    """The trackers of one run; a new object has none. As a context manager it closes them at the end.
 
-    running: accelerate's tracker by name. known: the run of each, also of those that failed. record: where that is kept
-    for a run that is resumed. table: thoughts that go with the next figures.
+    running: accelerate's trackers by name. known: the run of each tracker, also of those that failed. record: the file
+    that stores `known` for a resumed run. table: thoughts that are sent with the next metrics.
     """
 
     def __init__(self) -> None:
@@ -112,8 +113,8 @@ class Trackers:
         self.running = {}
 
     def metrics(self, step: int, values: Mapping[str, Any], *, again: bool = False) -> None:
-        """The figures of a step, but for trackers that had them before the run was resumed. again: these are further
-        ones of a step.
+        """Send the metrics of a step to all trackers that did not receive them before the run was resumed.
+        again: further metrics of a step that was already sent.
         """
         named, place = tracker_names(values), step + again / 2
         for name in self._behind(place) if named else []:
@@ -123,8 +124,8 @@ class Trackers:
         self._save()
 
     def thoughts(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """The first thoughts of a step, a table that goes with the step's figures to trackers that have tables. rows:
-        as in the files of thoughts.
+        """Keep the first thoughts of a step as a table, to send with the metrics of the step to trackers that support
+        tables. rows: as in the files of thoughts.
         """
         shown = [row for row in rows if "thought" in row][:TABLE_ROWS]
         columns = list(dict.fromkeys(name for row in shown for name in row))
@@ -139,14 +140,14 @@ class Trackers:
         return [name for name in self.running if self.known[name].last < step]
 
     def _try(self, name: str, act: Callable[..., None]) -> bool:
-        """Whether the tracker took it; one that did not is given up."""
+        """Whether `act` succeeded. A tracker that fails is removed."""
         try:
             act(self.running[name])
         except Exception as error:  # of a network, a disk, a library
             del self.running[name]
             logger.error(
-                "%s failed (%s: %s) and gets nothing more of this run. The run goes on, and metrics.jsonl holds all "
-                "figures; a run that is resumed tries %s again.",
+                "%s failed (%s: %s). The run continues without it, and metrics.jsonl has all metrics. A resumed "
+                "run tries %s again.",
                 *(name, type(error).__name__, error, name),
             )
             return False
@@ -158,12 +159,12 @@ class Trackers:
             try:
                 write_json(record, known)
             except OSError as error:
-                logger.error("%s: %s. It is written with the next step.", record, error.strerror)
+                logger.error("%s: %s. It will be written with the next step.", record, error.strerror)
 
 
 def open_trackers(config: TrainConfig, folder: Path, *, resumed: bool) -> Trackers:
-    """The trackers of --report_to, each with a run that has begun, with the options as hyperparameters; of a run that
-    is resumed in `folder` the same run as before. ConfigError where one cannot begin.
+    """Start the trackers of --report_to, with the options as hyperparameters. A run that is resumed in `folder`
+    continues its earlier runs in the trackers. Raises ConfigError if a tracker cannot start.
     """
     found = Trackers()
     if not config.report_to:
@@ -172,7 +173,7 @@ def open_trackers(config: TrainConfig, folder: Path, *, resumed: bool) -> Tracke
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    PartialState()  # without which accelerate's trackers do not speak
+    PartialState()  # accelerate's trackers need it for their log messages
     found.record = folder / RECORD
     before = _read(found.record) if resumed else {}
     for name in config.report_to:
@@ -187,8 +188,8 @@ def open_trackers(config: TrainConfig, folder: Path, *, resumed: bool) -> Tracke
             found.running.pop(name, None)
             found.__exit__(None, None, None)
             raise ConfigError(
-                f"--report_to {name} cannot begin ({type(error).__name__}: {error}). Mend it, or leave it out: "
-                f"{folder / 'metrics.jsonl'} holds all figures without it.{HINTS.get(name, '')}"
+                f"--report_to {name} cannot start ({type(error).__name__}: {error}). Correct this, or leave {name} "
+                f"out: {folder / 'metrics.jsonl'} has all metrics without it.{HINTS.get(name, '')}"
             ) from error
     found._save()
     return found
@@ -200,17 +201,17 @@ def _read(record: Path) -> dict[str, Tracked]:
     try:
         return {name: Tracked(**each) for name, each in bounded_json(record).items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{record} cannot be read ({error}). Remove it: the trackers then begin new runs.") from None
+        raise ConfigError(f"{record} cannot be read ({error}). Remove it; the trackers then start new runs.") from None
 
 
 def hyperparameters(config: TrainConfig) -> dict[str, bool | int | float | str]:
-    """Every option; lists, mappings and null as JSON."""
+    """All options; lists, mappings and null as JSON text."""
     values = config.to_dict()
     return {k: v if isinstance(v, bool | int | float | str) else json.dumps(v) for k, v in values.items()}
 
 
 def _how(name: str, config: TrainConfig, folder: Path, run: str | None) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """What accelerate's tracker is made of. run: the id of a run that goes on."""
+    """The arguments of accelerate's tracker. run: the id of a run to continue."""
     run_name = config.run_name or folder.absolute().name
     match name:
         case "tensorboard":
@@ -240,7 +241,8 @@ def _mlflow_table(tracker: Any, table: Table, step: int) -> None:
     import mlflow
 
     columns = {name: [row[i] for row in table.rows] for i, name in enumerate(table.columns)}
-    mlflow.log_table(columns, f"thoughts/step-{step:06d}.json")  # one that is added to is sent whole each time
+    # One file per step, because MLflow uploads a file again when rows are added to it.
+    mlflow.log_table(columns, f"thoughts/step-{step:06d}.json")
 
 
 TABLES: dict[str, Callable[[Any, Table, int], None]] = {
@@ -254,7 +256,7 @@ RUN_IDS: dict[str, Callable[[Any], str]] = {
     "wandb": lambda tracker: str(tracker.tracker.id),
     "mlflow": lambda tracker: str(tracker.tracker.info.run_id),
 }
-FORGETFUL = {"trackio", "wandb"}  # a run that goes on has the options that it is given again
-# What pip installs for a tracker, where it is not called as the tracker: mlflow itself asks for an older pandas.
+FORGETFUL = {"trackio", "wandb"}  # they need the options again when a run continues
+# Names for pip that differ from the tracker's: the full package mlflow requires an older pandas.
 PACKAGES = {"mlflow": "mlflow-skinny sqlalchemy alembic"}
-HINTS = {"wandb": " WANDB_MODE=offline writes to the output folder alone."}
+HINTS = {"wandb": " With WANDB_MODE=offline, wandb writes only to the output folder."}

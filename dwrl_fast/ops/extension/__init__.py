@@ -33,8 +33,8 @@ def compiled() -> tuple[str, ...]:
 
 
 def refusal() -> str | None:
-    """Where operators were compiled, but for other versions of PyTorch alone: which, and what to do. Nothing runs then:
-    the fallback would be slower than what was installed, and its versions were not meant for each other.
+    """If operators were compiled, but only for other versions of PyTorch: the versions and the remedy; else None.
+    Nothing runs then, because the fallback would be much slower than what was installed.
     """
     if not compiled() or _ours() in compiled():
         return None
@@ -55,23 +55,23 @@ def problem() -> str | None:
         absent = isinstance(error, ModuleNotFoundError) and error.name == name
         reason = "they were not compiled when it was installed" if absent else f"they do not load here ({error})"
         return MISSING.format(reason=reason, command=_command())
-    instruction_set()  # asked here, where no tracing sees it
+    instruction_set()  # cached here, outside of any tracing
     return None
 
 
 @functools.cache
 def instruction_set() -> str:
-    """What the C++ operators run with on this processor: AVX512, AVX2, or DEFAULT, which is the plain set."""
+    """The instruction set of the C++ operators on this processor: AVX512, AVX2, or DEFAULT (plain x86-64)."""
     return str(torch.ops.dwrl_fast.instruction_set())
 
 
 def _ours() -> str:
-    """The version of PyTorch that is installed, without its patch."""
+    """The major and minor version of the installed PyTorch."""
     return ".".join(torch.__version__.split(".")[:2])
 
 
 def _command() -> str:
-    """What compiles them."""
+    """The command that compiles the operators."""
     checkout = Path(__file__).parents[3]
     source = str(checkout) if (checkout / "csrc").is_dir() else "<checkout of dwrl_fast>"
     return f"cd {source} && {sys.executable} -m pip install --no-build-isolation --no-deps -e ."

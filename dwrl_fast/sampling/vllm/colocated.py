@@ -42,7 +42,7 @@ class Colocated:
         self.cpu = cpu = device.type == "cpu"
         self.among_ranks = ranks.mesh is not None
         self.sleeps, self.lock = trains and not cpu, threading.RLock()
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights go from memory to memory
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are passed in memory
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the trainer uses the same threads
         options: dict[str, Any] = {"gpu_memory_utilization": settings.gpu_memory_utilization}
@@ -50,7 +50,7 @@ class Colocated:
             options["distributed_executor_backend"] = "external_launcher"  # torchrun has already started the processes
         if cpu:
             options |= {"kv_cache_memory_bytes": int(limits.cache_gib * 2**30), "enforce_eager": True}
-            options["enable_chunked_prefill"] = False  # with which vLLM 0.32 fails on a CPU, where requests are seeded
+            options["enable_chunked_prefill"] = False  # vLLM 0.32 on a CPU fails with it for seeded requests
         self.options = options | {
             "dtype": str(dtype).removeprefix("torch."),
             "max_model_len": settings.max_model_length,
@@ -63,7 +63,7 @@ class Colocated:
         self.longest = int(self.llm.llm_engine.model_config.max_model_len)
 
     def _start(self) -> None:
-        """Make vLLM's `LLM`; its weights are drawn until some are loaded."""
+        """Create vLLM's `LLM`. Its weights are random until `load`."""
         threads, set_threads = torch.get_num_threads(), torch.set_num_threads
         with tempfile.TemporaryDirectory() as folder:
             self.config.save_pretrained(folder)
@@ -81,8 +81,8 @@ class Colocated:
         self.asleep = False
 
     def complete(self, asks: Sequence[Ask], done: Callable[[int], None]) -> list[Answer]:
-        """See `Engine.complete`. Where vLLM dies it is started again, once a call, with the weights that were loaded
-        last, and all of `asks` are asked again.
+        """See `Engine.complete`. If vLLM fails, it is restarted once per call with the weights that were loaded last,
+        and all of `asks` are sent again.
         """
         with self.lock:
             found, why = self._complete(asks, done)
@@ -90,9 +90,9 @@ class Colocated:
                 self._restart(why, len(asks))
                 found, why = self._complete(asks, done)
             if why:
-                with suppress(Exception):  # of one that is too far gone
+                with suppress(Exception):  # a broken engine may not shut down
                     self._end()
-                raise _lost(f"it died again after a restart ({why})")
+                raise _lost(f"it failed again after a restart ({why})")
         for place, ask in enumerate(asks):
             if why := "no answer came" if place not in found else wrong(ask, found[place]):
                 raise SamplerError(
@@ -101,7 +101,7 @@ class Colocated:
         return [found[place] for place in range(len(asks))]
 
     def _complete(self, asks: Sequence[Ask], done: Callable[[int], None]) -> tuple[dict[int, Answer], str]:
-        """The answers by their places in `asks`, and why vLLM died; empty where it did not."""
+        """The answers by their index in `asks`, and the reason if vLLM failed, else an empty string."""
         engine = self.llm.llm_engine
         found: dict[int, Answer] = {}
         for place, ask in enumerate(asks):
@@ -110,7 +110,7 @@ class Colocated:
             while engine.has_unfinished_requests():
                 try:
                     outputs = engine.step()
-                except Exception as error:  # of a kernel, a worker or the memory; it holds on to the engine's frames
+                except Exception as error:  # only its text is kept, because its frames keep the engine in memory
                     return {}, f"{type(error).__name__}: {error}"[:300]
                 for output in outputs:
                     if output.finished:
@@ -123,12 +123,12 @@ class Colocated:
         return found, ""
 
     def _restart(self, why: str, requests: int) -> None:
-        """A new engine with the weights that were loaded last. SamplerError where there is none to be had."""
+        """Replace the engine by a new one with the weights that were loaded last. Raises SamplerError if this fails."""
         if self.among_ranks:
-            raise _lost(f"it died ({why}), and is not started again by one of several ranks")
+            raise _lost(f"{why}. With several ranks it is not restarted")
         self.restarts += 1
         logger.warning(
-            "vLLM in this process died (%s). It is started again, and its %d requests are sampled again with the same "
+            "vLLM in this process failed (%s). It is restarted, and its %d requests are sampled again with the same "
             "seeds.",
             *(why, requests),
         )
@@ -139,10 +139,10 @@ class Colocated:
             self._start()
             self.load(*self.loaded)
         except Exception as error:
-            raise _lost(f"it died ({why}) and could not be started again ({error})") from error
+            raise _lost(f"{why}. It could not be restarted ({error})") from error
 
     def _end(self) -> None:
-        """End vLLM, and give its memory back."""
+        """Shut vLLM down and free its memory."""
         llm = self.__dict__.pop("llm")
         try:
             llm.llm_engine.engine_core.shutdown()
@@ -195,7 +195,7 @@ class Colocated:
 
 def _lost(what: str) -> SamplerError:
     return SamplerError(
-        f"vLLM in this process failed: {what}. Nothing was trained on what it had written. Go on with the run by "
-        "--resume_from_checkpoint latest; where it dies of memory, lower --vllm_gpu_memory_utilization or "
+        f"vLLM in this process failed: {what}. None of its unfinished output was used for training. Resume the run "
+        "with --resume_from_checkpoint latest. If it lacks memory, lower --vllm_gpu_memory_utilization or "
         "--generation_batch_size."
     )

@@ -65,8 +65,8 @@ class Server:
     def failed(self, what: str) -> SamplerError:
         """The error for a server that worked before and has failed."""
         return SamplerError(
-            f"the vLLM server {self.url} failed: {what}. Nothing was trained on what it had written. See what it "
-            f"printed, and start it again as\n  {self._command()}\nThen go on with the run by --resume_from_checkpoint "
+            f"the vLLM server {self.url} failed: {what}. None of its unfinished output was used for training. Look at "
+            f"its log, and start it again with\n  {self._command()}\nThen resume the run with --resume_from_checkpoint "
             "latest."
         )
 
@@ -87,8 +87,8 @@ class Server:
             if time.monotonic() > until:
                 raise SamplerError(
                     f"no vLLM server answers at {self.url} within {self.timeout:g} s (--vllm_server_timeout): {why}. "
-                    f"Start one as\n  {self._command()}"
-                    + "\nThen go on with the run by --resume_from_checkpoint latest."
+                    f"Start one with\n  {self._command()}"
+                    + "\nThen resume the run with --resume_from_checkpoint latest."
                     * bool(self.model)
                 )
             time.sleep(PAUSE)
