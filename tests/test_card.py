@@ -119,6 +119,9 @@ def test_what_is_known_of_base_model_license_and_data_is_said(
     rates = dataclasses.replace(config, score_learning_rate=1e-5, thought_learning_rate=1e-4)
     assert "| learning rate | 1e-05 (score), 0.0001 (thought), linear |" in model_card(rates, result, [])
     assert "# mine\n" in text and "torchrun --nproc-per-node 8 -m dwrl_fast.train" in text
+    (command,) = blocks(text, "bash")
+    assert str(Path(str(config.output_dir)).parent) not in text, "folders of this machine"
+    assert "--model_name_or_path Qwen/Qwen2.5-3B-Instruct" in command and "--output_dir run" in command
 
 
 @pytest.mark.parametrize("method", ["bt", "gram", "grpo-pair", "grpo-point", "dpo", "sft", "star-sft", "judge"])

@@ -51,7 +51,10 @@ from dwrl_fast.training.runlog import read_metrics
 BRIEF = {"template": "brief"}  # a small model's thoughts end in time, and its labels are likely (docs/pretrained.md)
 TWO = BRIEF | {"score_learning_rate": 2e-5, "thought_learning_rate": 1e-5, "optimizer_state": "per_phase"}
 RATES = ("learning_rate", "score_learning_rate", "thought_learning_rate")
-SIGNALS = ("label_mass", "truncation_rate", "advantage", "effective_groups", "clip_fraction")
+SIGNALS = (
+    "label_mass", "p_chosen", "p_rejected", "train_accuracy", "truncation_rate", "advantage",
+    "effective_groups", "clip_fraction", "grad_norm", "grad_norm_score", "grad_norm_thought",
+)  # fmt: skip
 SUMMED = ("naive_tokens", "trunk_tokens", "thought_tokens")
 ZERO_SHOT_VOTES = 4
 
@@ -65,7 +68,7 @@ class Variant(NamedTuple):
     trains: bool = True
 
 
-VARIANTS = {
+COMPARED = {
     "zero-shot": Variant("dwrl", BRIEF, trains=False),
     "judge": Variant("judge", {}, trains=False),
     "bt, 1/4": Variant("bt", {"learning_rate": 2e-5}, share=0.25),
@@ -79,13 +82,22 @@ VARIANTS = {
     "star-sft": Variant("star-sft", {"learning_rate": 1e-5}),
     "sft": Variant("sft", {"learning_rate": 2e-5}),
 }
+STEPS = {  # from `bt` to `dwrl` in single changes, and changes of `dwrl`, to isolate what slows learning
+    "bt, a thought before": Variant("bt", {"learning_rate": 2e-5, "prefilled_thoughts": True} | BRIEF),
+    "dwrl, no thought": Variant("dwrl", TWO | {"max_completion_length": 1}),
+    "dwrl, scores alone": Variant("dwrl", TWO | {"thought_learning_rate": 1e-12}),
+    "dwrl, likelihood": Variant("dwrl", TWO | {"thought_normalization": "likelihood"}),
+    "dwrl, temperature .3": Variant("dwrl", TWO | {"temperature": 0.3}),
+    "dwrl, 12 thoughts": Variant("dwrl", TWO | {"num_generations": 12}),
+}
+VARIANTS = COMPARED | STEPS
 BUDGETS: dict[str, dict[str, Any]] = {
     "cpu": {
         "variants": ["zero-shot", "bt, 1/4", "bt, 1/2", "bt", "dwrl", "btpo"],
         "rows": 64, "swept": 60, "held_out": 150, "batch": 16, "tokens": 32, "votes": 1,
     },
     "gpu": {
-        "variants": list(VARIANTS), "rows": 1024, "swept": 200, "held_out": 500, "batch": 64, "tokens": 48, "votes": 4,
+        "variants": list(COMPARED), "rows": 1024, "swept": 200, "held_out": 500, "batch": 64, "tokens": 48, "votes": 4,
     },
 }  # fmt: skip
 Run = dict[str, Any]
@@ -106,8 +118,7 @@ def configured(variant: Variant, factor: float, seed: int, args: argparse.Namesp
         save_steps=0,
         seed=seed,
         output_dir=str(work / "run"),
-        **sampling,
-        **variant.options | rates,
+        **sampling | variant.options | rates,
     )
 
 
@@ -138,6 +149,8 @@ def made(
         folder = Path(str(config.output_dir))
         metrics = read_metrics(folder / "metrics.jsonl")
         found["signals"] = {k: [metrics[i][k] for i in (0, -1)] for k in SIGNALS if k in metrics[0]}
+        if files := sorted((folder / "thoughts").glob("*.jsonl")):
+            found["thoughts"] = [spread(files[i]) for i in (0, -1)]
         found["tokens"] = {k: sum(row.get(k, 0) for row in metrics) for k in SUMMED}
         found["seconds"] = result["seconds_by_stage"]
         scorer = Scorer.from_pretrained(folder / "model")
@@ -154,6 +167,22 @@ def made(
     found["seconds_in_all"] = time.monotonic() - started
     shutil.rmtree(work / "run", ignore_errors=True)
     return found
+
+
+def spread(file: Path) -> dict[str, float]:
+    """Of the thoughts of one rollout batch: the standard deviation of scores within a response and of the mean scores
+    of responses (nats), and the effective number of thoughts, 1 / sum(w**2) with w = softmax(scores) of a response.
+    """
+    scores: dict[tuple[str, int], list[float]] = {}
+    for line in file.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        scores.setdefault((row["source"], row["response"]), []).append(row["score"])
+    each = torch.tensor(list(scores.values()), dtype=torch.float64)
+    return {
+        "within_response": each.std(1).mean().item(),
+        "between_responses": each.mean(1).std().item(),
+        "effective_thoughts": (1 / each.softmax(1).square().sum(1)).mean().item(),
+    }
 
 
 def best_factor(runs: Sequence[Run], name: str, seed: int) -> float:

@@ -1,6 +1,7 @@
 """The model card, README.md next to the weights: what the model is, its training, its accuracy, and how to use it."""
 
 import dataclasses
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -21,6 +22,7 @@ from dwrl_fast.training.runlog import read_metrics
 README = "README.md"
 FEW = 100  # below this number of held-out rows an accuracy says little
 HERE = "path/to/this/folder"
+FOLDERS = re.compile(r"(?<![^=,:])~?/(?!/)(?:[^/,=]+/)*")  # the folders of an absolute path in an argument
 
 
 def write_card(run: Path, config: TrainConfig, result: Mapping[str, Any], **where: Any) -> None:
@@ -51,7 +53,7 @@ def model_card(
         "## Training\n\n" + "".join(_training(config, method, result)),
         "## Held-out pairs\n\n" + "".join(_held_out(config, method, result, metrics)),
         "## Limits\n\n" + "".join(f"- {line}\n" for line in _limits(config, method, result)),
-        "## Command\n\n" + block(_command(config, processes), "bash"),
+        "## Command\n\n" + block(_command(config, processes, repository), "bash"),
         "## Versions\n\n" + "".join(f"- {name} {plain(number)}\n" for name, number in result["versions"].items()),
     ]
     return "\n".join(parts)
@@ -222,10 +224,15 @@ def _limits(config: TrainConfig, method: type[Method], result: Mapping[str, Any]
     )
 
 
-def _command(config: TrainConfig, processes: int) -> str:
-    """The command that trained the model, which needs no other file of options."""
+def _command(config: TrainConfig, processes: int, repository: str | None) -> str:
+    """The command that trained the model, which needs no other file of options. The folders of absolute paths are
+    omitted if the model is uploaded: they may name people and projects.
+    """
     once = dataclasses.replace(config, resume_from_checkpoint=None, resume_anyway=False)
     python = ["python"] if processes == 1 else ["torchrun", "--nproc-per-node", str(processes)]
     # Over the embedded task's recipe, what the user gave counts also where it is the default.
     also = () if config.own_data else config.explicit - {"resume_from_checkpoint", "resume_anyway"}
-    return shlex.join([*python, "-m", "dwrl_fast.train", *once.to_arguments(also)])
+    arguments = once.to_arguments(also)
+    if repository:
+        arguments = [FOLDERS.sub("", argument) for argument in arguments]
+    return shlex.join([*python, "-m", "dwrl_fast.train", *arguments])
