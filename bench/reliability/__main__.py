@@ -52,8 +52,7 @@ def drills(given: argparse.Namespace, work: Path) -> dict[str, Drills]:
         yield disks.damaged(task, work / "damaged")
 
     def long() -> Iterator[Drill]:
-        steps = int(given.minutes * given.steps_a_minute)
-        yield soak.hunted(task, work / "hunted", steps, (given.minutes, 3 * given.minutes))
+        yield soak.hunted(task, work / "hunted", given.minutes, (given.minutes, 3 * given.minutes))
         yield soak.flat(task, work / "flat", 30 * given.minutes)
 
     return {
@@ -73,9 +72,6 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a sample")
     parser.add_argument("--only", nargs="+", help="resume signals kills disks files cost soak (default: all but soak)")
     parser.add_argument("--minutes", type=float, default=60, help="of the run under kills; half of it left alone")
-    parser.add_argument(
-        "--steps_a_minute", type=float, default=60, help="rollout batches of it that a minute takes here"
-    )
     parser.add_argument("--task", type=Path, help="a folder with the embedded task, made there where it is not")
     parser.add_argument("--json", type=Path, help="where the table goes too")
     given = parser.parse_args()

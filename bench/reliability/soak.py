@@ -5,7 +5,9 @@ and memory and descriptors of an undisturbed run must stay constant.
 import os
 import random
 import signal
+import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from bench.reliability.drill import Drill
 from bench.reliability.lives import ended, life, lived
 from bench.reliability.task import run, small, written
 from dwrl_fast.embedded import Embedded
+from dwrl_fast.training.runlog import read_metrics
 from dwrl_fast.training.trainer import Trainer
 
 GROWTH = 8.0  # MiB that a run may grow in its second half, because allocators keep freed memory
@@ -24,13 +27,23 @@ def endless(task: Embedded, folder: Path, steps: int) -> Any:
     return small(task, folder, **changes, save_steps=20, save_updates=3, learning_rate=1e-4)
 
 
-def hunted(task: Embedded, folder: Path, steps: int, between: tuple[float, float], seed: int = 0) -> Drill:
+def paced(task: Embedded, folder: Path, minutes: float) -> int:
+    """The number of rollout batches that each of two simultaneous runs completes in `minutes`, from runs of 20."""
+    folder.mkdir(parents=True)
+    runs = [endless(task, folder / name, 20) for name in ("one", "other")]
+    processes = [life(partial(run, config), folder / "log") for config in runs]
+    assert [ended(process) for process in processes] == [0, 0], f"see {folder / 'log'}"
+    rows = read_metrics(folder / "one" / "metrics.jsonl")
+    return int(60 * minutes / statistics.median(row["seconds"] for row in rows))
+
+
+def hunted(task: Embedded, folder: Path, minutes: float, between: tuple[float, float], seed: int = 0) -> Drill:
     """Kills after random times in the range `between` (seconds), compared with the same run without kills.
 
-    Both run at the same time.
+    Both run at the same time. They have as many rollout batches as runs without kills complete in `minutes`.
     """
+    steps = paced(task, folder / "pace", minutes)
     chance, kills, started = random.Random(seed), 0, time.monotonic()
-    folder.mkdir(parents=True)
     whole = life(lambda: run(endless(task, folder / "whole", steps)), folder / "whole.log")
     while True:
         process = life(lambda: run(endless(task, folder / "killed", steps)), folder / "killed.log")
@@ -47,12 +60,11 @@ def hunted(task: Embedded, folder: Path, steps: int, between: tuple[float, float
             continue
         assert status == 0, f"status {os.waitstatus_to_exitcode(status)}: see {folder / 'killed.log'}"
         break
-    minutes = (time.monotonic() - started) / 60
+    took = (time.monotonic() - started) / 60
     assert ended(whole) == 0, f"see {folder / 'whole.log'}"
     same = written(folder / "killed") == written(folder / "whole")
-    found_text = (
-        f"{'the same' if same else 'OTHER'} weights, thoughts and metrics; {kills} kills in {minutes:.0f} minutes"
-    )
+    found_text = f"{'the same' if same else 'OTHER'} weights, thoughts and metrics; "
+    found_text += f"{kills} kills in {took:.0f} minutes, {steps} rollout batches"
     return Drill(
         "a long run under kills", "weights equal bit for bit after an hour of kills", found_text, same and kills > 0
     )
