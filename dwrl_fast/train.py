@@ -30,7 +30,7 @@ from dwrl_fast.progress import Display, Stage
 from dwrl_fast.ranks import ALONE, Ranks, start
 from dwrl_fast.scoring.loading import load_dialog
 from dwrl_fast.training.card import write_card
-from dwrl_fast.training.checkpoint import checkpoints, latest_checkpoint
+from dwrl_fast.training.checkpoint import checkpoints
 from dwrl_fast.training.dry_run import dry_run
 from dwrl_fast.training.plots import plot_curves
 from dwrl_fast.training.policy import PREFILLED, load_judging
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> None:
     except KeyboardInterrupt as error:
         folder = None if config.output_dir is None else Path(config.output_dir)
         said = isinstance(error, Stopped) and error.saved
-        if not said and folder is not None and latest_checkpoint(folder) is not None:
+        if not said and folder is not None and ranks.first and checkpoints(folder):  # the resumed run verifies them
             console.print(f"\n{folder} can be resumed: add --resume_from_checkpoint latest", highlight=False)
         raise
     if not result.get("trained", True):

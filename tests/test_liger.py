@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dwrl_fast.errors import ConfigError, ModelError
-from dwrl_fast.models.liger import use_liger
+from dwrl_fast.models.liger import use_liger, without_liger
 
 pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -56,8 +56,12 @@ def assert_parity(family: str, device: str, dtype: torch.dtype, within: float) -
     got = states_and_gradients(lm, ids)
     found = [m._get_name() for m in lm.modules() if m._get_name().startswith("Liger")]
     assert {name: found.count(name) for name in found} == FAMILIES[family]
-    rope = sys.modules[type(lm).__module__].apply_rotary_pos_emb  # type: ignore[attr-defined]
-    assert rope.__module__.startswith("liger_kernel")
+    code: Any = sys.modules[type(lm).__module__]
+    assert code.apply_rotary_pos_emb.__module__.startswith("liger_kernel")
+    with without_liger():  # a saved model is compared on the CPU
+        assert not any(m._get_name().startswith("Liger") for m in drawn_model(family).modules())
+        assert code.apply_rotary_pos_emb.__module__.startswith("transformers")
+    assert code.apply_rotary_pos_emb.__module__.startswith("liger_kernel")
     assert want.keys() == got.keys() and len(want) > 12
     for name, y in want.items():
         assert got[name].dtype == y.dtype

@@ -112,6 +112,26 @@ def test_even_pieces() -> None:
     assert [products.piece_rows(n, 2048, "cpu") for n in (0, 1, 2049)] == [1, 1, 2048]
 
 
+@pytest.mark.parametrize("rows_", [4096, 4097, 4200, 9300, 12800])
+def test_every_chunk_of_every_block_fits_into_the_first_ones_logits(
+    monkeypatch: pytest.MonkeyPatch, rows_: int
+) -> None:
+    """As on CUDA with bfloat16, where blocks have several chunks: 4,200 rows are blocks of 2,176 and 2,024."""
+    monkeypatch.setattr(products, "piece_rows", lambda n, most, device, real=products.piece_rows: real(n, most, "cuda"))
+    monkeypatch.setattr(products, "chunk_rows", lambda hidden, weight: 1024)
+    monkeypatch.setattr(products, "_direct", lambda hidden: True)
+    monkeypatch.setattr(products, "_into_float32", lambda a, b, out: out.copy_(a.float() @ b.float()))
+    hidden, weight = torch.randn(rows_, 4).bfloat16(), torch.randn(8, 4).bfloat16()
+    found = products.Products(hidden, weight, None, (True, True, False))
+    blocks = found.split(torch.arange(rows_))
+    for block in blocks:
+        some = hidden[block]
+        pieces = [(part, logits.clone(), gradient) for part, logits, gradient in found.chunks(some)]
+        assert torch.equal(torch.cat([logits for _, logits, _ in pieces]), some.float() @ weight.float().T)
+        assert all(gradient is not None and len(gradient) == len(some[part]) for part, _, gradient in pieces)
+    assert len(blocks) == (1 if rows_ == 4096 else -(-rows_ // 4096))
+
+
 def test_logits_take_no_more_rows_than_a_chunk_of_the_trained_ones() -> None:
     hidden, weight = torch.randn(300, 8), torch.randn(11, 8)
     with small_chunks(128):

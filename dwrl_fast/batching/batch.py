@@ -178,10 +178,10 @@ def _slots(groups: Sequence[Group]) -> tuple[Ints, NDArray[np.bool_]]:
     return slots.clip(0), slots >= 0
 
 
-def warn_oversized(size: str, token_budget: int) -> None:
-    """Warn that a group is larger than the token budget. size: its size, in words."""
+def warn_oversized(token_budget: int) -> None:
+    """Warn, once, that a group is larger than the token budget."""
     warn_once(
-        f"a preference group of {size} exceeds --token_budget {token_budget}; groups are never split, so it becomes a "
-        "micro-batch of its own. Raise the budget, or lower --max_length, --max_completion_length or --num_generations "
-        "if memory runs out."
+        f"a preference group exceeds --token_budget {token_budget}; groups are never split, so each such group becomes "
+        "a micro-batch of its own. Raise the budget, or lower --max_length, --max_completion_length or "
+        "--num_generations if memory runs out."
     )

@@ -59,7 +59,7 @@ def split_padded(groups: Sequence[Group], token_budget: int) -> list[list[Group]
     for group in sorted(groups, key=lambda g: g.longest, reverse=True):
         size = len(group.flat)
         if size * group.longest > token_budget:
-            warn_oversized(f"{size} sequences up to {group.longest} tokens long", token_budget)
+            warn_oversized(token_budget)
         if not batches or (rows + size) * longest > token_budget:
             batches.append([])
             rows, longest = 0, group.longest

@@ -185,7 +185,7 @@ def split_tree(groups: Sequence[Group], sizes: Sequence[int], token_budget: int)
     room: list[int] = []
     for size, group in sorted(sized, key=lambda pair: pair[0], reverse=True):
         if size > token_budget:
-            warn_oversized(f"{size} tokens", token_budget)
+            warn_oversized(token_budget)
         place = next((b for b, left in enumerate(room) if size <= left), len(batches))
         if place == len(batches):
             batches.append([])

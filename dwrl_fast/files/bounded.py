@@ -40,13 +40,22 @@ def bounded_text(path: str | Path, most: int = MOST) -> str:
     return data.decode("utf-8")
 
 
+def check_size(text: str, most: int = MOST) -> None:
+    """Raise ValueError if `bounded_json` would refuse this JSON because of its size. text: ASCII, as from
+    `json.dumps`.
+    """
+    if len(text) > most:
+        raise ValueError(f"JSON larger than {most >> 20} MiB, the limit for such files")
+    if text.count("[") + text.count("{") > NESTED:
+        raise ValueError(f"JSON with more than {NESTED:,} lists and objects, the limit for such files")
+
+
 def bounded_json(path: str | Path, most: int = MOST) -> Any:
     """The value that the file holds. Raises like `bounded_text`; ValueError also if it is not JSON or is nested too
     deeply.
     """
     text = bounded_text(path, most)
-    if text.count("[") + text.count("{") > NESTED:
-        raise ValueError(f"JSON with more than {NESTED:,} lists and objects, the limit for such files")
+    check_size(text, most)
     try:
         return json.loads(text)
     except RecursionError:

@@ -2,12 +2,32 @@
 
 import importlib.util
 import inspect
+import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from dwrl_fast.errors import ConfigError, ModelError
 from dwrl_fast.log import logger
 from dwrl_fast.ops.backend import interpreted
+
+_original: dict[str, dict[str, Any]] = {}  # by module of a model family: what Liger replaced in it
+
+
+@contextmanager
+def without_liger() -> Iterator[None]:
+    """A context in which models of the families that Liger replaced can be loaded and run on a CPU. A model that
+    `use_liger` changed keeps Liger's layers and runs only on a GPU.
+    """
+    liger = {name: {key: vars(sys.modules[name])[key] for key in code} for name, code in _original.items()}
+    try:
+        for name, code in _original.items():
+            vars(sys.modules[name]).update(code)
+        yield
+    finally:
+        for name, code in liger.items():
+            vars(sys.modules[name]).update(code)
 
 
 def use_liger(lm: Any) -> None:
@@ -16,7 +36,7 @@ def use_liger(lm: Any) -> None:
 
     The head and its loss are not replaced, because this package has its own fused operators. The rotary embedding is
     replaced in the module of the model family, so afterwards every model of this family in the process must be on a
-    GPU.
+    GPU, except within `without_liger`.
 
     Raises ConfigError off CUDA and without liger-kernel, and ModelError for a family that Liger does not know.
     """
@@ -24,9 +44,13 @@ def use_liger(lm: Any) -> None:
         raise ConfigError("--use_liger_kernel: liger-kernel is not installed (pip install liger-kernel)")
     if lm.device.type != "cuda" and not interpreted():
         raise ConfigError(
-            f"--use_liger_kernel: the model is on {lm.device.type}, but Liger needs CUDA; leave the option out"
+            f"--use_liger_kernel: the model is on {lm.device.type}, but Liger needs CUDA; leave the option out "
+            "(and --cpu_offload, which keeps the model on the CPU, if it is given)"
         )
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as FAMILIES
+
+    code = vars(sys.modules[type(lm).__module__])
+    before = dict(code)
 
     family = lm.config.model_type
     if family not in FAMILIES:
@@ -37,6 +61,8 @@ def use_liger(lm: Any) -> None:
     apply = FAMILIES[family]
     losses = {"cross_entropy", "fused_linear_cross_entropy"} & inspect.signature(apply).parameters.keys()
     apply(model=lm, **dict.fromkeys(losses, False))
+    replaced_code = {name: value for name, value in before.items() if code[name] is not value}
+    _original.setdefault(type(lm).__module__, replaced_code)
     replaced = Counter(name for m in lm.modules() if (name := m._get_name()).startswith("Liger"))
     if not replaced:
         raise ModelError(

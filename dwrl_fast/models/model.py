@@ -211,7 +211,7 @@ def _load(
             check_folder(path)
             if name_or_path is not None:
                 options = extra | ({"dtype": dtype or torch.float32} if lora is None else lora.base_options())
-                options = gguf.dequantising(options, source) if keywords else options
+                options = gguf.dequantising(options, source) if keywords else options | {"use_safetensors": True}
                 # The report lists missing weights and weights of different sizes.
                 options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
                 with _without_remarks():

@@ -16,6 +16,7 @@ from dwrl_fast.errors import ConfigError, ModelError
 from dwrl_fast.files import bounded_json, check_folder
 from dwrl_fast.models import gguf
 from dwrl_fast.models.adapters import adapted, plain, write_adapter
+from dwrl_fast.models.liger import without_liger
 from dwrl_fast.models.model import GenerativeModel, PreferenceModel, load_generative, load_scalar, quiet
 from dwrl_fast.models.trial import difference
 from dwrl_fast.templates import DEFAULT, load_template
@@ -140,11 +141,12 @@ def _replace(
 
 def _compare(folder: Path, model: PreferenceModel) -> None:
     """Raise ModelError if the model in `folder` gives different logits, or rewards, than `model`."""
-    if isinstance(model, GenerativeModel):
-        saved: PreferenceModel = load_generative(str(folder), None, 0)
-    else:
-        saved = load_scalar(str(folder), None, 0, model.lm.config.pad_token_id)
-    apart = difference(saved, model)
+    with without_liger():  # what was saved is read on the CPU, as is the whole copy of a sharded model
+        if isinstance(model, GenerativeModel):
+            saved: PreferenceModel = load_generative(str(folder), None, 0)
+        else:
+            saved = load_scalar(str(folder), None, 0, model.lm.config.pad_token_id)
+        apart = difference(saved, model)
     if apart:
         raise ModelError(
             f"what was saved in {folder} is not the model that was trained: {apart}. The folder is kept for "

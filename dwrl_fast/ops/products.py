@@ -108,10 +108,12 @@ class Products:
         """The chunks of a block, or of all rows if no gradient is needed: the slice of `hidden` [B, H], the logits [C,
         V] (overwritten by the next chunk), and the buffer [C, V] into which the row functions write their gradient.
         """
-        size = piece_rows(len(hidden), self.chunk, hidden.device.type)
         if self.buffer is None:
             kind = torch.float32 if self.direct else hidden.dtype
+            size = piece_rows(len(hidden), self.chunk, hidden.device.type)
             self.buffer = hidden.new_empty((size, self.weight.shape[0]), dtype=kind)
+        # A smaller block could have larger chunks: 1,924 rows in two of 1,024, but 2,176 rows in three of 768.
+        size = piece_rows(len(hidden), len(self.buffer), hidden.device.type)
         if any(self.needs) and self.d_logits is None:
             self.d_logits = hidden.new_empty((len(hidden), self.weight.shape[0])) if self.direct else self.buffer
         for start in range(0, len(hidden), size):

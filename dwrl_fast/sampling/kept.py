@@ -39,7 +39,9 @@ class KeptThoughts:
         if not file.exists():
             return {}
         whole, _, _ = file.read_text(encoding="utf-8").rpartition("\n")  # a killed run may leave an incomplete line
-        file.write_text(whole + "\n" * bool(whole), encoding="utf-8")
+        part = file.with_name(file.name + ".part")
+        part.write_text(whole + "\n" * bool(whole), encoding="utf-8")
+        part.replace(file)
         rows = map(json.loads, whole.splitlines())
         return {row["context"]: row["ids"] for row in rows}
 

@@ -54,15 +54,17 @@ class TransformersSampler:
         order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]))
         size = max(1, self.batch_size // n)
         thoughts: list[list[Thought]] = [[] for _ in contexts]
-        with self.autocast():
-            for start in range(0, len(order), size):
-                chunk = order[start : start + size]
-                sampled = self._decode([contexts[i] for i in chunk], n, max_tokens, temperature, seed)
-                for i, found in zip(chunk, sampled, strict=True):
-                    thoughts[i] = found
-                if progress is not None:
-                    progress(len(chunk))
-        self.lm.train(training)
+        try:
+            with self.autocast():
+                for start in range(0, len(order), size):
+                    chunk = order[start : start + size]
+                    sampled = self._decode([contexts[i] for i in chunk], n, max_tokens, temperature, seed)
+                    for i, found in zip(chunk, sampled, strict=True):
+                        thoughts[i] = found
+                    if progress is not None:
+                        progress(len(chunk))
+        finally:
+            self.lm.train(training)
         return thoughts
 
     def _decode(

@@ -32,13 +32,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 from dwrl_fast.errors import CheckpointError, UnwrittenError
-from dwrl_fast.files import bounded_json, check_folder
+from dwrl_fast.files import bounded_json, check_folder, check_size
 from dwrl_fast.log import logger
 from dwrl_fast.ranks import ALONE, Ranks
 from dwrl_fast.training.manifest import FORMAT, MANIFEST, STATE, UNREADABLE, fingerprint, verify
 
 FILE_BYTES = 2**30  # a file holds the tensors that begin within this many bytes
-MOST_STATE = 1 << 30  # bytes; enough for a round of a million thoughts
+MOST_STATE = 1 << 30  # bytes; a thought of 500 tokens takes about 15 KB
 UNFINISHED = ".unfinished"
 DAMAGED = ".damaged"
 NAME = re.compile(r"checkpoint-(\d+)(?:-(\d+))?")
@@ -61,22 +61,28 @@ def save_checkpoint(
     checkpoints; this one and those named in `spared` are never removed.
 
     tensors: any dtypes and shapes, by name. state: values that JSON restores unchanged (no tuples, all keys text, no
-    NaN). All `ranks` call this together with one folder that all of them can access; each writes its shards. Raises
-    UnwrittenError if the disk refuses a write (earlier checkpoints stay intact), and CheckpointError if the checkpoint
-    exists already or an argument is not valid.
+    NaN); that of the first rank is written. All `ranks` call this together with one folder that all of them can access;
+    each writes its shards. Raises UnwrittenError if the disk refuses a write or the state is too large (earlier
+    checkpoints stay intact), and CheckpointError if the checkpoint exists already or an argument is not valid.
     """
     if keep is not None and keep < 1:
         raise ValueError(f"keep = {keep}: at least the checkpoint just written is kept")
     final = parent / name_of((step, update))
-    text = _state_text(state)
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise CheckpointError(
                 f"{name} is a {type(tensor).__name__}: only tensors are saved here; other values belong to the state."
             )
     folder = final.with_name(final.name + UNFINISHED)
+    text = ""  # only on the first rank, because it may be large
+
+    def begin() -> None:
+        nonlocal text
+        text = _state_text(state)
+        _make(folder, final)
+
     try:
-        ranks.from_first(lambda: _make(folder, final))
+        ranks.from_first(begin)
         with _writing(final):
             files = _write_tensors(folder, tensors, ranks)
         ranks.from_first(lambda: _complete(folder, final, text, files))
@@ -170,10 +176,20 @@ def load_checkpoint(
 
 
 def _state_text(state: dict[str, Any]) -> str:
+    """The state as JSON. Raises CheckpointError if it cannot be restored from JSON, and UnwrittenError if it is larger
+    than a state that is read.
+    """
     try:
         text = json.dumps(state, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"The state cannot be written as JSON: {error}.") from None
+    try:
+        check_size(text, MOST_STATE)
+    except ValueError as error:
+        raise UnwrittenError(
+            f"No checkpoint was written: the rollout batch with its thoughts is {error}. Make it smaller with "
+            "--rollout_batch_size, --num_generations or --max_completion_length. Earlier checkpoints are unchanged."
+        ) from None
     if json.loads(text) != state:
         raise CheckpointError(
             "The state would change when it is read back from JSON: it holds tuples, or keys that are not text."

@@ -110,7 +110,7 @@ class Policy:
                 tokens = max(batch.trunk_tokens for batch in batches)
                 raise ConfigError(
                     f"out of memory in a micro-batch of {tokens} "
-                    f"tokens{f' on rank {ranks.rank}' * (ranks.count > 1)}, before any training step: give "
+                    f"tokens{f' on rank {ranks.rank}' * (ranks.count > 1)}: give "
                     f"--token_budget {max(1, tokens // 2)} or less, or --gradient_checkpointing. If one preference "
                     "group alone is too large, lower --max_completion_length or --num_generations. "
                     f"{str(error).splitlines()[0][:200]}"
@@ -187,8 +187,10 @@ def load_judging(
     )
     if config.cpu_offload and (ranks.mesh is None or compute.device.type != "cuda"):
         raise ConfigError("--cpu_offload: it needs GPUs and processes started by torchrun; leave it out.")
-    if config.load_in_4bit and ranks.count > 1:
-        raise ConfigError("--load_in_4bit: weights in 4 bits are not sharded here; leave it out, or use one process.")
+    if config.load_in_4bit and ranks.mesh is not None:
+        raise ConfigError(
+            "--load_in_4bit: weights in 4 bits are not sharded here. Leave it out, or use one process without torchrun."
+        )
     lora = None
     if config.use_peft:
         lora = Lora(config.lora_r, config.lora_alpha, config.lora_target_modules, config.load_in_4bit, compute)

@@ -176,6 +176,11 @@ def _idle(values: Mapping[str, float]) -> tuple[str, str]:
             f"{values.get('right_thoughts', 0):.1%}, unparsable {values.get('unparsable', 0):.1%}). Raise "
             "--num_generations; if almost none can be read, start from a model that knows the verdict's form"
         )
+    if "loss" not in values and values.get("skipped_batches"):
+        return "skipped", (
+            "every update was skipped, because a log-prob, a loss or a gradient was not finite. The batches are in "
+            "bad_batches/. Lower the learning rate"
+        )
     if "loss" not in values:
         return "ties", "no row has a response that is better than another. Train on rows that are not ties"
     if values.get("label_mass", 1.0) < NEAR_ZERO:

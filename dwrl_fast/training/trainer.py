@@ -310,7 +310,8 @@ class Trainer:
         current = None
         if self.current is not None:
             metrics = self.ranks.gather(self.policy.metrics.state(self.current.groups))
-            current = self.current.state(metrics, time.monotonic() - self.began)
+            if self.ranks.first:  # all thoughts of the rollout batch: large, and written once
+                current = self.current.state(metrics, time.monotonic() - self.began)
         state = {
             "step": self.step,
             "current": current,

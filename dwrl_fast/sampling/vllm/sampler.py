@@ -94,20 +94,28 @@ class VllmSampler:
         ]
         owners = [owner for own in places.values() for owner in [len(own)] * n]
         counted = _Counting(owners, n, progress)
-        answers = self.engine.complete(asks, counted if rating is None else _nothing)
-        _check_finite(answers)
-        found: list[list[Thought]] = [[] for _ in contexts]
-        for k, own in enumerate(places.values()):
-            for answer in answers[k * n : (k + 1) * n]:
-                thought = Thought(answer.ids, answer.logprobs, answer.ids[-1] in self.stop_ids)
-                for place in own:
-                    found[place].append(thought)
-        if rating is not None:
-            found = self._rate(contexts, found, rating, progress)
+        try:
+            answers = self.engine.complete(asks, counted if rating is None else _nothing)
+            _check_finite(answers)
+            found: list[list[Thought]] = [[] for _ in contexts]
+            for k, own in enumerate(places.values()):
+                for answer in answers[k * n : (k + 1) * n]:
+                    thought = Thought(answer.ids, answer.logprobs, answer.ids[-1] in self.stop_ids)
+                    for place in own:
+                        found[place].append(thought)
+            if rating is not None:
+                found = self._rate(contexts, found, rating, progress)
+        except NotFiniteError:
+            self._rest()  # the batch may be skipped, and all ranks must send their weights again
+            raise
+        self._rest()
+        return found
+
+    def _rest(self) -> None:
+        """Free the engine's memory for training, if it does so. It then needs the weights again."""
         if self.engine.sleeps:
             self.engine.sleep()
             self.sent = None
-        return found
 
     def _rate(
         self,
