@@ -95,5 +95,5 @@ $(BIN)/python:
 	    echo "$$python -m venv .venv"; exec "$$python" -m venv .venv; \
 	done; \
 	echo "dwrl_fast needs Python 3.11 to 3.13 with its venv module. None of these has it: $(PYTHON)." >&2; \
-	echo "Install one (Debian, Ubuntu: apt-get install python3.11 python3.11-venv) or name it: make PYTHON=/path/to/python3.12 ..." >&2; \
+	echo "Install one (Debian, Ubuntu: apt-get install python3.11 python3.11-venv python3.11-dev) or name it: make PYTHON=/path/to/python3.12 ..." >&2; \
 	exit 1

@@ -62,10 +62,10 @@ def main() -> None:
     parser = command.parser("scores", __doc__)
     parser.add_argument("--model", default="models/smollm2", help="a causal language model (default models/smollm2)")
     parser.add_argument("--data", required=True, help="a file of preference pairs")
-    parser.add_argument("--pairs", type=int, default=16, help="so many pairs of it (default 16)")
+    parser.add_argument("--pairs", type=int, default=16, help="number of pairs to use (default 16)")
     parser.add_argument("--votes", type=int, default=4, help="thoughts about a response (default 4)")
-    parser.add_argument("--tokens", type=int, default=64, help="of every thought (default 64)")
-    parser.add_argument("--rounds", type=int, default=3, help="of which medians are taken (default 3)")
+    parser.add_argument("--tokens", type=int, default=64, help="length of every thought (default 64)")
+    parser.add_argument("--rounds", type=int, default=3, help="medians are taken over them (default 3)")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
     config = TrainConfig(

@@ -62,7 +62,7 @@ class UntrainedError(UserError):
 
 
 class UnfitError(UserError):
-    """An examined set-up has a fault that must be corrected before training."""
+    """An examined setup has a fault that must be corrected before training."""
 
     status = 4
 

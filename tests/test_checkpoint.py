@@ -21,7 +21,8 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dwrl_fast.errors import CheckpointError
+from dwrl_fast.errors import CheckpointError, UnwrittenError
+from dwrl_fast.files import bounded
 from dwrl_fast.training import checkpoint
 from dwrl_fast.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 
@@ -445,6 +446,15 @@ def test_tensors_that_the_manifest_does_not_list_are_not_read(
 
 
 # Saves that fail or die
+
+
+def test_a_state_too_large_to_be_read_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = save_checkpoint(tmp_path, 1, some_tensors(), STATE)
+    for name, most in (("MOST_STATE", 200), ("NESTED", 20)):
+        with monkeypatch.context() as patch, pytest.raises(UnwrittenError, match="--rollout_batch_size"):
+            patch.setattr(checkpoint if name == "MOST_STATE" else bounded, name, most)
+            save_checkpoint(tmp_path, 2, some_tensors(), STATE | {"groups": [[i] for i in range(100)]})
+    assert [path.name for path in tmp_path.iterdir()] == [good.name]
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,6 +75,14 @@ def test_weights_that_are_not_the_models_are_an_error(trained: Path, tmp_path: P
         evaluate(["--model_name_or_path", str(folder), "--dataset_name", f"{trained}/pairs.jsonl"])
 
 
+def test_weights_in_a_pickle_are_not_read(trained: Path, tmp_path: Path) -> None:
+    folder = copied(trained, "dwrl", tmp_path)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"model\.safetensors"):
+        Scorer.from_pretrained(folder, dtype="fp32")
+
+
 def test_a_new_scalar_head_is_drawn_only_to_be_trained(trained: Path, tmp_path: Path) -> None:
     """Over a language model with a head of its own, which then makes room."""
     folder = copied(trained, "dwrl", tmp_path)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -112,6 +113,15 @@ def test_groups_come_back_from_json_as_they_were() -> None:
             assert type(back.preference) is type(row) and back.preference == row
             assert (back.sequences, back.thoughts, back.labels) == (group.sequences, group.thoughts, group.labels)
             assert json.dumps(group_record(back)) == text
+
+
+def test_a_log_prob_that_is_not_finite_is_saved() -> None:
+    """Such a batch may be skipped, and a checkpoint within its step must not fail."""
+    row = Preference(({"role": "user", "content": "q"},), ("a", "b"))
+    thought = Thought([3, 4, 5], [-0.5, -math.inf, math.nan], ended=True)
+    text = json.dumps(group_record(Group(row, [], [[thought]])), allow_nan=False)
+    ((back,),) = group_of(json.loads(text)).thoughts
+    assert back.ids == thought.ids and back.logprobs[0] == -0.5 and all(map(math.isnan, back.logprobs[1:]))
 
 
 # Asked to end

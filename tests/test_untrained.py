@@ -194,3 +194,6 @@ def test_one_batch_that_trained_is_enough() -> None:
     still = StallWatch()
     still.update({"loss": 0.0, "grad_norm_score": 0.0}, 4)
     assert "the gradient of the update score is 0" in still.result()["why"]
+    skipped = StallWatch()
+    skipped.update({"skipped_batches": 2}, 4)
+    assert "every update was skipped" in skipped.result()["why"]

@@ -10,10 +10,11 @@ import pytest
 import torch
 from fake_vllm import Die, FakeVllm, hang, serving
 
-from dwrl_fast.errors import ConfigError, SamplerError
+from dwrl_fast.errors import ConfigError, NotFiniteError, SamplerError
 from dwrl_fast.ranks import ALONE
 from dwrl_fast.sampling import Limits, Rating, RatingSampler
 from dwrl_fast.sampling.vllm import VllmSampler, VllmSettings, adapter, make_engine
+from dwrl_fast.sampling.vllm.engine import Answer
 
 CPU = torch.device("cpu")
 HOW: dict[str, Any] = {"max_tokens": 4, "temperature": 1.0, "seed": 0}
@@ -35,6 +36,35 @@ def fake() -> FakeVllm:
 def url(fake: FakeVllm) -> Iterator[str]:
     with serving(fake) as address:
         yield address
+
+
+@pytest.mark.parametrize("wrong", ["thought", "label"])
+def test_an_engine_rests_and_gets_its_weights_again_after_nan(wrong: str) -> None:
+    """If one rank alone kept its weights, the others would wait for it when they are sent again."""
+    done: list[str] = []
+
+    class Resting:
+        longest, sleeps, restarts = 64, True, 0
+
+        def load(self, weights: Any, version: str) -> None:
+            done.append("load")
+
+        def sleep(self) -> None:
+            done.append("sleep")
+
+        def close(self) -> None: ...
+
+        def complete(self, asks: Any, told: Any) -> list[Answer]:
+            label = asks[0].labels
+            value = math.nan if (wrong == "label") == bool(label) else -1.0
+            return [Answer([2], [value], (value,) * len(ask.labels)) for ask in asks]
+
+    sampler = VllmSampler(Resting(), (2,), list, "run")
+    rating = Rating(lambda place, ids: [7], (8, 9), "vocab", 2)
+    for _ in range(2):
+        with pytest.raises(NotFiniteError):
+            sampler.rated(CONTEXTS, 1, rating, **HOW)
+    assert done == ["load", "sleep"] * 2 and sampler.sent is None
 
 
 def test_it_is_a_rating_sampler(url: str) -> None:

@@ -69,11 +69,11 @@ def drills(given: argparse.Namespace, work: Path) -> dict[str, Drills]:
 def main() -> None:
     """The command: run the drills, print their table and write the JSON."""
     parser = command.parser("reliability", __doc__)
-    parser.add_argument("--quick", action="store_true", help="a sample")
+    parser.add_argument("--quick", action="store_true", help="a sample of every drill")
     parser.add_argument("--only", nargs="+", help="resume signals kills disks files cost soak (default: all but soak)")
-    parser.add_argument("--minutes", type=float, default=60, help="of the run under kills; half of it left alone")
-    parser.add_argument("--task", type=Path, help="a folder with the embedded task, made there where it is not")
-    parser.add_argument("--json", type=Path, help="where the table goes too")
+    parser.add_argument("--minutes", type=float, default=60, help="length of the run under kills; the undisturbed run takes half of it")
+    parser.add_argument("--task", type=Path, help="the folder of the embedded task; created if it is missing")
+    parser.add_argument("--json", type=Path, help="also write the table here")
     given = parser.parse_args()
     logger.setLevel(logging.ERROR)  # drills leave checkpoints that are skipped with a warning
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # otherwise it warns at every fork

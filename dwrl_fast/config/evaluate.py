@@ -104,7 +104,7 @@ python -m dwrl_fast.evaluate --model_name_or_path runs/mine/model --dataset_name
     calibrate: bool = evaluation_option(
         False,
         "Fit the temperature of the score differences on these pairs by maximum likelihood, and store it in the "
-        "model card. Use pairs other than those you report.",
+        "model's preference_model.json. Use pairs other than those you report.",
     )
     probe: bool = evaluation_option(
         False,
@@ -138,7 +138,7 @@ python -m dwrl_fast.evaluate --model_name_or_path runs/mine/model --dataset_name
             raise ConfigError("vote_curve with votes = 1: there is no curve of one thought. Leave --votes out.")
         if self.calibrate and self.method is not None:
             raise ConfigError(
-                f"calibrate with method = {self.method}: verdicts in text have no scale to mend. Leave it out."
+                f"calibrate with method = {self.method}: verdicts in text have no scale to calibrate. Leave it out."
             )
 
     @property

@@ -54,7 +54,7 @@ class TrainConfig(MethodOptions, ReportingOptions, CommonOptions):
         "Trains a generative preference model: a language model that writes a thought about a response and then rates"
         " it. Without --dataset_name it runs the embedded task, which needs no files: a tiny model is created, trained"
         " and evaluated in a few minutes. Exit status: 2 if an argument or a file is wrong; 3 if the run ended and"
-        " nothing was trained."
+        " nothing was trained; 130 and 143 after SIGINT and SIGTERM."
     )
     examples: ClassVar[str] = """
 # the whole embedded task, with another seed

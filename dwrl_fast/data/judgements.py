@@ -9,7 +9,7 @@ from dwrl_fast.data.preference import Preference
 
 @dataclass(frozen=True, slots=True)
 class Demonstration(Preference):
-    """A judgement of one or two responses, to be learnt word by word. Two responses are in the order in which they are
+    """A judgement of one or two responses, to be learned word by word. Two responses are in the order in which they are
     shown; the order does not say which one is preferred.
 
     verdict: a label, a letter or a number, as the template requires; empty if the thought ends with it.

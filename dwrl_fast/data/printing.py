@@ -44,7 +44,7 @@ def print_report(found: FileReport, console: Console) -> None:
         share = f"The longer response wins {found.longer_wins:.1%} of {found.pairs:,} pairs"
         say(
             console,
-            f"{share} (equal lengths count one half). A model must beat this share to have learnt more than length.",
+            f"{share} (equal lengths count one half). A model must beat this share to have learned more than length.",
         )
     for lines, what, meaning in (
         (found.shared_prompts, "Rows with the prompt of an earlier one", "keep them on one side of a split"),

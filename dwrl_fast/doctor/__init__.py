@@ -1,4 +1,4 @@
-"""Checks a set-up before a run, including the agreement of sampler and trainer. A check is a function that returns a
+"""Checks a setup before a run, including the agreement of sampler and trainer. A check is a function that returns a
 `Finding`. examination.py calls all checks in order; start.py calls some of them at the start of every training.
 """
 

@@ -1,4 +1,4 @@
-"""`python -m dwrl_fast.doctor`: finds faults in a set-up before training."""
+"""`python -m dwrl_fast.doctor`: finds faults in a setup before training."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ from dwrl_fast.ranks import ALONE, Ranks, start
 
 
 def main(argv: list[str]) -> None:
-    """The command. Raises Raises UnfitError if a line of the report fails."""
+    """The command. Raises UnfitError if a line of the report fails."""
     console = open_console()
     config = parse_doctor(argv)
     report = run(config, console, start(config.ddp_timeout, hsdp=config.hsdp))
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
 
 
 def run(config: DoctorConfig, console: Console, ranks: Ranks = ALONE) -> Report:
-    """Examine the set-up and print the report line by line."""
+    """Examine the setup and print the report line by line."""
     started, report = time.monotonic(), Report(console)
     config = dataclasses.replace(config, output_dir=None, resume_from_checkpoint=None)  # nothing is written there
     with Display(console) as display:

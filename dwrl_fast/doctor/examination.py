@@ -1,4 +1,4 @@
-"""All checks of one set-up, in the order of their dependencies."""
+"""All checks of one setup, in the order of their dependencies."""
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""The options of `dwrl_fast.doctor`: those of training, because a set-up is examined as it would be trained, and some
+"""The options of `dwrl_fast.doctor`: those of training, because a setup is examined as it would be trained, and some
 of its own.
 """
 

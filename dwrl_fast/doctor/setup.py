@@ -1,4 +1,4 @@
-"""The examined set-up, and what its trainer computes."""
+"""The examined setup, and what its trainer computes."""
 
 import dataclasses
 from collections.abc import Sequence

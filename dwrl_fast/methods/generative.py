@@ -29,7 +29,7 @@ class GenerativeMethod(Method):
         if cls.contrasts and config.num_generations < 2:
             raise ConfigError(
                 "num_generations = 1: with one thought there is nothing to compare it with (its weight is 1 and its "
-                "advantage 0), so no thought would be learnt. Give at least 2 (the papers use 4)."
+                "advantage 0), so no thought would be learned. Give at least 2 (the papers use 4)."
             )
 
     @property
