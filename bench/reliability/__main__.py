@@ -71,7 +71,9 @@ def main() -> None:
     parser = command.parser("reliability", __doc__)
     parser.add_argument("--quick", action="store_true", help="a sample of every drill")
     parser.add_argument("--only", nargs="+", help="resume signals kills disks files cost soak (default: all but soak)")
-    parser.add_argument("--minutes", type=float, default=60, help="length of the run under kills; the undisturbed run takes half of it")
+    parser.add_argument(
+        "--minutes", type=float, default=60, help="length of the run under kills; the undisturbed run takes half of it"
+    )
     parser.add_argument("--task", type=Path, help="the folder of the embedded task; created if it is missing")
     parser.add_argument("--json", type=Path, help="also write the table here")
     given = parser.parse_args()

@@ -21,6 +21,7 @@ from torch import Tensor
 from dwrl_fast.dialog import TokenSequence
 from dwrl_fast.encode.group import Group
 from dwrl_fast.log import warn_once
+from dwrl_fast.ops.tiles import ranges
 
 Ints = NDArray[np.int64]
 Value = TypeVar("Value")
@@ -127,12 +128,6 @@ class Flat:
         sizes = np.array([len(sequence.ids) for sequence in sequences], dtype=np.int64)
         ids = np.fromiter(chain.from_iterable(s.ids for s in sequences), np.int64, count=int(sizes.sum()))
         return cls(sequences, ids, np.cumsum(sizes) - sizes, sizes)
-
-
-def ranges(starts: Ints, sizes: Ints) -> Ints:
-    """The ranges [start, start + size), one after another."""
-    before = np.cumsum(sizes) - sizes
-    return np.repeat(starts - before, sizes) + np.arange(sizes.sum())
 
 
 def head_fields(

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dwrl_fast.batching.batch import Batch, Flat, Ints, head_fields, ranges, warn_oversized
+from dwrl_fast.batching.batch import Batch, Flat, Ints, head_fields, warn_oversized
 from dwrl_fast.encode import Group
+from dwrl_fast.ops.tiles import ranges
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from dwrl_fast.templates import fill
 @dataclass(frozen=True, slots=True)
 class Attack:
     """text: the appended text. {response} is replaced by the response itself, {turns} by the turns of the model's
-    dialog from the end of the response to the verdict that favours it, spelled with the control tokens of its tokenizer.
+    dialog from the end of the response to the verdict that favours it, in the control tokens of its tokenizer.
     """
 
     name: str

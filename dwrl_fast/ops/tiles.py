@@ -203,8 +203,7 @@ def _read(plan: Plan) -> Forest:
 
 def ranges(start: Ints, size: Ints) -> Ints:
     """The ranges [start[i], start[i] + size[i]), concatenated."""
-    end = size.cumsum()
-    return np.arange(end[-1]) + np.repeat(start - end + size, size)
+    return np.repeat(start - np.cumsum(size) + size, size) + np.arange(size.sum())
 
 
 def _put(x: npt.NDArray[Any], device: torch.device) -> Tensor:
