@@ -88,8 +88,8 @@ def test_a_change_is_noticed_at_the_next_save_and_the_next_pass(
     tmp_path: Path, kind: str, change: Callable[[Path], None]
 ) -> None:
     path = written(tmp_path / f"rows.{kind}", rows(40))
-    # 4: the file is read while rows are drawn. 100: the whole file is in the buffer, so only a save or the next pass can
-    # detect the change.
+    # With 4, the file is read while rows are drawn. With 100, the whole file is in the buffer, so only a save or the
+    # next pass can detect the change.
     for buffer in (4, 100):
         written(path, rows(40))
         source = streamed(path, buffer)

@@ -21,8 +21,8 @@ ROOMS = (
     *("console", "__main__", "evaluate", "compare", "train"),
 )
 
-# These rooms may import only what is listed, themselves and the standard library. The kernels do not import `ops`; `ops`
-# loads them when it calls them.
+# These rooms may import only what is listed, themselves and the standard library. The kernels do not import `ops`.
+# `ops` loads the kernels when it calls them.
 NARROW = {
     "kernels": {"torch", "triton"},
     "objectives": {"torch", "dwrl_fast.errors", "dwrl_fast.log", "dwrl_fast.ops"},

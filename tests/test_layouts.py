@@ -157,7 +157,7 @@ CASES: dict[str, Callable[[], list[Group]]] = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(module_folder: Path, family: str) -> None:
-    """With sampled thoughts of real dialogs. Windows of 9 tokens end inside the thought, the response and the prompt."""
+    """With sampled thoughts of real dialogs. Windows of 9 tokens end inside thoughts, responses and prompts."""
     policy = make(module_folder, drawn(family))
     groups = sampled(policy, module_folder)
     padded = outcome(policy, groups, "padded")

@@ -146,7 +146,9 @@ class Enumerable:
 
 
 def relative_bias(estimates: Tensor, exact: Tensor) -> Tensor:
-    """|E[g] - exact| / |exact| from block means [B, D], from products of different blocks only, so noise adds nothing."""
+    """|E[g] - exact| / |exact| from block means [B, D]. Only products of different blocks are used, without noise
+    terms.
+    """
     gaps = estimates - exact
     blocks = len(gaps)
     square = (gaps.sum(0).square().sum() - gaps.square().sum()) / (blocks * (blocks - 1))

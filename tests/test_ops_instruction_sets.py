@@ -53,6 +53,6 @@ def test_some_of_the_operators_tests(instructions: str, capsys: pytest.CaptureFi
 @pytest.mark.slow
 @pytest.mark.parametrize("instructions", LOWERED)
 def test_all_of_the_operators_tests(instructions: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """All but those that compile, for which instructions make no difference."""
+    """All tests except those of compiling and opcheck, for which the instruction set makes no difference."""
     names = ("accuracy", "attention", "cache", "contract", "edges", "weights")
     run_under(instructions, names, "not compile and not opcheck", capsys)
