@@ -67,9 +67,9 @@ def test_nodes_are_numbered_in_depth_first_order() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_sample_as_one_by_one(family: str) -> None:
-    """With windows, soft-caps and grouped heads, the draws are the same as with one cache per thought, and log-probs are
-    those of the forward pass. This holds in one pass, and with so little memory that contexts are computed in pieces
-    and thoughts start as others end.
+    """With windows, soft-caps and grouped heads, the draws are the same as with one cache per thought, and the
+    log-probs are those of the forward pass. This holds in one pass, and with so little memory that contexts are
+    computed in pieces and thoughts start as others end.
     """
     lm = drawn(family)
     want = TransformersSampler(drawn(family), [3], 0, batch_size=64)
