@@ -435,5 +435,6 @@ def test_every_packing_trains_alike(folder: Path, caplog: pytest.LogCaptureFixtu
             for name in ("loss", "score_loss", "thought_loss", "ratio", "entropy", "label_mass", "head_rows"):
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
         for name, weight in models["tree"].items():
-            # AdamW divides a tiny gradient by itself: its step may be as large as the learning rate, in either direction.
+            # AdamW divides a tiny gradient by itself, so its step has either sign and may be as large as the learning
+            # rate.
             torch.testing.assert_close(weight, models[packing][name], rtol=1e-4, atol=1e-3)
