@@ -40,7 +40,7 @@ def evaluated(folder: Path, model: Path, out: Path, *more: str) -> list[dict[str
 
 
 def said(text: str, i: int) -> str:
-    """Verdicts of both kinds, derived from the text. Only for some pairs do the verdicts of the two orders agree."""
+    """Verdicts of both kinds, derived from the text. The verdicts of the two orders agree only for some pairs."""
     mixed = sum(place * ord(character) for place, character in enumerate(text))
     return (A if mixed % 3 else B) if " A " in text else f"<s> {mixed % 7} </s>"
 
@@ -180,7 +180,7 @@ def test_a_model_of_nans_is_said_at_once(folder: Path, tmp_path: Path, name: str
 
 
 def test_a_folder_of_nans_is_said_when_it_is_loaded(folder: Path, tmp_path: Path) -> None:
-    """The error is not that no layout can run the model."""
+    """The error names NaN. It does not say that no layout can run the model."""
     shutil.copytree(folder / "tiny", tmp_path / "tiny")
     lm = AutoModelForCausalLM.from_pretrained(tmp_path / "tiny")
     with torch.no_grad():

@@ -165,7 +165,7 @@ def written(folder: Path, kind: str, rows: list[dict[str, Any]]) -> Path:
 
 
 def pairs(count: int) -> list[dict[str, Any]]:
-    """Pairs. Every seventh has an empty response, and every fifth is dropped when it is drawn."""
+    """Pairs of which every seventh has an empty response and every fifth is dropped when it is drawn."""
     return [
         {"prompt": "?", "chosen": f"{i}" if i % 7 else "", "rejected": "long" if i % 5 == 0 else "no"}
         for i in range(count)

@@ -1,4 +1,4 @@
-"""The objective against the gradient that it claims to have (docs/method.md, 2.2: points 1 to 4 and 6)."""
+"""The gradient of the objective equals the documented one (docs/method.md, 2.2: points 1 to 4 and 6)."""
 
 import math
 from collections.abc import Iterator

@@ -48,7 +48,7 @@ def log_probs(logits: Tensor, temperature: float, softcap: float | None) -> Tens
 
 
 def assert_near(found: Tensor, exact: Tensor, within: float) -> None:
-    """The relative difference in the 2-norm is at most `within`, and not NaN."""
+    """Assert that the relative difference in the 2-norm is at most `within`, and not NaN."""
     norm = exact.double().norm().clamp_min(1e-30)
     assert (found.double() - exact.double()).norm() / norm <= within
 

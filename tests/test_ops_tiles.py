@@ -70,8 +70,8 @@ def test_runs_of_queries(name: str, longest: int, monkeypatch: pytest.MonkeyPatc
 
 
 def test_runs_keep_a_gpu_busy() -> None:
-    """The work for a root that all tokens read is divided among programs. A long sequence needs no more memory than its
-    number of programs requires.
+    """The work for a root that all tokens read is divided among programs. The number of programs limits the memory for
+    a long sequence.
     """
     for plan in (plan_of([(20, -1), *[(2000, 0)] * 30]), plan_of([(64 * 1024, -1)])):
         runs, _, parts, *_ = forest_of(plan).keys(64, 4, CPU)

@@ -132,7 +132,7 @@ def hostile(texts: list[str], folder: Path | None = None) -> str:
 
 
 def elements(whole: str) -> Counter[tuple[Any, ...]]:
-    """The kinds of elements of a page, with their attributes. Elements of which a page has few are counted."""
+    """The kinds of elements of a page, with their attributes. Only `style`, `title` and `meta` elements are counted."""
 
     class Elements(HTMLParser):
         def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:

@@ -62,7 +62,7 @@ class Killed(Exception):
 
 @contextmanager
 def killed_before(step: int) -> Iterator[None]:
-    """A context for a run that is killed after `step`, before it saves a later step."""
+    """A context in which a run is killed after it logs the step that follows `step`, before it saves that step."""
     begun = RunLog.metrics
 
     def metrics(self: RunLog, now: int, values: Any) -> None:

@@ -1,4 +1,4 @@
-"""The training loop: its results do not depend on the division into micro-batches, and a resumed run equals the run."""
+"""The training loop: micro-batches do not change its results, and a resumed run equals an uninterrupted one."""
 
 import dataclasses
 import json
