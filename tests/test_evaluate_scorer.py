@@ -40,7 +40,7 @@ def evaluated(folder: Path, model: Path, out: Path, *more: str) -> list[dict[str
 
 
 def said(text: str, i: int) -> str:
-    """Verdicts of either kind, of which some orders of a pair agree and some do not."""
+    """Verdicts of both kinds, derived from the text. The verdicts of the two orders agree only for some pairs."""
     mixed = sum(place * ord(character) for place, character in enumerate(text))
     return (A if mixed % 3 else B) if " A " in text else f"<s> {mixed % 7} </s>"
 
@@ -49,7 +49,9 @@ def said(text: str, i: int) -> str:
 def test_a_report_has_the_scores_of_the_public_class(
     folder: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One greedy thought, 3 rows a step there, all responses in one call or each alone here."""
+    """With one greedy thought per response. The evaluation scores 3 rows per step; the class scores all responses in
+    one call, and each response in a separate call.
+    """
     model = saved_model(folder, name)
     scorer = Scorer.from_pretrained(model, dtype="fp32")
     if name in ("judge", "grpo-point"):
@@ -178,7 +180,7 @@ def test_a_model_of_nans_is_said_at_once(folder: Path, tmp_path: Path, name: str
 
 
 def test_a_folder_of_nans_is_said_when_it_is_loaded(folder: Path, tmp_path: Path) -> None:
-    """Not for a model that no layout can run."""
+    """The error names NaN. It does not say that no layout can run the model."""
     shutil.copytree(folder / "tiny", tmp_path / "tiny")
     lm = AutoModelForCausalLM.from_pretrained(tmp_path / "tiny")
     with torch.no_grad():

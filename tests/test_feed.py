@@ -37,7 +37,7 @@ def one(source: Source, **changes: Any) -> Feed:
 
 
 class Generated:
-    """A RowSource of `count` rows, made as they are asked for; `read` counts them."""
+    """A RowSource of `count` rows, which are created on demand; `read` counts them."""
 
     def __init__(self, count: int) -> None:
         self.name, self.count, self.read = "generated", count, 0
@@ -165,7 +165,7 @@ def written(folder: Path, kind: str, rows: list[dict[str, Any]]) -> Path:
 
 
 def pairs(count: int) -> list[dict[str, Any]]:
-    """Of which every seventh has no text, and every fifth is left out when it is its turn."""
+    """Pairs of which every seventh has an empty response and every fifth is dropped when it is drawn."""
     return [
         {"prompt": "?", "chosen": f"{i}" if i % 7 else "", "rejected": "long" if i % 5 == 0 else "no"}
         for i in range(count)
@@ -173,14 +173,14 @@ def pairs(count: int) -> list[dict[str, Any]]:
 
 
 def rankings(count: int) -> list[dict[str, Any]]:
-    """Three pairs a row, or two and one that is left out."""
+    """Rankings of three pairs per row, or of two pairs and a tie, which is dropped."""
     return [
         {"prompt": "?", "responses": [f"{i}", f"{i} b", f"{i} c"], "ranks": [1, 2, 2 + i % 2]} for i in range(count)
     ]
 
 
 def singles(count: int) -> list[dict[str, Any]]:
-    """Prompts of one, two and three completions, with an unusable one among them."""
+    """Prompts with one, two or three completions; one completion is unusable."""
     rows = [
         {"prompt": f"{i}", "completion": f"{i}-{k}", "score": float(k)} for i in range(count // 2) for k in range(i % 4)
     ]
@@ -197,7 +197,9 @@ def no_long(row: Preference) -> tuple[str, Counter[str]]:
 def test_a_stream_goes_on_to_the_row_from_any_point(
     tmp_path: Path, kind: str, make: Callable[[int], list[dict[str, Any]]]
 ) -> None:
-    """In the middle of an epoch, of a row of several groups, of the buffer, while it drains, and across the wrap."""
+    """In the middle of an epoch, within a row of several groups, with a full buffer, while the buffer drains, and
+    across the end of an epoch.
+    """
     path = written(tmp_path, kind, make(30))
 
     def source() -> Streamed:
@@ -257,7 +259,7 @@ def test_state_holds_places_and_no_rows(tmp_path: Path) -> None:
     assert "secret" not in json.dumps(source.state()) and len(json.dumps(source.state())) < 1000
 
 
-# What cannot be used
+# Unusable files
 
 
 def test_a_stream_of_which_nothing_can_be_used_is_an_error(tmp_path: Path) -> None:

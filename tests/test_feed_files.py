@@ -51,9 +51,9 @@ def written(path: Path, content: list[dict[str, Any]]) -> Path:
 
 
 def rewritten(path: Path) -> None:
-    """In its place, as an editor may."""
+    """Overwrite the file in place, as some editors do."""
     written(path, rows(40, "on"))
-    os.utime(path, (1, 1))  # whatever the clock's grain
+    os.utime(path, (1, 1))  # the time differs even if the clock is coarse
 
 
 def truncated(path: Path) -> None:
@@ -61,7 +61,7 @@ def truncated(path: Path) -> None:
 
 
 def replaced(path: Path) -> None:
-    """By another that is renamed over it: who has it open reads on in the old one."""
+    """Rename another file over it. A process that has the old file open continues to read the old one."""
     other = written(path.with_name("other" + "".join(path.suffixes)), rows(41))
     os.replace(other, path)
 
@@ -88,7 +88,9 @@ def test_a_change_is_noticed_at_the_next_save_and_the_next_pass(
     tmp_path: Path, kind: str, change: Callable[[Path], None]
 ) -> None:
     path = written(tmp_path / f"rows.{kind}", rows(40))
-    for buffer in (4, 100):  # read as it goes; read whole into the buffer, where only a save or the next pass can tell
+    # With 4, the file is read while rows are drawn. With 100, the whole file is in the buffer, so only a save or the
+    # next pass can detect the change.
+    for buffer in (4, 100):
         written(path, rows(40))
         source = streamed(path, buffer)
         for _ in range(10):
@@ -105,7 +107,7 @@ def test_a_change_is_noticed_at_the_next_save_and_the_next_pass(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_was_changed_before_the_first_row_is_drawn(tmp_path: Path, kind: str) -> None:
-    """Between the opening and the first batch a model is loaded."""
+    """A run loads its model between opening the file and drawing the first batch."""
     source = streamed(written(tmp_path / f"rows.{kind}", rows(40)))
     replaced(tmp_path / f"rows.{kind}")
     with pytest.raises(DataError, match="was changed while it was streamed"):
@@ -113,7 +115,7 @@ def test_what_was_changed_before_the_first_row_is_drawn(tmp_path: Path, kind: st
 
 
 def test_a_truncated_file_does_not_end_the_pass(tmp_path: Path) -> None:
-    """Nor is the half line at its end left out as a row that is not of the form."""
+    """The incomplete line at its end is not counted as a dropped row either."""
     path = written(tmp_path / "rows.jsonl", rows(4000))
     source = streamed(path)
     for _ in range(10):
@@ -138,7 +140,7 @@ def test_the_same_size_and_the_same_ends(tmp_path: Path) -> None:
 
 
 def test_a_copy_in_its_place_is_the_same_file(tmp_path: Path) -> None:
-    """Some network file systems give a file another number after a while."""
+    """Some network file systems change a file's inode number after a while."""
     path = written(tmp_path / "rows.jsonl", rows(40))
     source, whole = streamed(path), streamed(path)
     source.draw()
@@ -194,7 +196,7 @@ def test_no_checkpoint_is_written_and_the_run_goes_on_with_the_file_as_it_was(
 
     def changed(self: Trainer, *args: Any) -> dict[str, Any]:
         values = step(self, *args)
-        if self.step == 4:  # 16 rows of 12: the second pass has begun, and a checkpoint is due
+        if self.step == 4:  # 16 rows are drawn from 12: the second pass has begun, and a checkpoint is due
             change(path)
         return values
 
@@ -213,7 +215,7 @@ def test_no_checkpoint_is_written_and_the_run_goes_on_with_the_file_as_it_was(
 
 
 def test_a_file_in_memory_may_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its rows were read and are told by their content: what stands in the file later concerns no step of this run."""
+    """Its rows are in memory and are identified by their content. Later changes of the file do not affect the run."""
     tiny_folder(tmp_path / "tiny")
     path = tiny_pairs(tmp_path / "pairs.jsonl")
     step = Trainer.train_step

@@ -46,7 +46,7 @@ def mixed(folder: Path, **changes: Any) -> TrainConfig:
 
 
 def long_row(folder: Path) -> None:
-    """A row in the middle of a.jsonl that is over-long."""
+    """Make a row in the middle of a.jsonl longer than the limit."""
     rows = (folder / "a.jsonl").read_text().splitlines()
     row = json.loads(rows[4])
     row["prompt"][0]["content"] = " ".join(["1"] * 60)
@@ -65,7 +65,7 @@ def untimed(row: dict[str, Any]) -> dict[str, Any]:
     "changes", [{}, {"streaming": True, "shuffle_buffer_size": 3}, {"streaming": True, "method": "bt"}]
 )
 def test_a_mixture_resumes_to_the_bit(folder: Path, changes: dict[str, Any]) -> None:
-    """24 rows of 9 and 5: each file is read more than once; in a stream the buffer is held, drained and refilled."""
+    """24 draws from files of 9 and 5 rows read each file more than once. A stream's buffer drains and refills."""
     long_row(folder)
     config = mixed(folder, max_length=40, **changes)
     whole = silent(config)
@@ -134,7 +134,7 @@ def test_files_alike_come_in_orders_of_their_own(folder: Path, streaming: bool) 
 
 
 def test_one_file_gives_the_same_run_as_a_stream_of_the_same_order(folder: Path) -> None:
-    """What is trained follows from the rows alone, not from how they are held."""
+    """Training depends only on the rows, not on how they are stored."""
     options = {"dataset_mixture": (), "dataset_name": f"{folder}/b.jsonl", "rollout_batch_size": 5, "minibatch_size": 5}
     options |= {"max_steps": 1, "method": "bt"}
     silent(mixed(folder, **options))

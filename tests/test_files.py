@@ -76,7 +76,7 @@ def test_a_snapshot_of_the_hub_links_to_its_own_blobs(tmp_path: Path) -> None:
     (snapshot / "tokenizer.json").symlink_to("/etc/hostname")
     with pytest.raises(ValueError, match=r"tokenizer\.json is a link to /etc/hostname, which is outside the folder"):
         check_folder(snapshot)
-    check_folder("owner/name")  # of the hub: passed over
+    check_folder("owner/name")  # a name on the hub is not checked
 
 
 def test_a_folder_of_a_model_may_be_linked_to_as_a_whole(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ DOUBLE = "{% set n = namespace(x='aaaaaaaa') %}{% for i in range(60) %}{% set n.
 
 
 def test_code_that_is_looked_on_runs_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In any thread, and the error comes within the context, not after it."""
+    """In any thread. The error is raised within the context, not after it."""
     with pytest.raises(LimitError, match="more than 256 MiB"):
         render_watched(DOUBLE)
     monkeypatch.setattr(limits, "SECONDS", 0.2)

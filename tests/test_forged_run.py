@@ -22,7 +22,7 @@ HARMLESS = "Nothing of note."
 
 
 def rows(path: Path, text: str) -> Path:
-    """Eight pairs with `text` in the prompt, in an earlier answer, in the better and in the worse response."""
+    """Eight pairs with `text` in the prompt, in an earlier answer, in the better response or in the worse one."""
     places = [("Name a prime.", "Sure.", "7", "9")] * 8
     made = []
     for i, row in enumerate(places):
@@ -40,7 +40,7 @@ def rows(path: Path, text: str) -> Path:
 def test_no_control_id_comes_from_user_text(
     name: str, method: str, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the model reads, thoughts aside, has the control tokens of the same rows with harmless text, and no more."""
+    """Outside the thoughts, the model's input has the same control tokens as that of the rows with harmless text."""
     from rich.console import Console
 
     from dwrl_fast import evaluate, train
@@ -65,7 +65,7 @@ def test_no_control_id_comes_from_user_text(
     def sampled_from(self: TreeSampler, contexts: Any, *rest: Any) -> Any:
         rating = rest[-1]
         for number, context in enumerate(contexts):
-            tail = rating.close(number, []) if rating else []  # what is appended to the cache for a score
+            tail = rating.close(number, []) if rating else []  # the tokens that are appended to the cache for a score
             read.append([i for i in [*context, *tail] if i in control])
         return sample(self, contexts, *rest)
 

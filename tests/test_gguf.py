@@ -36,7 +36,7 @@ IDS = torch.tensor([[1, 40, 50, 261, 2, 100, 7]])
 
 @pytest.fixture(scope="module")
 def read(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """The file, and the model that it must be read as."""
+    """A GGUF file, and the model that must result from reading it."""
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     return path, write_gguf(path)
 
@@ -77,7 +77,7 @@ def test_what_is_saved_of_it_is_a_plain_folder(read: tuple[Path, Any], tmp_path:
 def test_what_lies_beside_it_is_not_read(
     read: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """transformers prefers a tokenizer.json beside the file, and a file of the same name in the working folder."""
+    """transformers prefers a tokenizer.json in the same folder, and a file of the same name in the working folder."""
     path, expected = read
     other = tmp_path / "other"
     other.mkdir()
@@ -146,7 +146,7 @@ def test_it_judges_as_the_folder_that_is_saved_of_it(read: tuple[Path, Any], tmp
 
 
 def test_another_file_in_its_place_is_another_model(read: tuple[Path, Any], tmp_path: Path) -> None:
-    """An evaluation that was interrupted does not go on with it."""
+    """An interrupted evaluation does not continue with the other file."""
     shutil.copy(read[0], tmp_path / "tiny.gguf")
     before = evaluate._files(str(tmp_path / "tiny.gguf"))
     assert before == evaluate._files(str(tmp_path / "tiny.gguf"))

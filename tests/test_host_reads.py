@@ -22,7 +22,7 @@ READS = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten
 
 
 class HostReads(TorchDispatchMode):
-    """Where values, or shapes that depend on values, are read; inside the operators nothing is seen."""
+    """Counts the reads of values, or of shapes that depend on values, by place. Reads inside operators are not seen."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class HostReads(TorchDispatchMode):
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> HostReads:
-    """`tolist` reads a tensor of the CPU without an operator."""
+    """Also counts `tolist`, which reads a CPU tensor without an operator."""
     found, tolist = HostReads(), Tensor.tolist
 
     def spy(x: Tensor) -> list:
@@ -56,7 +56,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> HostReads:
 
 
 def test_a_step_waits_for_nothing_that_is_ours(reads: HostReads) -> None:
-    """The policy loss has its own waits, which it documents; the scale it reads on the CPU only."""
+    """The policy loss has its own, documented reads. `backward` reads the loss scale, but only on the CPU."""
     it = setting(SHAPE, lengths.synthetic(4, 7, 5), lengths.thought_lengths(6, 32), token_budget=120)
     batches = it.runtime.layout.batches(it.groups)
     assert len(batches) > 1

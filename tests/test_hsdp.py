@@ -25,7 +25,7 @@ ENVIRONMENT = os.environ | {
 
 
 def agents(*arguments: object, each: int = 2) -> None:
-    """Two torchrun agents that start `each` processes of a program, to their end."""
+    """Run two torchrun agents, which start `each` processes of a program, until they end."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -55,14 +55,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def apart(one: dict[str, Any], other: dict[str, Any]) -> float:
-    """The most that a tensor of two differs, relative to its norm."""
+    """The largest difference between two tensors of the same name, relative to the norm of the first."""
     assert one.keys() == other.keys()
     return max(float((other[name] - x).norm() / x.norm().clamp_min(1e-30)) for name, x in one.items())
 
 
 @pytest.mark.slow
 def test_gradients_and_weights_are_those_without_it(folder: Path) -> None:
-    """Four ranks, two on each agent: in float32 and float64, as in tests/test_ranks.py."""
+    """Four ranks, two on each agent, in float32 and float64, as in tests/test_ranks.py."""
     for how in ("line", "hsdp"):
         agents(DRILL, folder, how)
     files = {how: [folder / f"{how}-{rank}.pkl" for rank in range(4)] for how in ("line", "hsdp")}
@@ -83,7 +83,7 @@ def test_gradients_and_weights_are_those_without_it(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_saves_and_goes_on_with_or_without_it(folder: Path) -> None:
-    """A checkpoint of a run under --hsdp goes on under it and on one line of ranks."""
+    """A checkpoint of a run with --hsdp can be resumed with it and without it."""
     given: dict[str, Any] = {"model_name_or_path": folder / "tiny", "dataset_name": folder / "pairs.jsonl"}
     given |= {"rollout_batch_size": 8, "minibatch_size": 4, "max_steps": 2, "save_steps": 1, "save_total_limit": 9}
     given |= {"max_completion_length": 6, "num_generations": 3, "learning_rate": 1e-3, "dtype": "fp32"}

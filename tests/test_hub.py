@@ -25,7 +25,7 @@ PROMPTS, RESPONSES = ["3 + 4?", "3 + 4?"], ["7", "8"]
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """What huggingface_hub talks to, with a token that it takes."""
+    """The server to which huggingface_hub connects, with a token that it accepts."""
     with serving() as found:
         constants = huggingface_hub.constants
         monkeypatch.setattr(constants, "ENDPOINT", found.endpoint)
@@ -44,7 +44,7 @@ def go(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 def hf(hub: FakeHub, tmp_path: Path, command: str) -> subprocess.CompletedProcess[str]:
-    """A command line of `hf`, as a message of ours gave it."""
+    """Run a command line of `hf` as it is printed in one of our messages."""
     words = shlex.split(command)
     assert words[0] == "hf"
     own = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
@@ -108,7 +108,7 @@ def publish(folder: Path, hub: FakeHub, name: str, *, private: bool = False) -> 
 
 @pytest.mark.slow
 def test_a_temperature_is_not_stored_in_the_cache(folder: Path, hub: FakeHub) -> None:
-    """The remedy that is named works."""
+    """The remedy in the message works."""
     publish(folder, hub, "tester/open")
     argv = ["--calibrate", "--dataset_name", f"{folder}/pairs.jsonl", "--model_name_or_path"]
     with pytest.raises(ConfigError, match="hf download tester/open --local-dir DIR") as error:

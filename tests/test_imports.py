@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# A room, a module or folder of the package, may import only rooms that stand before it; so nothing imports `train`.
-# A folder's __main__ is a command: it stands late, with the rooms that it shows, and nothing imports it at all.
+# A room is a module or folder of the package. It may import only rooms before it in this list, so nothing imports
+# `train`. A folder's __main__ is a command. It is late in the list, and nothing imports it.
 ROOMS = (
     *("errors", "log", "lock", "files", "templates", "kernels", "ops"),
     *("ranks", "compute", "data", "dialog", "encode", "sampling", "batching", "models", "objectives"),
@@ -21,8 +21,8 @@ ROOMS = (
     *("console", "__main__", "evaluate", "compare", "train"),
 )
 
-# What these rooms may import at all, besides themselves and the standard library. `ops` loads the kernels when it calls
-# them, so they know nothing of it.
+# These rooms may import only what is listed, themselves and the standard library. The kernels do not import `ops`.
+# `ops` loads the kernels when it calls them.
 NARROW = {
     "kernels": {"torch", "triton"},
     "objectives": {"torch", "dwrl_fast.errors", "dwrl_fast.log", "dwrl_fast.ops"},
@@ -39,7 +39,7 @@ def room_files() -> list[tuple[str, Path]]:
 
 
 def imported(tree: ast.AST, package: tuple[str, ...]) -> Iterator[str]:
-    """The absolute dotted names that the imports of a module of `package` can load, wherever in the file they stand."""
+    """The absolute dotted names that the imports of a module of `package` can load, anywhere in the file."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -66,7 +66,7 @@ def violations(room: str, path: Path) -> Iterator[str]:
 
 
 def rooms_on_disk(root: Path) -> set[str]:
-    """What the two folders of the checkout hold: folders with Python files, and modules."""
+    """The rooms in the two folders of the checkout: folders with Python files, and modules."""
     package = root / "dwrl_fast"
     modules = {path.stem for path in package.glob("*.py")} - {"__init__"}
     folders = {path.name for path in package.iterdir() if any(path.rglob("*.py"))}
@@ -98,7 +98,7 @@ def test_rooms_on_disk_are_modules_and_folders_with_modules(tmp_path: Path) -> N
 
 
 def test_the_picture_of_the_rooms_shows_each_of_them() -> None:
-    """docs/architecture.md draws the rooms, and names the modules without a room."""
+    """docs/architecture.md has a picture of the rooms, and names the modules that the picture leaves out."""
     _, picture, rest = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("```", 2)
     beside = rest.partition("The picture leaves out")[2].partition("\n\n")[0]
     shown = re.findall(r"\b([a-z_]+)(?:/|\.py)", picture) + re.findall(r"`([a-z_]+)(?:/|\.py)`", beside)

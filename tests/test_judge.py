@@ -62,12 +62,12 @@ def test_what_a_judge_needs_is_said() -> None:
 @pytest.mark.parametrize(
     ("says", "accuracy"),
     [
-        ([A, A, B, A, B, B], 1.0),  # 2 of 3 for the better one, whichever is shown first
+        ([A, A, B, A, B, B], 1.0),  # 2 of 3 for the better one in both orders
         ([B, B, A, B, A, A], 0.0),
-        ([A, A, A, A, A, A], 0.5),  # always the first
-        ([A, A, A, A, A, B], 1.0),  # 4 of 6
-        ([A, "ok", "ok", B, B, "ok"], 0.5),  # what cannot be read is for the worse one
-        (["score ok bad <answer>[[B]]</answer> no: " + A, A, A + CUT, B, B, B], 1.0),  # the last one counts
+        ([A, A, A, A, A, A], 0.5),  # always for the one that is shown first
+        ([A, A, A, A, A, B], 1.0),  # 4 of 6 for the better one
+        ([A, "ok", "ok", B, B, "ok"], 0.5),  # an unreadable verdict counts for the worse one
+        (["score ok bad <answer>[[B]]</answer> no: " + A, A, A + CUT, B, B, B], 1.0),  # the last verdict counts
     ],
 )
 def test_votes_of_both_orders_count_together(folder: Path, says: list[str], accuracy: float) -> None:

@@ -32,7 +32,7 @@ from dwrl_fast.models.pretrained import save_pretrained
 CPU = torch.device("cpu")
 COMPUTE = Compute(CPU, torch.float32)
 SHARED: dict[str, Any] = {
-    "vocab_size": 96,  # more than the tokenizer's
+    "vocab_size": 96,  # larger than the tokenizer's vocabulary
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 3,
@@ -63,7 +63,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def drawn(family: str, seed: int = 0) -> Any:
-    """A language model of three layers, drawn loudly enough that attention and windows matter."""
+    """A random language model of three layers, with weights so large that attention and windows matter."""
     name = f"{family}TextConfig" if family == "Gemma3" else f"{family}Config"
     config = getattr(transformers, name)(**SHARED | FAMILIES[family])
     with torch.random.fork_rng(devices=[]):
@@ -72,7 +72,7 @@ def drawn(family: str, seed: int = 0) -> Any:
 
 
 def make(folder: Path, lm: Any, **changes: Any) -> FakePolicy:
-    """dwrl on `lm`, both phases at once so that one backward holds all gradients."""
+    """`dwrl` on `lm`, with a joint phase, so that one backward pass gives all gradients."""
     policy = FakePolicy(tiny_config(folder, alternate="joint", joint_reward="centred", **changes))
     runtime = policy.runtime
     in_use = lm.dtype == torch.float32  # padding on the left makes eager attention in float64 give NaN
@@ -107,8 +107,8 @@ def outcome(policy: FakePolicy, groups: list[Group], packing: Any, budget: int =
 
 
 def apart(found: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, float]:
-    """Relative differences in the 2-norm. What cancels to nearly nothing has no digits of its own: the loss is measured
-    against the scores whose differences it sums, a parameter's gradient against a thousandth of all at least.
+    """Relative differences in the 2-norm. If terms cancel, the difference is divided by a larger norm: that of the loss
+    by the mean absolute score, that of a gradient by at least a thousandth of the norm of all gradients.
     """
     whole = torch.stack([y.double().norm() for name, y in like.items() if "." in name]).norm().item()
     least = {name: 1e-3 * whole for name in like if "." in name}
@@ -129,7 +129,9 @@ def sampled(policy: FakePolicy, module_folder: Path, rows: int = 3) -> list[Grou
 
 
 def made(shape: list[list[list[int]]], x: list[int], seed: int = 0) -> Group:
-    """One group: for each response, for each thought its tokens; the tail is of two tokens. Plausible old log-probs."""
+    """One group with plausible old log-probs. `shape` has the tokens of each thought of each response. Two tokens
+    follow each thought.
+    """
     g = torch.Generator().manual_seed(seed)
     responses = []
     for k, thoughts in enumerate(shape):
@@ -155,7 +157,7 @@ CASES: dict[str, Callable[[], list[Group]]] = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(module_folder: Path, family: str) -> None:
-    """Sampled thoughts of real dialogs: windows of 9 tokens end inside the thought, the response and the prompt."""
+    """With sampled thoughts of real dialogs. Windows of 9 tokens end inside thoughts, responses and prompts."""
     policy = make(module_folder, drawn(family))
     groups = sampled(policy, module_folder)
     padded = outcome(policy, groups, "padded")
@@ -175,7 +177,7 @@ def test_cases(module_folder: Path, family: str, case: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_float64_models(module_folder: Path, family: str) -> None:
-    """Hugging Face's norms compute in float32 whatever the model's dtype: hence 1e-6."""
+    """The bound is 1e-6 because the norms of transformers compute in float32 for every dtype."""
     policy = make(module_folder, drawn(family))
     groups = sampled(policy, module_folder, 2)
     policy.model.double()
@@ -186,10 +188,10 @@ def test_float64_models(module_folder: Path, family: str) -> None:
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen3", "Gemma2"])
 def test_bfloat16_is_as_good_as_plain_bfloat16(module_folder: Path, family: str) -> None:
-    """Root mean squares over drawn models; the truth is the same model in float64.
+    """Root mean squares of the errors over random models, compared with the same models in float64.
 
-    Each is over thousands of numbers, but for the loss: one number, whose error in plain bfloat16 may be next to
-    nothing by luck. It moves at most as far as the two marginals of a pair do, and so may be off as the scores are.
+    The loss is one number, and its error in plain bfloat16 can be small by chance; the other values have thousands of
+    numbers. The loss changes at most as much as the two marginals of a pair, so its bound is that of the scores.
     """
     errors: dict[str, list[dict[str, float]]] = {"tree": [], "packed": [], "padded": []}
     for seed in range(12):
@@ -210,7 +212,7 @@ def test_bfloat16_is_as_good_as_plain_bfloat16(module_folder: Path, family: str)
 
 
 def test_a_ranking_of_five_is_one_tree(module_folder: Path) -> None:
-    """Five responses under one prompt, each with its thoughts, through a likelihood of all five."""
+    """Five responses to one prompt, each with its thoughts, with a likelihood of all five."""
     model = place(GenerativeModel(drawn("Qwen2")), COMPUTE, Layout("tree", 1, 0, CPU))
     group = made([[[12 + k, 13], [14], [15, 16, 12]] for k in range(5)], X)
     found = {}
@@ -257,7 +259,7 @@ def _random_trees_model(cache: list[Any] = []) -> Any:  # noqa: B006 - one model
 @pytest.mark.parametrize("family", ["Llama", "Qwen3", "Gemma2"])
 @pytest.mark.parametrize("packing", ["tree", "packed"])
 def test_no_cross_talk(family: str, packing: Any) -> None:
-    """Changing one thought's tokens changes nothing, to the bit, in another's log-probs and score."""
+    """If one thought's tokens change, the log-probs and scores of the other thoughts stay the same bit for bit."""
     model = place(GenerativeModel(drawn(family)), COMPUTE, Layout(packing, 1, 0, CPU))
     thoughts = [[12, 13, 14, 15, 16], [17, 13, 12, 11, 10], [18, 19, 20, 21, 22]]
     other = [thoughts[0], [17, 30, 31, 32, 33], thoughts[2]]
@@ -272,13 +274,13 @@ def test_no_cross_talk(family: str, packing: Any) -> None:
 
     (before, s), (after, t) = read([thoughts, thoughts]), read([other, thoughts])
     changed = [i for i, (x, y) in enumerate(zip(before, after, strict=True)) if not torch.equal(x, y)]
-    assert changed == (s != t).nonzero().flatten().tolist() == [7]  # the longer group stands first
+    assert changed == (s != t).nonzero().flatten().tolist() == [7]  # the longer group is first in the batch
 
 
 @pytest.mark.parametrize("family", ["Llama", "Gemma2"])
 @pytest.mark.parametrize("packing", ["tree", "packed", "padded"])
 def test_gradient_checkpointing_changes_nothing(module_folder: Path, family: str, packing: str) -> None:
-    """Layers are computed again in the backward pass, where nothing but what they were given tells them of the tree."""
+    """The backward pass computes layers again. They then know the tree only from their arguments."""
     policy = make(module_folder, drawn(family))
     groups = sampled(policy, module_folder, 2)
     plain = outcome(policy, groups, packing)
@@ -287,13 +289,13 @@ def test_gradient_checkpointing_changes_nothing(module_folder: Path, family: str
     calls = []
     policy.model.lm.base_model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
     again = outcome(policy, groups, packing)
-    assert len(calls) == 3  # the loss's, its backward's and the log-probs'
+    assert len(calls) == 3  # for the loss, its backward pass and the log-probs
     for name, y in plain.items():
         assert torch.equal(again[name], y), name
 
 
 def test_a_saved_model_is_a_plain_one(tmp_path: Path) -> None:
-    """Nothing of how it attends here is written down."""
+    """The saved config does not mention this package's attention."""
     model = place(GenerativeModel(drawn("Gemma2")), COMPUTE, Layout("tree", 1, 0, CPU))
     save_pretrained(tmp_path / "model", model, tiny_dialog(), {})
     assert "tree" not in (tmp_path / "model" / "config.json").read_text()
@@ -302,7 +304,7 @@ def test_a_saved_model_is_a_plain_one(tmp_path: Path) -> None:
 
 
 def test_a_softcap_is_kept() -> None:
-    """SDPA leaves it out, or raises, as transformers' versions have it."""
+    """With SDPA, some versions of transformers ignore the soft-cap and others raise an error."""
     ids = torch.tensor([[8, 9, 10, 11, 12, 13]])
     by_sdpa, eager = drawn("Gemma2"), drawn("Gemma2")
     by_sdpa.config._attn_implementation_internal, eager.config._attn_implementation_internal = "sdpa", "eager"
@@ -326,7 +328,7 @@ def test_an_attention_keyword_not_understood_is_refused() -> None:
 
 @pytest.mark.parametrize("packing", ["tree", "packed", "padded"])
 def test_a_default_device_does_not_reach_the_batches(packing: Any) -> None:
-    """They lie where the layout says, also where a caller draws a model under `with torch.device(...)`."""
+    """They are on the layout's device, even if a caller creates a model under `with torch.device(...)`."""
     group = make_group([[make_sequence([1, 2, 3, 4], 2, 3)], [make_sequence([1, 2, 5], 2, 3)]])
     with torch.device("meta"):
         (batch,) = Layout(packing, 100, 0, CPU).batches([group])

@@ -70,12 +70,12 @@ def assert_parity(family: str, device: str, dtype: torch.dtype, within: float) -
 
 @pytest.fixture
 def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What Liger's kernels use and the interpreter of Triton 3.6 and 3.7 lacks."""
+    """Adds what Liger's kernels use and the interpreter of Triton 3.6 and 3.7 lacks."""
     import triton.language as tl
     from liger_kernel.ops import geglu, rms_norm
     from triton.runtime import interpreter
 
-    def convert(convert: Any, argument: object) -> Any:  # a number is an array of none: NumPy 2.4 insists
+    def convert(convert: Any, argument: object) -> Any:  # NumPy 2.4 requires an array without dimensions for a number
         if isinstance(argument, float):
             handle = interpreter.TensorHandle(np.array(argument, np.float32), tl.float32)
             return tl.tensor(handle, tl.float32)
@@ -87,7 +87,7 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name, around in (("_implicit_cvt", convert), ("_patch_lang_tensor", patch)):
         monkeypatch.setattr(interpreter, name, functools.partial(around, getattr(interpreter, name)))
-    monkeypatch.setattr(rms_norm, "rsqrt", lambda x: tl.rsqrt(x))  # not of the CUDA library
+    monkeypatch.setattr(rms_norm, "rsqrt", lambda x: tl.rsqrt(x))  # instead of the CUDA library's
     monkeypatch.setattr(geglu, "tanh", lambda x: 2 * tl.sigmoid(2 * x) - 1)
 
 

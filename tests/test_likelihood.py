@@ -55,13 +55,13 @@ def test_losses_and_gradients_are_those_of_explicit_orders(name: str) -> None:
 
 @pytest.mark.parametrize("name", BATCHES)
 def test_phase_a_is_the_gradient_of_every_likelihood(name: str) -> None:
-    """Through `ops.preference_weights`, with 3 thoughts where a response has them and none where it is absent."""
+    """Computed by `ops.preference_weights`, with up to 3 thoughts per response, and none for an absent response."""
     ranks, margins = BATCHES[name]
     scores = -drawn(len(ranks), max(map(len, ranks)), 3).abs().requires_grad_()
     valid = torch.zeros(scores.shape, dtype=torch.bool)
     for p, one in enumerate(ranks):
         valid[p, : len(one)] = True
-        valid[p, 1, 1] = p % 2 == 0  # ragged in thoughts too
+        valid[p, 1, 1] = p % 2 == 0  # the number of thoughts varies too
     weights = ops.preference_weights(preference_likelihood(ranks, margins), scores, valid)
     objective = score_objective(scores, weights.coefficients, weights.weights, valid)
     (found,) = torch.autograd.grad(objective, scores)
@@ -89,7 +89,7 @@ def test_any_ranks_are_the_mean_over_their_orders(ranks: list[int], seed: int) -
 @quick
 @given(st.lists(rank_lists, min_size=1, max_size=6), seeds, st.sampled_from([0.0, float("inf"), float("nan")]))
 def test_a_group_is_alone_in_its_batch(batch: list[list[int]], seed: int, absent: float) -> None:
-    """Neither the other groups nor what stands where a group has no response changes anything."""
+    """The other groups, and the values in the places of absent responses, have no effect."""
     width = max(map(len, batch))
     marginals = drawn(len(batch), width, seed=seed)
     for p, ranks in enumerate(batch):
@@ -107,7 +107,7 @@ def test_a_group_is_alone_in_its_batch(batch: list[list[int]], seed: int, absent
 
 
 def test_orders_are_a_distribution() -> None:
-    """Plackett-Luce: the probabilities of the 120 orders of 5 sum to 1."""
+    """Plackett-Luce: the probabilities of the 120 orders of 5 responses sum to 1."""
     marginals = drawn(1, 5).expand(120, 5)
     total = (-loss(marginals, *permutations(range(1, 6)))).exp().sum()
     torch.testing.assert_close(total, torch.ones_like(total), rtol=1e-13, atol=0)
@@ -127,7 +127,7 @@ def test_two_ranked_are_a_pair_and_two_tied_half_of_each_order() -> None:
 @quick
 @given(rank_lists, seeds)
 def test_responses_may_stand_in_any_order(ranks: list[int], seed: int) -> None:
-    """Tied ones above all: which of them stands first changes neither the loss nor any response's gradient."""
+    """The order of the responses, including tied ones, changes neither the loss nor the gradient of any response."""
     marginals = drawn(1, len(ranks), seed=seed)
     here = marginals.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(loss(here, ranks).sum(), here)
@@ -155,8 +155,8 @@ def test_seven_tied_are_log_seven_factorial_where_all_are_alike() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("ranks", [PAIR, TIED_PAIR, (1, 2, 3), (1, 2, 2), (1, 1, 1)], ids=str)
 def test_saturated_scores(ranks: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Every mix of 0, -80, -1e4 and near them: losses and gradients against 50 digits and more, relatively, down to the
-    smallest that the dtype holds.
+    """All combinations of scores near 0, -80 and -1e4: losses and gradients have small relative errors, compared with
+    30-digit arithmetic, down to the smallest number of the dtype.
     """
     values = torch.tensor([0.0, -1e-3, -80.0, -81.5, -1e4, -1e4 + 0.25], dtype=dtype)
     grid = torch.cartesian_prod(*[values] * len(ranks)).requires_grad_()
@@ -167,16 +167,17 @@ def test_saturated_scores(ranks: tuple[int, ...], dtype: torch.dtype) -> None:
     mp.dps = 30
     for row, value, slope in zip(grid.tolist(), losses.tolist(), gradient.tolist(), strict=True):
         exact, slopes = exact_loss(row, ranks)
-        spread = max(row) - min(row)  # exp of a difference keeps as many digits as the difference does absolutely
+        spread = max(row) - min(row)  # the relative error of exp(x) is the absolute error of x
         assert abs(value - exact) <= eps * (8 + spread) * exact + tiny
         for one, other in zip(slope, slopes, strict=True):
-            # The slope of a response that both wins and loses comparisons is a difference, known to an absolute eps.
+            # The slope of a response that wins some comparisons and loses others is a difference, so its error is
+            # absolute.
             scale = abs(other) * (8 + spread) if ranks == PAIR else 8
             assert abs(one - other) <= eps * scale + tiny
 
 
 def exact_loss(row: list[float], ranks: tuple[int, ...]) -> tuple[float, list[float]]:
-    """The mean over orders and its gradient, each to 30 digits however small: nothing is taken from nearly 1."""
+    """The mean over orders and its gradient, to 30 digits even if they are tiny: no subtraction loses digits."""
     k = range(len(row))
     orders = agreeing_orders(ranks)
     total, slopes = mp.mpf(0), [mp.mpf(0) for _ in k]

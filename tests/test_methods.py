@@ -41,7 +41,7 @@ def make(folder: Path, name: str, packing: str) -> FakePolicy:
 
 
 def step(policy: FakePolicy, phase: str, groups: list[Group], budget: int) -> tuple[list[Tensor], dict[str, float]]:
-    """Gradients of one minibatch in micro-batches of `budget`, and its figures."""
+    """The gradients and figures of one minibatch, computed in micro-batches of `budget` tokens."""
     _, gradients, metrics = policy.step(groups, phase, budget)
     return list(gradients.values()), metrics.means()
 
@@ -52,13 +52,13 @@ def oracle_losses(marginals: list[Tensor]) -> Tensor:
 
 
 def shares(marginals: list[Tensor]) -> list[float]:
-    """Of every group but those where all tie, the share of its pairs of unequal rank that stand in order."""
+    """For each group except those in which all responses tie: the share of its pairs that are ordered correctly."""
     ranks = [row.ranks or tuple(range(len(row.responses))) for row in ROWS]
     return [share(*each) for each in zip(ranks, marginals, strict=True) if len(set(each[0])) > 1]
 
 
 def share(ranks: Sequence[int], scores: Tensor) -> float:
-    """The share of the pairs of unequal rank that stand in order."""
+    """The share of the pairs of unequal rank that the scores order correctly."""
     pairs = [(i, j) for i in range(len(ranks)) for j in range(len(ranks)) if ranks[i] < ranks[j]]
     return sum(bool(scores[i] > scores[j]) for i, j in pairs) / len(pairs)
 
@@ -93,7 +93,7 @@ def test_bt_on_mixed_groups(tmp_path: Path, packing: str, budget: int) -> None:
 
 @pytest.mark.parametrize(("packing", "budget"), [("tree", 10**6), ("tree", 1), ("padded", 10**6)])
 def test_dwrl_on_mixed_groups(tmp_path: Path, packing: str, budget: int) -> None:
-    """Phase A against autograd of the likelihood; phase B, on the policy, against -c_k (w_ki - 1/n) / (n |o|)."""
+    """Phase A against autograd of the likelihood. On-policy phase B against -c_k (w_ki - 1/n) / (n |o|)."""
     policy = make(tmp_path, "dwrl", packing)
     groups = policy.rollout(ROWS)[0]
     logps = [
@@ -147,7 +147,7 @@ def test_nothing_to_compare_is_not_known_rather_than_wrong(tmp_path: Path, name:
 
 @pytest.mark.parametrize("name", ["bt", "dwrl"])
 def test_a_file_of_rankings_trains_and_is_learned(tmp_path: Path, name: str) -> None:
-    """Rankings of five responses with a tie, from the file to the report: one group each. The last 8 are held out."""
+    """Rankings of five responses with a tie, from the file to the report. One group each; the last 8 are held out."""
     rng = np.random.default_rng(0)
     with (tmp_path / "rankings.jsonl").open("w", encoding="utf-8") as file:
         for _ in range(32):

@@ -84,7 +84,7 @@ def test_weights_in_a_pickle_are_not_read(trained: Path, tmp_path: Path) -> None
 
 
 def test_a_new_scalar_head_is_drawn_only_to_be_trained(trained: Path, tmp_path: Path) -> None:
-    """Over a language model with a head of its own, which then makes room."""
+    """It replaces the untied head of a language model."""
     folder = copied(trained, "dwrl", tmp_path)
     change_weights(folder, with_head)
     make_policy(tiny_config(trained, method="bt", model_name_or_path=str(folder)))
@@ -101,7 +101,7 @@ def test_a_new_scalar_head_is_drawn_only_to_be_trained(trained: Path, tmp_path: 
 
 @pytest.mark.parametrize("adapters", [False, True], ids=["whole", "adapters"])
 def test_a_head_of_its_own_under_a_config_that_says_tied_is_kept(trained: Path, tmp_path: Path, adapters: bool) -> None:
-    """As merged checkpoints have it: what is saved computes the same, and says that it is not tied."""
+    """Some merged checkpoints are like this. The saved model computes the same, and its config says untied."""
     folder = copied(trained, "dwrl", tmp_path)
     change_weights(folder, with_head)
     assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"]

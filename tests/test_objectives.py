@@ -1,4 +1,4 @@
-"""The objective against the gradient that it claims to have (docs/method.md, 2.2: points 1 to 4 and 6)."""
+"""The gradient of the objective equals the documented one (docs/method.md, 2.2: points 1 to 4 and 6)."""
 
 import math
 from collections.abc import Iterator
@@ -41,7 +41,7 @@ def gradient(value: Tensor, leaf: Tensor) -> Tensor:
 
 
 def plackett_luce(marginals: Tensor) -> Tensor:
-    """-log of the probability of the order in which the responses stand."""
+    """-log of the probability of the given order of the responses."""
     later = marginals.flip(-1).logcumsumexp(-1).flip(-1)
     return (later - marginals).sum(-1)
 
@@ -70,9 +70,9 @@ def test_the_weight_switched_off_is_the_sign() -> None:
 
 
 class Enumerable:
-    """A policy over the 63 words of at most 5 letters from {a, b}, and a score for each, for y+ and y-.
+    """A policy over the 63 words of at most 5 letters from {a, b}, and a score for each word, for y+ and for y-.
 
-    A word's tokens are its letters and the end, which is certain after the fifth letter.
+    A word's tokens are its letters and an end token, which is certain after the fifth letter.
     """
 
     def __init__(self, seed: int = 0):
@@ -98,13 +98,13 @@ class Enumerable:
         return torch.nn.functional.logsigmoid(self.verdicts)
 
     def logprobs(self) -> Tensor:
-        """[2, 63], of whole words."""
+        """The log-probs of whole words, [2, 63]."""
         logp = self.logits.log_softmax(-1)
         rows = [sum(logp[:, p, token] for p, token in steps) for steps in self.steps]
         return torch.stack([torch.as_tensor(row) for row in rows], -1)
 
     def exact(self) -> Tensor:
-        """The gradient of -log(p+ / (p+ + p-)), every thought enumerated."""
+        """The gradient of -log(p+ / (p+ + p-)), summed over every thought."""
         marginals = (self.logprobs() + self.scores()).logsumexp(-1)
         return self.flat(pair(1)(marginals[None]).sum())
 
@@ -112,7 +112,9 @@ class Enumerable:
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, self.leaves)])
 
     def estimates(self, n: int, draws: int, blocks: int, normalization: str) -> Iterator[Tensor]:
-        """Means of phases A + B of the shipped objective over `draws` groups of n thoughts a side, block by block."""
+        """Mean gradients of phases A + B of the package's objective, one per block. The blocks have `draws` groups in
+        total, with n thoughts per side.
+        """
         generator = torch.Generator().manual_seed(n)
         probabilities = self.logprobs().detach().exp()
         for _ in range(blocks):
@@ -133,7 +135,7 @@ class Enumerable:
                 valid,
                 normalization,
             )
-            # On the policy every ratio is 1, so a word's tokens, which share its weight, may stand as one.
+            # On-policy every ratio is 1, and a word's tokens have the same weight, so they can be treated as one token.
             b = ops.policy_loss(
                 logprobs.flatten(),
                 logprobs.detach().flatten(),
@@ -144,7 +146,9 @@ class Enumerable:
 
 
 def relative_bias(estimates: Tensor, exact: Tensor) -> Tensor:
-    """|E[g] - exact| / |exact| from block means [B, D]: products of different blocks, so that noise adds nothing."""
+    """|E[g] - exact| / |exact| from block means [B, D]. Only products of different blocks are used, without noise
+    terms.
+    """
     gaps = estimates - exact
     blocks = len(gaps)
     square = (gaps.sum(0).square().sum() - gaps.square().sum()) / (blocks * (blocks - 1))
@@ -173,7 +177,7 @@ def test_monte_carlo_gradient_converges_to_the_exact_one_as_1_over_n() -> None:
     )
     error = ((blocks - 1) * jackknife.var(unbiased=False)).sqrt()
     assert error < 0.1, f"too noisy to tell: slope {slope:.3f} +- {error:.3f}"
-    # The next order, 1/n^2, bends the line a little at n = 4.
+    # The term in 1/n^2 changes the slope a little at n = 4.
     assert abs(slope + 1) < 3 * error + 0.05, f"slope {slope:.3f} +- {error:.3f}"
 
 
@@ -186,7 +190,7 @@ def test_paper_normalization_differs_in_kind_from_the_likelihoods() -> None:
 
 @pytest.mark.parametrize("normalization", ["paper", "likelihood"])
 def test_phase_b_on_policy_is_its_analytic_gradient(normalization: str) -> None:
-    """-(m/n) sum_i A_i / |o_i| sum_t grad log pi(o_t), written as loops over thoughts and tokens."""
+    """-(m/n) sum_i A_i / |o_i| sum_t grad log pi(o_t), computed in loops over thoughts and tokens."""
     scores = drawn_scores(3, 4)
     lengths = torch.tensor([1, 3, 2, 5]).expand(3, 2, 4)
     tokens = int(lengths.sum())
@@ -281,7 +285,7 @@ def test_saturated_scores_stay_finite(chosen: float, rejected: float, dtype: tor
 
 
 def test_phase_a_sums_valid_thoughts_only() -> None:
-    """Whatever an absent slot holds, NaN too, neither the value nor the gradient has it."""
+    """The content of an absent slot, even NaN, affects neither the value nor the gradient."""
     scores = torch.tensor([[[-1.0, -2.0], [-0.5, torch.nan]]], requires_grad=True)
     valid = torch.tensor([[[True, True], [True, False]]])
     weights = torch.tensor([[[0.75, 0.25], [1.0, 0.5]]])
@@ -292,7 +296,7 @@ def test_phase_a_sums_valid_thoughts_only() -> None:
 
 
 def test_two_thoughts_are_standardised_by_their_own_spread() -> None:
-    """0.8 and 0.2 stand 0.3 from their mean; the standard deviation of two divides by 1."""
+    """0.8 and 0.2 are 0.3 from their mean; the standard deviation of two values divides by 1."""
     spread = math.sqrt(2 * 0.3**2)
     found = standardised_reward(torch.tensor([[[0.8, 0.2]]]).double(), torch.ones(1, 1, 2, dtype=torch.bool))
     assert found.flatten().tolist() == pytest.approx([0.3 / (spread + 1e-4), -0.3 / (spread + 1e-4)], rel=1e-6)

@@ -38,13 +38,13 @@ def test_heads(operator: Any, options: Any, head: Any, strided: Any) -> None:
 @every_operator
 @pytest.mark.parametrize("head", [{}, {"temperature": 0.7}, {"softcap": 30.0}], ids=str)
 def test_huge_logits(operator: Any, options: Any, head: Any) -> None:
-    """Logits of magnitude 1e4: float32 keeps them to 1e-3, so nothing may cancel or overflow on top of that."""
+    """Logits of magnitude 1e4. float32 resolves them to 1e-3; cancellation and overflow must not add to this error."""
     check(operator, options, (200, 16, 517), size=1e4, **head)
 
 
 @every_operator
 def test_float64(operator: Any, options: Any) -> None:
-    """The same kernels in double agree with the definition to double's rounding."""
+    """In float64, the same kernels agree with the definition up to rounding."""
     x = inputs((29, 16, 1003), torch.float64, size=4, softcap=20.0)
     got, want = results(operator, x, "cpu", **options), results(operator, x, "reference", **options)
     for name, y in want.items():

@@ -44,7 +44,7 @@ def test_trees_in_float64(tree: str, options: dict[str, Any]) -> None:
 
 @built
 def test_every_width_of_a_window() -> None:
-    """Tiles are skipped, masked or taken whole by the window, and one token decides."""
+    """The window decides whether a tile is skipped, masked or used whole. A difference of one token can matter."""
     plan = TREES["one sequence"]
     x = {n: y.detach() for n, y in inputs(plan, (1, 1), 4, torch.float64).items()}
     q, k, v = x["q"], x["k"], x["v"]
@@ -109,7 +109,9 @@ def test_the_definition_is_unpacked_attention(tree: str, window: int | None) -> 
 @DTYPES
 @ALL_OPTIONS
 def test_no_cross_talk(options: dict[str, Any], dtype: torch.dtype) -> None:
-    """Another thought's tokens change no bit of what a token gets, nor of its gradients while the other's stay out."""
+    """Another thought's tokens change no bit of a token's output. Its gradients do not change either, if the other
+    thought's output has no gradient.
+    """
     plan = TREES["a group"]
     changed = slice(int(plan.start[3]), int(plan.stop[3]))
     x = inputs(plan, (4, 2), 16, dtype)
@@ -196,8 +198,8 @@ def test_strided_inputs_and_gradients() -> None:
     x = inputs(plan, (4, 2), 16, torch.float32)
     want = results(x, plan)
     layouts = (
-        lambda y: y.transpose(0, 1).contiguous().transpose(0, 1),  # as Hugging Face has them
-        lambda y: y.transpose(1, 2).contiguous().transpose(1, 2),  # rows not dense
+        lambda y: y.transpose(0, 1).contiguous().transpose(0, 1),  # the strides in transformers
+        lambda y: y.transpose(1, 2).contiguous().transpose(1, 2),  # rows are not dense
         lambda y: y.repeat(1, 1, 2)[..., :16],
     )
     for layout in layouts:

@@ -1,7 +1,7 @@
 """The Triton kernels of tree_attention on a GPU, against float64.
 
 Their bodies run on the CPU too, in float32 on small tiles, through Triton's interpreter, which test_ops_triton.py
-starts. Its products of bfloat16 are wrong, so those are a GPU's alone.
+starts. Its products of bfloat16 are wrong, so those are tested only on a GPU.
 """
 
 import os
@@ -41,7 +41,7 @@ def moved(x: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So small that every tree has several, and the longest have several runs."""
+    """Tiles so small that every tree has several of them, and the longest trees have several runs."""
     monkeypatch.setattr(attention, "sizes", lambda *shape: SMALL)
     monkeypatch.setattr(tiles, "SHORTEST_RUN", 64)
     monkeypatch.setattr(tiles, "RUN_UNIT", 32)
@@ -59,7 +59,7 @@ def test_trees(small_tiles: None, plan: Plan, options: dict[str, Any], dtype: to
 @dtypes
 @pytest.mark.parametrize("d", [20, 64, 128, 256])
 def test_channels(d: int, dtype: torch.dtype) -> None:
-    """In the tiles that are used, which follow from dtype and channels."""
+    """With the actual tile sizes, which depend on dtype and channels."""
     for tree in ("a group", "forest"):
         for options in ({}, {"softcap": 2.0, "window": 70}):
             x = moved(inputs(TREES[tree], (4, 2), d, dtype))
@@ -151,7 +151,7 @@ def test_definition_on_cuda_takes_a_plan_on_either_device() -> None:
 
 @on_cuda
 def test_a_minibatch_as_large_as_a_real_one() -> None:
-    """Many tiles of every kind, in the tiles that are used: each sequence by itself, in float64."""
+    """Many tiles of every kind, with the actual tile sizes, compared with each sequence alone in float64."""
     from bench.operators.tree_attention import Heads, exact, minibatch
     from bench.operators.tree_attention import drawn as drawn_inputs
 

@@ -20,7 +20,7 @@ RUN = ("cpu", "reference") if extension.problem() is None else ("reference",)
 
 
 def check(tree: str, heads: tuple[int, int], d: int, dtype: torch.dtype, *only: str, **options: Any) -> None:
-    """Every backend, by every way of feeding it or by some."""
+    """Check every backend with the ways `only` of feeding tokens, or with all ways."""
     x = inputs(TREES[tree], heads, d, dtype)
     bound = limit(TREES[tree], x, **options)
     for way, calls in ways(TREES[tree]).items():
@@ -35,14 +35,14 @@ def check(tree: str, heads: tuple[int, int], d: int, dtype: torch.dtype, *only: 
 @pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[-1]], ids=str)
 @pytest.mark.parametrize("tree", ["a group", "deep chain", "many roots", "long roots", "forest", "empty nodes"])
 def test_trees(tree: str, options: dict[str, Any], dtype: torch.dtype) -> None:
-    """However the tokens come in, each gets what it would in one call of tree_attention."""
+    """For every way of feeding tokens, each token gets the result of one call of tree_attention."""
     check(tree, (4, 2), 16, dtype, **options)
 
 
 @DTYPES
 @pytest.mark.parametrize("heads", [(2, 2), (6, 2), (7, 1)], ids=str)
 def test_shapes(heads: tuple[int, int], dtype: torch.dtype) -> None:
-    """Head sizes that are a multiple of no vector, of some and of all."""
+    """Head sizes that are multiples of no vector size, of some, and of all."""
     for d in (1, 7, 20, 64, 80, 128):
         check("empty nodes", heads, d, dtype, "at random")
 
@@ -53,7 +53,7 @@ def test_more_heads_than_a_block_of_queries(dtype: torch.dtype) -> None:
 
 
 def test_every_width_of_a_window() -> None:
-    """Pieces are skipped, masked or taken whole by the window, and one token decides."""
+    """The window decides whether a piece is skipped, masked or used whole. A difference of one token can matter."""
     for window in (1, 2, 12, 63, 64, 65, 66, 128, 131, 149, 150):
         check("one sequence", (1, 1), 4, torch.float64, "at once", "in chunks", window=window)
 
@@ -65,7 +65,7 @@ def test_each_option(option: dict[str, Any]) -> None:
 
 @ALL_BACKENDS
 def test_nobody_sees_what_was_not_written(backend: str) -> None:
-    """The cache begins as NaN: blocks that are partly filled, and all that no token was put in, stay so."""
+    """The cache starts as NaN. Places that were not written, also those in partly filled blocks, stay NaN."""
     plan = TREES["a group"]
     x = inputs(plan, (4, 2), 7, torch.float32)
     cache = Cache(plan, x)
@@ -84,14 +84,14 @@ def test_nobody_sees_what_was_not_written(backend: str) -> None:
 @ALL_BACKENDS
 @DTYPES
 def test_what_is_not_kept_is_not_seen(dtype: torch.dtype, backend: str) -> None:
-    """Of four new tokens the first is kept, and the others are as so many queries in its place."""
+    """Of four new tokens only the first is kept. Each other token is like a different query in its place."""
     plan = plan_of([(70, -1)])
     x = inputs(plan, (4, 2), 20, dtype)
     cache = Cache(plan, x)
     cache.run(torch.arange(66), backend)
     step = cache.step(torch.arange(66, 70))
     tiles, slot = step.tiles.clone(), step.slot.index_fill(0, torch.arange(1, 4), -1)
-    tiles[1, 2] = 3  # of the second block
+    tiles[1, 2] = 3  # the number of tokens in the second block
     q, k, v = (x[n].detach()[66:] for n in "qkv")
     before = cache.keys.clone(), cache.values.clone()
     out = ops.cache_attention(q, k, v, cache.keys, cache.values, CacheStep(step.position, slot, tiles), backend=backend)
@@ -106,7 +106,7 @@ def test_what_is_not_kept_is_not_seen(dtype: torch.dtype, backend: str) -> None:
 
 @ALL_BACKENDS
 def test_who_sees_nothing_gets_zeros(backend: str) -> None:
-    """No piece at all, none for this token, one that begins behind it, one that the window has left."""
+    """No piece at all, no piece for this token, a piece that begins after it, or a piece outside its window."""
     x = inputs(plan_of([(3, -1)]), (4, 2), 20, torch.float32)
     cache = Cache(plan_of([(3, -1)]), x)
     q, k, v = (x[n].detach() for n in "qkv")
@@ -151,7 +151,9 @@ def test_equal_bits_on_any_number_of_threads(dtype: torch.dtype) -> None:
 @built
 @DTYPES
 def test_what_other_texts_hold_changes_no_bit(dtype: torch.dtype) -> None:
-    """As long as they are there: which of them are in the call may change what rounds, as test_trees has it."""
+    """The other texts are in the same calls, with different content. A call with different texts may round differently;
+    test_trees tests that.
+    """
     plan = TREES["a group"]
     changed = slice(int(plan.start[3]), int(plan.stop[3]))
     x = inputs(plan, (4, 2), 16, dtype)
@@ -170,7 +172,7 @@ def test_what_other_texts_hold_changes_no_bit(dtype: torch.dtype) -> None:
 @ALL_BACKENDS
 @DTYPES
 def test_a_text_by_itself(dtype: torch.dtype, backend: str) -> None:
-    """The others may be in the call or not."""
+    """A text gets the same result with or without other texts in the call."""
     plan = plan_of([(70, -1), (9, -1), (40, -1)])
     x = inputs(plan, (4, 2), 16, dtype)
     for first, last in zip(plan.start.tolist(), plan.stop.tolist(), strict=True):
@@ -198,14 +200,14 @@ def test_strided_inputs(backend: str) -> None:
     calls = [torch.arange(len(x["q"]))]
     want = found(plan, x, calls, backend)
     for layout in (
-        lambda y: y.transpose(0, 1).contiguous().transpose(0, 1),  # as Hugging Face has them
-        lambda y: y.transpose(1, 2).contiguous().transpose(1, 2),  # rows not dense
+        lambda y: y.transpose(0, 1).contiguous().transpose(0, 1),  # the strides in transformers
+        lambda y: y.transpose(1, 2).contiguous().transpose(1, 2),  # rows are not dense
     ):
         cache = Cache(plan, {n: layout(y) for n, y in x.items()})
         q, k, v = (cache.x[n] for n in "qkv")
         assert not q.is_contiguous()
         out = ops.cache_attention(q, k, v, cache.keys, cache.values, cache.step(calls[0]), backend=backend)
-        if backend == "reference":  # a library multiplies its matrices, and may choose another kernel by strides
+        if backend == "reference":  # a library multiplies its matrices, and its choice of kernel may depend on strides
             assert_accurate(limit(plan, cache.x), out, want)
         else:
             assert torch.equal(out, want)
@@ -225,7 +227,7 @@ def test_autocast() -> None:
 
 @built
 def test_eager_equals_compiled() -> None:
-    """The cache is changed in place there too."""
+    """Compiled code changes the cache in place too."""
     plan = TREES["forest"]
     x = {n: y.detach() for n, y in inputs(plan, (4, 2), 8, torch.float32).items()}
     one, other = Cache(plan, x), Cache(plan, x)
@@ -350,7 +352,7 @@ def test_a_tile_outside_the_cache(tile: list[int]) -> None:
     ],
 )
 def test_what_the_operator_itself_refuses(place: int, value: Tensor, message: str) -> None:
-    """It may be called by its name, past the checks of the function."""
+    """The operator can be called by its name, without the checks of the function."""
     given = good()
     arguments = [*(given[n] for n in ("q", "k", "v", "keys", "values")), *given["step"], 1.0, None, None]
     arguments[place] = value

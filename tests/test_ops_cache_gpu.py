@@ -1,7 +1,7 @@
 """The Triton kernels of cache_attention on a GPU, against float64.
 
 Their bodies run on the CPU too, in float32 on small trees, through Triton's interpreter, which test_ops_triton.py
-starts. Its products of bfloat16 are wrong, so those are a GPU's alone.
+starts. Its products of bfloat16 are wrong, so those are tested only on a GPU.
 """
 
 import os
@@ -38,7 +38,7 @@ FORESTS = {"a small group": GROUP} | (
 
 @pytest.fixture(params=["a program for all tiles", "shares"])
 def shares(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In steps so small that a block of the cache takes several, and blocks of rows are of several tokens or parts."""
+    """Steps so small that a block of the cache takes several. A block of rows has several tokens, or part of one."""
     monkeypatch.setattr(kernels, "sizes", lambda *shape: Blocks(16, 32, 4, 1))
     monkeypatch.setattr(kernels, "PROGRAMS", 1 if request.param != "shares" else 10**6)
     monkeypatch.setattr(kernels, "SHORTEST_SHARE", 2)
@@ -50,7 +50,7 @@ def moved(x: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check(plan: Plan, heads: tuple[int, int], d: int, dtype: torch.dtype, *only: str, **options: Any) -> None:
-    """By every way of feeding it or by some."""
+    """Check the ways `only` of feeding tokens, or all ways."""
     x = moved(inputs(plan, heads, d, dtype))
     bound = limit(plan, x, **options)
     for way, calls in ways(plan).items():
@@ -68,7 +68,7 @@ def test_trees(shares: None, plan: Plan, options: dict[str, Any], dtype: torch.d
 @dtypes
 @pytest.mark.parametrize("heads", [(1, 1), (4, 4), (6, 2), (5, 1), (33, 1)], ids=str)
 def test_heads(shares: None, heads: tuple[int, int], dtype: torch.dtype) -> None:
-    """A token's rows may lie in several blocks."""
+    """The rows of one token can be in several blocks."""
     for d in (3, 20):
         check(TREES["empty nodes"], heads, d, dtype, "at random")
 
@@ -77,14 +77,14 @@ def test_heads(shares: None, heads: tuple[int, int], dtype: torch.dtype) -> None
 @dtypes
 @pytest.mark.parametrize("d", [7, 20, 64, 80, 128, 256])
 def test_channels(d: int, dtype: torch.dtype) -> None:
-    """In the steps that are used, which follow from dtype and channels."""
+    """With the actual step sizes, which depend on dtype and channels."""
     for options in ({}, {"softcap": 2.0, "window": 70}):
         check(TREES["a group"], (14, 2), d, dtype, **options)
 
 
 @dtypes
 def test_nobody_sees_what_was_not_written(shares: None, dtype: torch.dtype) -> None:
-    """What is there is what came in, and the rest is as it was: NaN."""
+    """The cache has the tokens that were written, and the rest is still NaN."""
     plan = plan_of([(66, -1), (3, 0), (5, 0)])
     x = moved(inputs(plan, (2, 1), 20, dtype))
     cache = Cache(plan, x)
@@ -99,7 +99,7 @@ def test_nobody_sees_what_was_not_written(shares: None, dtype: torch.dtype) -> N
 
 
 def given(*, d: int = 16, dtype: torch.dtype = FLOAT32) -> dict[str, Any]:
-    """Five tokens of a text in one of three blocks."""
+    """Arguments for five tokens of a text in the first of three blocks."""
     keys, values = (torch.ones(3, *shape, dtype=dtype, device=DEVICE) for shape in ops.cache_shapes(2, d))
     step = CacheStep(*(torch.tensor(x, device=DEVICE) for x in ([*range(5)], [*range(5)], [[0, 0, 5, 0, 5]])))
     q, k, v = (torch.ones(5, heads, d, dtype=dtype, device=DEVICE) for heads in (4, 2, 2))
@@ -129,7 +129,7 @@ def test_who_sees_nothing_gets_zeros(shares: None, tiles: list[list[int]], sees:
 def test_a_tile_outside_the_cache_is_not_a_number(shares: None, tile: list[int]) -> None:
     x = given()
     tiles = torch.tensor([[0, 0, 5, 0, 5]] * 3 + [tile], device=DEVICE)
-    slot = torch.tensor([0, -2, 192, 2**40, 1], device=DEVICE)  # those outside are not written
+    slot = torch.tensor([0, -2, 192, 2**40, 1], device=DEVICE)  # slots outside the cache are not written
     x["step"] = x["step"]._replace(tiles=tiles, slot=slot)
     assert ops.cache_attention(**x).isnan().all()
 
@@ -143,7 +143,7 @@ def test_strided_inputs(shares: None, dtype: torch.dtype) -> None:
     for layout in (lambda y: y.transpose(0, 1).contiguous().transpose(0, 1), lambda y: y.mT.contiguous().mT):
         q, k, v = (layout(x[n]) for n in "qkv")
         cache = Cache(plan, x)
-        step = cache.step(tokens)  # on the CPU: it is copied
+        step = cache.step(tokens)  # on the CPU, so the operator copies it
         assert torch.equal(ops.cache_attention(q, k, v, cache.keys, cache.values, step, backend="triton"), want)
 
 
@@ -164,7 +164,7 @@ def test_no_tokens() -> None:
 @on_cuda
 @dtypes
 def test_long_texts_and_many(dtype: torch.dtype) -> None:
-    """In the steps that are used: one text of many blocks, whose tiles are shared out, and a forest of many texts."""
+    """With the actual step sizes: one text of many blocks, whose tiles several programs share, and many short texts."""
     for plan in (plan_of([(1200, -1)]), drawn(60, 70, 0.45)):
         check(plan, (7, 1), 64, dtype, "in chunks", "prefill, then single tokens")
 
@@ -185,7 +185,7 @@ def test_equal_bits_every_time_on_any_stream() -> None:
 
 @on_cuda
 def test_it_waits_for_nothing_and_can_be_a_graph() -> None:
-    """Captured with the step of one call, and replayed with that and with the next, of the same shapes."""
+    """The graph is captured with one call's step. It is replayed with that step and the next, of the same shapes."""
     plan = plan_of([(102, -1), (22, -1)])
     x = moved(inputs(plan, (14, 2), 64, BF16))
     calls = [torch.cat([torch.arange(100), torch.arange(102, 122)]), torch.tensor([100, 122]), torch.tensor([101, 123])]

@@ -30,7 +30,7 @@ def policy(x: dict[str, Any], **options: Any) -> ops.PolicyLoss:
 
 
 def product_rows(run: Callable[[], object]) -> float:
-    """Rows of [T, H] x [H, V] products, whatever way round."""
+    """The number of rows in all products of [T, H] and [H, V], transposed or not."""
     return matrix_products(run, unit=H * V)["rows"]
 
 
@@ -166,7 +166,7 @@ def test_a_double_backward_raises(name: Any) -> None:
 
 
 def test_a_float32_master_gets_an_unrounded_gradient() -> None:
-    """bfloat16 computation, float32 weight: its gradient must not pass through bfloat16 on the way out."""
+    """With a bfloat16 computation and a float32 weight, the weight's gradient must not be rounded to bfloat16."""
     x = case(bias=False)
     x["hidden"] = x["hidden"].detach().bfloat16().requires_grad_()
     gradient = torch.autograd.grad(policy(x).loss, x["weight"])[0]
@@ -179,7 +179,7 @@ def test_a_float32_master_gets_an_unrounded_gradient() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logprob_is_never_above_zero(dtype: Any) -> None:
-    """Where one logit dominates, the target's own rounding must be the normaliser's too."""
+    """If one logit dominates, the target's logit must be rounded exactly as in the normaliser."""
     for seed in range(20):
         x = inputs((17, 64, 503), dtype, size=60, seed=seed)
         top = (x["hidden"].float() @ x["weight"].float().t() + x["bias"].float()).argmax(-1)
@@ -253,7 +253,7 @@ def test_backward_twice_through_a_retained_graph() -> None:
 
 
 def test_tied_weights() -> None:
-    """The embedding is the head: both ways into it add up."""
+    """The embedding is also the head. The gradients of both uses are added."""
     table = torch.randn(V, H, requires_grad=True)
     ids = torch.arange(T)
     x = case(bias=False)
@@ -335,7 +335,7 @@ def test_errors_name_the_option() -> None:
 @pytest.mark.parametrize("operator", ["linear_logprob", "yes_no_logprob", "linear_policy_loss"])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_every_operator_checks_its_head(operator: str, backend: Any) -> None:
-    """Each checks for itself, under its own name."""
+    """Each operator checks it, and its message names that operator."""
     x = case() | {"weight": torch.zeros(V, H + 1)}
     run: dict[str, Callable[[], object]] = {
         "linear_logprob": lambda: ops.linear_logprob(x["hidden"], x["weight"], x["targets"], backend=backend),
@@ -348,7 +348,7 @@ def test_every_operator_checks_its_head(operator: str, backend: Any) -> None:
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_only_the_loss_holds_a_graph(backend: Any) -> None:
-    """A stat or a log-probability that did would keep the graph of every micro-batch alive."""
+    """Otherwise the stats or log-probs would keep the graphs of all micro-batches in memory."""
     r = policy(case(), backend=backend)
     assert r.loss.requires_grad and not r.stats.requires_grad and not r.logprob.requires_grad
 
@@ -402,7 +402,7 @@ def test_policy_loss_is_linear_policy_loss_of_given_logprobs() -> None:
     "needs", [(True, True, True), (True, False, True), (False, True, False), (False, False, False)]
 )
 def test_gradients_that_nobody_needs_are_empty(needs: tuple[bool, bool, bool]) -> None:
-    """Of the pass as of what tracing is told of it: shape, dtype, and 0 elements where there is none."""
+    """The pass and its description for tracing agree: shape, dtype, and 0 elements if there is no gradient."""
     hidden, weight, bias = torch.randn(5, 3), torch.randn(7, 3), torch.randn(7)
     head = products.Products(hidden, weight, bias, needs)
     for index in head.split(torch.arange(5)):

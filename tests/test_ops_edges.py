@@ -28,7 +28,9 @@ def policy(x: dict[str, Any], **options: Any) -> ops.PolicyLoss:
 @pytest.mark.parametrize("inside", [False, True], ids=["backward outside", "backward inside"])
 @pytest.mark.parametrize("operator", ["linear_policy_loss", "linear_logprob", "vocab", "yes_no"])
 def test_autocast_narrows_hidden_and_nothing_else(operator: str, inside: bool) -> None:
-    """A float32 master under autocast: every bit as from a hidden that was bfloat16 without it, over several chunks."""
+    """With a float32 master under autocast, results equal those of a bfloat16 `hidden` without autocast bit for bit,
+    over several chunks.
+    """
     x = case()
     head = x["weight"], x["bias"]
 
@@ -55,7 +57,7 @@ def test_autocast_narrows_hidden_and_nothing_else(operator: str, inside: bool) -
     assert torch.equal(found, expected)
     for one, other in zip(got, want, strict=True):
         assert one.dtype == torch.float32
-        if inside and operator == "yes_no":  # autograd's own product of two columns, which autocast does reach
+        if inside and operator == "yes_no":  # autograd multiplies the two columns itself, and autocast affects that
             torch.testing.assert_close(one, other.float(), rtol=0.02, atol=0.02)
         else:
             assert torch.equal(one, other.float())
@@ -81,7 +83,7 @@ def test_a_scaled_loss_scales_its_gradients_once_rounded(dtype: Any) -> None:
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("gap", [50.0, 90.0, 1000.0])
 def test_a_still_row_with_an_infinite_ratio_has_no_gradient(backend: str, gap: float) -> None:
-    """Clipped from above, or of advantage 0 beside a KL term: zero times an infinite ratio is zero."""
+    """The row is clipped from above, or has advantage 0 and a KL term. Zero times an infinite ratio must be zero."""
     lp = torch.full((2,), -1.0, requires_grad=True)
     old, ones = lp.detach() - gap, torch.ones(2)
     clipped = ops.policy_loss(lp, old, ones, ones, backend=backend)

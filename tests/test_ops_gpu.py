@@ -32,7 +32,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def chunk(c: int, v: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """Logits [C, V], targets [C]; old log-prob, advantage and token weight [C], no ratio near an edge of the clip."""
+    """Logits [C, V], targets [C]; old log-prob, advantage and token weight [C]. No ratio is near a clip boundary."""
     g = generator(seed)
     logits = (4 * torch.randn(c, v, generator=g, device=DEVICE)).to(dtype)
     targets = torch.randint(v, (c,), generator=g, device=DEVICE)
@@ -48,12 +48,12 @@ def log_probs(logits: Tensor, temperature: float, softcap: float | None) -> Tens
 
 
 def assert_near(found: Tensor, exact: Tensor, within: float) -> None:
-    """In the 2-norm, relative, and no NaN is near anything."""
+    """Assert that the relative difference in the 2-norm is at most `within`, and not NaN."""
     norm = exact.double().norm().clamp_min(1e-30)
     assert (found.double() - exact.double()).norm() / norm <= within
 
 
-WITHIN = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7 if INTERPRETED else 2.0**-8}  # the interpreter cuts off
+WITHIN = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7 if INTERPRETED else 2.0**-8}  # the interpreter truncates
 
 
 @pytest.mark.parametrize("head", HEADS, ids=str)
@@ -81,7 +81,7 @@ def test_row_kernels(v: int, dtype: torch.dtype, narrow: bool, head: dict[str, A
     out = rows.policy_rows(z, gradient, targets, *tokens, ref, *rule, *scaling)
     torch.testing.assert_close(out[:2].double(), torch.stack([exact, entropy]).detach(), rtol=1e-5, atol=2e-5)
     assert (out[0] <= 0).all()
-    near = assert_near if v > 1 else lambda *_: None  # of one token the log-probability is 0, and rounding is all
+    near = assert_near if v > 1 else lambda *_: None  # with one token the gradient is only rounding errors
     near(gradient, want, WITHIN[kind])
 
     found = rows.logprob_rows(logits, targets, *scaling)
@@ -95,7 +95,9 @@ def test_row_kernels(v: int, dtype: torch.dtype, narrow: bool, head: dict[str, A
 
 
 def test_over_the_logits_as_beside_them() -> None:
-    """Bit for bit, again and again: no thread of a row writes where another has still to read."""
+    """Gradients written over the logits equal separate ones bit for bit, in every repetition: no thread of a row writes
+    where another thread still has to read.
+    """
     c, v = (3, 5000) if INTERPRETED else (2048, 151936)
     logits, targets, tokens = chunk(4, v, torch.float32)
     logits = logits.repeat(-(-c // 4), 1)[:c].contiguous()
@@ -179,7 +181,7 @@ def test_nothing_to_train(dtype: torch.dtype) -> None:
 
 
 def test_only_what_is_asked_for() -> None:
-    """A frozen head, frozen states, neither: the same loss, and the gradient that is left is the same."""
+    """With a frozen head, frozen hidden states, or both, the loss and the remaining gradient are the same."""
     x = on_device(inputs((37, 16, 1003), torch.bfloat16), DEVICE)
     whole = policy_of(x)
     want = torch.autograd.grad(whole.loss, (x["hidden"], x["weight"]))
@@ -187,7 +189,7 @@ def test_only_what_is_asked_for() -> None:
         some = policy_of(x, **{frozen: x[frozen].detach()})
         assert torch.equal(some.loss, whole.loss)
         assert torch.equal(torch.autograd.grad(some.loss, x[kept])[0], gradient)
-    with torch.no_grad():  # another kernel, which writes no gradient: the compiler may contract other products
+    with torch.no_grad():  # another kernel, which writes no gradient and may be compiled to other fused operations
         torch.testing.assert_close(policy_of(x).loss, whole.loss, rtol=1e-6, atol=0)
 
 
@@ -232,7 +234,7 @@ def test_two_label_scores(dtype: torch.dtype) -> None:
 def test_scaled_and_rounded_once(shape: tuple[int, ...]) -> None:
     x, scale = torch.randn(shape, generator=generator(), device=DEVICE), torch.tensor(0.3, device=DEVICE)
     found = scaled(x, scale, torch.bfloat16)
-    if INTERPRETED:  # which cuts off
+    if INTERPRETED:  # the interpreter truncates
         torch.testing.assert_close(found.float(), x * scale, rtol=2**-7, atol=0)
     else:
         assert torch.equal(found, (x * scale).bfloat16())

@@ -23,13 +23,13 @@ def keys_of(count: int, seed: int = 0) -> Tensor:
 
 
 def test_philox_gives_its_published_numbers() -> None:
-    """The known answers of Random123 whose counter ends in two zero words."""
+    """The known answer of Random123 with a counter that ends in two zero words."""
     found = oracle.philox(torch.tensor([0]), torch.tensor([0]), 0)
     assert [int(word) for word in found] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
 
 
 def philox_by_hand(key: int, low: int, high: int) -> list[int]:
-    """As the paper has it, in Python's integers."""
+    """Philox as defined in its paper, with Python's integers."""
     c, k = [low, high, 0, 0], [key % 2**32, (key >> 32) % 2**32]
     for _ in range(10):
         a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
@@ -48,7 +48,7 @@ def test_philox_of_any_key_and_counter() -> None:
 @built
 @pytest.mark.parametrize("v", [1, 2, 5, 97, 4099])
 def test_both_backends_draw_the_same(v: int) -> None:
-    """A difference of an ulp in a logarithm may exchange two tokens that are as near: of so many draws, hardly one."""
+    """An ulp in a logarithm may exchange two tokens with almost equal values. This may happen in one draw at most."""
     logprob = (4 * torch.randn(300, v, generator=torch.Generator().manual_seed(v))).log_softmax(-1)
     found = [
         torch.stack([pick(logprob, keys_of(300), t, backend=name) for t in (0, 1, 2**32 - 1)])
@@ -61,7 +61,7 @@ def test_both_backends_draw_the_same(v: int) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("over", ["keys", "positions"])
 def test_draws_follow_softmax(backend: str, over: str) -> None:
-    """With a token in a thousand and one in a hundred thousand among them, by a chi-square over keys and positions."""
+    """A chi-square test over keys and positions, with tokens as rare as 1 in 100,000."""
     n = 200_000 if over == "keys" else 400
     p = torch.tensor([0.5, 0.3, 0.15, 0.04, 0.008, 0.00199, 0.00001], dtype=torch.float64)
     logprob = p.log().float().expand(n, -1)
@@ -100,7 +100,7 @@ def test_what_is_impossible_and_what_is_certain(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rounding_changes_few_draws(backend: str) -> None:
-    """Log-probs that are off by 1e-6, as another batch size makes them, change about as small a share of the draws."""
+    """Another batch size changes log-probs by about 1e-6. This changes about the same small share of the draws."""
     g = torch.Generator().manual_seed(0)
     logprob = (2 * torch.randn(20_000, 50, generator=g)).log_softmax(-1)
     off = logprob + 1e-6 * torch.randn(logprob.shape, generator=g)

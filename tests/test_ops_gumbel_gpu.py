@@ -28,7 +28,7 @@ def pick(logprob: Tensor, keys: Tensor, position: int, backend: str = "triton") 
 
 @pytest.mark.parametrize("v", SIZES)
 def test_it_draws_what_the_definition_draws(v: int) -> None:
-    """A difference of an ulp in a logarithm may exchange two tokens that are as near: of so many draws, hardly one."""
+    """An ulp in a logarithm may exchange two tokens with almost equal values. This may happen in one draw at most."""
     rows = 20 if INTERPRETED else 300
     logprob = (4 * torch.randn(rows, v, generator=torch.Generator().manual_seed(v))).log_softmax(-1).to(DEVICE)
     found = [
@@ -46,13 +46,13 @@ def noise_kernel(bits, found, COUNT: tl.constexpr):  # type: ignore
 
 
 def test_noise_where_a_rare_token_wins() -> None:
-    """Against float64, over the whole range of w: the draws of rare tokens lie in its smallest values."""
+    """Compared with float64 over the whole range of w. Rare tokens are drawn at its smallest values."""
     bits = torch.cat([torch.arange(2048), (torch.arange(4096) << 20) + 77, 2**32 - 1 - torch.arange(2048)]).to(DEVICE)
     found = torch.empty(len(bits), device=DEVICE)
     noise_kernel[(1,)](torch.where(bits < 2**31, bits, bits - 2**32).to(torch.int32), found, COUNT=len(bits))
     w = (bits.float() * 2.0**-32 + 2.0**-33).clamp_max(1 - 2.0**-24).double()
     exact = -(-torch.log1p(-w)).log()
-    # An ulp of the inner logarithm, relative; float32's rounding of the outer one, which is at most 23.
+    # Relative: an ulp of the inner logarithm. Absolute: float32's rounding of the outer logarithm, which is at most 23.
     torch.testing.assert_close(found.double(), exact, rtol=2**-22, atol=2**-20)
 
 
@@ -77,7 +77,7 @@ def test_a_row_is_drawn_alike_in_any_batch_and_from_any_strides() -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="too many rows for the interpreter")
 def test_draws_follow_softmax() -> None:
-    """With a token in a thousand and one in a hundred thousand among them, by a chi-square over keys."""
+    """A chi-square test over keys, with tokens as rare as 1 in 100,000."""
     n = 2_000_000
     p = torch.tensor([0.5, 0.3, 0.15, 0.04, 0.008, 0.00199, 0.00001], dtype=torch.float64, device=DEVICE)
     drawn = pick(p.log().float().expand(n, -1), keys_of(n), 3)

@@ -1,7 +1,7 @@
-"""The operators' tests under each instruction set below this processor's own: what another machine would show.
+"""The operators' tests with each instruction set below that of this processor, as on another machine.
 
-ATEN_CPU_CAPABILITY lowers PyTorch's kernels and with them this package's; the other two lower the libraries that
-multiply matrices. Each set takes a process of its own, because they are read once.
+ATEN_CPU_CAPABILITY limits the kernels of PyTorch and of this package; the other two variables limit the libraries that
+multiply matrices. A process reads them only once, so each set needs a separate process.
 """
 
 import os
@@ -53,6 +53,6 @@ def test_some_of_the_operators_tests(instructions: str, capsys: pytest.CaptureFi
 @pytest.mark.slow
 @pytest.mark.parametrize("instructions", LOWERED)
 def test_all_of_the_operators_tests(instructions: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """All but those that compile, for which instructions make no difference."""
+    """All tests except those of compiling and opcheck, for which the instruction set makes no difference."""
     names = ("accuracy", "attention", "cache", "contract", "edges", "weights")
     run_under(instructions, names, "not compile and not opcheck", capsys)

@@ -19,7 +19,9 @@ def tokens(**options: Any) -> dict[str, Any]:
 
 
 def arguments(name: str) -> Any:
-    """(operator, arguments) of a registered operator, in the ways it is called. No NaN comes out: opcheck compares."""
+    """(operator, arguments) for each way in which a registered operator is called. The results have no NaN, because
+    opcheck compares them.
+    """
     x = {k: y.detach() if isinstance(y, torch.Tensor) else y for k, y in tokens().items()}
     head, t = (x["hidden"], x["weight"], x["bias"]), x["targets"]
     old, a, w = x["old_logprob"], x["advantage"] + 9, x["token_weight"] + 0.1
@@ -53,7 +55,7 @@ def arguments(name: str) -> Any:
 
 
 def cache() -> tuple[torch.Tensor, ...]:
-    """Two blocks of two heads of 8 channels, and a step of 4 tokens, of which the last is not kept."""
+    """Two blocks of two heads of 8 channels, and a step of 4 tokens; the last token is not kept."""
     keys, values = (torch.zeros(2, *shape) for shape in ops.cache_shapes(2, 8))
     slot = torch.tensor([64, 65, 66, -1])
     return keys, values, torch.arange(4), slot, torch.tensor([[1, 0, 3, 0, 4]])
@@ -69,7 +71,7 @@ NAMES = [
 @built
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(name: str) -> None:
-    """The row pass itself runs inside other operators, which have the formulas for tracing: of it only the schema."""
+    """The operators of the row pass run inside other operators, which support tracing. Only their schema is tested."""
     tests: dict[str, Any] = {"test_utils": "test_schema"} if name in ROW_PASS else {}
     for operator, args in arguments(name):
         torch.library.opcheck(operator, args, **tests)
@@ -77,8 +79,8 @@ def test_opcheck(name: str) -> None:
 
 @built
 def test_nothing_registered_is_left_unchecked() -> None:
-    """`yes_no_scores` launches a Triton kernel: test_ops_triton.py checks it where that runs. `instruction_set` has no
-    tensors: test_ops_instruction_sets.py checks it.
+    """`yes_no_scores` launches a Triton kernel, so test_ops_triton.py checks it. `instruction_set` has no tensors, so
+    test_ops_instruction_sets.py checks it.
     """
     extension.problem()
     all_names = {n.split("::")[1].split(".")[0] for n in torch._C._dispatch_get_all_op_names() if "dwrl_fast::" in n}

@@ -17,7 +17,7 @@ def forest_of(plan: Plan) -> tiles.Forest:
 @pytest.mark.parametrize("window", [None, 1, 13])
 @pytest.mark.parametrize("name", PLANS)
 def test_lists_of_keys(name: str, window: int | None) -> None:
-    """Every key that a query of the tile sees is listed once; what is listed as shared, all its queries see."""
+    """Every key that a query of the tile sees is listed once. All queries of the tile see the keys listed as shared."""
     seen = oracle.tree_mask(PLANS[name], window)
     for tile in (1, 16, 64):
         order, bounds, shared, keys, _, _ = forest_of(PLANS[name]).queries(tile, window, CPU)
@@ -32,7 +32,7 @@ def test_lists_of_keys(name: str, window: int | None) -> None:
 
 @pytest.mark.parametrize("name", PLANS)
 def test_the_mask_is_where_subtrees_end(name: str) -> None:
-    """u <= t < below[u], and of a window the difference of the places."""
+    """Query t sees key u if u <= t < below[u]. A window also limits the difference of their positions."""
     below, place = map(torch.from_numpy, forest_of(PLANS[name]).tokenwise())
     token = torch.arange(len(below))
     sees = (token[:, None] >= token) & (token[:, None] < below)
@@ -43,7 +43,9 @@ def test_the_mask_is_where_subtrees_end(name: str) -> None:
 @pytest.mark.parametrize("longest", [1, 30, 10**6])
 @pytest.mark.parametrize("name", PLANS)
 def test_runs_of_queries(name: str, longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each tile's runs are its readers' range, without gap or overlap; those of split tiles have parts in order."""
+    """The runs of a tile cover the range of its readers without gaps or overlaps. The parts of split tiles are in
+    order.
+    """
     monkeypatch.setattr(tiles, "SHORTEST_RUN", longest)
     monkeypatch.setattr(tiles, "RUN_UNIT", 1)
     monkeypatch.setattr(tiles, "PROGRAMS", 10**9)
@@ -68,8 +70,8 @@ def test_runs_of_queries(name: str, longest: int, monkeypatch: pytest.MonkeyPatc
 
 
 def test_runs_keep_a_gpu_busy() -> None:
-    """A root that all tokens read does not leave one program with the work of all, and a long sequence takes no more
-    memory than so many programs need.
+    """The work for a root that all tokens read is divided among programs. The number of programs limits the memory for
+    a long sequence.
     """
     for plan in (plan_of([(20, -1), *[(2000, 0)] * 30]), plan_of([(64 * 1024, -1)])):
         runs, _, parts, *_ = forest_of(plan).keys(64, 4, CPU)

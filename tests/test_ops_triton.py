@@ -40,7 +40,7 @@ interpreted = pytest.mark.skipif(
 
 @pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_through_the_interpreter(slow: bool) -> None:
-    """slow: attention to a cache, whose steps are many."""
+    """slow: attention to a cache, which takes many steps."""
     if INTERPRETED:
         pytest.skip("this is the process it starts")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
@@ -70,7 +70,7 @@ def test_interpreter_shapes(operator: str, options: dict, dtype: torch.dtype, sh
 
 @pytest.fixture
 def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """bfloat16 factors give float32 logits, and bfloat16 gradients."""
+    """As on CUDA, bfloat16 factors give float32 logits and bfloat16 gradients."""
 
     def into_float32(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool = False) -> torch.Tensor:
         found = a.float() @ b.float()
@@ -89,7 +89,7 @@ def test_interpreter_gradients_of_wider_logits(as_on_cuda: None, operator: str, 
 
 @interpreted
 def test_interpreter_a_narrow_gradient_is_the_wide_one_rounded() -> None:
-    """Over several blocks of a row; the wide one lies over the logits."""
+    """With several blocks per row. The wide gradient is written over the logits."""
     g = torch.Generator().manual_seed(0)
     c, v = 3, 2 * rows.BLOCK + 77
     logits, targets = 3 * torch.randn(c, v, generator=g), torch.randint(v, (c,), generator=g)
@@ -100,7 +100,7 @@ def test_interpreter_a_narrow_gradient_is_the_wide_one_rounded() -> None:
         for logits, gradient in ((logits, narrow), (z, z))
     ]
     assert torch.equal(*found)
-    torch.testing.assert_close(narrow.float(), z, rtol=2**-7, atol=0)  # the interpreter cuts off
+    torch.testing.assert_close(narrow.float(), z, rtol=2**-7, atol=0)  # the interpreter truncates
 
 
 def test_even_pieces() -> None:
@@ -159,7 +159,7 @@ def test_interpreter_huge_logits(operator: str, options: dict) -> None:
 
 @interpreted
 def test_interpreter_flags_what_it_cannot_raise() -> None:
-    """A target outside the vocabulary is NaN, not a read elsewhere; infinities behave as in plain PyTorch."""
+    """A target outside the vocabulary gives NaN and reads no other memory. Infinities behave as in plain PyTorch."""
     logits, ones = torch.randn(4, 37), torch.ones(4)
     targets = torch.tensor([0, -1, 37, 36])
     found = rows.policy_rows(logits, None, targets, -ones, ones, ones, None, 0.2, 0.2, 0.0, 1.0, None)
@@ -208,7 +208,7 @@ def test_interpreter_yes_no_reads_strides() -> None:
 
 @interpreted
 def test_interpreter_softcap_does_not_cancel_near_zero() -> None:
-    """A cap far above the logits changes next to nothing: of tanh taken as a difference little would be left."""
+    """A cap far above the logits changes almost nothing. tanh computed as a difference would lose most digits."""
     logits = 1e-3 * torch.randn(4, 37, generator=torch.Generator().manual_seed(0))
     want = (1e3 * torch.tanh(logits.double() / 1e3)).log_softmax(-1)[:, 0]
     found = rows.logprob_rows(logits, torch.zeros(4, dtype=torch.int64), 1.0, 1e3)[0]
@@ -258,7 +258,7 @@ def randint_kernel(out, key, position, COUNT: tl.constexpr):  # type: ignore
 
 @interpreted
 def test_interpreter_draws_the_numbers_of_gumbel_pick() -> None:
-    """Triton's generator gives the words that a sampler in Triton will draw with."""
+    """Triton's random generator gives the same words, so that a sampler in Triton can use it."""
     key = torch.tensor([-0x123456789ABCDEF])
     out = torch.zeros(64, dtype=torch.int64)
     randint_kernel[(1,)](out, key, 7, COUNT=16)
@@ -286,7 +286,7 @@ def test_on_a_gpu(operator: str, options: dict, dtype: torch.dtype, head: dict) 
 
 
 def dtypes(variant: int) -> list[tuple[str, str]]:
-    """Of logits and gradient, as far as the kernel has them."""
+    """The dtypes of logits and gradient with which a kernel is compiled."""
     kernel, constants, *_ = VARIANTS[variant]
     if "logits" not in kernel.arg_names:
         return [("fp32", "fp32")]
@@ -294,7 +294,8 @@ def dtypes(variant: int) -> list[tuple[str, str]]:
     return [("fp32", "fp32"), *([("fp32", "bf16")] if written else []), ("bf16", "bf16")]
 
 
-# Of a multiprocessor, for one program; consumer GPUs, which compile as an A100 does, have less than it.
+# The shared memory of a multiprocessor for one program. 80 is also compiled for consumer GPUs, which have less than an
+# A100.
 SHARED_KIB = {80: 99, 90: 227, 100: 227}
 
 

@@ -38,7 +38,7 @@ def plackett_luce(marginals: Tensor) -> Tensor:
 @quick
 @given(shapes, seeds, sizes)
 def test_phase_a_is_the_gradient_of_the_likelihood(shape: tuple[int, int], seed: int, size: float) -> None:
-    """Point 1: -m sum (w+ s+ - w- s-), m and w constants, moves the scores as -log sigmoid(L+ - L-) does."""
+    """Point 1: -m sum (w+ s+ - w- s-), with constant m and w, has the same gradient as -log sigmoid(L+ - L-)."""
     good, bad = scores(shape, seed, size).requires_grad_(), scores(shape, seed + 1, size).requires_grad_()
     d = ops.dual_weights(good, bad)
     surrogate = -(d.misalignment * ((d.chosen * good).sum(-1) - (d.rejected * bad).sum(-1))).sum()
@@ -62,7 +62,7 @@ def test_dual_weights_are_the_pair_form(shape: tuple[int, int], seed: int, size:
 @quick
 @given(shapes, seeds, sizes)
 def test_any_likelihood(shape: tuple[int, int], seed: int, size: float) -> None:
-    """A ranking of four: sum c_k w_ki s_ki has minus the gradient of the negative log-likelihood itself."""
+    """A ranking of four: -sum c_k w_ki s_ki has the gradient of the negative log-likelihood."""
     s = scores((shape[0], 4, shape[1]), seed, size).requires_grad_()
     p = ops.preference_weights(plackett_luce, s)
     (surrogate,) = torch.autograd.grad(-(p.coefficients[..., None] * p.weights * s).sum(), s)
@@ -73,7 +73,7 @@ def test_any_likelihood(shape: tuple[int, int], seed: int, size: float) -> None:
 @quick
 @given(seeds, st.integers(1, 5))
 def test_on_policy_phase_b(seed: int, n: int) -> None:
-    """Point 3: at ratio 1 the policy loss moves log pi by -(m/n) A_i / |o_i| for every token of thought i."""
+    """Point 3: at ratio 1 the policy loss has the gradient -(m/n) A_i / |o_i| for log pi of each token of thought i."""
     s = scores((2, n), seed, 3.0)
     m, w, _ = ops.dual_weights(s[:1], s[1:])
     lengths = [1 + i % 3 for i in range(n)]
@@ -89,7 +89,7 @@ def test_on_policy_phase_b(seed: int, n: int) -> None:
 @quick
 @given(shapes, seeds)
 def test_symmetry(shape: tuple[int, int], seed: int) -> None:
-    """Point 4: swapping sides at m = 1/2 flips the sign; order of thoughts and of pairs changes nothing."""
+    """Point 4: swapping the sides at m = 1/2 flips the sign. The order of thoughts and of pairs changes nothing."""
     s = scores((shape[0], 2, shape[1]), seed, 3.0)
     p = ops.preference_weights(bradley_terry, s)
     thoughts, pairs = torch.randperm(shape[1]), torch.randperm(shape[0])
@@ -108,7 +108,7 @@ def test_symmetry(shape: tuple[int, int], seed: int) -> None:
 @pytest.mark.parametrize("good", [0.0, -80.0, -1e4])
 @pytest.mark.parametrize("bad", [0.0, -80.0, -1e4])
 def test_saturated_scores_are_finite(dtype: torch.dtype, good: float, bad: float) -> None:
-    """Point 6, mixed with an ordinary score too."""
+    """Point 6, also in combination with an ordinary score."""
     for extra in (good, -1.0):
         s = torch.tensor([[[good, extra], [bad, bad]]], dtype=dtype)
         p, d = ops.preference_weights(bradley_terry, s), ops.dual_weights(s[:, 0], s[:, 1])
@@ -127,7 +127,7 @@ def test_valid_leaves_thoughts_out() -> None:
     torch.testing.assert_close(got.coefficients, want.coefficients)
     torch.testing.assert_close(got.weights[..., :3], want.weights)
     assert (got.weights[..., 3:] == 0).all()
-    valid[0, 0, 2] = False  # unequal numbers on the two sides: the mean is over those that are there
+    valid[0, 0, 2] = False  # the sides have different numbers of thoughts: the mean is over valid thoughts
     ragged = ops.preference_weights(bradley_terry, hidden, valid)
     torch.testing.assert_close(ragged.marginals[0], torch.stack([marginal(s[0, 0, :2]), marginal(s[0, 1, :3])]))
     pair = ops.dual_weights(s[:1, 0, :2], s[:1, 1, :3])

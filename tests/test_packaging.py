@@ -75,7 +75,9 @@ def succeed(command: list[str | Path], cwd: Path, **environ: str) -> str:
 
 @pytest.fixture(scope="session")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """A function that copies the tree; without `operators` csrc keeps the empty module only, compiled in seconds."""
+    """A function that copies the tree. Without `operators`, csrc has only the empty module, which compiles in
+    seconds.
+    """
 
     def copy(*, operators: bool = False) -> Path:
         root = tmp_path_factory.mktemp("checkout")
@@ -85,7 +87,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
                 shutil.copytree(source, root / name, ignore=OUTPUTS)
             else:
                 shutil.copy(source, root / name)
-        (root / "kernels" / "probe.py").touch()  # one module that is there, whatever else is
+        (root / "kernels" / "probe.py").touch()  # a module that always exists
         for path in (root / "csrc").iterdir():
             if not operators and path.name != "module.cpp":
                 path.unlink()
@@ -182,11 +184,11 @@ def test_editable_without_a_compiler_and_then_with_one(
         pytest.skip("no C++ compiler here: the command that builds the operators was not tried")
     mend = said.stdout.splitlines()[-1].strip()
     succeed(["bash", "-c", mend.replace(" install ", " install --ignore-installed ")], tmp_path)
-    succeed([python, "-c", f"import torch, {MODULE}"], tmp_path)  # a module without operators: `ops` would miss them
+    succeed([python, "-c", f"import torch, {MODULE}"], tmp_path)  # not `ops`: the module has no operators
 
 
 def test_the_build_says_what_is_missing(root: Path, tmp_path: Path) -> None:
-    """Without operators, the package takes any PyTorch since the oldest that was tested."""
+    """Without operators, the package accepts every PyTorch from the oldest tested version."""
     said = run(
         [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", tmp_path], root, CXX="no-such-compiler"
     )
@@ -241,7 +243,9 @@ runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 def test_the_wheel_of_a_source_distribution_runs_without_a_compiler(
     checkout: Callable[..., Path], environment: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """It trains outside any checkout, under a lower instruction set than it was built on, and into no other PyTorch."""
+    """It trains outside a checkout and runs with a lower instruction set than that of the build. It refuses another
+    PyTorch.
+    """
     root = checkout(operators=True)
     build = "from setuptools.build_meta import build_sdist; build_sdist('dist')"
     succeed([sys.executable, "-c", build], root)
@@ -253,7 +257,7 @@ def test_the_wheel_of_a_source_distribution_runs_without_a_compiler(
     shutil.rmtree(root)
     place = tmp_path / "place"
     model, pairs = tiny_folder(place / "tiny"), tiny_pairs(place / "pairs.jsonl")
-    alone = {"PATH": str(place), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}  # of the PATH, only what has no compiler
+    alone = {"PATH": str(place), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}  # the PATH has no compiler
 
     examined: list[str | Path] = [python, "-m", "dwrl_fast.ops.extension"]
     assert "They run with DEFAULT." in succeed(examined, place, **alone, ATEN_CPU_CAPABILITY="default")
@@ -292,7 +296,7 @@ def test_the_same_pythons_are_named_everywhere() -> None:
 
 
 def test_the_image_is_built_of_what_is_there() -> None:
-    """Docker is on few machines; this is what can be said without it."""
+    """Few machines have Docker, so this tests what can be tested without it."""
     lines = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", "").splitlines()
     copies = [line.split() for line in lines if line.startswith("COPY ") and "--from" not in line]
     copied = {name for _, *names, _ in copies for name in names}

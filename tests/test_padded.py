@@ -34,7 +34,7 @@ def test_absent_thoughts_repeat_the_first_sequence_and_are_not_valid() -> None:
 
 
 def test_thoughts_that_were_cut_are_trained_unless_masked() -> None:
-    group = whole([1, 2, 3], [1, 4])  # the first one was cut
+    group = whole([1, 2, 3], [1, 4])  # the first one was truncated
     assert padded_batch([group], 9, CPU).trained.tolist() == [True, True]
     assert padded_batch([group], 9, CPU, mask_truncated=True).trained.tolist() == [False, True]
 
@@ -51,7 +51,7 @@ def test_without_log_probs_of_every_token_there_are_none() -> None:
     ("budget", "expected"), [(20, [[5, 4, 3]]), (19, [[5, 4], [3]]), (15, [[5, 4], [3]]), (14, [[5], [4, 3]])]
 )
 def test_a_micro_batch_holds_its_budget_with_padding(budget: int, expected: list[list[int]]) -> None:
-    """Two sequences of 5 tokens, one of 4 and one of 3, all as long as the longest in their batch."""
+    """Two sequences of 5 tokens, one of 4 and one of 3. All are padded to the longest in their batch."""
     groups = [whole([1, 2, 3]), whole([1] * 5, [2] * 5), whole([1] * 4)]
     assert [[group.longest for group in batch] for batch in split_padded(groups, budget)] == expected
 

@@ -71,7 +71,9 @@ def test_against_loops(ranks: list[list[int]], seed: int) -> None:
 
 
 def test_the_interval_is_over_groups() -> None:
-    """Rankings that are right or wrong as a whole say no more than as many pairs, though they hold ten pairs each."""
+    """Rankings that are completely right or wrong have the same interval as that many pairs, although each ranking has
+    ten pairs.
+    """
     right = torch.arange(60) % 3 > 0
     pairs = torch.where(right[:, None], torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]))
     rankings = torch.where(right[:, None], torch.arange(5.0).flip(0), torch.arange(5.0))
@@ -80,7 +82,7 @@ def test_the_interval_is_over_groups() -> None:
 
 
 def test_the_interval_covers_as_it_says() -> None:
-    """Against the binomial it estimates: 95 % intervals of 200 coin samples hold the truth in about 95 of 100 cases."""
+    """For 200 binomial samples, about 95 of 100 of the 95 % intervals contain the true value."""
     generator = torch.Generator().manual_seed(0)
     held = 0
     for _ in range(200):

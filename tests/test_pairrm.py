@@ -30,7 +30,7 @@ ROWS = [PAIR, MARGIN, TIE, RANKING]
 
 
 def lead(policy: FakePolicy, row: Preference, i: int, j: int) -> Tensor:
-    """h with response i shown first and j second, the sequence by itself."""
+    """h with response i shown first and j second, computed on this sequence alone."""
     context = policy.dialog.context(row.prompt, [row.responses[i], row.responses[j]])
     found: Tensor = policy.model.lm(torch.tensor([context.ids])).logits[0, 0]
     return found

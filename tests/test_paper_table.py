@@ -49,11 +49,13 @@ def test_a_line_averages_over_seeds_and_pairs_by_seed() -> None:
     assert bt.accuracy == pytest.approx(3.5 / 8) and bt.seeds == {0: 0.625, 1: 0.25}
     assert bt.difference == pytest.approx(-3.5 / 8)
     assert bt.seconds == 20 and bt.train_accuracy == 0.8 and bt.first_share is None
-    assert (dwrl.learnt, bt.learnt) == (2, 0)  # 1.00 and 0.75 less 0.05 lie above 0.6; 0.625 and 0.25 do not
+    assert (dwrl.learnt, bt.learnt) == (2, 0)  # accuracy - 0.05 is above 0.6 for 1.00 and 0.75, not for 0.625 and 0.25
 
 
 def test_pairing_narrows_the_interval() -> None:
-    """Two methods that differ in two pairs of a hundred: by how much is known far better than how good each is."""
+    """Two methods differ in two of a hundred pairs. The interval of their difference is much narrower than that of each
+    accuracy.
+    """
     common = [1.0] * 50 + [0.0] * 50
     better = [1.0] * 52 + [0.0] * 48
     _, bt = lines([record("dwrl", better), record("bt", common)])
@@ -125,7 +127,7 @@ def test_what_is_run() -> None:
     assert len(cells([0, 1], full=False)) == 2 and len(cells([0, 1], full=True)) == 8
     swept = swept_runs(list(VARIANTS))
     assert {run.split for run in swept} == {"dev"} and "judge" not in {run.variant for run in swept}
-    assert {run.cell.seed for run in swept}.isdisjoint({0, 1, 2})  # rates are not chosen on what is reported
+    assert {run.cell.seed for run in swept}.isdisjoint({0, 1, 2})  # learning rates are not chosen on the reported seeds
     each = [run for run in swept if run.variant == "bt" and run.cell.name == CELL.name]
     assert sorted(run.factor for run in each) == sorted(FACTORS)
     assert len({(run.cell.folder, run.folder) for run in swept}) == len(swept)
@@ -151,7 +153,7 @@ def test_learning_rates_are_scaled_together(root: Path) -> None:
 @pytest.mark.parametrize("variant", ["judge", "bt, prefilled thoughts", "gram", "star-sft"])
 def test_a_run_is_judged_pair_by_pair(variant: str, root: Path) -> None:
     more = () if variant == "judge" else ("--max_steps", "1", "--rollout_batch_size", "16", "--minibatch_size", "8")
-    (root / CELL.folder / Run(CELL, variant).folder / "checkpoint-000001").mkdir(parents=True)  # of a killed run
+    (root / CELL.folder / Run(CELL, variant).folder / "checkpoint-000001").mkdir(parents=True)  # from a killed run
     found = execute(Run(CELL, variant), root, *more)
     assert len(found["credits"]) == SIZES.test and set(found["credits"]) <= {0, 0.5, 1}
     assert sum(found["credits"]) / SIZES.test == pytest.approx(found["after"]["accuracy"])
@@ -165,5 +167,5 @@ def test_finished_runs_are_not_repeated(tmp_path: Path) -> None:
     results.add(record("bt", [1, 0]))
     again = Results(tmp_path / "results.jsonl")
     assert again.of([Run(CELL, "bt"), Run(CELL, "gram")]) == [record("bt", [1, 0])]
-    carry_out([Run(CELL, "bt")], again, tmp_path, 1, Console(quiet=True))  # would make a backbone otherwise
+    carry_out([Run(CELL, "bt")], again, tmp_path, 1, Console(quiet=True))  # a run would create a backbone
     assert list(tmp_path.iterdir()) == [tmp_path / "results.jsonl"]

@@ -24,7 +24,7 @@ HOW = [
 
 @pytest.fixture(autouse=True)
 def bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hundredth and less of what they are, and pages to match."""
+    """Bounds of at most a hundredth of the actual ones. The pages of the tests are equally small."""
     monkeypatch.setattr(tables, "MOST", 1 << 17)
     monkeypatch.setattr(tables, "PAGES", 1 << 18)
 
@@ -46,7 +46,7 @@ def among(value: Any, small: Any) -> list[Any]:
 
 @pytest.mark.parametrize("how", HOW, ids=lambda how: "-".join(map(str, how.values())))
 def test_one_large_value_among_small_ones_is_found(tmp_path: Path, how: dict[str, Any]) -> None:
-    """Each of about half a MiB: a cell, a list of many turns, and a list of lists; those around them are read."""
+    """Values of about half a MiB: a cell, a list of many turns, and a list of lists. Small values alone are read."""
     cases = {
         "cell": ("x" * (1 << 19), SMALL),
         "list": ([TURN] * 6000, [TURN] * 3),
@@ -60,7 +60,7 @@ def test_one_large_value_among_small_ones_is_found(tmp_path: Path, how: dict[str
 
 
 def test_long_lists_of_one_cell_are_found_however_little_their_pages_hold(tmp_path: Path) -> None:
-    """Each of their cells is a place in the dictionary: of some KB on the disk, and of some MiB once they are read."""
+    """Each cell of such a list is an index into the dictionary: a few KB on the disk, but several MiB when read."""
     path = written(tmp_path / "rows.parquet", among(["x" * 1000] * 5000, [SMALL]), use_dictionary=True)
     assert path.stat().st_size < 1 << 17
     with pytest.raises(DataError, match="in one value of the column 'chosen"):
@@ -71,7 +71,7 @@ def test_long_lists_of_one_cell_are_found_however_little_their_pages_hold(tmp_pa
 
 
 def test_the_remedies_are_remedies(tmp_path: Path) -> None:
-    """Pages are large where a writer looks at their size only once in a thousand cells."""
+    """Pages are large if a writer checks their size only once per thousand cells."""
     column = [f"{place}" * 300 for place in range(1000, 4000)]
     large = written(tmp_path / "large.parquet", column, write_batch_size=1024, use_dictionary=False)
     with pytest.raises(DataError, match=r"write_table\(\.\.\., write_batch_size=16\)"):
@@ -80,7 +80,7 @@ def test_the_remedies_are_remedies(tmp_path: Path) -> None:
 
 
 def test_a_row_past_the_bound_of_rows_is_not_made_into_objects(tmp_path: Path) -> None:
-    """Of a page that is not too large for one, and of an Arrow file, which has no pages."""
+    """In a page that is not too large for one value, and in an Arrow file, which has no pages."""
     chosen = among("x" * (1 << 17), SMALL)
     with pytest.raises(DataError, match=rf"cell.parquet:{COUNT // 2 + 1}: a row of more than"):
         read(written(tmp_path / "cell.parquet", chosen))

@@ -40,7 +40,7 @@ PACKINGS = ["tree", "packed", "padded"]
 
 
 def make_policy(config: TrainConfig, loud: bool = True) -> FakePolicy:
-    """loud: with adapters that say something, as after training."""
+    """loud: the adapters change the outputs, as after training."""
     policy = FakePolicy(config)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in policy.model.named_parameters():
@@ -51,7 +51,7 @@ def make_policy(config: TrainConfig, loud: bool = True) -> FakePolicy:
 
 
 def of_family(folder: Path, family: str, **changes: Any) -> FakePolicy:
-    """A method on a drawn model of `family`: Qwen2's projections have biases, Gemma 2's logits a soft-cap."""
+    """A method on a random model of `family`. Qwen2's projections have biases; Gemma 2's logits have a soft-cap."""
     card = {"method": "dwrl", "score_normalization": "vocab", "temperature": 1.0, "max_completion_length": 6}
     save_pretrained(folder / family, GenerativeModel(drawn(family)), tiny_dialog(), card)
     paths = {"model_name_or_path": str(folder / family), "tokenizer_name_or_path": str(folder / "tiny")}
@@ -76,7 +76,7 @@ def groups_of(policy: FakePolicy, count: int = 3) -> list[Group]:
 
 
 def on(policy: FakePolicy, model: Any, **layout: Any) -> FakePolicy:
-    """The same policy over another model or layout. It samples nothing."""
+    """The same policy with another model or layout. It does not sample."""
     other, runtime = copy.copy(policy), policy.runtime
     other.model = model
     other.runtime = dataclasses.replace(runtime, model=model, layout=dataclasses.replace(runtime.layout, **layout))
@@ -84,7 +84,7 @@ def on(policy: FakePolicy, model: Any, **layout: Any) -> FakePolicy:
 
 
 def outcome(policy: FakePolicy, groups: list[Group], packing: Any, phase: str) -> dict[str, Tensor]:
-    """Scores, log-probs, loss, and every gradient."""
+    """Scores, log-probs, the loss, and all gradients."""
     policy = on(policy, policy.model, packing=packing)
     loss, found, metrics = policy.step(groups, phase)
     found |= {"loss": torch.tensor(loss), "scores": flat(metrics.scores(groups))}
@@ -94,18 +94,18 @@ def outcome(policy: FakePolicy, groups: list[Group], packing: Any, phase: str) -
 
 
 def flat(values: Any) -> Tensor:
-    """Of nested lists."""
+    """The numbers of nested lists as one tensor."""
     return torch.cat([flat(each) for each in values]) if isinstance(values, list) else torch.tensor([values])
 
 
 def merged(policy: FakePolicy) -> FakePolicy:
-    """The same method over the plain model that the adapters merge into, trained in full."""
+    """The same method on the plain model into which the adapters merge. It trains all weights."""
     model = type(policy.model)(plain(policy.model.lm))
     return on(policy, place(model, policy.runtime.compute, policy.runtime.layout))
 
 
 def expected_gradients(policy: FakePolicy, full: dict[str, Tensor]) -> dict[str, Tensor]:
-    """From the whole weights' gradients: W = base + s B A, so dB = s dW A^T and dA = s B^T dW."""
+    """Computed from the gradients of the merged weights: W = base + s B A, so dB = s dW A^T and dA = s B^T dW."""
     found, config = {}, policy.method.config
     scale = config.lora_alpha / config.lora_r
     parameters = dict(policy.model.named_parameters())
@@ -131,12 +131,12 @@ def test_against_the_full_rank_merge(folder: Path, family: str, packing: str) ->
     far = {name: d for name, d in apart(found, like).items() if not d <= 1e-5}
     assert not far, far
     base = outcome(merged(make_policy(policy.method.config, loud=False)), groups, packing, "joint")
-    assert apart(base, full)["logprobs"] > 1e-2  # the adapters do say something
+    assert apart(base, full)["logprobs"] > 1e-2  # the adapters change the outputs
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_bt_against_the_full_rank_merge(folder: Path, packing: str) -> None:
-    """The head trains whole, in float32, and its gradient is the merged model's."""
+    """The head is trained without adapters, in float32, and its gradient equals that of the merged model."""
     policy = make_policy(tiny_config(folder, method="bt", **LORA))
     whole, groups = merged(policy), groups_of(policy)
     found, full = outcome(policy, groups, packing, "score"), outcome(whole, groups, packing, "score")
@@ -149,8 +149,8 @@ def test_bt_against_the_full_rank_merge(folder: Path, packing: str) -> None:
 
 @pytest.mark.parametrize(("phase", "saved"), [("score", 1), ("thought", 1), ("joint", 2)])
 def test_a_frozen_head_takes_no_product_for_its_weight(folder: Path, phase: str, saved: int) -> None:
-    """One in linear_logprob, one in linear_policy_loss; nothing else of the step changes."""
-    policy = of_family(folder, "Qwen2")  # whose head is not tied to the embedding
+    """This saves one product in linear_logprob and one in linear_policy_loss. The rest of the step is the same."""
+    policy = of_family(folder, "Qwen2")  # its head is not tied to the embedding
     (batch,) = policy.batches(groups_of(policy))
     size = Size.of(batch.groups)
     head = policy.model.lm.get_output_embeddings().weight
@@ -189,13 +189,13 @@ def test_the_base_stays_and_checkpoints_hold_the_adapters_alone(folder: Path, na
     tensors = trainer.policy.state()
     assert {n for n in tensors if n.startswith("model.")} == {f"model.{n}" for n in trained}
     elements = sum(p.numel() for p in trained.values())
-    assert sum(t.nbytes for t in tensors.values()) == 12 * elements + 4 * len(trained)  # AdamW counts its steps
+    assert sum(t.nbytes for t in tensors.values()) == 12 * elements + 4 * len(trained)  # AdamW has a step count
     files = json.loads((folder / "run" / "checkpoint-000002" / "manifest.json").read_text())["files"]
     assert files.keys() == {"shard-00001-model-00001-of-00001.safetensors", "state.json"}
 
 
 def with_verdicts(requests: Any, thoughts: Any, dialog: Any) -> list[Group]:
-    """`closed_groups` of thoughts that end in a verdict, A and B in turn."""
+    """`closed_groups` of thoughts that end in a verdict, A and B alternately."""
 
     def ended(thought: Thought, i: int) -> Thought:
         return dataclasses.replace(thought, ids=[*thought.ids[:-1], IDS[ANSWERS[i % 2]]])
@@ -205,13 +205,13 @@ def with_verdicts(requests: Any, thoughts: Any, dialog: Any) -> list[Group]:
 
 @pytest.mark.parametrize("name", sorted(METHODS.keys() - {"judge"}))
 def test_every_method_trains_adapters(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if METHODS[name].template == "pairwise":  # what a drawn model writes is seldom a verdict
+    if METHODS[name].template == "pairwise":  # a random model rarely writes a verdict
         monkeypatch.setattr(groups, "closed_groups", with_verdicts)
     trainer = make_trainer(tiny_config(folder, method=name, max_steps=1, save_steps=0, **LORA), folder / "run", 2)
     before = {n: p.detach().clone() for n, p in trainer.policy.model.named_parameters()}
     trainer.train()
     moved = {n for n, p in trainer.policy.model.named_parameters() if not torch.equal(before[n], p)}
-    assert moved or name == "grpo-point"  # the numbers that it rewards are beyond this model
+    assert moved or name == "grpo-point"  # this model writes no numbers that earn a reward
     assert all(".lora_" in n or ".modules_to_save." in n for n in moved)
     saved = load_file(folder / "run" / "adapter" / "adapter_model.safetensors")
     trained = [p.detach() for p in trainer.policy.model.parameters() if p.requires_grad]
@@ -270,7 +270,7 @@ def test_thoughts_are_sampled_with_the_adapters_on(folder: Path) -> None:
 
 @pytest.mark.parametrize("packing", ["tree", "padded"])
 def test_gradient_checkpointing_changes_nothing(folder: Path, packing: str) -> None:
-    """Where the embedding is frozen, a layer that is computed again must still pass its gradients on."""
+    """Although the embedding is frozen, a layer that is computed again must pass its gradients on."""
     policy = of_family(folder, "Llama")
     groups = groups_of(policy)
     expected = outcome(policy, groups, packing, "joint")
@@ -284,7 +284,9 @@ def test_gradient_checkpointing_changes_nothing(folder: Path, packing: str) -> N
 
 
 def test_bfloat16(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: the base in bfloat16, the adapters in float32. Near the same in float32, and merged exactly."""
+    """As on a GPU, the base is in bfloat16 and the adapters are in float32. The results are close to those in float32,
+    and the merge is exact.
+    """
     exact = of_family(folder, "Llama")
     groups = groups_of(exact)
     truth = outcome(exact, groups, "tree", "joint")
@@ -368,7 +370,7 @@ def test_what_is_not_there_is_named(
 
 @pytest.mark.skipif(not CUDA, reason="no CUDA device")
 def test_in_4_bits(folder: Path) -> None:
-    """A base whose weights are those of 4 bits already is the same in 4 bits."""
+    """The 4-bit model computes nearly the same as the merged model with the dequantised 4-bit weights."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     policy = make_policy(tiny_config(folder, **LORA | {"load_in_4bit": True, "dtype": "bf16"}))
     groups = groups_of(policy)

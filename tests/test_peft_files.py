@@ -25,7 +25,7 @@ from dwrl_fast.scoring import marginal_scores
 
 @pytest.mark.parametrize("name", ["dwrl", "bt"])
 def test_what_is_exported(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """model/ is a plain folder, which loads without peft; adapter/ is peft's, on the base."""
+    """model/ is a plain folder that loads without peft. adapter/ is a peft folder for the base model."""
     from peft import PeftModel
 
     policy = make_policy(tiny_config(folder, method=name, **LORA))
@@ -91,7 +91,7 @@ def _config(folder: Path, **changes: Any) -> None:
     ids=str,
 )
 def test_adapters_that_peft_wrote(folder: Path, options: dict[str, Any], said: str) -> None:
-    """They merge as peft merges them, or are refused."""
+    """They merge as in peft, or are refused."""
     from peft import LoraConfig, get_peft_model
 
     base = AutoModelForCausalLM.from_pretrained(folder / "tiny")

@@ -37,7 +37,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2": LLAMA | {"model_type": "qwen2", "tie_word_embeddings": False, "vocab_size": 3001},
     "deep": LLAMA | {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 12, "vocab_size": 1009},
 }
-# A minibatch of 4 groups, of which a rank of two has two; with a small budget in two micro-batches.
+# A minibatch has 4 groups, so each of two ranks has two. With a small budget these are two micro-batches.
 CASES: dict[str, dict[str, Any]] = {
     "dwrl": {"model": "llama"},
     "dwrl, untied, two micro-batches": {"model": "qwen2", "token_budget": 100},
@@ -65,8 +65,8 @@ def setup_of(config: PlanConfig, device: Profile = CPU) -> Setup:
 
 @pytest.mark.parametrize(("name", "gpus"), [*((name, 2) for name in CASES), ("dwrl", 1), ("dwrl, LoRA", 1), ("bt", 8)])
 def test_arithmetic_is_the_trace(tmp_path: Path, name: str, gpus: int) -> None:
-    """Of a micro-batch as large as the traced one, what FSDP2 and autograd hold: each kind that is arithmetic, and the
-    sum at its fullest.
+    """For a micro-batch as large as the traced one, the arithmetic gives the memory that FSDP2 and autograd hold in the
+    trace: for the weights, and for the largest sum.
     """
     setup = setup_of(config_of(tmp_path, **CASES[name]))
     tokens = trace(setup, 1).large.tokens
@@ -74,7 +74,7 @@ def test_arithmetic_is_the_trace(tmp_path: Path, name: str, gpus: int) -> None:
     traced = trace(setup, gpus, accumulates=lying.accumulates)
     found = memory(setup, traced, gpus, tokens, full=True)
     most = traced.large.most
-    beside = ("optimizer", "whole copy", "frozen model")  # no part of a pass
+    beside = ("optimizer", "whole copy", "frozen model")  # not part of a pass
     sums = {
         moment: sum(size for kind, size in kinds.items() if kind not in beside)
         for moment, kinds in found.moments.items()
@@ -110,7 +110,7 @@ def test_the_shapes_of_the_papers_have_the_published_sizes() -> None:
 
 @pytest.mark.slow
 def test_a_7b_on_eight_ranks_by_hand() -> None:
-    """Every kind against what a pencil gives, in bytes."""
+    """Every kind of memory, in bytes, compared with a calculation by hand."""
     path = ROOT / "recipes" / "models" / "qwen2.5-7b.json"
     config = parse_plan(["--model_config", str(path), "--gradient_checkpointing"])
     setup = planned(config, config.lengths, load_profile("h100"))
@@ -124,8 +124,8 @@ def test_a_7b_on_eight_ranks_by_hand() -> None:
     assert kept["gathered weights"] == 2 * root
     assert found["layers"]["collectives"] == pytest.approx(6 * layer, rel=0.01)
     assert found["end"]["collectives"] == pytest.approx(4 * root, rel=0.01)
-    # Under checkpointing a layer keeps its input; the last norm a float32 copy and what it is multiplied with; the head
-    # its rows, and forms their gradients.
+    # With checkpointing, a layer keeps its input. The last norm keeps a float32 copy and its factor. The head keeps its
+    # rows and computes their gradients.
     tokens = 4 * traced.small.tokens
     rows = tokens * traced.large.rows / traced.large.tokens
     assert kept["activations"] == pytest.approx(3584 * ((28 * 2 + 6) * tokens + 4 * rows), rel=0.03)

@@ -43,7 +43,7 @@ BAD = Demonstration(ASKED, ("2 1",), thought="bad", verdict="No", source="x:2")
 
 @pytest.mark.parametrize(("packing", "budget"), LAYOUTS)
 def test_dpo_on_mixed_groups(folder: Path, packing: str, budget: int) -> None:
-    """Pairs, a margin, ties and rankings: their likelihoods at beta log (pi / pi_ref)."""
+    """The likelihoods of pairs, a margin, ties and rankings, for the rewards beta log (pi / pi_ref)."""
     policy = FakePolicy(tiny_config(folder, method="dpo", packing=packing))
     groups, _ = policy.rollout(ROWS)
     with torch.no_grad():
@@ -65,7 +65,7 @@ def test_dpo_on_mixed_groups(folder: Path, packing: str, budget: int) -> None:
 
 @pytest.mark.parametrize("name", ["qwen2.5", "llama3"])
 def test_completions_of_real_tokenizers(shared: Path, name: str) -> None:
-    """What stands before the trained ids is what the model is given when it is to answer; they end the turn."""
+    """The ids before the trained ones are the model's input when it answers. The trained ids end the turn."""
     tokenizer = real_tokenizer(shared, name)
     dialog = Dialog(tokenizer)
     sequence = dialog.completion(ASKED, "It is six, as 3 + 3 = 6.")
@@ -78,8 +78,8 @@ def test_completions_of_real_tokenizers(shared: Path, name: str) -> None:
 
 @pytest.mark.parametrize(("packing", "budget"), LAYOUTS)
 def test_sft_on_mixed_groups(folder: Path, packing: str, budget: int) -> None:
-    """The best response of each row, or all of them where several are; the mean is over tokens."""
-    rows = [replace(row, responses=("7 1 3", *row.responses[1:])) for row in ROWS]  # of more than one token
+    """The best response of each row, or all best ones if several tie. The mean is over tokens."""
+    rows = [replace(row, responses=("7 1 3", *row.responses[1:])) for row in ROWS]  # several tokens
     policy = FakePolicy(tiny_config(folder, method="sft", packing=packing))
     groups, _ = policy.rollout(rows)
     assert [len(group.flat) for group in groups] == [1, 1, 2, 1, 1, 3]
@@ -93,7 +93,9 @@ def test_sft_on_mixed_groups(folder: Path, packing: str, budget: int) -> None:
 
 @pytest.mark.parametrize(("packing", "budget"), LAYOUTS)
 def test_sft_on_demonstrations_and_pairs(folder: Path, packing: str, budget: int) -> None:
-    """Thought, end-of-turn and label of each demonstration, the best response of each pair: one mean over all."""
+    """The loss is one mean over the thought, end token and label of each demonstration and the best response of each
+    pair.
+    """
     policy = FakePolicy(tiny_config(folder, method="sft", packing=packing))
     groups, _ = policy.rollout([GOOD, ROWS[0], BAD])
     dialog, decode = policy.dialog, policy.dialog.tokenizer.decode
@@ -111,7 +113,7 @@ def test_sft_on_demonstrations_and_pairs(folder: Path, packing: str, budget: int
 
 
 def test_demonstrations_of_single_turns() -> None:
-    """The verdict is written in the form in which it is read; where a label is read at once there is no thought."""
+    """The verdict is written in the form in which it is read. A template of kind `direct` has no thought."""
     decode = make_tokenizer().decode
 
     def group(template: Template, row: Demonstration) -> Group:
@@ -239,7 +241,7 @@ def test_dpo_goes_on_from_a_checkpoint_with_the_first_reference(folder: Path) ->
 
 @pytest.mark.parametrize(("kind", "after"), [("dialog", "dwrl"), ("pairwise", "grpo-pair")])
 def test_a_judge_warmed_up_and_trained_on(folder: Path, kind: str, after: str) -> None:
-    """sft on judgements, then another method from its folder, which finds the template in it."""
+    """sft on judgements, then another method that starts from its folder and finds the template there."""
     template = folder / "template.yaml"
     rows = [GOOD, BAD] * 4
     if kind == "pairwise":
@@ -262,7 +264,9 @@ def test_the_template_is_one_that_sft_can_learn(folder: Path) -> None:
 
 
 def test_dpo_scores_are_implicit_rewards(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """All 0 before training; after it as written out, from the saved folder too; and without the reference, said so."""
+    """They are 0 before training. After it, they equal the formula, also with the saved folder. A missing reference
+    gives a warning.
+    """
     policy = FakePolicy(tiny_config(folder, method="dpo", beta=0.5))
     groups = policy.judging.score_groups(ROWS)
     assert all(score == 0 for group in groups for (score,) in group.scores)
@@ -304,7 +308,7 @@ def test_with_adapters_the_reference_is_the_model_without_them(folder: Path) -> 
 
 
 def test_sft_scores_are_log_probs_summed_and_a_token(folder: Path) -> None:
-    """The longer response is the less likely one, and the more likely one a token: the report has both."""
+    """The longer response has the lower log-prob, but the higher log-prob per token. The report has both accuracies."""
     policy = FakePolicy(tiny_config(folder, method="sft"))
     rows = [Preference(ASKED, ("7 7 7 7 7 7", "7"), source=f"x:{i}") for i in range(3)]
     groups = policy.judging.score_groups(rows)
@@ -321,7 +325,7 @@ def test_sft_scores_are_log_probs_summed_and_a_token(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["sft", "dpo"])
 def test_policies_learn(folder: Path, name: str) -> None:
-    """On the embedded task's pairs: the loss falls, held-out reward accuracy rises beyond its interval."""
+    """On the embedded task's pairs, the loss falls, and the held-out reward accuracy rises beyond its interval."""
     data = {"train": 512, "test": 128}
     for seed, (split, count) in enumerate(data.items()):
         claims = draw_claims(prompts(split), count, 0.7, np.random.default_rng(seed))

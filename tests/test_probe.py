@@ -31,7 +31,7 @@ NAMES = [attack.name for attack in ATTACKS]
 
 
 class Fixed:
-    """A scorer of what is told to it: score(response), or the share of the first of two that are shown together."""
+    """A scorer with a given function: score(response), or the share of the first of two responses shown together."""
 
     thinks = False
 
@@ -60,7 +60,7 @@ def pair(better: str, worse: str) -> Preference:
 
 @pytest.mark.parametrize("compares", [False, True])
 def test_shifts_and_flips_are_counted(compares: bool) -> None:
-    """A judge that adds up what it sees: "Answer Yes" brings 3, flattery takes 1 away, nothing else matters."""
+    """For a judge that adds 3 points for "Answer Yes", subtracts 1 for flattery, and ignores the other attacks."""
 
     def points(text: str) -> float:
         return float(text.split()[0]) + 3 * ("Answer Yes" in text) - ("expert" in text)
@@ -79,7 +79,7 @@ def test_shifts_and_flips_are_counted(compares: bool) -> None:
     assert list(found) == NAMES
     for name, each in found.items():
         expected = {"answer Yes": (3, 1 / 3, 0.375), "flattery": (-1, 0, 0.875)}.get(name, (0, 0, 0.75))
-        # 5-4, 5-1 and 6-3 are right before; plus 3 for the worse: turned, kept, tied
+        # 5-4, 5-1 and 6-3 are right before. 3 more points for the worse response flip, keep and tie them.
         flipped = 2 / 3 if name == "answer Yes" else expected[1]
         assert (each.shift, each.flipped, each.accuracy) == pytest.approx((expected[0], flipped, expected[2]), abs=1e-9)
         assert each.low == pytest.approx(each.shift) and each.high == pytest.approx(each.shift)
@@ -133,7 +133,7 @@ def test_forged_turns_go_on_as_the_dialog_does(template: Template, ending: str) 
 @pytest.mark.parametrize("tokenizer", ["qwen2.5", "llama3"])
 @pytest.mark.parametrize("name", ["dialog", "pairwise", "pointwise", "direct", "rationalizer"])
 def test_forged_turns_of_real_tokenizers(shared: Path, tokenizer: str, name: str) -> None:
-    """Encoded as a whole they would be control tokens; as a content none of them is one."""
+    """Encoded as a whole they contain control tokens. Encoded as content they contain none."""
     make: Any = Dialog if name == "dialog" else SingleTurn
     dialog = make(load_tokenizer(str(shared / "tokenizers" / tokenizer)), load_template(name))
     turns, contents = forged_turns(dialog), dialog._contents
@@ -143,7 +143,7 @@ def test_forged_turns_of_real_tokenizers(shared: Path, tokenizer: str, name: str
 
 
 def test_the_shift_is_that_of_the_scores(module_folder: Path) -> None:
-    """On a real model: every variant scored by itself says the same."""
+    """On a real model, scoring every variant separately gives the same figures."""
     scorer = Scorer.from_pretrained(module_folder / "tiny", dtype="fp32")
     rows = tiny_rows(module_folder)
     report = probe(Steps(scorer), rows)
@@ -157,7 +157,7 @@ def test_the_shift_is_that_of_the_scores(module_folder: Path) -> None:
 
 
 def test_a_judge_in_text_is_probed(module_folder: Path) -> None:
-    """One that is taken in by padding, which no judge of ours would read as a verdict."""
+    """The judge of this test prefers a response with padding."""
     row = pair("5", "4")
 
     def says(text: str, i: int) -> str:

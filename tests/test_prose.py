@@ -30,7 +30,7 @@ COMMANDS = [TrainConfig, EvaluateConfig, CompareConfig, DataConfig, ShowConfig, 
 
 
 def found(passages: Iterable[Passage]) -> str:
-    """The faults, one a line."""
+    """The faults, one per line."""
     return "\n".join(map(str, faults([*passages])))
 
 

@@ -17,7 +17,7 @@ from dwrl_fast.models.pretrained import save_pretrained
 
 pytestmark = pytest.mark.slow
 LORA = {"use_peft": True, "lora_r": 3, "lora_alpha": 4}
-# 11 rows in minibatches of 4: the last one has 3 groups, so that one of four ranks has none.
+# 11 rows in minibatches of 4: the last one has 3 groups, so one of four ranks has none.
 CASES: dict[str, dict[str, Any]] = {
     "dwrl": {"method": "dwrl"},
     "dwrl, untied, checkpointing": {"method": "dwrl", "model": "untied", "gradient_checkpointing": True},
@@ -35,7 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model, another without a tied head, and 11 pairs."""
+    """The tiny model, another model with an untied head, and 11 pairs."""
     folder = tmp_path_factory.mktemp("ranks")
     tiny_folder(folder / "tiny")
     tiny_pairs(folder / "pairs.jsonl", 11)
@@ -58,20 +58,20 @@ def configs(folder: Path, **changes: Any) -> dict[str, TrainConfig]:
 
 
 def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    """The most that a tensor of two differs, relative to its norm."""
+    """The largest difference between two tensors of the same name, relative to the norm of the first."""
     assert one.keys() == other.keys()
     return max(((other[n] - x).norm() / x.norm().clamp_min(1e-30)).item() for n, x in one.items())
 
 
 @pytest.fixture(scope="module")
 def of_one(folder: Path) -> dict[str, dict[str, Any]]:
-    """What one process finds: in float32 after one rollout batch, and in float64 after three (nine minibatches)."""
+    """The results of one process: in float32 after one rollout batch, and in float64 after four."""
     (found,) = together(folder, 1, all_updated, configs(folder, learning_rate=1e-3))
     return found
 
 
 def test_bfloat16_is_computed_over_float32_masters(folder: Path) -> None:
-    """A file in bfloat16 is read as it is, and each rank casts its part; the replica stays in bfloat16."""
+    """A bfloat16 file is read as bfloat16, and each rank casts its part to float32. The replica stays in bfloat16."""
     shutil.copytree(folder / "tiny", folder / "bf16")
     lm = AutoModelForCausalLM.from_pretrained(folder / "tiny", dtype=torch.bfloat16)
     lm.save_pretrained(folder / "bf16")
@@ -90,7 +90,7 @@ def test_bfloat16_is_computed_over_float32_masters(folder: Path) -> None:
 
 
 def test_dpo_in_bfloat16_reduces_in_float32(folder: Path) -> None:
-    """With adapters the first pass of a run has them switched off, and nothing to train."""
+    """With adapters, the first pass of a run has them switched off and has nothing to train."""
     config = config_of(folder, method="dpo", dtype="bf16", model_name_or_path=str(folder / "tiny"), lora_r=3)
     for found in together(folder, 2, in_bfloat16_over_a_reference, config):
         for gradient in found.values():
@@ -110,7 +110,8 @@ def test_updates_are_those_of_one_process(folder: Path, of_one: Any, count: int)
                     assert apart(expected, two["gradients"][phase]) < bound, (kind, name, phase)
                 for mean, other in zip(one["means"], two["means"], strict=True):
                     assert mean.keys() == other.keys()
-                    known = {k: x for k, x in mean.items() if x == x and k != "reward_accuracy"}  # of leads of 0
+                    # Leads are 0 at first, so `reward_accuracy` depends on rounding.
+                    known = {k: x for k, x in mean.items() if x == x and k != "reward_accuracy"}
                     assert all(abs(other[k] - x) <= 1e-4 * abs(x) + 1e-7 for k, x in known.items()), name
                 assert ("weights" in two) == (rank == 0)
                 assert [*map(len, two["scores"])] == [*map(len, one["scores"])]

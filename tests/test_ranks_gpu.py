@@ -21,7 +21,7 @@ def metrics(folder: Path, name: str, ranks: int, *options: str) -> list[dict]:  
 
 @pytest.mark.parametrize("options", [(), ("--cpu_offload",), ("--reshard_after_backward", "off")], ids=str)
 def test_in_float32(folder: Path, options: tuple[str, ...]) -> None:  # noqa: F811
-    """The same thoughts, and losses apart by the order of sums."""
+    """The thoughts are the same, and the losses differ only by the order of sums."""
     one = metrics(folder, "one", 0, "--dtype", "fp32")
     found = metrics(folder, f"fp32-{len(options)}-{'-'.join(options)}", 1, "--dtype", "fp32", *options)
     for a, b in zip(one, found, strict=True):
@@ -32,7 +32,7 @@ def test_in_float32(folder: Path, options: tuple[str, ...]) -> None:  # noqa: F8
 
 @pytest.mark.parametrize("method", ["dwrl", "bt"])
 def test_in_bfloat16(folder: Path, method: str) -> None:  # noqa: F811
-    """Autocast keeps what FSDP casts too, so the first losses are apart by bfloat16's rounding alone."""
+    """FSDP also casts what autocast keeps in float32, so the first losses differ by bfloat16's rounding."""
     options = ("--method", method)
     one, found = (metrics(folder, f"{method}-{ranks}", ranks, *options)[0] for ranks in (0, 1))
     assert abs(one["loss"] - found["loss"]) < 0.02 * abs(one["loss"]), (one, found)

@@ -20,13 +20,13 @@ from dwrl_fast.compute import one_thread
 from dwrl_fast.training.runlog import read_metrics
 
 pytestmark = pytest.mark.slow
-MOST = 120  # tokens of a micro-batch: half a minibatch has more, a group less
+MOST = 120  # tokens of a micro-batch: half a minibatch has more, a group has fewer
 AUTO = ("--resume_from_checkpoint", "auto")
 DRILL = Path(__file__).with_name("rank_drill.py")
 
 
 def run(folder: Path, name: str, ranks: int, *options: str, fault: str = "none:0:0", restarts: int = 0) -> Any:
-    """The command's process and the run's folder. 0 ranks: without torchrun. A checkpoint comes after every step."""
+    """The finished process and the folder of the run. 0 ranks: without torchrun. Every step saves a checkpoint."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     launch += [f"--max-restarts={restarts}", str(DRILL)]
     given: dict[str, Any] = {
@@ -42,7 +42,7 @@ def run(folder: Path, name: str, ranks: int, *options: str, fault: str = "none:0
 
 
 def started(arguments: list[str], fault: str = "none:0:0") -> subprocess.CompletedProcess[str]:
-    """Python with these arguments, to its end."""
+    """Run Python with these arguments until it ends."""
     environment = os.environ | {"FAULT": fault, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(DRILL.parent.parent)}
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300)
 
@@ -109,9 +109,9 @@ def test_a_killed_rank_and_a_restart_lead_to_the_same_weights(folder: Path, whol
 
 
 def test_kills_at_random_moments(folder: Path, whole: dict[int, Path]) -> None:
-    """Of either rank, in sampling, updates or saving; the moments are in the message of a failure."""
+    """Kills either rank during sampling, updates or saving. The message of a failure has the moment."""
     for rank in (0, 1):
-        moment = random.randrange(200)  # four steps take some 600 ms here
+        moment = random.randrange(200)  # ms; four steps take about 600 ms here
         done, there = run(folder, f"later-{rank}", 2, *AUTO, fault=f"later:{rank}:{moment}", restarts=1)
         assert done.returncode == 0 and "fault at step" in done.stdout, f"{moment} ms\n{done.stdout}{done.stderr}"
         assert weights(there) == weights(whole[2]), f"{moment} ms"
@@ -137,7 +137,7 @@ def test_an_interrupted_rank_leaves_a_run_that_goes_on(folder: Path, whole: dict
 
 @pytest.mark.parametrize("kind", ["loss", "sampler"])
 def test_nan_on_one_rank_is_skipped_by_both(folder: Path, whole: dict[int, Path], kind: str) -> None:
-    """Of a loss, or of what a rank samples; the weights that ranks sample with stay equal on both."""
+    """The NaN is in a loss or in a rank's samples. The weights from which the ranks sample stay equal on both."""
     done, there = run(folder, f"nan-{kind}", 2, "--skip_bad_batches", "1", fault=f"{kind}:1:2")
     assert done.returncode == 0 and "fault at step 2" in done.stdout, done.stdout + done.stderr
     said = re.findall(r"step (\d) rank (\d): (skipped \d, [0-9a-f]{32})", done.stdout)
@@ -167,7 +167,7 @@ def test_a_rank_without_memory_ends_all_and_names_a_budget_that_suffices(folder:
 
 
 def test_the_embedded_task_draws_the_same_thoughts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its first rollout batch, on one process, two ranks and four; rounding may change one thought in a hundred."""
+    """In its first rollout batch, on one process, two ranks and four. Rounding may change one thought in a hundred."""
     with one_thread():
         made = embedded.prepare(folder / "embedded", 0, sizes=embedded.Sizes(512, 8, 8))
     own = ("--config", str(embedded.recipe("btpo")), "--max_steps", "1", "--dataset_name", str(made.train))

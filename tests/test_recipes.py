@@ -39,7 +39,7 @@ DATA = sorted(path.stem for path in (FOLDER / "data").glob("*.yaml"))
 
 
 def experiments() -> Iterator[str]:
-    """The papers' experiments: the paper, then the names of their files by KINDS."""
+    """The papers' experiments. Each is the paper and the names of its files, in the order of KINDS."""
     for paper, entries in yaml.safe_load((FOLDER / "papers.yaml").read_text(encoding="utf-8")).items():
         for entry in entries:
             for names in itertools.product(*(entry[kind] for kind in KINDS if kind in entry)):
@@ -57,7 +57,7 @@ QUICK = {  # one of each kind of data, tokenizer, template and method
     "formats llama3.2-1b binary sft",
     "formats llama3.2-1b single dpo from-sft-llama3.2-1b",
 }
-ROWS = 24  # of each stand-in
+ROWS = 24  # per stand-in
 
 
 def files(name: str) -> list[Path]:
@@ -81,7 +81,7 @@ def lines(shared: Path, name: str) -> Iterator[dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def stand_ins(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with train.jsonl and test.jsonl where the recipes have theirs."""
+    """A folder with stand-ins for the train.jsonl and test.jsonl of the recipes, in the same subfolders."""
     folder = tmp_path_factory.mktemp("stand_ins")
     rows = {
         "data/hh": [*lines(shared, "hh/hh_train")],
@@ -108,7 +108,7 @@ def stand_ins(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_dry(name: str, stand_ins: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What an experiment's dry run says, with the rows and the tokenizer that stand in for its own."""
+    """The output of an experiment's dry run, with stand-ins for its rows and tokenizer."""
     config = parsed(name)
     family = "llama3" if "llama" in str(config.model_name_or_path).lower() else "qwen2.5"
     arguments = [*composed(name), "--dry_run", "--tokenizer_name_or_path", str(shared / "tokenizers" / family)]
@@ -185,7 +185,7 @@ def test_dry_run_of_all_others(name: str, stand_ins: Path, shared: Path, monkeyp
 
 @pytest.mark.parametrize("name", DATA)
 def test_a_data_file_tells_the_command_that_makes_its_rows(name: str) -> None:
-    """What its comment tells a person to run is what --dry_run would tell them."""
+    """The command in its comment equals the command that --dry_run prints."""
     text = (FOLDER / "data" / f"{name}.yaml").read_text(encoding="utf-8")
     told = [line.removeprefix("# ") for line in text.splitlines() if "--prepare" in line]
     given = yaml.safe_load(text)
@@ -194,7 +194,7 @@ def test_a_data_file_tells_the_command_that_makes_its_rows(name: str) -> None:
 
 
 def test_the_page_about_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It names every file, and its commands are commands; so is what it writes into a file."""
+    """It names every file, and its commands can be parsed, including those with the files that it writes."""
     page = (FOLDER / "README.md").read_text(encoding="utf-8")
     stems = {path.stem for kind in KINDS for path in (FOLDER / kind).iterdir()}
     assert stems - set(re.findall(r"`([^`\s]+)`", page)) == set()
@@ -247,7 +247,9 @@ SAMPLING = ("dwrl", "btpo", "grpo-pair", "grpo-point")
 
 @pytest.mark.parametrize("method", [*SAMPLING, "bt", "gram", "genrm", "pairrm", "sft", "dpo"])
 def test_tokens_are_those_of_the_rollout(folder: Path, method: str) -> None:
-    """Against the method's own rollout; of one that samples, without the thoughts and what closes them."""
+    """Compared with the method's own rollout. If the method samples, the thoughts and all tokens after them do not
+    count.
+    """
     policy = FakePolicy(parse_train([*tiny_arguments(folder), "--method", method, "--dtype", "fp32"]))
     rows = read_preferences(folder / "pairs.jsonl").rows[:4]
     made, _ = policy.rollout(rows)
@@ -271,7 +273,7 @@ def test_tokens_of_prefilled_thoughts(folder: Path) -> None:
 
 
 def contexts(groups: list[Group]) -> int:
-    """Tokens before the thoughts, which are not guessed; the order in which responses are shown changes no sum."""
+    """The number of tokens before the thoughts, which is not guessed. It does not depend on the order of responses."""
     return sum(sequence.thought.start for group in groups for sequence in group.flat)
 
 

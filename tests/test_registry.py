@@ -16,7 +16,7 @@ from dwrl_fast.scoring import VERDICTS
 
 ROOT = Path(__file__).parents[1]
 DOCS = (ROOT / "docs" / "methods.md").read_text()
-# What a user of the new method does, in a checkout that has it.
+# A script that uses the new method, in a checkout that has it.
 TRIED = """
 import sys
 from pathlib import Path
@@ -73,7 +73,7 @@ def test_the_method_of_the_documentation_is_a_file_and_a_line(tmp_path: Path) ->
 
 
 def test_an_option_is_declared_once() -> None:
-    """Of two with one name, the dataclass would keep one in silence."""
+    """If two options had the same name, the dataclass would silently keep one."""
     classes = [each for each in TrainConfig.__mro__ if issubclass(each, Options)]
     names = [f for each in classes for f in vars(each).get("__annotations__", {})]
     shadowed = {name for name in names if names.count(name) > 1} - {"command", "summary", "groups", "examples"}
@@ -81,7 +81,7 @@ def test_an_option_is_declared_once() -> None:
 
 
 def test_no_other_room_compares_the_names_of_methods() -> None:
-    """They are looked up in METHODS for their traits."""
+    """Other rooms look up a method's traits in METHODS."""
     names = "|".join(map(re.escape, METHODS))
     compared = re.compile(rf"""(?:==|!=|\bin\b)\s*[(\[{{]?\s*["'](?:{names})["']""")
     found = [

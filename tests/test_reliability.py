@@ -48,7 +48,7 @@ def test_kills_within_saves(tmp_path: Path) -> None:
 
 
 def test_the_drill_sees_a_save_that_is_not_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the folder bears its name before its files are written, and nothing is verified."""
+    """The folder gets its final name before its files are written, and nothing is verified."""
 
     def hasty(folder: Path, final: Path, state: str, files: dict[str, Any]) -> None:
         folder.rename(final)
@@ -89,7 +89,7 @@ def test_hostile_files(task: Embedded, tmp_path: Path) -> None:
 
 
 def test_the_drill_of_files_sees_each_kind_of_harm(task: Embedded, tmp_path: Path) -> None:
-    """Cases that do what no loader does: the verdict names each."""
+    """Each case does something that no loader may do, and the verdict names it."""
 
     def wrong(loads: Any, seconds: float = files.SECONDS) -> str:
         folder = tmp_path / "case"

@@ -23,7 +23,7 @@ from dwrl_fast.evaluation.votes import vote_curve
 
 ATTACK = "<script>document.title = 'taken'</script><img src=x onerror=alert(1)></pre></details>\"'&amp; $x$ | `a`"
 TAKEN = "document.title='taken'"
-MARKUP = [  # each would be an element, or end one, were it not escaped
+MARKUP = [  # without escaping, each of these would be an element or end one
     f"</script><script>{TAKEN}</script>",
     f"</title></style></pre></textarea><script>{TAKEN}</script>",
     f"<svg/onload={TAKEN}>",
@@ -39,7 +39,7 @@ MARKUP = [  # each would be an element, or end one, were it not escaped
     "<base href=javascript:/><form action=javascript:alert(1)><button>send</button></form>",
     "<style>*{display:none}</style>",
 ]
-TEXTS = [  # and these are nothing but texts to a browser
+TEXTS = [  # to a browser, these are only text
     f"{{{{constructor.constructor('{TAKEN}')()}}}} ${{{TAKEN}}} {{% if 1 %}}",
     f"javascript:{TAKEN}",
     f"&lt;script&gt;{TAKEN}&lt;/script&gt; &#60;script&#62;",
@@ -53,7 +53,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 
 
 def rows(count: int = 12) -> tuple[list[Judged], list[Preference]]:
-    """Every text that a user or a model wrote is hostile."""
+    """Rows in which every text of a user or a model is hostile."""
     rng = np.random.default_rng(0)
     judged, preferences = [], []
     for place in range(count):
@@ -118,7 +118,7 @@ def test_texts_stay_texts() -> None:
 
 
 def hostile(texts: list[str], folder: Path | None = None) -> str:
-    """A page on which each of `texts` stands wherever a text of a user's or a model's can."""
+    """A page with each of `texts` in every place where a text of a user or a model can be."""
     judged, preferences = [], []
     for place, text in enumerate(texts):
         options = {"verdicts": [[0.0, 0.0]] * 2, "thoughts": [[text] * 2] * 2, "ended": [[True, False]] * 2}
@@ -132,7 +132,7 @@ def hostile(texts: list[str], folder: Path | None = None) -> str:
 
 
 def elements(whole: str) -> Counter[tuple[Any, ...]]:
-    """The kinds of elements of a page, with their attributes; of those that a page has once, how many there are."""
+    """The kinds of elements of a page, with their attributes. Only `style`, `title` and `meta` elements are counted."""
 
     class Elements(HTMLParser):
         def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -151,7 +151,7 @@ def elements(whole: str) -> Counter[tuple[Any, ...]]:
 
 
 def test_no_text_becomes_an_element(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor with what stands beside it; and this would be seen of each, were nothing escaped."""
+    """Nor in combination with the texts around it. Without escaping, every text would be detected."""
     texts = MARKUP + TEXTS
     found = elements(hostile(texts))
     assert found == elements(hostile([f"plain {k}" for k in range(len(texts))]))
@@ -193,7 +193,7 @@ def test_it_shows_plots_and_a_sample_of_either_kind() -> None:
 
 
 def browse(file: Path, folder: Path, *what: str) -> subprocess.CompletedProcess[str]:
-    """Headless, with no way to any network."""
+    """Run a headless browser without network access."""
     assert BROWSER is not None
     quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr", "--v=0"]
     own = ["--proxy-server=127.0.0.1:9", f"--user-data-dir={folder}/profile", "--allow-file-access-from-files"]
@@ -208,7 +208,7 @@ def browse(file: Path, folder: Path, *what: str) -> subprocess.CompletedProcess[
 def test_no_text_runs_in_a_browser(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, escaping: bool, policy: bool
 ) -> None:
-    """Escaping alone suffices, and the policy alone; without either the scripts run, so that this test can fail."""
+    """Escaping alone is sufficient, and so is the policy alone. Without both, the scripts run, so the test can fail."""
     if not escaping:
         monkeypatch.setattr("dwrl_fast.evaluation.page.html", SimpleNamespace(escape=str))
     whole = hostile([*TEXTS, *MARKUP], tmp_path)
@@ -232,7 +232,7 @@ def test_a_browser_shows_it_without_a_complaint(tmp_path: Path) -> None:
     done = browse(tmp_path / "report.html", tmp_path, "--dump-dom")
     assert "CONSOLE" not in done.stderr, done.stderr
     assert "<title>taken</title>" not in done.stdout and done.stdout.count("<details") == 12
-    # A copy under a policy that lets our own script measure: every plot is drawn, and the buttons hide what they say.
+    # In a copy without the policy, a script checks that every plot is drawn and that the buttons hide the right rows.
     probe = """<script>addEventListener("load", () => {
       const plots = [...document.images].map(i => i.naturalWidth > 100 && i.naturalHeight > 100);
       const shown = () => [...document.querySelectorAll(".row")].filter(r => r.offsetParent).map(r => r.className);

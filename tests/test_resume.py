@@ -39,7 +39,7 @@ def same_weights(one: Path, other: Path) -> bool:
 
 
 def within(config: TrainConfig, run: Path) -> list[Path]:
-    """The checkpoints within steps that a whole run leaves."""
+    """The checkpoints within steps of an uninterrupted run."""
     make_trainer(dataclasses.replace(config, save_updates=1), run).train()
     return [path for path in checkpoints(run) if place_of(path)[1]]  # type: ignore[index]
 
@@ -79,7 +79,7 @@ def test_a_run_goes_on_to_the_bit_after_any_update(folder: Path, changes: dict[s
 
 
 def test_what_is_compared_would_show_a_lost_thought(folder: Path) -> None:
-    """The control: log-probs of the batch in a checkpoint are changed a little, and the run is different."""
+    """The control: if the log-probs of the batch in a checkpoint change a little, the run is different."""
     config = tiny_config(folder, save_steps=0, max_steps=1, save_updates=1, alternate="joint")
     (path,) = within(config, folder / "whole")
     state = json.loads((path / "state.json").read_text())
@@ -124,12 +124,12 @@ def test_a_log_prob_that_is_not_finite_is_saved() -> None:
     assert back.ids == thought.ids and back.logprobs[0] == -0.5 and all(map(math.isnan, back.logprobs[1:]))
 
 
-# Asked to end
+# Stopped by a signal
 
 
 @contextmanager
 def struck(place: int, strike: Callable[[], object], name: str = "update") -> Iterator[None]:
-    """`strike` before the `place`-th call of a method of the trainer."""
+    """Call `strike` before the `place`-th call of a method of the trainer."""
     method, calls = getattr(Trainer, name), 0
 
     def watched(self: Trainer, *arguments: Any) -> Any:
@@ -187,7 +187,7 @@ def test_a_signal_while_the_last_step_is_saved_ends_the_run_too(folder: Path) ->
     assert not (folder / "run" / "model").exists()
 
 
-# Resumed as another
+# Resumed with other content
 
 
 def other_rows(folder: Path) -> dict[str, Any]:
@@ -253,7 +253,7 @@ def test_what_is_another_is_refused_by_its_name_and_can_be_passed_over(
     make_trainer(config, folder / "run").train()
     path = folder / "run" / "checkpoint-000001"
     again = dataclasses.replace(config, resume_from_checkpoint=str(path))
-    make_trainer(again, folder / "same")  # it is accepted as it is
+    make_trainer(again, folder / "same")  # unchanged content is accepted
     again = dataclasses.replace(again, **change(folder))
     with pytest.raises(CheckpointError, match=named) as refused:
         make_trainer(again, folder / "other")
@@ -263,11 +263,11 @@ def test_what_is_another_is_refused_by_its_name_and_can_be_passed_over(
     trainer.train()
 
 
-# Batches that go bad
+# Bad batches
 
 
 def poisoned(folder: Path, after: int, **changes: Any) -> Trainer:
-    """A run of 3 steps, in which the loss of the `after`-th update is not a number."""
+    """A run of 3 steps in which the loss of the `after`-th update is NaN."""
     trainer = make_trainer(tiny_config(folder, save_steps=1, max_steps=3, **changes), folder / "run")
     loss, calls = trainer.method.loss, 0
 
@@ -354,7 +354,7 @@ def short_of_memory(policy: Policy, most: int) -> Callable[..., Tensor]:
     def loss(phase: str, model: Any, batch: Any, *rest: Any) -> Tensor:
         value = policy_loss(phase, model, batch, *rest)
         if batch.trunk_tokens > most:
-            (value * 1.0).backward(retain_graph=True)  # what a pass leaves that fails at its end
+            (value * 1.0).backward(retain_graph=True)  # a pass that fails at its end leaves gradients
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
         return value
 
@@ -376,7 +376,7 @@ def test_out_of_memory_halves_the_micro_batch_once(folder: Path, caplog: pytest.
     assert "halved_batches" not in row
     whole = row["trunk_tokens"]
     halved = trained(whole * 2 // 3, "tight")
-    assert halved.policy.halved == 2 and caplog.text.count("Out of memory in a micro-batch") == 2  # each phase once
+    assert halved.policy.halved == 2 and caplog.text.count("Out of memory in a micro-batch") == 2  # once per phase
     (again,) = read_metrics(folder / "tight" / "metrics.jsonl")
     assert again["halved_batches"] == 2 and again["loss"] == pytest.approx(row["loss"], rel=1e-5)
     for name, p in weights(folder / "tight").items():

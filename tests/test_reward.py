@@ -67,7 +67,7 @@ def called(text: str) -> list[dict[str, Any]]:
     return [assistant(None, tool_calls=[CALL]), turn("tool", "7"), assistant(text)]
 
 
-# How a prompt p and a response r may be written. A row that can be judged, and what it is the same as.
+# Forms of a prompt p and a response r: a row that can be judged, and a simple row that means the same.
 PARTS, LONG = "a content part that is not text", "with its thought it has more tokens than the model has positions"
 GOOD: dict[str, Callable[[str, str], tuple[Row, Row]]] = {
     "texts": lambda p, r: ((p, r), (p, r)),
@@ -86,7 +86,7 @@ GOOD: dict[str, Callable[[str, str], tuple[Row, Row]]] = {
     "several turns": lambda p, r: ((several(p), [assistant(r)]), (several(p), r)),
     "a control token": lambda p, r: ((p, f"{r} <|end|>"), (p, f"{r} <|end|>")),
 }  # fmt: skip
-# Rows that cannot, and why.
+# Rows that cannot be judged, and the reasons.
 BAD: dict[str, tuple[Callable[[str, str], Row], str]] = {
     "no prompt": (lambda p, r: (None, r), "not in the expected form"),
     "an empty prompt": (lambda p, r: ("", r), "empty prompt"),
@@ -128,13 +128,13 @@ PROMPTS, RESPONSES = ["3 5 0", "5 6 2 1", "1 1"], ["5", "2 7 1", "8 8", "1 1 1 0
 
 @pytest.mark.parametrize("name", ["dwrl", "bt", "sft", "grpo-point", "gram"])
 def test_any_mixture_of_rows(module_folder: Path, name: str) -> None:
-    """Each good row has the score that it has alone, each bad row None, whatever they stand beside."""
+    """Each good row has the same score as alone, and each bad row has None, in any mixture."""
     scorer, dice = scorer_of(module_folder, name), random.Random(name)
     if name == "grpo-point":
         says(scorer, lambda text, i: f"<s> {len(text) % 10} </s>")
     kinds = [*GOOD, *BAD]
     if name in ("grpo-point", "gram"):
-        kinds.remove("what the template refuses")  # these show the conversation in one turn of the user
+        kinds.remove("what the template refuses")  # these methods show the conversation in one user turn
     for _ in range(6):
         rows: list[Row] = []
         expected: list[float | None] = []
@@ -144,7 +144,7 @@ def test_any_mixture_of_rows(module_folder: Path, name: str) -> None:
             if kind in GOOD:
                 row, (prompt, response) = GOOD[kind](p, r)
                 begun = r[:1] if scorer.compares and kind.startswith("prefilled") and "nothing" not in kind else ""
-                other = [f"{begun}7"] if scorer.compares else None  # it goes on with what was begun, too
+                other = [f"{begun}7"] if scorer.compares else None  # it also continues the prefilled text
                 expected.append(scorer.score([prompt], [response], reference=other).item())
             else:
                 row = BAD[kind][0](p, r)
@@ -246,7 +246,7 @@ def test_a_step_of_trls_grpo_trainer_with_rows_of_all_kinds(module_folder: Path,
     seen: list[Any] = []
 
     async def mixed(prompts: Any, completions: Any, **columns: Any) -> list[float | None]:
-        """The trainer's own rows, but for two of four: a call of a tool, and an image."""
+        """The trainer's rows, except that two of four are replaced: by a tool call and by an image."""
         prompts, completions = [*prompts], [*completions]
         completions[1] = called("5")
         prompts[2] = [user([IMAGE, *parts("3")])]

@@ -20,13 +20,13 @@ def rows(*scores: list[float], subset: str, **changes: Any) -> list[Judged]:
 
 
 def whole(**accuracy: list[list[float]]) -> list[Judged]:
-    """Rows of every subset, all right but for those named here."""
+    """Rows of every subset. All are right except in the given subsets."""
     found = {name: [RIGHT] for weights in SECTIONS.values() for name in weights} | accuracy
     return [row for name, scores in found.items() for row in rows(*scores, subset=name)]
 
 
 def test_the_weights_are_the_benchmarks() -> None:
-    """The 2,985 examples of the filtered set; math-prm has 447 and counts 984, as much as the six of the code."""
+    """The filtered set has 2,985 examples. math-prm has 447 but counts 984, as much as the six code subsets."""
     counts = {name: count for weights in SECTIONS.values() for name, count in weights.items()}
     assert len(counts) == 23 and sum(counts.values()) - 984 + 447 == 2985
     assert [sum(weights.values()) for weights in SECTIONS.values()] == [358, 456, 740, 1968]
@@ -75,7 +75,7 @@ def test_best_of_four_shares_a_tie() -> None:
 
 
 def ties(number: int, tied: list[float], ref: list[float], right: int = 2) -> list[Judged]:
-    """`right` responses of the tied row are right, one of the reference's."""
+    """In the tied row `right` responses are right; in the reference row one is."""
     ranks = (1,) * right + (2,) * (len(tied) - right)
     return [
         judged_row(tied, ranks, subset="Ties", id=f"tied:{number}"),
@@ -86,9 +86,9 @@ def ties(number: int, tied: list[float], ref: list[float], right: int = 2) -> li
 def test_ties_by_hand() -> None:
     found = ties_score(
         [
-            *ties(1, [5.0, 4.0, 1.0], [6.0, 3.0]),  # leads 3 and 3 over a spread of 1: preferred, and hard
-            *ties(2, [5.0, 4.0, 2.0], [2.0, 1.5]),  # lead 2 over 1, but the reference leads by .5: preferred alone
-            *ties(3, [5.0, 2.0, 1.0], [2.0, 0.0]),  # lead 1 under a spread of 3
+            *ties(1, [5.0, 4.0, 1.0], [6.0, 3.0]),  # leads of 3 and 3, a spread of 1: preferred and hard
+            *ties(2, [5.0, 4.0, 2.0], [2.0, 1.5]),  # leads of 2 and 0.5, a spread of 1: preferred, not hard
+            *ties(3, [5.0, 2.0, 1.0], [2.0, 0.0]),  # a lead of 1, less than the spread of 3
             *ties(4, [5.0, 1.0, 3.0], [0.0, 1.0]),  # neither is right
         ]
     )
@@ -101,7 +101,7 @@ def test_ties_by_hand() -> None:
 
 
 def test_ties_without_a_spread() -> None:
-    """Right responses that score the same: the margin is 1 where they lead, 0 where nothing differs at all."""
+    """Right responses have equal scores. The margin is 1 if they lead, and 0 if all scores are equal."""
     assert ties_score(ties(1, [2.0, 2.0, 1.0], [2.0, 1.0]))["score"] == pytest.approx(1.01)
     level = ties_score(ties(1, [2.0, 2.0, 2.0], [2.0, 2.0]))
     assert level["score"] == level["margin"] == 0

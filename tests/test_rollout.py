@@ -41,7 +41,7 @@ def plain_sampler(batch_size: int = 64) -> TransformersSampler:
 
 @pytest.fixture(params=[plain_sampler, tree_sampler], ids=["one by one", "over a cache"])
 def sampler(request: pytest.FixtureRequest) -> Make:
-    """What makes an engine, of whatever kind."""
+    """A function that creates an engine, for each kind of engine."""
     return request.param  # type: ignore[no-any-return]
 
 
@@ -60,7 +60,7 @@ def sampled(rows: list[Preference], dialog: Dialog, engine: Sampler, n: int, **h
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 def test_logprobs_are_those_of_the_whole_sequence(sampler: Make, temperature: float) -> None:
-    """Of a padded, cached, shrinking batch against one plain forward a thought."""
+    """A padded, cached, shrinking batch gives the same as one plain forward pass per thought."""
     engine, lm = sampler(), tiny_model().lm
     ended = set()
     for context, thoughts in zip(contexts(), sample(engine, temperature=temperature), strict=True):
@@ -117,8 +117,8 @@ def test_batches_change_no_greedy_thought(sampler: Make) -> None:
 
 
 def test_a_thought_does_not_depend_on_the_batch(sampler: Make) -> None:
-    """On its size, its order, or what else is asked. Products round differently there, so one of 72 may turn out
-    another; those that are the same have the same log-probs.
+    """It does not depend on the batch's size, its order, or other requests. Products round differently in another
+    batch, so one thought of 72 may differ. Equal thoughts have the same log-probs.
     """
     whole = sample(sampler())
     reversed_ = sampler().sample(contexts()[::-1], 12, max_tokens=7, temperature=1.0, seed=0)[::-1]
@@ -161,7 +161,7 @@ def test_thoughts_stand_in_the_sequence_as_sampled(sampler: Make) -> None:
 
 
 def test_groups_of_any_shape_share_a_batch(sampler: Make) -> None:
-    """K = 3 beside K = 2, and thoughts missing: the grid masks what is not there."""
+    """Groups with K = 3 and K = 2, and absent thoughts. The grid masks what is absent."""
     dialog = tiny_dialog()
     groups = sampled(ROWS, dialog, sampler(), 2, max_tokens=3, temperature=1.0, seed=0)
     three = Preference(ROWS[0].prompt, ("1", "2", "3"))

@@ -44,7 +44,7 @@ def test_one_number_that_is_off(operator: str, options: dict[str, Any], dtype: t
     limits = bounds(operator, x, **options)
     for name, bound in limits.items():
         if (name, dtype) == ("loss", torch.bfloat16):
-            continue  # its terms cancel: the bound is as large as what is left of them
+            continue  # its terms cancel, so the bound is as large as the sum
         found = {k: y.value.clone() for k, y in limits.items()}
         assert_within(found, limits)
         flat = found[name].view(-1)

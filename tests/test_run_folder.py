@@ -47,7 +47,7 @@ def go(config: TrainConfig, resume: str | None = None) -> dict[str, Any]:
 
 
 def content(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """Every file with its content and when it was written."""
+    """Every file with its content and the time at which it was written."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
@@ -62,7 +62,7 @@ class Killed(Exception):
 
 @contextmanager
 def killed_before(step: int) -> Iterator[None]:
-    """A run that ends before it begins on what follows `step`."""
+    """A context in which a run is killed after it logs the step that follows `step`, before it saves that step."""
     begun = RunLog.metrics
 
     def metrics(self: RunLog, now: int, values: Any) -> None:
@@ -102,7 +102,7 @@ def test_a_second_run_is_refused_until_the_first_is_gone_however_it_goes(folder:
 
 @pytest.mark.slow
 def test_two_commands_in_one_folder(folder: Path) -> None:
-    """The real command twice: the one that comes second ends, the first goes on to its end."""
+    """The real command runs twice. The second process ends with an error, and the first one completes its run."""
     config_of(folder, max_steps=1).save(folder / "options.yaml")
     argv = [sys.executable, "-m", "dwrl_fast.train", "--config", f"{folder}/options.yaml"]
     both = [
@@ -135,7 +135,7 @@ def test_the_lock_is_held_for_as_long_as_the_run(folder: Path, monkeypatch: pyte
 
 
 def test_the_folder_of_the_bt_run_is_locked_and_refused_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The embedded task trains `bt` in a folder below its own; with its own parts replaced, for they take minutes."""
+    """The embedded task trains `bt` in a subfolder. Its slow parts are replaced here, because they take minutes."""
     parts = dict.fromkeys(("train", "dev", "test"), folder / "pairs.jsonl")
     made = train.embedded.Embedded(folder / "tiny", **parts, seconds=0.0, state={})
     monkeypatch.setattr(train, "make_embedded", lambda *_: made)
@@ -154,7 +154,7 @@ def test_the_folder_of_the_bt_run_is_locked_and_refused_too(folder: Path, monkey
 
 
 def test_a_folder_that_cannot_be_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (folder / "run" / ".lock").mkdir(parents=True)  # root may write into every folder, but not over this
+    (folder / "run" / ".lock").mkdir(parents=True)  # even root cannot write a file over a folder
     with pytest.raises(ConfigError, match=r"--output_dir .*run cannot be written to"):
         go(config_of(folder))
 
@@ -282,7 +282,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside(folder: Path, caplog: pytest.L
         go(config)
     names = [path.name for path in checkpoints(run)]
     assert names == [f"checkpoint-00000{step}" for step in (1, 2, 3)]
-    (run / "checkpoint-000003.damaged").mkdir()  # as one of an earlier time
+    (run / "checkpoint-000003.damaged").mkdir()  # from an earlier run
     for name in names[1:]:
         flip_byte(run / name)
     damaged = {name: {k: text for k, (_, text) in content(run / name).items()} for name in names[1:]}

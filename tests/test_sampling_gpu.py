@@ -31,7 +31,7 @@ def flat(thoughts: list[list[Thought]]) -> list[tuple[list[int], list[float]]]:
 
 @pytest.fixture
 def replayed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One entry a pass that was a graph."""
+    """One entry for each pass that replayed a graph."""
     found: list[int] = []
     replay = torch.cuda.CUDAGraph.replay
 
@@ -48,7 +48,7 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_graphs_change_nothing(
     dtype: str, temperature: float, replayed: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With thoughts that wait for others, and twice: the second call has graphs of its own."""
+    """With thoughts that wait for others, in two calls. Each call has its own graphs."""
     engine = sampler(dtype, batch_size=10)
     how = HOW | {"temperature": temperature}
     found = [flat(engine.sample(contexts(), 3, **how)) for _ in range(2)]
@@ -70,7 +70,7 @@ def test_new_weights_are_seen(replayed: list[int]) -> None:
 
 
 def test_as_on_the_cpu(replayed: list[int]) -> None:
-    """In float32, but for what rounding decides; the draws are the same."""
+    """In float32 the draws are the same as on the CPU, except if rounding decides."""
     engine = sampler("fp32")
     there = flat(engine.sample(contexts(), 3, **HOW))
     engine.model.lm.cpu()

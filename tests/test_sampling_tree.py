@@ -21,7 +21,7 @@ from dwrl_fast.scoring import GenerativeJudging, Runtime
 
 GENERATOR = torch.Generator().manual_seed(0)
 LONG = torch.randint(5, 90, (3, 200), generator=GENERATOR).tolist()
-TEXTS = [  # of several depths: two share 150 tokens, one of them goes on from another, one is alone, one is there twice
+TEXTS = [  # of several depths: three share 150 tokens, one continues another, one shares nothing, one occurs twice
     LONG[0][:150] + LONG[1][:40],
     LONG[0][:150] + LONG[2][:30],
     LONG[0][:150] + LONG[1][:40] + LONG[2][:70],
@@ -55,7 +55,7 @@ def test_the_tree_holds_every_context_and_shares_what_is_long_enough() -> None:
             assert node.below == sum(node in end.path() for end in ends)
     stored = {len(texts): sum(len(node.ids) for node in walk(prefix_tree(texts))) for texts in (TEXTS, short)}
     assert stored[6] == 150 + 40 + 30 + 70 + 9 + 200
-    assert stored[4] == 2 * LEAST + LEAST + 2  # 15 are too few to share; of 16 the first two have only 15
+    assert stored[4] == 2 * LEAST + LEAST + 2  # LEAST - 1 common tokens are too few to share
     assert [node.number for node in walk(prefix_tree(TEXTS))] == list(range(len(walk(prefix_tree(TEXTS)))))
 
 
@@ -67,8 +67,9 @@ def test_nodes_are_numbered_in_depth_first_order() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_sample_as_one_by_one(family: str) -> None:
-    """Windows, soft-caps, grouped heads: the same draws as over caches of their own, and the forward pass's log-probs;
-    in one pass or with so little room that contexts are computed in pieces and thoughts come and go.
+    """With windows, soft-caps and grouped heads, the draws are the same as with one cache per thought, and the
+    log-probs are those of the forward pass. This holds in one pass, and with so little memory that contexts are
+    computed in pieces and thoughts start as others end.
     """
     lm = drawn(family)
     want = TransformersSampler(drawn(family), [3], 0, batch_size=64)
@@ -93,7 +94,7 @@ def test_greedy_thoughts_are_those_of_generate(family: str) -> None:
 
 
 def test_ten_thousand_short_thoughts_follow_the_exact_probabilities() -> None:
-    """Of whole thoughts of two tokens, by a chi-square; and the thoughts of a context, two by two, are independent."""
+    """A chi-square test of whole thoughts of two tokens. Pairs of thoughts about a context are independent."""
     lm, n, context = tiny_model().lm, 10_000, contexts()[0]
     engine = tree_sampler(batch_size=4096)
     (thoughts,) = engine.sample([context], n, max_tokens=2, temperature=0.6, seed=3)
@@ -122,7 +123,7 @@ def test_ten_thousand_short_thoughts_follow_the_exact_probabilities() -> None:
 
 
 def test_every_prefix_is_computed_once_and_only_new_tokens_after() -> None:
-    """Tokens that go through the model: those of the tree, and of each thought all but the last."""
+    """The model computes the tokens of the tree, and of each thought all tokens except the last."""
     engine = tree_sampler()
     passed: list[int] = []
     engine.model.lm.base_model.register_forward_pre_hook(
@@ -136,7 +137,7 @@ def test_every_prefix_is_computed_once_and_only_new_tokens_after() -> None:
 
 
 def scored(groups: list[Group], model: GenerativeModel) -> list[float]:
-    """By a forward pass of everything."""
+    """Scores from a forward pass over whole sequences."""
     dialog = tiny_dialog()
     runtime = Runtime(model, dialog, COMPUTE, Layout("padded", 10**6, dialog.pad_id, CPU))
     judging = GenerativeJudging(runtime, {"score_normalization": "vocab"})
@@ -182,7 +183,7 @@ def test_a_sampler_that_cannot_rate_is_not_asked_to() -> None:
 
 
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[Cache]:
-    """The caches that are made."""
+    """The caches that are created."""
     caches: list[Cache] = []
     init = Cache.__init__
 
@@ -195,14 +196,14 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[Cache]:
 
 
 def test_memory_is_bounded_and_thoughts_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In as little as one context and one thought take, all are written, and the same."""
+    """Memory for one context and one thought is enough to write all thoughts, and the thoughts are the same."""
     caches = watched(monkeypatch)
     lm = drawn("Llama")
     roomy = engine_of(lm)
     expected = flat(roomy.sample(TEXTS, 3, max_tokens=70, temperature=1.0, seed=0))
     block = roomy.block_bytes()
-    assert block == 3 * 2 * 64 * (8 + 16) * 4  # layers, heads, tokens, a key's channels and a value's padded, float32
-    least = 5 + 2  # 150 + 40 + 70 tokens lie in 3 + 1 + 2 blocks, or 200 in 4; 70 of a thought in 2
+    assert block == 3 * 2 * 64 * (8 + 16) * 4  # layers, heads, tokens, channels of keys and of padded values, bytes
+    least = 5 + 2  # 150 + 40 + 70 tokens are in 3 + 1 + 2 blocks, 200 are in 4; 70 of a thought are in 2
     tight = TreeSampler(roomy.model, [], limits=Limits(64, (least + 1) * block / 2**30), token_budget=100)
     found = flat(tight.sample(TEXTS, 3, max_tokens=70, temperature=1.0, seed=0))
     assert caches[-1].blocks == least + 1 and max(cache.blocks for cache in caches) > 20
@@ -220,7 +221,7 @@ def test_everything_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_steps_of_few_shapes_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, where what fills them up is neither kept nor seen."""
+    """As on a GPU, the padding of a step is neither kept nor seen."""
     how: dict[str, Any] = {"max_tokens": 7, "temperature": 1.0, "seed": 0}
     expected = flat(tree_sampler(5, 20).sample(contexts(), 3, **how))
     monkeypatch.setattr(forward.Forward, "padded", lambda self, count: forward.recurring(count))
@@ -284,7 +285,7 @@ def test_bfloat16_is_near_float32() -> None:
 
 
 def test_a_plan_serves_every_layer() -> None:
-    """Layers whose heads differ in number or size would have tensors of their own."""
+    """Layers whose heads differ in number or size have separate tensors."""
     cache = Cache(2)
     for layer, heads, size in ((0, 2, 8), (1, 4, 16)):
         keys, values = cache.layer(layer, torch.zeros(3, heads, size))

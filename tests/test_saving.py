@@ -22,7 +22,7 @@ from dwrl_fast.training.saving import Saver
 
 
 def held_up(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """No checkpoint is written before the event is set."""
+    """An event; no checkpoint is written before it is set."""
     event, save = threading.Event(), saving.save_checkpoint
 
     def waiting(*arguments: Any, **options: Any) -> Path:
@@ -92,7 +92,7 @@ def test_any_other_error_is_raised(tmp_path: Path) -> None:
 
 
 def strikes(folder: Path, what: str) -> Callable[[], object]:
-    """Files become folders: no rights hold root back."""
+    """Replace a file by a folder, or a folder by a file. Permissions would not stop root."""
 
     def strike() -> None:
         path = folder / what

@@ -15,7 +15,7 @@ from dwrl_fast.config import parse_train
 from dwrl_fast.training.runlog import read_metrics
 
 SCRIPT = ROOT / "recipes" / "machines" / "slurm.sh"
-# Options, then the command, as often as there are nodes; it fails where one of them does.
+# Runs the command after the options once per node, and fails if one of these fails.
 SRUN = """#!/bin/bash
 nodes=1
 while [[ $1 == --* ]]; do
@@ -34,7 +34,7 @@ printf '%s\\n' "$*" >>"$LOG"
 
 
 def job(folder: Path, hosts: str, *arguments: object, **environment: str) -> Any:
-    """The script, to its end, on these hosts."""
+    """Run the script on these hosts until it ends."""
     bin = folder / "bin"
     bin.mkdir(exist_ok=True)
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("records", RECORDS)):
@@ -49,7 +49,7 @@ def job(folder: Path, hosts: str, *arguments: object, **environment: str) -> Any
 
 
 def test_what_it_starts(tmp_path: Path) -> None:
-    """Two machines train, a third serves: options that training takes, and addresses of the server."""
+    """Two machines train and a third serves. Training accepts the options, which include the server's address."""
     log = tmp_path / "log"
     given = {"PYTHON": "records", "LOG": str(log), "VLLM_NODES": "1", "MODEL": "m", "GPUS_PER_NODE": "4"}
     done = job(tmp_path, "a,b,c", "--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o", **given)

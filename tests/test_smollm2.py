@@ -31,7 +31,7 @@ from dwrl_fast.training.trainer import Trainer
 
 pytestmark = pytest.mark.slow
 THOUGHTS = ("It answers what was asked, and says no more.", "That is of no use:\n1. wrong 2. rude")
-NEAR_TIE = 1e-3  # logits: below it, the order of the sums decides which token is the greatest
+NEAR_TIE = 1e-3  # in logits: below this difference, the order of the sums decides which token is the best
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def lm(smollm2: Path) -> Any:
 
 
 def groups_of(pairs: list[Preference], dialog: Dialog) -> list[Group]:
-    """Every response with a thought that is given: that of the first ends its turn, that of the other is cut."""
+    """Every response with a given thought. The first response's thought ends its turn; the other one is truncated."""
     first, second = (dialog.tokenizer.encode(text, add_special_tokens=False) for text in THOUGHTS)
     thoughts = [[*first, dialog.end_id], second]
     return [
@@ -70,7 +70,7 @@ def groups_of(pairs: list[Preference], dialog: Dialog) -> list[Group]:
 
 
 def computed(runtime: Runtime, groups: list[Group], packing: Any = "tree") -> tuple[Tensor, Tensor]:
-    """Ours: the log-probs of all thoughts' tokens, and the scores, in the order of `groups`."""
+    """Our log-probs of all tokens of the thoughts, and our scores, in the order of `groups`."""
     packed = dataclasses.replace(runtime, layout=dataclasses.replace(runtime.layout, packing=packing))
 
     def read(batch: Batch) -> list[list[list[float]]]:
@@ -85,7 +85,7 @@ def computed(runtime: Runtime, groups: list[Group], packing: Any = "tree") -> tu
 
 @torch.no_grad()
 def expected(lm: Any, groups: list[Group], yes_id: int) -> tuple[Tensor, Tensor]:
-    """transformers': each sequence by itself."""
+    """The same values from transformers, one sequence at a time."""
     logprobs, scores = [], []
     for sequence in [sequence for group in groups for sequence in group.flat]:
         ids, thought = torch.tensor([sequence.ids]), sequence.thought
@@ -106,7 +106,7 @@ def test_so_they_are_on_what_people_wrote(runtime: Runtime, lm: Any, shared: Pat
 
 
 def agree(runtime: Runtime, lm: Any, pairs: list[Preference]) -> None:
-    """On twenty conversations."""
+    """Check that both agree on twenty conversations."""
     groups = groups_of(pairs, runtime.dialog)
     like = expected(lm, groups, runtime.dialog.yes_id)
     assert len(like[1]) == 20 and like[1].std() > 0.1
@@ -118,7 +118,7 @@ def agree(runtime: Runtime, lm: Any, pairs: list[Preference]) -> None:
 
 
 def test_greedy_thoughts_are_those_of_generate(runtime: Runtime, lm: Any) -> None:
-    """Token for token, up to a near tie, of which there are few."""
+    """They are equal token for token up to a near tie. Near ties are rare."""
     dialog, length = runtime.dialog, 16
     contexts = [dialog.context(pair.prompt, pair.responses[0]).ids for pair in PAIRS]
     assert runtime.sampler is not None
@@ -144,7 +144,7 @@ def test_greedy_thoughts_are_those_of_generate(runtime: Runtime, lm: Any) -> Non
 
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[Path]:
-    """A run's folder, which takes gigabytes."""
+    """The folder of a run. It takes gigabytes, so it is deleted after the test."""
     yield tmp_path / "run"
     shutil.rmtree(tmp_path / "run", ignore_errors=True)
 
@@ -168,8 +168,8 @@ def test_its_adapters_train_and_are_loaded_again(
 
 
 def trained_twice(smollm2: Path, runtime: Runtime, run: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> Tensor:
-    """Two steps of DWRL on four pairs. The scores of the model in memory, which are those of what it saved, loaded by
-    us and by transformers, and not those of the model before.
+    """Train DWRL for two steps on four pairs, and return the scores of the model in memory. They must equal those of
+    the saved model, loaded by us and by transformers, and differ from the scores before training.
     """
     kept: list[Trainer] = []
 

@@ -43,7 +43,7 @@ evaluate: "compare {verdict} {aspect} {prompt} A {response_a} B {response_b} ok 
 
 
 class Watched(Display):
-    """Every stage must be done at its end."""
+    """Checks that every stage is complete at its end."""
 
     @contextmanager
     def stage(self, name: str, total: int, done: int = 0) -> Iterator[Stage]:
@@ -53,14 +53,14 @@ class Watched(Display):
 
 
 def make(folder: Path, name: str, says: Callable[[str, int], str] | None = None, **changes: Any) -> FakePolicy:
-    """The method with a sampler that says what it is told; it judges by its own all the same."""
+    """The method with a sampler that writes the given texts. It still judges with its own sampler."""
     (folder / "question.yaml").write_text(QUESTION)
     options = {"num_generations": 4, "rationalizer_template": str(folder / "question.yaml")} | changes
     return make_policy(folder, name, says, **options)
 
 
 def right(text: str) -> str:
-    """The verdict that is right about a context, whose better response is the smaller number."""
+    """The right verdict for a context. The better response is the smaller number."""
     words = text.split()
     return A if int(words[words.index("A", 3) + 1]) < int(words[words.index("B", 3) + 1]) else B
 
@@ -118,7 +118,7 @@ def test_comparisons_that_teach_nothing_are_left_out(folder: Path, name: str) ->
 @pytest.mark.parametrize("name", ["star-sft", "star-rationalizer"])
 @pytest.mark.parametrize("budget", [1, 10**6])
 def test_imitation_is_the_mean_over_all_tokens(folder: Path, name: str, budget: int) -> None:
-    """Of thoughts of unequal length and number, whatever the temperature that they were sampled with."""
+    """The thoughts differ in length and number. The temperature of sampling has no effect on the loss."""
     policy = make(
         folder, name, lambda text, i: "3 " * i + (right(text) if "7" in text or i else wrong(text)), temperature=0.7
     )
@@ -209,7 +209,7 @@ def test_another_models_rationales_go_by_their_text(folder: Path) -> None:
 
 
 def make_trainer(policy: FakePolicy, folder: Path, rows: list[Preference]) -> Trainer:
-    """It samples, and is evaluated, by its own sampler; the rollout is that of `policy`."""
+    """A trainer with the rollout of `policy`. Its evaluation uses its own sampler."""
     config = policy.method.config
     folder.mkdir()
     feed = Feed([Shuffled("rows", rows, 0)], [1.0], batch_size=len(rows), epochs=1, max_steps=config.max_steps)
@@ -221,9 +221,9 @@ def make_trainer(policy: FakePolicy, folder: Path, rows: list[Preference]) -> Tr
 
 @pytest.mark.parametrize("name", STAR)
 def test_rounds_that_keep_little_or_nothing(folder: Path, name: str) -> None:
-    """The learning rate stands where the rows put it, and a resumed run is the run."""
+    """The learning rate follows the drawn rows, and a resumed run equals the uninterrupted one."""
     rows = ROWS[:4]
-    kept_at = {2: 3, 3: 1, 5: 4}  # rows of which something is kept, by step
+    kept_at = {2: 3, 3: 1, 5: 4}  # by step, the number of rows of which something is kept
 
     def go(run: str, **changes: Any) -> list[dict[str, Any]]:
         heard: dict[int, list[str]] = defaultdict(list)  # by step
@@ -246,7 +246,7 @@ def test_rounds_that_keep_little_or_nothing(folder: Path, name: str) -> None:
         == ["grad_norm_thought" in row for row in log]
         == [False, True, True, False, True]
     )
-    # 2 minibatches a step: the last one trained is the 4th, 5th and 10th of 10.
+    # There are 2 minibatches per step. The last trained one of a step is the 4th, 5th and 10th of 10.
     rates = [row["learning_rate_thought"] for row in log if "loss" in row]
     assert rates == pytest.approx([1e-2 * (1 - done / 10) for done in (3, 4, 9)])
     thoughts = (folder / "whole" / "thoughts" / "step-000002.jsonl").read_text().splitlines()
@@ -271,15 +271,15 @@ def learn_the_form(policy: FakePolicy) -> None:
 
 @pytest.mark.parametrize("name", STAR)
 def test_training_makes_greedy_verdicts_right(folder: Path, name: str) -> None:
-    """Of thoughts that are right every other time, the model learns the right ones."""
+    """Every other thought is right, and the model learns the right ones."""
     sizes = {"max_steps": 40, "rollout_batch_size": 6, "minibatch_size": 6}
     policy = make(folder, name, lambda text, i: [A, B][i % 2], eval_votes=0, **sizes)
-    if name == "star-dpo":  # which needs a model that knows the form: what it prefers is no more than preferred
+    if name == "star-dpo":  # needs a model that knows the form, because the loss only compares thoughts
         learn_the_form(policy)
     result = make_trainer(policy, folder / "run", ROWS).train()
     assert result["accuracy_before"] < 0.6 and result["accuracy_after"] == 1
     first, *_, last = (row["loss"] for row in read_metrics(folder / "run" / "metrics.jsonl"))
-    # With one update a round, the model that star-dpo trains is its own reference.
+    # With one update per round, the model that star-dpo trains is its own reference.
     assert first == last == pytest.approx(math.log(2)) if name == "star-dpo" else last < first
 
 

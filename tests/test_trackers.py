@@ -1,4 +1,4 @@
-"""What experiment trackers were told, read back from where they keep it."""
+"""The figures that experiment trackers get, read back from their storage."""
 
 import dataclasses
 import importlib.util
@@ -25,7 +25,7 @@ from dwrl_fast.training import trackers
 from dwrl_fast.training.runlog import read_metrics
 from dwrl_fast.training.trackers import NAMES, OF_ONE_PHASE, RECORD, hyperparameters, tracker_names
 
-Told = dict[str, list[tuple[int, float]]]  # by name the steps and values, in the order in which they came
+Told = dict[str, list[tuple[int, float]]]  # by name, the steps and values in the order of logging
 Kept = tuple[dict[str, Any], list[dict[str, Any]]]  # the options, and the rows of the table of the first step
 
 
@@ -48,8 +48,8 @@ def tensorboard_told(run: Path) -> Told:
 
 
 def wandb_records(data: bytes) -> Iterator[bytes]:
-    """Of a file in LevelDB's log format: after seven bytes, blocks of 32 KiB; a record in parts that each say their
-    size and whether it ends with them.
+    """The records of a file in LevelDB's log format. After seven bytes there are blocks of 32 KiB. A record has parts,
+    each with its size and a mark for the last part.
     """
     at, record = 7, b""
     while at + 7 <= len(data):
@@ -65,7 +65,7 @@ def wandb_records(data: bytes) -> Iterator[bytes]:
 
 
 def wandb_told(run: Path) -> Told:
-    """Of the two files that a run has which was resumed offline."""
+    """The figures in the two files of a run that was resumed offline."""
     from wandb.proto import wandb_internal_pb2
 
     told: Told = {}
@@ -155,7 +155,7 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("wandb", "mlflow
 
 @pytest.fixture(params=["tensorboard", "trackio", *SLOW])
 def tracker(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # which it reads when it is imported
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # trackio reads it on import
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
@@ -166,7 +166,7 @@ def tracker(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_tracker_is_told_each_step_once_under_the_documented_names(folder: Path, tracker: str) -> None:
-    """Also where the run was killed past its last checkpoint: the steps that it takes again were told before."""
+    """Also if the run was killed after its last checkpoint, so that it repeats steps that the tracker already has."""
     config = config_of(folder, tracker)
     with killed_before(3):
         go(config)
@@ -176,7 +176,7 @@ def test_a_tracker_is_told_each_step_once_under_the_documented_names(folder: Pat
     for name, figures in told.items():
         steps = [step for step, _ in figures]
         assert steps == sorted(set(steps)), f"{name}: no step twice, none before another"
-    timed = re.compile("step_time|share_|per_second")  # the killed run took another time over its last step
+    timed = re.compile("step_time|share_|per_second")  # the killed run had other times in its last step
     for row in rows:
         named = tracker_names({name: value for name, value in row.items() if name != "step"})
         named = {name: value for name, value in named.items() if row["step"] != 3 or not timed.search(name)}
@@ -222,13 +222,13 @@ def test_the_documented_names_are_those_of_the_code() -> None:
 
 
 def test_the_names_are_trls() -> None:
-    """Those of its trainers that log them, in the source that is installed."""
+    """They are in the installed source of TRL's trainers."""
     spec = importlib.util.find_spec("trl")
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("trl is not installed")
     folder = Path(spec.submodule_search_locations[0]) / "trainer"
     source = "".join((folder / f"{name}_trainer.py").read_text() for name in ("grpo", "reward", "dpo"))
-    own = {"loss", "learning_rate", "grad_norm"}  # of transformers' Trainer
+    own = {"loss", "learning_rate", "grad_norm"}  # from transformers' Trainer
     theirs = {name.removeprefix("train/") for name in (NAMES | OF_ONE_PHASE).values()} - own
     assert [name for name in theirs if f'"{name}"' not in source] == []
 
@@ -243,7 +243,7 @@ def test_the_options_are_hyperparameters(folder: Path) -> None:
 def test_a_missing_package_is_refused_with_the_command_that_installs_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (folder / "no_such_tracker").mkdir()  # a folder like those that trackers write is no package
+    (folder / "no_such_tracker").mkdir()  # a folder without modules, as trackers write, is not a package
     monkeypatch.syspath_prepend(str(folder))
     with pytest.raises(ConfigError, match=r"pip install (accelerate )?no_such_tracker$"):
         trackers.check_installed(["no_such_tracker"])

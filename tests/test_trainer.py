@@ -1,4 +1,4 @@
-"""The training loop: its results do not depend on the division into micro-batches, and a resumed run equals the run."""
+"""The training loop: micro-batches do not change its results, and a resumed run equals an uninterrupted one."""
 
 import dataclasses
 import json
@@ -75,14 +75,14 @@ def test_micro_batches_and_order_change_nothing(folder: Path, phase: str) -> Non
     for cut, budget in ((groups, 1), (groups[::-1], 500)):
         parts, same = gradients(policy, phase, cut, budget)
         for name, expected in whole.items():
-            # Sums in another order differ by ulps of what they sum, not of what is left.
+            # In another order, sums differ by ulps of their terms, which may be larger than the sum.
             size = expected.abs().max().item()
             torch.testing.assert_close(parts[name], expected, rtol=1e-4, atol=1e-7 + 2e-6 * size)
         assert same == pytest.approx(figures, rel=1e-4, abs=1e-6, nan_ok=True)
 
 
 def test_phase_a_is_bradley_terry_through_the_model(folder: Path) -> None:
-    """docs/method.md 2.2, 1, end to end: autograd through the marginals of the model's own scores."""
+    """docs/method.md 2.2, point 1, end to end: autograd through the marginals of the model's scores."""
     policy = FakePolicy(tiny_config(folder))
     groups = roll(policy)
     ours, figures = gradients(policy, "score", groups)
@@ -99,7 +99,7 @@ def test_phase_a_is_bradley_terry_through_the_model(folder: Path) -> None:
 
 
 def test_phase_b_is_the_clipped_policy_gradient_through_the_model(folder: Path) -> None:
-    """Written anew from docs/method.md, 2, off the policy so that ratios and the clip are at work."""
+    """Computed separately from docs/method.md, 2. The policy changed after sampling, so ratios and the clip matter."""
     policy = FakePolicy(tiny_config(folder, epsilon=0.1, epsilon_high=0.3))
     groups = roll(policy)
     with torch.no_grad():
@@ -205,7 +205,7 @@ def test_a_killed_run_goes_on_in_its_folder(folder: Path, monkeypatch: pytest.Mo
         with pytest.raises(ZeroDivisionError):
             killed.train()
     assert [row["step"] for row in read_metrics(folder / "run" / "metrics.jsonl")] == [1, 2, 3, 4]
-    (folder / "run" / "checkpoint-000004.unfinished").mkdir()  # what a SIGKILL inside that save leaves behind
+    (folder / "run" / "checkpoint-000004.unfinished").mkdir()  # left by a SIGKILL during that save
     resumed = dataclasses.replace(config, resume_from_checkpoint="latest", output_dir="run")
     make_trainer(resumed, folder / "run").train()
     assert [row["step"] for row in read_metrics(folder / "run" / "metrics.jsonl")] == [1, 2, 3, 4]
@@ -214,8 +214,8 @@ def test_a_killed_run_goes_on_in_its_folder(folder: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("minutes", [0.5, 0.1, 60.0])
 def test_a_run_with_a_budget_ends_at_a_step(folder: Path, minutes: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a clock by which a step takes 10 seconds: 3 of them in half a minute, and one where there is no time for one.
-    The learning rate falls over the time, or over the rows where those end first.
+    """By the clock of this test a step takes 10 seconds. There are 3 steps in half a minute, and one step if the time
+    is too short for it. The learning rate falls with the time, or with the rows if these end first.
     """
     now = [0.0]
     monkeypatch.setattr("dwrl_fast.training.trainer.time", SimpleNamespace(monotonic=lambda: now[0]))
@@ -336,7 +336,7 @@ def test_bf16_computes_over_float32_masters(folder: Path) -> None:
 
 
 def test_rewards_are_float32_under_bf16(folder: Path) -> None:
-    """Rounded to bfloat16, different responses would tie."""
+    """If rewards were rounded to bfloat16, different responses would tie."""
     config = tiny_config(folder, method="bt", dtype="bf16")
     policy = FakePolicy(config)
     policy.rollout(read_preferences(str(folder / "pairs.jsonl")).rows)
@@ -435,5 +435,6 @@ def test_every_packing_trains_alike(folder: Path, caplog: pytest.LogCaptureFixtu
             for name in ("loss", "score_loss", "thought_loss", "ratio", "entropy", "label_mass", "head_rows"):
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
         for name, weight in models["tree"].items():
-            # AdamW divides a gradient that is nearly nothing by itself: a step of its sign, up to the learning rate.
+            # AdamW divides a tiny gradient by itself, so its step has either sign and may be as large as the learning
+            # rate.
             torch.testing.assert_close(weight, models[packing][name], rtol=1e-4, atol=1e-3)

@@ -37,7 +37,7 @@ def prefixes(ids: list[int]) -> Iterator[Prefix]:
 
 
 def expected_order(groups: list[Group]) -> list[Prefix]:
-    """Every prefix once, depth first, each after those that an earlier sequence brought."""
+    """Every prefix once, in depth-first order. The prefixes of earlier sequences come first."""
     first: dict[Prefix, int] = {}
     for number, sequence in enumerate(flat(groups)):
         for prefix in prefixes(sequence.ids):
@@ -46,7 +46,7 @@ def expected_order(groups: list[Group]) -> list[Prefix]:
 
 
 def stored_order(batch: TreeBatch) -> list[Prefix]:
-    """The prefix that ends at each row, by the parents."""
+    """The prefix that ends at each row, computed from the parents."""
     found: list[Prefix] = []
     for start, stop, parent in zip(
         *map(Tensor.tolist, (batch.plan.start, batch.plan.stop, batch.plan.parent)), strict=True
@@ -135,7 +135,7 @@ def test_the_order_of_groups_changes_no_content(groups: list[Group], random: Ran
 
 @pytest.mark.parametrize("packing", ["tree", "packed", "padded"])
 def test_a_layout_trains_cut_thoughts_unless_told_and_counts_tokens(packing: Packing) -> None:
-    """Two thoughts of one response, of which the first was cut; layouts are equal whatever they have laid out."""
+    """Two thoughts of one response; the first is truncated. Layouts are equal whatever batches they have made."""
     group = whole([1, 2, 3], [1, 4])
     for mask_truncated, trained in ((False, [True, True]), (True, [False, True])):
         layout = Layout(packing, 100, 9, CPU, mask_truncated)
@@ -208,7 +208,7 @@ def test_a_changed_thought_moves_no_other() -> None:
 
 
 def test_the_plan_says_who_sees_whom() -> None:
-    """A plain model under the mask of the plan computes what it computes one sequence a row."""
+    """A plain model with the plan's mask computes the same as with one sequence per row."""
     model, dialog = tiny_model(), tiny_dialog()
     prompts = [("3 1 4", "6", "2 2 2 2"), ("1", "1", "0"), ("3 1 4", "6", "7")]
     rows = [Preference(({"role": "user", "content": x},), (a, b)) for x, a, b in prompts]

@@ -76,7 +76,7 @@ def test_what_cannot_run_on_a_tree_is_refused_by_name_and_runs_as_advised(model:
 
 
 def test_what_no_layout_computes_is_refused_without_a_remedy() -> None:
-    """A layer in which every token sees the last one of the row."""
+    """In this layer every token sees the last token of the row."""
     lm = drawn("Llama")
     layer = lm.base_model.layers[0]
     forward = layer.mlp.forward
@@ -90,7 +90,7 @@ def test_what_no_layout_computes_is_refused_without_a_remedy() -> None:
 
 @pytest.mark.parametrize("kind", ["qwen3_5_text", "qwen3_next", "lfm2"])
 def test_layers_with_a_state_are_sampled_from(kind: str) -> None:
-    """Contexts of several lengths, several thoughts each, of which some end early."""
+    """Contexts of several lengths have several thoughts each, and some thoughts end early."""
     lm = made(kind)
     contexts = [[5, 6, 7, 8, 9], [7, 8, 9], [11]]
     stops = list(range(20, 40))
@@ -103,14 +103,14 @@ def test_layers_with_a_state_are_sampled_from(kind: str) -> None:
             with torch.no_grad():
                 logprobs = lm(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
             alone = logprobs[len(context) - 1 : -1].gather(-1, ids[0, len(context) :, None])[:, 0]
-            # A step and a whole sequence use two rules for the state, with sums in another order: 2e-5 on one machine.
-            # A state that takes in the padding, as Mamba's, differs by .5.
+            # A step and a whole sequence compute the state by different formulas, with sums in another order. The
+            # difference was 2e-5 on one machine. A state that includes padding, as in Mamba, differs by 0.5.
             torch.testing.assert_close(torch.tensor(thought.logprobs), alone, rtol=0, atol=1e-4)
     assert len(sizes) > 2
 
 
 def test_a_sampler_that_says_something_else_is_refused() -> None:
-    """Mamba's state takes in the padding on the left."""
+    """Mamba's state includes the padding on the left."""
     said = r"MambaForCausalLM cannot write thoughts here: log-probs in sampling differ by .* a method without thoughts"
     with pytest.raises(ModelError, match=rf"{said} with --packing padded .gram, genrm, sft and dpo"):
         placed(made("mamba"))
@@ -118,7 +118,7 @@ def test_a_sampler_that_says_something_else_is_refused() -> None:
 
 
 def test_the_trial_finds_what_no_config_tells() -> None:
-    """A layer that looks at the token before it, whichever thought that belongs to."""
+    """In this layer every token sees the token before it, even if that belongs to another thought."""
     lm = drawn("Llama")
     layer = lm.base_model.layers[0]
     forward = layer.mlp.forward
@@ -126,7 +126,7 @@ def test_the_trial_finds_what_no_config_tells() -> None:
     with pytest.raises(ModelError, match=r"LlamaForCausalLM cannot run on a tree.*differ by.*--packing padded"):
         placed(lm, thinks=False)
     with pytest.raises(ModelError, match=r"LlamaForCausalLM cannot write thoughts here: .*differ by"):
-        placed(lm, "padded")  # for its cache does not hold that token
+        placed(lm, "padded")  # the cache does not have that token
 
 
 def test_weights_that_are_not_numbers_are_no_fault_of_the_layout() -> None:
@@ -160,7 +160,7 @@ def long_llama(rope: str) -> Any:
 @pytest.mark.parametrize("rope", ROPES)
 @pytest.mark.parametrize("packing", ["tree", "packed", "padded"])
 def test_rotary_factors_do_not_depend_on_the_batch(rope: str, packing: Any) -> None:
-    """Up to the length at which they would, everything runs; past it nothing does."""
+    """Sequences up to the length at which they would are computed. Longer ones are refused."""
     model = placed(long_llama(rope), packing)
     layout = Layout(packing, 10**6, 0, CPU)
 
@@ -202,11 +202,11 @@ def test_default_adapters_merge_and_save(kind: str, tmp_path: Path, caplog: pyte
     with torch.no_grad():
         expected, before = lm(ids).logits, base(ids).logits
         apart = (plain(lm).eval()(ids).logits - expected).abs().amax()
-    # Merging rounds every weight to float32 once more, 6e-8 of it. Layers that normalise small states (gated linear
-    # attention) pass that on a thousandfold; what is not merged at all is further away than that.
+    # Merging rounds every weight to float32 again, which changes it by 6e-8 of its value. Layers that normalise small
+    # states (gated linear attention) amplify this a thousandfold. Without merging, the difference would be larger.
     assert apart < 1e-3 * (expected - before).abs().amax(), (apart, (expected - before).abs().amax())
     assert ("several experts in one tensor" in caplog.text) == (kind not in ("llama", "gpt2", "qwen3_5_text", "lfm2"))
-    save_pretrained(tmp_path / "model", GenerativeModel(lm), tiny_dialog(), {})  # and both folders are read again
+    save_pretrained(tmp_path / "model", GenerativeModel(lm), tiny_dialog(), {})  # this also reads both folders again
     assert (tmp_path / "adapter").is_dir()
 
 

@@ -39,7 +39,7 @@ READINGS: tuple[Rankings, ...] = ("pairs", "plackett_luce")
 
 
 def drawn_rankings(path: Path, count: int = 60) -> Path:
-    """Three to six responses a row, some of which tie, of the first row all; longer ones are not better."""
+    """Three to six responses per row. Some tie; in the first row all tie. Longer responses are not better."""
     rng = np.random.default_rng(0)
     rows = []
     for place in range(count):
@@ -59,7 +59,7 @@ def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 class Scores:
-    """What a model might give: rows that it orders rightly as a whole, and rows that it does not."""
+    """Scores as from a model: in some rows they follow the right order, in others the reversed one, with noise."""
 
     def __init__(self, path: Path, seed: int) -> None:
         data = path.read_bytes()
@@ -77,7 +77,7 @@ class Scores:
         return judged_row(scores, row.ranks, subset=row.subset, source=row.source)
 
     def pairs(self) -> list[list[tuple[float, int]]]:
-        """Of each row that has any: each pair's credit, and by how much the better response is longer."""
+        """For each row that has pairs: the credit of each pair, and by how much the better response is longer."""
         found = []
         for line, row in enumerate(self.file, 1):
             values = zip(row["responses"], row["scores"], strict=True)
@@ -91,7 +91,7 @@ class Scores:
 
 
 def oracle(sums: ArrayLike, weights: ArrayLike | None = None) -> tuple[float, float]:
-    """scipy's interval of the mean over what is drawn together."""
+    """scipy's interval of the mean. Each sum is of rows that are drawn together."""
     totals = np.asarray(sums)
     together = (totals, np.ones(len(totals)) if weights is None else np.asarray(weights))
     found = stats.bootstrap(
@@ -108,7 +108,7 @@ def oracle(sums: ArrayLike, weights: ArrayLike | None = None) -> tuple[float, fl
 
 
 def near(interval: tuple[float, float], expected: tuple[float, float]) -> bool:
-    """To the error that a quantile of 10,000 draws has, four times over; the widths differ far more without units."""
+    """Equal up to four times the error of a quantile of 10,000 draws. Without units, widths differ far more."""
     return interval == pytest.approx(expected, abs=0.04 * (expected[1] - expected[0]))
 
 
@@ -176,7 +176,7 @@ def test_votes_of_a_row_count_once(path: Path) -> None:
 
 
 def test_the_best_and_the_worst_response_are_probed_once_a_row(path: Path) -> None:
-    """A score that texts move by the length of their first word."""
+    """The shift of the test's score by "Answer Yes" depends on the length of the response."""
     whole, parts = (pairs_of(read(path, rankings)) for rankings in READINGS)
     assert [row.responses for row in whole] == [row.responses for row in parts]
     assert len(whole) == len({row.lines for row in whole}) == len(Scores(path, 0).pairs())
@@ -223,7 +223,7 @@ def right(scores: Scores, row: Preference) -> float:
 
 
 def test_rows_of_one_prompt_are_drawn_together(path: Path) -> None:
-    """Each pair in a row of its own: they count alike, whatever is drawn, and the prompt is drawn with all of them."""
+    """Each pair is a row, and all have equal weight. A bootstrap over prompts draws all rows of a prompt together."""
     scores = Scores(path, 5)
     rows = [Preference(row.prompt, row.responses, source=row.source) for row in read(path, "pairs")[:800]]
     totals: dict[str, float] = defaultdict(float)

@@ -29,7 +29,7 @@ PAIRWISE = ["grpo-pair", "star-sft", "star-dpo", "star-rationalizer"]
 
 @pytest.fixture
 def folder(folder: Path) -> Path:
-    """With templates of other kinds."""
+    """The folder, with templates of other kinds."""
     (folder / "pairwise.yaml").write_text(RUBRIC)
     (folder / "pointwise.yaml").write_text(POINTS)
     (folder / "rationalizer.yaml").write_text(
@@ -52,7 +52,7 @@ def options(folder: Path, method: str, run: str = "run", **more: Any) -> list[st
 
 @pytest.fixture
 def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No thought is a verdict, a number or an end, whatever the drawn model would have written."""
+    """No thought has a verdict, a number or an end, whatever the random model writes."""
     closed = groups.closed_groups
 
     def unread(thought: Thought) -> Thought:
@@ -65,7 +65,7 @@ def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def outcome(monkeypatch: pytest.MonkeyPatch, argv: list[str]) -> int:
-    """The status that the command ends with."""
+    """The exit status of the command."""
     monkeypatch.setattr(sys, "argv", ["train", *argv])
     try:
         command(train.main)
@@ -116,7 +116,7 @@ def test_ties_alone_teach_no_verdict(folder: Path, monkeypatch: pytest.MonkeyPat
 
 
 def mute_labels(folder: Path) -> None:
-    """A model that hardly ever says Yes or No where it is asked to rate."""
+    """Save a model that gives Yes and No a tiny probability in the rate turn."""
     model, dialog = tiny_model(), tiny_dialog()
     with torch.no_grad():
         ids = [group.flat[0].ids for group in plain_groups(tiny_rows(folder), dialog)]
@@ -141,7 +141,7 @@ def test_labels_that_the_model_does_not_use(folder: Path, monkeypatch: pytest.Mo
 
 
 def test_thoughts_that_are_all_cut_and_masked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The score is trained, the thoughts are not: half of the method did nothing."""
+    """The score is trained, but the thoughts are not, so half of the method has no effect."""
     assert outcome(monkeypatch, options(folder, "dwrl", truncated_thoughts="mask")) == 3
     assert "all thoughts are cut at the limit" in result(folder)["why"]
     log = read_metrics(folder / "run" / "metrics.jsonl")
@@ -155,7 +155,7 @@ def test_thoughts_that_are_all_cut_and_masked(folder: Path, monkeypatch: pytest.
 def test_a_resumed_run_knows_what_the_first_part_trained(
     folder: Path, limit: int, trained: bool, request: pytest.FixtureRequest
 ) -> None:
-    """The last checkpoint lies behind the last step: what is gone on with trains nothing itself."""
+    """The last checkpoint is after the last step, so the resumed run itself trains nothing."""
     if not trained:
         request.getfixturevalue("nothing_said")
     config = tiny_config(

@@ -1,4 +1,4 @@
-"""vLLM itself, on the CPU, by the Python that has it: what it writes, and that its weights are never stale.
+"""vLLM itself on the CPU, run by the Python that has it: its output, and that its weights are never stale.
 
 `make vllm` makes that Python's environment; DWRL_FAST_VLLM_PYTHON names another.
 """
@@ -25,11 +25,11 @@ def vllm_python() -> Path:
 
 
 def show(python: Path, case: str, folder: Path) -> None:
-    """Run a case to its end."""
+    """Run a case until it ends."""
     here = Path(__file__).parent
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{here}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     openmp = python.parent.parent / "lib" / "libiomp5.so"
-    if openmp.is_file():  # vLLM's manual asks for it
+    if openmp.is_file():  # vLLM's manual recommends it
         environment["LD_PRELOAD"] = str(openmp)
     command = [str(python), str(here / "vllm_cases.py"), case, str(folder)]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)

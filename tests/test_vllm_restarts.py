@@ -26,7 +26,7 @@ LATEST = r"--resume_from_checkpoint latest"
 
 
 class Fault:
-    """Strikes each time that `when` says so of the requests that are finished; fired: how often it did."""
+    """Raises an error when `when` is true for the number of finished requests. `fired` counts the errors."""
 
     def __init__(self, when: Callable[[int, int], bool]) -> None:
         self.when, self.fired = when, 0
@@ -42,7 +42,7 @@ def config_of(folder: Path, **changes: Any) -> TrainConfig:
 
 
 def engines(monkeypatch: pytest.MonkeyPatch, strike: Callable[[int], None]) -> list[FakeLlm]:
-    """The engines that will be made, without vLLM."""
+    """Replace vLLM by fake engines. The list gets each engine that is created."""
     made: list[FakeLlm] = []
     finished = [0]
 
@@ -58,7 +58,7 @@ def engines(monkeypatch: pytest.MonkeyPatch, strike: Callable[[int], None]) -> l
 
 @pytest.fixture(scope="module")
 def whole(module_folder: Path) -> Path:
-    """A run that nothing interrupts."""
+    """An uninterrupted run."""
     with pytest.MonkeyPatch.context() as patch:
         made = engines(patch, lambda finished: None)
         make_trainer(config_of(module_folder), module_folder / "whole").train()
@@ -67,7 +67,7 @@ def whole(module_folder: Path) -> Path:
 
 
 def same(run: Path, whole: Path) -> bool:
-    """Thoughts, weights and metrics, but for how often engines were started again."""
+    """Whether thoughts, weights and metrics are equal, except the number of engine restarts."""
     files = sorted((whole / "thoughts").iterdir())
     assert len(files) == 3
     thoughts = all(path.read_bytes() == (run / "thoughts" / path.name).read_bytes() for path in files)

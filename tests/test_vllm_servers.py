@@ -105,7 +105,7 @@ def test_weights_go_first_and_the_reset_goes_last(fake: FakeVllm, url: str) -> N
 
 
 class Sender:
-    """Asks of the client what vLLM's sender does."""
+    """Calls the client as vLLM's sender does."""
 
     def __init__(self, client: Any, world_size: int, meeting: Any, known: list[Any], weights: Any) -> None:
         self.client, self.known, self.weights = client, known, weights
@@ -120,7 +120,7 @@ class Sender:
 
 
 def test_weights_by_nccl_to_two_servers(fake: FakeVllm, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each server's workers have places of their own, and the reset and the version still come last."""
+    """The workers of each server have their own ranks. The reset and the version are still sent last."""
     made: list[Sender] = []
     monkeypatch.setattr(adapter, "nccl_sender", lambda *given: made.append(Sender(*given)) or made[-1])  # type: ignore
     other = FakeVllm()
@@ -291,4 +291,4 @@ def test_two_servers_share_the_thoughts() -> None:
         found = sampler.sample([[k, k] for k in range(1, 9)], 2, **HOW)
         assert [len(some) for some in found] == [2] * 8
         assert one.weights == two.weights and one.version == two.version == "run/0#0"
-        assert len(one.written) == len(two.written) == 2 + 1 + 8  # what the probe asked, and half of the thoughts
+        assert len(one.written) == len(two.written) == 2 + 1 + 8  # the requests of the probe, and half of the thoughts

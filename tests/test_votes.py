@@ -33,7 +33,7 @@ def test_one_vote_is_the_share_of_all_pairs_of_thoughts_and_all_are_the_score() 
         alone.append(np.mean([sign(a, b) for a, b in itertools.product(better, worse)]))
         together.append(sign(np.logaddexp.reduce(better), np.logaddexp.reduce(worse)))
     found = vote_curve(rows, "score", [1, 4, 8], seed=0)
-    # 400 rows of 64 draws each: the draws' own error is below 0.004.
+    # With 400 rows of 64 draws each, the error of the draws is below 0.004.
     assert points(found, "mean")[1] == pytest.approx(np.mean(alone), abs=0.012)
     assert points(found, "majority")[1] == pytest.approx(np.mean(alone), abs=0.012)
     assert points(found, "mean")[8] == np.mean(together)
@@ -49,7 +49,7 @@ def test_a_few_confident_thoughts_weigh_more_in_the_mean_than_in_the_majority() 
 
 
 def test_verdicts_of_comparisons() -> None:
-    """Three thoughts in each order, the better response first and then second; None cannot be read and is wrong."""
+    """Three thoughts per order, with the better response first, then second. None is unreadable and counts as wrong."""
 
     def majority(*verdicts: list[float | None]) -> float:
         row = judged_row([0.0, 0.0], verdicts=list(verdicts), comparisons=PLACES)

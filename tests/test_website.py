@@ -1,4 +1,4 @@
-"""The pages of the documentation site that are made from the package and from `bench/results` leave nothing out."""
+"""The pages of the documentation site that are made from the package and from `bench/results` are complete."""
 
 import json
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ def test_every_option_of_a_command_has_a_row(name: str) -> None:
 
 
 def leaves(content: Any) -> Iterator[Any]:
-    """All values of a result file that are figures or texts, but for those that are said to be left out."""
+    """All figures and texts of a result file, except those that the page leaves out (APART)."""
     if isinstance(content, dict):
         for name, part in content.items():
             if name not in APART:

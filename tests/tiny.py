@@ -23,7 +23,7 @@ def tiny_dialog() -> Dialog:
 
 
 def tiny_model(seed: int = 0, head: int = 8) -> GenerativeModel:
-    """Drawn loudly enough that thoughts, labels and responses differ in probability."""
+    """A random model with weights so large that thoughts, labels and responses differ in probability."""
     config = LlamaConfig(
         vocab_size=len(IDS),
         hidden_size=2 * head,
@@ -42,7 +42,7 @@ def tiny_model(seed: int = 0, head: int = 8) -> GenerativeModel:
 
 
 def tiny_folder(folder: Path, seed: int = 0, head: int = 8) -> Path:
-    """A model folder as `train` writes and reads them."""
+    """A model folder as `train` writes and reads it."""
     card = {"method": "dwrl", "score_normalization": "vocab", "temperature": 1.0, "max_completion_length": 6}
     save_pretrained(folder, tiny_model(seed, head), tiny_dialog(), card)
     return folder
@@ -57,7 +57,7 @@ RULE = "7316905824"  # the digits, best first
 
 
 def ruled_pairs(path: Path, split: str, count: int, seed: int = 0) -> Path:
-    """Pairs of digits of which the better stands first in RULE, on prompts of a split: splits share no prompt."""
+    """Pairs of digits with prompts of one split. The better digit comes first in RULE. Splits share no prompt."""
     rng = np.random.default_rng(seed)
     asked = rng.permutation(prompts(split))[:count]
     places = [sorted(rng.choice(len(RULE), 2, replace=False)) for _ in asked]

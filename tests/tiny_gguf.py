@@ -1,4 +1,4 @@
-"""A tiny Llama as a GGUF file with 8-bit matrices, and the model that it must be read as."""
+"""A tiny Llama as a GGUF file with 8-bit matrices, and the model that must result from reading it."""
 
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ CONFIG = LlamaConfig(
 
 
 def write_gguf(path: Path, *, architecture: str = "llama", pre: str = "gpt-2", seed: int = 0) -> Any:
-    """The file, and the model that it must be read as: its weights as 8 bits leave them."""
+    """Write the file, and return the model that must result from reading it, with weights rounded to 8 bits."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         lm = LlamaForCausalLM(CONFIG)
@@ -77,7 +77,7 @@ def write_gguf(path: Path, *, architecture: str = "llama", pre: str = "gpt-2", s
 
 
 def _named(name: str) -> str:
-    """llama.cpp's name of a weight of transformers."""
+    """llama.cpp's name for a weight of transformers."""
     name = name.replace("model.embed_tokens", "token_embd").replace("model.norm", "output_norm")
     for ours, theirs in NAMES.items():
         name = name.replace(ours, theirs)
@@ -85,7 +85,7 @@ def _named(name: str) -> str:
 
 
 def _add(writer: gguf.GGUFWriter, name: str, weight: np.ndarray) -> np.ndarray:
-    """Write a tensor; what it is read as. llama.cpp keeps the two halves of a head's rotation in turn."""
+    """Write a tensor, and return what must be read. llama.cpp interleaves the two halves of a head's rotation."""
     if weight.ndim == 1:
         writer.add_tensor(name, weight)
         return weight

@@ -13,7 +13,7 @@ def preference(k: int = 2, place: int = 1, **changes: Any) -> Preference:
 
 
 def judged_row(scores: list[float], ranks: tuple[int, ...] = (), **changes: Any) -> Judged:
-    """By default one verdict a response, its score."""
+    """By default each response has one verdict, its score."""
     given: dict[str, Any] = {
         "source": "rows:1",
         "subset": None,

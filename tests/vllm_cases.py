@@ -22,9 +22,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOLLM2 = ROOT / "models" / "smollm2"
-HEAD = 32  # the least that vLLM's attention takes on a CPU
+HEAD = 32  # the smallest head size that vLLM's attention supports on a CPU
 CPU = torch.device("cpu")
-FIXED = [3 + i * 7 % 20 for i in range(150)]  # past one of the CPU's blocks, 128 tokens, so that its cache is used
+FIXED = [3 + i * 7 % 20 for i in range(150)]  # more than a block of the CPU, 128 tokens, so that the cache is used
 
 
 def free_port() -> int:
@@ -34,7 +34,7 @@ def free_port() -> int:
 
 
 def start(model: Path, port: int, log: Path, *more: str) -> subprocess.Popen[bytes]:
-    """A server as the documentation starts it, on the CPU."""
+    """Start a server on the CPU, as in the documentation."""
     from dwrl_fast.sampling.vllm.adapter import server_command
 
     said, _, rest = server_command(str(model), dtype="float32", cpu=True, port=str(port)).partition(" python ")
@@ -74,7 +74,7 @@ def settings(url: str | None) -> Any:
 
 
 def sampler_of(model: Any, url: str | None, stops: tuple[int, ...]) -> Any:
-    """A `VllmSampler` of `model`, in process or by the server at `url`."""
+    """A `VllmSampler` of `model`, in this process or with the server at `url`."""
     from dwrl_fast.models.export import exported
     from dwrl_fast.ranks import ALONE
     from dwrl_fast.sampling import Limits
@@ -91,7 +91,7 @@ def text_logprobs(model: Any, ids: list[int]) -> list[float]:
 
 
 def plain(model: Any) -> Any:
-    """The model as transformers computes it, with its own attention."""
+    """The model with the attention of transformers."""
     lm = copy.deepcopy(model.lm).eval()
     lm.set_attn_implementation("sdpa")
     return lm
@@ -117,7 +117,9 @@ def smollm2() -> Any:
 
 
 def check_smollm2(url: str | None) -> None:
-    """Greedy thoughts and scores are those of the sampler in this package; sampled ones follow their seeds alone."""
+    """Greedy thoughts and scores are those of the sampler in this package. Sampled thoughts depend only on their
+    seeds.
+    """
     from dwrl_fast.sampling import Limits, Rating, TreeSampler
 
     model = smollm2()
@@ -159,7 +161,7 @@ def smollm2_by_server(folder: Path) -> None:
 
 
 def check_synced(sampler: Any, model: Any) -> None:
-    """After each change the engine has the trainer's weights, not those before; without the reset it has old keys."""
+    """After each change the engine has the trainer's new weights. Without the reset it has old keys."""
     before = sampler.text_logprobs(FIXED)
     for seed in (1, 2, 3):
         change(model, seed)
@@ -181,7 +183,7 @@ def without_reset(engine: Any) -> None:
 
 
 def in_process(folder: Path) -> None:
-    """Weights that are synced, and runs, of the model itself and of adapters in it."""
+    """Synced weights, and runs of the model itself and of its adapters."""
     from tiny import tiny_folder, tiny_model, tiny_pairs
 
     model = tiny_model(head=HEAD)
@@ -195,7 +197,7 @@ def in_process(folder: Path) -> None:
 
 
 def by_server(folder: Path) -> None:
-    """The same by a server, and a run of two ranks beside that of one process."""
+    """The same with a server, and a run on two ranks compared with a run of one process."""
     from tiny import tiny_folder, tiny_model, tiny_pairs
 
     model = tiny_model(head=HEAD)
@@ -212,7 +214,7 @@ def by_server(folder: Path) -> None:
 
 
 def restart(folder: Path) -> None:
-    """A server that was restarted has its file's weights; it is sent the last ones before anything is taken from it."""
+    """A restarted server has the weights of its file. It gets the latest weights before any of its results is used."""
     from tiny import tiny_folder, tiny_model
 
     model, port = tiny_model(head=HEAD), free_port()
@@ -238,7 +240,7 @@ CONTEXTS = [FIXED[i : i + 20] for i in range(0, 60, 10)]
 
 
 def died(folder: Path) -> None:
-    """vLLM in this process, whose model fails within a batch, is restarted, and the batch is the same."""
+    """vLLM in this process is restarted if its model fails within a batch. The batch is the same."""
     from tiny import tiny_model
 
     model = tiny_model(head=HEAD)
@@ -264,7 +266,7 @@ def died(folder: Path) -> None:
 
 
 def killed(folder: Path) -> None:
-    """A server that is killed within a batch and started again: the batch is the same."""
+    """A server is killed within a batch and started again. The batch is the same."""
     from tiny import tiny_folder, tiny_model
 
     from dwrl_fast.sampling.vllm.server import Server
@@ -278,7 +280,7 @@ def killed(folder: Path) -> None:
         nonlocal asked
         asked += 1
         if asked == 5:
-            os.killpg(servers[0].pid, signal.SIGKILL)  # its engine is a process of its own
+            os.killpg(servers[0].pid, signal.SIGKILL)  # its engine is a separate process
             servers[0].wait()
             servers.append(start(folder / "tiny", port, folder / "log2"))
         return ask(self, *given)
@@ -291,8 +293,8 @@ def killed(folder: Path) -> None:
         setattr(Server, "ask", counted)  # noqa: B010 - mypy takes no assignment to a method
         found = sampler.sample(CONTEXTS, 3, **HOW)
         assert len(servers) == 2 and sampler.engine.restarts == 1, (len(servers), sampler.engine.restarts)
-        requests = 3 * len({tuple(context) for context in CONTEXTS})  # equal contexts are asked once
-        assert asked >= 5 + requests, (asked, requests)  # those before the kill, and the whole batch after it
+        requests = 3 * len({tuple(context) for context in CONTEXTS})  # equal contexts are requested once
+        assert asked >= 5 + requests, (asked, requests)  # the requests before the kill, and the whole batch after it
         assert [[t.ids for t in some] for some in found] == [[t.ids for t in some] for some in expected]
         sampler.close()
     finally:
@@ -302,7 +304,7 @@ def killed(folder: Path) -> None:
 
 
 def refused(folder: Path) -> None:
-    """A server of which one flag is missing is named with the command line that makes it right."""
+    """If a server lacks a flag, the error names the server and the correct command line."""
     from tiny import tiny_folder, tiny_model
 
     from dwrl_fast.errors import SamplerError
@@ -332,8 +334,8 @@ def refused(folder: Path) -> None:
 
 
 def nccl(folder: Path) -> None:
-    """vLLM's own sender over our client, with all but the broadcast itself, which takes GPUs: servers are told of the
-    very weights, in order, that are broadcast. They answer as vLLM does (fake_vllm.py).
+    """vLLM's own sender with our client, without the broadcast itself, which needs GPUs. Servers are told the names of
+    exactly the weights that are broadcast, in order. They answer as vLLM does (fake_vllm.py).
     """
     from fake_vllm import FakeVllm, serving
     from vllm.distributed.weight_transfer import nccl_engine
@@ -364,7 +366,7 @@ def nccl(folder: Path) -> None:
 
 
 def check_training(folder: Path, url: str | None, model: Path, name: str, **changes: Any) -> None:
-    """A run of `train`, whose sampler is proven after each sync."""
+    """A run of `train` that checks the sampler's weights after each sync."""
     import json
 
     from rich.console import Console
@@ -429,12 +431,12 @@ def train_smollm2(folder: Path) -> None:
     ]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = {"max_steps": 1, "rollout_batch_size": 2, "num_generations": 2, "max_completion_length": 16}
-    small: dict[str, Any] = {"generation_cache_gib": 1.0, "async_save": False}  # other tests run beside it
+    small: dict[str, Any] = {"generation_cache_gib": 1.0, "async_save": False}  # other tests run at the same time
     check_training(folder, None, SMOLLM2, "run", **config, **small, token_budget=4096, learning_rate=1e-5, save_steps=0)
 
 
 def started(folder: Path, name: str, how: list[str], **options: Any) -> list[dict[str, Any]]:
-    """The metrics of a run by the command line, in `folder`/`name`."""
+    """Run the command in `folder`/`name`, and return the metrics."""
     from dwrl_fast.training.runlog import read_metrics
 
     given: dict[str, Any] = {"model_name_or_path": folder / "tiny", "dataset_name": folder / "pairs.jsonl"}
@@ -448,8 +450,8 @@ def started(folder: Path, name: str, how: list[str], **options: Any) -> list[dic
 
 
 def check_ranks(folder: Path, url: str) -> None:
-    """One process and two ranks with one server, and two ranks with a vLLM each: the same figures and weights. With the
-    server one rank's thoughts are long.
+    """One process and two ranks with one server, and two ranks with one vLLM each, give the same figures and weights.
+    With the server, the thoughts of one rank take longer.
     """
     from safetensors.torch import load_file
 
@@ -480,4 +482,4 @@ if __name__ == "__main__":
     began = time.monotonic()
     globals()[sys.argv[1]](Path(sys.argv[2]))
     print(f"ok {sys.argv[1]} {time.monotonic() - began:.0f} s", flush=True)
-    os._exit(0)  # gloo's threads sometimes abort a process that ends by itself
+    os._exit(0)  # gloo's threads sometimes abort a process that ends normally

@@ -1,4 +1,4 @@
-"""The training command under torchrun. The thoughts of one rank, SLOW, take some seconds longer."""
+"""The training command under torchrun. The thoughts of one rank, SLOW, take a few seconds longer."""
 
 import os
 import time

@@ -1,11 +1,11 @@
-"""How much longer does `python -m dwrl_fast.data --check` take than reading a JSONL file and parsing it?
+"""Compares the time of `python -m dwrl_fast.data --check` with that of reading and parsing a JSONL file.
 
     python -m bench.data.check --gigabytes 1
 
-Writes generated pairs of realistic lengths into a temporary folder. "parse" reads the file line by line and gives each
-line to json.loads, the parser that the check uses too, in one process; "check" is the whole check, its report included.
-They take turns, so that a busy machine is busy for both. Prints medians of wall-clock seconds; CPU seconds, of all
-processes together, say what the wall clock would be on so many idle cores.
+It writes random pairs of realistic lengths into a temporary folder. `parse` passes each line of the file to json.loads,
+in one process; the check uses the same parser. `check` is the whole check with its report. The two alternate, so that
+other load on the machine affects both. It prints medians of wall-clock seconds and of CPU seconds. CPU seconds are the
+sum over all processes; divided by the number of cores, they estimate the wall-clock time on an idle machine.
 """
 
 import json
@@ -27,8 +27,8 @@ TYPOGRAPHY = (" “quoted” ", " — ", "’s ", " é ", " 中文 ")
 
 
 def write_pairs(path: Path, size: int, seed: int = 0) -> int:
-    """Pairs until the file has `size` bytes; returns how many. Lengths are log-normal, the mean row has 2.5 kB: more
-    than one of HH (1.3 kB), less than one of UltraFeedback (3.4 kB).
+    """Write pairs until the file has `size` bytes, and return their number. Lengths are log-normal. A mean row has
+    2.5 kB, which is between those of HH (1.3 kB) and UltraFeedback (3.4 kB).
     """
     draw = random.Random(seed)
     words = ["".join(draw.choices("eeeeetttaaooinnsshrrdlucm", k=draw.randint(1, 9))) for _ in range(WORDS)]
@@ -55,21 +55,21 @@ def write_pairs(path: Path, size: int, seed: int = 0) -> int:
 
 
 def parse(path: Path) -> None:
-    """Every line of `path` through `json.loads`, the result of which is dropped."""
+    """Pass every line of `path` to `json.loads`, and drop the results."""
     with open(path, "rb") as file:
         for line in file:
             json.loads(line)
 
 
 def seconds(run: Callable[[], object]) -> tuple[float, float]:
-    """Wall-clock and CPU seconds, those of child processes too."""
+    """Wall-clock and CPU seconds, including those of child processes."""
     before, started = sum(os.times()[:4]), time.perf_counter()
     run()
     return time.perf_counter() - started, sum(os.times()[:4]) - before
 
 
 def main() -> None:
-    """The command: write pairs, then parse and check them in turn, and print the medians."""
+    """The command: write pairs, parse and check them alternately, and print the medians."""
     parser = command.parser("data.check", __doc__)
     parser.add_argument("--gigabytes", type=float, default=0.2)
     parser.add_argument("--repeats", type=int, default=5)

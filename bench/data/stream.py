@@ -1,10 +1,10 @@
-"""A stream of rows: seconds to the first batch, rows a second, seconds to resume, and peak memory.
+"""Measures streaming: seconds to the first batch, rows per second, seconds to resume, and peak memory.
 
     python -m bench.data.stream [--rows 10000000] [--kind gzip] [--in_memory]
 
-A file of drawn pairs is written first, then read once through the shuffle buffer as training reads it, less the
-tokenizer. `--in_memory` reads it without streaming, for comparison. Memory is the process's largest, less what it had
-before it opened the file.
+It writes a file of random pairs, and reads it once through the shuffle buffer, as in training but without the
+tokenizer. `--in_memory` reads it without streaming, for comparison. The memory is the peak of the process, minus the
+peak before it opened the file.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from dwrl_fast.feed import Feed, Shuffled, Source, Streamed
 
 
 def write_rows(path: Path, rows: int, characters: int) -> None:
-    """Pairs whose texts are slices of one drawn text, so that it is not drawing that takes the time."""
+    """Write pairs whose texts are slices of one random text, because generating new texts would take long."""
     text = "".join(random.Random(0).choices("etaoin shrdlu", k=characters + 5000))
     with gzip.open(path, "wt", compresslevel=1) if path.suffix == ".gz" else path.open("w") as file:
         for i in range(rows):
@@ -33,18 +33,18 @@ def write_rows(path: Path, rows: int, characters: int) -> None:
 
 
 def peak_mib() -> float:
-    """The largest resident memory of this process so far, in MiB."""
+    """The peak resident memory of this process so far, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def stream(path: Path, buffer: int) -> Streamed:
-    """`path` through a shuffle buffer of so many rows; every row can be used."""
+    """Stream `path` through a shuffle buffer of `buffer` rows. Every row is usable."""
     rows = Reader(open_rows(path), consecutive=True)
     return Streamed(rows, lambda row: ("", Counter()), buffer_size=buffer, seed=0)
 
 
 def make_feed(source: Source, batch: int, steps: int) -> Feed:
-    """`source` as training is fed from it: once through, in batches of `batch` rows."""
+    """A feed of one pass over `source`, as in training, in batches of `batch` rows."""
     return Feed([source], [1.0], batch_size=batch, epochs=1, max_steps=steps)
 
 
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def measure(path: Path, options: argparse.Namespace) -> None:
-    """Print how fast `path` is read, in how much memory, and how long it takes to resume half-way."""
+    """Print how fast `path` is read, how much memory this takes, and how long it takes to resume half-way."""
     steps, before, started, cpu = options.rows // options.batch, peak_mib(), time.perf_counter(), time.process_time()
     source: Source = (
         Shuffled(str(path), read_preferences(path).rows, 0) if options.in_memory else stream(path, options.buffer)
