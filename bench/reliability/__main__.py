@@ -52,7 +52,8 @@ def drills(given: argparse.Namespace, work: Path) -> dict[str, Drills]:
         yield disks.damaged(task, work / "damaged")
 
     def long() -> Iterator[Drill]:
-        yield soak.hunted(task, work / "hunted", given.minutes, (given.minutes, 3 * given.minutes))
+        least = max(15.0, given.minutes)  # seconds; a run that is killed sooner does not reach its next checkpoint
+        yield soak.hunted(task, work / "hunted", given.minutes, (least, 3 * least))
         yield soak.flat(task, work / "flat", 30 * given.minutes)
 
     return {
