@@ -23,8 +23,14 @@ from dwrl_fast.training.first_figures import warnings
     ],
 )
 def test_bad_figures_are_named(figures: dict[str, float], said: list[str]) -> None:
-    found = list(warnings(figures, 48))
+    found = list(warnings(figures, TrainConfig(max_completion_length=48)))
     assert len(found) == len(said) and all(line.startswith(start) for line, start in zip(found, said, strict=True))
+
+
+@pytest.mark.parametrize(("template", "named"), [("dialog", True), ("brief", False)])
+def test_the_template_in_use_is_not_the_remedy(template: str, named: bool) -> None:
+    (line,) = warnings({"truncation_rate": 0.9}, TrainConfig(template=template))
+    assert ("--template brief" in line) == named
 
 
 def test_a_run_says_it_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -89,6 +89,8 @@ STEPS = {  # from `bt` to `dwrl` in single changes, and changes of `dwrl`, to is
     "dwrl, likelihood": Variant("dwrl", TWO | {"thought_normalization": "likelihood"}),
     "dwrl, temperature .3": Variant("dwrl", TWO | {"temperature": 0.3}),
     "dwrl, 12 thoughts": Variant("dwrl", TWO | {"num_generations": 12}),
+    "dwrl, minibatches of 2": Variant("dwrl", TWO | {"minibatch_size": 2}),
+    "dwrl, 3 epochs": Variant("dwrl", TWO | {"num_train_epochs": 3}),
 }
 VARIANTS = COMPARED | STEPS
 BUDGETS: dict[str, dict[str, Any]] = {
@@ -107,18 +109,17 @@ def configured(variant: Variant, factor: float, seed: int, args: argparse.Namesp
     """The options of one run; its folder is below `work`."""
     rates = {name: factor * rate for name, rate in variant.options.items() if name in RATES}
     thinks = variant.method not in ("bt", "sft")
-    sampling = {"max_completion_length": args.tokens, "num_generations": 4} if thinks else {}
+    common = {"minibatch_size": args.batch // 2, "num_train_epochs": 1}
+    common |= {"max_completion_length": args.tokens, "num_generations": 4} if thinks else {}
     return TrainConfig(
         model_name_or_path=str(args.model),
         dataset_name=str(work / f"{round(variant.share * args.rows)}.jsonl"),
         method=variant.method,  # type: ignore[arg-type]
         rollout_batch_size=args.batch,
-        minibatch_size=args.batch // 2,
-        num_train_epochs=1,
         save_steps=0,
         seed=seed,
         output_dir=str(work / "run"),
-        **sampling | variant.options | rates,
+        **common | variant.options | rates,
     )
 
 

@@ -92,12 +92,13 @@ class Trainer:
         if first == 0:
             self.trackers.metrics(0, accuracies(self.before))
         self.watch.restart()
-        train = self.display.stage(f"train {self.method.name}", self.feed.steps, done=self.step)
+        left = self._budget - self.trained
+        train = self.display.stage(f"train {self.method.name}", self.feed.steps, done=self.step, most=left)
         with self.stopping, self.saver, train as stage:
             while not self._over():
                 values = self.train_step(log, stage)
                 if self.step == 1:
-                    for line in warnings(values, self.config.max_completion_length):
+                    for line in warnings(values, self.config):
                         logger.warning("first rollout batch: %s.", line)
                 if self.step == first + 1:
                     logger.info(
