@@ -18,6 +18,8 @@ from dwrl_fast.log import logger
 
 ROOT = Path(__file__).resolve().parent.parent
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # without a network, every name that is looked up would take 20 seconds of retries
+
 # torch.compile's cache does not record the instruction set: code compiled under a lowered ATEN_CPU_CAPABILITY corrupts
 # the memory of a process with a wider one.
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(
@@ -88,7 +90,6 @@ def unpickling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             yield i, pyarrow.Table.from_pandas(pandas.read_pickle(file))
 
     monkeypatch.setattr(reader.Pandas, "_generate_tables", generate)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)

@@ -179,6 +179,7 @@ def test_models_that_share_weights_change_apart(tiny: Setting) -> None:
     assert tiny.runtime.model.lm.config._attn_implementation == "sdpa+tree"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_cases_of_a_gpu_on_a_small_model(
     checkpointing: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -38,15 +38,16 @@ interpreted = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_through_the_interpreter(slow: bool) -> None:
-    """slow: attention to a cache, which takes many steps."""
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", [False, True])
+def test_through_the_interpreter(cache: bool) -> None:
+    """cache: attention to a cache, which takes many steps."""
     if INTERPRETED:
         pytest.skip("this is the process it starts")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    files = [path for path in Path(__file__).parent.glob("test_ops*_gpu.py") if ("cache" in path.name) == slow]
+    files = [path for path in Path(__file__).parent.glob("test_ops*_gpu.py") if ("cache" in path.name) == cache]
     run = subprocess.run(
-        [*command, "-k", "interpreter_ or gpu.py", *([] if slow else [__file__]), *map(str, files)],
+        [*command, "-k", "interpreter_ or gpu.py", *([] if cache else [__file__]), *map(str, files)],
         env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]

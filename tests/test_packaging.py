@@ -149,6 +149,7 @@ def probe(python: Path, cwd: Path) -> dict:
     return found
 
 
+@pytest.mark.slow
 def test_bare_clone(root: Path, environment: Callable[..., Path]) -> None:
     python = environment()
     found = probe(python, root)
@@ -168,6 +169,7 @@ def test_wheel_from_the_root_of_a_checkout(in_wheel: Path, root: Path) -> None:
     succeed([in_wheel, "-c", TRANSFORMERS], root)
 
 
+@pytest.mark.slow
 def test_editable_without_a_compiler_and_then_with_one(
     checkout: Callable[..., Path], environment: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -197,6 +197,7 @@ def command(folder: Path, *arguments: object) -> Any:
     return subprocess.run(run, cwd=folder, env=None, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     path = tmp_path / "m.json"
@@ -244,8 +245,7 @@ def test_a_trace_without_compiled_operators_is_refused(tmp_path: Path, monkeypat
         trace(setup, 1)
 
 
-def test_a_configuration_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_a_configuration_that_is_not_there_is_said() -> None:
     config = parse_plan(["--model_config", "nowhere.json"])
     with pytest.raises(ModelError, match=r"cannot load a model from 'nowhere.json'. There is no such file."):
         planned(config, config.lengths, load_profile("h100"))
