@@ -60,7 +60,7 @@ def test_an_engine_rests_and_gets_its_weights_again_after_nan(wrong: str) -> Non
             return [Answer([2], [value], (value,) * len(ask.labels)) for ask in asks]
 
     sampler = VllmSampler(Resting(), (2,), list, "run")
-    rating = Rating(lambda place, ids: [7], (8, 9), "vocab", 2)
+    rating = Rating(lambda place, ids: [7], 2, (8, 9), "vocab")
     for _ in range(2):
         with pytest.raises(NotFiniteError):
             sampler.rated(CONTEXTS, 1, rating, **HOW)
