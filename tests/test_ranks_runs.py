@@ -104,7 +104,7 @@ def test_a_killed_rank_and_a_restart_lead_to_the_same_weights(folder: Path, whol
     done, there = run(folder, "killed", 2, *AUTO, fault="kill:1:2", restarts=1)
     assert done.returncode == 0 and "fault at step 2" in done.stdout, done.stdout + done.stderr
     assert "at step 2 of 4" in " ".join(done.stdout.split())
-    assert "lost the connection to another rank" in done.stderr
+    assert "(exitcode: -9)" in done.stderr  # the other rank says so too, unless torchrun ends it before
     assert weights(there) == weights(whole[2])
 
 
@@ -156,7 +156,7 @@ def test_a_rank_without_memory_ends_all_and_names_a_budget_that_suffices(folder:
     done, there = run(folder, "memory", 2, fault=f"memory:1:{MOST}")
     assert done.returncode != 0 and "fault at" in done.stdout, done.stdout + done.stderr
     said = re.search(
-        r"\nerror: out of memory in a micro-batch of (\d+) tokens on rank 1, .* give --token_budget (\d+) or less",
+        r"\nerror: out of memory in a micro-batch of (\d+) tokens on rank 1: give --token_budget (\d+) or less",
         done.stderr,
     )
     assert said is not None and done.stderr.count("\nerror: ") == 1, done.stderr
