@@ -46,8 +46,8 @@ class Watched(Display):
     """Checks that every stage is complete at its end."""
 
     @contextmanager
-    def stage(self, name: str, total: int, done: int = 0) -> Iterator[Stage]:
-        with super().stage(name, total, done) as stage:
+    def stage(self, name: str, total: int, done: int = 0, most: float = math.inf) -> Iterator[Stage]:
+        with super().stage(name, total, done, most) as stage:
             yield stage
             assert stage.done == total
 
