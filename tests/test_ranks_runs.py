@@ -104,7 +104,8 @@ def test_a_killed_rank_and_a_restart_lead_to_the_same_weights(folder: Path, whol
     done, there = run(folder, "killed", 2, *AUTO, fault="kill:1:2", restarts=1)
     assert done.returncode == 0 and "fault at step 2" in done.stdout, done.stdout + done.stderr
     assert "at step 2 of 4" in " ".join(done.stdout.split())
-    assert "(exitcode: -9)" in done.stderr  # the other rank says so too, unless torchrun ends it before
+    said = ("lost the connection to another rank", "(exitcode: -9)")  # by the other rank, or by torchrun if it is first
+    assert any(each in done.stderr for each in said), done.stderr
     assert weights(there) == weights(whole[2])
 
 
