@@ -282,7 +282,7 @@ def test_any_model_as_a_judge(folder: Path, caplog: pytest.LogCaptureFixture) ->
     assert "better one shown first" in (folder / "out" / "report.md").read_text()
     with pytest.raises(ConfigError, match="template without --method judge"):
         go(folder, *judge[2:])
-    with pytest.raises(ConfigError, match="no scale to mend"):
+    with pytest.raises(ConfigError, match="no scale to calibrate"):
         go(folder, *judge, "--calibrate")
 
 
