@@ -60,7 +60,7 @@ wheel: install  ## dist/: a source distribution, and a wheel with the C++ operat
 	$(BIN)/python -m build --no-isolation --outdir build/dist
 	mkdir dist
 	mv build/dist/*.tar.gz dist
-	$(BIN)/python -m auditwheel repair --wheel-dir dist $(PYTORCH_BRINGS:%=--exclude %) build/dist/*.whl
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m auditwheel repair --wheel-dir dist $(PYTORCH_BRINGS:%=--exclude %) build/dist/*.whl
 
 clean:  ## delete everything that can be made again, also .venv; keep runs/ and models/
 	rm -rf .venv .venv-vllm build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis dwrl_fast/_C*.so
