@@ -45,6 +45,7 @@ from dwrl_fast.evaluation.judged import judged_report
 from dwrl_fast.evaluation.pairs import credit
 from dwrl_fast.evaluation.scoring import Steps, score_rows
 from dwrl_fast.evaluation.units import Units
+from dwrl_fast.methods import METHODS
 from dwrl_fast.train import run
 from dwrl_fast.training.runlog import read_metrics
 
@@ -150,7 +151,8 @@ def made(
         folder = Path(str(config.output_dir))
         metrics = read_metrics(folder / "metrics.jsonl")
         found["signals"] = {k: [metrics[i][k] for i in (0, -1)] for k in SIGNALS if k in metrics[0]}
-        if files := sorted((folder / "thoughts").glob("*.jsonl")):
+        files = sorted((folder / "thoughts").glob("*.jsonl"))
+        if files and METHODS[variant.method].thinks:  # `bt` has one prefilled thought a response: no spread
             found["thoughts"] = [spread(files[i]) for i in (0, -1)]
         found["tokens"] = {k: sum(row.get(k, 0) for row in metrics) for k in SUMMED}
         found["seconds"] = result["seconds_by_stage"]
