@@ -47,7 +47,8 @@ def hf(hub: FakeHub, tmp_path: Path, command: str) -> subprocess.CompletedProces
     """Run a command line of `hf` as it is printed in one of our messages."""
     words = shlex.split(command)
     assert words[0] == "hf"
-    own = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
+    own = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+    own["HF_HOME"] = str(tmp_path / "home")
     script = [sys.executable, "-c", "from huggingface_hub.cli.hf import main; main()", *words[1:]]
     return subprocess.run(script, env=os.environ | own, capture_output=True, text=True, timeout=120)
 
