@@ -197,3 +197,5 @@ def test_one_batch_that_trained_is_enough() -> None:
     skipped = StallWatch()
     skipped.update({"skipped_batches": 2}, 4)
     assert "every update was skipped" in skipped.result()["why"]
+    skipped.update({"skipped_batches": 2, "grad_norm_score": 0.0}, 4)  # those of earlier rollout batches
+    assert "no row has a response that is better" in skipped.result()["why"]

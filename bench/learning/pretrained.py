@@ -37,6 +37,7 @@ from rich.table import Table
 
 from bench import command
 from bench.learning.real import untrained
+from bench.learning.signals import spread
 from bench.machine import machine
 from dwrl_fast import Scorer
 from dwrl_fast.config import TrainConfig
@@ -170,22 +171,6 @@ def made(
     found["seconds_in_all"] = time.monotonic() - started
     shutil.rmtree(work / "run", ignore_errors=True)
     return found
-
-
-def spread(file: Path) -> dict[str, float]:
-    """Of the thoughts of one rollout batch: the standard deviation of scores within a response and of the mean scores
-    of responses (nats), and the effective number of thoughts, 1 / sum(w**2) with w = softmax(scores) of a response.
-    """
-    scores: dict[tuple[str, int], list[float]] = {}
-    for line in file.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        scores.setdefault((row["source"], row["response"]), []).append(row["score"])
-    each = torch.tensor(list(scores.values()), dtype=torch.float64)
-    return {
-        "within_response": each.std(1).mean().item(),
-        "between_responses": each.mean(1).std().item(),
-        "effective_thoughts": (1 / each.softmax(1).square().sum(1)).mean().item(),
-    }
 
 
 def best_factor(runs: Sequence[Run], name: str, seed: int) -> float:

@@ -176,7 +176,7 @@ def _idle(values: Mapping[str, float]) -> tuple[str, str]:
             f"{values.get('right_thoughts', 0):.1%}, unparsable {values.get('unparsable', 0):.1%}). Raise "
             "--num_generations; if almost none can be read, start from a model that knows the verdict's form"
         )
-    if "loss" not in values and values.get("skipped_batches"):
+    if values.get("skipped_batches") and not any(name.startswith("grad_norm") for name in values):
         return "skipped", (
             "every update was skipped, because a log-prob, a loss or a gradient was not finite. The batches are in "
             "bad_batches/. Lower the learning rate"
