@@ -1,13 +1,17 @@
-"""Compares predictions of `dwrl_fast.plan` with the same steps timed on this machine.
+"""Compares predictions of `dwrl_fast.plan` with the same steps on this machine.
 
     python -m bench.plan
 
 The profile is measured before every setting, as with `dwrl_fast.doctor --profile`. Then models with random weights run
 whole steps (sampling and both updates) in this process, on artificial groups with the planned lengths; no thought ends
-early. Everything runs on one thread and is timed in CPU time of this process, so other load on the machine matters
-less.
+early. On a CPU everything runs on one thread, in float32, and is timed in CPU time of this process, so other load on
+the machine matters less.
+
+On a GPU the steps run in bfloat16 and are timed in wall time. There the predicted memory is also compared with the peak
+that PyTorch's allocator reports, for which the plan's reserve is left out.
 """
 
+import gc
 import json
 import statistics
 import tempfile
@@ -20,7 +24,7 @@ from rich.console import Console
 
 from bench import command
 from bench.machine import machine
-from bench.training.step import COMMON, MODELS
+from bench.training.step import COMMON, MODELS, QWEN_7B
 from dwrl_fast.compute import Compute
 from dwrl_fast.dialog import Dialog, Template
 from dwrl_fast.doctor.profile import measured
@@ -30,6 +34,7 @@ from dwrl_fast.encode import Group
 from dwrl_fast.methods import METHODS
 from dwrl_fast.plan import PlanConfig, Profile, planned
 from dwrl_fast.plan.lengths import groups
+from dwrl_fast.plan.memory import GIB, memory
 from dwrl_fast.plan.seconds import step
 from dwrl_fast.plan.trace import trace
 from dwrl_fast.ranks import ALONE, Ranks
@@ -50,8 +55,29 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"method": "bt", "gradient_checkpointing": True, "rollout_batch_size": 16, "minibatch_size": 8},
     ),
 }
+# On a GPU further models, of which several layers fit next to their optimizer states.
+LARGE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "dwrl, 4 layers of Qwen2.5-7B": (
+        QWEN_7B | {"num_hidden_layers": 4},
+        {"method": "dwrl", "rollout_batch_size": 16, "minibatch_size": 8, "gradient_checkpointing": True},
+    ),
+    "dwrl, 8 layers of Qwen2.5-7B, LoRA": (
+        QWEN_7B | {"num_hidden_layers": 8},
+        {"method": "dwrl", "rollout_batch_size": 16, "minibatch_size": 8, "use_peft": True},
+    ),
+}
 LENGTHS = {"prompt_tokens": 96, "response_tokens": 64, "thought_tokens": 24}
 ASKED = 0.25
+CUDA = torch.cuda.is_available()
+DTYPE: Any = "bf16" if CUDA else "fp32"
+
+
+def now() -> float:
+    """Seconds: of wall time on a GPU after all its work, otherwise of this process's CPU time."""
+    if not CUDA:
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def configured(model: dict[str, Any], options: dict[str, Any], folder: Path) -> PlanConfig:
@@ -60,14 +86,16 @@ def configured(model: dict[str, Any], options: dict[str, Any], folder: Path) -> 
     path.write_text(json.dumps(model))
     rest = {"max_completion_length": LENGTHS["thought_tokens"], "gpus": 1, "reserve_gib": 0.0, "learning_rate": 1e-9}
     return PlanConfig(
-        model_config=str(path), dataset_name="", tokenizer_name_or_path="", dtype="fp32", **LENGTHS | rest | options
+        model_config=str(path), dataset_name="", tokenizer_name_or_path="", dtype=DTYPE, **LENGTHS | rest | options
     )
 
 
-def predicted(config: PlanConfig, profile: Profile) -> dict[str, float]:
-    """The predicted seconds of a step by stage."""
+def predicted(config: PlanConfig, profile: Profile) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """The predicted seconds of a step by stage, and the bytes at every moment by kind."""
     setup = planned(config, config.lengths, profile)
-    return step(setup, trace(setup, 1), 1, 1, config.token_budget)
+    traced = trace(setup, 1)
+    seconds = step(setup, traced, 1, 1, config.token_budget)
+    return seconds, memory(setup, traced, 1, config.token_budget).moments
 
 
 def policy_of(config: PlanConfig, ranks: Ranks = ALONE) -> tuple[Policy, Any, list[Group]]:
@@ -99,9 +127,9 @@ def timed(config: PlanConfig, repeats: int) -> dict[str, float]:
             seconds["sampling"] = _sampling(policy.runtime.sampler, made, config)
         for minibatch in policy.pack(made, config.minibatch_size):
             for phase in method.phases:
-                started = time.process_time()
+                started = now()
                 policy.update(phase, minibatch, method.loss, 0)
-                seconds[phase] = seconds.get(phase, 0.0) + time.process_time() - started
+                seconds[phase] = seconds.get(phase, 0.0) + now() - started
         found.append(seconds)
     return {stage: statistics.median(each[stage] for each in found[1:]) for stage in found[0]}
 
@@ -111,11 +139,11 @@ def _sampling(sampler: Any, made: list[Group], config: PlanConfig) -> float:
     sampler.stop_ids = frozenset()  # every thought has its full length
     some = [group.sequences[k][0] for group in made for k in range(2)]
     asked = [one.ids[: one.thought.start] for one in some]
-    started = time.process_time()
+    started = now()
     thoughts = sampler.sample(
         asked, config.num_generations, max_tokens=config.max_completion_length, temperature=1.0, seed=0
     )
-    taken = time.process_time() - started
+    taken = now() - started
     assert all(len(thought.ids) == config.max_completion_length for each in thoughts for thought in each)
     return taken
 
@@ -123,7 +151,8 @@ def _sampling(sampler: Any, made: list[Group], config: PlanConfig) -> float:
 def main() -> None:
     """The command."""
     parser = command.parser("plan", __doc__)
-    parser.add_argument("--only", nargs="+", default=list(SETTINGS), choices=list(SETTINGS), metavar="SETTING")
+    settings = SETTINGS | (LARGE if CUDA else {})
+    parser.add_argument("--only", nargs="+", default=list(settings), choices=list(settings), metavar="SETTING")
     parser.add_argument("--repeats", type=int, default=3, help="steps that are timed, after one (default 3)")
     parser.add_argument("--quick", action="store_true", help="the first setting, once")
     parser.add_argument("--json", type=Path, help="write machine, versions, commit and figures to this file")
@@ -134,24 +163,42 @@ def main() -> None:
     torch.set_num_threads(1)
     cases: dict[str, Any] = {}
     for name in args.only:
-        model, options = SETTINGS[name]
-        profile = measured(Compute.resolve("fp32"), ALONE, time.process_time)
+        model, options = settings[name]
+        profile = measured(Compute.resolve(DTYPE), ALONE, now)
         with tempfile.TemporaryDirectory() as folder:
             config = configured(model, options, Path(folder))
-            cases[name] = {"predicted": predicted(config, profile), "measured": timed(config, args.repeats)}
-            cases[name]["profile"] = profile.to_yaml()
+            seconds, moments = predicted(config, profile)
+            gc.collect()
+            before = _begin()
+            cases[name] = {"predicted": seconds, "measured": timed(config, args.repeats), "profile": profile.to_yaml()}
+            cases[name]["predicted_bytes"] = moments
+            if CUDA:
+                cases[name]["measured_bytes"] = torch.cuda.max_memory_allocated() - before
         show(name, cases[name], console)
     if args.json:
         content = {"benchmark": "plan", "machine": machine(), "cases": cases}
         args.json.write_text(json.dumps(content, indent=1) + "\n")
 
 
+def _begin() -> int:
+    """Start a measurement of peak memory. Returns the bytes that are in use already; 0 without a GPU."""
+    if not CUDA:
+        return 0
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
 def show(name: str, case: dict[str, Any], console: Console) -> None:
     """Print a table of one setting, by stage and in total."""
     said, real = case["predicted"], case["measured"]
-    rows = [(stage, said[stage], real[stage]) for stage in real] + [("step", sum(said.values()), sum(real.values()))]
-    lines = [(stage, f"{a:.2f}", f"{b:.2f}", f"{a / b:.2f}") for stage, a, b in rows]
-    heads = ("stage", "predicted, s", "measured, s", f"ratio (asked {1 - ASKED} to {1 + ASKED})")
+    rows = [(f"{stage}, s", said[stage], real[stage]) for stage in real]
+    rows.append(("step, s", sum(said.values()), sum(real.values())))
+    if "measured_bytes" in case:
+        peak = max(sum(kinds.values()) for kinds in case["predicted_bytes"].values())
+        rows.append(("peak memory, GiB", peak / GIB, case["measured_bytes"] / GIB))
+    lines = [(what, f"{a:.2f}", f"{b:.2f}", f"{a / b:.2f}") for what, a, b in rows]
+    heads = ("", "predicted", "measured", f"ratio (target {1 - ASKED} to {1 + ASKED})")
     console.print(command.table(name, heads, lines))
 
 

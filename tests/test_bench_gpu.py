@@ -264,3 +264,44 @@ def test_real_pairs_that_are_missing_are_named(
     monkeypatch.setattr(gpu.lengths, "SHARED", tmp_path)
     assert not gpu.pairs(job(tmp_path))["ok"]
     assert "DWRL_FAST_SHARED" in capsys.readouterr().out
+
+
+def test_a_part_without_its_model_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(gpu, "MODEL", tmp_path / "no-model")
+    for part in (gpu.pretrained, gpu.lora):
+        assert part(job(tmp_path))["missing"][0] == "no-model"
+        assert "no-model" in (said := capsys.readouterr().out) and "make smollm2" in said
+
+
+def test_a_stopped_table_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The part continues the table that an earlier part left."""
+
+    def command(self: gpu.Job, *args: str) -> tuple[int, str]:
+        path = Path(args[args.index("--json") + 1])
+        cells = json.loads(path.read_text())["cells"] if path.exists() else []
+        path.write_text(json.dumps({"cells": [*cells, "a run"]}))
+        return (124 if len(cells) < 1 else 0), ""
+
+    monkeypatch.setattr(gpu.Job, "command", command)
+    for name in ("MODEL", "PAIRS"):
+        monkeypatch.setattr(gpu, name, tmp_path)
+    first = gpu.pretrained(job(tmp_path))
+    assert first == {"cells": ["a run"], "ok": False, "status": 124} and "UNFINISHED" in capsys.readouterr().out
+    assert gpu.pretrained(job(tmp_path)) == {"cells": ["a run", "a run"], "ok": True, "status": 0}
+
+
+def test_each_command_of_the_adapters_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def command(self: gpu.Job, *args: str) -> tuple[int, str]:
+        if "--json" in args:
+            Path(args[args.index("--json") + 1]).write_text('{"findings": []}')
+        return (4 if "dwrl_fast.doctor" in args and "--load_in_4bit" in args else 0), ""
+
+    monkeypatch.setattr(gpu.Job, "command", command)
+    monkeypatch.setattr(gpu, "MODEL", tmp_path)
+    found = gpu.lora(job(tmp_path))
+    assert not found["ok"] and [found[name]["status"] for name in found if name != "ok"] == [0, 4, 0]
+    assert found["doctor"]["report"] == {"findings": []}

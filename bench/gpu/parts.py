@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,11 +27,15 @@ import torch
 from bench import command
 from bench.machine import ceilings, machine
 from bench.training import lengths
+from dwrl_fast.doctor.options import ROWS
+from dwrl_fast.training.runlog import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 TOOLS = ("memcheck", "racecheck", "initcheck")
 REPEATS = 100
+MODEL, PAIRS = ROOT / "models" / "smollm2", ROOT / "data" / "on-topic"
+PREPARE = "`make smollm2` fetches the model; docs/pretrained.md has the command that prepares the pairs."
 MISSING_PACKAGE = re.compile(r"liger-kernel is not installed")
 INSTEAD = """there is no CUDA device, but every part needs one. Without a GPU you can run
     python -m pytest tests/test_ops_triton.py    the kernels through Triton's interpreter, and compiled for three GPUs
@@ -181,11 +185,16 @@ def repeats(job: Job) -> Outcome:
     return {"ok": ok, "repeats": REPEATS, "differing": found, "status": status}
 
 
+def not_run(missing: Sequence[Path], remedy: str) -> Outcome:
+    """The outcome of a part whose files are missing."""
+    print(f"NOT RUN: there is no {', no '.join(map(str, missing))}. {remedy}")
+    return {"ok": False, "missing": [path.name for path in missing]}
+
+
 def against_cpu(job: Job, module: str, stored: str, *options: str) -> Outcome:
     """A training run, compared with the prediction intervals of the stored CPU runs."""
     if not (RESULTS / stored).exists():
-        print(f"NOT RUN: there is no {RESULTS / stored}, which `python -m {module} --json` writes on a CPU")
-        return {"ok": False, "missing": [stored]}
+        return not_run([RESULTS / stored], f"`python -m {module} --json` writes it on a CPU.")
     report, output = job.benchmark(module, "--against", str(RESULTS / stored), *options)
     outside = re.findall(r"^.*\bOUTSIDE\b.*$", output, re.MULTILINE)
     return report | {"ok": report["ok"] and not outside, "outside": outside}
@@ -194,13 +203,56 @@ def against_cpu(job: Job, module: str, stored: str, *options: str) -> Outcome:
 def pairs(job: Job) -> Outcome:
     """bench.learning.overfit on the tokenizers and files of DWRL_FAST_SHARED."""
     tokenizers = lengths.SHARED / "tokenizers"
-    files = [str(lengths.SHARED / lengths.FILES[name]) for name in ("hh", "gsm8k_real")]
-    missing = [path for path in (str(tokenizers), *files) if not Path(path).exists()]
-    if missing:
-        print(f"NOT RUN: there is no {', '.join(missing)}; set DWRL_FAST_SHARED to the folder above data/")
-        return {"ok": False, "missing": missing}
-    given = ("--tokenizers", str(tokenizers), "--data", *files)
+    files = [lengths.SHARED / lengths.FILES[name] for name in ("hh", "gsm8k_real")]
+    if missing := [path for path in (tokenizers, *files) if not path.exists()]:
+        return not_run(missing, "Set DWRL_FAST_SHARED to the folder above data/.")
+    given = ("--tokenizers", str(tokenizers), "--data", *map(str, files))
     return against_cpu(job, "bench.learning.overfit", "cpu_overfit.json", *given)
+
+
+def pretrained(job: Job) -> Outcome:
+    """Every method on a pretrained model and real pairs. A run of this part continues the table of the last one."""
+    if missing := [path for path in (MODEL, PAIRS) if not path.exists()]:
+        return not_run(missing, PREPARE)
+    path = job.name.with_suffix(".json")
+    status, _ = job.command(
+        sys.executable, "-m", "bench.learning.pretrained", "--budget", "gpu", "--model", str(MODEL),
+        "--data", str(PAIRS), "--json", str(path),
+    )  # fmt: skip
+    if status == 124:
+        print("UNFINISHED: run this part again; it continues after the last finished run.")
+    return (json.loads(path.read_text()) if path.exists() else {}) | {"ok": status == 0, "status": status}
+
+
+def lora(job: Job) -> Outcome:
+    """The doctor on a pretrained model, with 4-bit LoRA and without; then a training with 4-bit LoRA."""
+    if not MODEL.exists():
+        return not_run([MODEL], PREPARE)
+    model = ("--model_name_or_path", str(MODEL), "--template", "brief", "--max_completion_length", "32")
+    bits = ("--use_peft", "--load_in_4bit")
+    share = Job(job.name, job.seconds / 3)
+    found: Outcome = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, more in {"doctor": (), "doctor, 4 bits": bits}.items():
+            path = Path(folder) / f"{len(found)}.json"
+            status, _ = share.command(sys.executable, "-m", "dwrl_fast.doctor", *model, *more, "--json", str(path))
+            found[name] = {"status": status, "report": json.loads(path.read_text()) if path.exists() else None}
+        path = Path(folder) / "run"
+        options = (
+            "--dataset_name",
+            str(ROWS),
+            "--output_dir",
+            str(path),
+            "--learning_rate",
+            "2e-4",
+            "--save_steps",
+            "0",
+        )
+        options += ("--rollout_batch_size", "4", "--minibatch_size", "2")
+        status, _ = share.command(sys.executable, "-m", "dwrl_fast.train", *model, *bits, *options)
+        path /= "metrics.jsonl"
+        found["train, 4 bits"] = {"status": status, "metrics": read_metrics(path) if path.exists() else []}
+    return found | {"ok": not any(each["status"] for each in found.values())}
 
 
 PARTS = {
@@ -232,6 +284,11 @@ PARTS = {
         lambda job: against_cpu(job, "bench.learning.embedded_seeds", "cpu_embedded_seeds.json", "--seeds", "0", "1"),
     ),
     "pairs": Part("overfitting real pairs, with real tokenizers, against the CPU's accuracies", 9, pairs),
+    "pretrained": Part("every method on models/smollm2 and data/on-topic; continues a stopped table", 9, pretrained),
+    "plan": Part(
+        "the plan's times and memory, and real steps", 8, lambda job: job.benchmark("bench.plan")[0],
+    ),
+    "lora": Part("the doctor, and training with 4-bit LoRA, on models/smollm2", 8, lora),
 }  # fmt: skip
 
 

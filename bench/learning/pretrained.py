@@ -287,7 +287,9 @@ def main() -> None:
                         continue
                     console.rule(f"{name}, rate x {factor:g}, seed {seed}")
                     cell["runs"].append(made(*key, args, work, rows, console))
-                    args.json.write_text(json.dumps(found) + "\n")
+                    part = args.json.with_suffix(".part")
+                    part.write_text(json.dumps(found) + "\n")
+                    part.replace(args.json)  # atomic: a part of bench.gpu is killed when its time is over
                     gc.collect()
     console.print(table(cell))
 
