@@ -23,6 +23,7 @@ from dwrl_fast.log import logger
 
 NAME = "default"  # name of the model's only adapter; peft's default
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+QUANTIZATION = "quantization_config.json"  # how the base was quantised, as transformers writes it
 PREFIX = "base_model.model."  # prefix of every name in peft's files
 # In a model with several experts in one tensor, peft interprets these names as parts of that tensor, which this package
 # cannot merge.
@@ -34,7 +35,7 @@ class Lora:
     """The settings of adapters (LoRA, arXiv 2106.09685).
 
     rank, alpha: the adapters' product is scaled by alpha / rank. targets: names of linear layers; empty: all except the
-    head. four_bit: whether the frozen model is quantised to NF4. Raises ConfigError if a package or a GPU is missing.
+    head. four_bit: whether the frozen model is quantised to NF4. Raises ConfigError if a package is missing.
     """
 
     rank: int
@@ -45,29 +46,15 @@ class Lora:
 
     def __post_init__(self) -> None:
         _need_peft()
-        if not self.four_bit:
-            return
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise ConfigError("--load_in_4bit: bitsandbytes is not installed (pip install bitsandbytes)")
-        if self.compute.device.type != "cuda":
-            raise ConfigError(
-                f"--load_in_4bit: the model would be on {self.compute.device.type}, but 4-bit products need CUDA; "
-                "leave the option out"
-            )
+        if self.four_bit:
+            _need_bitsandbytes("--load_in_4bit")
 
     def base_options(self) -> dict[str, Any]:
         """The arguments of `from_pretrained` for the frozen model. It is loaded in the run's dtype, on a CPU in
         float32: bfloat16 would save no time there, and the model would differ from the start of full training.
         """
         dtype = torch.float32 if self.compute.device.type == "cpu" else self.compute.dtype
-        if not self.four_bit:
-            return {"dtype": dtype}
-        from transformers import BitsAndBytesConfig
-
-        quantized = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=self.compute.dtype
-        )
-        return {"dtype": dtype, "quantization_config": quantized, "device_map": {"": self.compute.device}}
+        return {"dtype": dtype} | (_four_bit(self.compute) if self.four_bit else {})
 
 
 def add_adapters(lm: Any, lora: Lora, base: str) -> None:
@@ -92,6 +79,9 @@ def add_adapters(lm: Any, lora: Lora, base: str) -> None:
         task_type="SEQ_CLS" if scalar else "CAUSAL_LM",
         base_model_name_or_path=str(Path(base).resolve()) if Path(base).exists() else base,
     )
+    for module in lm.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # of bitsandbytes: its bfloat16 copies, for inference alone,
+            module.support_avx512bf16_for_cpu = False  # would give a thought other log-probs than training does
     if stray := sorted(name for name in targets if name not in linear and name.rpartition(".")[2] not in linear):
         raise ConfigError(
             f"--lora_target_modules {' '.join(stray)}: {type(lm).__name__} can have adapters only in its linear "
@@ -193,6 +183,23 @@ def _config(folder: str) -> dict[str, Any]:
         return dict(bounded_json(Path(folder) / CONFIG))
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(f"{folder} cannot be read as a folder of adapters: {error}. Copy it again") from None
+
+
+def base_options(folder: str) -> dict[str, Any]:
+    """The arguments of `from_pretrained` for the model that the adapters in `folder` belong to: in 4 bits if they were
+    trained so, because the rounding of the base is part of what they were fitted to.
+    """
+    if not (Path(folder) / QUANTIZATION).is_file():
+        return {}
+    _need_bitsandbytes(f"{folder} was trained on its base in 4 bits. Give the merged model next to it, or install it")
+    return _four_bit(Compute.resolve("auto"))
+
+
+def _four_bit(compute: Compute) -> dict[str, Any]:
+    from transformers import BitsAndBytesConfig
+
+    quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute.dtype)
+    return {"quantization_config": quantized, "device_map": {"": compute.device}}
 
 
 def merged_adapter(lm: Any, folder: str) -> Any:
@@ -299,7 +306,9 @@ def _layers(lm: Any) -> dict[str, Any]:
 
 
 def write_adapter(folder: Path, lm: Any) -> None:
-    """Write the adapters of `lm` in peft's format. PeftModel.from_pretrained loads them onto their base."""
+    """Write the adapters of `lm` in peft's format. PeftModel.from_pretrained loads them onto their base, which a run in
+    4 bits describes in QUANTIZATION.
+    """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
@@ -308,6 +317,8 @@ def write_adapter(folder: Path, lm: Any) -> None:
     tensors = {PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     lm.peft_config[NAME].save_pretrained(folder)
+    if quantization := getattr(lm.config, "quantization_config", None):
+        quantization.to_json_file(folder / QUANTIZATION)
 
 
 def base_fingerprint(lm: Any) -> str:
@@ -327,3 +338,8 @@ def base_fingerprint(lm: Any) -> str:
 def _need_peft() -> None:
     if importlib.util.find_spec("peft") is None:
         raise ConfigError("--use_peft: peft is not installed (pip install peft)")
+
+
+def _need_bitsandbytes(why: str) -> None:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(f"{why}: bitsandbytes is not installed (pip install bitsandbytes)")

@@ -25,6 +25,7 @@ from dwrl_fast.models.adapters import (
     adapted,
     adapter_base,
     add_adapters,
+    base_options,
     holds_head,
     is_adapter,
     merged_adapter,
@@ -210,7 +211,7 @@ def _load(
         try:
             check_folder(path)
             if name_or_path is not None:
-                options = extra | ({"dtype": dtype or torch.float32} if lora is None else lora.base_options())
+                options = {"dtype": dtype or torch.float32} | extra | ({} if lora is None else lora.base_options())
                 options = gguf.dequantising(options, source) if keywords else options | {"use_safetensors": True}
                 # The report lists missing weights and weights of different sizes.
                 options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -300,7 +301,7 @@ def _load_merged(auto: Any, folder: str, seed: int, lora: Lora | None, **extra: 
         )
     name = adapter_base(folder)
     try:
-        base = _load(auto, name, None, seed, None, None, new_head=holds_head(folder), **extra)
+        base = _load(auto, name, None, seed, None, None, new_head=holds_head(folder), **extra, **base_options(folder))
     except ModelError as error:
         raise ModelError(
             f"{folder} holds adapters of {name}, which is also needed: put it back, or write its new place into "
