@@ -3,18 +3,21 @@
 import copy
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fakes import FakePolicy
+from rich.console import Console
 from safetensors.torch import load_file
 from test_layouts import apart, drawn
 from tiny import tiny_config, tiny_dialog, tiny_folder, tiny_pairs
 from torch import Tensor
 
 from bench.harness import matrix_products
+from dwrl_fast import Scorer
 from dwrl_fast.batching.batch import Size
 from dwrl_fast.compute import Compute
 from dwrl_fast.config import TrainConfig
@@ -30,11 +33,11 @@ from dwrl_fast.models.model import GenerativeModel, load_generative, place
 from dwrl_fast.models.pretrained import save_pretrained
 from dwrl_fast.progress import Display
 from dwrl_fast.sampling import groups
+from dwrl_fast.train import run
 from dwrl_fast.training.runlog import read_metrics
 from dwrl_fast.training.trainer import Trainer
 
 pytest.importorskip("peft", reason="peft is not installed")
-CUDA = torch.cuda.is_available()
 LORA: dict[str, Any] = {"use_peft": True, "lora_r": 3, "lora_alpha": 4, "dtype": "fp32"}
 PACKINGS = ["tree", "packed", "padded"]
 
@@ -354,27 +357,52 @@ def test_what_is_refused(folder: Path, case: str) -> None:
     [
         ("peft", {}, "use_peft: peft is not installed"),
         ("bitsandbytes", {"load_in_4bit": True}, "load_in_4bit: bitsandbytes is not installed"),
-        pytest.param(
-            None, {"load_in_4bit": True}, "load_in_4bit: the model would be on cpu",
-            marks=pytest.mark.skipif(CUDA, reason="a CUDA device"),
-        ),
     ],
 )  # fmt: skip
 def test_what_is_not_there_is_named(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, lacking: str | None, changes: dict[str, Any], said: str
+    folder: Path, monkeypatch: pytest.MonkeyPatch, lacking: str, changes: dict[str, Any], said: str
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == lacking else object())
     with pytest.raises(UserError, match=said):
         make_policy(tiny_config(folder, **LORA | changes))
 
 
-@pytest.mark.skipif(not CUDA, reason="no CUDA device")
-def test_in_4_bits(folder: Path) -> None:
-    """The 4-bit model computes nearly the same as the merged model with the dequantised 4-bit weights."""
+FOUR = LORA | {"load_in_4bit": True}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_in_4_bits(folder: Path, dtype: str) -> None:
+    """The 4-bit model computes the same as the merged model with the dequantised 4-bit weights."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    policy = make_policy(tiny_config(folder, **LORA | {"load_in_4bit": True, "dtype": "bf16"}))
+    policy = make_policy(tiny_config(folder, **FOUR | {"dtype": dtype}))
     groups = groups_of(policy)
     whole = merged(policy)
-    found = outcome(policy, groups, "tree", "joint")
     assert {p.dtype for p in policy.model.parameters() if p.requires_grad} == {torch.float32}
-    assert apart(found, outcome(whole, groups, "tree", "joint"))["logprobs"] < 0.02
+    found, like = (outcome(each, groups, "tree", "joint") for each in (policy, whole))
+    for name in ("logprobs", "scores"):
+        assert (found[name] - like[name]).norm() < (1e-4 if dtype == "fp32" else 0.02) * like[name].norm()
+
+
+@pytest.mark.parametrize("method", ["dwrl", "bt"])
+def test_a_run_in_4_bits(folder: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It resumes bit for bit. Its adapters are loaded on the base in 4 bits, so they score as the merged model does."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    runs = folder / "whole", folder / "half"
+    options = FOUR | {"method": method, "max_steps": 2, "save_steps": 1, "learning_rate": 1e-2}
+    for each in runs:
+        run(tiny_config(folder, output_dir=str(each), **options), Console(quiet=True))
+    for path in (runs[1] / name for name in ("checkpoint-000002", "model", "adapter")):
+        shutil.rmtree(path)
+    (runs[1] / "result.json").unlink()
+    resumed = tiny_config(folder, output_dir=str(runs[1]), resume_from_checkpoint="latest", **options)
+    run(resumed, Console(quiet=True))
+
+    def scores(path: Path) -> Tensor:
+        return Scorer.from_pretrained(path).score(["3 + 4?", "3 + 5?"], ["7", "8"])
+
+    expected = scores(runs[0] / "model")
+    assert torch.equal(scores(runs[1] / "model"), expected)
+    torch.testing.assert_close(scores(runs[0] / "adapter"), expected, rtol=0, atol=1e-4)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "bitsandbytes" else object())
+    with pytest.raises(UserError, match=r"trained on its base in 4 bits\. Give the merged model.*not installed"):
+        scores(runs[0] / "adapter")

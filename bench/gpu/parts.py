@@ -238,17 +238,8 @@ def lora(job: Job) -> Outcome:
             status, _ = share.command(sys.executable, "-m", "dwrl_fast.doctor", *model, *more, "--json", str(path))
             found[name] = {"status": status, "report": json.loads(path.read_text()) if path.exists() else None}
         path = Path(folder) / "run"
-        options = (
-            "--dataset_name",
-            str(ROWS),
-            "--output_dir",
-            str(path),
-            "--learning_rate",
-            "2e-4",
-            "--save_steps",
-            "0",
-        )
-        options += ("--rollout_batch_size", "4", "--minibatch_size", "2")
+        options = ["--dataset_name", str(ROWS), "--output_dir", str(path), "--learning_rate", "2e-4"]
+        options += ["--rollout_batch_size", "4", "--minibatch_size", "2", "--save_steps", "0"]
         status, _ = share.command(sys.executable, "-m", "dwrl_fast.train", *model, *bits, *options)
         path /= "metrics.jsonl"
         found["train, 4 bits"] = {"status": status, "metrics": read_metrics(path) if path.exists() else []}

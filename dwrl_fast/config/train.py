@@ -115,7 +115,7 @@ python -m dwrl_fast.train --config runs/mine/config.yaml --resume_from_checkpoin
         (), "Names of the linear layers that get adapters: q_proj v_proj. none: all except the head."
     )
     load_in_4bit: bool = adapters_option(
-        False, "Keep the frozen model in 4 bits (NF4), as QLoRA does. Needs CUDA and bitsandbytes."
+        False, "Keep the frozen model in 4 bits (NF4), as QLoRA does. Needs bitsandbytes."
     )
 
     dataset_name: str | None = data_option(
