@@ -42,7 +42,14 @@ if TYPE_CHECKING:  # mypy cannot read computed base classes, so their attributes
 
 else:
     MethodName = Literal[tuple(METHODS)]
-    MethodOptions = dataclasses.make_dataclass("MethodOptions", (), bases=OWNERS[::-1], frozen=True, kw_only=True)
+    MethodOptions = dataclasses.make_dataclass(
+        "MethodOptions",
+        (),
+        bases=OWNERS[::-1],
+        namespace={"__doc__": "The options of all methods."},
+        frozen=True,
+        kw_only=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
