@@ -547,6 +547,7 @@ def save_without_end(parent: Path, step: int, said: Connection) -> None:
         save_checkpoint(parent, step, numbers(step), {"step": step}, keep=2)
 
 
+@pytest.mark.slow
 def test_twenty_kills_while_saving(tmp_path: Path) -> None:
     """SIGKILL at random moments. Every checkpoint reported as saved exists, is intact, and equals the state of its
     step.

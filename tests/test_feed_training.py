@@ -62,7 +62,12 @@ def untimed(row: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"streaming": True, "shuffle_buffer_size": 3}, {"streaming": True, "method": "bt"}]
+    "changes",
+    [
+        {"streaming": True, "method": "bt"},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"streaming": True, "shuffle_buffer_size": 3}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_mixture_resumes_to_the_bit(folder: Path, changes: dict[str, Any]) -> None:
     """24 draws from files of 9 and 5 rows read each file more than once. A stream's buffer drains and refills."""

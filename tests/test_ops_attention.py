@@ -176,6 +176,7 @@ def test_opcheck() -> None:
         torch.library.opcheck(raw.tree_attention_backward.default, (x["grad"], *plain, *made, *plan, *options))
 
 
+@pytest.mark.slow
 @built
 def test_eager_equals_compiled() -> None:
     plan = TREES["a group"]

@@ -44,7 +44,7 @@ def run_under(instructions: str, names: tuple[str, ...], selected: str, capsys: 
         print(f"\n{instructions} on a processor with {native}: {run.stdout.splitlines()[-1]}")
 
 
-@pytest.mark.parametrize("instructions", LOWERED)
+@pytest.mark.parametrize("instructions", ["AVX2"])
 def test_some_of_the_operators_tests(instructions: str, capsys: pytest.CaptureFixture[str]) -> None:
     selected = "(test_trees and forest) or (test_shapes and 4099)"
     run_under(instructions, ("accuracy", "attention", "cache"), selected, capsys)

@@ -88,6 +88,7 @@ def test_nothing_registered_is_left_unchecked() -> None:
     assert ours == {*NAMES, "yes_no_scores", "instruction_set"}
 
 
+@pytest.mark.slow
 @built
 def test_eager_equals_compiled() -> None:
     x = tokens(softcap=20.0)

@@ -157,12 +157,14 @@ def test_bare_clone(root: Path, environment: Callable[..., Path]) -> None:
     succeed([python, "-c", TRANSFORMERS], root)
 
 
+@pytest.mark.slow
 def test_wheel(in_wheel: Path, tmp_path: Path) -> None:
     found = probe(in_wheel, tmp_path)
     assert Path(found["package"]).parent.name == "site-packages"
     assert found["kernels"] == f"{found['package']}/kernels"
 
 
+@pytest.mark.slow
 def test_wheel_from_the_root_of_a_checkout(in_wheel: Path, root: Path) -> None:
     found = probe(in_wheel, root)
     assert (found["package"], found["kernels"]) == (str(root / "dwrl_fast"), str(root / "kernels"))
@@ -208,6 +210,7 @@ def test_a_source_that_does_not_compile_fails_the_build(checkout: Callable[..., 
     assert run(build, root).returncode != 0
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path, root: Path) -> None:
     inside = {name for name in zipfile.ZipFile(wheel).namelist() if not re.match(r"dwrl_fast-[^/]*\.dist-info/", name)}
     paths = [path.relative_to(root) for name in ("dwrl_fast", "kernels") for path in (root / name).rglob("*.*")]
@@ -222,6 +225,7 @@ def metadata(wheel: Path) -> Message:
         return Parser().parsestr(archive.read(name).decode())
 
 
+@pytest.mark.slow
 @COMPILER
 def test_the_wheel_depends_on_the_pytorch_that_it_was_compiled_for(wheel: Path) -> None:
     major, minor = map(int, PYTORCH)

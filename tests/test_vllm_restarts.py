@@ -152,6 +152,7 @@ def served(folder: Path, url: str, **changes: Any) -> TrainConfig:
     return config_of(folder, save_steps=0, **changes)
 
 
+@pytest.mark.slow
 def test_a_restarted_server_is_counted_and_one_that_stays_away_ends_the_run(
     module_folder: Path, tmp_path: Path, fake: tuple[FakeVllm, str], caplog: pytest.LogCaptureFixture
 ) -> None:
