@@ -20,7 +20,7 @@ COPY pyproject.toml setup.py README.md LICENSE ./
 COPY csrc csrc
 COPY dwrl_fast dwrl_fast
 COPY kernels kernels
-RUN pip install --no-cache-dir -c constraints.txt --no-build-isolation ".[peft,agreement]" \
+RUN pip install --no-cache-dir -c constraints.txt --no-build-isolation ".[qlora,agreement]" \
     && python -m dwrl_fast.ops.extension
 
 FROM ${BASE}
