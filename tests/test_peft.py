@@ -383,12 +383,12 @@ def test_in_4_bits(folder: Path, dtype: str) -> None:
         assert (found[name] - like[name]).norm() < (1e-4 if dtype == "fp32" else 0.02) * like[name].norm()
 
 
-@pytest.mark.parametrize("method", ["dwrl", "bt"])
-def test_a_run_in_4_bits(folder: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("changes", [{"method": "dwrl", "dtype": "bf16"}, {"method": "bt"}])
+def test_a_run_in_4_bits(folder: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """It resumes bit for bit. Its adapters are loaded on the base in 4 bits, so they score as the merged model does."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     runs = folder / "whole", folder / "half"
-    options = FOUR | {"method": method, "max_steps": 2, "save_steps": 1, "learning_rate": 1e-2}
+    options = FOUR | changes | {"max_steps": 2, "save_steps": 1, "learning_rate": 1e-2}
     for each in runs:
         run(tiny_config(folder, output_dir=str(each), **options), Console(quiet=True))
     for path in (runs[1] / name for name in ("checkpoint-000002", "model", "adapter")):

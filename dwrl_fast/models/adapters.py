@@ -50,11 +50,8 @@ class Lora:
             _need_bitsandbytes("--load_in_4bit")
 
     def base_options(self) -> dict[str, Any]:
-        """The arguments of `from_pretrained` for the frozen model. It is loaded in the run's dtype, on a CPU in
-        float32: bfloat16 would save no time there, and the model would differ from the start of full training.
-        """
-        dtype = torch.float32 if self.compute.device.type == "cpu" else self.compute.dtype
-        return {"dtype": dtype} | (_four_bit(self.compute) if self.four_bit else {})
+        """The arguments of `from_pretrained` for the frozen model."""
+        return {"dtype": _base_dtype(self.compute)} | (_four_bit(self.compute) if self.four_bit else {})
 
 
 def add_adapters(lm: Any, lora: Lora, base: str) -> None:
@@ -198,8 +195,17 @@ def base_options(folder: str) -> dict[str, Any]:
 def _four_bit(compute: Compute) -> dict[str, Any]:
     from transformers import BitsAndBytesConfig
 
-    quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute.dtype)
+    quantized = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=_base_dtype(compute)
+    )
     return {"quantization_config": quantized, "device_map": {"": compute.device}}
+
+
+def _base_dtype(compute: Compute) -> torch.dtype:
+    """The dtype of the frozen model: that of the run, on a CPU float32. There bfloat16 would save no time, and the
+    model would differ from the start of full training.
+    """
+    return torch.float32 if compute.device.type == "cpu" else compute.dtype
 
 
 def merged_adapter(lm: Any, folder: str) -> Any:
