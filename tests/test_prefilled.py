@@ -57,6 +57,19 @@ def test_the_head_reads_a_greedy_thought_of_the_base_model(folder: Path) -> None
         torch.testing.assert_close(gradients[name], p.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_a_judge_keeps_few_thoughts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the reward of a policy it reads ever new texts."""
+    monkeypatch.setattr("dwrl_fast.sampling.kept.MOST", 4)
+    sampler = FakePolicy(tiny_config(folder, method="bt", prefilled_thoughts=True)).runtime.sampler
+    contexts = [[5, 6, k] for k in range(7, 13)]
+    how: dict[str, Any] = {"max_tokens": 3, "temperature": 0.0, "seed": 0}
+    first = sampler.sample(contexts, 1, **how)
+    assert [sampler.sample([context], 1, **how)[0] for context in contexts] == first
+    for k in range(20):
+        sampler.sample([[6, k, 5]], 1, **how)
+    assert len(sampler.found) <= 5
+
+
 def test_thoughts_are_written_once_and_stay(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[int] = []
 

@@ -39,6 +39,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "bloom": {"n_head": 4},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4},
     "nemotron": {},
+    "modernbert-decoder": {"global_attn_every_n_layers": 1, "bos_token_id": 1},
+    "recurrent_gemma": {},
+    "seed_oss": {"residual_dropout": 0.1, "attention_dropout": 0.1},
+    "opt": {"ffn_dim": 32, "word_embed_proj_dim": 32},
+    "gpt_bigcode": {"n_embd": 32, "n_layer": 2, "n_head": 4},
+    "qwen2_moe": {},
+    "afmoe": {"num_dense_layers": 1, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
 }
 
 
@@ -269,3 +276,75 @@ def test_a_dry_run_tries_a_model_that_is_at_hand(tmp_path: Path, capsys: pytest.
     save_file(weights, tmp_path / "tiny" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="its weights hold NaN"):
         train.main(given)
+
+
+def test_a_head_of_more_than_one_matrix_is_refused() -> None:
+    """The logits of ModernBERT's decoder come from a dense layer and a norm before the output embedding."""
+    said = (
+        r"ModernBertDecoderForCausalLM cannot be used here: on a few tokens its logits differ by .* Use another model"
+    )
+    for packing in ("tree", "padded"):
+        with pytest.raises(ModelError, match=said):
+            placed(made("modernbert-decoder"), packing, thinks=False)
+
+
+def test_every_soft_cap_of_logits_is_read() -> None:
+    model = placed(made("recurrent_gemma", lru_width=32, attention_window_size=8), "padded", thinks=False)
+    assert model.softcap == 30.0
+    with torch.no_grad():
+        model.lm.get_output_embeddings().weight.mul_(100)  # logits of the size of the soft-cap
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        states = model.lm.base_model(ids, use_cache=False).last_hidden_state[0]
+        expected = model.lm(ids, use_cache=False).logits[0]
+    assert expected.abs().amax() > 10
+    torch.testing.assert_close(model.head(states, states[:0]).logits(states), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["seed_oss", "opt", "gpt_bigcode", "gpt2"])
+def test_dropout_of_every_form_is_off_in_training(kind: str, tmp_path: Path) -> None:
+    """Seed-OSS and OPT apply it as a function of an attribute, GPT-BigCode passes it to the attention."""
+    made(kind).save_pretrained(tmp_path / kind)
+    model = load_generative(str(tmp_path / kind), None, 0)
+    lm = placed(model.lm).lm
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        torch.testing.assert_close(lm.train()(ids).logits, lm.eval()(ids).logits, rtol=0, atol=0)
+
+
+def test_noise_in_training_that_cannot_be_switched_off_is_refused() -> None:
+    lm = made("llama")
+    layer = lm.base_model.layers[0]
+    forward = layer.mlp.forward
+    layer.mlp.forward = lambda x: forward(torch.nn.functional.dropout(x, 0.1, layer.training))
+    with pytest.raises(ModelError, match="LlamaForCausalLM cannot be used here: in training mode its states differ"):
+        placed(lm)
+
+
+def test_a_window_in_the_mask_alone_is_not_lost() -> None:
+    """Qwen2-MoE does not pass its window to its attention."""
+    sliding = EXPERTS | {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}
+    sliding |= {"shared_expert_intermediate_size": 16}
+    with pytest.raises(
+        ModelError, match=r"cannot run on a tree.*sliding window in its mask alone.*padded, which works"
+    ):
+        placed(made("qwen2_moe", **sliding))
+    model = placed(made("qwen2_moe", **sliding), "padded")
+    assert not model.shares_cache and "tree" not in model.lm.config._attn_implementation
+    assert placed(made("qwen2_moe", **sliding | {"use_sliding_window": False})).shares_cache
+
+
+def test_an_attention_that_names_its_mask_runs_on_a_tree() -> None:
+    """AFMoE calls its attention with names only."""
+    assert placed(made("afmoe")).shares_cache
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt"])
+def test_learned_positions_end(kind: str) -> None:
+    model = placed(made(kind, max_position_embeddings=LIMIT))
+    assert not check_positions(model, LIMIT)
+    with pytest.raises(
+        ModelError, match=f"may reach {LIMIT + 1} tokens, but the model has positions for {LIMIT}, each"
+    ):
+        check_positions(model, LIMIT + 1)
+    assert check_positions(placed(made("llama", max_position_embeddings=LIMIT)), LIMIT + 1)

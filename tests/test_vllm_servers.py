@@ -284,6 +284,14 @@ def test_too_long_sequences_are_refused_before_they_are_sent(url: str) -> None:
         sampler_of(url).sample([[1] * 67], 1, **HOW)
 
 
+def test_a_rating_needs_room_for_its_label(url: str) -> None:
+    """The turns after the thought take 2 tokens, and vLLM is asked for one more."""
+    rating = Rating(lambda place, ids: [7, 7], 2, (8, 9), "vocab")
+    with pytest.raises(ConfigError, match="may take 65 tokens, but vLLM takes at most 64"):
+        sampler_of(url).rated([[1] * 58], 1, rating, **HOW)
+    sampler_of(url).rated([[1] * 57], 1, rating, **HOW)
+
+
 def test_two_servers_share_the_thoughts() -> None:
     one, two = FakeVllm(), FakeVllm()
     with serving(one) as a, serving(two) as b:

@@ -252,10 +252,8 @@ def plain(lm: Any) -> Any:
     """
     if not adapted(lm):
         return lm
-    config = copy.deepcopy(lm.config)
-    config.__dict__.pop("quantization_config", None)
     with torch.device("meta"):
-        model = type(lm)(config)
+        model = type(lm)(plain_config(lm))
     weights = {name: weight.cpu() for name, weight in merged(lm, dequantized(lm))}
     found = model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
@@ -266,6 +264,13 @@ def plain(lm: Any) -> Any:
     if lm.can_generate():
         model.generation_config = lm.generation_config
     return model
+
+
+def plain_config(lm: Any) -> Any:
+    """The configuration of `plain(lm)`, without the quantisation of a model in 4 bits."""
+    config = copy.deepcopy(lm.config)
+    config.__dict__.pop("quantization_config", None)
+    return config
 
 
 def dequantized(lm: Any) -> Iterator[tuple[str, Tensor]]:

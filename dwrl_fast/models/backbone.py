@@ -125,6 +125,13 @@ def attend_over_trees(lm: Any) -> None:
         lm.set_attn_implementation(base + SUFFIX)
 
 
+def attend_as_before(lm: Any) -> None:
+    """Undo `attend_over_trees`."""
+    base = lm.config.get_text_config()._attn_implementation
+    if base.endswith(SUFFIX):
+        lm.set_attn_implementation(base.removesuffix(SUFFIX))
+
+
 def _hindrance(lm: Any, config: Any) -> str | None:
     """The reason in its configuration why `lm` cannot run on a tree; None if there is none."""
     if not lm._can_set_attn_implementation():
@@ -148,16 +155,16 @@ def _register(base: str) -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     def attention(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
         plan = options.pop("plan", None)
         if plan is not None:
             return _attention(module, query, key, value, plan, **options), None
         if base == "eager":  # not in the registry: each model file has its own
             return sys.modules[type(module).__module__].eager_attention_forward(  # type: ignore[attr-defined]
-                module, query, key, value, mask, **options
+                module, query, key, value, attention_mask, **options
             )
-        return ALL_ATTENTION_FUNCTIONS[base](module, query, key, value, mask, **options)
+        return ALL_ATTENTION_FUNCTIONS[base](module, query, key, value, attention_mask, **options)
 
     AttentionInterface.register(base + SUFFIX, attention)
     AttentionMaskInterface.register(base + SUFFIX, ALL_MASK_ATTENTION_FUNCTIONS[base])
@@ -185,8 +192,20 @@ def _attention(
             f"{type(module).__name__} asks its attention for {', '.join(unknown)}, which a tree of tokens does not "
             "support"
         )
+    if sliding_window is None and _slides(module):
+        raise ModelError(
+            f"{type(module).__name__} has a sliding window in its mask alone, and a tree of tokens has no such mask"
+        )
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     options: dict[str, Any] = {"scale": scaling, "softcap": softcap, "window": sliding_window, "sinks": s_aux}
     if isinstance(plan, CachedPlan):
         return plan.attend(module.layer_idx, q, k, v, **options)[None]
     return ops.tree_attention(q, k, v, plan, **options)[None]
+
+
+def _slides(module: Any) -> bool:
+    """Whether the layer of this attention has a sliding window by its configuration."""
+    config = getattr(module, "config", None)
+    if kinds := getattr(config, "layer_types", None):
+        return bool(kinds[module.layer_idx] == "sliding_attention")
+    return bool(getattr(config, "sliding_window", None))

@@ -45,6 +45,7 @@ from dwrl_fast.models.trial import admit
 from dwrl_fast.sampling.cache import CachedPlan
 
 Model = TypeVar("Model", "GenerativeModel", "ScalarModel")
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # of Gemma, RecurrentGemma, xLSTM
 LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier_scale")
 
 
@@ -58,6 +59,7 @@ class PreferenceModel(nn.Module):
 
     def __init__(self, lm: Any):
         super().__init__()
+        switch_dropout_off(lm)
         keep_softcap(lm)
         keep_rotary(lm)
         self.lm = lm
@@ -92,7 +94,8 @@ class GenerativeModel(PreferenceModel):
                     f"{type(lm).__name__} multiplies its logits ({name} = {getattr(config, name)}), which the fused "
                     "head does not do; use a model without it (Llama, Qwen, Mistral, Gemma)"
                 )
-        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        caps = (getattr(config, name, None) for name in SOFTCAPS)
+        self.softcap: float | None = next((cap for cap in caps if cap), None)
 
     def forward(self, batch: Batch, *, tokens: bool) -> HeadInputs:
         """The hidden states at the score rows, and with `tokens` at the thought rows too, with the head's weights."""
@@ -245,7 +248,6 @@ def _load(
             raise ModelError(f"{source} is an adapter of the hub: give a local folder of it, or the merged model")
         if lora is not None:
             add_adapters(model, lora, source)
-    switch_dropout_off(model)
     return model
 
 
@@ -335,10 +337,11 @@ def switch_dropout_off(model: nn.Module) -> None:
     and the ratios of the policy loss would be wrong.
     """
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            setattr(module, "attention_dropout", 0.0)  # noqa: B010 - an attribute of Hugging Face's, not of nn.Module
+        for name, value in vars(module).items():
+            if isinstance(value, float) and "drop" in name:  # for example attention_dropout, layerdrop, attn_pdrop
+                setattr(module, name, 0.0)
 
 
 def check_vocabulary(model: "GenerativeModel | ScalarModel", largest_id: int) -> None:
@@ -365,14 +368,25 @@ def check_positions(
 ) -> bool:
     """Warn if a sequence of `longest` tokens has more tokens than the model has positions. Returns whether it has.
 
-    remedy: the advice in the warning. Raises ModelError past `rotary_limit`, where scores would depend on the batch.
+    remedy: the advice in the warning. Raises ModelError past `rotary_limit`, where scores would depend on the batch,
+    and for a model that has an embedding of positions (GPT-2, OPT), which has no further rows.
     """
     refuse_past_rotary(model.lm, longest)
     most = positions(model)
-    past = most is not None and longest > most
-    if past:
-        logger.warning("Sequences may reach %d tokens, but the model has positions for %d: %s.", longest, most, remedy)
-    return past
+    if most is None or longest <= most:
+        return False
+    said = f"Sequences may reach {longest} tokens, but the model has positions for {most}"
+    if _embeds_positions(model.lm, most):
+        raise ModelError(f"{said}, each with its own weights: {remedy}.")
+    logger.warning("%s: %s.", said, remedy)
+    return True
+
+
+def _embeds_positions(lm: Any, most: int) -> bool:
+    """Whether a row of an embedding belongs to each of `most` positions. Some models have a few rows more."""
+    embeddings = (module for module in lm.base_model.modules() if isinstance(module, nn.Embedding))
+    own = lm.get_input_embeddings()
+    return any(each is not own and most <= each.num_embeddings < most + 8 for each in embeddings)
 
 
 def quiet() -> None:

@@ -19,7 +19,7 @@ from dwrl_fast.dialog import TokenSequence
 from dwrl_fast.encode import Group
 from dwrl_fast.errors import ModelError, NotFiniteError, UserError
 from dwrl_fast.log import info_once
-from dwrl_fast.models.backbone import attend_over_trees, backbone_states
+from dwrl_fast.models.backbone import attend_as_before, attend_over_trees, backbone_states
 from dwrl_fast.sampling import Limits, Sampler, TransformersSampler, TreeSampler
 
 # Three rows share three tokens, two of them five; the last row shares nothing and is shorter.
@@ -32,20 +32,24 @@ WITHOUT_THOUGHTS = "gram, genrm, sft and dpo write none"
 
 
 def admit(model: Any, packing: Packing, pad_id: int, compute: Compute, *, thinks: bool) -> bool:
-    """Prepare `model`, which is on its device, for batches of `packing`, and try it on a few tokens: the layout and, if
-    it `thinks`, sampling. Returns whether it can sample with a shared cache (`TreeSampler`). If not, this is logged,
-    and each thought gets its own cache.
+    """Prepare `model`, which is on its device, for batches of `packing`, and try it on a few tokens: its head, its
+    training mode, the layout and, if it `thinks`, sampling. Returns whether it can sample with a shared cache
+    (`TreeSampler`). If not, this is logged, and each thought gets its own cache.
 
     Raises ModelError, with the reason and a remedy that was tried, if it cannot run, and NotFiniteError if its weights
     hold NaN.
     """
     lm, name = model.lm, type(model.lm).__name__
     pad_id %= lm.get_input_embeddings().num_embeddings  # the fit of the tokenizer is checked elsewhere
-    with _evaluating(lm), compute.autocast():
+    with _trying(lm), compute.autocast():
         alone = _alone(lm)
+        if unlike := _head_fault(model, alone) or _training_fault(lm, alone):
+            raise ModelError(f"{name} cannot be used here: {unlike}. Use another model (Llama, Qwen, Mistral, Gemma)")
         padded = _fault(lambda: _layout_fault(lm, "padded", pad_id, alone))
         shape: Packing = "tree" if packing == "padded" else packing
         flat = _fault(lambda: _tree_fault(lm, shape, pad_id, alone)) if thinks or packing != "padded" else None
+        if flat:
+            attend_as_before(lm)
         packed = padded if packing == "padded" else flat
         works: Packing = "padded" if packed else packing
         tried = thinks and not (packed and padded)
@@ -86,19 +90,20 @@ def difference(saved: Any, model: Any) -> str | None:
 def _outputs(lm: Any) -> Tensor:
     """The outputs of the head: [positions, V], or [positions, 1] for a scalar head, in float32 on the CPU."""
     head = lm.get_output_embeddings() or lm.score
-    with _evaluating(lm):
+    with _trying(lm):
         return head(_alone(lm).to(head.weight.dtype)).float().cpu()
 
 
 @contextmanager
-def _evaluating(lm: Any) -> Iterator[None]:
-    training = lm.training
-    lm.eval()
+def _trying(lm: Any, training: bool = False) -> Iterator[None]:
+    """A context without gradients in which `lm` is in evaluation or training mode."""
+    before = lm.training
+    lm.train(training)
     try:
         with torch.no_grad():
             yield
     finally:
-        lm.train(training)
+        lm.train(before)
 
 
 def _fault(attempt: Callable[[], str | None]) -> str | None:
@@ -132,6 +137,33 @@ def _alone(lm: Any) -> Tensor:
                 "NaN or infinities, or its activations overflow. Use an earlier checkpoint, or copy the model again"
             )
     return torch.cat(found)
+
+
+def _head_fault(model: Any, alone: Tensor) -> str | None:
+    """Compare the logits of a generative model's own forward pass with those of its head over the hidden states."""
+    if not hasattr(model, "head"):
+        return None
+    ids = torch.tensor(_rows(model.lm)[:1], device=model.lm.device)
+    expected = model.lm(input_ids=ids, use_cache=False).logits[0].float()
+    found = model.head(alone, alone[:0]).logits(alone[: len(expected)])
+    apart = ((found - expected).norm() / expected.norm()).item()
+    if not apart <= _allowed(STATES, model.lm):
+        return (
+            f"on a few tokens its logits differ by {apart:.1g} of their size from the product of its last hidden "
+            "states and its head's weight, which is what the fused operators compute"
+        )
+    return None
+
+
+def _training_fault(lm: Any, alone: Tensor) -> str | None:
+    with _trying(lm, training=True):
+        apart = ((_alone(lm) - alone).norm() / alone.norm()).item()
+    if not apart <= _allowed(STATES, lm):
+        return (
+            f"in training mode its states differ by {apart:.1g} of their size, because of dropout or noise that its "
+            "layers add by themselves; set it to 0 in the model's config.json"
+        )
+    return None
 
 
 def _batch(lm: Any, rows: list[list[int]], starts: list[int], packing: Packing, pad_id: int) -> Batch:

@@ -2,6 +2,7 @@
 kernels takes longer than running them.
 """
 
+import threading
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -13,6 +14,7 @@ from dwrl_fast.ops import CacheStep
 from dwrl_fast.sampling.cache import Cache, CachedPlan
 
 GRAPHED = 1024  # maximum new tokens of a captured pass; larger passes keep a GPU busy
+_capturing = threading.Lock()  # PyTorch captures one graph of a process at a time
 
 
 class Writer(Protocol):
@@ -83,7 +85,8 @@ class Forward:
     def _captured(self, numbers: Tensor, tokens: int, tiles: int) -> _Graph | None:
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self.pool):
+            # Other threads may score meanwhile: what they do is neither captured nor an error.
+            with _capturing, torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 states = self._run(numbers, tokens, tiles)
         except RuntimeError as error:
             self.captures = False

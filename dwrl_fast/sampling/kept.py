@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import numpy as np
 from dwrl_fast.encode.thought import Thought
 from dwrl_fast.ranks import ALONE, Ranks
 from dwrl_fast.sampling.sampler import Sampler
+
+MOST = 10_000  # contexts with a cached thought, where they are not kept in a file
 
 
 class KeptThoughts:
@@ -26,11 +29,13 @@ class KeptThoughts:
         self.writer, self.tokenizer, self.stop_ids = writer, tokenizer, stop_ids
         self.found: dict[str, list[int]] = {}
         self.file: Path | None = None
+        self.most: float = MOST
 
     def keep_in(self, file: Path, ranks: Ranks = ALONE) -> None:
         """Read the thoughts in `file` (JSONL, one per line), and append future ones to it. With several ranks only the
         first one reads and writes it.
         """
+        self.most = math.inf
         self.found = ranks.from_first(lambda: self._read(file))
         self.file = file if ranks.first else None
 
@@ -61,17 +66,22 @@ class KeptThoughts:
         if n != 1 or temperature:
             raise ValueError(f"n = {n}, temperature = {temperature}: only one greedy thought per context is kept")
         keys = [_key(ids) for ids in contexts]
-        missing = {key: ids for key, ids in zip(keys, contexts, strict=True) if key not in self.found}
+        known = {key: ids for key in keys if (ids := self.found.get(key)) is not None}
+        missing = {key: ids for key, ids in zip(keys, contexts, strict=True) if key not in known}
         if missing:
             written = self.writer.sample(
                 list(missing.values()), 1, max_tokens=max_tokens, temperature=0.0, seed=seed, progress=progress
             )
-            self._keep({key: thought.ids for key, (thought,) in zip(missing, written, strict=True)})
+            new = {key: thought.ids for key, (thought,) in zip(missing, written, strict=True)}
+            self._keep(new)
+            known |= new
         if progress is not None:
             progress(len(keys) - len(missing))
-        return [[Thought(ids, [], ids[-1] in self.stop_ids)] for ids in map(self.found.__getitem__, keys)]
+        return [[Thought(ids, [], ids[-1] in self.stop_ids)] for ids in map(known.__getitem__, keys)]
 
     def _keep(self, written: dict[str, list[int]]) -> None:
+        if len(self.found) > self.most:  # of a judge that scores ever new texts
+            self.found = {}
         self.found |= written
         if self.file is not None:
             with self.file.open("a", encoding="utf-8") as file:

@@ -15,7 +15,7 @@ from dwrl_fast.dialog import Dialog, SingleTurn
 from dwrl_fast.encode import Group
 from dwrl_fast.errors import ModelError
 from dwrl_fast.methods import METHODS
-from dwrl_fast.models.adapters import Lora
+from dwrl_fast.models.adapters import Lora, plain_config
 from dwrl_fast.models.export import check_exported_names, exported
 from dwrl_fast.models.model import load_generative, load_scalar, place
 from dwrl_fast.models.sharding import Sharded, cost_of, narrow
@@ -192,7 +192,7 @@ def _with_vllm(runtime: Runtime, settings: VllmSettings, limits: Limits, *, trai
     lm = model.lm if sharded is None else sharded.skeleton.lm
     check_exported_names(lm)
     run = ranks.from_first(lambda: uuid.uuid4().hex[:12])
-    engine = make_engine(settings, lm.config, compute.dtype, compute.device, ranks, limits, trains=trains)
+    engine = make_engine(settings, plain_config(lm), compute.dtype, compute.device, ranks, limits, trains=trains)
     sampler = VllmSampler(engine, runtime.dialog.stop_ids, partial(exported, model, sharded, compute.dtype), run)
     return replace(runtime, sampler=split(sampler, ranks, sampler.refresh), vllm=sampler)
 

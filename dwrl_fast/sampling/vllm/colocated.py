@@ -104,9 +104,9 @@ class Colocated:
         """The answers by their index in `asks`, and the reason if vLLM failed, else an empty string."""
         engine = self.llm.llm_engine
         found: dict[int, Answer] = {}
-        for place, ask in enumerate(asks):
-            engine.add_request(str(place), {"prompt_token_ids": list(ask.prompt)}, adapter.sampling_params(ask))
         try:
+            for place, ask in enumerate(asks):
+                engine.add_request(str(place), {"prompt_token_ids": list(ask.prompt)}, adapter.sampling_params(ask))
             while engine.has_unfinished_requests():
                 try:
                     outputs = engine.step()

@@ -83,7 +83,7 @@ class VllmSampler:
         if not all(contexts):
             raise DataError("a context has no token, so nothing can be sampled after it")
         self.refresh()
-        self._check_length(max(map(len, contexts), default=0) + max_tokens + (rating.most if rating else 0))
+        self._check_length(max(map(len, contexts), default=0) + max_tokens + (rating.most + 1 if rating else 0))
         places: dict[tuple[int, ...], list[int]] = {}  # equal contexts get equal thoughts
         for place, context in enumerate(contexts):
             places.setdefault(tuple(context), []).append(place)
