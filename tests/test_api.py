@@ -394,3 +394,17 @@ def test_a_step_of_trls_grpo_trainer(folder: Path, tmp_path: Path, chat: bool) -
     trainer.train()
     assert len(seen) == 4 and all(isinstance(value, float) for value in seen)
     assert [row["reward"] for row in trainer.state.log_history if "reward" in row] == pytest.approx([sum(seen) / 4])
+
+
+@pytest.mark.parametrize("name", ["dwrl", "bt"])
+def test_weights_are_cast_once(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The linear layers of a judge in bfloat16 are in bfloat16, which gives what autocast of every pass gives."""
+    model = saved_model(folder, name)
+    once = Scorer.from_pretrained(model, dtype="bf16")
+    weights = dict(once._judging.runtime.model.lm.base_model.named_parameters())
+    dtypes = {path: weight.dtype for path, weight in weights.items() if "_proj." in path}
+    assert len(dtypes) == 14 and set(dtypes.values()) == {torch.bfloat16}
+    monkeypatch.setattr("dwrl_fast.scoring.runtime.cast_once", lambda *_: None)
+    assert torch.equal(
+        once.score(PROMPTS, RESPONSES), Scorer.from_pretrained(model, dtype="bf16").score(PROMPTS, RESPONSES)
+    )

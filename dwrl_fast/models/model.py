@@ -344,6 +344,15 @@ def switch_dropout_off(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
+def cast_once(model: PreferenceModel, compute: Compute) -> None:
+    """Cast the linear layers of a model that is never trained to the run's dtype. Autocast would give the same, but it
+    casts weights without gradients again at every pass. The head is not cast.
+    """
+    for module in model.lm.base_model.modules() if not compute.float32 else ():
+        if isinstance(module, nn.Linear):
+            module.to(compute.dtype)
+
+
 def check_vocabulary(model: "GenerativeModel | ScalarModel", largest_id: int) -> None:
     """Raise ModelError unless the model embeds every token id up to `largest_id`, the largest that the dialog can
     produce.

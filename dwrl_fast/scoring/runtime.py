@@ -17,7 +17,7 @@ from dwrl_fast.errors import ModelError
 from dwrl_fast.methods import METHODS
 from dwrl_fast.models.adapters import Lora, plain_config
 from dwrl_fast.models.export import check_exported_names, exported
-from dwrl_fast.models.model import load_generative, load_scalar, place
+from dwrl_fast.models.model import cast_once, load_generative, load_scalar, place
 from dwrl_fast.models.sharding import Sharded, cost_of, narrow
 from dwrl_fast.ranks import ALONE, Ranks
 from dwrl_fast.sampling import KeptThoughts, Limits, Sampler, TransformersSampler, TreeSampler, split
@@ -169,6 +169,8 @@ def load_runtime(
     model = place(model, compute, layout, thinks=writes and vllm is None)
     if frozen or not method.trains:
         model.requires_grad_(False)
+        if ranks.mesh is None:
+            cast_once(model, compute)
     samples = not method.scalar
     if ranks.mesh is None:
         sampler = _sampler(model, dialog, compute, layout, limits) if samples and vllm is None else None
@@ -218,7 +220,9 @@ def load_writer(
     dtype = _dtype(compute, ranks)
     model = place(load_generative(name_or_path, None, 0, dtype=dtype), compute, layout, thinks=True)
     model.requires_grad_(False)
-    if dtype is not None:
+    if dtype is None:
+        cast_once(model, compute)
+    else:
         narrow(model, compute)
     return split(_sampler(model, dialog, compute, layout, limits), ranks, lambda: None)
 
