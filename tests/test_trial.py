@@ -321,6 +321,11 @@ def test_noise_in_training_that_cannot_be_switched_off_is_refused() -> None:
         placed(lm)
 
 
+def test_a_config_that_does_not_compute_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"Qwen3MoeForCausalLM cannot compute even a short sequence: .*config\.json"):
+        placed(made("qwen3_moe", num_experts_per_tok=8))
+
+
 def test_a_window_in_the_mask_alone_is_not_lost() -> None:
     """Qwen2-MoE does not pass its window to its attention."""
     sliding = EXPERTS | {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}

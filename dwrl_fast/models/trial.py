@@ -42,7 +42,14 @@ def admit(model: Any, packing: Packing, pad_id: int, compute: Compute, *, thinks
     lm, name = model.lm, type(model.lm).__name__
     pad_id %= lm.get_input_embeddings().num_embeddings  # the fit of the tokenizer is checked elsewhere
     with _trying(lm), compute.autocast():
-        alone = _alone(lm)
+        try:
+            alone = _alone(lm)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise ModelError(
+                f"{name} cannot compute even a short sequence: {error}. Correct its config.json"
+            ) from error
         if unlike := _head_fault(model, alone) or _training_fault(lm, alone):
             raise ModelError(f"{name} cannot be used here: {unlike}. Use another model (Llama, Qwen, Mistral, Gemma)")
         padded = _fault(lambda: _layout_fault(lm, "padded", pad_id, alone))
