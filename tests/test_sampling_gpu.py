@@ -1,5 +1,6 @@
 """The sampler with a shared cache on a GPU: CUDA graphs give bit-identical results to launched kernels."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -57,6 +58,16 @@ def test_graphs_change_nothing(
     monkeypatch.setattr(forward, "GRAPHED", -1)
     launched = flat(engine.sample(contexts(), 3, **how))
     assert found[0] == found[1] == launched and len(replayed) == count
+
+
+def test_threads_capture_side_by_side(replayed: list[int]) -> None:
+    """Each call captures graphs of its own while the other threads run."""
+    engine = sampler("bf16")
+    alone = [flat(engine.sample(contexts(), 3, **HOW | {"seed": seed})) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda seed: flat(engine.sample(contexts(), 3, **HOW | {"seed": seed % 4})), range(12))
+        assert list(found) == 3 * alone
+    assert replayed
 
 
 def test_new_weights_are_seen(replayed: list[int]) -> None:
