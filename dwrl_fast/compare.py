@@ -86,6 +86,7 @@ python -m dwrl_fast.compare runs/dwrl/model runs/bt/model --dataset_name held_ou
     def validate(self) -> None:
         """Raises ConfigError if a file is named twice or has a weight, or if the output file cannot be created."""
         check_evaluated("dataset_name", self.dataset_name)
+        self.say_without_effect()
         if self.output_file is None:
             return
         path = Path(self.output_file)

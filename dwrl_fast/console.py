@@ -10,7 +10,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.logging import RichHandler
@@ -25,9 +25,13 @@ DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.E
 
 
 class Terminal(Console):
-    """The console of a command. Control characters in texts from files are escaped. If the reader of the output is gone
-    (`| head`), the command continues without printing, because the files that it writes matter more.
+    """The console of a command. Texts from files cannot control it: their control characters are escaped, and square
+    brackets are no markup. If the reader of the output is gone (`| head`), the command continues without printing,
+    because the files that it writes matter more.
     """
+
+    def __init__(self, **options: Any):
+        super().__init__(markup=False, **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """As in the base class, with all control characters escaped."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from dwrl_fast.config import VOTE_CURVE, EvaluateConfig, JudgingOptions, parse_evaluate
 from dwrl_fast.console import command, open_console
@@ -34,7 +35,7 @@ from dwrl_fast.evaluation.units import Units
 from dwrl_fast.evaluation.votes import vote_curve
 from dwrl_fast.feed import read_rows
 from dwrl_fast.feed.source import content_hash
-from dwrl_fast.log import logger
+from dwrl_fast.log import logger, warn_once
 from dwrl_fast.models.hub import judge_folder, on_hub
 from dwrl_fast.models.pretrained import CARD, has_card, load_card
 from dwrl_fast.progress import Display, Stage
@@ -66,6 +67,9 @@ def run(config: EvaluateConfig, console: Console) -> PairReport:
     scorer = load(config, model)
     if config.vote_curve and not scorer.thinks:
         raise ConfigError("vote_curve: this model judges without thoughts, so there are no votes. Leave it out.")
+    for name in ("votes", "temperature", "max_completion_length"):
+        if config.changed(name) and not scorer.thinks:
+            warn_once(f"{name} has no effect here: this model judges without thoughts.")
     with Display(console) as display:
         rows, longest = read_rows(
             config.dataset_name,
@@ -90,7 +94,7 @@ def run(config: EvaluateConfig, console: Console) -> PairReport:
     report = with_extras(config, report, table, scored.rows, units)
     say_unread(report, sum(len(each) for row in scored.rows for each in row.verdicts))
     if config.calibrate:
-        calibrate(config, report)
+        calibrate(config, report, steps.votes)
     if folder is not None:  # before anything is printed, because a closed pipe may end the command there
         write(folder, report, table, scored.rows, rows, config.seed)
     show(console, report, time.monotonic() - started)
@@ -187,8 +191,8 @@ def with_extras(
     )
 
 
-def calibrate(config: EvaluateConfig, report: Report) -> None:
-    """Store the fitted temperature in the model's card."""
+def calibrate(config: EvaluateConfig, report: Report, votes: int) -> None:
+    """Store the fitted temperature in the model's card. votes: the thoughts per response that were scored."""
     if report.temperature is None:
         logger.warning(
             "no temperature could be fitted, so none is stored: the model orders all of these pairs correctly, or "
@@ -201,7 +205,7 @@ def calibrate(config: EvaluateConfig, report: Report) -> None:
             "temperature": report.temperature,
             "pairs": report.all.pairs,
             "data": [part.dataset_name for part in config.dataset_name],
-            "votes": config.sampled,
+            "votes": votes,
         }
     }
     _replace(folder / CARD, json.dumps(card, indent=2) + "\n")
@@ -255,7 +259,7 @@ def show(console: Console, report: Report, seconds: float) -> None:
         for i, name in enumerate(section.header):
             table.add_column(name, justify="left" if i == 0 or section.title == "Summary" else "right")
         for row in section.rows:
-            table.add_row(*(cell.replace("[", r"\[") for cell in row))
+            table.add_row(*map(Text, row))
         console.print(table, highlight=False)
     console.print(f"{seconds:.0f} s", highlight=False)
 

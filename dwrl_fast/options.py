@@ -21,6 +21,7 @@ import yaml
 
 from .errors import ConfigError
 from .files import bounded_text, bounded_yaml
+from .log import warn_once
 
 COMMAND_LINE = "the command line"
 Configuration = TypeVar("Configuration", bound="Options")
@@ -120,6 +121,11 @@ class Options:
                 if getattr(self, other, value) not in (value if isinstance(value, tuple) else (value,)):
                     unmet[f.name] = f"{other}={_said(value)}"
         return unmet
+
+    def say_without_effect(self) -> None:
+        """Log a warning for each option of `without_effect`."""
+        for name, need in self.without_effect().items():
+            warn_once(f"{name} has no effect here: it applies only with {need}.")
 
     def to_dict(self) -> dict[str, Any]:
         """Every option by name, with values that YAML can hold."""

@@ -63,12 +63,12 @@ class Display:
         self.console = console or Console()
         self.live = self.console.is_terminal
         self.bars = Progress(
-            TextColumn("{task.description:<22}"),
+            TextColumn("{task.description:<22}", markup=False),
             BarColumn(bar_width=28),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             Left(),
-            TextColumn("{task.fields[info]}"),
+            TextColumn("{task.fields[info]}", markup=False),
             console=self.console,
             disable=not self.live,
             speed_estimate_period=3600,

@@ -292,6 +292,16 @@ def test_options_without_effect_are_said(caplog: pytest.LogCaptureFixture) -> No
     ]
 
 
+def test_options_without_effect_are_said_by_every_command(caplog: pytest.LogCaptureFixture) -> None:
+    given = ["--dataset_name", "x.jsonl", "--vllm_mode", "server", "--vllm_server_base_url", "http://a:1"]
+    for parsed in (parse_evaluate, lambda given: parse_compare(["a", "b", *given])):
+        log.warn_once.cache_clear()
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="dwrl_fast"):
+            parsed(["--model_name_or_path", "m", *given] if parsed is parse_evaluate else given)
+        assert any("vllm_mode has no effect here: it applies only with use_vllm" in said for said in caplog.messages)
+
+
 @pytest.mark.parametrize(
     "argv", [[], ["--method", "bt", *OWN], [*OWN, "--columns", "chosen=ja: nein #", "--epsilon_high", "0.28"]]
 )

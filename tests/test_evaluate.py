@@ -15,6 +15,7 @@ from dwrl_fast.config import parse_evaluate
 from dwrl_fast.errors import ConfigError, ModelError, UserError
 from dwrl_fast.evaluation.pairs import PairReport
 from dwrl_fast.evaluation.scoring import PartFile
+from dwrl_fast.log import warn_once
 from dwrl_fast.scoring import GenerativeJudging
 
 WRITTEN = ["report.html", "report.json", "report.md", "scores.jsonl"]
@@ -311,14 +312,17 @@ def test_benchmarks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             go(folder, "--benchmark", "rewardbench2", data="two.jsonl", out="three")
 
 
-def test_a_model_without_thoughts_has_no_votes(folder: Path) -> None:
+def test_a_model_without_thoughts_has_no_votes(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = folder / "tiny" / "preference_model.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"method": "sft"}))
     with pytest.raises(ConfigError, match="judges without thoughts"):
         go(folder, "--vote_curve")
-    go(folder)
+    warn_once.cache_clear()
+    go(folder, "--votes", "8", "--calibrate")
+    assert "votes has no effect here: this model judges without thoughts" in caplog.text
     found = report(folder)
     assert found["about"]["thoughts"] == "none" and found["pairs"]["token_accuracy"] is not None
+    assert json.loads(path.read_text()).get("calibration", {"votes": 1})["votes"] == 1
 
 
 def test_thoughts_do_not_depend_on_the_step(folder: Path) -> None:

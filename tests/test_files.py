@@ -4,6 +4,8 @@ import dataclasses
 import io
 import logging
 import os
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +14,7 @@ from pathlib import Path
 import jinja2
 import pytest
 import yaml
+from rich.table import Table
 
 from bench.reliability.lives import lived
 from dwrl_fast.console import Terminal, set_up_logging
@@ -25,6 +28,9 @@ from dwrl_fast.encode import fit
 from dwrl_fast.errors import DataError, OverrunError
 from dwrl_fast.files import bounded_json, bounded_text, bounded_yaml, check_folder, opened
 from dwrl_fast.log import escaped, logger
+from dwrl_fast.progress import Display
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_only_regular_files_are_opened_and_none_is_waited_for(tmp_path: Path) -> None:
@@ -58,6 +64,7 @@ def test_yaml_has_bounds_and_says_which_file() -> None:
         "a: 1\na: 2": 'a given more than once\n  in "f.yaml"',
         "a: " + "[" * 100_000: "nested too deeply",
         "a: &a [*a]": "anchors expand",
+        "a: &a {k: v}\nb: {<<: [*a, *a]}": r'merge keys \(<<\) are not read\n  in "f.yaml"',
         "a: 2024-99-99": "month must be",
         "a: " + "x" * (1 << 20): "larger than 1 MiB",
         "a: !!python/object/apply:os.mkdir [x]": "could not determine a constructor",
@@ -162,9 +169,33 @@ def test_nothing_from_a_file_speaks_to_the_terminal(capsys: pytest.CaptureFixtur
     assert escaped("naïve 你好 👍🏽") == "naïve 你好 👍🏽"
     console = Terminal(width=200)
     set_up_logging(console)
-    console.print(hostile, markup=False)
+    console.print(hostile)
     logger.log(logging.WARNING, "%s", hostile)
     assert not {"\x1b", "\x07", "\u202e", "\x9b"} & set(capsys.readouterr().out)
     styled = io.StringIO()
-    Terminal(file=styled, force_terminal=True, width=80).print("[bold]x[/bold]")
+    Terminal(file=styled, force_terminal=True, width=80).print("x", style="bold")
     assert "\x1b[1m" in styled.getvalue(), "its own styles stay"
+
+
+def test_brackets_in_names_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither in sentences, nor in tables, nor beside bars."""
+    name = r"part-[ab].jsonl \[/x] [bold]"
+    console = Terminal(width=200)
+    console.print(f"On {name}")
+    table = Table()
+    table.add_column(name)
+    table.add_row(f"{name} row")
+    console.print(table)
+    with Display(Terminal(width=200, force_terminal=True)) as display, display.stage(name, 1) as stage:
+        stage.advance()
+    said = capsys.readouterr().out
+    assert f"On {name}" in said and f"{name} row" in said and said.count(name) >= 4
+
+
+def test_an_error_of_the_data_command_does_not_speak_to_the_terminal(tmp_path: Path) -> None:
+    """The name of a column is from the file."""
+    path = tmp_path / "evil.csv"
+    path.write_text("prompt,chosen,rejected,a\x1b]0;owned\x07,a\x1b]0;owned\x07\n1,2,3,4,5\n")
+    command = [sys.executable, "-m", "dwrl_fast.data", "--check", str(path)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 1 and "owned" in run.stderr and not {"\x1b", "\x07"} & set(run.stderr)

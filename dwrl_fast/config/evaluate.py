@@ -140,6 +140,7 @@ python -m dwrl_fast.evaluate --model_name_or_path runs/mine/model --dataset_name
             raise ConfigError(
                 f"calibrate with method = {self.method}: verdicts in text have no scale to calibrate. Leave it out."
             )
+        self.say_without_effect()
 
     @property
     def sampled(self) -> int:

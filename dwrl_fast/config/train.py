@@ -316,8 +316,7 @@ python -m dwrl_fast.train --config runs/mine/config.yaml --resume_from_checkpoin
                 f"resume_from_checkpoint = {self.resume_from_checkpoint}: give --output_dir, the folder of the run "
                 "that is to go on."
             )
-        for name, need in self.without_effect().items():
-            warn_once(f"{name} has no effect here: it applies only with {need}.")
+        self.say_without_effect()
 
     def _validate_sources(self) -> None:
         """Check that a model and data are given together, or neither: the embedded task creates both."""

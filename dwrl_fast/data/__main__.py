@@ -24,6 +24,7 @@ from dwrl_fast.data.prepare import ON_TOPIC, prepare_data_set, refuse_written
 from dwrl_fast.data.printing import plot_lengths, print_layouts, print_overlap, print_report, say
 from dwrl_fast.data.split import Split
 from dwrl_fast.errors import ConfigError, DataError, TemplateError
+from dwrl_fast.log import escaped
 from dwrl_fast.options import Options, at_least, option, option_fields, parse
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ def main(argv: list[str]) -> None:
         else:
             (run_check if config.prepare is None else run_prepare)(config, console)
     except DataError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
+        print(escaped(f"\nerror: {error}"), file=sys.stderr)
         sys.exit(1)
 
 

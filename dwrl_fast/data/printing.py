@@ -24,7 +24,7 @@ _shown = partial(first_lines, most=5)
 
 def print_report(found: FileReport, console: Console) -> None:
     """Print the report of one file; of line numbers only the first ones."""
-    console.rule(f"[bold]{found.format or 'no format'}[/bold]", align="left", style="dim")
+    console.rule(Text(found.format or "no format", style="bold"), align="left", style="dim")
     left = found.rows - found.used
     say(console, f"{found.path}: {found.rows:,} rows read = {found.used:,} used + {left:,} dropped")
     if found.groups:
@@ -69,7 +69,7 @@ def print_report(found: FileReport, console: Console) -> None:
 
 def print_overlap(found: Overlap, first: FileReport, second: FileReport, console: Console) -> None:
     """Print what a training file and its test file have in common."""
-    console.rule("[bold]both files[/bold]", align="left", style="dim")
+    console.rule(Text("both files", style="bold"), align="left", style="dim")
     if not found.prompts:
         say(console, "No prompt occurs in both files.")
     else:

@@ -1,5 +1,6 @@
 """Loads YAML safely and with limits. A duplicate key is an error."""
 
+from collections import Counter
 from typing import Any
 
 import yaml
@@ -9,11 +10,16 @@ VALUES = 100_000  # limit of values in a file; every use of an alias counts agai
 
 
 class _Loader(yaml.SafeLoader):
-    """A SafeLoader that refuses duplicate keys; PyYAML would silently keep the last one."""
+    """A SafeLoader that refuses duplicate keys, of which PyYAML would silently keep the last one, and merge keys (<<),
+    which multiply the keys of nested mappings before they can be counted.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = [key for key in dict.fromkeys(keys) if keys.count(key) > 1]
+        """Checks the keys, then as in the base class."""
+        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+            raise yaml.constructor.ConstructorError(None, None, "merge keys (<<) are not read", node.start_mark)
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        twice = [key for key, count in keys.items() if count > 1]
         if twice:
             raise yaml.constructor.ConstructorError(
                 None, None, f"{', '.join(map(str, twice))} given more than once", node.start_mark
