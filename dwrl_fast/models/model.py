@@ -5,6 +5,7 @@ here: the generative root returns the hidden states at thought rows and score ro
 `ops` computes the rest.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -399,7 +400,10 @@ def _embeds_positions(lm: Any, most: int) -> bool:
 
 
 def quiet() -> None:
-    """Switch off the progress bars of transformers: loading and saving are short, and their bars would break ours."""
-    from transformers.utils import logging
+    """Switch off the progress bars of transformers: loading and saving are short, and their bars would break ours. Also
+    a warning of bitsandbytes, which peft imports, about kernels that it would download from the hub.
+    """
+    from transformers.utils import logging as of_transformers
 
-    logging.disable_progress_bar()
+    of_transformers.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
