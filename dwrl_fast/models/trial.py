@@ -138,12 +138,16 @@ def _alone(lm: Any) -> Tensor:
     for row in _rows(lm):
         ids = torch.tensor([row], device=lm.device)
         found.append(lm.base_model(input_ids=ids, use_cache=False).last_hidden_state[0].float())
-        if not found[-1].isfinite().all():
-            raise NotFiniteError(
-                f"{type(lm).__name__} gives states that are not finite even for one short sequence: its weights hold "
-                "NaN or infinities, or its activations overflow. Use an earlier checkpoint, or copy the model again"
-            )
+        _check_finite(found[-1], lm, "states")
     return torch.cat(found)
+
+
+def _check_finite(values: Tensor, lm: Any, what: str) -> None:
+    if not values.isfinite().all():
+        raise NotFiniteError(
+            f"{type(lm).__name__} gives {what} that are not finite even for one short sequence: its weights hold "
+            "NaN or infinities, or its activations overflow. Use an earlier checkpoint, or copy the model again"
+        )
 
 
 def _head_fault(model: Any, alone: Tensor) -> str | None:
@@ -152,7 +156,9 @@ def _head_fault(model: Any, alone: Tensor) -> str | None:
         return None
     ids = torch.tensor(_rows(model.lm)[:1], device=model.lm.device)
     expected = model.lm(input_ids=ids, use_cache=False).logits[0].float()
-    found = model.head(alone, alone[:0]).logits(alone[: len(expected)])
+    _check_finite(expected, model.lm, "logits")
+    states = alone[: len(expected)].to(model.lm.get_output_embeddings().weight.dtype)
+    found = model.head(states, states[:0]).logits(states)
     apart = ((found - expected).norm() / expected.norm()).item()
     if not apart <= _allowed(STATES, model.lm):
         return (
