@@ -60,7 +60,8 @@ class Reader:
     layout of the file (see `layouts`); None: detected from its first row. aspect: the aspect to judge, if a layout has
     scores by aspect.
 
-    `format`, and `layout` if the file has one, are known once a row has been read.
+    `format`, and `layout` if the file has one, are known once a row has been read. `aspects`: those that the
+    last row has scores of.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Reader:
     ) -> None:
         self.source, self.columns, self.ties, self.rankings = source, dict(columns or {}), ties, rankings
         self.consecutive, self.aspect = consecutive, aspect
+        self.aspects: tuple[str, ...] = ()
         self.nulls = getattr(source, "table", False)
         self.format: Format | None = None
         self.layout = asked_for(layout)
@@ -167,6 +169,7 @@ class Reader:
             return form, Columns(row.values, source, self.columns, self.nulls, self.last.fields), ()
         published = renamed(row.values, self.columns)
         values, read = self.layout.row(published, source, self.aspect)
+        self.aspects = read.aspects
         form = BINARYMAGN if self.layout.form is BINARY and "magnitude" in values else self.layout.form
         self._check_format(form, source)
         self.last.add(published, tuple(name for name in published if name not in read.read))

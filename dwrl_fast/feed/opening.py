@@ -18,6 +18,7 @@ from dwrl_fast.feed.source import Source, with_aspect
 from dwrl_fast.feed.stream import Streamed
 from dwrl_fast.log import logger
 from dwrl_fast.methods import METHODS
+from dwrl_fast.models.pretrained import labelled_aspect
 from dwrl_fast.progress import Display
 
 Read = Callable[..., Dataset]  # (name of the file, columns, limit)
@@ -82,7 +83,7 @@ def _read_whole(
     demonstrated: bool = False,
     read: Read | None = None,
 ) -> tuple[list[Preference], int]:
-    read = read or partial(read_preferences, **reading(part, config))
+    read = read or partial(read_preferences, **reading(part, config, dialog))
     dataset = read(part.dataset_name, columns=config.columns, limit=limit)
     if not demonstrated:
         refuse_demonstration(dataset.rows[0])
@@ -99,9 +100,16 @@ def _read_whole(
     return dataset.rows, longest
 
 
-def reading(part: Part, config: CommonOptions) -> dict[str, Any]:
-    """The arguments of `read_preferences` from the options, except the columns."""
-    aspect = part.aspect or getattr(config, "aspect", None)  # commands that compare models have none
+def reading(part: Part, config: CommonOptions, dialog: Dialog | SingleTurn | None) -> dict[str, Any]:
+    """The arguments of `read_preferences` from the options, except the columns. dialog: asks the questions; None if it
+    cannot be built.
+
+    The labels are about the aspect that the questions are about. Without an option, that is the one saved with the
+    model.
+    """
+    aspect = part.aspect or getattr(config, "aspect", None)
+    if aspect is None and dialog is not None:
+        aspect = labelled_aspect(dialog.aspect)
     return {"ties": config.ties, "rankings": config.rankings, "layout": config.layout, "aspect": aspect}
 
 
@@ -123,7 +131,7 @@ def _stream(part: Part, stream: str, config: TrainConfig, dialog: Dialog | Singl
         return reason, Counter({f"conversations {what}": count for what, count in dialog.counts.items()})
 
     source = open_rows(part.dataset_name)
-    reader = Reader(source, columns=config.columns, consecutive=True, **reading(part, config))
+    reader = Reader(source, columns=config.columns, consecutive=True, **reading(part, config, dialog))
     for outcome in reader.read():  # reports a missing or malformed file before the model is loaded
         if outcome.error is not None:
             raise outcome.error

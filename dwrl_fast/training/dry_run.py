@@ -159,7 +159,7 @@ def _look_at(
 ) -> tuple[list[Preference], int]:
     """The rows of a file, and the tokens of the longest encoded sequence, with an empty thought."""
     with found.looking_at("data"):
-        dataset = _read(part, config)
+        dataset = _read(part, config, dialog)
         if not demonstrated:
             refuse_demonstration(dataset.rows[0])
         found.say("data", dataset.summary + (" (the first rows of the stream)" if config.streaming else ""))
@@ -171,14 +171,14 @@ def _look_at(
     return [], 0
 
 
-def _read(part: Part, config: TrainConfig) -> Dataset:
+def _read(part: Part, config: TrainConfig, dialog: Dialog | SingleTurn | None) -> Dataset:
     name = part.dataset_name
     try:
         dataset = read_preferences(
             name,
             columns=config.columns,
             limit=max(SAMPLE, config.rollout_batch_size) if config.streaming else None,
-            **reading(part, config),
+            **reading(part, config, dialog),
         )
     except DataError as error:
         command = preparation(name)
