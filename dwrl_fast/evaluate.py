@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dwrl_fast.config import VOTE_CURVE, EvaluateConfig, JudgingOptions, parse_evaluate
+from dwrl_fast.config import BEST_OF, VOTE_CURVE, EvaluateConfig, JudgingOptions, parse_evaluate
 from dwrl_fast.console import command, open_console
 from dwrl_fast.data import Preference
 from dwrl_fast.data.jsonl import finite
@@ -73,7 +73,7 @@ def run(config: EvaluateConfig, console: Console) -> PairReport:
             scorer.dialog,
             display,
             limit=config.limit,
-            read=read_best_of if config.benchmark in ("rewardbench2", "rmbench") else None,
+            read=read_best_of if config.benchmark in BEST_OF else None,
         )
         scorer.check_positions(longest)
         if config.benchmark is not None:
