@@ -9,7 +9,7 @@ from dwrl_fast.data.layouts.pairs import CHOSEN, REJECTED, ours
 from dwrl_fast.data.layouts.prompts import content, prompt
 from dwrl_fast.data.messages import is_message
 from dwrl_fast.data.remarks import OTHER_ASPECT
-from dwrl_fast.data.table_text import parsed
+from dwrl_fast.data.table_text import parsed, truth
 from dwrl_fast.errors import DataError
 
 ANSWERS = "answers|candidates|completions|responses"
@@ -120,9 +120,9 @@ def scored(row: Published) -> dict[str, Any]:
 def graded(row: Published) -> dict[str, Any]:
     """One answer per row, labelled true or false; the answer may be the last turn of a conversation."""
     label = row.take(LABEL)
-    if _truth(label) is None:
+    if truth(label) is None:
         raise row.wrong("label", label, "true or false")
-    grade = {"score": float(_truth(label) or 0)}
+    grade = {"score": float(truth(label) or 0)}
     name = row.name("completion|response|answer")
     if name is None:
         return {"completion": content(row.take("messages|conversations|conversation"))} | grade | ours(row)
@@ -149,12 +149,6 @@ def _object(row: Published, name: str, item: Any) -> dict[str, Any]:
 def _texts(value: Any) -> list[Any]:
     value = parsed(value)
     return list(value) if isinstance(value, list) and not (value and is_message(value[0])) else [value]
-
-
-def _truth(value: Any) -> bool | None:
-    if isinstance(value, str):
-        return {"true": True, "false": False}.get(value.strip().lower())
-    return value if isinstance(value, bool) else None
 
 
 def _completions(values: Values) -> bool:
@@ -186,7 +180,7 @@ def _several(values: Values) -> bool:
 
 def _graded(values: Values) -> bool:
     label = values.get(found(values, LABEL) or "")
-    return _truth(label) is not None and not found(values, "chosen|rejected|score")
+    return truth(label) is not None and not found(values, "chosen|rejected|score")
 
 
 def _by_aspect(values: Values) -> bool:
