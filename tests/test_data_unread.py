@@ -152,7 +152,7 @@ def test_labels_are_of_the_aspect_that_the_model_is_asked_about(tmp_path: Path) 
         if part is None:
             feed, _ = open_feed(trained(tmp_path, **streamed), dialog, display)
             assert feed.next()[0].responses[0] == best
-            assert _read(Part(path), trained(tmp_path, **streamed), dialog).rows[0].responses[0] == best
+            assert _read(Part(path), trained(tmp_path, **streamed), dialog, imitated=False).rows[0].responses[0] == best
 
 
 def test_held_out_prompts_among_the_training_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
