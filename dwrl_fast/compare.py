@@ -11,7 +11,7 @@ from rich.console import Console
 
 from dwrl_fast.config import JudgingOptions
 from dwrl_fast.console import command, open_console
-from dwrl_fast.data import Preference
+from dwrl_fast.data import Preference, Reader, open_rows
 from dwrl_fast.data.jsonl import finite
 from dwrl_fast.data.mixture import Part, check_evaluated
 from dwrl_fast.data.printing import say
@@ -27,7 +27,7 @@ from dwrl_fast.evaluation.units import Units
 from dwrl_fast.feed import read_rows
 from dwrl_fast.log import logger
 from dwrl_fast.models.hub import judge_folder, on_hub
-from dwrl_fast.models.pretrained import load_card
+from dwrl_fast.models.pretrained import DEFAULT_ASPECT, labelled_aspect, load_card
 from dwrl_fast.options import at_least, option, parse
 from dwrl_fast.progress import Display
 from dwrl_fast.scoring.scorer import Scorer
@@ -118,8 +118,10 @@ def run(config: CompareConfig, console: Console) -> PairedReport:
     """Score the rows with one model after the other, and print both reports and their comparison. With --output_file,
     write the rows on which one model is better.
     """
-    for path in (config.model_a, config.model_b):
-        load_card(judge_folder(path))  # a missing card is an error before the first model runs
+    # A missing card is an error before the first model runs.
+    cards = [load_card(judge_folder(path)) for path in (config.model_a, config.model_b)]
+    if config.aspect is None:
+        check_aspects(config, *(card.get("dialog", {}).get("aspect", DEFAULT_ASPECT) for card in cards))
     if config.output_file is not None:
         open(config.output_file, "x").close()  # the same holds for an output file that cannot be written
         Path(config.output_file).unlink()
@@ -140,6 +142,23 @@ def run(config: CompareConfig, console: Console) -> PairedReport:
             file.writelines(write(differ, config))
         say(console, f"{len(differ)} disagreements: {config.output_file}")
     return report
+
+
+def check_aspects(config: CompareConfig, a: str, b: str) -> None:
+    """Raise ConfigError if models that are asked about the aspects `a` and `b` would be compared with different labels,
+    because a file has scores by aspect.
+    """
+    for part in config.dataset_name if a != b else ():
+        if part.aspect is not None:
+            continue
+        source, aspect = open_rows(part.dataset_name), labelled_aspect(a)
+        reader = Reader(source, columns=config.columns, consecutive=True, layout=config.layout, aspect=aspect)
+        first = next(reader.read(), None)  # a row that cannot be read is reported when the file is read
+        if reader.aspects and (first is None or all(row.aspect is None for row in first.preferences)):
+            raise ConfigError(
+                f"aspect: A was trained on {a}, B on {b}, and {part.dataset_name} has different scores for different "
+                f"aspects. Name the one to compare by: --aspect {' or '.join(reader.aspects)}"
+            )
 
 
 def _judge(config: CompareConfig, model: str, display: Display) -> Judgements:

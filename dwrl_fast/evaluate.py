@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dwrl_fast.config import VOTE_CURVE, EvaluateConfig, JudgingOptions, parse_evaluate
+from dwrl_fast.config import BEST_OF, VOTE_CURVE, EvaluateConfig, JudgingOptions, parse_evaluate
 from dwrl_fast.console import command, open_console
 from dwrl_fast.data import Preference
 from dwrl_fast.data.jsonl import finite
@@ -77,7 +77,7 @@ def run(config: EvaluateConfig, console: Console) -> PairReport:
             scorer.dialog,
             display,
             limit=config.limit,
-            read=read_best_of if config.benchmark in ("rewardbench2", "rmbench") else None,
+            read=read_best_of if config.benchmark in BEST_OF else None,
         )
         scorer.check_positions(longest)
         if config.benchmark is not None:

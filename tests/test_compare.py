@@ -110,6 +110,25 @@ def test_a_model_against_itself(folder: Path) -> None:
     assert (report.difference, report.low, report.high, report.p_value, report.agreement) == (0, 0, 0, 1, 1)
 
 
+def test_models_of_two_aspects_are_compared_by_one(tmp_path: Path) -> None:
+    """Otherwise each model would be compared with labels of its own."""
+    rows = [{"prompt": "3", "response": str(i), "honesty": i, "depth": i} for i in (7, 9)]
+    for name, more in (("rated", {}), ("own", {"aspect": "honesty"}), ("plain", {"score": 1})):
+        (tmp_path / name).write_text("".join(json.dumps(row | more) + "\n" for row in rows))
+    for data, a, b in (
+        ("rated", "honesty", "honesty"),
+        ("rated::honesty", "honesty", "helpfulness"),
+        ("own", "honesty", "helpfulness"),
+        ("plain", "honesty", "helpfulness"),
+    ):
+        compare.check_aspects(parse_compare(["a", "b", "--dataset_name", f"{tmp_path}/{data}"]), a, b)
+    config = parse_compare(["a", "b", "--dataset_name", f"{tmp_path}/rated"])
+    with pytest.raises(
+        ConfigError, match=r"A was trained on depth, B on honesty, and .*rated has .*: --aspect honesty"
+    ):
+        compare.check_aspects(config, "depth", "honesty")
+
+
 def test_rows_that_only_one_model_can_read_are_left_out(
     folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -287,3 +287,17 @@ def test_the_good_rows_of_a_table_and_of_an_array(tmp_path: Path) -> None:
         good, bad = out.read_text(), Path(f"{out}".replace(".jsonl", ".quarantine.jsonl")).read_text()
         assert (good.count("\n"), bad.count("\n")) == ((2, 1) if path.endswith("csv") else (1, 2))
         assert read_preferences(out).used == good.count("\n")
+
+
+@pytest.mark.parametrize("words", [("true", "false"), ("True", "False")])
+@pytest.mark.parametrize("separator", [",", "\t"])
+def test_ties_in_a_table(tmp_path: Path, words: tuple[str, str], separator: str) -> None:
+    """As JSON and as pandas writes them."""
+    lines = ["prompt,chosen,rejected,tie", f"1,7,9,{words[1]}", f"2,7,9,{words[0]}", "3,7,9,"]
+    content = "\n".join(lines).replace(",", separator).encode() + b"\n"
+    file = tmp_path / ("rows.csv" if separator == "," else "rows.tsv")
+    path = written(file, content)
+    assert [row.ranks for row in read_preferences(path, ties="keep").rows] == [(), (1, 1), ()]
+    assert read_preferences(path).dropped == {"tie (--ties keep would use it)": [3]}
+    with pytest.raises(DataError, match=r"'tie' should hold true or false, not the .* 'maybe'"):
+        read_preferences(written(file, content.replace(words[0].encode(), b"maybe")))

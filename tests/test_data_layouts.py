@@ -14,6 +14,7 @@ from test_data_check import run
 from dwrl_fast.data import Dataset, read_preferences
 from dwrl_fast.data.check import check
 from dwrl_fast.data.layouts import LAYOUTS, layout_table
+from dwrl_fast.data.layouts.many import OVERALL_READ, UNRATED
 from dwrl_fast.dialog import Dialog
 from dwrl_fast.errors import DataError
 
@@ -254,14 +255,58 @@ def test_ratings_by_aspect(tmp_path: Path) -> None:
     overall, honesty = read_preferences(path), read_preferences(path, aspect="honesty")
     assert (overall.rows[0].responses, overall.rows[0].margin) == ((YES, NO), 6.5)
     assert (honesty.rows[0].responses, honesty.rows[0].margin) == ((NO, YES), 4.0)
-    assert overall.notes == honesty.notes == {"responses left out: without a score": 1}
+    assert honesty.notes == {UNRATED: 1} and overall.notes == {UNRATED: 1, OVERALL_READ: 1} and not overall.warnings
     path = write(tmp_path, *MADE["aspect_scores"].rows)
-    assert read_preferences(path, aspect="verbosity").rows[0].responses == (NO, YES)
+    assert read_preferences(path, aspect="Verbosity ").rows[0].responses == (NO, YES)
     rows = [{name: value for name, value in row.items() if name != "helpfulness"} for row in MADE["aspect_scores"].rows]
     with pytest.raises(
-        DataError, match=r":1: the rows are read as scores .* to take: --aspect verbosity"
+        DataError, match=r":1: the rows are read as scores .* no scores of helpfulness; .* to take: --aspect verbosity"
     ):
         read_preferences(write(tmp_path, *rows))
+
+
+def completion(text: str, overall: float, **ratings: Any) -> dict[str, Any]:
+    annotations = {name: {"Rating": rating} for name, rating in ratings.items()}
+    return {"response": text, "overall_score": overall, "annotations": annotations}
+
+
+def test_the_scores_read_are_of_the_aspect_asked(tmp_path: Path) -> None:
+    """An aspect is also a part of a question, and may be the row's own."""
+    answers = [completion(YES, 9, instruction_following="1"), completion(NO, 2, instruction_following="4")]
+    row = {"instruction": ASK, "completions": answers}
+    for aspect in ("instruction_following", "instruction following", "Instruction-Following"):
+        dataset = read_preferences(write(tmp_path, row), aspect=aspect)
+        assert dataset.rows[0].responses == (NO, YES) and not dataset.notes
+    own = read_preferences(write(tmp_path, row | {"aspect": "instruction following"}), aspect="honesty")
+    assert own.rows[0].responses == (NO, YES) and not own.notes
+    columns = [{"prompt": ASK, "response": text, "helpfulness": i, "honesty": -i} for i, text in enumerate([NO, YES])]
+    path = write(tmp_path, *(each | {"aspect": "Honesty"} for each in columns))
+    assert read_preferences(path).rows[0].responses == (NO, YES)
+
+
+def test_scores_of_another_aspect_are_not_read_in_silence(tmp_path: Path) -> None:
+    row = {"instruction": ASK, "completions": [completion(YES, 9, honesty="1"), completion(NO, 2, honesty="4")]}
+    dataset = read_preferences(write(tmp_path, row), aspect="honest")
+    assert dataset.rows[0].responses == (YES, NO)
+    [warning] = dataset.warnings
+    assert warning.startswith("1 x rows read by their overall scores, because they have no ratings of the aspect")
+    unrated = {"instruction": ASK, "completions": [completion(YES, 9), completion(NO, 2)]}
+    dataset = read_preferences(write(tmp_path, unrated), aspect="honest")
+    assert dataset.rows[0].responses == (YES, NO) and not dataset.notes, "nothing is by aspect, as in plain pairs"
+    path = write(tmp_path, *MADE["aspect_scores"].rows)
+    with pytest.raises(
+        DataError, match=r"no scores of depth; name the scores to take: --aspect helpfulness or verbosity\. .* score="
+    ):
+        read_preferences(path, aspect="depth")
+    assert read_preferences(path, aspect="depth", columns={"score": "verbosity"}).rows[0].responses == (NO, YES)
+
+
+def test_two_scales_are_never_mixed_in_a_row(tmp_path: Path) -> None:
+    answers = [completion(NO, 10), completion("?", 1, honesty=5), completion(YES, 2, honesty="4")]
+    answers[2]["annotations"]["honesty"] = 4
+    dataset = read_preferences(write(tmp_path, {"instruction": ASK, "completions": answers}), aspect="honesty")
+    assert [(row.responses, row.margin) for row in dataset.rows] == [(("?", YES), 1.0)]
+    assert dataset.notes == {UNRATED: 1}
 
 
 def test_columns_name_those_of_a_layout(tmp_path: Path) -> None:

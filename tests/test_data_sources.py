@@ -239,7 +239,7 @@ def read_by_each_command(name: str) -> Iterator[Callable[[], Any]]:
     model = ["--model_name_or_path", "m"]
     yield lambda: read_preferences(name)
     yield lambda: data.check_one(name, data.DataConfig(check=(name,)), data.Console(), None)
-    yield lambda: dialog.read_row(dialog.ShowConfig(show=f"{name}:1", tokenizer_name_or_path="t"))
+    yield lambda: dialog.read_row(dialog.ShowConfig(show=f"{name}:1", tokenizer_name_or_path="t"), None)
     for config in (
         train.configure([*model, "--dataset_name", name, "--output_dir", "o"]),
         train.configure([*model, "--dataset_mixture", f"{name}:1", "b.jsonl:1", "--output_dir", "o"]),

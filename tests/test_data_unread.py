@@ -16,13 +16,19 @@ from test_bad_rows import accounted, fuzzed
 from test_data_check import run
 from tiny import tiny_dialog, tiny_pairs
 
-from dwrl_fast.config import TrainConfig
+from dwrl_fast.config import TrainConfig, parse_evaluate
 from dwrl_fast.data import read_preferences
 from dwrl_fast.data.check import check
+from dwrl_fast.data.mixture import Part
+from dwrl_fast.dialog import Dialog
+from dwrl_fast.embedded.templates import EVALUATE, RATE
+from dwrl_fast.embedded.tokenizer import make_tokenizer
 from dwrl_fast.errors import DataError
 from dwrl_fast.feed import Shuffled, open_feed, read_rows, warn_of_shared_prompts
 from dwrl_fast.feed.feed import Feed
 from dwrl_fast.progress import Display
+from dwrl_fast.templates import Template
+from dwrl_fast.training.dry_run import _read
 
 PLAIN = {"prompt": ASK, **PAIR}
 MEANT = ("system", "input", "tools", "images", "label", "winner", "preference", "reasoning_content", "thinking")
@@ -121,10 +127,32 @@ def test_the_layout_is_an_option_of_training(tmp_path: Path) -> None:
     )
     with pytest.raises(DataError, match="in several ways"):
         read_preferences(path)
-    from dwrl_fast.data.mixture import Part
-
     rows, _ = read_rows([Part(str(path))], config, tiny_dialog(), Display(Console()))
     assert rows[0].responses == ("9", "7")
+
+
+def test_labels_are_of_the_aspect_that_the_model_is_asked_about(tmp_path: Path) -> None:
+    """Without an option that is the aspect saved with the model, but for the default that nobody named."""
+    answers = [
+        {"response": "7", "overall_score": 9, "annotations": {"honesty": {"Rating": 1}, "helpfulness": {"Rating": 1}}},
+        {"response": "9", "overall_score": 1, "annotations": {"honesty": {"Rating": 2}, "helpfulness": {"Rating": 2}}},
+    ]
+    path = str(write(tmp_path, {"instruction": "3", "completions": answers}))
+    evaluated = parse_evaluate(["--model_name_or_path", "m", "--dataset_name", path])
+    streamed = {"dataset_name": path, "streaming": True, "max_steps": 1}
+    for saved, part, best in (
+        ("honesty", None, "9"),
+        ("helpfulness", None, "7"),
+        ("helpfulness", "helpfulness", "9"),
+        ("helpfulness", "honesty", "9"),
+    ):
+        dialog, display = Dialog(make_tokenizer(), Template(EVALUATE, RATE), saved), Display(Console())
+        for config in (evaluated, trained(tmp_path, dataset_name=path)):
+            assert read_rows([Part(path, aspect=part)], config, dialog, display)[0][0].responses[0] == best
+        if part is None:
+            feed, _ = open_feed(trained(tmp_path, **streamed), dialog, display)
+            assert feed.next()[0].responses[0] == best
+            assert _read(Part(path), trained(tmp_path, **streamed), dialog, imitated=False).rows[0].responses[0] == best
 
 
 def test_held_out_prompts_among_the_training_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -152,7 +152,7 @@ def file_of(folder: Path, kind: str, rows: list[dict[str, Any]]) -> Path:
 
 
 def read(where: str) -> Preference:
-    return read_row(parse(ShowConfig, ["--show", where, "--tokenizer_name_or_path", "t"]))
+    return read_row(parse(ShowConfig, ["--show", where, "--tokenizer_name_or_path", "t"]), None)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet"])

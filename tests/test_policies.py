@@ -28,6 +28,7 @@ from dwrl_fast.errors import ConfigError, DataError
 from dwrl_fast.evaluation.sources import source_reports
 from dwrl_fast.feed import Feed, Shuffled, open_feed, read_rows
 from dwrl_fast.feed.source import content_hash
+from dwrl_fast.methods import METHODS
 from dwrl_fast.progress import Display
 from dwrl_fast.scoring.loading import load_dialog
 from dwrl_fast.templates import Template
@@ -338,3 +339,74 @@ def test_policies_learn(folder: Path, name: str) -> None:
     assert after["low"] > before["high"] and after["margin"] > before["margin"] + 1
     losses = [row["loss"] for row in read_metrics(folder / "run/metrics.jsonl")]
     assert losses[-1] < losses[0] / 2
+
+
+RANKED = [
+    {"prompt": "3 5", "responses": ["2", "7", "9", "1", "4"], "ranks": [3, 1, 2, 4, 4]},
+    {"prompt": "3 0", "responses": ["2", "7", "9", "1"], "ranks": [1, 2, 1, 3]},
+    {"prompt": "3 4", "responses": ["2", "7", "9"], "ranks": [2, 1, 2]},
+    {"prompt": "3 6", "responses": ["2", "7"], "scores": [1, 5]},
+]
+SCORED = [
+    *({"prompt": "3 5", "completion": text, "score": score} for text, score in (("2", 1), ("7", 5), ("9", 3))),
+    *(
+        {"prompt": "3 0", "completion": text, "score": score}
+        for text, score in (("2", 4), ("7", 4), ("9", 1), ("2", 4))
+    ),
+    {"prompt": "3 1", "completion": "7", "score": 1},
+]
+
+
+@pytest.mark.parametrize("template", [None, "pairwise"])
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("ties", ["drop", "keep"])
+@pytest.mark.parametrize("rankings", ["pairs", "plackett_luce"])
+@pytest.mark.parametrize(
+    ("rows", "best"),
+    [(RANKED, [["7"], ["2", "9"], ["7"], ["7"]]), (SCORED, [["7"], ["2"], ["7"]])],
+    ids=["RANKING", "SINGLE"],
+)
+def test_sft_imitates_each_best_response_once(
+    folder: Path, rows: list[dict[str, Any]], best: list[list[str]], rankings: str, ties: str, streaming: bool,
+    template: str | None,
+) -> None:  # fmt: skip
+    path = str(write(folder / "ranked.jsonl", *rows))
+    some = {"max_steps": 1} if streaming else {"max_steps": -1, "num_train_epochs": 1}
+    options = {"rankings": rankings, "ties": ties, "streaming": streaming, "template": template, **some}
+    if template is not None:  # of the words that the tiny tokenizer has
+        asks = f"{PAIRWISE.evaluate} {{aspect}} <answer>[[A]]</answer> <answer>[[B]]</answer>"
+        options["template"] = str(folder / "pairwise.yaml")
+        (folder / "pairwise.yaml").write_text(yaml.safe_dump({"kind": template, "evaluate": asks}))
+    config = tiny_config(folder, method="sft", dataset_name=path, minibatch_size=2, rollout_batch_size=4, **options)
+    dialog = load_dialog(config)
+    feed, _ = open_feed(config, dialog, Display())
+    drawn = feed.next()
+    assert streaming or len(drawn) == feed.total == len(best)
+    trained = METHODS["sft"](config, dialog).groups(drawn[: len(best)], 0)
+    texts = [[dialog.tokenizer.decode(q.ids[q.thought][:-1]) for q in group.flat] for group in trained]
+    assert sorted(texts) == sorted(best)
+
+
+def test_what_sft_leaves_out_is_said(tmp_path: Path) -> None:
+    ranked = read_preferences(write(tmp_path / "ranked.jsonl", *RANKED), best_only=True)
+    assert ranked.summary.endswith(
+        "4 rows read, 4 used, 0 dropped; 9 x responses left out: not the best of their row, or its repetition"
+    )
+    scored = read_preferences(write(tmp_path / "scored.jsonl", *SCORED), best_only=True)
+    assert scored.used == 3 and sum(map(len, scored.dropped.values())) == 5
+    assert scored.dropped == {
+        "not the best response of its prompt, or its repetition": [1, 3, 6, 7],
+        "the only completion of its prompt": [8],
+    }
+    tied = [{"prompt": "3 5", "responses": ["7", "9"], "ranks": [1, 1]}] * 2
+    with pytest.raises(DataError, match="all responses tie"):
+        read_preferences(write(tmp_path / "tied.jsonl", *tied), best_only=True)
+    kept = read_preferences(tmp_path / "tied.jsonl", ties="keep", best_only=True)
+    assert [row.responses for row in kept.rows] == [("7", "9")] * 2 and not kept.notes
+
+
+def test_held_out_rankings_of_sft_are_whole(folder: Path) -> None:
+    path = str(write(folder / "ranked.jsonl", *RANKED))
+    config = tiny_config(folder, method="sft", rankings="plackett_luce")
+    rows, _ = read_rows((Part(path),), config, load_dialog(config), Display())
+    assert [len(row.responses) for row in rows] == [5, 4, 2, 2, 2]

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from verdicts import judged_row
 
-from dwrl_fast.errors import DataError
+from dwrl_fast.config import parse_evaluate
+from dwrl_fast.errors import ConfigError, DataError
 from dwrl_fast.evaluation.judged import Judged
 from dwrl_fast.evaluation.rewardbench import SECTIONS, read_best_of, rewardbench, rewardbench2, ties_score
 
@@ -124,6 +125,36 @@ def test_the_headline_is_the_mean_of_six_subsets() -> None:
     whole = rewardbench2([*judged, *ties(1, [5.0, 4.0, 1.0], [6.0, 3.0])])
     assert whole.headline == pytest.approx((4 + 0 + 1 + 0.01 * math.tanh(2)) / 6)
     assert whole.details["tied accuracy"] == 1
+
+
+def test_nothing_is_ignored_in_rows_of_the_second(tmp_path: Path) -> None:
+    file = tmp_path / "rb2.jsonl"
+    better = [[{"role": "assistant", "content": "a", "thinking": "So."}]]
+    lines = [{"q": "q", "chosen": better, "rejected": ["b"], "system": None, "n": 1}] * 2
+    file.write_text(
+        "".join(json.dumps(line | ({} if i else {"system": "Be brief."})) + "\n" for i, line in enumerate(lines))
+    )
+    dataset = read_best_of(str(file), {"prompt": "q"}, None)
+    assert dataset.unread.columns == {"system": 1, "n": 2} and dataset.unread.fields == {"thinking": 2}
+    assert "columns not read: 'n', 'system'" in dataset.summary and len(dataset.warnings) == 2
+    for columns, message in (
+        ({"chosn": "x"}, "there is no column 'chosn' to fill; did you mean 'chosen'"),
+        ({"prompt": "q", "subset": "domain"}, "no column 'domain' among"),
+        ({"prompt": "q", "margin": "n"}, r"the rows are BEST_OF, which has no 'margin'; leave --columns margin=n out"),
+        ({"prompt": "q", "id": "q"}, "already mapped"),
+    ):
+        with pytest.raises(DataError, match=message):
+            read_best_of(str(file), columns, None)
+
+
+@pytest.mark.parametrize("name", ["rewardbench2", "rmbench"])
+def test_options_that_rows_read_whole_cannot_use(name: str) -> None:
+    base = ["--model_name_or_path", "m", "--dataset_name", "x"]
+    for option, value in (("layout", "arena"), ("rankings", "plackett_luce"), ("ties", "keep")):
+        with pytest.raises(ConfigError, match=rf"{option} with benchmark = {name}: .* Leave {option} out"):
+            parse_evaluate([*base, "--benchmark", name, f"--{option}", value])
+        parse_evaluate([*base, "--benchmark", "rewardbench", f"--{option}", value])
+    parse_evaluate([*base, "--benchmark", name, "--ties", "drop"])
 
 
 def test_rows_of_the_second_are_read_whole(tmp_path: Path) -> None:

@@ -64,7 +64,8 @@ class CommonOptions(Options):
     rankings: Rankings = data_option(
         "pairs",
         "How a ranking of more than two responses is used. pairs: every pair of responses, with the difference of their"
-        " scores, or else ranks, as margin. plackett_luce: one group. An evaluation counts it as one row either way.",
+        " scores, or else ranks, as margin. plackett_luce: one group. An evaluation counts it as one row either way;"
+        " --method sft trains on its best response alone.",
     )
     max_length: int = data_option(
         4096,

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     Judge = str
 else:
     Judge = Literal[UNTRAINED]
+BEST_OF = ("rewardbench2", "rmbench")  # benchmarks with lists of right and of wrong responses, and a reader for them
 VOTE_CURVE = (1, 4, 16, 32)  # thoughts
 
 
@@ -122,6 +123,12 @@ python -m dwrl_fast.evaluate --model_name_or_path runs/mine/model --dataset_name
 
     def validate(self) -> None:
         check_evaluated("dataset_name", self.dataset_name)
+        for name in ("layout", "rankings", "ties"):
+            if self.changed(name) and self.benchmark in BEST_OF:
+                raise ConfigError(
+                    f"{name} with benchmark = {self.benchmark}: its files have one layout, and its rows are judged "
+                    f"whole, as its authors do. Leave {name} out."
+                )
         for name in ("template", "enable_thinking"):
             if self.changed(name) and self.method is None:
                 raise ConfigError(

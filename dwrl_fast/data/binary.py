@@ -7,6 +7,7 @@ Values are strings or message lists. The prompt may also be part of both message
 
 from dwrl_fast.data.columns import Columns, Unusable, conversation, differing_fields
 from dwrl_fast.data.preference import Preference, Ties
+from dwrl_fast.data.table_text import Cell, truth
 
 MAGNITUDES = (0, 1, 2)
 
@@ -15,9 +16,10 @@ def pair(row: Columns, ties: Ties) -> Preference:
     """The preference in one row. Raises DataError or Unusable."""
     margin = row.number("margin", default=0.0)
     tie = row.column("tie", default=None)
-    if not isinstance(tie, bool | None):
+    tied = truth(tie) if isinstance(tie, bool | Cell) else None
+    if tie is not None and tied is None:
         raise row.mistyped("tie", tie, "true or false")
-    if not tie:
+    if not tied:
         return _pair(row, margin)
     if ties == "drop":
         raise Unusable("tie (--ties keep would use it)")

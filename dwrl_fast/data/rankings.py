@@ -20,6 +20,7 @@ MOST_TIED = 7  # a Plackett-Luce group averages over all orders of its ties: 5,0
 NO_ORDER = (
     "the ranks are not an order (they start at the best response, and tied responses share a rank: 1 2 2 3 or 1 2 2 4)"
 )
+NOT_BEST = "responses left out: not the best of their row, or its repetition"
 NO_WINNER = "all responses tie (--ties keep would use them)"
 
 
@@ -36,8 +37,10 @@ class Ranked(NamedTuple):
     name: int
 
 
-def ranking(row: Columns, ties: Ties, rankings: Rankings) -> Groups:
-    """The groups of one row. Raises DataError or Unusable."""
+def ranking(row: Columns, ties: Ties, rankings: Rankings, *, best_only: bool = False) -> Groups:
+    """The groups of one row; best_only: one group, of the best response and those that tie with it. Raises DataError
+    or Unusable.
+    """
     if row.names("completions") and not row.has("responses"):
         prompt, sides, ranks, scores = _completions(row)
     else:
@@ -53,12 +56,16 @@ def ranking(row: Columns, ties: Ties, rankings: Rankings) -> Groups:
     # One winner among responses without scores: that does not mean that the losers are equally good.
     best_of_n = scores is None and len(found) > 2 and found[0].rank < found[1].rank == found[-1].rank
     too_many = len(found) > MOST_TIED and len(set(order)) < len(order)
-    if rankings == "plackett_luce" and len(found) > 2 and not best_of_n and not too_many:
+    if not best_only and rankings == "plackett_luce" and len(found) > 2 and not best_of_n and not too_many:
         return [_group(found, like, ties)], {}
     two = zip(itertools.repeat(found[0]), found[1:]) if best_of_n else itertools.combinations(found, 2)
     pairs, notes = compare_ranked(two, replace(like, row=row.source), ties)
     if not pairs:
         raise Unusable(_no_pair(found))
+    if best_only:
+        texts = tuple(response.text for response in best_of(found))
+        group = replace(like, responses=texts, ranks=(1,) * len(texts) if len(texts) > 1 else ())
+        return [group], +Counter({NOT_BEST: len(found) - len(texts)})
     if best_of_n:
         notes["pairs left out: losers of a best-of-n row"] = math.comb(len(found) - 1, 2)
     elif rankings == "plackett_luce" and too_many:
@@ -88,6 +95,12 @@ def compare_ranked(
             texts, source = (better.text, worse.text), f"{like.source}:{better.name}-{worse.name}"
             pairs.append(replace(like, responses=texts, margin=margin, ranks=(1, 1) if tie else (), source=source))
     return pairs, notes
+
+
+def best_of(found: Sequence[Ranked]) -> list[Ranked]:
+    """The best responses of `found`, best first, each text once."""
+    best = [response for response in found if response.rank == found[0].rank]
+    return list({response.text.strip(): response for response in reversed(best)}.values())[::-1]
 
 
 def ranks_of(scores: Sequence[float]) -> list[int]:

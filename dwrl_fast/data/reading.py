@@ -58,9 +58,11 @@ class Reader:
     compare completions of one prompt only if their rows are adjacent, so that one prompt at a time is in memory;
     otherwise rows of one prompt may be anywhere, and all are held in memory until the last one is read. layout: the
     layout of the file (see `layouts`); None: detected from its first row. aspect: the aspect to judge, if a layout has
-    scores by aspect.
+    scores by aspect. best_only: of several ranked or scored responses to a prompt, read only the best, and those that
+    tie with it, each once: for a model that imitates them.
 
-    `format`, and `layout` if the file has one, are known once a row has been read.
+    `format`, and `layout` if the file has one, are known once a row has been read. `aspects`: those that the
+    last row has scores of.
     """
 
     def __init__(
@@ -73,9 +75,11 @@ class Reader:
         consecutive: bool = False,
         layout: str | None = None,
         aspect: str | None = None,
+        best_only: bool = False,
     ) -> None:
         self.source, self.columns, self.ties, self.rankings = source, dict(columns or {}), ties, rankings
-        self.consecutive, self.aspect = consecutive, aspect
+        self.consecutive, self.aspect, self.best_only = consecutive, aspect, best_only
+        self.aspects: tuple[str, ...] = ()
         self.nulls = getattr(source, "table", False)
         self.format: Format | None = None
         self.layout = asked_for(layout)
@@ -167,6 +171,7 @@ class Reader:
             return form, Columns(row.values, source, self.columns, self.nulls, self.last.fields), ()
         published = renamed(row.values, self.columns)
         values, read = self.layout.row(published, source, self.aspect)
+        self.aspects = read.aspects
         form = BINARYMAGN if self.layout.form is BINARY and "magnitude" in values else self.layout.form
         self._check_format(form, source)
         self.last.add(published, tuple(name for name in published if name not in read.read))
@@ -199,7 +204,7 @@ class Reader:
 
     def _groups(self, form: Format, columns: Columns) -> Groups:
         if form is RANKING:
-            return ranking(columns, self.ties, self.rankings)
+            return ranking(columns, self.ties, self.rankings, best_only=self.best_only)
         if form is DEMONSTRATION:
             return [demonstration(columns)], NONE
         return [pair_with_magnitude(columns, self.ties) if form is BINARYMAGN else pair(columns, self.ties)], NONE
@@ -210,7 +215,8 @@ class Reader:
         """The pairs of the held prompts and the rows dropped in the meantime. Clears both."""
         while prompts:
             rows = prompts.pop(next(iter(prompts)))
-            (preferences, notes), alone = compare_singles(rows, self.source.name, self.ties)
+            found = compare_singles(rows, self.source.name, self.ties, best_only=self.best_only)
+            (preferences, notes), alone = found
             lines = sorted({row.line for row in rows}.difference(line for _, line in alone))
             if held:
                 notes = Counter(notes) + held
@@ -228,15 +234,24 @@ def read_preferences(
     rankings: Rankings = "pairs",
     layout: str | None = None,
     aspect: str | None = None,
+    best_only: bool = False,
 ) -> Dataset:
     """The preferences of a file or data set (see `open_rows`) of any format. limit: use only the first usable rows
     (SINGLE: prompts), this many.
 
     `columns` maps our column names to those of the file; `layout`, `aspect`, `ties` and `rankings` are as the options
-    of the same names. Rows without a comparison are dropped and counted with their lines. Raises DataError, which names
-    file and line, if the file or a row is malformed, or if no usable row is left.
+    of the same names, and `best_only` is as for `Reader`. Rows without a comparison are dropped and counted with their
+    lines. Raises DataError, which names file and line, if the file or a row is malformed, or if no usable row is left.
     """
-    reader = Reader(open_rows(path), columns=columns, ties=ties, rankings=rankings, layout=layout, aspect=aspect)
+    reader = Reader(
+        open_rows(path),
+        columns=columns,
+        ties=ties,
+        rankings=rankings,
+        layout=layout,
+        aspect=aspect,
+        best_only=best_only,
+    )
     dataset = Dataset(reader.source.name)
     used = 0
     for outcome in reader.read():

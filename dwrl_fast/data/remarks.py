@@ -34,11 +34,14 @@ MEANING: Mapping[str, str] = {
 REPEATED_PROMPT = "rows whose responses begin with their own prompt"
 CONTRADICTED = "scores contradict chosen and rejected, and are left out"
 JSON_TEXT = "rows with a text that looks like messages written as JSON"
+OTHER_ASPECT = "rows read by their overall scores, because they have no ratings of the aspect of judging"
 TRANSCRIPT_TEXT = "rows with a text that looks like a transcript"
 REMEDIES: Mapping[str, str] = {
     REPEATED_PROMPT: "the model then reads the prompt twice; remove it from the responses",
     JSON_TEXT: "it is read as plain text; parse it so that the column holds a list of messages",
     TRANSCRIPT_TEXT: "it is read as plain text; --layout transcripts makes turns from `Human:` and `Assistant:`",
+    OTHER_ASPECT: "the question and the labels then differ; --aspect NAME asks about an aspect and reads its ratings "
+    "(UltraFeedback has helpfulness, honesty, instruction_following and truthfulness)",
     CONTRADICTED: "check that chosen and rejected are not swapped",
 }
 ODD = re.compile(r"\s*(?:[\[{]|Human:|Assistant:)")  # beginnings of suspicious texts

@@ -7,9 +7,12 @@ from typing import NamedTuple
 
 from dwrl_fast.data.columns import Columns, conversation
 from dwrl_fast.data.preference import Message, Preference, Ties
-from dwrl_fast.data.rankings import Groups, Ranked, compare_ranked, ranks_of
+from dwrl_fast.data.rankings import Groups, Ranked, best_of, compare_ranked, ranks_of
 
 Key = tuple[tuple[tuple[str, str], ...], str | None]  # roles and contents of the prompt, and the aspect
+
+
+NOT_BEST = "not the best response of its prompt, or its repetition"
 
 
 class Single(NamedTuple):
@@ -36,9 +39,11 @@ def single(row: Columns, line: int) -> Single:
     return Single((key, row.aspect()), completion, row.number("score"), line, row.label("subset"))
 
 
-def compare_singles(rows: Sequence[Single], name: str, ties: Ties) -> tuple[Groups, list[tuple[str, int]]]:
+def compare_singles(
+    rows: Sequence[Single], name: str, ties: Ties, *, best_only: bool = False
+) -> tuple[Groups, list[tuple[str, int]]]:
     """The pairs from the rows of one prompt, with score differences as margins; and the rows that are in no pair, with
-    the reason.
+    the reason. best_only: instead of the pairs, one group for each row with a best response.
     """
     ranks = ranks_of([row.score for row in rows])
     found = [Ranked(row.completion, rank, row.score, row.line) for row, rank in zip(rows, ranks, strict=True)]
@@ -46,7 +51,12 @@ def compare_singles(rows: Sequence[Single], name: str, ties: Ties) -> tuple[Grou
     like = replace(rows[0].preference(name), row=f"{name}:{rows[0].line}")
     pairs, notes = compare_ranked(itertools.combinations(found, 2), like, ties)
     used = {line for pair in pairs for line in pair.lines}
-    return (pairs, notes), [(_alone(row, rows, ties), row.line) for row in rows if row.line not in used]
+    alone = {row.line: _alone(row, rows, ties) for row in rows if row.line not in used}
+    if not best_only or not pairs:
+        return (pairs, notes), [(reason, line) for line, reason in alone.items()]
+    best = {response.name: response for response in best_of(found)}
+    groups = [replace(row.preference(f"{name}:{row.line}"), row=like.row) for row in rows if row.line in best]
+    return (groups, {}), [(alone.get(row.line, NOT_BEST), row.line) for row in rows if row.line not in best]
 
 
 def _alone(row: Single, rows: Sequence[Single], ties: Ties) -> str:

@@ -19,6 +19,15 @@ def parsed(value: Any) -> Any:
     return value.parsed if isinstance(value, Cell) else value
 
 
+def truth(value: Any) -> bool | None:
+    """Whether a value is true, also as the word in any case: pandas writes True. None if it is neither true nor
+    false.
+    """
+    if isinstance(value, str):
+        return {"true": True, "false": False}.get(value.strip().lower())
+    return value if isinstance(value, bool) else None
+
+
 class Cell(str):
     """The text of a cell, and the value that it represents."""
 

@@ -17,7 +17,7 @@ from dwrl_fast.dialog import Chat, Dialog, SingleTurn, Thinking
 from dwrl_fast.dialog.chat import TODAY
 from dwrl_fast.encode import demonstration_group
 from dwrl_fast.errors import ConfigError
-from dwrl_fast.models.pretrained import load_chat
+from dwrl_fast.models.pretrained import labelled_aspect, load_chat
 from dwrl_fast.options import Options, at_least, option, parse
 
 # ruff: noqa: RUF009 - what option() returns is a dataclass field
@@ -107,9 +107,6 @@ def main(argv: list[str]) -> None:
 
 def run(config: ShowConfig, console: Console) -> None:
     """Print the row."""
-    row = read_row(config)
-    if config.response > len(row.responses):
-        raise ConfigError(f"response = {config.response}: the row has {len(row.responses)} responses")
     tokenizer = config.tokenizer_name_or_path or config.model_name_or_path
     assert tokenizer is not None  # checked by validate()
     chat = load_chat(
@@ -119,6 +116,9 @@ def run(config: ShowConfig, console: Console) -> None:
         aspect=config.aspect,
         enable_thinking=config.enable_thinking,
     )
+    row = read_row(config, config.aspect or labelled_aspect(chat.aspect))
+    if config.response > len(row.responses):
+        raise ConfigError(f"response = {config.response}: the row has {len(row.responses)} responses")
     aspect = row.aspect if config.aspect is None else config.aspect
     ids, spans, length = build(chat, row, config.response - 1, aspect)
     names = named(len(ids), spans)
@@ -135,9 +135,9 @@ def run(config: ShowConfig, console: Console) -> None:
         console.print(f"- {line}", markup=False, soft_wrap=True)
 
 
-def read_row(config: ShowConfig) -> Preference:
-    """The row on the requested line, with all its responses, best first. Raises DataError, with the reason, if the line
-    has no usable row.
+def read_row(config: ShowConfig, aspect: str | None) -> Preference:
+    """The row on the requested line, with all its responses, best first. aspect: the aspect to judge, if a layout has
+    scores by aspect. Raises DataError, with the reason, if the line has no usable row.
     """
     path, _, number = config.show.rpartition(":")
     # Every ranking can be read as pairs. The pairs contain its responses in order, without repeated ones.
@@ -148,7 +148,7 @@ def read_row(config: ShowConfig) -> Preference:
         rankings="pairs",
         consecutive=True,
         layout=config.layout,
-        aspect=config.aspect,
+        aspect=aspect,
     )
     groups = reader.groups_of(int(number))
     if isinstance(groups[0], Demonstration):

@@ -98,7 +98,7 @@ def _rows(config: DoctorConfig, dialog: Dialog | SingleTurn, display: Display) -
     if method.trains:
         parts = config.dataset_mixture or (Part(str(config.dataset_name)),)
     each = -(-config.limit // len(parts))
-    rows, longest = read_rows(parts, config, dialog, display, limit=each, demonstrated=method.demonstrations)
+    rows, longest = read_rows(parts, config, dialog, display, limit=each, imitated=method.imitates)
     return rows[: config.limit], longest
 
 

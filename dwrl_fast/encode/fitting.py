@@ -38,6 +38,10 @@ def fit(row: Preference, dialog: Dialog | SingleTurn, max_length: int) -> tuple[
         if isinstance(row, Demonstration):
             size = demonstration_group(row, dialog).longest
             return (0, f"longer than --max_length {max_length} tokens") if size > max_length else (size, "")
+        if not isinstance(dialog, Dialog) and len(row.responses) < len(dialog.shows):  # to imitate, not to judge
+            completion = dialog.completion(row.prompt, row.responses[0])
+            long = completion.response.stop > max_length
+            return (0, f"longer than --max_length {max_length} tokens") if long else (len(completion.ids), "")
         if isinstance(dialog, Dialog):
             contexts = [dialog.context(row.prompt, response, row.aspect) for response in row.responses]
         else:

@@ -15,6 +15,8 @@ import numpy as np
 
 from dwrl_fast.data import Dataset, Preference, open_rows
 from dwrl_fast.data.columns import Columns, Unusable, conversation
+from dwrl_fast.data.formats import Format, check_first, check_mapping
+from dwrl_fast.data.remarks import Unread, unread_columns
 from dwrl_fast.errors import DataError
 from dwrl_fast.evaluation.judged import Judged
 from dwrl_fast.evaluation.pairs import credit
@@ -40,6 +42,8 @@ SECTIONS: Mapping[str, Mapping[str, int]] = {
     },
 }  # fmt: skip
 SUBSETS = tuple(name for weights in SECTIONS.values() for name in weights)
+LISTED = frozenset({"prompt", "chosen", "rejected"})
+LISTS = Format("BEST_OF", (LISTED,), LISTED | {"aspect", "subset", "id"})  # the rows of RewardBench 2 and RM-Bench
 BEST_OF_FOUR = ("Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties")
 
 
@@ -187,13 +191,19 @@ def read_best_of(path: str, columns: Mapping[str, str], limit: int | None) -> Da
 
     Raises DataError and drops rows like `read_preferences`.
     """
-    source = open_rows(path)
-    dataset = Dataset(source.name, format="RewardBench 2")
+    check_mapping(columns)
+    source, unread, checked = open_rows(path), Unread(), False
+    dataset = Dataset(source.name, format=LISTS.name, unread=unread)
     for row in source.rows():
         if isinstance(row.values, DataError):
             raise row.values
+        where = f"{source.name}:{row.line}"
+        if not checked:
+            check_first(LISTS, row.values, columns, where)
+            checked = True
+        unread.add(row.values, unread_columns(tuple(row.values), LISTS, tuple(columns.items())))
         try:
-            dataset.add([_row(Columns(row.values, f"{source.name}:{row.line}", columns))], [], {})
+            dataset.add([_row(Columns(row.values, where, columns, unread=unread.fields))], [], {})
         except Unusable as reason:
             dataset.add([], [(str(reason), row.line)], {})
         if len(dataset.rows) == limit:

@@ -18,6 +18,7 @@ from dwrl_fast.feed.source import Source, with_aspect
 from dwrl_fast.feed.stream import Streamed
 from dwrl_fast.log import logger
 from dwrl_fast.methods import METHODS
+from dwrl_fast.models.pretrained import labelled_aspect
 from dwrl_fast.progress import Display
 
 Read = Callable[..., Dataset]  # (name of the file, columns, limit)
@@ -27,16 +28,16 @@ def open_feed(config: TrainConfig, dialog: Dialog | SingleTurn, display: Display
     """The training rows, and the tokens of the longest sequence with an empty thought (for a stream, where this is
     unknown, --max_length). Raises DataError if a file cannot be read or has no usable row.
     """
-    demonstrated = METHODS[config.method].demonstrations
+    imitated = METHODS[config.method].imitates
     parts = config.dataset_mixture or (Part(str(config.dataset_name), 1.0),)
     streams = ["order", *(f"order {i}" for i in range(1, len(parts)))]
     sources: list[Source] = []
     longest = config.max_length if config.streaming else 0
     for part, stream in zip(parts, streams, strict=True):
         if config.streaming:
-            sources.append(_stream(part, stream, config, dialog, demonstrated))
+            sources.append(_stream(part, stream, config, dialog, imitated))
         else:
-            rows, tokens = _read_whole(part, config, dialog, display, demonstrated=demonstrated)
+            rows, tokens = _read_whole(part, config, dialog, display, imitated=imitated)
             sources.append(Shuffled(part.dataset_name, rows, config.seed, stream))
             longest = max(longest, tokens)
     feed = Feed(
@@ -59,16 +60,17 @@ def read_rows(
     limit: int | None = None,
     read: Read | None = None,
     *,
-    demonstrated: bool = False,
+    imitated: bool = False,
 ) -> tuple[list[Preference], int]:
     """The usable rows of the files (the first `limit` of each), one file after another, and the tokens of the longest
     sequence. Logs the rows that are not usable, with reasons. read: replaces `read_preferences` for files of another
-    form. demonstrated: whether rows with thought and verdict are accepted.
+    form. imitated: whether a model imitates the rows. Rows with thought and verdict are then accepted, and only the
+    best response of several is read.
     """
     rows: list[Preference] = []
     longest = 0
     for part in parts:
-        more, tokens = _read_whole(part, config, dialog, display, limit, demonstrated, read)
+        more, tokens = _read_whole(part, config, dialog, display, limit, imitated, read)
         rows, longest = rows + more, max(longest, tokens)
     return rows, longest
 
@@ -79,12 +81,12 @@ def _read_whole(
     dialog: Dialog | SingleTurn,
     display: Display,
     limit: int | None = None,
-    demonstrated: bool = False,
+    imitated: bool = False,
     read: Read | None = None,
 ) -> tuple[list[Preference], int]:
-    read = read or partial(read_preferences, **reading(part, config))
+    read = read or partial(read_preferences, **reading(part, config, dialog, imitated))
     dataset = read(part.dataset_name, columns=config.columns, limit=limit)
-    if not demonstrated:
+    if not imitated:
         refuse_demonstration(dataset.rows[0])
     dataset.rows = [with_aspect(row, part.aspect) for row in dataset.rows]
     with display.stage(f"encode {Path(part.dataset_name).name}", len(dataset.rows)) as stage:
@@ -99,10 +101,18 @@ def _read_whole(
     return dataset.rows, longest
 
 
-def reading(part: Part, config: CommonOptions) -> dict[str, Any]:
-    """The arguments of `read_preferences` from the options, except the columns."""
-    aspect = part.aspect or getattr(config, "aspect", None)  # commands that compare models have none
-    return {"ties": config.ties, "rankings": config.rankings, "layout": config.layout, "aspect": aspect}
+def reading(part: Part, config: CommonOptions, dialog: Dialog | SingleTurn | None, imitated: bool) -> dict[str, Any]:
+    """The arguments of `read_preferences` from the options, except the columns. dialog: asks the questions; None if it
+    cannot be built. imitated: as of `read_rows`.
+
+    The labels are about the aspect that the questions are about. Without an option, that is the one saved with the
+    model.
+    """
+    aspect = part.aspect or getattr(config, "aspect", None)
+    if aspect is None and dialog is not None:
+        aspect = labelled_aspect(dialog.aspect)
+    options = {"ties": config.ties, "rankings": config.rankings, "layout": config.layout}
+    return options | {"aspect": aspect, "best_only": imitated}
 
 
 def refuse_demonstration(row: Preference) -> None:
@@ -114,16 +124,16 @@ def refuse_demonstration(row: Preference) -> None:
         )
 
 
-def _stream(part: Part, stream: str, config: TrainConfig, dialog: Dialog | SingleTurn, demonstrated: bool) -> Streamed:
+def _stream(part: Part, stream: str, config: TrainConfig, dialog: Dialog | SingleTurn, imitated: bool) -> Streamed:
     def check(row: Preference) -> tuple[str, Counter[str]]:
-        if not demonstrated:
+        if not imitated:
             refuse_demonstration(row)
         dialog.counts.clear()
         _, reason = fit(row, dialog, config.max_length)
         return reason, Counter({f"conversations {what}": count for what, count in dialog.counts.items()})
 
     source = open_rows(part.dataset_name)
-    reader = Reader(source, columns=config.columns, consecutive=True, **reading(part, config))
+    reader = Reader(source, columns=config.columns, consecutive=True, **reading(part, config, dialog, imitated))
     for outcome in reader.read():  # reports a missing or malformed file before the model is loaded
         if outcome.error is not None:
             raise outcome.error

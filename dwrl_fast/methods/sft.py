@@ -26,7 +26,7 @@ class SupervisedFineTuning(Method):
     )
     other_templates = ("pairwise", "pointwise", "direct")
     verdict = "likelihood"
-    demonstrations = True
+    imitates = True
 
     @property
     def phases(self) -> tuple[str, ...]:

@@ -74,6 +74,13 @@ def load_chat(
     )
 
 
+def labelled_aspect(aspect: str) -> str | None:
+    """The aspect of the labels for a model that is asked about `aspect`. None, the layout's default, for
+    DEFAULT_ASPECT: it stands in the card of every model for which nobody named an aspect.
+    """
+    return None if aspect == DEFAULT_ASPECT else aspect
+
+
 def save_pretrained(folder: Path, model: PreferenceModel, dialog: Dialog | SingleTurn, card: dict[str, Any]) -> None:
     """Replace `folder` by the current model: config, safetensors, tokenizer and card. With adapters, `folder` gets the
     merged model, and the folder `adapter` next to it the adapters alone.

@@ -108,7 +108,7 @@ def dry_run(config: TrainConfig, console: Console, ranks: int = 1) -> None:
     trained: Sequence[Part] = ()
     if made.trains:
         trained = config.dataset_mixture or (Part(str(config.dataset_name), 1.0),)
-    training = [_look_at(part, config, dialog, found, made.demonstrations) for part in trained]
+    training = [_look_at(part, config, dialog, found, made.imitates) for part in trained]
     held_out = [_look_at(part, config, dialog, found, False) for part in config.eval_dataset_name]
     if said := shared(
         prompts(row for rows, _ in training for row in rows), [row for rows, _ in held_out for row in rows]
@@ -155,12 +155,12 @@ def _told(dialog: Dialog | SingleTurn) -> str:
 
 
 def _look_at(
-    part: Part, config: TrainConfig, dialog: Dialog | SingleTurn | None, found: Findings, demonstrated: bool
+    part: Part, config: TrainConfig, dialog: Dialog | SingleTurn | None, found: Findings, imitated: bool
 ) -> tuple[list[Preference], int]:
     """The rows of a file, and the tokens of the longest encoded sequence, with an empty thought."""
     with found.looking_at("data"):
-        dataset = _read(part, config)
-        if not demonstrated:
+        dataset = _read(part, config, dialog, imitated)
+        if not imitated:
             refuse_demonstration(dataset.rows[0])
         found.say("data", dataset.summary + (" (the first rows of the stream)" if config.streaming else ""))
         for line in dataset.warnings:
@@ -171,14 +171,14 @@ def _look_at(
     return [], 0
 
 
-def _read(part: Part, config: TrainConfig) -> Dataset:
+def _read(part: Part, config: TrainConfig, dialog: Dialog | SingleTurn | None, imitated: bool) -> Dataset:
     name = part.dataset_name
     try:
         dataset = read_preferences(
             name,
             columns=config.columns,
             limit=max(SAMPLE, config.rollout_batch_size) if config.streaming else None,
-            **reading(part, config),
+            **reading(part, config, dialog, imitated),
         )
     except DataError as error:
         command = preparation(name)

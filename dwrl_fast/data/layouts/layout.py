@@ -1,7 +1,7 @@
 """One layout of published data: how it is recognised, what its columns become, and what is lost."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,8 +19,8 @@ Values = Mapping[str, Any]
 class Published:
     """One row in its published form. `read` collects the columns that were read.
 
-    A column is requested by its possible names, separated by |: "prompt|question". aspect: the aspect to judge, if the
-    layout has scores by aspect. notes: as in Dataset.
+    A column is requested by its possible names, separated by |: "prompt|question". aspect: the aspect to judge, of rows
+    without a column of that name. notes: as in Dataset. aspects: those that the row has scores of.
     """
 
     values: Values
@@ -29,6 +29,13 @@ class Published:
     aspect: str | None = None
     read: set[str] = field(default_factory=set)
     notes: Counter[str] = field(default_factory=Counter)
+    aspects: tuple[str, ...] = ()
+
+    @property
+    def asked(self) -> str | None:
+        """The aspect that the row is judged by; None if nothing names one."""
+        own = self.values.get("aspect")
+        return own if isinstance(own, str) else self.aspect
 
     def name(self, names: str) -> str | None:
         """The first of the names that the row has a value for."""
@@ -114,6 +121,17 @@ class Layout:
 def found(values: Values, names: str) -> str | None:
     """The first of the names (separated by |) that has a value in `values`."""
     return next((name for name in names.split("|") if values.get(name) is not None), None)
+
+
+def named(names: Iterable[str], aspect: str | None) -> str | None:
+    """The one of the names that is the aspect. Case, spaces and hyphens do not count: an aspect is also a part of a
+    question, such as "instruction following".
+    """
+    return None if aspect is None else next((name for name in names if _spelled(name) == _spelled(aspect)), None)
+
+
+def _spelled(aspect: str) -> str:
+    return aspect.strip().casefold().replace(" ", "_").replace("-", "_")
 
 
 def number(row: Published, name: str, value: Any) -> float | None:

@@ -4,11 +4,12 @@ from typing import Any
 
 from dwrl_fast.data.columns import Unusable
 from dwrl_fast.data.formats import BINARY, BINARYMAGN, RANKING, SINGLE
-from dwrl_fast.data.layouts.layout import Layout, Published, Values, found, listed, number
+from dwrl_fast.data.layouts.layout import Layout, Published, Values, found, listed, named, number
 from dwrl_fast.data.layouts.pairs import CHOSEN, REJECTED, ours
 from dwrl_fast.data.layouts.prompts import content, prompt
 from dwrl_fast.data.messages import is_message
-from dwrl_fast.data.table_text import parsed
+from dwrl_fast.data.remarks import OTHER_ASPECT
+from dwrl_fast.data.table_text import parsed, truth
 from dwrl_fast.errors import DataError
 
 ANSWERS = "answers|candidates|completions|responses"
@@ -26,14 +27,24 @@ ASPECTS = (
     "instruction_following", "harmlessness", "safety", "relevance", "clarity", "quality",
 )  # fmt: skip
 DEFAULT = "helpfulness"
+OVERALL = "overall_score|fine-grained_score|score"
 UNRATED = "responses left out: without a score"
+OVERALL_READ = "rows read by their overall scores (--aspect NAME reads the ratings of one aspect)"
 
 
 def rated(row: Published) -> dict[str, Any]:
-    """UltraFeedback: completions with an overall score and ratings by aspect."""
+    """UltraFeedback: completions with an overall score and ratings by aspect. All scores of a row are of one kind."""
     items = [_object(row, "completions", item) for item in listed(row, "completions", row.take("completions"))]
-    scored = [(item.get("response"), _rating(row, item)) for item in items]
-    return _ranking(row, scored)
+    ratings = [item["annotations"] if isinstance(item.get("annotations"), dict) else {} for item in items]
+    row.aspects = tuple(dict.fromkeys(name for each in ratings for name, value in each.items() if value is not None))
+    aspect = named(row.aspects, row.asked)
+    if aspect is not None:
+        scores = [_rating(row, each.get(aspect)) for each in ratings]
+    else:
+        scores = [number(row, "overall_score", item.get(found(item, OVERALL) or "")) for item in items]
+        if row.aspects:
+            row.notes[OVERALL_READ if row.asked is None else OTHER_ASPECT] += 1
+    return _ranking(row, [(item.get("response"), score) for item, score in zip(items, scores, strict=True)])
 
 
 def answers(row: Published) -> dict[str, Any]:
@@ -86,14 +97,16 @@ def _text(item: Any) -> Any:
 
 def by_aspect(row: Published) -> dict[str, Any]:
     """One answer per row, with scores by aspect in columns."""
-    aspect = row.aspect if row.aspect is not None and row.aspect in row.values else DEFAULT
-    there = [name for name in ASPECTS if name in row.values]
-    if aspect not in row.values and there:
+    row.aspects = tuple(name for name in ASPECTS if name in row.values)
+    asked = DEFAULT if row.asked is None else row.asked
+    name = named(row.values, asked)
+    if name is None and row.aspects:
         raise DataError(
-            f"{row.source}: the rows are read as {row.title}, and have no scores of {row.aspect or aspect}; name the "
-            f"scores to take: --aspect {there[0]}" + "".join(f", or {name}" for name in there[1:])
+            f"{row.source}: the rows are read as {row.title}, and have no scores of {asked}; name the scores to take: "
+            f"--aspect {' or '.join(row.aspects)}. To judge by {asked} all the same: --columns score={row.aspects[0]}"
         )
-    score = number(row, aspect, row.take(aspect))
+    name = name or asked
+    score = number(row, name, row.take(name))
     return prompt(row) | {"completion": content(row.take("response|completion|answer")), "score": score} | ours(row)
 
 
@@ -107,9 +120,9 @@ def scored(row: Published) -> dict[str, Any]:
 def graded(row: Published) -> dict[str, Any]:
     """One answer per row, labelled true or false; the answer may be the last turn of a conversation."""
     label = row.take(LABEL)
-    if _truth(label) is None:
+    if truth(label) is None:
         raise row.wrong("label", label, "true or false")
-    grade = {"score": float(_truth(label) or 0)}
+    grade = {"score": float(truth(label) or 0)}
     name = row.name("completion|response|answer")
     if name is None:
         return {"completion": content(row.take("messages|conversations|conversation"))} | grade | ours(row)
@@ -123,12 +136,8 @@ def _ranking(row: Published, scored: list[tuple[Any, float | None]]) -> dict[str
     return prompt(row) | {"responses": [content(text) for text, _ in kept], "scores": [s for _, s in kept]} | ours(row)
 
 
-def _rating(row: Published, item: dict[str, Any]) -> float | None:
-    by_aspect = item.get("annotations")
-    rating = by_aspect.get(row.aspect) if isinstance(by_aspect, dict) and row.aspect else None
-    if isinstance(rating, dict):
-        return number(row, "Rating", rating.get("Rating"))
-    return number(row, "overall_score", item.get(found(item, "overall_score|fine-grained_score|score") or ""))
+def _rating(row: Published, value: Any) -> float | None:
+    return number(row, "Rating", value.get("Rating") if isinstance(value, dict) else value)
 
 
 def _object(row: Published, name: str, item: Any) -> dict[str, Any]:
@@ -140,12 +149,6 @@ def _object(row: Published, name: str, item: Any) -> dict[str, Any]:
 def _texts(value: Any) -> list[Any]:
     value = parsed(value)
     return list(value) if isinstance(value, list) and not (value and is_message(value[0])) else [value]
-
-
-def _truth(value: Any) -> bool | None:
-    if isinstance(value, str):
-        return {"true": True, "false": False}.get(value.strip().lower())
-    return value if isinstance(value, bool) else None
 
 
 def _completions(values: Values) -> bool:
@@ -177,7 +180,7 @@ def _several(values: Values) -> bool:
 
 def _graded(values: Values) -> bool:
     label = values.get(found(values, LABEL) or "")
-    return _truth(label) is not None and not found(values, "chosen|rejected|score")
+    return truth(label) is not None and not found(values, "chosen|rejected|score")
 
 
 def _by_aspect(values: Values) -> bool:
@@ -188,7 +191,8 @@ MANY = (
     Layout(
         "ultrafeedback", "UltraFeedback completions", "completions",
         "`response` of each of the `completions`; its `overall_score`, or with `--aspect` the `Rating` of that "
-        "aspect in its `annotations`, is its score", rated, RANKING, when=_completions, over=(RANKING,),
+        "aspect in its `annotations`, is its score; a row without such a rating is read by its overall scores, with a "
+        "warning", rated, RANKING, when=_completions, over=(RANKING,),
         lost="rationales; completions without a score, which are counted",
     ),
     Layout(
@@ -215,8 +219,8 @@ MANY = (
     ),
     Layout(
         "aspect_scores", "scores by aspect in columns", "response|completion|answer",
-        "`response` is the completion; the column named by `--aspect`, or else `helpfulness`, is its score", by_aspect,
-        SINGLE, when=_by_aspect, lost="the other aspects",
+        "`response` is the completion; the column named by `--aspect`, without it `helpfulness`, is its score",
+        by_aspect, SINGLE, when=_by_aspect, lost="the other aspects",
     ),
     Layout(
         "scored", "responses with a score", f"response|answer {SCORE}",
