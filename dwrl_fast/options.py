@@ -131,9 +131,9 @@ class Options:
         """Every option by name, with values that YAML can hold."""
         return {f.name: _plain(getattr(self, f.name)) for f in option_fields(type(self))}
 
-    def to_arguments(self, also: Collection[str] = ()) -> list[str]:
+    def to_arguments(self, also: Collection[str] = (), shown: Callable[[Any], Any] | None = None) -> list[str]:
         """The command line that gives this configuration: the options that are not their defaults, and those `also`
-        named.
+        named. shown: changes each value.
         """
         found: list[str] = []
         for f in option_fields(type(self)):
@@ -141,6 +141,7 @@ class Options:
             default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
             if value == default and f.name not in also:
                 continue
+            value = value if shown is None else shown(value)
             if isinstance(value, dict):
                 found += [word for item in value.items() for word in (f"--{f.name}", "=".join(item))]
             elif isinstance(value, tuple) and value:

@@ -124,6 +124,18 @@ def test_what_is_known_of_base_model_license_and_data_is_said(
     assert "--model_name_or_path Qwen/Qwen2.5-3B-Instruct" in command and "--output_dir run" in command
 
 
+def test_an_uploaded_command_has_no_folders_and_keeps_the_rest(trained: tuple[TrainConfig, dict[str, Any]]) -> None:
+    parts = (Part("/lake/customer=acme/day=1/a.parquet,~ann/b.parquet", 0.5), Part("c/d:train", 0.5))
+    held = (Part("/home/ann/held.jsonl", aspect="helpful and/or safe"), Part("file:///home/ann/more.jsonl"))
+    config = dataclasses.replace(
+        trained[0], dataset_name=None, dataset_mixture=parts, eval_dataset_name=held, template="/home/ann/t.yaml/"
+    )
+    (command,) = blocks(model_card(config, trained[1], [], repository="me/mine"), "bash")
+    words = shlex.split(command)
+    shown = ["a.parquet,b.parquet:0.5", "c/d:train:0.5", "held.jsonl::helpful and/or safe", "more.jsonl", "t.yaml"]
+    assert set(shown) <= set(words) and "ann" not in command and "acme" not in command
+
+
 @pytest.mark.parametrize("method", ["bt", "gram", "grpo-pair", "grpo-point", "dpo", "sft", "star-sft", "judge"])
 def test_every_kind_of_method_has_a_card(trained: tuple[TrainConfig, dict[str, Any]], method: str) -> None:
     config, result = trained

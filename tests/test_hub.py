@@ -108,6 +108,17 @@ def publish(folder: Path, hub: FakeHub, name: str, *, private: bool = False) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("options", [{"method": "dpo"}, {"method": "bt", "prefilled_thoughts": True}])
+def test_a_model_that_needs_another_of_this_machine_is_not_sent(
+    folder: Path, hub: FakeHub, options: dict[str, Any]
+) -> None:
+    """Nobody else could score with it, and its files would name a folder of this machine."""
+    with pytest.raises(ConfigError, match=r"scores only together with .*/tiny, which is on this machine"):
+        go(folder, **options)
+    assert not hub.private
+    go(folder, **options, push_to_hub=False)
+
+
 def test_a_temperature_is_not_stored_in_the_cache(folder: Path, hub: FakeHub) -> None:
     """The remedy in the message works."""
     publish(folder, hub, "tester/open")

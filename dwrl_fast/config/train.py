@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from dwrl_fast.config.common import CommonOptions, data_option, evaluation_option, model_option, run_option
@@ -402,6 +403,19 @@ python -m dwrl_fast.train --config runs/mine/config.yaml --resume_from_checkpoin
         if not method.trains and (self.dataset_name or self.dataset_mixture):
             warn_once(f"dataset_name and dataset_mixture have no effect here: {self.method} trains nothing.")
         method.validate(self)
+        model = self.model_config or self.model_name_or_path
+        if self.push_to_hub and self.companion and (model is None or Path(model).exists()):
+            raise ConfigError(
+                f"push_to_hub with method = {self.method}: the model scores only together with {self.companion}, "
+                f"{model or 'the embedded model'}, which is on this machine and is not uploaded. Name a model of the "
+                "hub by --model_name_or_path, or leave push_to_hub out."
+            )
+
+    @property
+    def companion(self) -> str:
+        """A further model that scoring needs, in words; empty if none."""
+        prefilled = "the model that writes its thoughts" if self.prefilled_thoughts else ""
+        return METHODS[self.method].companion or prefilled
 
     @classmethod
     def needs(cls, f: dataclasses.Field) -> tuple[str, str | bool | tuple[str, ...]] | None:

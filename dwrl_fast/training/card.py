@@ -1,7 +1,6 @@
 """The model card, README.md next to the weights: what the model is, its training, its accuracy, and how to use it."""
 
 import dataclasses
-import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -12,6 +11,7 @@ import yaml
 
 from dwrl_fast.config import TrainConfig
 from dwrl_fast.data.locations import FILES, HUB, PACKED, files_of
+from dwrl_fast.data.mixture import Part
 from dwrl_fast.evaluation.escaping import block, plain, table_row
 from dwrl_fast.files import bounded_text
 from dwrl_fast.methods import METHODS, Method
@@ -22,7 +22,6 @@ from dwrl_fast.training.runlog import read_metrics
 README = "README.md"
 FEW = 100  # below this number of held-out rows an accuracy says little
 HERE = "path/to/this/folder"
-FOLDERS = re.compile(r"(?<![^=,:])~?/(?!/)(?:[^/,=]+/)*")  # the folders of an absolute path in an argument
 
 
 def write_card(run: Path, config: TrainConfig, result: Mapping[str, Any], **where: Any) -> None:
@@ -211,9 +210,8 @@ def _limits(config: TrainConfig, method: type[Method], result: Mapping[str, Any]
         yield "A demonstration: a tiny model on a made task. It judges nothing else."
     if reports and min(report["groups"] for _, report in reports) < FEW:
         yield f"It was measured on fewer than {FEW} rows: see the interval."
-    needed = method.companion or ("the model that writes its thoughts" if config.prefilled_thoughts else "")
-    if needed:
-        yield f"It scores only together with {needed}, which `{CARD}` names and which is not in this folder."
+    if config.companion:
+        yield f"It scores only together with {config.companion}, which `{CARD}` names and which is not in this folder."
     yield (
         "Its scores order responses as the held-out pairs say. On other prompts, languages and aspects nothing was "
         "measured: `python -m dwrl_fast.evaluate` does that on your pairs."
@@ -232,7 +230,17 @@ def _command(config: TrainConfig, processes: int, repository: str | None) -> str
     python = ["python"] if processes == 1 else ["torchrun", "--nproc-per-node", str(processes)]
     # Over the embedded task's recipe, what the user gave counts also where it is the default.
     also = () if config.own_data else config.explicit - {"resume_from_checkpoint", "resume_anyway"}
-    arguments = once.to_arguments(also)
-    if repository:
-        arguments = [FOLDERS.sub("", argument) for argument in arguments]
+    arguments = once.to_arguments(also, _without_folders if repository else None)
     return shlex.join([*python, "-m", "dwrl_fast.train", *arguments])
+
+
+def _without_folders(value: Any) -> Any:
+    """The value of an option, without the folders of absolute paths."""
+    if isinstance(value, tuple):
+        return tuple(map(_without_folders, value))
+    if isinstance(value, Part):
+        return dataclasses.replace(value, dataset_name=_without_folders(value.dataset_name))
+    if not isinstance(value, str):
+        return value
+    names = value.split(",")  # a data set may be several files
+    return ",".join(PurePath(name).name if name.startswith(("/", "~", "file:")) else name for name in names)
