@@ -8,18 +8,19 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 PYTHON ?= python3.11 python3.12 python3.13 python3
-CONSTRAINTS ?= constraints.txt
 ARGS ?=
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+CHOSEN := .venv/.constraints
+CONSTRAINTS ?= $(if $(wildcard $(CHOSEN)),$(shell cat $(CHOSEN)),constraints.txt)
 DOCUMENTING := .venv/.documenting
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install $(CONSTRAINTS:%=-c %)
 
 PYTORCH_BRINGS := 'libtorch*.so' 'libc10*.so' 'libgomp*.so*'
 
 .DELETE_ON_ERROR:
-.PHONY: help install train test test-slow smollm2 real vllm docs wheel clean
+.PHONY: help install train test test-slow smollm2 real vllm docs wheel clean FORCE
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,10 +68,22 @@ clean:  ## delete everything that can be made again, also .venv; keep runs/ and 
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The operators must be compiled against the PyTorch that they run with: PyTorch is installed first, and the build is not isolated.
-$(INSTALLED): $(BIN)/python setup.py pyproject.toml $(CONSTRAINTS) $(wildcard csrc/*)
+$(INSTALLED): $(BIN)/python setup.py pyproject.toml $(CONSTRAINTS) $(CHOSEN) $(wildcard csrc/*)
 	$(PIP) setuptools ninja numpy torch
 	$(PIP) --no-build-isolation -e ".[test,bench]"
 	@touch $@
+
+# An environment that exists follows what is given on the command line: other CONSTRAINTS are installed, another PYTHON is refused.
+$(CHOSEN): FORCE | $(BIN)/python
+	@version='import sys; print("%d.%d" % sys.version_info[:2])'; given='$(if $(filter command,$(origin PYTHON)),$(PYTHON))'; \
+	if [ -n "$$given" ] && [ "$$($$given -c "$$version")" != "$$($(BIN)/python -c "$$version")" ]; then \
+	    echo ".venv has Python $$($(BIN)/python -c "$$version"), not that of PYTHON=$$given. Remove it first: make clean" >&2; exit 1; \
+	fi
+	@if [ ! -e $@ ] || [ -n '$(filter command,$(origin CONSTRAINTS))' ]; then \
+	    echo '$(CONSTRAINTS)' | cmp -s - $@ || echo '$(CONSTRAINTS)' > $@; \
+	fi
+
+FORCE:
 
 # The extra alone: installing `.[docs]` would compile the operators again.
 $(DOCUMENTING): $(INSTALLED)
