@@ -288,7 +288,9 @@ def report(result: dict[str, Any], config: TrainConfig, folder: Path, console: C
     for column in ("", kind, "95 % interval", *([f"{votes} thoughts"] if votes else [])):
         table.add_column(column, justify="left" if not column else "right")
     lines = {"before": "before", "after": f"after {config.method}", "bt": "bt on the same pairs (no thoughts)"}
-    names = ["", *(key.partition("/")[2] for key in result if key.startswith("report_before/"))]
+    # A run that was resumed with other held-out rows has no report from before training.
+    of_files = (key.partition("/")[2] for key in result if key.startswith(("report_before/", "report_after/")))
+    names = dict.fromkeys(["", *of_files])
     for when, label in lines.items():
         for name in names:
             part = f"/{name}" if name else ""

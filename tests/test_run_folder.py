@@ -18,11 +18,12 @@ from conftest import ROOT
 from rich.console import Console
 from safetensors.torch import load_file
 from test_checkpoint import flip_byte
-from tiny import tiny_config
+from tiny import tiny_config, tiny_pairs
 
 from dwrl_fast import compare, evaluate, train
 from dwrl_fast.config import TrainConfig
 from dwrl_fast.console import command
+from dwrl_fast.data.mixture import Part
 from dwrl_fast.errors import CheckpointError, ConfigError
 from dwrl_fast.lock import sole_writer
 from dwrl_fast.training.checkpoint import checkpoints, save_checkpoint
@@ -270,6 +271,21 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(folder: Path) -> 
     assert read_metrics(folder / "run" / "metrics.jsonl") and not checkpoints(folder / "run")
     assert go(config, "latest")["steps"] == 3
     assert [row["step"] for row in read_metrics(folder / "run" / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_a_run_without_an_accuracy_before_training(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its table, model card, result and curves are complete without it."""
+    with killed_before(1):
+        go(config_of(folder))
+    files = tuple(Part(str(tiny_pairs(folder / f"{name}.jsonl", 5, seed))) for name, seed in (("a", 7), ("b", 8)))
+    config = config_of(folder, eval_dataset_name=files, eval_votes=0, report_to=("tensorboard",))
+    train.run(dataclasses.replace(config, resume_from_checkpoint="latest"), Console(width=100))
+    printed = capsys.readouterr().out
+    assert re.search(r"after dwrl.*\n│   a .*\n│   b ", printed) and "before" not in printed
+    result = json.loads((folder / "run" / "result.json").read_text())
+    assert "accuracy_after/a" in result and not any("before" in name for name in result)
+    card = (folder / "run" / "model" / "README.md").read_text()
+    assert "| after |" in card and "| before" not in card and (folder / "run" / "curves.png").exists()
 
 
 # Damaged checkpoints
