@@ -28,17 +28,19 @@ from dwrl_fast.models.model import check_positions, check_vocabulary
 from dwrl_fast.models.pretrained import try_saving
 from dwrl_fast.progress import Display, Stage
 from dwrl_fast.ranks import ALONE, Ranks, start
+from dwrl_fast.sampling import KeptThoughts
 from dwrl_fast.scoring.loading import load_dialog
 from dwrl_fast.training.card import write_card
 from dwrl_fast.training.checkpoint import checkpoints
 from dwrl_fast.training.dry_run import dry_run
 from dwrl_fast.training.plots import plot_curves
-from dwrl_fast.training.policy import PREFILLED, load_judging
+from dwrl_fast.training.policy import load_judging
 from dwrl_fast.training.runlog import read_metrics, write_json
 from dwrl_fast.training.trackers import Trackers, check_installed, open_trackers
 from dwrl_fast.training.trainer import Trainer
 
 BASELINE = "bt"  # also trained on the embedded task, for comparison
+PREFILLED = "prefilled.jsonl"  # the thoughts of `bt --prefilled_thoughts`
 RESULT = "result.json"  # written last: a folder with this file holds a finished run
 WRITTEN = ("config.yaml", "model", "adapter", "metrics.jsonl", "thoughts", PREFILLED, RESULT)
 OWN_DATA = """\
@@ -220,6 +222,8 @@ def train(
     with closing(judging.runtime):
         trainer = Trainer(config, method, judging, feed, held_out, folder, display, trackers)
         trainer.resume()
+        if isinstance(judging.runtime.sampler, KeptThoughts):  # now: a checkpoint of another run was refused
+            judging.runtime.sampler.keep_in(folder / PREFILLED, config.max_completion_length, ranks)
         if ranks.first:
             dataclasses.replace(saved, resume_from_checkpoint=None, resume_anyway=False).save(folder / "config.yaml")
         result = trainer.train()
@@ -257,9 +261,13 @@ def train_embedded(
 
 
 def make_embedded(folder: Path, config: TrainConfig, display: Display) -> embedded.Embedded:
-    """The pairs and the warmed-up model of the embedded task. A resumed run reads those that it saved."""
+    """The pairs and the warmed-up model of the embedded task. A resumed run reads those that it saved. Raises
+    ConfigError if they were drawn with other options.
+    """
     if (folder / embedded.RECORD).exists():
-        return embedded.Embedded.read(folder)
+        made = embedded.Embedded.read(folder)
+        check_drawn(folder, made, config)
+        return made
     with ExitStack() as stack:
         stages: dict[str, Stage] = {}
 
@@ -269,6 +277,26 @@ def make_embedded(folder: Path, config: TrainConfig, display: Display) -> embedd
             stages[name].advance(done - stages[name].done, **info)
 
         return embedded.prepare(folder, config.seed, easy_fraction=config.easy_fraction, progress=progress)
+
+
+def check_drawn(folder: Path, made: embedded.Embedded, config: TrainConfig) -> None:
+    """Raise ConfigError if the pairs and the model in `folder` were drawn with other options than those of this run."""
+    if made.drawn is None:
+        logger.warning(
+            "%s was written by an older version, which did not store how it was drawn: this run uses it without "
+            "knowing whether --seed and --easy_fraction are the same.",
+            folder,
+        )
+        return
+    names = ("seed", "easy_fraction")
+    other = [f"--{name} was {made.drawn[name]}, is {getattr(config, name)}" for name in names
+             if made.drawn[name] != getattr(config, name)]  # fmt: skip
+    if other:
+        raise ConfigError(
+            f"{folder} holds the pairs and the model of a run with other options: {'; '.join(other)}. Give another "
+            f"--output_dir, or the earlier options; if {folder.parent} holds no checkpoint, you may also remove "
+            f"{folder}."
+        )
 
 
 def versions() -> dict[str, str]:

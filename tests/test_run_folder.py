@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ from dwrl_fast import compare, evaluate, train
 from dwrl_fast.config import TrainConfig
 from dwrl_fast.console import command
 from dwrl_fast.data.mixture import Part
+from dwrl_fast.embedded import Warmup
 from dwrl_fast.errors import CheckpointError, ConfigError
 from dwrl_fast.lock import sole_writer
+from dwrl_fast.progress import Display
 from dwrl_fast.training.checkpoint import checkpoints, save_checkpoint
 from dwrl_fast.training.runlog import RunLog, read_metrics
 
@@ -152,6 +155,30 @@ def test_the_folder_of_the_bt_run_is_locked_and_refused_too(folder: Path, monkey
             go(config, "latest")
     found = go(config, "latest")
     assert "accuracy_bt" in found and found["trained"] is True
+
+
+def test_the_embedded_task_of_other_options_is_not_used(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    sizes = train.embedded.Sizes(train=16, dev=4, test=4)
+    plan = Warmup(hidden_size=16, layers=1, heads=2, intermediate_size=32, batch_size=8, stages=())
+    prepare = train.embedded.prepare
+    monkeypatch.setattr(train.embedded, "prepare", partial(prepare, sizes=sizes, plan=plan))
+    config, display = TrainConfig(method="dwrl"), Display(Console(quiet=True))
+    below = folder / "run" / "embedded"
+    made = train.make_embedded(below, config, display)
+    assert train.make_embedded(below, config, display) == made and not caplog.text
+    changes: tuple[dict[str, Any], ...] = ({"seed": 1}, {"easy_fraction": 0.2})
+    for change in changes:
+        ((name, value),) = change.items()
+        with pytest.raises(ConfigError, match=rf"{below} holds .* other options: --{name} was 0.*, is {value}"):
+            train.make_embedded(below, dataclasses.replace(config, **change), display)
+    record = below / train.embedded.RECORD
+    older = json.loads(record.read_text())
+    del older["drawn"]
+    record.write_text(json.dumps(older))
+    assert train.make_embedded(below, config, display) == dataclasses.replace(made, drawn=None)
+    assert "was written by an older version, which did not store how it was drawn" in caplog.text
 
 
 def test_a_folder_that_cannot_be_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
