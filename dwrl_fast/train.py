@@ -35,14 +35,15 @@ from dwrl_fast.training.checkpoint import checkpoints
 from dwrl_fast.training.dry_run import dry_run
 from dwrl_fast.training.plots import plot_curves
 from dwrl_fast.training.policy import load_judging
-from dwrl_fast.training.runlog import read_metrics, write_json
+from dwrl_fast.training.resuming import refuse_mixed
+from dwrl_fast.training.runlog import METRICS, read_metrics, write_json
 from dwrl_fast.training.trackers import Trackers, check_installed, open_trackers
 from dwrl_fast.training.trainer import Trainer
 
 BASELINE = "bt"  # also trained on the embedded task, for comparison
 PREFILLED = "prefilled.jsonl"  # the thoughts of `bt --prefilled_thoughts`
 RESULT = "result.json"  # written last: a folder with this file holds a finished run
-WRITTEN = ("config.yaml", "model", "adapter", "metrics.jsonl", "thoughts", PREFILLED, RESULT)
+WRITTEN = ("config.yaml", "model", "adapter", METRICS, "thoughts", PREFILLED, RESULT)
 OWN_DATA = """\
 Your own data: a JSONL file of {"prompt": ..., "chosen": ..., "rejected": ...}, then
   python -m dwrl_fast.train --model_name_or_path MODEL --dataset_name pairs.jsonl --eval_dataset_name held_out.jsonl"""
@@ -68,6 +69,8 @@ def main(argv: list[str]) -> None:
                 make_folder(wanted)  # its error says why the folder cannot be created
             if config.resume_from_checkpoint is None:
                 refuse_used(config, wanted)
+            else:
+                refuse_mixed(wanted, config.resume_from_checkpoint)
         dry_run(config, console, ranks.count)
         return
     try:
@@ -109,6 +112,8 @@ def begun(config: TrainConfig, folder: Path) -> dict[str, Any]:
         refuse_used(config, folder)
     elif (folder / RESULT).exists():
         return finished(config, folder)
+    else:
+        refuse_mixed(folder, config.resume_from_checkpoint)
     return {}
 
 
@@ -229,7 +234,7 @@ def train(
         result = trainer.train()
     if ranks.first:
         curves = folder / "curves.png"
-        plot_curves(read_metrics(folder / "metrics.jsonl"), curves, f"{config.method}, seed {config.seed}")
+        plot_curves(read_metrics(folder / METRICS), curves, f"{config.method}, seed {config.seed}")
     return result
 
 

@@ -140,7 +140,7 @@ def test_the_lock_is_held_for_as_long_as_the_run(folder: Path, monkeypatch: pyte
 
 def test_the_folder_of_the_bt_run_is_locked_and_refused_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The embedded task trains `bt` in a subfolder. Its slow parts are replaced here, because they take minutes."""
-    parts = dict.fromkeys(("train", "dev", "test"), folder / "pairs.jsonl")
+    parts: dict[str, Any] = dict.fromkeys(("train", "dev", "test"), folder / "pairs.jsonl")
     made = train.embedded.Embedded(folder / "tiny", **parts, seconds=0.0, state={})
     monkeypatch.setattr(train, "make_embedded", lambda *_: made)
     small, configure = ["--max_steps", "1", "--rollout_batch_size", "4", "--minibatch_size", "4"], train.configure
@@ -313,6 +313,25 @@ def test_a_run_without_an_accuracy_before_training(folder: Path, capsys: pytest.
     assert "accuracy_after/a" in result and not any("before" in name for name in result)
     card = (folder / "run" / "model" / "README.md").read_text()
     assert "| after |" in card and "| before" not in card and (folder / "run" / "curves.png").exists()
+
+
+@pytest.mark.parametrize("saved", [True, False], ids=["checkpoints", "metrics"])
+def test_a_checkpoint_of_another_folder_does_not_overwrite_a_run(folder: Path, saved: bool) -> None:
+    go(config_of(folder, "other", seed=1))
+    with killed_before(1):
+        go(config_of(folder, save_steps=int(saved)))
+    before = content(folder / "run")
+    path = folder / "other" / "checkpoint-000002"
+    held = "checkpoint-000001, metrics.jsonl of a run that .*checkpoint latest" if saved else "metrics.jsonl of a run"
+    for arguments in ([], ["--dry_run"]):
+        with pytest.raises(CheckpointError, match=rf"{folder}/run holds {held}") as refused:
+            config = config_of(folder, seed=1)
+            config.save(folder / "options.yaml")
+            train.main(["--config", f"{folder}/options.yaml", "--resume_from_checkpoint", str(path), *arguments])
+        assert "give another --output_dir" in str(refused.value) and str(path) in str(refused.value)
+    assert content(folder / "run") == before
+    resumed = config_of(folder, "new", seed=1)
+    assert go(resumed, str(path))["steps"] == 3, "the remedy works"
 
 
 # Damaged checkpoints
