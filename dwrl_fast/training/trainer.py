@@ -20,7 +20,7 @@ from dwrl_fast.config import TrainConfig
 from dwrl_fast.data import Preference
 from dwrl_fast.data.jsonl import finite
 from dwrl_fast.encode import group_record
-from dwrl_fast.errors import NotFiniteError, SamplerError, Stopped
+from dwrl_fast.errors import CheckpointError, NotFiniteError, SamplerError, Stopped
 from dwrl_fast.evaluation.pairs import PairReport
 from dwrl_fast.evaluation.sources import source_accuracy, source_reports
 from dwrl_fast.feed import Feed
@@ -348,18 +348,39 @@ class Trainer:
         state = load_checkpoint(
             path,
             self.policy.state(),
-            accept=lambda state: compare(path, state["identity"], self.identity, anyway=self.config.resume_anyway),
+            accept=lambda state: self._accept(path, state),
             ranks=self.ranks,
         )
         self.policy.runtime.changed()
         self.ranks.from_first(lambda: set_later_aside(self.folder, path, wanted))
-        self.feed.restore(state["feed"])
         self.step = state["step"]
         self.watch.seconds.update(state["seconds"])
         self._restore(state)
         self._restore_evaluations(path, state)
         updates = f" and {self.current.done} updates" if self.current else ""
         logger.info("resumed %s at step %d%s of %d", path, self.step, updates, self.feed.steps)
+
+    def _accept(self, path: Path, state: dict[str, Any]) -> None:
+        """Compare the run with that of the checkpoint at `path`, and restore the position in the data, before weights
+        are loaded. Raises CheckpointError if the run must not resume, and like `Feed.restore`.
+        """
+        anyway = self.config.resume_anyway
+        compare(path, state["identity"], self.identity, anyway=anyway)
+        batches = state["step"] + (state.get("current") is not None)
+        why = self.feed.misfit(state["feed"], batches, state["identity"].get("rows", self.identity["rows"]))
+        if not why:
+            self.feed.restore(state["feed"])
+            return
+        if not anyway:
+            raise CheckpointError(
+                f"{path} does not fit the data of this run: {why}. Restore what {path.parent / 'config.yaml'} names, "
+                "or start a new run in another --output_dir."
+            )
+        logger.warning(
+            "--resume_anyway: the data set starts from its beginning, because %s. What is lost: rows of the %d rollout "
+            "batches so far are used again, and others less often.",
+            *(why, batches),
+        )
 
     def _restore(self, state: dict[str, Any]) -> None:
         """Restore entries that checkpoints of older versions may lack."""
