@@ -28,19 +28,22 @@ from dwrl_fast.models.model import check_positions, check_vocabulary
 from dwrl_fast.models.pretrained import try_saving
 from dwrl_fast.progress import Display, Stage
 from dwrl_fast.ranks import ALONE, Ranks, start
+from dwrl_fast.sampling import KeptThoughts
 from dwrl_fast.scoring.loading import load_dialog
 from dwrl_fast.training.card import write_card
 from dwrl_fast.training.checkpoint import checkpoints
 from dwrl_fast.training.dry_run import dry_run
 from dwrl_fast.training.plots import plot_curves
-from dwrl_fast.training.policy import PREFILLED, load_judging
-from dwrl_fast.training.runlog import read_metrics, write_json
+from dwrl_fast.training.policy import load_judging
+from dwrl_fast.training.resuming import refuse_mixed
+from dwrl_fast.training.runlog import METRICS, read_metrics, write_json
 from dwrl_fast.training.trackers import Trackers, check_installed, open_trackers
 from dwrl_fast.training.trainer import Trainer
 
 BASELINE = "bt"  # also trained on the embedded task, for comparison
+PREFILLED = "prefilled.jsonl"  # the thoughts of `bt --prefilled_thoughts`
 RESULT = "result.json"  # written last: a folder with this file holds a finished run
-WRITTEN = ("config.yaml", "model", "adapter", "metrics.jsonl", "thoughts", PREFILLED, RESULT)
+WRITTEN = ("config.yaml", "model", "adapter", METRICS, "thoughts", PREFILLED, RESULT)
 OWN_DATA = """\
 Your own data: a JSONL file of {"prompt": ..., "chosen": ..., "rejected": ...}, then
   python -m dwrl_fast.train --model_name_or_path MODEL --dataset_name pairs.jsonl --eval_dataset_name held_out.jsonl"""
@@ -66,6 +69,8 @@ def main(argv: list[str]) -> None:
                 make_folder(wanted)  # its error says why the folder cannot be created
             if config.resume_from_checkpoint is None:
                 refuse_used(config, wanted)
+            else:
+                refuse_mixed(wanted, config.resume_from_checkpoint)
         dry_run(config, console, ranks.count)
         return
     try:
@@ -107,6 +112,8 @@ def begun(config: TrainConfig, folder: Path) -> dict[str, Any]:
         refuse_used(config, folder)
     elif (folder / RESULT).exists():
         return finished(config, folder)
+    else:
+        refuse_mixed(folder, config.resume_from_checkpoint)
     return {}
 
 
@@ -220,12 +227,14 @@ def train(
     with closing(judging.runtime):
         trainer = Trainer(config, method, judging, feed, held_out, folder, display, trackers)
         trainer.resume()
+        if isinstance(judging.runtime.sampler, KeptThoughts):  # now: a checkpoint of another run was refused
+            judging.runtime.sampler.keep_in(folder / PREFILLED, config.max_completion_length, ranks)
         if ranks.first:
             dataclasses.replace(saved, resume_from_checkpoint=None, resume_anyway=False).save(folder / "config.yaml")
         result = trainer.train()
     if ranks.first:
         curves = folder / "curves.png"
-        plot_curves(read_metrics(folder / "metrics.jsonl"), curves, f"{config.method}, seed {config.seed}")
+        plot_curves(read_metrics(folder / METRICS), curves, f"{config.method}, seed {config.seed}")
     return result
 
 
@@ -257,9 +266,13 @@ def train_embedded(
 
 
 def make_embedded(folder: Path, config: TrainConfig, display: Display) -> embedded.Embedded:
-    """The pairs and the warmed-up model of the embedded task. A resumed run reads those that it saved."""
+    """The pairs and the warmed-up model of the embedded task. A resumed run reads those that it saved. Raises
+    ConfigError if they were drawn with other options.
+    """
     if (folder / embedded.RECORD).exists():
-        return embedded.Embedded.read(folder)
+        made = embedded.Embedded.read(folder)
+        check_drawn(folder, made, config)
+        return made
     with ExitStack() as stack:
         stages: dict[str, Stage] = {}
 
@@ -269,6 +282,26 @@ def make_embedded(folder: Path, config: TrainConfig, display: Display) -> embedd
             stages[name].advance(done - stages[name].done, **info)
 
         return embedded.prepare(folder, config.seed, easy_fraction=config.easy_fraction, progress=progress)
+
+
+def check_drawn(folder: Path, made: embedded.Embedded, config: TrainConfig) -> None:
+    """Raise ConfigError if the pairs and the model in `folder` were drawn with other options than those of this run."""
+    if made.drawn is None:
+        logger.warning(
+            "%s was written by an older version, which did not store how it was drawn: this run uses it without "
+            "knowing whether --seed and --easy_fraction are the same.",
+            folder,
+        )
+        return
+    names = ("seed", "easy_fraction")
+    other = [f"--{name} was {made.drawn[name]}, is {getattr(config, name)}" for name in names
+             if made.drawn[name] != getattr(config, name)]  # fmt: skip
+    if other:
+        raise ConfigError(
+            f"{folder} holds the pairs and the model of a run with other options: {'; '.join(other)}. Give another "
+            f"--output_dir, or the earlier options; if {folder.parent} holds no checkpoint, you may also remove "
+            f"{folder}."
+        )
 
 
 def versions() -> dict[str, str]:
@@ -288,7 +321,9 @@ def report(result: dict[str, Any], config: TrainConfig, folder: Path, console: C
     for column in ("", kind, "95 % interval", *([f"{votes} thoughts"] if votes else [])):
         table.add_column(column, justify="left" if not column else "right")
     lines = {"before": "before", "after": f"after {config.method}", "bt": "bt on the same pairs (no thoughts)"}
-    names = ["", *(key.partition("/")[2] for key in result if key.startswith("report_before/"))]
+    # A run that was resumed with other held-out rows has no report from before training.
+    of_files = (key.partition("/")[2] for key in result if key.startswith(("report_before/", "report_after/")))
+    names = dict.fromkeys(["", *of_files])
     for when, label in lines.items():
         for name in names:
             part = f"/{name}" if name else ""

@@ -11,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from test_resume import rewrite
 from tiny import tiny_config, tiny_folder, tiny_pairs
 
 from dwrl_fast import evaluate, train
@@ -107,6 +108,77 @@ def test_a_changed_stream_is_refused(folder: Path) -> None:
     tiny_pairs(folder / "b.jsonl", 5, seed=3)
     with pytest.raises(CheckpointError, match=r"the data set: its rows, .* is different"):
         silent(again)
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "why"),
+    [
+        ({"dataset_mixture": ("a", "b", "c")}, {}, "the number of files or data sets was 3, is 2"),
+        ({"dataset_mixture": (), "dataset_name": "a"}, {}, "the number of files or data sets was 1, is 2"),
+        ({}, {"dataset_mixture": (), "dataset_name": "b"}, "the number of files or data sets was 2, is 1"),
+        ({}, {"streaming": True}, r"read its rows in memory, and this run reads .*a\.jsonl as a stream"),
+        ({"streaming": True}, {}, r"read its rows as a stream, and this run reads .*a\.jsonl in memory"),
+        ({"streaming": True}, {"streaming": True, "dataset_mixture": ("b", "a")}, "only for the same files"),
+        ({"streaming": True}, {"streaming": True, "max_length": 60}, "same files, read with the same options"),
+        ({"rollout_batch_size": 8, "max_steps": 3}, {}, "16 of the 24 rows of this run were used already, too many"),
+    ],
+)
+def test_other_data_starts_from_its_beginning(
+    folder: Path, caplog: pytest.LogCaptureFixture, was: dict[str, Any], now: dict[str, Any], why: str
+) -> None:
+    """From a checkpoint within a rollout batch, whose rows are those of the earlier files."""
+
+    def config(changes: dict[str, Any], **more: Any) -> TrainConfig:
+        named: dict[str, Any] = {}
+        if "dataset_name" in changes:
+            named["dataset_name"] = f"{folder}/{changes['dataset_name']}.jsonl"
+        if "dataset_mixture" in changes:
+            named["dataset_mixture"] = tuple(Part(f"{folder}/{each}.jsonl", 0.5) for each in changes["dataset_mixture"])
+        return mixed(folder, **{"save_updates": 1, **changes, **named, **more})
+
+    tiny_pairs(folder / "c.jsonl", 5, seed=3)
+    silent(config(was))
+    path = folder / "whole" / "checkpoint-000001-0001"
+    assert path.is_dir()
+    again = config(now, output_dir=f"{folder}/other", resume_from_checkpoint=str(path))
+    with pytest.raises(CheckpointError, match="belongs to another run"):
+        silent(again)
+    result = silent(dataclasses.replace(again, resume_anyway=True))
+    assert re.search(f"--resume_anyway: the data set starts from its beginning, because .*{why}", caplog.text)
+    assert result["steps"] == again.max_steps
+    assert len(read_metrics(folder / "other" / "metrics.jsonl")) == again.max_steps - 1
+
+
+def test_data_that_cannot_go_on_is_refused_before_weights_are_loaded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the checkpoint does not identify its rows, as one of an older version."""
+    silent(mixed(folder, max_steps=2))
+    path = folder / "whole" / "checkpoint-000001"
+    rewrite(path, lambda state: (state["identity"].pop("rows"), state["feed"].pop()))
+    monkeypatch.setattr("torch.distributed.checkpoint.load", lambda *_, **__: pytest.fail("weights were loaded"))
+    again = mixed(folder, max_steps=2, output_dir=f"{folder}/other", resume_from_checkpoint=str(path))
+    with pytest.raises(
+        CheckpointError, match="does not fit the data of this run: the number of files or data sets was 1"
+    ):
+        silent(again)
+
+
+def test_moved_files_within_a_rollout_batch(folder: Path) -> None:
+    """The rows in flight name the earlier files. The accuracies by file are those of the same file names."""
+    config = mixed(folder, max_steps=2, save_updates=1)
+    silent(config)
+    (folder / "moved").mkdir()
+    for name in ("a", "b"):
+        (folder / f"{name}.jsonl").rename(folder / "moved" / f"{name}.jsonl")
+    parts = tuple(dataclasses.replace(part, dataset_name=f"{folder}/moved/{Path(part.dataset_name).name}")
+                  for part in config.dataset_mixture)  # fmt: skip
+    path = str(folder / "whole" / "checkpoint-000001-0001")
+    silent(
+        dataclasses.replace(config, dataset_mixture=parts, output_dir=f"{folder}/other", resume_from_checkpoint=path)
+    )
+    whole, other = (read_metrics(folder / name / "metrics.jsonl")[-1] for name in ("whole", "other"))
+    assert untimed(whole) == untimed(other) and "train_accuracy/a" in other
 
 
 def test_rows_by_share_with_their_aspects(folder: Path) -> None:

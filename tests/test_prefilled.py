@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import FakePolicy
+from fakes import FakePolicy, FakeSampler
 from rich.console import Console
-from tiny import tiny_config, tiny_rows
+from tiny import tiny_config, tiny_dialog, tiny_folder, tiny_rows
 
 from dwrl_fast import Scorer, evaluate, train
 from dwrl_fast.config import TrainConfig, parse_evaluate
-from dwrl_fast.errors import ConfigError, ModelError
-from dwrl_fast.sampling import TreeSampler
+from dwrl_fast.errors import CheckpointError, ConfigError, ModelError
+from dwrl_fast.sampling import KeptThoughts, TreeSampler
 from dwrl_fast.scoring import marginal_scores
 from dwrl_fast.scoring.loading import load_dialog
-from dwrl_fast.training.policy import PREFILLED
+from dwrl_fast.train import PREFILLED
 
 OPTIONS = ["--rollout_batch_size", "6", "--minibatch_size", "6", "--max_steps", "4", "--learning_rate", "1e-2"]
 OPTIONS += ["--max_completion_length", "5"]
@@ -33,7 +33,8 @@ def go(folder: Path, *more: str) -> dict[str, Any]:
 
 
 def kept(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / PREFILLED).read_text().splitlines()]
+    """The thoughts, without the line that says which model wrote them."""
+    return [json.loads(line) for line in (folder / PREFILLED).read_text().splitlines()[1:]]
 
 
 def test_the_head_reads_a_greedy_thought_of_the_base_model(folder: Path) -> None:
@@ -92,6 +93,61 @@ def test_thoughts_are_written_once_and_stay(folder: Path, monkeypatch: pytest.Mo
     again = go(folder, "--resume_from_checkpoint", "latest")
     assert written == [] and kept(folder / "run") == before, "a run that goes on writes none anew"
     assert again["report_after"] == first["report_after"]
+
+
+def unfinished(folder: Path) -> None:
+    """Leave of a run what one that was killed before its first checkpoint leaves, with its thoughts."""
+    for path in [*(folder / "run").glob("checkpoint-*"), folder / "run" / "model"]:
+        shutil.rmtree(path)
+    (folder / "run" / "result.json").unlink()
+
+
+@pytest.mark.parametrize("change", ["model", "limit", "older"])
+def test_thoughts_of_another_model_or_limit_are_not_used(
+    folder: Path, caplog: pytest.LogCaptureFixture, change: str
+) -> None:
+    options = {"model": [], "limit": ["--max_completion_length", "3"], "older": []}[change]
+    go(folder)
+    file = folder / "run" / PREFILLED
+    if change == "older":
+        file.write_text("".join(f"{line}\n" for line in file.read_text().splitlines()[1:]))
+    was = file.read_bytes()
+    if change == "model":
+        tiny_folder(folder / "tiny", seed=1)
+    other = go(folder, *options, "--output_dir", f"{folder}/other")
+    unfinished(folder)
+    again = go(folder, *options, "--resume_from_checkpoint", "auto")
+    assert again["report_after"] == other["report_after"] and kept(folder / "run") == kept(folder / "other")
+    why = {"model": "are of another model", "limit": "have at most 5 tokens instead of 3", "older": "are of a version"}
+    assert f"The thoughts in {file} {why[change]}" in caplog.text and "prefilled.unused1.jsonl" in caplog.text
+    assert (folder / "run" / "prefilled.unused1.jsonl").read_bytes() == was
+
+
+def test_a_refused_checkpoint_leaves_the_thoughts(folder: Path) -> None:
+    go(folder)
+    (folder / "run" / "result.json").unlink()
+    tiny_folder(folder / "tiny", seed=1)
+    was = (folder / "run" / PREFILLED).read_bytes()
+    with pytest.raises(CheckpointError, match="the base model"):
+        go(folder, "--resume_from_checkpoint", "auto")
+    assert (folder / "run" / PREFILLED).read_bytes() == was
+    go(folder, "--resume_from_checkpoint", "auto", "--resume_anyway")
+    assert (folder / "run" / "prefilled.unused1.jsonl").read_bytes() == was
+
+
+def test_a_thought_may_hold_any_character(tmp_path: Path) -> None:
+    class Decoder:
+        def decode(self, ids: list[int]) -> str:
+            return "\u2028\x85\n"
+
+    def thoughts() -> KeptThoughts:
+        made = KeptThoughts(FakeSampler(tiny_dialog(), lambda *_: "1 2"), "it", Decoder(), [2])
+        made.keep_in(tmp_path / PREFILLED, 5)
+        return made
+
+    first = thoughts()
+    first.sample([[5, 6]], 1, max_tokens=5, temperature=0.0, seed=0)
+    assert first.found and thoughts().found == first.found
 
 
 def test_a_saved_model_scores_with_the_base_model_beside_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from dwrl_fast.encode import Group, Thought, group_of, group_record
 from dwrl_fast.errors import CheckpointError, ConfigError, NotFiniteError, Stopped
 from dwrl_fast.progress import Display
 from dwrl_fast.training.checkpoint import checkpoints, place_of
+from dwrl_fast.training.manifest import fingerprint
 from dwrl_fast.training.policy import Policy
 from dwrl_fast.training.runlog import read_metrics
 from dwrl_fast.training.trainer import Trainer
@@ -42,6 +43,16 @@ def within(config: TrainConfig, run: Path) -> list[Path]:
     """The checkpoints within steps of an uninterrupted run."""
     make_trainer(dataclasses.replace(config, save_updates=1), run).train()
     return [path for path in checkpoints(run) if place_of(path)[1]]  # type: ignore[index]
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the state in a checkpoint, which stays intact."""
+    state = json.loads((path / "state.json").read_text())
+    change(state)
+    (path / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"]["state.json"] = fingerprint(path / "state.json")
+    (path / "manifest.json").write_text(json.dumps(manifest))
 
 
 # After any update
@@ -82,15 +93,12 @@ def test_what_is_compared_would_show_a_lost_thought(folder: Path) -> None:
     """The control: if the log-probs of the batch in a checkpoint change a little, the run is different."""
     config = tiny_config(folder, save_steps=0, max_steps=1, save_updates=1, alternate="joint")
     (path,) = within(config, folder / "whole")
-    state = json.loads((path / "state.json").read_text())
-    for thought in (one for group in state["current"]["groups"] for some in group["thoughts"] for one in some):
-        thought["logprobs"] = [logprob - 1e-3 for logprob in thought["logprobs"]]
-    (path / "state.json").write_text(json.dumps(state))
-    manifest = json.loads((path / "manifest.json").read_text())
-    from dwrl_fast.training.manifest import fingerprint
 
-    manifest["files"]["state.json"] = fingerprint(path / "state.json")
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    def change(state: dict[str, Any]) -> None:
+        for thought in (one for group in state["current"]["groups"] for some in group["thoughts"] for one in some):
+            thought["logprobs"] = [logprob - 1e-3 for logprob in thought["logprobs"]]
+
+    rewrite(path, change)
     resumed = dataclasses.replace(config, resume_from_checkpoint=str(path))
     make_trainer(resumed, folder / "run").train()
     assert not same_weights(folder / "run", folder / "whole")
@@ -261,6 +269,68 @@ def test_what_is_another_is_refused_by_its_name_and_can_be_passed_over(
     trainer = make_trainer(dataclasses.replace(again, resume_anyway=True), folder / "other")
     assert given_up in caplog.text and trainer.step == 1
     trainer.train()
+
+
+# Resumed with other held-out rows
+
+
+def held(folder: Path, name: str, count: int = 5, seed: int = 7) -> Path:
+    return tiny_pairs(folder / f"{name}.jsonl", count, seed)
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_before_is_never_an_evaluation_of_trained_weights(
+    folder: Path, caplog: pytest.LogCaptureFixture, within: bool
+) -> None:
+    config = tiny_config(folder, save_steps=1, save_updates=1, max_steps=2)
+    make_trainer(config, folder / "run").train()
+    path = folder / "run" / ("checkpoint-000000-0001" if within else "checkpoint-000001")
+    again = dataclasses.replace(config, resume_from_checkpoint=str(path))
+    trainer = make_trainer(again, folder / "other", held(folder, "a"))
+    assert f"The held-out rows or --eval_votes differ from those of {path}" in caplog.text
+    result = trainer.train()
+    assert "accuracy_after" in result and not any("before" in name for name in result)
+    caplog.clear()
+    path = checkpoints(folder / "other")[-1]
+    trainer = make_trainer(
+        dataclasses.replace(config, resume_from_checkpoint=str(path)), folder / "last", held(folder, "a")
+    )
+    assert not any("before" in name for name in trainer.train()) and "held-out" not in caplog.text
+
+
+@pytest.mark.parametrize("change", ["same rows elsewhere", "other rows", "no rows", "votes"])
+def test_before_and_best_are_of_the_same_held_out_rows(
+    folder: Path, caplog: pytest.LogCaptureFixture, change: str
+) -> None:
+    config = tiny_config(folder, save_steps=1, eval_steps=1, max_steps=3, eval_votes=2)
+    whole = make_trainer(config, folder / "run", held(folder, "a")).train()
+    path = folder / "run" / "checkpoint-000002"
+    again = dataclasses.replace(config, resume_from_checkpoint=str(path))
+    if change == "votes":
+        again = dataclasses.replace(again, eval_votes=3)
+    other = {"other rows": held(folder, "b", 4, 8), "no rows": None}.get(change, held(folder, "moved"))
+    trainer = make_trainer(again, folder / "other", other)
+    same = change == "same rows elsewhere"
+    assert (trainer.best is not None) == same == ("held-out rows" not in caplog.text)
+    result = trainer.train()
+    shown = {name: result[name] for name in result if name.startswith(("accuracy", "report"))}
+    if same:
+        assert shown == {name: whole[name] for name in whole if name.startswith(("accuracy", "report"))}
+    else:
+        assert not any("before" in name for name in shown) and ("accuracy_after" in shown) == (change != "no rows")
+
+
+def test_a_checkpoint_of_an_older_version_keeps_its_evaluations(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = tiny_config(folder, save_steps=1, eval_steps=1, max_steps=2)
+    trainer = make_trainer(config, folder / "run", held(folder, "a"))
+    trainer.train()
+    path = folder / "run" / "checkpoint-000001"
+    rewrite(path, lambda state: state.pop("evaluated"))
+    again = dataclasses.replace(config, resume_from_checkpoint=str(path))
+    resumed = make_trainer(again, folder / "other", held(folder, "a"))
+    assert resumed.before == trainer.before != {} and resumed.best is not None and "held-out" not in caplog.text
+    rewrite(path, lambda state: state.update(before={}))
+    assert make_trainer(again, folder / "none", held(folder, "a")).best is None and "held-out" in caplog.text
 
 
 # Bad batches

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,16 @@ from conftest import ROOT
 from rich.console import Console
 from safetensors.torch import load_file
 from test_checkpoint import flip_byte
-from tiny import tiny_config
+from tiny import tiny_config, tiny_pairs
 
 from dwrl_fast import compare, evaluate, train
 from dwrl_fast.config import TrainConfig
 from dwrl_fast.console import command
+from dwrl_fast.data.mixture import Part
+from dwrl_fast.embedded import Warmup
 from dwrl_fast.errors import CheckpointError, ConfigError
 from dwrl_fast.lock import sole_writer
+from dwrl_fast.progress import Display
 from dwrl_fast.training.checkpoint import checkpoints, save_checkpoint
 from dwrl_fast.training.runlog import RunLog, read_metrics
 
@@ -136,7 +140,7 @@ def test_the_lock_is_held_for_as_long_as_the_run(folder: Path, monkeypatch: pyte
 
 def test_the_folder_of_the_bt_run_is_locked_and_refused_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The embedded task trains `bt` in a subfolder. Its slow parts are replaced here, because they take minutes."""
-    parts = dict.fromkeys(("train", "dev", "test"), folder / "pairs.jsonl")
+    parts: dict[str, Any] = dict.fromkeys(("train", "dev", "test"), folder / "pairs.jsonl")
     made = train.embedded.Embedded(folder / "tiny", **parts, seconds=0.0, state={})
     monkeypatch.setattr(train, "make_embedded", lambda *_: made)
     small, configure = ["--max_steps", "1", "--rollout_batch_size", "4", "--minibatch_size", "4"], train.configure
@@ -151,6 +155,30 @@ def test_the_folder_of_the_bt_run_is_locked_and_refused_too(folder: Path, monkey
             go(config, "latest")
     found = go(config, "latest")
     assert "accuracy_bt" in found and found["trained"] is True
+
+
+def test_the_embedded_task_of_other_options_is_not_used(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    sizes = train.embedded.Sizes(train=16, dev=4, test=4)
+    plan = Warmup(hidden_size=16, layers=1, heads=2, intermediate_size=32, batch_size=8, stages=())
+    prepare = train.embedded.prepare
+    monkeypatch.setattr(train.embedded, "prepare", partial(prepare, sizes=sizes, plan=plan))
+    config, display = TrainConfig(method="dwrl"), Display(Console(quiet=True))
+    below = folder / "run" / "embedded"
+    made = train.make_embedded(below, config, display)
+    assert train.make_embedded(below, config, display) == made and not caplog.text
+    changes: tuple[dict[str, Any], ...] = ({"seed": 1}, {"easy_fraction": 0.2})
+    for change in changes:
+        ((name, value),) = change.items()
+        with pytest.raises(ConfigError, match=rf"{below} holds .* other options: --{name} was 0.*, is {value}"):
+            train.make_embedded(below, dataclasses.replace(config, **change), display)
+    record = below / train.embedded.RECORD
+    older = json.loads(record.read_text())
+    del older["drawn"]
+    record.write_text(json.dumps(older))
+    assert train.make_embedded(below, config, display) == dataclasses.replace(made, drawn=None)
+    assert "was written by an older version, which did not store how it was drawn" in caplog.text
 
 
 def test_a_folder_that_cannot_be_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,6 +298,40 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(folder: Path) -> 
     assert read_metrics(folder / "run" / "metrics.jsonl") and not checkpoints(folder / "run")
     assert go(config, "latest")["steps"] == 3
     assert [row["step"] for row in read_metrics(folder / "run" / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_a_run_without_an_accuracy_before_training(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its table, model card, result and curves are complete without it."""
+    with killed_before(1):
+        go(config_of(folder))
+    files = tuple(Part(str(tiny_pairs(folder / f"{name}.jsonl", 5, seed))) for name, seed in (("a", 7), ("b", 8)))
+    config = config_of(folder, eval_dataset_name=files, eval_votes=0, report_to=("tensorboard",))
+    train.run(dataclasses.replace(config, resume_from_checkpoint="latest"), Console(width=100))
+    printed = capsys.readouterr().out
+    assert re.search(r"after dwrl.*\n│   a .*\n│   b ", printed) and "before" not in printed
+    result = json.loads((folder / "run" / "result.json").read_text())
+    assert "accuracy_after/a" in result and not any("before" in name for name in result)
+    card = (folder / "run" / "model" / "README.md").read_text()
+    assert "| after |" in card and "| before" not in card and (folder / "run" / "curves.png").exists()
+
+
+@pytest.mark.parametrize("saved", [True, False], ids=["checkpoints", "metrics"])
+def test_a_checkpoint_of_another_folder_does_not_overwrite_a_run(folder: Path, saved: bool) -> None:
+    go(config_of(folder, "other", seed=1))
+    with killed_before(1):
+        go(config_of(folder, save_steps=int(saved)))
+    before = content(folder / "run")
+    path = folder / "other" / "checkpoint-000002"
+    held = "checkpoint-000001, metrics.jsonl of a run that .*checkpoint latest" if saved else "metrics.jsonl of a run"
+    for arguments in ([], ["--dry_run"]):
+        with pytest.raises(CheckpointError, match=rf"{folder}/run holds {held}") as refused:
+            config = config_of(folder, seed=1)
+            config.save(folder / "options.yaml")
+            train.main(["--config", f"{folder}/options.yaml", "--resume_from_checkpoint", str(path), *arguments])
+        assert "give another --output_dir" in str(refused.value) and str(path) in str(refused.value)
+    assert content(folder / "run") == before
+    resumed = config_of(folder, "new", seed=1)
+    assert go(resumed, str(path))["steps"] == 3, "the remedy works"
 
 
 # Damaged checkpoints

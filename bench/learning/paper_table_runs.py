@@ -148,5 +148,5 @@ def judged(model: Path, pairs: Path, seed: int) -> list[float]:
 def prefilled_tokens(folder: Path) -> int:
     """The number of thought tokens written before training; 0 if there are none."""
     path = folder / "prefilled.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else ()
-    return sum(len(json.loads(line)["ids"]) for line in lines)
+    lines = path.read_text(encoding="utf-8").strip("\n").split("\n") if path.exists() else []
+    return sum(len(json.loads(line)["ids"]) for line in lines[1:])  # the first line says which model wrote them

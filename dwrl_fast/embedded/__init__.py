@@ -8,7 +8,7 @@ import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -52,7 +52,10 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Embedded:
-    """The paths, and the state of the model at the start of reinforcement learning."""
+    """The paths, and the state of the model at the start of reinforcement learning.
+
+    drawn: the arguments of `prepare` that pairs and model depend on; None if an older version wrote the folder.
+    """
 
     model: Path
     train: Path
@@ -60,6 +63,7 @@ class Embedded:
     test: Path
     seconds: float
     state: dict[str, float]  # shares of correct thoughts: see warmup.state_reached
+    drawn: dict[str, Any] | None = None
 
     @classmethod
     def read(cls, folder: Path) -> "Embedded":
@@ -112,7 +116,8 @@ def prepare(
     draw = attributes.attribute_arrays if task == "attributes" else warmup_arrays
     warm_up(model, plan, prompts("train"), warmup_rng, progress, draw)
     state = state_reached(model, prompts("dev"), 1024, seed) if task == "sums" else {}
-    made = Embedded(folder / "model", **paths, seconds=time.perf_counter() - started, state=state)
+    drawn = {"task": task, "seed": seed, "easy_fraction": easy_fraction}
+    made = Embedded(folder / "model", **paths, seconds=time.perf_counter() - started, state=state, drawn=drawn)
     _save(made, GenerativeModel(model))
     (folder / RECORD).write_text(json.dumps(asdict(made), default=str, indent=1) + "\n", encoding="utf-8")
     return made

@@ -22,12 +22,15 @@ def source_of(row: Preference) -> str:
 def source_accuracy(groups: Sequence[ScoredGroup], names: Mapping[str, str]) -> dict[str, float]:
     """Mean accuracy of the scores in `groups`, by source. names: source -> short name.
 
-    A source is left out if it has no group here, or no group with an ordered pair. Groups without a score for each
-    response (of methods that only compare responses) are left out too.
+    A batch that was sampled before the files of a resumed run were renamed may have sources without a name here. They
+    count under their own short names. A source is left out if it has no group here, or no group with an ordered pair.
+    Groups without a score for each response (of methods that only compare responses) are left out too.
     """
     accuracies = {}
     scored = [found for found in groups if len(found.scores) == len(found.group.preference.responses)]
-    for name, part in _parts(scored, names).items():
+    sources = dict.fromkeys(source_of(found.group.preference) for found in scored)
+    others = short_names([source for source in sources if source not in names])
+    for name, part in _parts(scored, {**names, **others}).items():
         credit = order_accuracy(marginal_scores(part), rank_grid([each.group.ranks for each in part]))
         if len(credit):
             accuracies[name] = credit.mean().item()

@@ -84,6 +84,26 @@ class Feed:
         """The position of the feed between two batches, as JSON. Raises DataError if a streamed file was changed."""
         return [source.state() for source in self.sources]
 
+    def misfit(self, state: list[dict[str, Any]], batches: int, identity: Any) -> str:
+        """Why this feed cannot continue from the `state` of a feed with `identity` after `batches` batches, in words;
+        empty if it can.
+        """
+        here = len(self.sources)
+        if len(state) != here:
+            return f"the number of files or data sets was {len(state)}, is {here}"
+        ways = "in memory", "as a stream"
+        for source, each in zip(self.sources, state, strict=True):
+            if (was := "epoch" in each) != source.streamed:
+                return f"the checkpoint read its rows {ways[was]}, and this run reads {source.name} {ways[not was]}"
+        if any(source.streamed for source in self.sources) and identity != self.identity():
+            return "positions in a stream hold only for the same files, read with the same options"
+        drawn, left = sum(each["drawn"] for each in state), self.steps - batches
+        if left > 0 and self.total - drawn <= (left - 1) * self.batch_size:
+            return (
+                f"{drawn} of the {self.total} rows of this run were used already, too many for {left} further batches"
+            )
+        return ""
+
     def restore(self, state: list[dict[str, Any]]) -> None:
         """Continue from a `state` of an equal feed. Raises CheckpointError or DataError like the sources."""
         for source, each in zip(self.sources, state, strict=True):

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -13,6 +13,8 @@ from dwrl_fast.feed.source import content_hash
 
 class Shuffled:
     """A Source. stream: distinguishes its order from others with the same seed."""
+
+    streamed: ClassVar[bool] = False
 
     def __init__(self, name: str, rows: Sequence[Preference], seed: int, stream: str = "order"):
         self.name, self.content, self.seed, self.stream = name, rows, seed, stream

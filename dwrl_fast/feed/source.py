@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from dwrl_fast.data import Preference
 
@@ -12,6 +12,7 @@ from dwrl_fast.data import Preference
 class Source(Protocol):
     """The usable rows of one file or data set, in a different order in each epoch."""
 
+    streamed: ClassVar[bool]  # whether it is read on demand
     name: str  # as given by the user; Preference.source begins with it
     drawn: int  # rows given so far, over all epochs
 

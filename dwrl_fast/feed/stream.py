@@ -7,7 +7,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from dwrl_fast.compute import step_seed
 from dwrl_fast.data import START, Outcome, Position, Preference, Reader
@@ -70,6 +70,8 @@ class Streamed:
     check: tests whether a row can be used, when it is drawn. aspect: the aspect of rows without one. salt: further
     settings that the use of a row depends on, for the identity.
     """
+
+    streamed: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -1,6 +1,7 @@
 """Thoughts of an untrained model, which are written once and reused."""
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dwrl_fast.encode.thought import Thought
+from dwrl_fast.log import logger
 from dwrl_fast.ranks import ALONE, Ranks
 from dwrl_fast.sampling.sampler import Sampler
 
@@ -20,35 +22,29 @@ class KeptThoughts:
     """A Sampler that gives one greedy thought per context. `writer` writes it at the first request, and it is then
     cached.
 
-    tokenizer: decodes thoughts for `file`. stop_ids: end a thought.
+    fingerprint: of the model that `writer` samples from. tokenizer: decodes thoughts for `file`. stop_ids: end a
+    thought.
     """
 
     float32 = True
 
-    def __init__(self, writer: Sampler, tokenizer: Any, stop_ids: Sequence[int]):
-        self.writer, self.tokenizer, self.stop_ids = writer, tokenizer, stop_ids
+    def __init__(self, writer: Sampler, fingerprint: str, tokenizer: Any, stop_ids: Sequence[int]):
+        self.writer, self.fingerprint, self.tokenizer, self.stop_ids = writer, fingerprint, tokenizer, stop_ids
         self.found: dict[str, list[int]] = {}
         self.file: Path | None = None
         self.most: float = MOST
 
-    def keep_in(self, file: Path, ranks: Ranks = ALONE) -> None:
-        """Read the thoughts in `file` (JSONL, one per line), and append future ones to it. With several ranks only the
-        first one reads and writes it.
-        """
-        self.most = math.inf
-        self.found = ranks.from_first(lambda: self._read(file))
-        self.file = file if ranks.first else None
+    def keep_in(self, file: Path, max_tokens: int, ranks: Ranks = ALONE) -> None:
+        """Read the thoughts of at most `max_tokens` tokens in `file`, and append future ones to it. With several ranks
+        only the first one reads and writes it.
 
-    @staticmethod
-    def _read(file: Path) -> dict[str, list[int]]:
-        if not file.exists():
-            return {}
-        whole, _, _ = file.read_text(encoding="utf-8").rpartition("\n")  # a killed run may leave an incomplete line
-        part = file.with_name(file.name + ".part")
-        part.write_text(whole + "\n" * bool(whole), encoding="utf-8")
-        part.replace(file)
-        rows = map(json.loads, whole.splitlines())
-        return {row["context"]: row["ids"] for row in rows}
+        The file is JSONL: the first line says what determines the thoughts, and each other line is a thought. A file
+        whose first line differs is renamed, and a warning says so.
+        """
+        origin = {"writer": self.fingerprint, "max_completion_length": max_tokens, "stop_ids": sorted(self.stop_ids)}
+        self.most = math.inf
+        self.found = ranks.from_first(lambda: _read(file, origin))
+        self.file = file if ranks.first else None
 
     def sample(
         self,
@@ -88,6 +84,40 @@ class KeptThoughts:
                 for key, ids in written.items():
                     row = {"context": key, "ids": ids, "thought": self.tokenizer.decode(ids)}
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _read(file: Path, origin: dict[str, Any]) -> dict[str, list[int]]:
+    """The thoughts in `file`, which then begins with `origin` and has only complete lines."""
+    # A killed run may leave an incomplete line. Other characters than \n that end a line may be within a thought.
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    lines = text.rpartition("\n")[0].split("\n") if "\n" in text else []
+    first, *rows = map(json.loads, lines or ["{}"])
+    if lines and first != origin:
+        _set_aside(file, first, origin)
+        lines, rows = [], []
+    part = file.with_name(file.name + ".part")
+    part.write_text("".join(line + "\n" for line in [json.dumps(origin), *lines[1:]]), encoding="utf-8")
+    part.replace(file)
+    return {row["context"]: row["ids"] for row in rows}
+
+
+def _set_aside(file: Path, theirs: dict[str, Any], mine: dict[str, Any]) -> None:
+    """Rename a file whose thoughts are not those that this run would write, and log why."""
+    said = {
+        "writer": "are of another model",
+        "max_completion_length": f"have at most {theirs.get('max_completion_length')} tokens instead of "
+        f"{mine['max_completion_length']}",
+        "stop_ids": "end at other tokens",
+    }
+    why = "are of a version of this package that did not store which model wrote them"
+    if theirs.keys() == mine.keys():
+        why = " and ".join(text for name, text in said.items() if theirs[name] != mine[name])
+    names = (file.with_name(f"{file.stem}.unused{i}{file.suffix}") for i in itertools.count(1))
+    aside = file.rename(next(name for name in names if not name.exists()))
+    logger.warning(
+        "The thoughts in %s %s. They are not used: the file was renamed to %s, and all thoughts are written again.",
+        *(file, why, aside.name),
+    )
 
 
 def _key(ids: Sequence[int]) -> str:

@@ -15,7 +15,7 @@ from dwrl_fast.dialog import Dialog, SingleTurn
 from dwrl_fast.encode import Group
 from dwrl_fast.errors import ModelError
 from dwrl_fast.methods import METHODS
-from dwrl_fast.models.adapters import Lora, plain_config
+from dwrl_fast.models.adapters import Lora, base_fingerprint, plain_config
 from dwrl_fast.models.export import check_exported_names, exported
 from dwrl_fast.models.model import cast_once, load_generative, load_scalar, place
 from dwrl_fast.models.sharding import Sharded, cost_of, narrow
@@ -213,18 +213,19 @@ def load_writer(
     layout: Layout,
     limits: Limits,
     ranks: Ranks = ALONE,
-) -> Sampler:
-    """A sampler with an untrained language model that only writes thoughts in `dialog`. Every rank holds the whole
-    model. Raises ModelError if it cannot be loaded.
+) -> tuple[Sampler, str]:
+    """A sampler with an untrained language model that only writes thoughts in `dialog`, and the fingerprint of the
+    model. Every rank holds the whole model. Raises ModelError if it cannot be loaded.
     """
     dtype = _dtype(compute, ranks)
     model = place(load_generative(name_or_path, None, 0, dtype=dtype), compute, layout, thinks=True)
+    fingerprint = base_fingerprint(model.lm)
     model.requires_grad_(False)
     if dtype is None:
         cast_once(model, compute)
     else:
         narrow(model, compute)
-    return split(_sampler(model, dialog, compute, layout, limits), ranks, lambda: None)
+    return split(_sampler(model, dialog, compute, layout, limits), ranks, lambda: None), fingerprint
 
 
 def _sampler(model: Any, dialog: Any, compute: Compute, layout: Layout, limits: Limits) -> Sampler:
@@ -238,9 +239,9 @@ def _prefilled(runtime: Runtime, writer: str, limits: Limits) -> Runtime:
     """The runtime of a scalar model with the thoughts of the language model `writer`."""
     dialog = runtime.dialog
     try:
-        sampler = load_writer(writer, dialog, runtime.compute, runtime.layout, limits, runtime.ranks)
+        sampler, fingerprint = load_writer(writer, dialog, runtime.compute, runtime.layout, limits, runtime.ranks)
     except ModelError as error:
         raise ModelError(
             f"this model reads thoughts that {writer} writes, so that model is needed too. {error}"
         ) from error
-    return replace(runtime, sampler=KeptThoughts(sampler, dialog.tokenizer, dialog.stop_ids))
+    return replace(runtime, sampler=KeptThoughts(sampler, fingerprint, dialog.tokenizer, dialog.stop_ids))

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
-from dwrl_fast.errors import CheckpointError, UnwrittenError
+from dwrl_fast.errors import CheckpointError, UnwrittenError, UserError
 from dwrl_fast.files import bounded_json, check_folder, check_size
 from dwrl_fast.log import logger
 from dwrl_fast.ranks import ALONE, Ranks
@@ -166,7 +166,7 @@ def load_checkpoint(
                 no_dist=ranks.mesh is None,
             )
         return state
-    except CheckpointError:
+    except UserError:
         raise
     except (*UNREADABLE, TypeError, LookupError, CheckpointException, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {_cause(error)}. Use another checkpoint.") from error

@@ -15,7 +15,8 @@ from dwrl_fast.log import logger
 from dwrl_fast.methods.method_options import VllmOptions
 from dwrl_fast.options import option_fields
 
-# Options that are not compared by value: paths and logging; rows, dialog and model are compared by content.
+# Options that are not compared by value: paths and logging. Rows, dialog and model are compared by content, and the
+# held-out rows with --eval_votes by the trainer, because they do not change what is trained.
 APART = {
     *("explicit", "output_dir", "resume_from_checkpoint", "resume_anyway", "save_steps", "save_updates", "async_save"),
     *("save_total_limit", "skip_bad_batches", "eval_steps", "eval_votes", "eval_dataset_name", "dataset_name"),

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,11 +19,10 @@ from dwrl_fast.methods import Method, StepMetrics
 from dwrl_fast.models.adapters import Lora, base_fingerprint
 from dwrl_fast.models.liger import use_liger
 from dwrl_fast.ranks import ALONE, Ranks
-from dwrl_fast.sampling import KeptThoughts, Limits
+from dwrl_fast.sampling import Limits
 from dwrl_fast.scoring import Judging, PolicyJudging, Runtime, ScoredGroup, judging_of, load_runtime
 from dwrl_fast.training.optimizer import Optimizers
 
-PREFILLED = "prefilled.jsonl"  # in the run's folder
 Loss = Callable[[str, Any, Batch, Size, StepMetrics], Tensor]
 
 
@@ -216,6 +214,4 @@ def load_judging(
         models += [] if runtime.sharded is None or runtime.sharded.replica is None else [runtime.sharded.replica]
         for model in {id(model): model for model in models}.values():
             use_liger(model.lm)
-    if isinstance(runtime.sampler, KeptThoughts) and config.output_dir is not None:
-        runtime.sampler.keep_in(Path(config.output_dir) / PREFILLED, ranks)
     return judging

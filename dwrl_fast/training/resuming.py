@@ -1,4 +1,4 @@
-"""Chooses the checkpoint from which a run resumes, and renames damaged later ones."""
+"""Chooses the checkpoint from which a run resumes, and renames damaged later ones. Another run is never overwritten."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ from dwrl_fast.config import NEWEST
 from dwrl_fast.errors import CheckpointError
 from dwrl_fast.log import logger
 from dwrl_fast.training.checkpoint import checkpoints, latest_checkpoint, place_of, set_aside
+from dwrl_fast.training.runlog import METRICS
 
 
 def found(folder: Path, wanted: str) -> Path | None:
@@ -13,10 +14,10 @@ def found(folder: Path, wanted: str) -> Path | None:
     the beginning. Raises CheckpointError if there is no usable checkpoint and the run must not start from the
     beginning.
     """
+    refuse_mixed(folder, wanted)
     path = latest_checkpoint(folder) if wanted in NEWEST else Path(wanted)
-    if path is None or path.resolve().parent != folder.resolve():
-        _refuse_finished(folder)
     if path is None:
+        _refuse_finished(folder)
         if checkpoints(folder):
             raise CheckpointError(
                 f"{folder} holds checkpoints, but none is intact (see above). Move them away to start again."
@@ -24,6 +25,23 @@ def found(folder: Path, wanted: str) -> Path | None:
         if wanted != "auto":
             logger.warning("%s holds no checkpoint to resume from: the run starts from the beginning.", folder)
     return path
+
+
+def refuse_mixed(folder: Path, wanted: str) -> None:
+    """Raise CheckpointError if --resume_from_checkpoint `wanted` names a checkpoint of another folder, and `folder`
+    holds a run, which would be overwritten.
+    """
+    if wanted in NEWEST or Path(wanted).resolve().parent == folder.resolve():
+        return
+    _refuse_finished(folder)
+    own = [path.name for path in checkpoints(folder)]
+    held = own + [METRICS] * (folder / METRICS).exists()
+    if held:
+        remedy = ", or --resume_from_checkpoint latest to continue the run in it" if own else ""
+        raise CheckpointError(
+            f"{folder} holds {', '.join(held)} of a run that {wanted} does not belong to. Nothing is overwritten: give "
+            f"another --output_dir{remedy}."
+        )
 
 
 def set_later_aside(folder: Path, path: Path, wanted: str) -> None:

@@ -47,7 +47,8 @@ class Rollout:
         if method.writer is not None:
             limits = Limits(config.generation_batch_size, config.generation_cache_gib)
             ranks = self.runtime.ranks
-            self.sampler = load_writer(method.writer, method.question, compute, self.runtime.layout, limits, ranks)
+            layout = self.runtime.layout
+            self.sampler, _ = load_writer(method.writer, method.question, compute, layout, limits, ranks)
 
     def __call__(self, rows: Sequence[Preference], seed: int, display: Display) -> tuple[list[Group], dict[str, float]]:
         """The groups of one rollout batch, and figures for the log."""

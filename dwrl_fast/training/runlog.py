@@ -11,6 +11,7 @@ from dwrl_fast.data.jsonl import finite
 from dwrl_fast.log import logger
 from dwrl_fast.scoring import ScoredGroup
 
+METRICS = "metrics.jsonl"  # in the run's folder
 NEAR_ZERO = 1e-3  # limit of a mean advantage, and of the labels' probability
 SOLVED = 0.05  # nats; with a lower loss there is nothing left to learn
 
@@ -29,7 +30,7 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, resumed_at: int = 0):
-        self.metrics_path, self.thoughts_folder = folder / "metrics.jsonl", folder / "thoughts"
+        self.metrics_path, self.thoughts_folder = folder / METRICS, folder / "thoughts"
         self.waiting = ""  # lines that could not be written yet
         folder.mkdir(parents=True, exist_ok=True)
         rows = (

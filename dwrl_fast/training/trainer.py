@@ -20,10 +20,11 @@ from dwrl_fast.config import TrainConfig
 from dwrl_fast.data import Preference
 from dwrl_fast.data.jsonl import finite
 from dwrl_fast.encode import group_record
-from dwrl_fast.errors import NotFiniteError, SamplerError, Stopped
+from dwrl_fast.errors import CheckpointError, NotFiniteError, SamplerError, Stopped
 from dwrl_fast.evaluation.pairs import PairReport
 from dwrl_fast.evaluation.sources import source_accuracy, source_reports
 from dwrl_fast.feed import Feed
+from dwrl_fast.feed.source import content_hash
 from dwrl_fast.log import logger
 from dwrl_fast.methods import Method
 from dwrl_fast.models.pretrained import save_pretrained
@@ -82,13 +83,16 @@ class Trainer:
         self.began = 0.0  # start time of the step
         self.trained = self.last = 0.0  # seconds of all steps, and of the last step
         self.stall = StallWatch()
-        self.before: dict[str, PairReport] = {}
+        self.before: dict[str, PairReport] = {}  # the evaluation of step 0; empty if it is unknown
+        votes = [1] + [config.eval_votes] * (config.eval_votes > 1 and judging.thinks)
+        self.evaluated: dict[str, Any] = {"rows": content_hash(held_out), "votes": votes}  # how it is evaluated
 
     def train(self) -> dict[str, Any]:
         """Run all remaining steps. Returns the entries for `result.json`."""
         self.policy.model.train()
         log, first = RunLog(self.folder, self.step) if self.ranks.first else None, self.step
-        self.before = self.before or self.evaluate("before")
+        if first == 0 and self.current is None:  # after an update the weights are no longer those of step 0
+            self.before = self.evaluate("before")
         if first == 0:
             self.trackers.metrics(0, accuracies(self.before))
         self.watch.restart()
@@ -245,7 +249,7 @@ class Trainer:
         """
         if not self.held_out:
             return {}
-        votes = [1] + [self.config.eval_votes] * (self.config.eval_votes > 1 and self.judging.thinks)
+        votes = self.evaluated["votes"]
         total = len(votes) * sum(len(row.responses) for row in self.held_out)
         found: dict[str, PairReport] = {}
         with self.watch.timed("evaluate"), self.display.stage(f"evaluate {name}", total) as stage:
@@ -318,6 +322,7 @@ class Trainer:
             "current": current,
             "identity": self.identity,
             "before": {k: report.to_dict() for k, report in self.before.items()},
+            "evaluated": self.evaluated,
             "seconds": dict(self.watch.seconds),
             "trained": [self.trained, self.last],
             "stall": self.stall.state(),
@@ -343,18 +348,39 @@ class Trainer:
         state = load_checkpoint(
             path,
             self.policy.state(),
-            accept=lambda state: compare(path, state["identity"], self.identity, anyway=self.config.resume_anyway),
+            accept=lambda state: self._accept(path, state),
             ranks=self.ranks,
         )
         self.policy.runtime.changed()
         self.ranks.from_first(lambda: set_later_aside(self.folder, path, wanted))
-        self.feed.restore(state["feed"])
         self.step = state["step"]
         self.watch.seconds.update(state["seconds"])
         self._restore(state)
-        self.before = {k: PairReport.from_dict(report) for k, report in state["before"].items()}
+        self._restore_evaluations(path, state)
         updates = f" and {self.current.done} updates" if self.current else ""
         logger.info("resumed %s at step %d%s of %d", path, self.step, updates, self.feed.steps)
+
+    def _accept(self, path: Path, state: dict[str, Any]) -> None:
+        """Compare the run with that of the checkpoint at `path`, and restore the position in the data, before weights
+        are loaded. Raises CheckpointError if the run must not resume, and like `Feed.restore`.
+        """
+        anyway = self.config.resume_anyway
+        compare(path, state["identity"], self.identity, anyway=anyway)
+        batches = state["step"] + (state.get("current") is not None)
+        why = self.feed.misfit(state["feed"], batches, state["identity"].get("rows", self.identity["rows"]))
+        if not why:
+            self.feed.restore(state["feed"])
+            return
+        if not anyway:
+            raise CheckpointError(
+                f"{path} does not fit the data of this run: {why}. Restore what {path.parent / 'config.yaml'} names, "
+                "or start a new run in another --output_dir."
+            )
+        logger.warning(
+            "--resume_anyway: the data set starts from its beginning, because %s. What is lost: rows of the %d rollout "
+            "batches so far are used again, and others less often.",
+            *(why, batches),
+        )
 
     def _restore(self, state: dict[str, Any]) -> None:
         """Restore entries that checkpoints of older versions may lack."""
@@ -362,12 +388,27 @@ class Trainer:
         self.stall = StallWatch(**state.get("stall", {}))
         self.skipped, self.policy.halved = state.get("counts", (0, 0))
         self.policy.optimizers.last_rates.update(state.get("rates", {}))
-        self.best = Best(*state["best"]) if state.get("best") else None
         if current := state.get("current"):
             device = self.policy.runtime.compute.device
             self.current = InFlight.restored(current, device)
             for part in current["metrics"][self.ranks.rank :: self.ranks.count]:  # there may have been more ranks
                 self.policy.metrics.restore(part, self.current.groups, device)
+
+    def _restore_evaluations(self, path: Path, state: dict[str, Any]) -> None:
+        """Restore the evaluations before training and of the best checkpoint, if they are of the rows and votes of this
+        run. Accuracies on other rows are not comparable, and the weights of step 0 are gone.
+        """
+        # A checkpoint of an older version tells only whether there were held-out rows.
+        known = "evaluated" in state
+        if state["evaluated"] != self.evaluated if known else bool(state["before"]) != bool(self.held_out):
+            logger.warning(
+                "The held-out rows or --eval_votes differ from those of %s, so this run reports no accuracy before "
+                "training, and chooses its best checkpoint only among later ones.",
+                path,
+            )
+            return
+        self.before = {k: PairReport.from_dict(report) for k, report in state["before"].items()}
+        self.best = Best(*state["best"]) if state.get("best") else None
 
 
 def accuracies(reports: Mapping[str, PairReport]) -> dict[str, float]:
