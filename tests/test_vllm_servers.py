@@ -1,7 +1,9 @@
 """Servers that die, hang, restart, give wrong answers or return too little: the reaction of the sampler."""
 
+import gc
 import math
 import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -300,3 +302,16 @@ def test_two_servers_share_the_thoughts() -> None:
         assert [len(some) for some in found] == [2] * 8
         assert one.weights == two.weights and one.version == two.version == "run/0#0"
         assert len(one.written) == len(two.written) == 2 + 1 + 8  # the requests of the probe, and half of the thoughts
+
+
+def test_weights_leave_no_folder(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One folder is kept for servers that restart, until the next weights or the end of the process."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    sampler = sampler_of(url)
+    for _ in range(2):
+        sampler.sample(CONTEXTS, 1, **HOW)
+        sampler.changed()
+        assert len(list(tmp_path.iterdir())) == 1
+    del sampler
+    gc.collect()
+    assert not list(tmp_path.iterdir())

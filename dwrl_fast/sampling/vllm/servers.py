@@ -7,10 +7,10 @@ meantime are discarded. All retries are bounded.
 
 import fcntl
 import itertools
-import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -50,6 +50,7 @@ class Servers:
         if settings.max_model_length is not None:
             self.longest = min(self.longest, settings.max_model_length)
         self.folder: Path | None = None
+        self.kept = ExitStack()  # removes the folder, on the first rank
         self.wanted = ""  # what the version of every server begins with
         self.restarts = 0
 
@@ -69,18 +70,20 @@ class Servers:
         self.wanted = version
 
     def _load_folder(self, weights: Sent, version: str) -> None:
-        """The weights stay in their folder until the next ones arrive, in case a server is restarted."""
-        own, before = Path(tempfile.mkdtemp(prefix="dwrl_fast_weights_")) if self.ranks.first else None, self.folder
-        try:
+        """The weights stay in their folder until the next ones arrive or the process ends, in case a server is
+        restarted.
+        """
+        with ExitStack() as failed:
+            own = None
+            if self.ranks.first:
+                made = tempfile.TemporaryDirectory(prefix="dwrl_fast_weights_", ignore_cleanup_errors=True)
+                own = Path(failed.enter_context(made))
             write_weights(own, weights())
             self.wanted = ""
             self.folder = self.ranks.from_first(lambda: self._sent(own, version))
             self.wanted = version
-        finally:
-            if own is not None and self.folder != own:
-                shutil.rmtree(own, ignore_errors=True)
-        if self.ranks.first and before is not None:
-            shutil.rmtree(before, ignore_errors=True)
+            self.kept.close()
+            self.kept = failed.pop_all()
 
     def _sent(self, folder: Path | None, version: str) -> Path:
         assert folder is not None
@@ -192,8 +195,7 @@ class Servers:
             self.nccl.close()
         for server in self.servers:
             server.client.close()
-        if self.ranks.first and self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        self.kept.close()
 
 
 def _shifted(done: Callable[[int], None], first: int, place: int) -> None:
