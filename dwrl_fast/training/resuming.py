@@ -1,9 +1,13 @@
-"""Chooses the checkpoint from which a run resumes, and renames damaged later ones. Another run is never overwritten."""
+"""Chooses the checkpoint from which a run resumes, renames damaged later ones, and continues the data. Another run is
+never overwritten.
+"""
 
 from pathlib import Path
+from typing import Any
 
 from dwrl_fast.config import NEWEST
 from dwrl_fast.errors import CheckpointError
+from dwrl_fast.feed import Feed
 from dwrl_fast.log import logger
 from dwrl_fast.training.checkpoint import checkpoints, latest_checkpoint, place_of, set_aside
 from dwrl_fast.training.runlog import METRICS
@@ -56,6 +60,29 @@ def set_later_aside(folder: Path, path: Path, wanted: str) -> None:
                 "another --output_dir, or move the later checkpoints away."
             )
         logger.warning("%s is damaged and was renamed to %s.", later, set_aside(later).name)
+
+
+def restore_data(
+    feed: Feed, path: Path, state: list[dict[str, Any]], batches: int, identity: Any, *, anyway: bool
+) -> None:
+    """Continue `feed` from the `state` of the feed with `identity` after `batches` rollout batches, from the checkpoint
+    at `path`. If that does not fit the data of this run, CheckpointError is raised, or with `anyway` the data starts
+    from its beginning. Raises also like `Feed.restore`.
+    """
+    why = feed.misfit(state, batches, identity)
+    if not why:
+        feed.restore(state)
+        return
+    if not anyway:
+        raise CheckpointError(
+            f"{path} does not fit the data of this run: {why}. Restore what {path.parent / 'config.yaml'} names, "
+            "or start a new run in another --output_dir."
+        )
+    logger.warning(
+        "--resume_anyway: the data set starts from its beginning, because %s. What is lost: rows of the %d rollout "
+        "batches so far are used again, and others less often.",
+        *(why, batches),
+    )
 
 
 def _refuse_finished(folder: Path) -> None:

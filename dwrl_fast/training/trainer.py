@@ -20,7 +20,7 @@ from dwrl_fast.config import TrainConfig
 from dwrl_fast.data import Preference
 from dwrl_fast.data.jsonl import finite
 from dwrl_fast.encode import group_record
-from dwrl_fast.errors import CheckpointError, NotFiniteError, SamplerError, Stopped
+from dwrl_fast.errors import NotFiniteError, SamplerError, Stopped
 from dwrl_fast.evaluation.pairs import PairReport
 from dwrl_fast.evaluation.sources import source_accuracy, source_reports
 from dwrl_fast.feed import Feed
@@ -36,7 +36,7 @@ from dwrl_fast.training.identity import compare, identity
 from dwrl_fast.training.in_flight import InFlight
 from dwrl_fast.training.optimizer import Optimizers
 from dwrl_fast.training.policy import Minibatch, Policy
-from dwrl_fast.training.resuming import found, set_later_aside
+from dwrl_fast.training.resuming import found, restore_data, set_later_aside
 from dwrl_fast.training.rollout import Rollout
 from dwrl_fast.training.runlog import RunLog, StallWatch, thought_rows, write_bad_batch
 from dwrl_fast.training.saving import Saver
@@ -362,25 +362,12 @@ class Trainer:
 
     def _accept(self, path: Path, state: dict[str, Any]) -> None:
         """Compare the run with that of the checkpoint at `path`, and restore the position in the data, before weights
-        are loaded. Raises CheckpointError if the run must not resume, and like `Feed.restore`.
+        are loaded. Raises CheckpointError if the run must not resume, and like `restore_data`.
         """
-        anyway = self.config.resume_anyway
-        compare(path, state["identity"], self.identity, anyway=anyway)
+        compare(path, state["identity"], self.identity, anyway=self.config.resume_anyway)
+        rows = state["identity"].get("rows", self.identity["rows"])
         batches = state["step"] + (state.get("current") is not None)
-        why = self.feed.misfit(state["feed"], batches, state["identity"].get("rows", self.identity["rows"]))
-        if not why:
-            self.feed.restore(state["feed"])
-            return
-        if not anyway:
-            raise CheckpointError(
-                f"{path} does not fit the data of this run: {why}. Restore what {path.parent / 'config.yaml'} names, "
-                "or start a new run in another --output_dir."
-            )
-        logger.warning(
-            "--resume_anyway: the data set starts from its beginning, because %s. What is lost: rows of the %d rollout "
-            "batches so far are used again, and others less often.",
-            *(why, batches),
-        )
+        restore_data(self.feed, path, state["feed"], batches, rows, anyway=self.config.resume_anyway)
 
     def _restore(self, state: dict[str, Any]) -> None:
         """Restore entries that checkpoints of older versions may lack."""
