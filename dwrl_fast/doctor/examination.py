@@ -204,10 +204,10 @@ def embedded_task(config: DoctorConfig, display: Display, together: Ranks) -> It
     """The embedded task of the last run in runs/, or a temporary one; and a text that says which."""
     with ExitStack() as stack:
         made, which = together.from_first(lambda: _found_or_made(config, display, stack))
-        try:
-            yield made, which
-        finally:
-            together.gather(None)  # no rank reads it any more
+        yield made, which
+        together.gather(
+            None
+        )  # no rank reads it any more; after an error the ranks would wait here for the one that fails
 
 
 def _found_or_made(config: DoctorConfig, display: Display, stack: ExitStack) -> tuple[embedded.Embedded, str]:
