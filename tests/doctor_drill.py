@@ -1,4 +1,6 @@
-"""The doctor over ranks, with one part made to fail. FAULT names the part."""
+"""The doctor over ranks, with one part made to fail. FAULT names the part. "memory", "rows" and "model" fail on the
+second rank alone.
+"""
 
 import os
 from collections.abc import Callable
@@ -8,6 +10,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from dwrl_fast.console import command
+from dwrl_fast.doctor import machine
 from dwrl_fast.doctor.__main__ import main
 from dwrl_fast.models.sharding import Sharded
 from dwrl_fast.ranks import Ranks
@@ -29,10 +32,13 @@ def halved(divide: Callable[..., None]) -> Callable[..., None]:
 
 
 if __name__ == "__main__":
+    second = os.environ["RANK"] == "1"
     if os.environ["FAULT"] == "replica":
         setattr(Sharded, "refresh", nothing)  # noqa: B010 - mypy takes no assignment to a method
     elif os.environ["FAULT"] == "sum":
         setattr(Ranks, "sum", averaged(Ranks.sum))  # noqa: B010
     elif os.environ["FAULT"] == "gradient":
         setattr(FSDPModule, "set_gradient_divide_factor", halved(FSDPModule.set_gradient_divide_factor))  # noqa: B010
+    elif os.environ["FAULT"] == "memory" and second:
+        machine.available = lambda device: (1e-6, 1e-5)
     command(main, ranks=True)

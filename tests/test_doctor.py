@@ -19,6 +19,7 @@ from transformers import DynamicCache
 from dwrl_fast import embedded
 from dwrl_fast.doctor import Finding, Report, embedded_task, machine, parse_doctor
 from dwrl_fast.doctor.__main__ import main, run
+from dwrl_fast.doctor.finding import Status, worst
 from dwrl_fast.embedded.tokenizer import make_tokenizer
 from dwrl_fast.encode import Thought
 from dwrl_fast.errors import ConfigError, UnfitError
@@ -27,6 +28,7 @@ from dwrl_fast.models.model import GenerativeModel
 from dwrl_fast.models.pretrained import save_pretrained
 from dwrl_fast.ops import extension
 from dwrl_fast.progress import Display
+from dwrl_fast.ranks import ALONE
 from dwrl_fast.sampling import TreeSampler, tree
 from dwrl_fast.sampling.draws import logprobs_at, pick
 from dwrl_fast.sampling.sampler import request_key
@@ -329,6 +331,17 @@ def test_memory_that_is_not_there(place: Path, monkeypatch: pytest.MonkeyPatch) 
     small = ("--generation_batch_size", "1")
     assert finding(report(place, "--generation_batch_size", "2048"), "memory").status == "warn"
     assert finding(report(place, *small), "memory").status == "pass", "the first remedy"
+
+
+def test_the_worst_rank_decides_and_is_named() -> None:
+    def of(*statuses: Status) -> list[Finding]:
+        return [Finding(str(i), status, "seen") for i, status in enumerate(statuses)]
+
+    every = [of("pass", "warn", "fail"), of("pass", "warn", "warn"), of("warn", "warn", "fail")]
+    ranks: Any = SimpleNamespace(gather=lambda own: every)
+    seen = [(each.status, each.seen) for each in worst(every[1], ranks)]
+    assert seen == [("warn", "rank 2: seen"), ("warn", "seen"), ("fail", "rank 0: seen")]
+    assert worst(every[1], ALONE) == every[1]
 
 
 def test_operators_that_were_not_built(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

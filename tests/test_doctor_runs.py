@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -55,16 +56,32 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("fault", "failing"), FAULTS)
-def test_over_two_ranks(tmp_path: Path, fault: str, failing: set[str]) -> None:
-    """Only the first rank prints, and it names the planted fault."""
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
     tiny_folder(tmp_path / "tiny")
     tiny_pairs(tmp_path / "pairs.jsonl")
+    return tmp_path
+
+
+def over_two_ranks(place: Path, fault: str) -> Any:
+    """As `doctor`. A rank that waits in vain for the other gives up before the test does."""
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "tests/doctor_drill.py"))
     given = ("--model_name_or_path", "tiny", "--dataset_name", "pairs.jsonl", "--max_completion_length", 12)
-    done, found = doctor(tmp_path, *given, "--num_generations", 4, launch=launch, fault=fault)
+    return doctor(place, *given, "--num_generations", 4, "--ddp_timeout", 120, launch=launch, fault=fault)
+
+
+@pytest.mark.parametrize(("fault", "failing"), FAULTS)
+def test_over_two_ranks(place: Path, fault: str, failing: set[str]) -> None:
+    """Only the first rank prints, and it names the planted fault."""
+    done, found = over_two_ranks(place, fault)
     assert done.returncode != 0 and "label mass" in done.stderr, "a drawn model gives no labels"
     assert found.keys() >= RANKS and {name for name, status in found.items() if status == "fail"} >= failing, found
     if not fault:
         assert all(found[name] == "pass" for name in RANKS), found
         assert done.stdout.count("chat template") == 1
+
+
+def test_the_rank_with_the_least_memory_decides(place: Path) -> None:
+    done, found = over_two_ranks(place, "memory")
+    assert found["memory"] == "fail" and re.search(r"fail  memory +rank 1: .* of 1e-05 GiB are free", done.stdout)
+    assert "failed: memory" in done.stderr, done.stderr
