@@ -4,6 +4,7 @@ import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +17,9 @@ from tokenizers import processors
 from transformers import DynamicCache
 
 from dwrl_fast import embedded
-from dwrl_fast.doctor import Finding, Report, machine, parse_doctor
+from dwrl_fast.doctor import Finding, Report, embedded_task, machine, parse_doctor
 from dwrl_fast.doctor.__main__ import main, run
+from dwrl_fast.doctor.finding import Status, worst
 from dwrl_fast.embedded.tokenizer import make_tokenizer
 from dwrl_fast.encode import Thought
 from dwrl_fast.errors import ConfigError, UnfitError
@@ -25,6 +27,8 @@ from dwrl_fast.methods import METHODS
 from dwrl_fast.models.model import GenerativeModel
 from dwrl_fast.models.pretrained import save_pretrained
 from dwrl_fast.ops import extension
+from dwrl_fast.progress import Display
+from dwrl_fast.ranks import ALONE
 from dwrl_fast.sampling import TreeSampler, tree
 from dwrl_fast.sampling.draws import logprobs_at, pick
 from dwrl_fast.sampling.sampler import request_key
@@ -329,6 +333,17 @@ def test_memory_that_is_not_there(place: Path, monkeypatch: pytest.MonkeyPatch) 
     assert finding(report(place, *small), "memory").status == "pass", "the first remedy"
 
 
+def test_the_worst_rank_decides_and_is_named() -> None:
+    def of(*statuses: Status) -> list[Finding]:
+        return [Finding(str(i), status, "seen") for i, status in enumerate(statuses)]
+
+    every = [of("pass", "warn", "fail"), of("pass", "warn", "warn"), of("warn", "warn", "fail")]
+    ranks: Any = SimpleNamespace(gather=lambda own: every)
+    seen = [(each.status, each.seen) for each in worst(every[1], ranks)]
+    assert seen == [("warn", "rank 2: seen"), ("warn", "seen"), ("fail", "rank 0: seen")]
+    assert worst(every[1], ALONE) == every[1]
+
+
 def test_operators_that_were_not_built(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extension, "problem", lambda: extension.MISSING.format(reason="planted", command="make it"))
     config = parse_doctor([])
@@ -368,6 +383,17 @@ def test_every_method_on_the_embedded_task(
     for name in ("sampler and trainer", "fresh weights"):
         said = [each for some in found.left_out.values() for each in some]
         assert (name in names) == made.thinks and (name in said) == (not made.thinks)
+
+
+def test_a_rank_that_fails_on_the_embedded_model_waits_for_no_other(quiet: Console) -> None:
+    waits: list[None] = []
+    ranks: Any = SimpleNamespace(from_first=lambda make: ("made", "which"), gather=waits.append)
+    with pytest.raises(RuntimeError, match="planted"), embedded_task(parse_doctor([]), Display(quiet), ranks):
+        raise RuntimeError("planted")
+    assert not waits
+    with embedded_task(parse_doctor([]), Display(quiet), ranks):
+        assert not waits
+    assert waits == [None]
 
 
 def test_a_judge_is_examined_without_what_is_trained(left: Path, quiet: Console) -> None:

@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
 
 def run(config: DoctorConfig, console: Console, ranks: Ranks = ALONE) -> Report:
     """Examine the setup and print the report line by line."""
-    started, report = time.monotonic(), Report(console)
+    started, report = time.monotonic(), Report(console, ranks)
     config = dataclasses.replace(config, output_dir=None, resume_from_checkpoint=None)  # nothing is written there
     with Display(console) as display:
         if config.own_data:

@@ -3,7 +3,6 @@
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -48,8 +47,8 @@ def examine(config: DoctorConfig, report: Report, display: Display, together: Ra
             "sharded gradients",
             "replicas",
         )
-    dialog = _dialog(config, report)
-    found = dialog and _attempt("rows", report, lambda: _rows(config, dialog, display))
+    dialog = _dialog(config, together, report)
+    found = dialog and _attempt("rows", together, report, lambda: _rows(config, dialog, display))
     if not (dialog and found):
         return report.leave_out("they need what failed above", REST)
     rows, longest = found
@@ -63,20 +62,23 @@ def examine(config: DoctorConfig, report: Report, display: Display, together: Ra
     _look_at_rows(setup, rows, report, display)
 
 
-def _attempt(name: str, report: Report, attempt: Callable[[], Result], remedy: str = AS_SAID) -> Result | None:
-    """The result of `attempt`; None if it raises a UserError, which becomes a finding."""
+def _attempt(name: str, together: Ranks, report: Report, attempt: Callable[[], Result]) -> Result | None:
+    """The result of `attempt`; None on all ranks if it raises a UserError on one, which becomes a finding. `attempt`
+    must not wait for other ranks.
+    """
     try:
-        return attempt()
+        return together.agreed(attempt)
     except UserError as error:
-        report.add(Finding(name, "fail", str(error), remedy))
+        report.add(Finding(name, "fail", str(error), AS_SAID))
         return None
 
 
-def _dialog(config: DoctorConfig, report: Report) -> Dialog | SingleTurn | None:
-    if config.template is not None and _attempt("template", report, partial(load_template, config.template)) is None:
+def _dialog(config: DoctorConfig, together: Ranks, report: Report) -> Dialog | SingleTurn | None:
+    template = config.template
+    if template is not None and _attempt("template", together, report, lambda: load_template(template)) is None:
         return None
     try:
-        dialog = load_dialog(config)
+        dialog = together.agreed(lambda: load_dialog(config))
     except LabelError as error:
         report.add(Finding("labels", "fail", str(error), tokens.OTHER_LABELS))
     except TemplateError as error:
@@ -105,7 +107,9 @@ def _rows(config: DoctorConfig, dialog: Dialog | SingleTurn, display: Display) -
 def _setup(
     config: DoctorConfig, dialog: Dialog | SingleTurn, where: Compute, together: Ranks, longest: int, report: Report
 ) -> Setup | None:
-    """The model, loaded and tried on a few tokens as in training."""
+    """The model, loaded and tried on a few tokens as in training. With several ranks an error is raised: the others
+    wait for this rank while they load, so it must end.
+    """
 
     def load() -> Setup:
         method = METHODS[config.method](config, dialog)
@@ -115,6 +119,8 @@ def _setup(
         check_positions(model, longest + config.max_completion_length * bool(method.thinks or method.thoughts_each))
         return Setup(config, method, judging, Rollout(method, judging).sampler)
 
+    if together.count > 1:
+        return load()
     try:
         return load()
     except NotFiniteError as error:
@@ -204,10 +210,10 @@ def embedded_task(config: DoctorConfig, display: Display, together: Ranks) -> It
     """The embedded task of the last run in runs/, or a temporary one; and a text that says which."""
     with ExitStack() as stack:
         made, which = together.from_first(lambda: _found_or_made(config, display, stack))
-        try:
-            yield made, which
-        finally:
-            together.gather(None)  # no rank reads it any more
+        yield made, which
+        together.gather(
+            None
+        )  # no rank reads it any more; after an error the ranks would wait here for the one that fails
 
 
 def _found_or_made(config: DoctorConfig, display: Display, stack: ExitStack) -> tuple[embedded.Embedded, str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from dwrl_fast.data.jsonl import finite
+from dwrl_fast.ranks import ALONE, Ranks
 
 Status = Literal["pass", "warn", "fail"]
 STYLES: dict[Status, str] = {"pass": "green", "warn": "yellow", "fail": "bold red"}
@@ -31,17 +33,32 @@ def status_of(value: float, warn: float, fail: float = float("inf")) -> Status:
     return "pass" if value <= warn else "warn" if value <= fail else "fail"
 
 
-class Report:
-    """The findings, each printed when it is added, and the checks that were left out, by reason."""
+def worst(findings: Sequence[Finding], ranks: Ranks) -> list[Finding]:
+    """Each finding as the rank has it whose status is the worst; it names that rank if the ranks' statuses differ. All
+    ranks call this together, with the same checks.
+    """
+    found, severities = [], list(STYLES)
+    for each in zip(*ranks.gather(findings), strict=True):
+        severity = [severities.index(one.status) for one in each]
+        rank = severity.index(max(severity))
+        named = f"rank {rank}: " if len(set(severity)) > 1 else ""
+        found.append(dataclasses.replace(each[rank], seen=named + each[rank].seen))
+    return found
 
-    def __init__(self, console: Console):
-        self.console = console
+
+class Report:
+    """The findings, each printed when it is added, and the checks that were left out, by reason. ranks: they all make
+    the report together, and each has the worst findings of all.
+    """
+
+    def __init__(self, console: Console, ranks: Ranks = ALONE):
+        self.console, self.ranks = console, ranks
         self.findings: list[Finding] = []
         self.left_out: dict[str, list[str]] = {}
 
     def add(self, *findings: Finding) -> None:
-        """Add and print findings."""
-        for found in findings:
+        """Add and print findings. All ranks call this together."""
+        for found in worst(findings, self.ranks):
             self.findings.append(found)
             line = Text(f"{found.status}  ", STYLES[found.status]) + Text(f"{found.name:<{WIDTH}}", "bold")
             self.console.print(line + Text(found.seen), soft_wrap=True)

@@ -1,6 +1,7 @@
 """The quick checks at the start of every training, as far as they are not made elsewhere."""
 
 from dwrl_fast.config import TrainConfig
+from dwrl_fast.doctor.finding import worst
 from dwrl_fast.doctor.machine import memory
 from dwrl_fast.doctor.tokens import bos, padding
 from dwrl_fast.doctor.weights import finite, generation_config
@@ -19,7 +20,7 @@ def check_start(config: TrainConfig, method: Method, runtime: Runtime, longest: 
     findings = [bos(method.dialog), padding(method.dialog, scalar=method.scalar), finite(runtime)]
     findings += [memory(runtime, method, config, longest)]
     findings += [] if method.scalar else [generation_config(runtime.model.lm)]
-    for found in findings:
+    for found in worst(findings, runtime.ranks):
         if found.status == "fail":
             raise ERRORS[found.name](f"{found.name}: {found.seen}. {found.remedy}")
         if found.status == "warn":

@@ -71,8 +71,8 @@ class Ranks:
         return value
 
     def agreed(self, make: Callable[[], Value]) -> Value:
-        """The result of `make` on this rank. A UserError of any rank is raised on all ranks. All ranks call this
-        together, and `make` must not wait for other ranks.
+        """The result of `make` on this rank. A UserError of any rank is raised on all ranks, and names its rank unless
+        all have the same. All ranks call this together, and `make` must not wait for other ranks.
         """
         if self.mesh is None:
             return make()
@@ -81,8 +81,11 @@ class Ranks:
             value = make()
         except UserError as error:
             wrong = error
-        for each in self.gather(wrong):
+        errors = self.gather(wrong)
+        for rank, each in enumerate(errors):
             if each is not None:
+                if len(set(map(str, errors))) > 1:
+                    each.args = (f"rank {rank}: {each}",)
                 raise each
         return value  # type: ignore[return-value]
 
