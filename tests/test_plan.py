@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,10 +23,11 @@ from dwrl_fast.plan import PlanConfig, Setup, load_profile, parse_plan, planned
 from dwrl_fast.plan.memory import largest_budget, memory, parts
 from dwrl_fast.plan.profile import Profile
 from dwrl_fast.plan.seconds import step
-from dwrl_fast.plan.sizing import sized, sizes, traced_on
+from dwrl_fast.plan.sizing import changes, sized, sizes, traced_on
 from dwrl_fast.plan.trace import trace
-from dwrl_fast.ranks import ALONE
+from dwrl_fast.ranks import ALONE, Ranks
 from dwrl_fast.training.dry_run import dry_run
+from dwrl_fast.training.policy import load_judging
 
 CPU = Profile("CPU", "made up", "cpu", 16.0, {1: 5e10}, 1e10, 1e10, 1e9, 1e9, overlaps=False)
 LLAMA = {
@@ -159,6 +161,60 @@ def test_a_machine_holds_a_whole_model_under_hsdp(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match="several machines"):
         config_of(tmp_path, gpus=8, gpus_per_machine=8, hsdp=True)
+
+
+REFUSED: list[tuple[dict[str, Any], int, str]] = [
+    ({"use_peft": True, "load_in_4bit": True}, 8, "4 bits are not sharded.* --gpus 1 is one process"),
+    ({"cpu_offload": True}, 1, "cpu_offload needs GPUs and processes started by torchrun"),
+    ({"cpu_offload": True, "profile": "CPU"}, 8, "cpu_offload needs GPUs"),
+    ({"cpu_offload": True, "use_liger_kernel": True}, 8, "Leave one out"),
+    ({"hsdp": True, "gpus_per_machine": 3}, 8, "a multiple of --gpus_per_machine"),
+]
+
+
+@pytest.mark.parametrize(("options", "gpus", "said"), REFUSED)
+def test_what_training_refuses_is_refused(tmp_path: Path, options: dict[str, Any], gpus: int, said: str) -> None:
+    if "profile" in options:
+        options = options | {"profile": str(tmp_path / "cpu.yaml")}
+        (tmp_path / "cpu.yaml").write_text(CPU.to_yaml())
+    with pytest.raises(ConfigError, match=f"gpus = {gpus}: .*{said}"):
+        config_of(tmp_path, gpus=gpus, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "gpus", "expected"),
+    [
+        ({"use_peft": True, "load_in_4bit": True}, 1, [1]),
+        ({"cpu_offload": True}, 2, [2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]),
+        ({"hsdp": True, "gpus_per_machine": 6}, 12, [12, 24, 48, 96, 192, 384, 768]),
+    ],
+)
+def test_only_accepted_sizes_are_shown_and_suggested(
+    tmp_path: Path, options: dict[str, Any], gpus: int, expected: list[int]
+) -> None:
+    """A size that training refuses is neither in the table nor suggested."""
+    setup = setup_of(config_of(tmp_path, gpus=gpus, **options), load_profile("h100"))
+    traced = traced_on(setup, gpus)
+    assert [each.gpus for each in sizes(setup, traced)] == expected
+    suggested = [int(line.split()[0]) for line in changes(setup, traced, gpus) if line.split()[1] == "GPUs:"]
+    assert suggested == expected[1:2], "the next accepted size"
+
+
+def test_training_refuses_what_the_plan_refuses(tmp_path: Path) -> None:
+    config, dialog = config_of(tmp_path, gpus=2, cpu_offload=True), SimpleNamespace(pad_id=0)
+    with pytest.raises(ConfigError, match="cpu_offload needs GPUs"):
+        load_judging(config, SimpleNamespace(), dialog, Compute(torch.device("cuda"), torch.float32))  # type: ignore
+    config = config_of(tmp_path, gpus=1, use_peft=True, load_in_4bit=True)
+    ranks = Ranks(0, 2, object())
+    with pytest.raises(ConfigError, match="4 bits are not sharded"):
+        load_judging(config, SimpleNamespace(), dialog, Compute.resolve("fp32"), ranks)  # type: ignore
+
+
+def test_a_suggested_change_is_one_that_training_accepts(tmp_path: Path) -> None:
+    """On CPUs, and with Liger's kernels, --cpu_offload is refused, so it is not suggested."""
+    for device, liger in ((CPU, False), (load_profile("h100"), True)):
+        setup = setup_of(config_of(tmp_path, gpu_memory=1e-3, use_liger_kernel=liger), device)
+        assert not [line for line in changes(setup, traced_on(setup, 2), 2) if "cpu_offload" in line]
 
 
 def test_a_step_has_the_stages_of_training(tmp_path: Path) -> None:
