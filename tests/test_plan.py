@@ -23,7 +23,7 @@ from dwrl_fast.plan import PlanConfig, Setup, load_profile, parse_plan, planned
 from dwrl_fast.plan.memory import largest_budget, memory, parts
 from dwrl_fast.plan.profile import Profile
 from dwrl_fast.plan.seconds import step
-from dwrl_fast.plan.sizing import changes, sized, sizes, traced_on
+from dwrl_fast.plan.sizing import changes, room, sized, sizes, traced_on
 from dwrl_fast.plan.trace import trace
 from dwrl_fast.ranks import ALONE, Ranks
 from dwrl_fast.training.dry_run import dry_run
@@ -215,6 +215,13 @@ def test_a_suggested_change_is_one_that_training_accepts(tmp_path: Path) -> None
     for device, liger in ((CPU, False), (load_profile("h100"), True)):
         setup = setup_of(config_of(tmp_path, gpu_memory=1e-3, use_liger_kernel=liger), device)
         assert not [line for line in changes(setup, traced_on(setup, 2), 2) if "cpu_offload" in line]
+
+
+def test_the_share_of_vllm_is_of_the_given_memory(tmp_path: Path) -> None:
+    setup = setup_of(config_of(tmp_path, gpu_memory=24.0, use_vllm=True), load_profile("h100"))
+    found = memory(setup, trace(setup, 1), 1, 4096).moments["sampling"]
+    assert found["vLLM"] == pytest.approx(0.3 * 24 * 2**30) and room(setup) == 24 * 2**30
+    assert setup_of(config_of(tmp_path, gpu_memory=None), load_profile("h100")).capacity == 80
 
 
 def test_a_step_has_the_stages_of_training(tmp_path: Path) -> None:

@@ -37,8 +37,7 @@ class Sized(NamedTuple):
 def room(setup: Setup) -> float:
     """Bytes of a GPU that a run may use."""
     config: Any = setup.config
-    capacity = config.gpu_memory or setup.profile.memory_gib
-    return (capacity - config.reserve_gib) * GIB
+    return (setup.capacity - config.reserve_gib) * GIB
 
 
 def sized(setup: Setup, traced: Traced, gpus: int) -> Sized:
