@@ -1,5 +1,6 @@
 """The plan: its arithmetic against the trace, the trace against the profiler of real updates, and the command."""
 
+import dataclasses
 import io
 import json
 import subprocess
@@ -239,6 +240,8 @@ def test_a_step_has_the_stages_of_training(tmp_path: Path) -> None:
         ("{name: x", "nor a profile file"),
         (CPU.to_yaml().replace("16.0", "16.0\nmuch: 1"), "much"),
         (CPU.to_yaml().replace("memory: 10000000000.0", "memory: -1.0"), "above 0"),
+        (CPU.to_yaml().replace("operator: 0.0", "operator: -1.0"), "not negative"),
+        (CPU.to_yaml().replace("attention: 10000000000.0", "attention: .nan"), "above 0"),
     ],
 )
 def test_a_profile_that_is_none_is_refused(tmp_path: Path, content: str, said: str) -> None:
@@ -252,6 +255,11 @@ def test_a_profile_that_is_none_is_refused(tmp_path: Path, content: str, said: s
 def test_a_profile_is_read_as_it_was_written(tmp_path: Path) -> None:
     (tmp_path / "p.yaml").write_text(CPU.to_yaml())
     assert load_profile(str(tmp_path / "p.yaml")) == CPU
+    # YAML reads numbers with an exponent but no point as strings.
+    written = CPU.to_yaml().replace("10000000000.0", "1e10").replace("1000000000.0", "1e9").replace(": 0.0", ": 0e0")
+    written = written.replace("16.0", "16e0").replace("shares: {}", "shares: {link: 5e-1}")
+    (tmp_path / "p.yaml").write_text(written)
+    assert load_profile(str(tmp_path / "p.yaml")) == dataclasses.replace(CPU, shares={"link": 0.5})
     assert load_profile("h100").product_rate(4096) == pytest.approx(0.46 * 989e12)
 
 
