@@ -16,14 +16,17 @@ from plan_cases import peak
 from rich.console import Console
 
 from bench.processes import together
+from dwrl_fast import compute
 from dwrl_fast.compute import Compute
 from dwrl_fast.config import parse_train
 from dwrl_fast.doctor import profile
 from dwrl_fast.errors import ConfigError, ModelError
 from dwrl_fast.plan import PlanConfig, Setup, load_profile, parse_plan, planned
+from dwrl_fast.plan.lengths import Lengths
 from dwrl_fast.plan.memory import largest_budget, memory, parts
 from dwrl_fast.plan.profile import Profile
 from dwrl_fast.plan.seconds import step
+from dwrl_fast.plan.short import short
 from dwrl_fast.plan.sizing import changes, room, sized, sizes, traced_on
 from dwrl_fast.plan.trace import trace
 from dwrl_fast.ranks import ALONE, Ranks
@@ -307,6 +310,19 @@ def test_a_dry_run_says_its_short_form(folder: Path) -> None:
     dry_run(parse_train([*given, "--max_completion_length", "6"]), Console(file=out, width=200), 2)
     (line,) = [line for line in out.getvalue().splitlines() if line.startswith("memory")]
     assert "GiB on each of 2 ranks at the peak" in line and "activations" in line
+
+
+def test_a_dry_run_respects_the_limit_of_a_container(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The memory of a CPU is that which the container allows, as for the doctor."""
+    for name, text in {"memory.max": "1048576", "memory.current": "0", "memory.stat": "inactive_file 0"}.items():
+        (tmp_path / name).write_text(f"{text}\n")
+    monkeypatch.setattr(compute, "CGROUP", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    given = ("--model_name_or_path", f"{folder}/tiny", "--dataset_name", f"{folder}/pairs.jsonl")
+    said = short(parse_train(given), Lengths(20, 20, 20), 1)
+    assert "of 0.000977 (" in said and "IT DOES NOT FIT" in said
 
 
 def test_a_trace_without_compiled_operators_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
