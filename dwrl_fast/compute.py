@@ -1,9 +1,11 @@
-"""The device and precision of a run, and the seeds and settings that make it reproducible."""
+"""The device, its memory and the precision of a run, and the seeds and settings that make it reproducible."""
 
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -12,6 +14,8 @@ from dwrl_fast.log import logger
 from dwrl_fast.ops import extension
 
 BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # the last two are on ARM
+GIB = 2**30
+CGROUP = Path("/sys/fs/cgroup")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -71,6 +75,26 @@ def _say_slow() -> None:
             if known is False
             else "PyTorch does not say whether this processor has instructions for bfloat16",
         )
+
+
+def available(device: torch.device) -> tuple[float, float]:
+    """Free and total GiB of the GPU, or of the memory that the machine or its container allows for a process."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return free / GIB, total / GIB
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = total
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+        limit, used = ((CGROUP / name).read_text(encoding="utf-8").strip() for name in ("memory.max", "memory.current"))
+        if limit != "max":
+            held = dict(line.split() for line in (CGROUP / "memory.stat").read_text(encoding="utf-8").splitlines())
+            given_up = int(held["inactive_file"])  # cached file pages, which the kernel can free
+            total, free = min(total, int(limit)), min(free, int(limit) - int(used) + given_up)
+    except (OSError, StopIteration, KeyError):  # not Linux, or not in a container
+        pass
+    return free / GIB, total / GIB
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -1,10 +1,12 @@
 """The plan: its arithmetic against the trace, the trace against the profiler of real updates, and the command."""
 
+import dataclasses
 import io
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,18 +16,22 @@ from plan_cases import peak
 from rich.console import Console
 
 from bench.processes import together
+from dwrl_fast import compute
 from dwrl_fast.compute import Compute
 from dwrl_fast.config import parse_train
 from dwrl_fast.doctor import profile
 from dwrl_fast.errors import ConfigError, ModelError
 from dwrl_fast.plan import PlanConfig, Setup, load_profile, parse_plan, planned
+from dwrl_fast.plan.lengths import Lengths
 from dwrl_fast.plan.memory import largest_budget, memory, parts
 from dwrl_fast.plan.profile import Profile
 from dwrl_fast.plan.seconds import step
-from dwrl_fast.plan.sizing import sized, sizes, traced_on
+from dwrl_fast.plan.short import short
+from dwrl_fast.plan.sizing import changes, room, sized, sizes, traced_on
 from dwrl_fast.plan.trace import trace
-from dwrl_fast.ranks import ALONE
+from dwrl_fast.ranks import ALONE, Ranks
 from dwrl_fast.training.dry_run import dry_run
+from dwrl_fast.training.policy import load_judging
 
 CPU = Profile("CPU", "made up", "cpu", 16.0, {1: 5e10}, 1e10, 1e10, 1e9, 1e9, overlaps=False)
 LLAMA = {
@@ -161,6 +167,67 @@ def test_a_machine_holds_a_whole_model_under_hsdp(tmp_path: Path) -> None:
         config_of(tmp_path, gpus=8, gpus_per_machine=8, hsdp=True)
 
 
+REFUSED: list[tuple[dict[str, Any], int, str]] = [
+    ({"use_peft": True, "load_in_4bit": True}, 8, "4 bits are not sharded.* --gpus 1 is one process"),
+    ({"cpu_offload": True}, 1, "cpu_offload needs GPUs and processes started by torchrun"),
+    ({"cpu_offload": True, "profile": "CPU"}, 8, "cpu_offload needs GPUs"),
+    ({"cpu_offload": True, "use_liger_kernel": True}, 8, "Leave one out"),
+    ({"hsdp": True, "gpus_per_machine": 3}, 8, "a multiple of --gpus_per_machine"),
+]
+
+
+@pytest.mark.parametrize(("options", "gpus", "said"), REFUSED)
+def test_what_training_refuses_is_refused(tmp_path: Path, options: dict[str, Any], gpus: int, said: str) -> None:
+    if "profile" in options:
+        options = options | {"profile": str(tmp_path / "cpu.yaml")}
+        (tmp_path / "cpu.yaml").write_text(CPU.to_yaml())
+    with pytest.raises(ConfigError, match=f"gpus = {gpus}: .*{said}"):
+        config_of(tmp_path, gpus=gpus, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "gpus", "expected"),
+    [
+        ({"use_peft": True, "load_in_4bit": True}, 1, [1]),
+        ({"cpu_offload": True}, 2, [2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]),
+        ({"hsdp": True, "gpus_per_machine": 6}, 12, [12, 24, 48, 96, 192, 384, 768]),
+    ],
+)
+def test_only_accepted_sizes_are_shown_and_suggested(
+    tmp_path: Path, options: dict[str, Any], gpus: int, expected: list[int]
+) -> None:
+    """A size that training refuses is neither in the table nor suggested."""
+    setup = setup_of(config_of(tmp_path, gpus=gpus, **options), load_profile("h100"))
+    traced = traced_on(setup, gpus)
+    assert [each.gpus for each in sizes(setup, traced)] == expected
+    suggested = [int(line.split()[0]) for line in changes(setup, traced, gpus) if line.split()[1] == "GPUs:"]
+    assert suggested == expected[1:2], "the next accepted size"
+
+
+def test_training_refuses_what_the_plan_refuses(tmp_path: Path) -> None:
+    config, dialog = config_of(tmp_path, gpus=2, cpu_offload=True), SimpleNamespace(pad_id=0)
+    with pytest.raises(ConfigError, match="cpu_offload needs GPUs"):
+        load_judging(config, SimpleNamespace(), dialog, Compute(torch.device("cuda"), torch.float32))  # type: ignore
+    config = config_of(tmp_path, gpus=1, use_peft=True, load_in_4bit=True)
+    ranks = Ranks(0, 2, object())
+    with pytest.raises(ConfigError, match="4 bits are not sharded"):
+        load_judging(config, SimpleNamespace(), dialog, Compute.resolve("fp32"), ranks)  # type: ignore
+
+
+def test_a_suggested_change_is_one_that_training_accepts(tmp_path: Path) -> None:
+    """On CPUs, and with Liger's kernels, --cpu_offload is refused, so it is not suggested."""
+    for device, liger in ((CPU, False), (load_profile("h100"), True)):
+        setup = setup_of(config_of(tmp_path, gpu_memory=1e-3, use_liger_kernel=liger), device)
+        assert not [line for line in changes(setup, traced_on(setup, 2), 2) if "cpu_offload" in line]
+
+
+def test_the_share_of_vllm_is_of_the_given_memory(tmp_path: Path) -> None:
+    setup = setup_of(config_of(tmp_path, gpu_memory=24.0, use_vllm=True), load_profile("h100"))
+    found = memory(setup, trace(setup, 1), 1, 4096).moments["sampling"]
+    assert found["vLLM"] == pytest.approx(0.3 * 24 * 2**30) and room(setup) == 24 * 2**30
+    assert setup_of(config_of(tmp_path, gpu_memory=None), load_profile("h100")).capacity == 80
+
+
 def test_a_step_has_the_stages_of_training(tmp_path: Path) -> None:
     setup = setup_of(config_of(tmp_path))
     traced = trace(setup, 2)
@@ -176,6 +243,8 @@ def test_a_step_has_the_stages_of_training(tmp_path: Path) -> None:
         ("{name: x", "nor a profile file"),
         (CPU.to_yaml().replace("16.0", "16.0\nmuch: 1"), "much"),
         (CPU.to_yaml().replace("memory: 10000000000.0", "memory: -1.0"), "above 0"),
+        (CPU.to_yaml().replace("operator: 0.0", "operator: -1.0"), "not negative"),
+        (CPU.to_yaml().replace("attention: 10000000000.0", "attention: .nan"), "above 0"),
     ],
 )
 def test_a_profile_that_is_none_is_refused(tmp_path: Path, content: str, said: str) -> None:
@@ -189,6 +258,11 @@ def test_a_profile_that_is_none_is_refused(tmp_path: Path, content: str, said: s
 def test_a_profile_is_read_as_it_was_written(tmp_path: Path) -> None:
     (tmp_path / "p.yaml").write_text(CPU.to_yaml())
     assert load_profile(str(tmp_path / "p.yaml")) == CPU
+    # YAML reads numbers with an exponent but no point as strings.
+    written = CPU.to_yaml().replace("10000000000.0", "1e10").replace("1000000000.0", "1e9").replace(": 0.0", ": 0e0")
+    written = written.replace("16.0", "16e0").replace("shares: {}", "shares: {link: 5e-1}")
+    (tmp_path / "p.yaml").write_text(written)
+    assert load_profile(str(tmp_path / "p.yaml")) == dataclasses.replace(CPU, shares={"link": 0.5})
     assert load_profile("h100").product_rate(4096) == pytest.approx(0.46 * 989e12)
 
 
@@ -236,6 +310,19 @@ def test_a_dry_run_says_its_short_form(folder: Path) -> None:
     dry_run(parse_train([*given, "--max_completion_length", "6"]), Console(file=out, width=200), 2)
     (line,) = [line for line in out.getvalue().splitlines() if line.startswith("memory")]
     assert "GiB on each of 2 ranks at the peak" in line and "activations" in line
+
+
+def test_a_dry_run_respects_the_limit_of_a_container(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The memory of a CPU is that which the container allows, as for the doctor."""
+    for name, text in {"memory.max": "1048576", "memory.current": "0", "memory.stat": "inactive_file 0"}.items():
+        (tmp_path / name).write_text(f"{text}\n")
+    monkeypatch.setattr(compute, "CGROUP", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    given = ("--model_name_or_path", f"{folder}/tiny", "--dataset_name", f"{folder}/pairs.jsonl")
+    said = short(parse_train(given), Lengths(20, 20, 20), 1)
+    assert "of 0.000977 (" in said and "IT DOES NOT FIT" in said
 
 
 def test_a_trace_without_compiled_operators_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -367,6 +367,18 @@ python -m dwrl_fast.train --config runs/mine/config.yaml --resume_from_checkpoin
             raise ConfigError(f"use_peft with method = {self.method}, which trains nothing: leave it out.")
         self._refuse_drawn_base()
 
+    def refusal(self, *, sharded: bool, cuda: bool) -> str:
+        """Why a model with these options cannot be placed, and what to do; empty if it can. sharded: over the processes
+        that torchrun started. cuda: whether the device is a GPU.
+        """
+        if self.cpu_offload and not (sharded and cuda):
+            return "cpu_offload needs GPUs and processes started by torchrun. Leave it out."
+        if self.cpu_offload and self.use_liger_kernel:
+            return "use_liger_kernel needs the model on the GPU, and cpu_offload keeps it on the CPU. Leave one out."
+        if self.load_in_4bit and sharded:
+            return "load_in_4bit: weights in 4 bits are not sharded. Leave it out, or use one process without torchrun."
+        return ""
+
     def _refuse_two_models(self) -> None:
         if self.model_name_or_path is not None and self.model_config is not None:
             raise ConfigError(

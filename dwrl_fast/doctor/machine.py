@@ -2,12 +2,11 @@
 
 import logging
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from dwrl_fast.compute import Compute, multiplies_bfloat16
+from dwrl_fast.compute import Compute, available, multiplies_bfloat16
 from dwrl_fast.config import TrainConfig
 from dwrl_fast.doctor.finding import Finding
 from dwrl_fast.log import logger
@@ -19,7 +18,6 @@ from dwrl_fast.scoring import Runtime
 
 GIB = 2**30
 OPERATORS = ("linear_logprob", "linear_policy_loss", "yes_no_logprob", "tree_attention", "cache_attention")
-CGROUP = Path("/sys/fs/cgroup")
 
 
 def device(compute: Compute, ranks: Ranks) -> Finding:
@@ -118,23 +116,3 @@ def _cached(runtime: Runtime, config: TrainConfig, longest: int) -> float:
     token = 2 * lm.num_hidden_layers * heads * width * runtime.compute.dtype.itemsize
     thoughts = config.generation_batch_size * (longest + config.max_completion_length)
     return min(config.generation_cache_gib * GIB, thoughts * token)
-
-
-def available(device: torch.device) -> tuple[float, float]:
-    """Free and total GiB of the GPU, or of the memory that the machine or its container allows for a process."""
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return free / GIB, total / GIB
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    free = total
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-        limit, used = ((CGROUP / name).read_text(encoding="utf-8").strip() for name in ("memory.max", "memory.current"))
-        if limit != "max":
-            held = dict(line.split() for line in (CGROUP / "memory.stat").read_text(encoding="utf-8").splitlines())
-            given_up = int(held["inactive_file"])  # cached file pages, which the kernel can free
-            total, free = min(total, int(limit)), min(free, int(limit) - int(used) + given_up)
-    except (OSError, StopIteration, KeyError):  # not Linux, or not in a container
-        pass
-    return free / GIB, total / GIB

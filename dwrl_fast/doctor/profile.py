@@ -11,9 +11,8 @@ from torch import Tensor
 
 from dwrl_fast import ops
 from dwrl_fast.batching.tree import TreePlan
-from dwrl_fast.compute import Compute
+from dwrl_fast.compute import Compute, available
 from dwrl_fast.doctor.finding import Finding
-from dwrl_fast.doctor.machine import available
 from dwrl_fast.doctor.ranks import SIZE, seconds_of
 from dwrl_fast.plan import Profile
 from dwrl_fast.plan.allocations import Allocations

@@ -198,7 +198,7 @@ def _sampling(setup: Setup, gpus: int, budget: float) -> Kinds:
     config, shape, size = setup.config, setup.shape, setup.dtype.itemsize
     if config.use_vllm:
         share = config.vllm_gpu_memory_utilization if config.vllm_mode == "colocate" else 0.0
-        return {"vLLM": share * setup.profile.memory_gib * GIB}
+        return {"vLLM": share * setup.capacity * GIB}
     asked = contexts(setup.lengths, setup.method)
     rows = -(-config.rollout_batch_size // gpus)
     thoughts = rows * asked.number * config.num_generations

@@ -10,6 +10,7 @@ from dwrl_fast.errors import ConfigError
 from dwrl_fast.methods import METHODS
 from dwrl_fast.options import POSITIVE, at_least, option, parse
 from dwrl_fast.plan.lengths import Lengths
+from dwrl_fast.plan.profile import load_profile
 
 plan_option = partial(option, group="Plan")
 NO_ROWS = "no rows are read"
@@ -68,16 +69,28 @@ python -m dwrl_fast.plan --model_config models/smollm2/config.json --gpus 1 --pr
     json: str | None = plan_option(None, "Write all figures to this JSON file.")
 
     def validate(self) -> None:
-        """Raises ConfigError like training, and if there is nothing to plan."""
+        """Raises ConfigError like training, also for a number of GPUs that training refuses, and if there is nothing to
+        plan.
+        """
         super().validate()
         if not METHODS[self.method].trains:
             raise ConfigError(f"method = {self.method} trains nothing: there is no run to plan.")
         self.check_new_files("plot", "json")
-        if self.hsdp and (self.gpus <= self.gpus_per_machine or self.gpus % self.gpus_per_machine):
-            raise ConfigError(
-                f"hsdp with {self.gpus} GPUs, {self.gpus_per_machine} in a machine: it needs several machines with "
-                "equally many GPUs. Give --gpus a multiple of --gpus_per_machine, or leave hsdp out."
+        refused = self.refusal_on(self.gpus)
+        if refused:
+            raise ConfigError(f"gpus = {self.gpus}: {refused}")
+
+    def refusal_on(self, gpus: int) -> str:
+        """Why training refuses this run on `gpus` GPUs, and what to do; empty if it does not."""
+        if self.hsdp and (gpus <= self.gpus_per_machine or gpus % self.gpus_per_machine):
+            return (
+                f"hsdp with {self.gpus_per_machine} GPUs in a machine needs several machines with equally many GPUs. "
+                "Give --gpus a multiple of --gpus_per_machine, or leave hsdp out."
             )
+        # Only cpu_offload depends on the device; the profile's file need not exist for the other options.
+        cuda = not self.cpu_offload or load_profile(self.profile).device == "cuda"
+        refused = self.refusal(sharded=gpus > 1, cuda=cuda)
+        return f"{refused} --gpus 1 is one process without torchrun." if refused else ""
 
     def _refuse_two_models(self) -> None:
         """Both are allowed here: --model_config may give the configuration of a recipe's model if the hub cannot be

@@ -2,7 +2,8 @@
 measured on a machine.
 """
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from dwrl_fast.errors import ConfigError
 from dwrl_fast.files import bounded_text, bounded_yaml
 
 PUBLISHED = Path(__file__).with_name("profiles.yaml")
+RATES = ("memory_gib", "attention", "memory", "link", "network")
 SHARES = ("products", "attention", "memory", "link", "network", "sampling")
 
 
@@ -93,10 +95,18 @@ def _profile(name: str, values: Any) -> Profile:
         strange = set(made.shares) - set(SHARES)
         if strange:
             raise ValueError(f"unknown shares: {', '.join(sorted(strange))}")
-        made = Profile(**values | {"products": {int(size): float(rate) for size, rate in made.products.items()}})
-        rates = [*made.products.values(), made.attention, made.memory, made.link, made.network, *made.shares.values()]
-        if not made.products or made.device not in ("cuda", "cpu") or min(map(float, rates)) <= 0:
-            raise ValueError("the device is cuda or cpu, and rates are above 0")
+        # YAML reads 330e12, which has no point and no sign, as a string.
+        floats: dict[str, Any] = {rate: float(getattr(made, rate)) for rate in (*RATES, "operator")}
+        made = replace(
+            made,
+            products={int(size): float(rate) for size, rate in made.products.items()},
+            shares={share: float(value) for share, value in made.shares.items()},
+            **floats,
+        )
+        rates = [*made.products.values(), *made.shares.values(), *(getattr(made, rate) for rate in RATES)]
+        known = bool(made.products) and made.device in ("cuda", "cpu")
+        if not (known and all(0 < rate < math.inf for rate in rates) and 0 <= made.operator < math.inf):
+            raise ValueError("the device is cuda or cpu, rates and memory are above 0, and operator is not negative")
     except (TypeError, ValueError, AttributeError) as error:
         raise ConfigError(
             f"{name} is not a device profile: {error}. dwrl_fast/plan/profiles.yaml shows the form"

@@ -71,6 +71,11 @@ class Setup:
     shape: Shape
 
     @property
+    def capacity(self) -> float:
+        """GiB of one device: --gpu_memory, which only a plan has, or else the memory of the profile."""
+        return getattr(self.config, "gpu_memory", None) or self.profile.memory_gib
+
+    @property
     def states(self) -> int:
         """The number of AdamW states over the trained weights."""
         return len(self.method.phases) if self.method.separate_states else 1

@@ -1,9 +1,10 @@
 """The short form of a plan: one line about memory, for the dry run of a training."""
 
-import os
+from typing import Literal
 
 import torch
 
+from dwrl_fast.compute import available
 from dwrl_fast.config import TrainConfig
 from dwrl_fast.plan.lengths import Lengths
 from dwrl_fast.plan.memory import GIB, memory
@@ -31,8 +32,6 @@ def short(config: TrainConfig, lengths: Lengths, ranks: int) -> str:
 
 def _here() -> Profile:
     """A profile of this machine's memory; its rates are not used."""
-    if torch.cuda.is_available():
-        device, size = "cuda", torch.cuda.mem_get_info()[1]
-    else:
-        device, size = "cpu", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return Profile("here", "this machine", device, size / GIB, {1: 1.0}, 1.0, 1.0, 1.0, 1.0)  # type: ignore[arg-type]
+    device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
+    size = available(torch.device(device))[1]
+    return Profile("here", "this machine", device, size, {1: 1.0}, 1.0, 1.0, 1.0, 1.0)

@@ -9,7 +9,7 @@ from dwrl_fast.plan.seconds import step
 from dwrl_fast.plan.setup import Setup, planned
 from dwrl_fast.plan.trace import Traced, trace
 
-SIZES = tuple(2**power for power in range(11))  # 1 to 1,024
+MOST = 1024  # the largest number of GPUs
 
 
 class Sized(NamedTuple):
@@ -37,8 +37,7 @@ class Sized(NamedTuple):
 def room(setup: Setup) -> float:
     """Bytes of a GPU that a run may use."""
     config: Any = setup.config
-    capacity = config.gpu_memory or setup.profile.memory_gib
-    return (capacity - config.reserve_gib) * GIB
+    return (setup.capacity - config.reserve_gib) * GIB
 
 
 def sized(setup: Setup, traced: Traced, gpus: int) -> Sized:
@@ -52,11 +51,17 @@ def sized(setup: Setup, traced: Traced, gpus: int) -> Sized:
     return Sized(gpus, budget, largest, memory(setup, traced, gpus, taken), seconds)
 
 
-def sizes(setup: Setup, traced: Traced, most: int = SIZES[-1]) -> list[Sized]:
-    """The results for 1 to `most` GPUs, in powers of two; with --hsdp only whole machines."""
+def accepted(setup: Setup) -> list[int]:
+    """The numbers of GPUs up to MOST that training accepts: powers of two, or with --hsdp of machines."""
     config: Any = setup.config
-    asked = [gpus for gpus in SIZES if gpus <= most and (not config.hsdp or gpus > config.gpus_per_machine)]
-    return [sized(setup, traced, gpus) for gpus in asked]
+    unit = config.gpus_per_machine if config.hsdp else 1
+    found = (unit * 2**power for power in range(MOST.bit_length()))
+    return [gpus for gpus in found if gpus <= MOST and not config.refusal_on(gpus)]
+
+
+def sizes(setup: Setup, traced: Traced) -> list[Sized]:
+    """The results for all accepted numbers of GPUs."""
+    return [sized(setup, traced, gpus) for gpus in accepted(setup)]
 
 
 def changes(setup: Setup, traced: Traced, gpus: int) -> Iterator[str]:
@@ -64,7 +69,7 @@ def changes(setup: Setup, traced: Traced, gpus: int) -> Iterator[str]:
     now, wanted = sized(setup, traced, gpus), setup.config.token_budget
     if now.largest:
         yield f"--token_budget {now.largest}: the largest that fits without other changes"
-    for more in (size for size in SIZES if size > gpus):
+    for more in (size for size in accepted(setup) if size > gpus):
         peak = memory(setup, traced, more, wanted).peak
         if peak <= room(setup):
             yield f"{more} GPUs: {peak / GIB:.1f} GiB on each"
@@ -83,7 +88,8 @@ def _as_traced(setup: Setup, gpus: int) -> Iterator[dict[str, Any]]:
         yield {"generation_cache_gib": 1.0}
     if config.use_peft and gpus == 1 and not config.load_in_4bit:
         yield {"load_in_4bit": True}
-    if gpus > 1 and not config.cpu_offload:
+    cuda = setup.profile.device == "cuda"
+    if gpus > 1 and cuda and not config.cpu_offload and not config.use_liger_kernel:
         yield {"cpu_offload": True}
     if setup.writes and gpus > 1:
         yield {"use_vllm": True, "vllm_mode": "server"}

@@ -174,7 +174,8 @@ def load_judging(
     config: TrainConfig, method: Method, dialog: Dialog | SingleTurn, compute: Compute, ranks: Ranks = ALONE
 ) -> Judging:
     """The judging with the start model of a run, placed and ready for training. ranks: the ranks that train it
-    together. Raises ModelError if the model cannot be loaded or cannot run the layout.
+    together. Raises ConfigError if the options do not allow this number of ranks or this device, and ModelError if the
+    model cannot be loaded or cannot run the layout.
     """
     layout = Layout(
         config.packing,
@@ -183,12 +184,9 @@ def load_judging(
         compute.device,
         mask_truncated=config.truncated_thoughts == "mask",
     )
-    if config.cpu_offload and (ranks.mesh is None or compute.device.type != "cuda"):
-        raise ConfigError("--cpu_offload: it needs GPUs and processes started by torchrun; leave it out.")
-    if config.load_in_4bit and ranks.mesh is not None:
-        raise ConfigError(
-            "--load_in_4bit: weights in 4 bits are not sharded here. Leave it out, or use one process without torchrun."
-        )
+    refused = config.refusal(sharded=ranks.mesh is not None, cuda=compute.device.type == "cuda")
+    if refused:
+        raise ConfigError(refused)
     lora = None
     if config.use_peft:
         lora = Lora(config.lora_r, config.lora_alpha, config.lora_target_modules, config.load_in_4bit, compute)
