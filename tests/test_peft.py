@@ -34,6 +34,7 @@ from dwrl_fast.models.pretrained import save_pretrained
 from dwrl_fast.progress import Display
 from dwrl_fast.sampling import groups
 from dwrl_fast.train import run
+from dwrl_fast.training.dry_run import dry_run
 from dwrl_fast.training.runlog import read_metrics
 from dwrl_fast.training.trainer import Trainer
 
@@ -406,3 +407,9 @@ def test_a_run_in_4_bits(folder: Path, changes: dict[str, Any], monkeypatch: pyt
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "bitsandbytes" else object())
     with pytest.raises(UserError, match=r"trained on its base in 4 bits\. Give the merged model.*not installed"):
         scores(runs[0] / "adapter")
+
+
+def test_a_dry_run_of_several_processes_refuses_4_bits_as_training_does(folder: Path) -> None:
+    config = tiny_config(folder, **FOUR)
+    with pytest.raises(UserError, match="weights in 4 bits are not sharded"):
+        dry_run(config, Console(quiet=True), 2)

@@ -23,7 +23,7 @@ from dwrl_fast.data.mixture import Part
 from dwrl_fast.data.published import DATA_SETS
 from dwrl_fast.dialog import Dialog, SingleTurn
 from dwrl_fast.encode import Group, Thought, fit
-from dwrl_fast.errors import DataError, UserError
+from dwrl_fast.errors import ConfigError, DataError, UserError
 from dwrl_fast.feed import Feed, Shuffled
 from dwrl_fast.feed.opening import reading, refuse_demonstration
 from dwrl_fast.feed.shared_prompts import prompts, shared
@@ -125,7 +125,7 @@ def dry_run(config: TrainConfig, console: Console, ranks: int = 1) -> None:
         if method is not None and made.trains and _model_at_hand(config):
             _say_memory(config, longest, ranks, found)
         if method is not None and weights_at_hand(config.model_name_or_path):
-            _say_trial(config, method, found)
+            _say_trial(config, method, ranks, found)
     if found.obstacles:
         raise UserError("\n\nerror: ".join(found.obstacles))
     found.say("ready", "the same command without --dry_run runs it")
@@ -317,9 +317,12 @@ def weights_at_hand(name: str | None) -> bool:
     return name is not None and (is_gguf(name) or any(Path(name).glob("*.safetensors")))
 
 
-def _say_trial(config: TrainConfig, method: Method, found: Findings) -> None:
-    """Load, place, sample from, merge and save the model as a run would."""
-    judging = load_judging(config, method, method.dialog, Compute.resolve(config.dtype))
+def _say_trial(config: TrainConfig, method: Method, ranks: int, found: Findings) -> None:
+    """Load, place, sample from, merge and save the model as a run would, but in this process alone."""
+    compute = Compute.resolve(config.dtype)
+    if refused := config.refusal(sharded=ranks > 1, cuda=compute.device.type == "cuda"):
+        raise ConfigError(refused)
+    judging = load_judging(dataclasses.replace(config, cpu_offload=False), method, method.dialog, compute)
     Rollout(method, judging)
     try_saving(Path(config.output_dir or "."), judging.runtime.model, method.dialog, method.card())
     does = ["its layout"] + ["sampling"] * method.thinks + ["merging"] * config.use_peft + ["saving"]
