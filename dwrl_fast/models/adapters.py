@@ -328,8 +328,8 @@ def write_adapter(folder: Path, lm: Any) -> None:
     tensors = {PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     lm.peft_config[NAME].save_pretrained(folder)
-    if quantization := getattr(lm.config, "quantization_config", None):
-        quantization.to_json_file(folder / QUANTIZATION)
+    if getattr(lm, "is_loaded_in_4bit", False):  # a dequantised GGUF file also has a quantization_config
+        lm.config.quantization_config.to_json_file(folder / QUANTIZATION)
 
 
 def base_fingerprint(lm: Any) -> str:
