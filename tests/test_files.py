@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pytest
 import yaml
 from rich.table import Table
 
-from bench.reliability.lives import lived
+from bench.reliability.lives import life, lived
 from dwrl_fast.console import Terminal, set_up_logging
 from dwrl_fast.data import Preference
 from dwrl_fast.data.compression import lines_of
@@ -125,6 +126,19 @@ def test_code_that_is_looked_on_runs_within_bounds(monkeypatch: pytest.MonkeyPat
         assert [each.exception() is None for each in ends] == [False, True, False]
     with Watched(10):
         assert sum(range(1000)) == 499500
+
+
+def test_a_text_that_doubles_is_stopped_before_1_gib(tmp_path: Path) -> None:
+    """The check waits for no second step of the template: each may double the memory."""
+    render_watched("{{ 1 }}")
+    idle, *grown = (peak(run, tmp_path / "log") for run in (lambda: None, *(lambda: render_watched(DOUBLE),) * 8))
+    assert (tmp_path / "log").read_text().count("it takes more than 256 MiB") == 8
+    assert max(grown) - idle < 1 << 20
+
+
+def peak(run: Callable[[], object], log: Path) -> int:
+    """KiB of memory that `run` needs at most, in a forked process."""
+    return os.wait4(life(run, log), 0)[2].ru_maxrss
 
 
 def test_an_error_on_its_way_does_not_come_later() -> None:

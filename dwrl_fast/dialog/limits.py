@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -85,22 +84,20 @@ class Watched:
 
     def __init__(self, size: int):
         self.size, self.thread = size, threading.get_ident()
-        self.began, self.held = -1.0, 0  # at the first check: processor seconds, and bytes before
         self.stopped: type[LimitError] | None = None
 
     def __enter__(self) -> Self:
         if _watch.thread is None:
             _watch.start()
+        self.began, self.held = _used(self.thread), _watch.held  # processor seconds; bytes at the last check
         _watch.calls[self.thread] = self
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         with _watch.lock:
             _watch.calls.pop(self.thread, None)
-        if (
-            self.stopped is not None and kind is not self.stopped
-        ):  # the exception was sent to this thread: wait for it here
-            with suppress(LimitError):
+        if self.stopped is not None and kind is not self.stopped:
+            with suppress(LimitError):  # the exception was sent to this thread: wait for it here
                 for _ in range(10_000):
                     time.sleep(0.0001)
             raise self.stopped
@@ -112,9 +109,11 @@ class _Watch:
     def __init__(self) -> None:
         self.calls: dict[int, Watched] = {}
         self.lock = threading.Lock()
+        self.held = 0  # bytes at the last check
         self.thread: threading.Thread | None = None
 
     def start(self) -> None:
+        self.held = _held(1)
         self.thread = threading.Thread(target=self.look_on, name="templates", daemon=True)
         self.thread.start()
 
@@ -123,22 +122,18 @@ class _Watch:
         self.calls, self.lock, self.thread = {}, threading.Lock(), None
 
     def look_on(self) -> None:
-        before = _held(1)
         while True:
             time.sleep(TICK)
-            now = _held(1)
+            self.held = _held(1)
             with self.lock:
                 for call in list(self.calls.values()):
-                    self.look(call, before, now)
-            before = now
+                    self.look(call)
 
-    def look(self, call: Watched, before: int, now: int) -> None:
-        used = _used(call.thread)
-        if call.began < 0:
-            call.began, call.held = used, before
-        elif used - call.began > SECONDS:
+    def look(self, call: Watched) -> None:
+        used = _used(call.thread) - call.began
+        if used > SECONDS:
             self.stop(call, SlowError)
-        elif used - call.began > TICK / 10 and now - call.held > MEMORY + TIMES * call.size:
+        elif used > TICK / 10 and self.held - call.held > MEMORY + TIMES * call.size:
             self.stop(call, LargeError)
 
     def stop(self, call: Watched, error: type[LimitError]) -> None:
@@ -148,6 +143,7 @@ class _Watch:
         raise_in(call.thread, error)
 
 
+_C = ctypes.PyDLL(None)  # the functions of the process, called without releasing the interpreter's lock
 _watch = _Watch()
 os.register_at_fork(after_in_child=_watch.forget)
 
@@ -164,8 +160,14 @@ def _used(thread: int) -> float:
 
 
 def _held(column: int) -> int:
-    """Bytes of this process: address space (column 0) or resident memory (1); 0 if the system does not report them."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[column]) * resource.getpagesize()
-    except OSError:
+    """Bytes of this process: address space (column 0) or resident memory (1); 0 if the system does not report them.
+
+    A file object would release the interpreter's lock at each step, and a template that doubles a text could do so once
+    more in each. So these calls hold it.
+    """
+    text, file = ctypes.create_string_buffer(256), _C.open(b"/proc/self/statm", os.O_RDONLY)
+    if file < 0:
         return 0
+    _C.read(file, text, len(text))
+    _C.close(file)
+    return int(text.value.split()[column]) * resource.getpagesize()
