@@ -180,6 +180,21 @@ def test_an_array_is_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.Mon
         assert [row.values for row in open_rows(path).rows()] == rows
 
 
+def test_an_element_of_an_array_is_no_longer_than_a_row_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no more of the file is read, whatever it holds. In memory, wide characters count fourfold."""
+    monkeypatch.setattr("dwrl_fast.data.json_array.PIECE", 100)
+    monkeypatch.setattr("dwrl_fast.data.json_array.MOST", 10_000)
+    path = tmp_path / "rows.json"
+    for letter, fits, exceeds in (("a", 9_000, 10_500), ("\U0001f600", 2_200, 2_700)):
+        rows = [pair(0), pair(1) | {"prompt": letter * fits}, pair(2)] * 4
+        written(path, json.dumps(rows, ensure_ascii=False).encode())
+        assert [row.values for row in open_rows(path).rows()] == rows
+        rows[7] = pair(1) | {"prompt": letter * exceeds}
+        written(path, json.dumps(rows, ensure_ascii=False).encode())
+        with pytest.raises(DataError, match=r"rows\.json:8: a row of more than"):
+            list(open_rows(path).rows())
+
+
 TABLES = {
     "cells missing": ("prompt,chosen,rejected\na,b\n", ":2: 2 cells, but 3 column names; put a cell that contains"),
     "name twice": ("prompt,chosen,chosen\na,b,c\n", ":1: the column name 'chosen' occurs 2 times; rename one"),

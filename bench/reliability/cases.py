@@ -52,6 +52,7 @@ WEIGHTS, TOKENIZER, CHAT = "model.safetensors", "tokenizer.json", "chat_template
 INDEX, SHARD = "model.safetensors.index.json", "shard-00001-model-00001-of-00001.safetensors"
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 DOUBLE = "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x }}"
+WIDE = "\U0001f600".encode()  # in Python's memory, a text with it takes four bytes for every character
 LONG_HEADER = header(LARGE, b" " * LARGE)
 
 MODELS: dict[str, tuple[str, Craft]] = {
@@ -151,6 +152,8 @@ DATA: dict[str, tuple[str, Craft]] = {
     "data: a line of 20 GB": ("rows.jsonl.gz", unfolding(b'{"prompt": "')),
     "data: an element of 20 GB": ("rows.json.gz", unfolding(b'[{"prompt": "')),
     "data: a cell of 20 GB": ("rows.csv.gz", unfolding(b'prompt,chosen,rejected\n"')),
+    "data: an element of 20 GB with wide characters": ("rows.json.gz", unfolding(b'[{"prompt": "' + WIDE)),
+    "data: a cell of 20 GB with wide characters": ("rows.csv.gz", unfolding(b'prompt,chosen,rejected\n"' + WIDE)),
     "data: a line of 20 GB in bzip2": ("rows.jsonl.bz2", unfolding(b'{"prompt": "', bz2.compress)),
     "data: a cell of a GiB": ("rows.parquet", huge_cell),
     "data: a cell of a GiB among small ones": ("rows.parquet", among_small(one_cell)),

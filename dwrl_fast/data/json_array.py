@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,18 +100,20 @@ class Growing:
                 break
             except json.JSONDecodeError as error:
                 cut = error.msg.startswith("Unterminated") or error.pos >= len(self.text) - NEAR
+                if cut and len(self.text) - self.at > self._most():
+                    raise too_long(source) from None
                 if not cut or not self._grow():
                     raise
-                if len(self.text) - self.at > 2 * MOST:
-                    raise too_long(source) from None
         self.at = end
         return as_object(value, source)
 
     def _grow(self) -> bool:
-        """Drop the consumed text and double the rest, so that a long element is not parsed too often."""
+        """Drop the consumed text and double the rest, so that a long element is not parsed too often. A rest that
+        becomes longer than a row may be grows no further.
+        """
         pieces = [self.text[self.at :]]
-        wanted = len(pieces[0])
-        before = wanted
+        before = len(pieces[0])
+        wanted = min(before, self._most() - before)
         for piece in self.pieces:
             pieces.append(piece)
             wanted -= len(piece)
@@ -118,3 +121,7 @@ class Growing:
                 break
         self.text, self.at = "".join(pieces), 0
         return len(self.text) > before
+
+    def _most(self) -> int:
+        """Maximum characters of a row: Python needs up to four bytes for each."""
+        return MOST * len(self.text) // sys.getsizeof(self.text)
