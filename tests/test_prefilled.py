@@ -118,7 +118,7 @@ def test_thoughts_of_another_model_or_limit_are_not_used(
     unfinished(folder)
     again = go(folder, *options, "--resume_from_checkpoint", "auto")
     assert again["report_after"] == other["report_after"] and kept(folder / "run") == kept(folder / "other")
-    why = {"model": "are of another model", "limit": "have at most 5 tokens instead of 3", "older": "are of a version"}
+    why = {"model": "are of another model", "limit": "have at most 5 tokens instead of 3", "older": "do not begin with"}
     assert f"The thoughts in {file} {why[change]}" in caplog.text and "prefilled.unused1.jsonl" in caplog.text
     assert (folder / "run" / "prefilled.unused1.jsonl").read_bytes() == was
 
@@ -135,7 +135,9 @@ def test_a_refused_checkpoint_leaves_the_thoughts(folder: Path) -> None:
     assert (folder / "run" / "prefilled.unused1.jsonl").read_bytes() == was
 
 
-def test_a_thought_may_hold_any_character(tmp_path: Path) -> None:
+def test_a_thought_may_hold_any_character_and_damaged_lines_are_dropped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     class Decoder:
         def decode(self, ids: list[int]) -> str:
             return "\u2028\x85\n"
@@ -148,6 +150,13 @@ def test_a_thought_may_hold_any_character(tmp_path: Path) -> None:
     first = thoughts()
     first.sample([[5, 6]], 1, max_tokens=5, temperature=0.0, seed=0)
     assert first.found and thoughts().found == first.found
+    intact = (tmp_path / PREFILLED).read_bytes()
+    for number, damage in enumerate(
+        [b"\xff\xfe", b'{"context": "a"}', b'{"context": "a", "ids": []}', b"[" * 99999, b"1"]
+    ):
+        (tmp_path / PREFILLED).write_bytes(intact.replace(b"\n", b"\n" + damage + b"\n", 1))
+        assert thoughts().found == first.found and (tmp_path / PREFILLED).read_bytes() == intact
+        assert caplog.text.count("prefilled.jsonl:2: this line is damaged; its thought is written again.") == number + 1
 
 
 def test_a_saved_model_scores_with_the_base_model_beside_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,30 +87,45 @@ class KeptThoughts:
 
 
 def _read(file: Path, origin: dict[str, Any]) -> dict[str, list[int]]:
-    """The thoughts in `file`, which then begins with `origin` and has only complete lines."""
+    """The thoughts in `file`, which then begins with `origin` and has only intact lines."""
     # A killed run may leave an incomplete line. Other characters than \n that end a line may be within a thought.
-    text = file.read_text(encoding="utf-8") if file.exists() else ""
-    lines = text.rpartition("\n")[0].split("\n") if "\n" in text else []
-    first, *rows = map(json.loads, lines or ["{}"])
-    if lines and first != origin:
-        _set_aside(file, first, origin)
-        lines, rows = [], []
+    text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+    first, *lines = text.rpartition("\n")[0].split("\n")
+    if first and (theirs := _parsed(first)) != origin:
+        _set_aside(file, theirs, origin)
+        lines = []
+    found, intact = {}, []
+    for number, line in enumerate(lines, start=2):
+        match _parsed(line):
+            case {"context": str(context), "ids": [*ids]} if ids and all(type(each) is int for each in ids):
+                found[context] = ids
+                intact.append(line)
+            case _:
+                logger.warning("%s:%d: this line is damaged; its thought is written again.", file, number)
     part = file.with_name(file.name + ".part")
-    part.write_text("".join(line + "\n" for line in [json.dumps(origin), *lines[1:]]), encoding="utf-8")
+    part.write_text("".join(line + "\n" for line in [json.dumps(origin), *intact]), encoding="utf-8")
     part.replace(file)
-    return {row["context"]: row["ids"] for row in rows}
+    return found
 
 
-def _set_aside(file: Path, theirs: dict[str, Any], mine: dict[str, Any]) -> None:
+def _parsed(line: str) -> Any:
+    """The value of a line; None if it is damaged."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _set_aside(file: Path, theirs: Any, mine: dict[str, Any]) -> None:
     """Rename a file whose thoughts are not those that this run would write, and log why."""
-    said = {
-        "writer": "are of another model",
-        "max_completion_length": f"have at most {theirs.get('max_completion_length')} tokens instead of "
-        f"{mine['max_completion_length']}",
-        "stop_ids": "end at other tokens",
-    }
-    why = "are of a version of this package that did not store which model wrote them"
-    if theirs.keys() == mine.keys():
+    why = "do not begin with the line that says which model wrote them"
+    if isinstance(theirs, dict) and theirs.keys() == mine.keys():
+        most = "max_completion_length"
+        said = {
+            "writer": "are of another model",
+            most: f"have at most {theirs[most]} tokens instead of {mine[most]}",
+            "stop_ids": "end at other tokens",
+        }
         why = " and ".join(text for name, text in said.items() if theirs[name] != mine[name])
     names = (file.with_name(f"{file.stem}.unused{i}{file.suffix}") for i in itertools.count(1))
     aside = file.rename(next(name for name in names if not name.exists()))
