@@ -22,7 +22,7 @@ from dwrl_fast.console import Terminal, set_up_logging
 from dwrl_fast.data import Preference
 from dwrl_fast.data.compression import lines_of
 from dwrl_fast.dialog import Dialog, Template, limits
-from dwrl_fast.dialog.limits import LimitError, SlowError, Watched, raise_in, within_bounds
+from dwrl_fast.dialog.limits import LargeError, LimitError, SlowError, Watched, raise_in, watched, within_bounds
 from dwrl_fast.embedded.arrays import EVALUATE, RATE
 from dwrl_fast.embedded.tokenizer import make_tokenizer
 from dwrl_fast.encode import fit
@@ -139,6 +139,24 @@ def test_a_text_that_doubles_is_stopped_before_1_gib(tmp_path: Path) -> None:
 def peak(run: Callable[[], object], log: Path) -> int:
     """KiB of memory that `run` needs at most, in a forked process."""
     return os.wait4(life(run, log), 0)[2].ru_maxrss
+
+
+def test_memory_that_another_thread_takes_is_not_blamed_on_the_template() -> None:
+    kept: list[bytes] = []
+
+    def render() -> str:
+        if not kept:
+            with ThreadPoolExecutor(1) as other:
+                kept.append(other.submit(lambda: b"a" * (limits.MEMORY + (64 << 20))).result())
+        until = time.thread_time() + 0.3
+        while time.thread_time() < until:
+            pass
+        return "text"
+
+    with pytest.raises(LargeError), Watched(10):
+        render()
+    kept.clear()
+    assert watched(render, 10) == "text"
 
 
 def test_an_error_on_its_way_does_not_come_later() -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from dwrl_fast.data import Message
 from dwrl_fast.dialog.contents import ContentTokenizer
-from dwrl_fast.dialog.limits import LimitError, Watched, check_size, within_bounds
+from dwrl_fast.dialog.limits import LimitError, check_size, watched, within_bounds
 from dwrl_fast.dialog.sequence import TokenSequence
 from dwrl_fast.errors import LabelError, OverrunError, TemplateError
 from dwrl_fast.log import info_once
@@ -237,17 +237,22 @@ class Chat:
 
         thinking = {"enable_thinking": self.enable_thinking == "on" and head == "thought"} if self._switch else {}
         size = sum(len(message["content"]) for message in messages)
+        render = functools.partial(
+            self.tokenizer.apply_chat_template,
+            [dict(message) for message in messages],
+            chat_template=self._chat_template,
+            tokenize=tokenize,
+            return_dict=False,
+            add_generation_prompt=head is not None,
+            date_string=TODAY.strftime("%d %b %Y"),
+            **thinking,
+        )
         try:
-            with within_bounds() if first else Watched(size):
-                rendered = self.tokenizer.apply_chat_template(
-                    [dict(message) for message in messages],
-                    chat_template=self._chat_template,
-                    tokenize=tokenize,
-                    return_dict=False,
-                    add_generation_prompt=head is not None,
-                    date_string=TODAY.strftime("%d %b %Y"),
-                    **thinking,
-                )
+            if first:
+                with within_bounds():
+                    rendered = render()
+            else:
+                rendered = watched(render, size)
             check_size(rendered, size)
             return rendered
         except JinjaError as error:

@@ -11,7 +11,7 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -23,6 +23,7 @@ MEMORY = 256 << 20  # additional bytes of memory
 TEXT = 1 << 20  # characters that a template may add to the contents
 TIMES = 16  # output characters, and bytes of memory, per character of the contents
 TICK = 0.05  # seconds between two checks
+TRIES = 3  # of a rendering that takes too much memory
 
 
 class LimitError(Exception):
@@ -75,6 +76,17 @@ def check_size(rendered: Any, size: int) -> None:
         raise LimitError(f"it turns {size:,} characters into {len(rendered):,}")
 
 
+def watched(render: Callable[[], Any], size: int) -> Any:
+    """The result of `render` on contents of `size` characters. Raises LimitError like `Watched`. The growth of the
+    process may be the work of another thread, so a rendering that takes too much memory is tried again.
+    """
+    for _ in range(TRIES - 1):
+        with suppress(LargeError), Watched(size):
+            return render()
+    with Watched(size):
+        return render()
+
+
 class Watched:
     """A context in which this thread may use SECONDS of processor time, and the process may grow by MEMORY plus TIMES
     `size` bytes; beyond that it raises LimitError. A single operation of Python is not interrupted: it ends first.
@@ -124,7 +136,7 @@ class _Watch:
     def look_on(self) -> None:
         while True:
             time.sleep(TICK)
-            self.held = _held(1)
+            self.held = _held(1) or self.held
             with self.lock:
                 for call in list(self.calls.values()):
                     self.look(call)
@@ -166,8 +178,6 @@ def _held(column: int) -> int:
     more in each. So these calls hold it.
     """
     text, file = ctypes.create_string_buffer(256), _C.open(b"/proc/self/statm", os.O_RDONLY)
-    if file < 0:
-        return 0
-    _C.read(file, text, len(text))
+    length = _C.read(file, text, len(text))
     _C.close(file)
-    return int(text.value.split()[column]) * resource.getpagesize()
+    return int(text.value.split()[column]) * resource.getpagesize() if length > 0 else 0
