@@ -3,9 +3,11 @@
 import multiprocessing
 import os
 import pickle
+import random
 import socket
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,18 @@ import torch
 from dwrl_fast import ranks
 
 
+def free_port() -> int:
+    """A port that is free, from below those that the system gives to other programs before it is used."""
+    for port in random.SystemRandom().sample(range(10_000, 32_768), 100):
+        with suppress(OSError), socket.socket() as free:
+            free.bind(("127.0.0.1", port))
+            return port
+    raise OSError("100 ports from 10000 to 32767 are in use")
+
+
 def together(folder: Path, count: int, function: Callable[..., Any], *args: Any, seconds: float = 300) -> list[Any]:
     """The results of `function(ranks, *args)` on each of `count` ranks. folder: for results. seconds: time limit."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     context = multiprocessing.get_context("spawn")
     files = [folder / f"rank-{rank}-of-{count}.pkl" for rank in range(count)]
     made = [

@@ -13,10 +13,20 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 from dwrl_fast.log import logger
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# A property is tested on the same examples every time, and a slow moment of the machine is no failure.
+settings.register_profile("tests", deadline=None, derandomize=True)
+settings.load_profile("tests")
+
+# What the surroundings say about terminals and proxies.
+for name in ("COLUMNS", "FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+    os.environ.pop(name, None)
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # without a network, every name that is looked up would take 20 seconds of retries
 

@@ -102,5 +102,5 @@ def test_a_rank_that_cannot_load_the_model_ends_all_and_says_why(place: Path) ->
     """The other rank waits for it in the first collective of loading."""
     started = time.monotonic()
     done, found = over_two_ranks(place, "model")
-    assert done.returncode != 0 and found is None and time.monotonic() - started < 60
+    assert done.returncode != 0 and found is None and time.monotonic() - started < 250
     assert "error: planted: the file is not here" in done.stderr, done.stderr

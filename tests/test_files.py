@@ -4,6 +4,7 @@ import dataclasses
 import io
 import logging
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -110,6 +111,23 @@ def test_code_runs_within_bounds() -> None:
         "a" * 2**33
 
 
+def test_threads_and_forked_processes_keep_their_own_limit_of_memory(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_AS)
+
+    def render(_: int) -> None:
+        with within_bounds():
+            time.sleep(0.01)
+
+    def check() -> None:
+        assert resource.getrlimit(resource.RLIMIT_AS) == before
+
+    with ThreadPoolExecutor(4) as pool:
+        rendered = pool.map(render, range(40))
+        forked = [lived(check, tmp_path / "log") for _ in range(8)]
+    assert forked == [0] * 8 and not any(rendered)
+    check()
+
+
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 DOUBLE = "{% set n = namespace(x='aaaaaaaa') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}"
 
@@ -162,8 +180,9 @@ def test_memory_that_another_thread_takes_is_not_blamed_on_the_template() -> Non
 def test_an_error_on_its_way_does_not_come_later() -> None:
     with pytest.raises(SlowError), Watched(10) as call:
         call.stopped = SlowError
-        threading.Timer(0.1, raise_in, (call.thread, SlowError)).start()
-    time.sleep(0.2)
+        sender = threading.Timer(0.1, raise_in, (call.thread, SlowError))
+        sender.start()
+    sender.join()
 
 
 def render_watched(code: str) -> None:

@@ -3,7 +3,6 @@
 import os
 import pickle
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 from conftest import ROOT
 from tiny import tiny_folder, tiny_pairs
 
+from bench.processes import free_port
 from dwrl_fast.config import parse_train
 from dwrl_fast.errors import ConfigError
 from dwrl_fast.ranks import mesh_of
@@ -26,9 +26,7 @@ ENVIRONMENT = os.environ | {
 
 def agents(*arguments: object, each: int = 2) -> None:
     """Run two torchrun agents, which start `each` processes of a program, until they end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--nproc-per-node={each}"]
     launch += ["--master-addr=127.0.0.1", f"--master-port={port}"]
     started = [
@@ -93,7 +91,7 @@ def test_a_run_saves_and_goes_on_with_or_without_it(folder: Path) -> None:
         shutil.copytree(folder / "whole" / "checkpoint-000001", folder / name / "checkpoint-000001")
         agents(*command, "--output_dir", folder / name, "--resume_from_checkpoint", "latest", *how)
         (second,) = read_metrics(folder / name / "metrics.jsonl")
-        assert abs(second["loss"] - read_metrics(folder / "whole" / "metrics.jsonl")[1]["loss"]) < 1e-6
+        assert abs(second["loss"] - read_metrics(folder / "whole" / "metrics.jsonl")[1]["loss"]) < 1e-5
     one, other = ((folder / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "on-hsdp"))
     assert one == other
 

@@ -91,13 +91,14 @@ def test_hostile_files(task: Embedded, tmp_path: Path) -> None:
 def test_the_drill_of_files_sees_each_kind_of_harm(task: Embedded, tmp_path: Path) -> None:
     """Each case does something that no loader may do, and the verdict names it."""
 
-    def wrong(loads: Any, seconds: float = files.SECONDS) -> str:
+    def wrong(loads: Any, **limits: float) -> str:
         folder = tmp_path / "case"
         folder.mkdir(exist_ok=True)
         (tmp_path / "log").unlink(missing_ok=True)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(files, "load", lambda *_: loads(folder))
-            patch.setattr(files, "SECONDS", seconds)
+            for name, limit in limits.items():
+                patch.setattr(files, name, limit)
             return files.verdict(cases.Case("data", "", "rows.jsonl", named), folder, tmp_path / "log")
 
     def named(folder: Path) -> Any:
@@ -108,7 +109,8 @@ def test_the_drill_of_files_sees_each_kind_of_harm(task: Embedded, tmp_path: Pat
     assert wrong(named) == ""
     assert "Traceback" in wrong(lambda folder: 1 / 0)
     assert "status 0" in wrong(lambda folder: None)
-    assert "more than 2 s" in wrong(lambda folder: time.sleep(60), 2.0)
+    assert "no end within 2 s" in wrong(lambda folder: time.sleep(60), WAIT=2.0)
+    assert "more than 0 s of proc" in wrong(lambda folder: (sum(range(10**7)), named(folder)), SECONDS=0.01)
     assert "MiB" in wrong(lambda folder: (b"x" * (1200 << 20), named(folder)))
     assert "outside was read" in wrong(lambda folder: ((folder.parent / "outside" / "x").read_bytes(), named(folder)))
     assert "code ran" in wrong(lambda folder: ((folder / "ran").mkdir(), named(folder)))

@@ -1,7 +1,6 @@
 """recipes/machines/slurm.sh with substitutes for Slurm's two commands, which start everything on this machine."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 from conftest import ROOT
 from tiny import tiny_folder, tiny_pairs
 
+from bench.processes import free_port
 from dwrl_fast.config import parse_train
 from dwrl_fast.training.runlog import read_metrics
 
@@ -75,9 +75,7 @@ def test_a_job_without_a_machine_to_train_on(tmp_path: Path) -> None:
 def test_it_trains_over_two_agents(tmp_path: Path) -> None:
     tiny_folder(tmp_path / "tiny")
     tiny_pairs(tmp_path / "pairs.jsonl", 8)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     given: dict[str, Any] = {"model_name_or_path": tmp_path / "tiny", "dataset_name": tmp_path / "pairs.jsonl"}
     given |= {"output_dir": tmp_path / "run", "rollout_batch_size": 8, "minibatch_size": 4, "max_steps": 1}
     given |= {"max_completion_length": 6, "num_generations": 3}

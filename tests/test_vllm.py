@@ -32,7 +32,7 @@ def show(python: Path, case: str, folder: Path) -> None:
     if openmp.is_file():  # vLLM's manual recommends it
         environment["LD_PRELOAD"] = str(openmp)
     command = [str(python), str(here / "vllm_cases.py"), case, str(folder)]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
     assert ran.returncode == 0 and f"ok {case}" in ran.stdout, ran.stdout[-3000:] + ran.stderr[-6000:]
     print(ran.stdout, file=sys.stderr)
 

@@ -148,7 +148,7 @@ def fake() -> Iterator[tuple[FakeVllm, str]]:
 
 
 def served(folder: Path, url: str, **changes: Any) -> TrainConfig:
-    changes |= {"vllm_mode": "server", "vllm_server_base_url": (url,), "vllm_server_timeout": 0.5}
+    changes = {"vllm_mode": "server", "vllm_server_base_url": (url,), "vllm_server_timeout": 10.0} | changes
     return config_of(folder, save_steps=0, **changes)
 
 
@@ -183,7 +183,7 @@ def test_a_restarted_server_is_counted_and_one_that_stays_away_ends_the_run(
     server.restart()
     asked, server.fault = 0, leaving
     with pytest.raises(SamplerError, match=rf"no vLLM server answers at {url}(.|\n)*api_server(.|\n)*{LATEST}"):
-        make_trainer(served(module_folder, url), tmp_path / "lost").train()
+        make_trainer(served(module_folder, url, vllm_server_timeout=2.0), tmp_path / "lost").train()
     assert server.gone and [path.name for path in checkpoints(tmp_path / "lost")] == ["checkpoint-000001"]
     server.gone, server.fault = False, lambda body: None
     server.restart()

@@ -23,7 +23,7 @@ HOW: dict[str, Any] = {"max_tokens": 4, "temperature": 1.0, "seed": 0}
 CONTEXTS = [[1, 2, 3], [4, 5], [1, 2, 3]]
 
 
-def sampler_of(*urls: str, timeout: float = 1.0) -> VllmSampler:
+def sampler_of(*urls: str, timeout: float = 10.0) -> VllmSampler:
     settings = VllmSettings("server", urls, timeout=timeout)
     engine = make_engine(settings, None, torch.float32, CPU, ALONE, Limits(4, 1.0), trains=True)
     return VllmSampler(engine, (2,), lambda: [("weight", torch.ones(3))], "run")
@@ -222,7 +222,7 @@ def short(body: dict[str, Any]) -> dict[str, Any]:
     ids=["dies", "hangs", "too short", "too few", "another prompt"],
 )
 def test_trouble_is_bounded_and_named(fake: FakeVllm, url: str, fault: Any, said: str) -> None:
-    sampler = sampler_of(url)
+    sampler = sampler_of(url, timeout=1.0)
     sampler.sample(CONTEXTS, 1, **HOW)
     fake.fault, before = fault, fake.routes.count("/v1/completions")
     with pytest.raises(

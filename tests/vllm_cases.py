@@ -8,7 +8,6 @@ import copy
 import itertools
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,17 +19,13 @@ from typing import Any
 
 import torch
 
+from bench.processes import free_port
+
 ROOT = Path(__file__).resolve().parent.parent
 SMOLLM2 = ROOT / "models" / "smollm2"
 HEAD = 32  # the smallest head size that vLLM's attention supports on a CPU
 CPU = torch.device("cpu")
 FIXED = [3 + i * 7 % 20 for i in range(150)]  # more than a block of the CPU, 128 tokens, so that the cache is used
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def start(model: Path, port: int, log: Path, *more: str) -> subprocess.Popen[bytes]:
@@ -444,7 +439,7 @@ def started(folder: Path, name: str, how: list[str], **options: Any) -> list[dic
     given |= {"num_generations": 3, "learning_rate": 1e-3, "save_steps": 0, "use_vllm": "true", **options}
     words = [part for key, value in given.items() for part in (f"--{key}", str(value))]
     command = [sys.executable, *how, *words, "--output_dir", str(folder / name)]
-    ran = subprocess.run(command, env=os.environ | {"SLOW": "1"}, capture_output=True, text=True, timeout=300)
+    ran = subprocess.run(command, env=os.environ | {"SLOW": "1"}, capture_output=True, text=True, timeout=900)
     assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-4000:]
     return read_metrics(folder / name / "metrics.jsonl")
 

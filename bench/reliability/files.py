@@ -2,7 +2,7 @@
 
 Each case damages one file of a kind that a loader reads, in an otherwise intact folder, and loads it in a separate
 process. The process must end with a user error that names the file, run no code, read nothing outside the folder, and
-need less than 20 seconds and less than one additional GiB.
+need less than 20 seconds of processor time and less than one additional GiB.
 """
 
 import os
@@ -33,6 +33,7 @@ from dwrl_fast.templates import load_template
 from dwrl_fast.training.checkpoint import load_checkpoint, save_checkpoint
 
 SECONDS, MIB = 20.0, 1024
+WAIT = 6 * SECONDS  # wall time: beside other work, a process gets a part of a core
 
 
 def load(loader: str, folder: Path, file: str) -> object:
@@ -99,10 +100,10 @@ def verdict(case: Case, folder: Path, log: Path) -> str:
         found, status, usage = os.wait4(process, os.WNOHANG)
         if found:
             break
-        if time.monotonic() - started > SECONDS:
+        if time.monotonic() - started > WAIT:
             os.kill(process, signal.SIGKILL)
             os.wait4(process, 0)
-            return f"more than {SECONDS:.0f} s"
+            return f"no end within {WAIT:.0f} s"
         time.sleep(0.01)
     said, code, grown = (
         log.read_text(errors="replace"),
@@ -115,6 +116,8 @@ def verdict(case: Case, folder: Path, log: Path) -> str:
         return "a file outside was read"
     if code != 2 or "Traceback" in said:
         return f"status {code}: {said[-300:]}"
+    if usage.ru_utime + usage.ru_stime > SECONDS:
+        return f"more than {SECONDS:.0f} s of processor time"
     if grown > MIB:
         return f"{grown} MiB"
     if str(folder) not in said and case.file not in said:
@@ -142,7 +145,7 @@ def hostile(task: Embedded, folder: Path, only: str = "") -> Drill:
     found = f"{done - len(wrong)} of {done}" + "; ".join(["", *wrong])
     return Drill(
         "hostile and broken files",
-        "100 and more: an error that names the file, within 20 s and 1 GiB",
+        "100 and more: an error that names the file, within 20 s of processor time and 1 GiB",
         found,
         not wrong,
     )

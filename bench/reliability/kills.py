@@ -8,7 +8,6 @@ killed.
 import os
 import random
 import signal
-import socket
 import time
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from bench.processes import free_port
 from bench.reliability.drill import Drill
 from bench.reliability.lives import Boundaries, die, ended, life, lived
 from dwrl_fast import ranks
@@ -199,9 +199,7 @@ def together(folder: Path, kills: int, seed: int = 0) -> Drill:
     folder.mkdir(parents=True)
     place, first, wrong, lost, during = folder / "run", FIRST, list[str](), 0, 0
     for number in range(kills):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         hear, say = os.pipe()
         pair = [
             life(partial(save_together, place, rank, port, first, say), folder / f"rank-{rank}.log") for rank in (0, 1)

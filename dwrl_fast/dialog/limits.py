@@ -46,8 +46,8 @@ class LargeError(LimitError):
 
 @contextmanager
 def within_bounds() -> Iterator[None]:
-    """A context for rendering templates. Raises LimitError after STEPS lines and calls. On Linux, allocations of more
-    than MEMORY bytes raise MemoryError, also in other threads.
+    """A context for rendering templates, in one thread at a time. Raises LimitError after STEPS lines and calls. On
+    Linux, allocations of more than MEMORY bytes raise MemoryError, also in other threads.
     """
     left = STEPS
 
@@ -58,16 +58,17 @@ def within_bounds() -> Iterator[None]:
             raise LimitError(f"it took more than {STEPS:,} steps")
         return traced if frame.f_code.co_filename == TEMPLATE else None
 
-    before, limits = sys.gettrace(), resource.getrlimit(resource.RLIMIT_AS)
-    if held := _held(0):
-        most = held + MEMORY if limits[1] == resource.RLIM_INFINITY else min(held + MEMORY, limits[1])
-        resource.setrlimit(resource.RLIMIT_AS, (most, limits[1]))
-    sys.settrace(traced)
-    try:
-        yield
-    finally:
-        sys.settrace(before)
-        resource.setrlimit(resource.RLIMIT_AS, limits)
+    with _bounded:  # otherwise one thread would take the limit of another for the one to restore
+        before, limits = sys.gettrace(), resource.getrlimit(resource.RLIMIT_AS)
+        if held := _held(0):
+            most = held + MEMORY if limits[1] == resource.RLIM_INFINITY else min(held + MEMORY, limits[1])
+            resource.setrlimit(resource.RLIMIT_AS, (most, limits[1]))
+        sys.settrace(traced)
+        try:
+            yield
+        finally:
+            sys.settrace(before)
+            resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 def check_size(rendered: Any, size: int) -> None:
@@ -157,6 +158,10 @@ class _Watch:
 
 _C = ctypes.PyDLL(None)  # the functions of the process, called without releasing the interpreter's lock
 _watch = _Watch()
+_bounded = threading.Lock()
+os.register_at_fork(  # no process is forked while the limit of memory holds: its child would keep it
+    before=_bounded.acquire, after_in_parent=_bounded.release, after_in_child=_bounded.release
+)
 os.register_at_fork(after_in_child=_watch.forget)
 
 
