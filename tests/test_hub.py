@@ -1,5 +1,6 @@
 """A model goes to the hub and comes back from it: a loopback server stands for the hub."""
 
+import json
 import os
 import re
 import shlex
@@ -100,6 +101,24 @@ def test_a_model_that_cannot_be_sent_is_kept_and_sent_later(
         Scorer.from_pretrained("tester/mine").score(PROMPTS, RESPONSES),
         Scorer.from_pretrained(folder / "run" / "model").score(PROMPTS, RESPONSES),
     )
+
+
+def test_a_resumed_run_sends_the_model_that_was_not_sent(
+    folder: Path, hub: FakeHub, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once: a run whose model is on the hub is left as it is."""
+    hub.broken = "/commit/"
+    with pytest.raises(ModelError, match=r"same command with --output_dir .*/run --resume_from_checkpoint latest, or"):
+        go(folder)
+    hub.broken = "a path of none"
+    for said in ("only the upload of its model was left to do", "nothing was left to do, and nothing was written"):
+        caplog.clear()
+        with caplog.at_level("INFO", logger="dwrl_fast"):
+            result = go(folder, resume_from_checkpoint="latest")
+        assert said in caplog.text and len(hub.commits["tester/run"]) == 2
+        assert result == json.loads((folder / "run" / "result.json").read_text())
+        assert result["hub_repository"] == "tester/run" and hub.commits["tester/run"][-1][0] in result["hub_commit"]
+    assert "model.safetensors" in hub.commits["tester/run"][-1][1]
 
 
 def publish(folder: Path, hub: FakeHub, name: str, *, private: bool = False) -> None:

@@ -85,7 +85,7 @@ def claim(model_id: str | None, folder: Path, *, private: bool) -> str:
 
 def push(folder: Path, repository: str) -> str:
     """Upload the files of a model's folder to USER/NAME, and return the address of the commit. Raises ModelError if
-    this fails, with the command that uploads them later.
+    this fails, with the commands that upload them later.
     """
     from huggingface_hub import HfApi
 
@@ -94,6 +94,7 @@ def push(folder: Path, repository: str) -> str:
     except Exception as error:  # of the network, the token, the hub
         raise ModelError(
             f"training is complete and the model is in {folder}, but it could not be uploaded to {repository}: {error} "
-            f"Upload it later with\n  hf upload {repository} {shlex.quote(str(folder))}"
+            f"To upload it later, run the same command with --output_dir {shlex.quote(str(folder.parent))} "
+            f"--resume_from_checkpoint latest, or\n  hf upload {repository} {shlex.quote(str(folder))}"
         ) from error
     return str(sent.commit_url)
