@@ -35,7 +35,7 @@ from dwrl_fast.training.checkpoint import checkpoints
 from dwrl_fast.training.dry_run import dry_run
 from dwrl_fast.training.plots import plot_curves
 from dwrl_fast.training.policy import load_judging
-from dwrl_fast.training.resuming import refuse_mixed
+from dwrl_fast.training.resuming import refuse_mixed, repeated
 from dwrl_fast.training.runlog import METRICS, read_metrics, write_json
 from dwrl_fast.training.trackers import Trackers, check_installed, open_trackers
 from dwrl_fast.training.trainer import Trainer
@@ -67,10 +67,10 @@ def main(argv: list[str]) -> None:
             wanted = Path(config.output_dir)
             if next(path for path in (wanted, *wanted.absolute().parents) if path.exists()).is_file():
                 make_folder(wanted)  # its error says why the folder cannot be created
-            if config.resume_from_checkpoint is None:
+            if (resumed := repeated(wanted, config.resume_from_checkpoint)) is None:
                 refuse_used(config, wanted)
             else:
-                refuse_mixed(wanted, config.resume_from_checkpoint)
+                refuse_mixed(wanted, resumed)
         dry_run(config, console, ranks.count)
         return
     try:
@@ -100,8 +100,9 @@ def run(config: TrainConfig, console: Console, ranks: Ranks = ALONE) -> dict[str
     name = f"runs/{config.method}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(config.output_dir or ranks.from_first(lambda: name))
     make_folder(folder)
-    config = dataclasses.replace(config, output_dir=str(folder))
     with sole_writer(folder, "its run") if ranks.first else nullcontext():
+        resumed = ranks.from_first(lambda: repeated(folder, config.resume_from_checkpoint))
+        config = dataclasses.replace(config, output_dir=str(folder), resume_from_checkpoint=resumed)
         result = ranks.from_first(lambda: begun(config, folder)) or run_in(folder, config, console, ranks)
         upload(folder, result, console, ranks)
         ranks.gather(None)  # no rank ends while the first still writes
