@@ -71,7 +71,7 @@ def main(argv: list[str]) -> None:
                 refuse_used(config, wanted)
             else:
                 refuse_mixed(wanted, resumed)
-        dry_run(config, console, ranks.count)
+        dry_run(config, console, ranks)
         return
     try:
         result = run(config, console, ranks)
