@@ -35,14 +35,14 @@ from dwrl_fast.training.checkpoint import checkpoints
 from dwrl_fast.training.dry_run import dry_run
 from dwrl_fast.training.plots import plot_curves
 from dwrl_fast.training.policy import load_judging
-from dwrl_fast.training.resuming import refuse_mixed
+from dwrl_fast.training.resuming import refuse_mixed, repeated
 from dwrl_fast.training.runlog import METRICS, read_metrics, write_json
 from dwrl_fast.training.trackers import Trackers, check_installed, open_trackers
 from dwrl_fast.training.trainer import Trainer
 
 BASELINE = "bt"  # also trained on the embedded task, for comparison
 PREFILLED = "prefilled.jsonl"  # the thoughts of `bt --prefilled_thoughts`
-RESULT = "result.json"  # written last: a folder with this file holds a finished run
+RESULT = "result.json"  # a folder with this file holds a finished run; only the upload to the hub comes after it
 WRITTEN = ("config.yaml", "model", "adapter", METRICS, "thoughts", PREFILLED, RESULT)
 OWN_DATA = """\
 Your own data: a JSONL file of {"prompt": ..., "chosen": ..., "rejected": ...}, then
@@ -67,11 +67,11 @@ def main(argv: list[str]) -> None:
             wanted = Path(config.output_dir)
             if next(path for path in (wanted, *wanted.absolute().parents) if path.exists()).is_file():
                 make_folder(wanted)  # its error says why the folder cannot be created
-            if config.resume_from_checkpoint is None:
+            if (resumed := repeated(wanted, config.resume_from_checkpoint)) is None:
                 refuse_used(config, wanted)
             else:
-                refuse_mixed(wanted, config.resume_from_checkpoint)
-        dry_run(config, console, ranks.count)
+                refuse_mixed(wanted, resumed)
+        dry_run(config, console, ranks)
         return
     try:
         result = run(config, console, ranks)
@@ -94,16 +94,19 @@ def configure(argv: list[str]) -> TrainConfig:
 
 def run(config: TrainConfig, console: Console, ranks: Ranks = ALONE) -> dict[str, Any]:
     """The whole run of the command. Writes everything below its folder and returns the content of result.json. A
-    finished run that is to be resumed is left unchanged. ranks: all of them call this together, with a folder that all
-    of them can read.
+    finished run that is to be resumed is left unchanged, but its model is uploaded if that is still to be done. ranks:
+    all of them call this together, with a folder that all of them can read.
     """
     name = f"runs/{config.method}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(config.output_dir or ranks.from_first(lambda: name))
     make_folder(folder)
-    config = dataclasses.replace(config, output_dir=str(folder))
     with sole_writer(folder, "its run") if ranks.first else nullcontext():
-        there = ranks.from_first(lambda: begun(config, folder))
-        return there or run_in(folder, config, console, ranks)
+        resumed = ranks.from_first(lambda: repeated(folder, config.resume_from_checkpoint))
+        config = dataclasses.replace(config, output_dir=str(folder), resume_from_checkpoint=resumed)
+        result = ranks.from_first(lambda: begun(config, folder)) or run_in(folder, config, console, ranks)
+        upload(folder, result, console, ranks)
+        ranks.gather(None)  # no rank ends while the first still writes
+        return result
 
 
 def begun(config: TrainConfig, folder: Path) -> dict[str, Any]:
@@ -132,17 +135,27 @@ def run_in(folder: Path, config: TrainConfig, console: Console, ranks: Ranks) ->
             with one_thread():
                 result = train_embedded(config, folder, display, ranks, trackers)
     result |= {"seconds": time.monotonic() - started, "seed": config.seed, "versions": versions()}
+    if repository is not None and not result.get("trained", True):
+        logger.warning("Nothing was trained, so nothing is uploaded to %s on the hub.", repository)
+    elif repository is not None:
+        result["hub_repository"] = repository
     if ranks.first:
         write_card(folder, config, result, repository=repository, processes=ranks.count)
         write_json(folder / RESULT, result)
         report(result, config, folder, console)
-    if repository is not None and not result.get("trained", True):
-        logger.warning("Nothing was trained, so nothing was uploaded to %s on the hub.", repository)
-    elif repository is not None:
-        address = ranks.from_first(lambda: push(folder / "model", repository))
-        console.print(f"On the hub: {address}", markup=False, highlight=False, soft_wrap=True)
-    ranks.gather(None)  # no rank ends while the first still writes
     return result
+
+
+def upload(folder: Path, result: dict[str, Any], console: Console, ranks: Ranks) -> None:
+    """Upload the model of the finished run in `folder`, if `result` names a repository and no commit yet, and add the
+    commit to `result` and to result.json: a run that ends before that uploads its model when it is resumed.
+    """
+    if "hub_repository" not in result or "hub_commit" in result:
+        return
+    result["hub_commit"] = ranks.from_first(lambda: push(folder / "model", result["hub_repository"]))
+    if ranks.first:
+        write_json(folder / RESULT, result)
+    console.print(f"On the hub: {result['hub_commit']}", markup=False, highlight=False, soft_wrap=True)
 
 
 def refuse_used(config: TrainConfig, folder: Path) -> None:
@@ -177,7 +190,10 @@ def finished(config: TrainConfig, folder: Path) -> dict[str, Any]:
         raise ConfigError(
             f"--output_dir {folder} holds a finished run{what}, which is never overwritten: give another folder."
         )
-    logger.info("%s holds the finished run: nothing was left to do, and nothing was written.", folder)
+    if "hub_repository" in result and "hub_commit" not in result:
+        logger.info("%s holds the finished run: only the upload of its model was left to do.", folder)
+    else:
+        logger.info("%s holds the finished run: nothing was left to do, and nothing was written.", folder)
     return result
 
 

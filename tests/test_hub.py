@@ -1,5 +1,6 @@
 """A model goes to the hub and comes back from it: a loopback server stands for the hub."""
 
+import json
 import os
 import re
 import shlex
@@ -102,17 +103,52 @@ def test_a_model_that_cannot_be_sent_is_kept_and_sent_later(
     )
 
 
+def test_a_resumed_run_sends_the_model_that_was_not_sent(
+    folder: Path, hub: FakeHub, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once: a run whose model is on the hub is left as it is."""
+    hub.broken = "/commit/"
+    with pytest.raises(ModelError, match=r"same command with --output_dir .*/run --resume_from_checkpoint latest, or"):
+        go(folder)
+    hub.broken = "a path of none"
+    for said in ("only the upload of its model was left to do", "nothing was left to do, and nothing was written"):
+        caplog.clear()
+        with caplog.at_level("INFO", logger="dwrl_fast"):
+            result = go(folder, resume_from_checkpoint="latest")
+        assert said in caplog.text and len(hub.commits["tester/run"]) == 2
+        assert result == json.loads((folder / "run" / "result.json").read_text())
+        assert result["hub_repository"] == "tester/run" and hub.commits["tester/run"][-1][0] in result["hub_commit"]
+    assert "model.safetensors" in hub.commits["tester/run"][-1][1]
+
+
 def publish(folder: Path, hub: FakeHub, name: str, *, private: bool = False) -> None:
     train.claim(name, folder, private=private)
     hub.commit(name, {path.name: path.read_bytes() for path in (folder / "tiny").iterdir()})
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [{"method": "dpo"}, {"method": "bt", "prefilled_thoughts": True}])
-def test_a_model_that_needs_another_of_this_machine_is_not_sent(
-    folder: Path, hub: FakeHub, options: dict[str, Any]
+def test_a_policy_is_sent_without_the_place_of_its_reference(
+    folder: Path, hub: FakeHub, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """As the recipe of sft and dpo gives it. Elsewhere its scores are those of the policy alone."""
+    go(folder, method="dpo", beta=0.5)
+    local = folder / "run" / "model"
+    _, files = hub.commits["tester/run"][-1]
+    assert files.keys() == {path.name for path in local.iterdir()}
+    assert not any(str(folder).encode() in content for content in files.values())
+    assert "relative to a frozen reference: the model that its training started" in files["README.md"].decode()
+    caplog.clear()
+    own = Scorer.from_pretrained(local).score(PROMPTS, RESPONSES)
+    assert "is not found" not in caplog.text
+    sent = Scorer.from_pretrained("tester/run").score(PROMPTS, RESPONSES)
+    assert "the model that this one was trained from is not found, so the scores are beta log pi" in caplog.text
+    (folder / "tiny").rename(folder / "gone")
+    assert torch.equal(Scorer.from_pretrained(local).score(PROMPTS, RESPONSES), sent) and not torch.equal(own, sent)
+
+
+@pytest.mark.slow
+def test_a_model_that_needs_another_of_this_machine_is_not_sent(folder: Path, hub: FakeHub) -> None:
     """Nobody else could score with it, and its files would name a folder of this machine."""
+    options: dict[str, Any] = {"method": "bt", "prefilled_thoughts": True}
     with pytest.raises(ConfigError, match=r"scores only together with .*/tiny, which is on this machine"):
         go(folder, **options)
     assert not hub.private

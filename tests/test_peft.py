@@ -32,6 +32,7 @@ from dwrl_fast.models.adapters import Lora, plain
 from dwrl_fast.models.model import GenerativeModel, load_generative, place
 from dwrl_fast.models.pretrained import save_pretrained
 from dwrl_fast.progress import Display
+from dwrl_fast.ranks import Ranks
 from dwrl_fast.sampling import groups
 from dwrl_fast.train import run
 from dwrl_fast.training.dry_run import dry_run
@@ -409,7 +410,10 @@ def test_a_run_in_4_bits(folder: Path, changes: dict[str, Any], monkeypatch: pyt
         scores(runs[0] / "adapter")
 
 
-def test_a_dry_run_of_several_processes_refuses_4_bits_as_training_does(folder: Path) -> None:
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_dry_run_with_torchrun_refuses_4_bits_as_training_does(folder: Path, processes: int) -> None:
+    """Also one process, and where the weights are on the hub."""
+    (folder / "tiny" / "model.safetensors").unlink()
     config = tiny_config(folder, **FOUR)
     with pytest.raises(UserError, match="weights in 4 bits are not sharded"):
-        dry_run(config, Console(quiet=True), 2)
+        dry_run(config, Console(quiet=True), Ranks(count=processes, mesh=object()))

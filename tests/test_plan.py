@@ -307,7 +307,7 @@ def test_this_machine_as_the_doctor_measures_it(monkeypatch: pytest.MonkeyPatch,
 def test_a_dry_run_says_its_short_form(folder: Path) -> None:
     given = ("--model_name_or_path", f"{folder}/tiny", "--dataset_name", f"{folder}/pairs.jsonl")
     out = io.StringIO()
-    dry_run(parse_train([*given, "--max_completion_length", "6"]), Console(file=out, width=200), 2)
+    dry_run(parse_train([*given, "--max_completion_length", "6"]), Console(file=out, width=200), Ranks(count=2))
     (line,) = [line for line in out.getvalue().splitlines() if line.startswith("memory")]
     assert "GiB on each of 2 ranks at the peak" in line and "activations" in line
 

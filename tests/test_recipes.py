@@ -30,6 +30,7 @@ from dwrl_fast.encode import Group
 from dwrl_fast.errors import ConfigError, UserError
 from dwrl_fast.methods import METHODS
 from dwrl_fast.options import checked
+from dwrl_fast.ranks import Ranks
 from dwrl_fast.scoring.loading import load_dialog
 from dwrl_fast.training.dry_run import dry_run, guessed_groups, preparation
 
@@ -325,6 +326,14 @@ def test_without_a_tokenizer_the_rest_is_looked_at(folder: Path, capsys: pytest.
         train.main(tiny_arguments(folder))
     text = capsys.readouterr().out
     assert "12 rows read" in text and "6 minibatches of 4" in text and "LlamaForCausalLM" in text
+
+
+def test_offload_needs_torchrun_but_not_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = parse_train(["--cpu_offload"])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    dry_run(config, Console(quiet=True), Ranks(mesh=object()))
+    with pytest.raises(UserError, match="cpu_offload needs GPUs and processes started by torchrun"):
+        dry_run(config, Console(quiet=True))
 
 
 def test_the_embedded_task_has_nothing_to_look_at() -> None:

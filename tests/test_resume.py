@@ -333,6 +333,17 @@ def test_a_checkpoint_of_an_older_version_keeps_its_evaluations(folder: Path, ca
     assert make_trainer(again, folder / "none", held(folder, "a")).best is None and "held-out" in caplog.text
 
 
+def test_a_checkpoint_of_an_older_version_has_the_defaults_of_newer_options(folder: Path) -> None:
+    config = tiny_config(folder, method="bt", save_steps=1, max_steps=2)
+    make_trainer(config, folder / "run").train()
+    path = folder / "run" / "checkpoint-000001"
+    rewrite(path, lambda state: [state["identity"].pop(name) for name in ("adam_beta2", "lora_target_modules", "base")])
+    again = dataclasses.replace(config, resume_from_checkpoint=str(path))
+    assert make_trainer(again, folder / "other").step == 1
+    with pytest.raises(CheckpointError, match=r"another run: adam_beta2 was 0\.999, is 0\.9\."):
+        make_trainer(dataclasses.replace(again, adam_beta2=0.9), folder / "other")
+
+
 # Bad batches
 
 

@@ -334,6 +334,45 @@ def test_a_checkpoint_of_another_folder_does_not_overwrite_a_run(folder: Path, s
     assert go(resumed, str(path))["steps"] == 3, "the remedy works"
 
 
+@pytest.mark.parametrize(
+    ("name", "after"),
+    [("checkpoint-000001", 1), ("checkpoint-000001-0002", 1), ("checkpoint-000001-0002", 2)],
+    ids=["no checkpoint of its own", "no checkpoint of its own, within a step", "a checkpoint of its own"],
+)
+def test_a_run_from_a_checkpoint_of_another_folder_goes_on_by_the_same_command(
+    folder: Path, caplog: pytest.LogCaptureFixture, name: str, after: int
+) -> None:
+    go(config_of(folder, "other", save_updates=1))
+    config, path = config_of(folder), str(folder / "other" / name)
+    with killed_before(after):
+        go(config, path)
+    assert bool(checkpoints(folder / "run")) == (after == 2)
+    before = content(folder / "run")
+    if after == 2:
+        with pytest.raises(CheckpointError, match=r"of a run that .*checkpoint-000002 does not belong to"):
+            go(config, str(folder / "other" / "checkpoint-000002"))
+        assert content(folder / "run") == before
+    assert go(config, path)["steps"] == 3
+    assert [row["step"] for row in read_metrics(folder / "run" / "metrics.jsonl")] == [2, 3]
+    assert sorted(os.listdir(folder / "run" / "thoughts")) == ["step-000002.jsonl", "step-000003.jsonl"]
+    assert all(torch.equal(p, weights(folder / "other")[name]) for name, p in weights(folder / "run").items())
+    with caplog.at_level("INFO", logger="dwrl_fast"):
+        go(config, path)
+    assert "holds the finished run: nothing was left to do" in caplog.text
+    assert f"began from {path} and continues from its own newest checkpoint" in caplog.text
+
+
+def test_the_origin_of_a_run_stays_known_when_it_is_resumed(folder: Path) -> None:
+    go(config_of(folder, "other"))
+    config, path = config_of(folder, save_total_limit=1), str(folder / "other" / "checkpoint-000001")
+    with killed_before(2):
+        go(config, path)
+    with killed_before(2):
+        go(config, "latest")
+    train.main(["--config", f"{folder}/run/config.yaml", "--resume_from_checkpoint", path, "--dry_run"])
+    assert go(config, path)["steps"] == 3
+
+
 # Damaged checkpoints
 
 

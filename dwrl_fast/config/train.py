@@ -416,18 +416,12 @@ python -m dwrl_fast.train --config runs/mine/config.yaml --resume_from_checkpoin
             warn_once(f"dataset_name and dataset_mixture have no effect here: {self.method} trains nothing.")
         method.validate(self)
         model = self.model_config or self.model_name_or_path
-        if self.push_to_hub and self.companion and (model is None or Path(model).exists()):
+        if self.push_to_hub and self.prefilled_thoughts and (model is None or Path(model).exists()):
             raise ConfigError(
-                f"push_to_hub with method = {self.method}: the model scores only together with {self.companion}, "
-                f"{model or 'the embedded model'}, which is on this machine and is not uploaded. Name a model of the "
-                "hub by --model_name_or_path, or leave push_to_hub out."
+                "push_to_hub with prefilled_thoughts: the model scores only together with the model that writes its "
+                f"thoughts, {model or 'the embedded model'}, which is on this machine and is not uploaded. Name a "
+                "model of the hub by --model_name_or_path, or leave push_to_hub out."
             )
-
-    @property
-    def companion(self) -> str:
-        """A further model that scoring needs, in words; empty if none."""
-        prefilled = "the model that writes its thoughts" if self.prefilled_thoughts else ""
-        return METHODS[self.method].companion or prefilled
 
     @classmethod
     def needs(cls, f: dataclasses.Field) -> tuple[str, str | bool | tuple[str, ...]] | None:

@@ -44,7 +44,11 @@ class DirectPreference(Method):
     card_options = ("beta",)
     verdict = "likelihood"
     preparation = "encode, reference"
-    companion = "its frozen reference"
+    limit = (
+        "Its scores are implicit rewards, relative to a frozen reference: the model that its training started from. "
+        "Where that is not found, they are beta log pi(y | x), and a warning says so. Scores of the two kinds cannot "
+        "be compared."
+    )
     old_policy = "start"
     default_beta: ClassVar[float] = 0.22
 

@@ -34,7 +34,7 @@ class Method(ABC):
     response of several alone, and on rows with thought and verdict.
     old_policy: the old policy of its probability ratio; None without a ratio.
     selects: only some of the sampled thoughts are trained.
-    companion: a further model that scoring needs, in words; empty if none.
+    limit: what its scores depend on, a sentence for the README of a model; empty if nothing.
     """
 
     name: ClassVar[str]
@@ -52,7 +52,7 @@ class Method(ABC):
     imitates: ClassVar[bool] = False
     old_policy: ClassVar[OldPolicy | None] = None
     selects: ClassVar[bool] = False
-    companion: ClassVar[str] = ""
+    limit: ClassVar[str] = ""
 
     config: Any  # a TrainConfig
     dialog: Any  # a Dialog or a SingleTurn, depending on `template`

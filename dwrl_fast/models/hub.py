@@ -1,5 +1,6 @@
 """The Hugging Face hub: uploads a trained model, and downloads one by its name."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -85,15 +86,32 @@ def claim(model_id: str | None, folder: Path, *, private: bool) -> str:
 
 def push(folder: Path, repository: str) -> str:
     """Upload the files of a model's folder to USER/NAME, and return the address of the commit. Raises ModelError if
-    this fails, with the command that uploads them later.
+    this fails, with the commands that upload them later.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
 
     try:
-        sent: Any = HfApi().upload_folder(repo_id=repository, folder_path=folder, commit_message="Model of dwrl_fast")
+        files = [
+            CommitOperationAdd(
+                path.relative_to(folder).as_posix(), _card_to_share(path) if path.name == CARD else str(path)
+            )
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        ]
+        sent: Any = HfApi().create_commit(repository, files, commit_message="Model of dwrl_fast")
     except Exception as error:  # of the network, the token, the hub
         raise ModelError(
             f"training is complete and the model is in {folder}, but it could not be uploaded to {repository}: {error} "
-            f"Upload it later with\n  hf upload {repository} {shlex.quote(str(folder))}"
+            f"To upload it later, run the same command with --output_dir {shlex.quote(str(folder.parent))} "
+            f"--resume_from_checkpoint latest, or\n  hf upload {repository} {shlex.quote(str(folder))}"
         ) from error
     return str(sent.commit_url)
+
+
+def _card_to_share(file: Path) -> bytes:
+    """The content of a card, without a reference that is a file or folder of this machine."""
+    card = json.loads(file.read_text(encoding="utf-8"))
+    if not any(isinstance(name, str) and Path(name).is_absolute() for name in card.get("reference", {}).values()):
+        return file.read_bytes()
+    del card["reference"]
+    return json.dumps(card, indent=2).encode()

@@ -10,6 +10,7 @@ from dwrl_fast.encode import Group, completion_groups
 from dwrl_fast.errors import ModelError
 from dwrl_fast.log import warn_once
 from dwrl_fast.models.adapters import adapted
+from dwrl_fast.models.pretrained import CARD
 from dwrl_fast.objectives.direct_preference import implicit_reward, sequence_sums
 from dwrl_fast.sampling import Limits
 from dwrl_fast.scoring.judging import Judging, Progress
@@ -18,9 +19,9 @@ from dwrl_fast.scoring.scored import ScoredGroup
 
 
 class PolicyJudging(Judging):
-    """beta log pi(y | x), summed over the response's tokens including its end-of-turn. If the card names the frozen
-    start model, its value is subtracted, which gives the implicit reward. Without a start model `token_scores` are also
-    filled. There are no thoughts, so votes have no effect.
+    """beta log pi(y | x), summed over the response's tokens including its end-of-turn. If the card has a beta, the
+    value of the frozen start model is subtracted, which gives the implicit reward. Without a start model `token_scores`
+    are also filled. There are no thoughts, so votes have no effect.
     """
 
     kind = "score"
@@ -28,7 +29,7 @@ class PolicyJudging(Judging):
     def __init__(self, runtime: Runtime, card: dict[str, Any]):
         super().__init__(runtime, card)
         self.beta: float = card.get("beta", 1.0)
-        self.start = _load_start(runtime, card) if "reference" in card else None
+        self.start = _load_start(runtime, card) if "beta" in card else None
         self.switches_model = self.start is runtime
 
     def with_start_logprobs(self, groups: Sequence[Group]) -> list[Group]:
@@ -69,9 +70,10 @@ def _load_start(runtime: Runtime, card: dict[str, Any]) -> Runtime | None:
     """
     if adapted(runtime.model.lm):
         return runtime
-    source = card["reference"]
-    named = source["model_name_or_path"], source["model_config"], source["seed"]
     try:
+        if (source := card.get("reference")) is None:
+            raise ModelError(f"{CARD} does not name it: it is on the machine that uploaded this model.")
+        named = source["model_name_or_path"], source["model_config"], source["seed"]
         start = load_runtime(
             *(card, *named, runtime.dialog, runtime.compute, runtime.layout, Limits(1, 1.0)),
             frozen=True,

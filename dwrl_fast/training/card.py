@@ -17,7 +17,7 @@ from dwrl_fast.files import bounded_text
 from dwrl_fast.methods import METHODS, Method
 from dwrl_fast.models.hub import on_hub
 from dwrl_fast.models.pretrained import CARD
-from dwrl_fast.training.runlog import read_metrics
+from dwrl_fast.training.runlog import METRICS, read_metrics
 
 README = "README.md"
 FEW = 100  # below this number of held-out rows an accuracy says little
@@ -28,7 +28,7 @@ def write_card(run: Path, config: TrainConfig, result: Mapping[str, Any], **wher
     """Write the card of a finished run next to the weights in its folder; see `model_card`. Raises OSError if it cannot
     be written.
     """
-    text = model_card(config, result, read_metrics(run / "metrics.jsonl"), **where)
+    text = model_card(config, result, read_metrics(run / METRICS), **where)
     (run / "model" / README).write_text(text, encoding="utf-8")
 
 
@@ -210,8 +210,13 @@ def _limits(config: TrainConfig, method: type[Method], result: Mapping[str, Any]
         yield "A demonstration: a tiny model on a made task. It judges nothing else."
     if reports and min(report["groups"] for _, report in reports) < FEW:
         yield f"It was measured on fewer than {FEW} rows: see the interval."
-    if config.companion:
-        yield f"It scores only together with {config.companion}, which `{CARD}` names and which is not in this folder."
+    if config.prefilled_thoughts:
+        yield (
+            f"It scores only together with the model that writes its thoughts, which `{CARD}` names and which is not "
+            "in this folder."
+        )
+    if method.limit:
+        yield method.limit
     yield (
         "Its scores order responses as the held-out pairs say. On other prompts, languages and aspects nothing was "
         "measured: `python -m dwrl_fast.evaluate` does that on your pairs."

@@ -151,9 +151,7 @@ def load_checkpoint(
     """
     ranks.from_first(lambda: verify(path))
     try:
-        state = bounded_json(path / STATE, MOST_STATE)
-        if not isinstance(state, dict):
-            raise TypeError(f"{STATE} holds a {type(state).__name__}")
+        state = read_state(path)
         accept(state)
         check_folder(path)
         reader = dcp.HuggingFaceStorageReader(str(path))
@@ -169,6 +167,17 @@ def load_checkpoint(
     except UserError:
         raise
     except (*UNREADABLE, TypeError, LookupError, CheckpointException, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {_cause(error)}. Use another checkpoint.") from error
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The state of the checkpoint at `path`, which is not verified. Raises CheckpointError if it cannot be read."""
+    try:
+        state = bounded_json(path / STATE, MOST_STATE)
+        if not isinstance(state, dict):
+            raise TypeError(f"{STATE} holds a {type(state).__name__}")
+        return state
+    except (*UNREADABLE, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read: {_cause(error)}. Use another checkpoint.") from error
 
 

@@ -34,6 +34,7 @@ from dwrl_fast.models.model import check_positions, check_vocabulary, load_gener
 from dwrl_fast.models.pretrained import try_saving
 from dwrl_fast.plan.lengths import Lengths
 from dwrl_fast.plan.short import short
+from dwrl_fast.ranks import ALONE, Ranks
 from dwrl_fast.scoring.loading import load_dialog
 from dwrl_fast.training.policy import load_judging
 from dwrl_fast.training.rollout import Rollout, sampled_groups
@@ -90,13 +91,24 @@ class Guessed:
         ]
 
 
-def dry_run(config: TrainConfig, console: Console, ranks: int = 1) -> None:
-    """Report what the run would be. ranks: the number of ranks. Raises UserError with all collected errors."""
+def dry_run(config: TrainConfig, console: Console, ranks: Ranks = ALONE) -> None:
+    """Report what the run would be on `ranks`. Raises UserError with all collected errors."""
     found = Findings(console)
     found.say("dry run", f"{config.method}; nothing is trained, no file is kept")
-    if not config.own_data:
-        found.say("data", "the embedded task creates its model and its pairs when it runs; the options are valid")
-        return
+    with found.looking_at("placement"):
+        if refused := config.refusal(sharded=ranks.mesh is not None, cuda=torch.cuda.is_available()):
+            raise ConfigError(refused)
+    if config.own_data:
+        _look_at_all(config, ranks, found)
+    else:
+        found.say("data", "the embedded task creates its model and its pairs when it runs")
+    if found.obstacles:
+        raise UserError("\n\nerror: ".join(found.obstacles))
+    found.say("ready", "the same command without --dry_run runs it")
+
+
+def _look_at_all(config: TrainConfig, ranks: Ranks, found: Findings) -> None:
+    """Report the template, the rows and the model."""
     dialog = method = None
     with found.looking_at("template"):
         dialog = load_dialog(config)
@@ -123,12 +135,9 @@ def dry_run(config: TrainConfig, console: Console, ranks: int = 1) -> None:
     with found.looking_at("model"):
         _say_model(config, method, longest, found)
         if method is not None and made.trains and _model_at_hand(config):
-            _say_memory(config, longest, ranks, found)
+            _say_memory(config, longest, ranks.count, found)
         if method is not None and weights_at_hand(config.model_name_or_path):
-            _say_trial(config, method, ranks, found)
-    if found.obstacles:
-        raise UserError("\n\nerror: ".join(found.obstacles))
-    found.say("ready", "the same command without --dry_run runs it")
+            _say_trial(config, method, found)
 
 
 def preparation(name: str) -> str:
@@ -317,11 +326,9 @@ def weights_at_hand(name: str | None) -> bool:
     return name is not None and (is_gguf(name) or any(Path(name).glob("*.safetensors")))
 
 
-def _say_trial(config: TrainConfig, method: Method, ranks: int, found: Findings) -> None:
+def _say_trial(config: TrainConfig, method: Method, found: Findings) -> None:
     """Load, place, sample from, merge and save the model as a run would, but in this process alone."""
     compute = Compute.resolve(config.dtype)
-    if refused := config.refusal(sharded=ranks > 1, cuda=compute.device.type == "cuda"):
-        raise ConfigError(refused)
     judging = load_judging(dataclasses.replace(config, cpu_offload=False), method, method.dialog, compute)
     Rollout(method, judging)
     try_saving(Path(config.output_dir or "."), judging.runtime.model, method.dialog, method.card())

@@ -31,6 +31,7 @@ TUNABLE = {
     *("token_budget", "generation_batch_size", "generation_cache_gib", "old_logprobs", "max_minutes"),
     *(f.name for f in option_fields(VllmOptions)),
 }
+DEFAULTS = TrainConfig().to_dict()
 # What is compared by content: its description, and what is lost if the run continues with a different one.
 CONTENT = {
     "rows": (
@@ -68,12 +69,9 @@ def compare(path: Path, theirs: Mapping[str, Any], mine: Mapping[str, Any], *, a
     """Compare the identity `theirs` of the checkpoint at `path` with `mine`, that of this run. Raises CheckpointError
     if the checkpoint belongs to a different run; with `anyway` this is only logged, with what is lost.
     """
-    # Entries that a checkpoint of an older version lacks are not compared.
-    other = {
-        k: _said(k, theirs.get(k), v)
-        for k, v in mine.items()
-        if theirs.get(k) != v and (k in theirs or k not in CONTENT)
-    }
+    # A checkpoint of an older version lacks entries. Missing options are taken as their defaults, others not compared.
+    theirs = {**DEFAULTS, **theirs}
+    other = {k: _said(k, theirs[k], v) for k, v in mine.items() if k in theirs and theirs[k] != v}
     tuned = [text for name, text in other.items() if name in TUNABLE]
     strange = {name: text for name, text in other.items() if name not in TUNABLE}
     if tuned:

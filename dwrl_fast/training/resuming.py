@@ -9,8 +9,8 @@ from dwrl_fast.config import NEWEST
 from dwrl_fast.errors import CheckpointError
 from dwrl_fast.feed import Feed
 from dwrl_fast.log import logger
-from dwrl_fast.training.checkpoint import checkpoints, latest_checkpoint, place_of, set_aside
-from dwrl_fast.training.runlog import METRICS
+from dwrl_fast.training.checkpoint import Place, checkpoints, latest_checkpoint, place_of, read_state, set_aside
+from dwrl_fast.training.runlog import METRICS, read_metrics
 
 
 def found(folder: Path, wanted: str) -> Path | None:
@@ -31,15 +31,27 @@ def found(folder: Path, wanted: str) -> Path | None:
     return path
 
 
+def repeated(folder: Path, wanted: str | None) -> str | None:
+    """The value of --resume_from_checkpoint that `wanted` means for a run in `folder`: latest, if `wanted` is the
+    checkpoint of another folder that this run began from. So the same command, given again, continues the run.
+    """
+    if wanted is None or _of_folder(folder, wanted) or (newest := latest_checkpoint(folder)) is None:
+        return wanted
+    if read_state(newest).get("origin") != str(Path(wanted).resolve()):
+        return wanted
+    logger.info("The run in %s began from %s and continues from its own newest checkpoint.", folder, wanted)
+    return "latest"
+
+
 def refuse_mixed(folder: Path, wanted: str) -> None:
     """Raise CheckpointError if --resume_from_checkpoint `wanted` names a checkpoint of another folder, and `folder`
     holds a run, which would be overwritten.
     """
-    if wanted in NEWEST or Path(wanted).resolve().parent == folder.resolve():
+    if _of_folder(folder, wanted):
         return
     _refuse_finished(folder)
     own = [path.name for path in checkpoints(folder)]
-    held = own + [METRICS] * (folder / METRICS).exists()
+    held = own + [METRICS] * _mixed(folder / METRICS, place_of(Path(wanted).resolve()))
     if held:
         remedy = ", or --resume_from_checkpoint latest to continue the run in it" if own else ""
         raise CheckpointError(
@@ -83,6 +95,20 @@ def restore_data(
         "batches so far are used again, and others less often.",
         *(why, batches),
     )
+
+
+def _of_folder(folder: Path, wanted: str) -> bool:
+    """Whether --resume_from_checkpoint `wanted` means a checkpoint in `folder`."""
+    return wanted in NEWEST or Path(wanted).resolve().parent == folder.resolve()
+
+
+def _mixed(metrics: Path, place: Place | None) -> bool:
+    """Whether rows of `metrics` would stay before those of a run from `place`, or may. Later rows alone are of such a
+    run that was killed before its first checkpoint: it writes them again.
+    """
+    if place is None or not metrics.exists():
+        return metrics.exists()
+    return any(row["step"] <= place[0] for row in read_metrics(metrics))
 
 
 def _refuse_finished(folder: Path) -> None:

@@ -77,6 +77,7 @@ class Trainer:
         self.saver = Saver(folder, config.save_total_limit, self.ranks, beside=config.async_save)
         self.stopping = Stopping(self.ranks)
         self.step = 0  # finished steps
+        self.origin: str | None = None  # the checkpoint of another folder that the run began from
         self.current: InFlight | None = None  # the step in progress
         self.skipped = 0  # updates and rollouts that were skipped
         self.best: Best | None = None
@@ -319,6 +320,7 @@ class Trainer:
                 current = self.current.state(metrics, time.monotonic() - self.began)
         state = {
             "step": self.step,
+            "origin": self.origin,
             "current": current,
             "identity": self.identity,
             "before": {k: report.to_dict() for k, report in self.before.items()},
@@ -354,6 +356,8 @@ class Trainer:
         self.policy.runtime.changed()
         self.ranks.from_first(lambda: set_later_aside(self.folder, path, wanted))
         self.step = state["step"]
+        own = path.resolve().parent == self.folder.resolve()
+        self.origin = state.get("origin") if own else str(path.resolve())
         self.watch.seconds.update(state["seconds"])
         self._restore(state)
         self._restore_evaluations(path, state)
