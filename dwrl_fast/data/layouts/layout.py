@@ -10,7 +10,7 @@ from dwrl_fast.data.formats import Format
 from dwrl_fast.data.table_text import parsed
 from dwrl_fast.errors import DataError
 
-OURS = ("margin", "magnitude", "aspect", "subset", "id")  # copied unchanged from every layout
+OURS = ("margin", "magnitude", "tie", "aspect", "subset", "id")  # copied unchanged, for the formats that read them
 
 Values = Mapping[str, Any]
 
