@@ -285,6 +285,17 @@ def test_the_scores_read_are_of_the_aspect_asked(tmp_path: Path) -> None:
     assert read_preferences(path).rows[0].responses == (NO, YES)
 
 
+def test_a_blank_aspect_is_none(tmp_path: Path) -> None:
+    for aspect in ("", " ", None):
+        rows = [row | {"aspect": aspect} for row in MADE["aspect_scores"].rows]
+        [found] = read_preferences(write(tmp_path, *rows)).rows
+        assert (found.responses, found.aspect) == ((YES, NO), None)
+        [found] = read_preferences(write(tmp_path, *rows), aspect="verbosity").rows
+        assert found.responses == (NO, YES)
+        [found] = read_preferences(write(tmp_path, {"prompt": ASK, **PAIR, "aspect": aspect})).rows
+        assert found.aspect is None, "with_aspect then gives it the file's"
+
+
 def test_scores_of_another_aspect_are_not_read_in_silence(tmp_path: Path) -> None:
     row = {"instruction": ASK, "completions": [completion(YES, 9, honesty="1"), completion(NO, 2, honesty="4")]}
     dataset = read_preferences(write(tmp_path, row), aspect="honest")

@@ -35,7 +35,7 @@ class Published:
     def asked(self) -> str | None:
         """The aspect that the row is judged by; None if nothing names one."""
         own = self.values.get("aspect")
-        return own if isinstance(own, str) else self.aspect
+        return own if isinstance(own, str) and own.strip() else self.aspect
 
     def name(self, names: str) -> str | None:
         """The first of the names that the row has a value for."""
