@@ -61,7 +61,7 @@ class Reader:
     tie with it, each once: for a model that imitates them.
 
     `format`, and `layout` if the file has one, are known once a row has been read. `aspects`: those that the
-    last row has scores of.
+    last row has scores of; `scored_by`: the one whose scores were read.
     """
 
     def __init__(
@@ -79,6 +79,7 @@ class Reader:
         self.source, self.columns, self.ties, self.rankings = source, dict(columns or {}), ties, rankings
         self.consecutive, self.aspect, self.best_only = consecutive, aspect, best_only
         self.aspects: tuple[str, ...] = ()
+        self.scored_by: str | None = None
         self.nulls = getattr(source, "table", False)
         self.format: Format | None = None
         self.layout = asked_for(layout)
@@ -169,7 +170,7 @@ class Reader:
             return form, Columns(row.values, source, self.columns, self.nulls, self.last.fields), ()
         first = self.format is None
         form, values, read = self.layout.row(row.values, source, self.aspect, self.columns, first=first)
-        self.aspects = read.aspects
+        self.aspects, self.scored_by = read.aspects, read.scored_by
         self._check_format(form, source)
         self.last.add(read.values, tuple(name for name in read.values if name not in read.read))
         return form, Columns(values, source, {}, self.nulls, self.last.fields), [*read.notes.elements()]

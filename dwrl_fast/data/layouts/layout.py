@@ -20,7 +20,8 @@ class Published:
     """One row in its published form. `read` collects the columns that were read.
 
     A column is requested by its possible names, separated by |: "prompt|question". aspect: the aspect to judge, of rows
-    without a column of that name. notes: as in Dataset. aspects: those that the row has scores of.
+    without a column of that name. notes: as in Dataset. aspects: those that the row has scores of. scored_by: the one
+    whose scores were read.
     """
 
     values: Values
@@ -30,6 +31,7 @@ class Published:
     read: set[str] = field(default_factory=set)
     notes: Counter[str] = field(default_factory=Counter)
     aspects: tuple[str, ...] = ()
+    scored_by: str | None = None
 
     @property
     def asked(self) -> str | None:
