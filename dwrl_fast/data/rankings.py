@@ -20,7 +20,7 @@ MOST_TIED = 7  # a Plackett-Luce group averages over all orders of its ties: 5,0
 NO_ORDER = (
     "the ranks are not an order (they start at the best response, and tied responses share a rank: 1 2 2 3 or 1 2 2 4)"
 )
-NOT_BEST = "responses left out: not the best of their row, or its repetition"
+NOT_BEST_OF_ROW = "responses left out: not the best of their row, or its repetition"
 NO_WINNER = "all responses tie (--ties keep would use them)"
 
 
@@ -65,7 +65,7 @@ def ranking(row: Columns, ties: Ties, rankings: Rankings, *, best_only: bool = F
         raise Unusable(_no_pair(found))
     if best_only:
         groups = [replace(like, responses=(response.text,)) for response in best_of(found)]
-        return groups, +Counter({NOT_BEST: len(found) - len(groups)})
+        return groups, +Counter({NOT_BEST_OF_ROW: len(found) - len(groups)})
     if best_of_n:
         notes["pairs left out: losers of a best-of-n row"] = math.comb(len(found) - 1, 2)
     elif rankings == "plackett_luce" and too_many:
