@@ -307,9 +307,9 @@ def test_scores_of_another_aspect_are_not_read_in_silence(tmp_path: Path) -> Non
     assert dataset.rows[0].responses == (YES, NO) and not dataset.notes, "nothing is by aspect, as in plain pairs"
     path = write(tmp_path, *MADE["aspect_scores"].rows)
     with pytest.raises(
-        DataError, match=r"no scores of depth; name the scores to take: --aspect helpfulness or verbosity\. .* score="
+        DataError, match=r"scores of depth; .* --aspect helpfulness or verbosity\. .*=helpfulness, without --layout"
     ):
-        read_preferences(path, aspect="depth")
+        read_preferences(path, aspect="depth", layout="aspect_scores")
     assert read_preferences(path, aspect="depth", columns={"score": "verbosity"}).rows[0].responses == (NO, YES)
 
 

@@ -103,7 +103,8 @@ def by_aspect(row: Published) -> dict[str, Any]:
     if name is None and row.aspects:
         raise DataError(
             f"{row.source}: the rows are read as {row.title}, and have no scores of {asked}; name the scores to take: "
-            f"--aspect {' or '.join(row.aspects)}. To judge by {asked} all the same: --columns score={row.aspects[0]}"
+            f"--aspect {' or '.join(row.aspects)}. To judge by {asked} all the same: --columns score={row.aspects[0]}, "
+            "without --layout"
         )
     row.scored_by = name = name or asked
     score = number(row, name, row.take(name))
