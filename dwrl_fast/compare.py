@@ -15,6 +15,7 @@ from dwrl_fast.data import Preference, Reader, open_rows
 from dwrl_fast.data.jsonl import finite
 from dwrl_fast.data.mixture import Part, check_evaluated
 from dwrl_fast.data.printing import say
+from dwrl_fast.dialog import DEFAULT_ASPECT, named_aspect
 from dwrl_fast.dialog.single_turn import transcript
 from dwrl_fast.errors import ConfigError, DataError
 from dwrl_fast.evaluate import steps_of
@@ -27,7 +28,7 @@ from dwrl_fast.evaluation.units import Units
 from dwrl_fast.feed import read_rows
 from dwrl_fast.log import logger
 from dwrl_fast.models.hub import judge_folder, on_hub
-from dwrl_fast.models.pretrained import DEFAULT_ASPECT, labelled_aspect, load_card
+from dwrl_fast.models.pretrained import load_card
 from dwrl_fast.options import at_least, option, parse
 from dwrl_fast.progress import Display
 from dwrl_fast.scoring.scorer import Scorer
@@ -121,7 +122,7 @@ def run(config: CompareConfig, console: Console) -> PairedReport:
     # A missing card is an error before the first model runs.
     cards = [load_card(judge_folder(path)) for path in (config.model_a, config.model_b)]
     if config.aspect is None:
-        check_aspects(config, *(card.get("dialog", {}).get("aspect", DEFAULT_ASPECT) for card in cards))
+        check_aspects(config, *(named_aspect({"aspect": DEFAULT_ASPECT} | card.get("dialog", {})) for card in cards))
     if config.output_file is not None:
         open(config.output_file, "x").close()  # the same holds for an output file that cannot be written
         Path(config.output_file).unlink()
@@ -144,20 +145,34 @@ def run(config: CompareConfig, console: Console) -> PairedReport:
     return report
 
 
-def check_aspects(config: CompareConfig, a: str, b: str) -> None:
-    """Raise ConfigError if models that are asked about the aspects `a` and `b` would be compared with different labels,
-    because a file has scores by aspect.
+def check_aspects(config: CompareConfig, a: str | None, b: str | None) -> None:
+    """Raise ConfigError if models for which the aspects `a` and `b` were named (None: no aspect) would be compared with
+    different labels, because a file has scores by aspect. Raises DataError if one of them cannot read the first row.
     """
     for part in config.dataset_name if a != b else ():
         if part.aspect is not None:
             continue
-        source, aspect = open_rows(part.dataset_name), labelled_aspect(a)
-        reader = Reader(source, columns=config.columns, consecutive=True, layout=config.layout, aspect=aspect)
-        first = next(reader.read(), None)  # a row that cannot be read is reported when the file is read
-        if reader.aspects and (first is None or all(row.aspect is None for row in first.preferences)):
+        readers = [
+            Reader(
+                open_rows(part.dataset_name),
+                columns=config.columns,
+                ties=config.ties,
+                consecutive=True,
+                layout=config.layout,
+                aspect=aspect,
+            )
+            for aspect in (a, b)
+        ]
+        for reader in readers:
+            first = next((each for each in reader.read() if each.error or each.preferences), None)
+            if first is not None and first.error is not None:
+                raise first.error
+        read = [f"the scores of {reader.scored_by}" if reader.scored_by else "the overall scores" for reader in readers]
+        if read[0] != read[1]:
             raise ConfigError(
-                f"aspect: A was trained on {a}, B on {b}, and {part.dataset_name} has different scores for different "
-                f"aspects. Name the one to compare by: --aspect {' or '.join(reader.aspects)}"
+                f"aspect: {part.dataset_name} has scores by aspect. By the aspects of their training, A would be "
+                f"compared with {read[0]}, and B with {read[1]}. Name the aspect to compare by: --aspect "
+                f"{' or '.join(readers[0].aspects)}"
             )
 
 

@@ -127,6 +127,7 @@ STRANGE = {
     "further columns": Bad(PAIR | {"id": 7, "meta": {"a": [None]}}, used="Because."),
     "escaped keys": Bad(text(GOOD_LINE.replace("prompt", r"\u0070rompt")), used="Because."),
     "null aspect": Bad(PAIR | {"aspect": None}, used="Because."),
+    "blank aspect": Bad(PAIR | {"aspect": " "}, used="Because."),
     "tool calls that are none": Bad(PAIR | {"chosen": [YES | {"tool_calls": []}]}, used="Because."),
     "prompt that is in the responses too": Bad(PAIR | {"chosen": [ASK, YES], "rejected": [ASK, NO]}, used="Because."),
     "ties in a ranking": Bad(RANKS | {"ranks": [1, 1, 3]}, [RANKS], used="Because."),

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -112,21 +113,41 @@ def test_a_model_against_itself(folder: Path) -> None:
 
 def test_models_of_two_aspects_are_compared_by_one(tmp_path: Path) -> None:
     """Otherwise each model would be compared with labels of its own."""
-    rows = [{"prompt": "3", "response": str(i), "honesty": i, "depth": i} for i in (7, 9)]
-    for name, more in (("rated", {}), ("own", {"aspect": "honesty"}), ("plain", {"score": 1})):
-        (tmp_path / name).write_text("".join(json.dumps(row | more) + "\n" for row in rows))
-    for data, a, b in (
-        ("rated", "honesty", "honesty"),
-        ("rated::honesty", "honesty", "helpfulness"),
-        ("own", "honesty", "helpfulness"),
-        ("plain", "honesty", "helpfulness"),
-    ):
+    rows = [{"prompt": "3", "response": str(i), "helpfulness": i, "honesty": i} for i in (7, 9)]
+    rated = {name: {"Rating": 1} for name in ("helpfulness", "honesty")}
+    answers = [{"response": str(i), "overall_score": i, "annotations": rated} for i in (7, 9)]
+    tied = {"instruction": "3", "completions": [{"response": str(i), "overall_score": 1} for i in (7, 9)]}
+    files: dict[str, list[dict[str, Any]]] = {
+        "columns": rows,
+        "own": [row | {"aspect": "honesty"} for row in rows],
+        "plain": [row | {"score": i} for i, row in enumerate(rows)],
+        "rated": [tied, {"instruction": "3", "completions": answers}],
+    }
+    for name, some in files.items():
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in some))
+
+    def check(data: str, a: str | None, b: str | None) -> None:
         compare.check_aspects(parse_compare(["a", "b", "--dataset_name", f"{tmp_path}/{data}"]), a, b)
-    config = parse_compare(["a", "b", "--dataset_name", f"{tmp_path}/rated"])
-    with pytest.raises(
-        ConfigError, match=r"A was trained on depth, B on honesty, and .*rated has .*: --aspect honesty"
+
+    for data, a, b in (
+        ("columns", "honesty", "honesty"),
+        ("columns", "helpfulness", None),
+        ("columns::honesty", "honesty", None),
+        ("own", "honesty", None),
+        ("plain", "honesty", None),
+        ("rated", "safety", "harmlessness"),
+        ("rated", "safety", None),
     ):
-        compare.check_aspects(config, "depth", "honesty")
+        check(data, a, b)
+    for data, one, other, said in (
+        ("columns", None, "honesty", "A .* with the scores of helpfulness, and B with the scores of honesty"),
+        ("rated", "helpfulness", None, "A .* with the scores of helpfulness, and B with the overall scores"),
+        ("rated", "safety", "honesty", "A .* with the overall scores, and B with the scores of honesty"),
+    ):
+        with pytest.raises(ConfigError, match=f"{said}. Name the aspect .*: --aspect helpfulness or honesty"):
+            check(data, one, other)
+    with pytest.raises(DataError, match="no scores of safety; name the scores to take: --aspect helpfulness or"):
+        check("columns", "honesty", "safety")
 
 
 def test_rows_that_only_one_model_can_read_are_left_out(

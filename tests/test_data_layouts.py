@@ -13,6 +13,7 @@ from test_data_check import run
 
 from dwrl_fast.data import Dataset, read_preferences
 from dwrl_fast.data.check import check
+from dwrl_fast.data.formats import BINARY
 from dwrl_fast.data.layouts import LAYOUTS, layout_table
 from dwrl_fast.data.layouts.many import OVERALL_READ, UNRATED
 from dwrl_fast.dialog import Dialog
@@ -284,6 +285,17 @@ def test_the_scores_read_are_of_the_aspect_asked(tmp_path: Path) -> None:
     assert read_preferences(path).rows[0].responses == (NO, YES)
 
 
+def test_a_blank_aspect_is_none(tmp_path: Path) -> None:
+    for aspect in ("", " ", None):
+        rows = [row | {"aspect": aspect} for row in MADE["aspect_scores"].rows]
+        [found] = read_preferences(write(tmp_path, *rows)).rows
+        assert (found.responses, found.aspect) == ((YES, NO), None)
+        [found] = read_preferences(write(tmp_path, *rows), aspect="verbosity").rows
+        assert found.responses == (NO, YES)
+        [found] = read_preferences(write(tmp_path, {"prompt": ASK, **PAIR, "aspect": aspect})).rows
+        assert found.aspect is None, "with_aspect then gives it the file's"
+
+
 def test_scores_of_another_aspect_are_not_read_in_silence(tmp_path: Path) -> None:
     row = {"instruction": ASK, "completions": [completion(YES, 9, honesty="1"), completion(NO, 2, honesty="4")]}
     dataset = read_preferences(write(tmp_path, row), aspect="honest")
@@ -295,9 +307,9 @@ def test_scores_of_another_aspect_are_not_read_in_silence(tmp_path: Path) -> Non
     assert dataset.rows[0].responses == (YES, NO) and not dataset.notes, "nothing is by aspect, as in plain pairs"
     path = write(tmp_path, *MADE["aspect_scores"].rows)
     with pytest.raises(
-        DataError, match=r"no scores of depth; name the scores to take: --aspect helpfulness or verbosity\. .* score="
+        DataError, match=r"scores of depth; .* --aspect helpfulness or verbosity\. .*=helpfulness, without --layout"
     ):
-        read_preferences(path, aspect="depth")
+        read_preferences(path, aspect="depth", layout="aspect_scores")
     assert read_preferences(path, aspect="depth", columns={"score": "verbosity"}).rows[0].responses == (NO, YES)
 
 
@@ -314,8 +326,68 @@ def test_columns_name_those_of_a_layout(tmp_path: Path) -> None:
     columns = {"prompt": "ask", "better_response_id": "safer_response_id"}
     assert read_preferences(write(tmp_path, *rows), columns=columns).rows[0].responses == (YES, NO)
     for wrong in ({"safer_response_id": "ask"}, {"margin": "absent"}):
-        with pytest.raises(DataError, match=r"--columns|there is no column"):
-            read_preferences(write(tmp_path, *rows), columns=wrong)
+        for layout in (None, "better_id"):
+            with pytest.raises(DataError, match=r"--columns|there is no column"):
+                read_preferences(write(tmp_path, *rows), columns=wrong, layout=layout)
+
+
+@pytest.mark.parametrize("layout", [layout.name for layout in LAYOUTS if layout.form is BINARY])
+def test_a_column_tie_is_read_in_every_layout_of_pairs(tmp_path: Path, layout: str) -> None:
+    for row in MADE[layout].rows:
+        for name, columns in (("tie", {}), ("is_tie", {"tie": "is_tie"})):
+            rows = [row | {name: value} for value in (True, False, None)]
+            path = write(tmp_path, *rows)
+            kept = read_preferences(path, ties="keep", columns=columns)
+            assert [(found.ranks, found.margin) for found in kept.rows[:1]] == [((1, 1), 0.0)]
+            assert [(found.ranks, found.margin) for found in kept.rows[1:]] == [((), MADE[layout].margin)] * 2
+            assert not kept.unread.columns.keys() & {"tie", "is_tie"}
+            assert read_preferences(path, columns=columns).dropped == {"tie (--ties keep would use it)": [1]}
+
+
+def test_a_tie_in_a_table_is_its_word(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(f"system,prompt,chosen,rejected,tie\nBe brief.,{ASK},{YES},{NO},True\n,{ASK},{YES},{NO},False\n")
+    assert [row.ranks for row in read_preferences(path, ties="keep").rows] == [(1, 1), ()]
+
+
+@pytest.mark.parametrize(
+    ("layout", "name", "change"),
+    [
+        ("system", "score", {}),
+        ("system", "magnitude", {"margin": 1}),  # a margin has priority, as in rows without layout
+        ("system", "tie", {"magnitude": 1}),
+        ("system", "question", {"prompt": ASK}),
+        ("ultrafeedback", "margin", {}),
+        ("scored", "tie", {}),
+        ("aspect_scores", "score", {}),
+    ],
+)
+def test_a_mapped_column_that_is_not_read_is_refused(
+    tmp_path: Path, layout: str, name: str, change: dict[str, Any]
+) -> None:
+    rows = [row | change for row in MADE[layout].rows]
+    path = write(tmp_path, *(row | {"theirs": 2.0} for row in rows))
+    for told in [layout, *[None] * (name != "score")]:  # with a score the rows have another layout
+        with pytest.raises(DataError, match=f":1: --columns {name}=theirs: no '{name}' is read; the rows are read as"):
+            read_preferences(path, columns={name: "theirs"}, layout=told)
+    name = {"question": "prompt"}.get(name, name)
+    path = write(tmp_path, *(row | {name: ASK if name == "prompt" else 2.0} for row in rows))
+    unread = read_preferences(path, layout=layout).unread
+    assert name == "prompt" or unread.columns[name] == len(rows), "without a mapping it is reported"
+
+
+def test_a_mapped_column_may_be_empty_in_the_first_row(tmp_path: Path) -> None:
+    path = write(tmp_path, *({"system": "", "prompt": ASK, **PAIR, "gap": gap} for gap in (None, 2)))
+    assert [row.margin for row in read_preferences(path, columns={"margin": "gap"}).rows] == [0.0, 2.0]
+
+
+def test_several_processes_refuse_a_mapped_column_that_is_not_read(tmp_path: Path) -> None:
+    [row] = MADE["ultrafeedback"].rows
+    path = write(tmp_path, *[row | {"gap": 1}] * 40)
+    for processes in (1, 2):
+        report = check(path, columns={"margin": "gap"}, layout="ultrafeedback", processes=processes, stretch=2000)
+        assert report.used == 0 and report.rows == 40
+        assert all("no 'margin' is read" in said for said in report.advice.values())
 
 
 def test_scores_that_contradict_are_no_margin(tmp_path: Path) -> None:

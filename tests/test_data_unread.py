@@ -142,9 +142,10 @@ def test_labels_are_of_the_aspect_that_the_model_is_asked_about(tmp_path: Path) 
     streamed = {"dataset_name": path, "streaming": True, "max_steps": 1}
     for saved, part, best in (
         ("honesty", None, "9"),
-        ("helpfulness", None, "7"),
-        ("helpfulness", "helpfulness", "9"),
-        ("helpfulness", "honesty", "9"),
+        (None, None, "7"),
+        ("helpfulness", None, "9"),
+        (None, "helpfulness", "9"),
+        (None, "honesty", "9"),
     ):
         dialog, display = Dialog(make_tokenizer(), Template(EVALUATE, RATE), saved), Display(Console())
         for config in (evaluated, trained(tmp_path, dataset_name=path)):

@@ -252,6 +252,14 @@ def test_the_buffer_is_checked_against_the_file(tmp_path: Path) -> None:
     assert again.identity() != identity
 
 
+def test_a_stream_is_identified_by_what_chooses_its_rows_and_labels(tmp_path: Path) -> None:
+    path = written(tmp_path, "jsonl", pairs(4))
+    plain = streamed(open_rows(path), 6).identity()
+    options: list[dict[str, Any]] = [{"aspect": "honesty"}, {"ties": "keep"}, {"rankings": "plackett_luce"}]
+    assert all(streamed(open_rows(path), 6, **each).identity() != plain for each in options)
+    assert streamed(open_rows(path), 6, ties="drop", rankings="pairs").identity() == plain
+
+
 def test_state_holds_places_and_no_rows(tmp_path: Path) -> None:
     path = written(tmp_path, "jsonl", [row | {"prompt": "secret" * 50} for row in pairs(60)])
     source = streamed(open_rows(path), 20)

@@ -120,6 +120,7 @@ def test_a_changed_stream_is_refused(folder: Path) -> None:
         ({"streaming": True}, {}, r"read its rows as a stream, and this run reads .*a\.jsonl in memory"),
         ({"streaming": True}, {"streaming": True, "dataset_mixture": ("b", "a")}, "only for the same files"),
         ({"streaming": True}, {"streaming": True, "max_length": 60}, "same files, read with the same options"),
+        ({"streaming": True, "aspect": "2"}, {"streaming": True}, "same files, read with the same options"),
         ({"rollout_batch_size": 8, "max_steps": 3}, {}, "16 of the 24 rows of this run were used already, too many"),
     ],
 )

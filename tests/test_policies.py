@@ -363,7 +363,7 @@ SCORED = [
 @pytest.mark.parametrize("rankings", ["pairs", "plackett_luce"])
 @pytest.mark.parametrize(
     ("rows", "best"),
-    [(RANKED, [["7"], ["2", "9"], ["7"], ["7"]]), (SCORED, [["7"], ["2"], ["7"]])],
+    [(RANKED, [["7"], ["2"], ["9"], ["7"], ["7"]]), (SCORED, [["7"], ["2"], ["7"]])],
     ids=["RANKING", "SINGLE"],
 )
 def test_sft_imitates_each_best_response_once(
@@ -377,7 +377,7 @@ def test_sft_imitates_each_best_response_once(
         asks = f"{PAIRWISE.evaluate} {{aspect}} <answer>[[A]]</answer> <answer>[[B]]</answer>"
         options["template"] = str(folder / "pairwise.yaml")
         (folder / "pairwise.yaml").write_text(yaml.safe_dump({"kind": template, "evaluate": asks}))
-    config = tiny_config(folder, method="sft", dataset_name=path, minibatch_size=2, rollout_batch_size=4, **options)
+    config = tiny_config(folder, method="sft", dataset_name=path, minibatch_size=2, rollout_batch_size=6, **options)
     dialog = load_dialog(config)
     feed, _ = open_feed(config, dialog, Display())
     drawn = feed.next()
@@ -390,7 +390,8 @@ def test_sft_imitates_each_best_response_once(
 def test_what_sft_leaves_out_is_said(tmp_path: Path) -> None:
     ranked = read_preferences(write(tmp_path / "ranked.jsonl", *RANKED), best_only=True)
     assert ranked.summary.endswith(
-        "4 rows read, 4 used, 0 dropped; 9 x responses left out: not the best of their row, or its repetition"
+        "4 rows read, 4 used, 0 dropped; 5 groups from the 4 used rows; "
+        "9 x responses left out: not the best of their row, or its repetition"
     )
     scored = read_preferences(write(tmp_path / "scored.jsonl", *SCORED), best_only=True)
     assert scored.used == 3 and sum(map(len, scored.dropped.values())) == 5
@@ -402,7 +403,22 @@ def test_what_sft_leaves_out_is_said(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="all responses tie"):
         read_preferences(write(tmp_path / "tied.jsonl", *tied), best_only=True)
     kept = read_preferences(tmp_path / "tied.jsonl", ties="keep", best_only=True)
-    assert [row.responses for row in kept.rows] == [("7", "9")] * 2 and not kept.notes
+    assert [row.responses for row in kept.rows] == [("7",), ("9",)] * 2 and not kept.notes
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_long_response_leaves_the_one_that_ties_with_it(folder: Path, streaming: bool) -> None:
+    """In both formats each best response is a group of its own."""
+    texts = ["7", " ".join(["9"] * 60), "2"]
+    ranked = [{"prompt": "3 5", "responses": texts, "scores": [5, 5, 1]}]
+    scored = [
+        {"prompt": "3 5", "completion": text, "score": score} for text, score in zip(texts, (5, 5, 1), strict=True)
+    ]
+    for rows in (ranked, scored):
+        path = str(write(folder / "rows.jsonl", *rows))
+        config = tiny_config(folder, method="sft", dataset_name=path, max_length=40, streaming=streaming, max_steps=1)
+        feed, _ = open_feed(config, load_dialog(config), Display())
+        assert {row.responses for row in feed.next()} == {("7",)}
 
 
 def test_held_out_rankings_of_sft_are_whole(folder: Path) -> None:

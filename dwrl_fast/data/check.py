@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dwrl_fast.data.columns import Unusable
 from dwrl_fast.data.compression import kind_of
 from dwrl_fast.data.counts import Counts, Measure, characters, count_rows
 from dwrl_fast.data.formats import BINARY, SINGLE, Format, check_first, recognise
@@ -189,11 +190,15 @@ def _format(reader: Reader) -> Format | None:
         try:
             if not reader.decided:
                 reader.decide(row.values, f"{reader.source.name}:{row.line}")
-            if reader.layout is not None:  # a layout may turn BINARY rows into BINARYMAGN
-                return None if reader.layout.form in (BINARY, SINGLE) else reader.layout.form
+            if reader.layout is not None:
+                if reader.layout.form in (BINARY, SINGLE):  # a layout may turn BINARY rows into BINARYMAGN
+                    return None
+                return reader.layout.row(row.values, "", reader.aspect, reader.columns, first=True)[0]
             if form := recognise(tuple(row.values), reader.mapping):
                 check_first(form, row.values, reader.columns, "")
                 return form
+        except Unusable:
+            continue
         except DataError:
             return None
     return None

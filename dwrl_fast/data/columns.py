@@ -137,9 +137,9 @@ class Columns:
         return number
 
     def aspect(self) -> str | None:
-        """The column `aspect`, if present."""
+        """The column `aspect`, if it is present and not blank."""
         value = self.column("aspect", default=None)
-        if value is None:
+        if value is None or (isinstance(value, str) and not value.strip()):
             return None
         if not isinstance(value, str):
             raise self.mistyped("aspect", value, "a string")

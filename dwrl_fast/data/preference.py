@@ -38,8 +38,8 @@ class Preference:
     ranks: [K], ascending from 1, equal if responses tie; empty if none tie (the ranks are then 1 to K).
     source: "file:line"; "file:line:i-j" for responses i and j of a row of several; "file:line-line" for a pair of rows.
     subset, id: the columns of these names, as text; reports use them, training does not.
-    row: "file:line" of the row that several pairs come from, or of the first row if the pairs come from several rows of
-    one prompt. Empty if a row is one group.
+    row: "file:line" of the row that several groups come from, or of the first row if the groups come from several rows
+    of one prompt. Empty if a row is one group.
     """
 
     prompt: tuple[Message, ...]

@@ -20,7 +20,7 @@ MOST_TIED = 7  # a Plackett-Luce group averages over all orders of its ties: 5,0
 NO_ORDER = (
     "the ranks are not an order (they start at the best response, and tied responses share a rank: 1 2 2 3 or 1 2 2 4)"
 )
-NOT_BEST = "responses left out: not the best of their row, or its repetition"
+NOT_BEST_OF_ROW = "responses left out: not the best of their row, or its repetition"
 NO_WINNER = "all responses tie (--ties keep would use them)"
 
 
@@ -38,8 +38,8 @@ class Ranked(NamedTuple):
 
 
 def ranking(row: Columns, ties: Ties, rankings: Rankings, *, best_only: bool = False) -> Groups:
-    """The groups of one row; best_only: one group, of the best response and those that tie with it. Raises DataError
-    or Unusable.
+    """The groups of one row; best_only: one group for the best response and for each that ties with it. Raises
+    DataError or Unusable.
     """
     if row.names("completions") and not row.has("responses"):
         prompt, sides, ranks, scores = _completions(row)
@@ -59,13 +59,13 @@ def ranking(row: Columns, ties: Ties, rankings: Rankings, *, best_only: bool = F
     if not best_only and rankings == "plackett_luce" and len(found) > 2 and not best_of_n and not too_many:
         return [_group(found, like, ties)], {}
     two = zip(itertools.repeat(found[0]), found[1:]) if best_of_n else itertools.combinations(found, 2)
-    pairs, notes = compare_ranked(two, replace(like, row=row.source), ties)
+    like = replace(like, row=row.source)
+    pairs, notes = compare_ranked(two, like, ties)
     if not pairs:
         raise Unusable(_no_pair(found))
     if best_only:
-        texts = tuple(response.text for response in best_of(found))
-        group = replace(like, responses=texts, ranks=(1,) * len(texts) if len(texts) > 1 else ())
-        return [group], +Counter({NOT_BEST: len(found) - len(texts)})
+        groups = [replace(like, responses=(response.text,)) for response in best_of(found)]
+        return groups, +Counter({NOT_BEST_OF_ROW: len(found) - len(groups)})
     if best_of_n:
         notes["pairs left out: losers of a best-of-n row"] = math.comb(len(found) - 1, 2)
     elif rankings == "plackett_luce" and too_many:

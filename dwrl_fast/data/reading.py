@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 from dwrl_fast.data.binary import pair, pair_with_magnitude
 from dwrl_fast.data.columns import Columns, Unusable
 from dwrl_fast.data.formats import (
-    BINARY,
     BINARYMAGN,
     DEMONSTRATION,
     RANKING,
@@ -62,7 +61,7 @@ class Reader:
     tie with it, each once: for a model that imitates them.
 
     `format`, and `layout` if the file has one, are known once a row has been read. `aspects`: those that the
-    last row has scores of.
+    last row has scores of; `scored_by`: the one whose scores were read.
     """
 
     def __init__(
@@ -80,6 +79,7 @@ class Reader:
         self.source, self.columns, self.ties, self.rankings = source, dict(columns or {}), ties, rankings
         self.consecutive, self.aspect, self.best_only = consecutive, aspect, best_only
         self.aspects: tuple[str, ...] = ()
+        self.scored_by: str | None = None
         self.nulls = getattr(source, "table", False)
         self.format: Format | None = None
         self.layout = asked_for(layout)
@@ -151,7 +151,6 @@ class Reader:
         self.layout = choose(renamed(values, self.columns), source)
         self.decided = self.layout is not None or recognise(tuple(values), self.mapping) is not None
         if self.layout is not None:
-            self.layout.check_first(values, self.columns, source)
             info_once(f"{self.source.name}: read as {self.layout.title} (--layout {self.layout.names})")
 
     def _recognised(self, row: Row) -> tuple[Format, Columns, Sequence[str]]:
@@ -169,12 +168,11 @@ class Reader:
             if extra := unread_columns(tuple(row.values), form, self.mapping):
                 self.last.add(row.values, extra)
             return form, Columns(row.values, source, self.columns, self.nulls, self.last.fields), ()
-        published = renamed(row.values, self.columns)
-        values, read = self.layout.row(published, source, self.aspect)
-        self.aspects = read.aspects
-        form = BINARYMAGN if self.layout.form is BINARY and "magnitude" in values else self.layout.form
+        first = self.format is None
+        form, values, read = self.layout.row(row.values, source, self.aspect, self.columns, first=first)
+        self.aspects, self.scored_by = read.aspects, read.scored_by
         self._check_format(form, source)
-        self.last.add(published, tuple(name for name in published if name not in read.read))
+        self.last.add(read.values, tuple(name for name in read.values if name not in read.read))
         return form, Columns(values, source, {}, self.nulls, self.last.fields), [*read.notes.elements()]
 
     def _own(self, values: Mapping[str, Any], source: str) -> Format:

@@ -45,6 +45,7 @@ REMEDIES: Mapping[str, str] = {
     CONTRADICTED: "check that chosen and rejected are not swapped",
 }
 ODD = re.compile(r"\s*(?:[\[{]|Human:|Assistant:)")  # beginnings of suspicious texts
+EMPTY: tuple[Any, ...] = (None, "", [])  # values that are not missed if nothing reads them
 LEAST = 10  # minimum characters of a prompt for the check that a response begins with it
 
 
@@ -62,8 +63,7 @@ class Unread:
     def add(self, values: Mapping[str, Any], names: tuple[str, ...]) -> None:
         """Add columns of one row."""
         for name in names:
-            value = values[name]
-            if value is not None and value != "" and value != []:
+            if values[name] not in EMPTY:
                 self.columns[name] += 1
 
     def update(self, other: "Unread") -> None:

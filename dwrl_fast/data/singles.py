@@ -12,7 +12,7 @@ from dwrl_fast.data.rankings import Groups, Ranked, best_of, compare_ranked, ran
 Key = tuple[tuple[tuple[str, str], ...], str | None]  # roles and contents of the prompt, and the aspect
 
 
-NOT_BEST = "not the best response of its prompt, or its repetition"
+NOT_BEST_OF_PROMPT = "not the best response of its prompt, or its repetition"
 
 
 class Single(NamedTuple):
@@ -56,7 +56,7 @@ def compare_singles(
         return (pairs, notes), [(reason, line) for line, reason in alone.items()]
     best = {response.name: response for response in best_of(found)}
     groups = [replace(row.preference(f"{name}:{row.line}"), row=like.row) for row in rows if row.line in best]
-    return (groups, {}), [(alone.get(row.line, NOT_BEST), row.line) for row in rows if row.line not in best]
+    return (groups, {}), [(alone.get(row.line, NOT_BEST_OF_PROMPT), row.line) for row in rows if row.line not in best]
 
 
 def _alone(row: Single, rows: Sequence[Single], ties: Ties) -> str:

@@ -17,7 +17,7 @@ from dwrl_fast.dialog import Chat, Dialog, SingleTurn, Thinking
 from dwrl_fast.dialog.chat import TODAY
 from dwrl_fast.encode import demonstration_group
 from dwrl_fast.errors import ConfigError
-from dwrl_fast.models.pretrained import labelled_aspect, load_chat
+from dwrl_fast.models.pretrained import load_chat
 from dwrl_fast.options import Options, at_least, option, parse
 
 # ruff: noqa: RUF009 - what option() returns is a dataclass field
@@ -116,7 +116,7 @@ def run(config: ShowConfig, console: Console) -> None:
         aspect=config.aspect,
         enable_thinking=config.enable_thinking,
     )
-    row = read_row(config, config.aspect or labelled_aspect(chat.aspect))
+    row = read_row(config, chat.named_aspect)
     if config.response > len(row.responses):
         raise ConfigError(f"response = {config.response}: the row has {len(row.responses)} responses")
     aspect = row.aspect if config.aspect is None else config.aspect

@@ -11,7 +11,7 @@ A label is always read in a turn without one. Reasoning that a template would re
 import functools
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -33,6 +33,7 @@ TODAY = datetime(2024, 7, 26)  # for templates that print the date: a run must n
 DIRECTIVES = "".join(f" | replace('%{code}', '{TODAY.strftime('%' + code)}')" for code in "aAbBdeHIjmMpSyY")
 CLOCK = "{% macro strftime_now(format) %}{{ format | replace('%-', '%')" + DIRECTIVES + " }}{% endmacro %}\n"
 PLACEHOLDER = "[[content-{}]]"
+DEFAULT_ASPECT = "helpfulness"
 THINK = re.compile(r"\s*<think>\s*(</think>\s*)?")
 
 Thinking = Literal["auto", "off", "on"]
@@ -46,6 +47,12 @@ class Structure:
 
     texts: tuple[str, ...]
     ids: tuple[tuple[int, ...], ...]
+
+
+def named_aspect(saved: Mapping[str, Any]) -> str | None:
+    """The aspect that somebody named for a saved dialog; None if it asks about DEFAULT_ASPECT because nobody did."""
+    aspect = saved["aspect"]
+    return None if aspect == DEFAULT_ASPECT and not saved.get("aspect_named") else aspect
 
 
 class Chat:
@@ -63,16 +70,20 @@ class Chat:
 
     After construction `enable_thinking` is "on" or "off": whether a thought may start with a think block.
 
+    aspect: what is asked about. None: nobody named an aspect; DEFAULT_ASPECT is asked about, but labels are not read by
+    it. `named_aspect` is the argument.
+
     Raises TemplateError, which names the tokenizer, if its chat template does not fit: if it refuses a role, has no
     end-of-turn token, or cannot do what `enable_thinking` requires.
     """
 
     def __init__(
-        self, tokenizer: "PreTrainedTokenizerBase", template: Template, aspect: str, enable_thinking: Thinking
+        self, tokenizer: "PreTrainedTokenizerBase", template: Template, aspect: str | None, enable_thinking: Thinking
     ) -> None:
         self.tokenizer = tokenizer
         self.template = template
-        self.aspect = aspect
+        self.named_aspect = aspect
+        self.aspect = DEFAULT_ASPECT if aspect is None else aspect
         self.name = f"{type(tokenizer).__name__} {tokenizer.name_or_path}".strip()
         self.counts: Counter[str] = Counter()
         self._check_tokenizer()
@@ -113,14 +124,15 @@ class Chat:
     def to_dict(self) -> dict[str, Any]:
         """The settings saved with a trained model, so that it is scored in the same way as it was trained."""
         settings = {"aspect": self.aspect, "enable_thinking": self.enable_thinking}
-        return {"template": self.template.to_dict(), **settings, **self.special_ids()}
+        named = {"aspect_named": True} if self.named_aspect == DEFAULT_ASPECT else {}  # any other aspect was named
+        return {"template": self.template.to_dict(), **settings, **named, **self.special_ids()}
 
     @classmethod
     def from_dict(cls, tokenizer: "PreTrainedTokenizerBase", saved: dict[str, Any]) -> Self:
         """The inverse of `to_dict`. Raises TemplateError if something is missing or the tokenizer is different."""
         try:
             template = read_template(saved["template"], "saved with the model")
-            dialog = cls(tokenizer, template, saved["aspect"], saved.get("enable_thinking", "auto"))
+            dialog = cls(tokenizer, template, named_aspect(saved), saved.get("enable_thinking", "auto"))
             ids = {key: saved[key] for key in dialog.special_ids()}
         except KeyError as error:
             raise TemplateError(

@@ -37,7 +37,7 @@ class Dialog(Chat):
         self,
         tokenizer: "PreTrainedTokenizerBase",
         template: Template | None = None,
-        aspect: str = "helpfulness",
+        aspect: str | None = None,
         enable_thinking: Thinking = "auto",
     ) -> None:
         super().__init__(tokenizer, template or load_template(), aspect, enable_thinking)
@@ -49,7 +49,7 @@ class Dialog(Chat):
         self._tail = functools.lru_cache(maxsize=256)(self._build_tail)
         for prompt in CANONICAL:
             self._check_canonical(prompt)
-        self.yes_id, self.no_id = self._label_ids(self.template.labels, self._canonical(CANONICAL[0], aspect))
+        self.yes_id, self.no_id = self._label_ids(self.template.labels, self._canonical(CANONICAL[0], self.aspect))
         self.counts.clear()
 
     def context(self, prompt: Sequence[Message], response: str, aspect: str | None = None) -> Context:

@@ -30,7 +30,7 @@ class SingleTurn(Chat):
         self,
         tokenizer: "PreTrainedTokenizerBase",
         template: Template,
-        aspect: str = "helpfulness",
+        aspect: str | None = None,
         enable_thinking: Thinking = "auto",
     ) -> None:
         super().__init__(tokenizer, template, aspect, enable_thinking)

@@ -42,8 +42,8 @@ SECTIONS: Mapping[str, Mapping[str, int]] = {
     },
 }  # fmt: skip
 SUBSETS = tuple(name for weights in SECTIONS.values() for name in weights)
-LISTED = frozenset({"prompt", "chosen", "rejected"})
-LISTS = Format("BEST_OF", (LISTED,), LISTED | {"aspect", "subset", "id"})  # the rows of RewardBench 2 and RM-Bench
+NEEDED = frozenset({"prompt", "chosen", "rejected"})
+LISTS = Format("BEST_OF", (NEEDED,), NEEDED | {"aspect", "subset", "id"})  # the rows of RewardBench 2 and RM-Bench
 BEST_OF_FOUR = ("Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties")
 
 
@@ -186,8 +186,8 @@ def benchmark(
 
 
 def read_best_of(path: str, columns: Mapping[str, str], limit: int | None) -> Dataset:
-    """RewardBench 2's rows: `chosen` and `rejected` are lists of texts; every chosen text is better than every rejected
-    one.
+    """The rows of RewardBench 2 and RM-Bench: `chosen` and `rejected` are lists of texts; every chosen text is better
+    than every rejected one.
 
     Raises DataError and drops rows like `read_preferences`.
     """

@@ -18,7 +18,6 @@ from dwrl_fast.feed.source import Source, with_aspect
 from dwrl_fast.feed.stream import Streamed
 from dwrl_fast.log import logger
 from dwrl_fast.methods import METHODS
-from dwrl_fast.models.pretrained import labelled_aspect
 from dwrl_fast.progress import Display
 
 Read = Callable[..., Dataset]  # (name of the file, columns, limit)
@@ -105,12 +104,12 @@ def reading(part: Part, config: CommonOptions, dialog: Dialog | SingleTurn | Non
     """The arguments of `read_preferences` from the options, except the columns. dialog: asks the questions; None if it
     cannot be built. imitated: as of `read_rows`.
 
-    The labels are about the aspect that the questions are about. Without an option, that is the one saved with the
-    model.
+    The labels are about the aspect that the questions are about. Without an option, that is the one that was named when
+    the model was trained.
     """
     aspect = part.aspect or getattr(config, "aspect", None)
     if aspect is None and dialog is not None:
-        aspect = labelled_aspect(dialog.aspect)
+        aspect = dialog.named_aspect
     options = {"ties": config.ties, "rankings": config.rankings, "layout": config.layout}
     return options | {"aspect": aspect, "best_only": imitated}
 

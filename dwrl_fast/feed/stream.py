@@ -138,8 +138,12 @@ class Streamed:
 
     def identity(self) -> dict[str, Any]:
         """The identity of the file when the stream was opened, and how it is read."""
-        layout = {"layout": self.reader.layout.names} if self.reader.layout is not None else {}
-        return self.files.identity | {"columns": self.reader.columns, "aspect": self.aspect, "salt": self.salt} | layout
+        reader = self.reader
+        read = {"layout": reader.layout and reader.layout.names, "labels": reader.aspect}
+        read |= {"ties": reader.ties, "rankings": reader.rankings}
+        # Checkpoints of an older version lack all of these but the layout; they belong to runs with the defaults.
+        changed = {name: value for name, value in read.items() if value not in (None, "drop", "pairs")}
+        return self.files.identity | {"columns": reader.columns, "aspect": self.aspect, "salt": self.salt} | changed
 
     def state(self) -> dict[str, Any]:
         """The position, as JSON. Raises DataError if the file was changed."""

@@ -44,9 +44,9 @@ class StarRationalizer(StarImitation):
         super().__init__(config, dialog)
         template = load_rationalizer(config.rationalizer_template)
         if self.writer is None:
-            self.question = SingleTurn(dialog.tokenizer, template, dialog.aspect, dialog.enable_thinking)
+            self.question = SingleTurn(dialog.tokenizer, template, dialog.named_aspect, dialog.enable_thinking)
         else:
-            self.question = SingleTurn(load_tokenizer(self.writer), template, dialog.aspect)
+            self.question = SingleTurn(load_tokenizer(self.writer), template, dialog.named_aspect)
 
     @property
     def writer(self) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 
 from safetensors import SafetensorError
 
-from dwrl_fast.dialog import Dialog, SingleTurn, Thinking
+from dwrl_fast.dialog import DEFAULT_ASPECT, Dialog, SingleTurn, Thinking, named_aspect
 from dwrl_fast.errors import ConfigError, ModelError
 from dwrl_fast.files import bounded_json, check_folder
 from dwrl_fast.models import gguf
@@ -22,7 +22,6 @@ from dwrl_fast.models.trial import difference
 from dwrl_fast.templates import DEFAULT, load_template
 
 CARD = "preference_model.json"
-DEFAULT_ASPECT = "helpfulness"
 
 
 def load_tokenizer(name_or_path: str) -> Any:
@@ -60,7 +59,7 @@ def load_chat(
     """
     saved = load_card(model)["dialog"] if has_card(model) else {}
     kind = kind or saved.get("template", {}).get("kind", DEFAULT)
-    saved |= {} if aspect is None else {"aspect": aspect}
+    saved = {"aspect": DEFAULT_ASPECT} | saved | asked_about(aspect)
     saved |= {} if enable_thinking == "auto" else {"enable_thinking": enable_thinking}
     if template is None and "template" in saved and saved["template"].get("kind", DEFAULT) == kind:
         return (Dialog if kind == "dialog" else SingleTurn).from_dict(load_tokenizer(tokenizer), saved)
@@ -69,16 +68,14 @@ def load_chat(
     return make(
         load_tokenizer(tokenizer),
         chosen,
-        saved.get("aspect", DEFAULT_ASPECT),
+        named_aspect(saved),
         saved.get("enable_thinking", "auto"),
     )
 
 
-def labelled_aspect(aspect: str) -> str | None:
-    """The aspect of the labels for a model that is asked about `aspect`. None, the layout's default, for
-    DEFAULT_ASPECT: it stands in the card of every model for which nobody named an aspect.
-    """
-    return None if aspect == DEFAULT_ASPECT else aspect
+def asked_about(aspect: str | None) -> dict[str, Any]:
+    """The changes of a saved dialog for the option --aspect."""
+    return {} if aspect is None else {"aspect": aspect, "aspect_named": True}
 
 
 def save_pretrained(folder: Path, model: PreferenceModel, dialog: Dialog | SingleTurn, card: dict[str, Any]) -> None:

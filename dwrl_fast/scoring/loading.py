@@ -9,7 +9,7 @@ from dwrl_fast.data.mixture import Part
 from dwrl_fast.dialog import Dialog, SingleTurn, Thinking
 from dwrl_fast.errors import ConfigError, ModelError
 from dwrl_fast.methods import METHODS
-from dwrl_fast.models.pretrained import CARD, has_card, load_card, load_chat, load_tokenizer
+from dwrl_fast.models.pretrained import CARD, asked_about, has_card, load_card, load_chat, load_tokenizer
 from dwrl_fast.options import checked
 from dwrl_fast.templates import DEFAULT
 
@@ -56,7 +56,7 @@ def load_trained(folder: str | Path, aspect: str | None = None) -> tuple[Dialog 
         raise ModelError(
             f"the card of {folder} is not valid: {error} Copy {CARD} again from where the model was trained"
         ) from None
-    saved = card["dialog"] | ({} if aspect is None else {"aspect": aspect})
+    saved = card["dialog"] | asked_about(aspect)
     make = Dialog if saved["template"].get("kind", DEFAULT) == "dialog" else SingleTurn
     return make.from_dict(load_tokenizer(str(folder)), saved), card
 

@@ -57,7 +57,8 @@ def identity(config: TrainConfig, rows: Any, steps: int, dialog: Any, base: str)
     tokenizer = dialog.tokenizer
     return options | {
         "rows": rows,
-        "dialog": dialog.to_dict(),
+        # Whether its aspect was named decides only which labels are read, which the rows show.
+        "dialog": {name: value for name, value in dialog.to_dict().items() if name != "aspect_named"},
         "chat_template": _hash(tokenizer.get_chat_template()),
         "tokenizer": _hash(_rules(tokenizer)),
         "base": base,

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from dwrl_fast.data.columns import quoted
-from dwrl_fast.data.formats import Format, recognise
-from dwrl_fast.data.layouts.layout import OURS, Layout, Published
+from dwrl_fast.data.formats import BINARYMAGN, Format, recognise
+from dwrl_fast.data.layouts.layout import Layout, Published
 from dwrl_fast.data.layouts.many import MANY
 from dwrl_fast.data.layouts.pairs import LISTED, PAIRS
-from dwrl_fast.data.layouts.prompts import PROMPT
 from dwrl_fast.data.layouts.verdicts import VERDICTS
+from dwrl_fast.data.remarks import EMPTY
 from dwrl_fast.errors import DataError
 
 __all__ = [
@@ -55,24 +55,31 @@ class Chosen:
         """The format of the converted rows."""
         return self.layouts[0].form
 
-    def check_first(self, values: Mapping[str, Any], mapping: Mapping[str, str], source: str) -> None:
-        """Raises DataError if a mapped column is missing, or if no layout reads the name that it is mapped to."""
-        read = names_of(self.layouts) | self.form.columns | set(PROMPT.split("|")) | set(OURS)
-        for name, theirs in mapping.items():
-            if theirs not in values or name not in read:
-                absent = f"no column '{theirs}' among {quoted(values)}"
-                wrong = absent if theirs not in values else f"no '{name}' is read"
-                raise DataError(
-                    f"{source}: --columns {name}={theirs}: {wrong}; the rows are read as {self.title}. Correct the "
-                    "option or leave it out"
-                )
+    def row(
+        self, values: Mapping[str, Any], source: str, aspect: str | None, mapping: Mapping[str, str], *, first: bool
+    ) -> tuple[Format, dict[str, Any], Published]:
+        """The format and the values that a published row is converted to, and the record of the columns that were read.
+        Raises DataError or Unusable. mapping: our name -> name in the file.
 
-    def row(self, values: Mapping[str, Any], source: str, aspect: str | None) -> tuple[dict[str, Any], Published]:
-        """A published row converted to this package's format, and the record of the columns that were read. Raises
-        DataError or Unusable.
+        first: no row was converted before. Raises DataError then also if a mapped column is missing or was not read.
         """
-        published = Published(values, source, self.title, aspect)
-        return self.layouts[0].convert(published), published
+        published = Published(renamed(values, mapping), source, self.title, aspect)
+        for name, theirs in mapping.items() if first else ():
+            if theirs not in values:
+                raise self._unfit(published, name, theirs, f"no column '{theirs}' among {quoted(values)}")
+        converted = self.layouts[0].convert(published)
+        form = BINARYMAGN if recognise(tuple(converted), ()) is BINARYMAGN else self.form  # layouts of pairs allow both
+        published.read -= converted.keys() - form.columns
+        for name, theirs in mapping.items() if first else ():
+            if values[theirs] not in EMPTY and name not in published.read:
+                raise self._unfit(published, name, theirs, f"no '{name}' is read")
+        return form, converted, published
+
+    def _unfit(self, row: Published, name: str, theirs: str, wrong: str) -> DataError:
+        return DataError(
+            f"{row.source}: --columns {name}={theirs}: {wrong}; the rows are read as {self.title}. Correct the option "
+            "or leave it out"
+        )
 
 
 def choose(values: Mapping[str, Any], source: str) -> Chosen | None:

@@ -10,7 +10,7 @@ from dwrl_fast.data.formats import Format
 from dwrl_fast.data.table_text import parsed
 from dwrl_fast.errors import DataError
 
-OURS = ("margin", "magnitude", "aspect", "subset", "id")  # copied unchanged from every layout
+OURS = ("margin", "magnitude", "tie", "aspect", "subset", "id")  # copied unchanged, for the formats that read them
 
 Values = Mapping[str, Any]
 
@@ -20,7 +20,8 @@ class Published:
     """One row in its published form. `read` collects the columns that were read.
 
     A column is requested by its possible names, separated by |: "prompt|question". aspect: the aspect to judge, of rows
-    without a column of that name. notes: as in Dataset. aspects: those that the row has scores of.
+    without a column of that name. notes: as in Dataset. aspects: those that the row has scores of. scored_by: the one
+    whose scores were read.
     """
 
     values: Values
@@ -30,12 +31,13 @@ class Published:
     read: set[str] = field(default_factory=set)
     notes: Counter[str] = field(default_factory=Counter)
     aspects: tuple[str, ...] = ()
+    scored_by: str | None = None
 
     @property
     def asked(self) -> str | None:
         """The aspect that the row is judged by; None if nothing names one."""
         own = self.values.get("aspect")
-        return own if isinstance(own, str) else self.aspect
+        return own if isinstance(own, str) and own.strip() else self.aspect
 
     def name(self, names: str) -> str | None:
         """The first of the names that the row has a value for."""

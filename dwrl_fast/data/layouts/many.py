@@ -37,7 +37,7 @@ def rated(row: Published) -> dict[str, Any]:
     items = [_object(row, "completions", item) for item in listed(row, "completions", row.take("completions"))]
     ratings = [item["annotations"] if isinstance(item.get("annotations"), dict) else {} for item in items]
     row.aspects = tuple(dict.fromkeys(name for each in ratings for name, value in each.items() if value is not None))
-    aspect = named(row.aspects, row.asked)
+    row.scored_by = aspect = named(row.aspects, row.asked)
     if aspect is not None:
         scores = [_rating(row, each.get(aspect)) for each in ratings]
     else:
@@ -103,9 +103,10 @@ def by_aspect(row: Published) -> dict[str, Any]:
     if name is None and row.aspects:
         raise DataError(
             f"{row.source}: the rows are read as {row.title}, and have no scores of {asked}; name the scores to take: "
-            f"--aspect {' or '.join(row.aspects)}. To judge by {asked} all the same: --columns score={row.aspects[0]}"
+            f"--aspect {' or '.join(row.aspects)}. To judge by {asked} all the same: --columns score={row.aspects[0]}, "
+            "without --layout"
         )
-    name = name or asked
+    row.scored_by = name = name or asked
     score = number(row, name, row.take(name))
     return prompt(row) | {"completion": content(row.take("response|completion|answer")), "score": score} | ours(row)
 

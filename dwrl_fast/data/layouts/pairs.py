@@ -58,8 +58,9 @@ def listed_pair(row: Published) -> dict[str, Any]:
 
 
 def ours(row: Published) -> dict[str, Any]:
-    """The columns of this package that any row may have."""
-    return {name: row.get(name) for name in OURS if row.name(name)}
+    """The columns of this package that a row of any layout may have. A null is left out."""
+    values = {name: row.get(name) for name in OURS}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _prompt(row: Published) -> dict[str, Any]:
