@@ -47,6 +47,9 @@ from dwrl_fast.sampling.cache import CachedPlan
 
 Model = TypeVar("Model", "GenerativeModel", "ScalarModel")
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # of Gemma, RecurrentGemma, xLSTM
+# The noise in training mode of routers, by their attributes: of Mixtral and MiniMax, PhiMoE, DBRX. Not the
+# router_jitter_noise of PhiMoE, which also decides in evaluation mode which experts are used.
+NOISES = ("jitter_noise", "input_jitter_noise", "moe_jitter_eps")
 LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier_scale")
 
 
@@ -60,7 +63,7 @@ class PreferenceModel(nn.Module):
 
     def __init__(self, lm: Any):
         super().__init__()
-        switch_dropout_off(lm)
+        switch_noise_off(lm)
         keep_softcap(lm)
         keep_rotary(lm)
         self.lm = lm
@@ -313,8 +316,9 @@ def _load_merged(auto: Any, folder: str, seed: int, lora: Lora | None, **extra: 
     return merged_adapter(base, folder)
 
 
-def place(model: Model, compute: Compute, layout: Layout, *, thinks: bool = True) -> Model:
-    """Move `model` to the device and try it there on batches of `layout` and, if it `thinks`, in sampling.
+def place(model: Model, compute: Compute, layout: Layout, *, thinks: bool = True, trains: bool = True) -> Model:
+    """Move `model` to the device and try it there on batches of `layout`; if it `thinks`, in sampling; and if it
+    `trains`, in training mode.
 
     Returns the model. Raises ModelError if it cannot run them, and NotFiniteError, which names the weights with NaN, if
     there are any.
@@ -322,7 +326,7 @@ def place(model: Model, compute: Compute, layout: Layout, *, thinks: bool = True
     model.to(compute.device)
     thinks = thinks and isinstance(model, GenerativeModel)
     try:
-        model.shares_cache = admit(model, layout.packing, layout.pad_id, compute, thinks=thinks)
+        model.shares_cache = admit(model, layout.packing, layout.pad_id, compute, thinks=thinks, trains=trains)
     except NotFiniteError as error:
         if wrong := not_finite(model.lm):
             raise NotFiniteError(
@@ -333,15 +337,16 @@ def place(model: Model, compute: Compute, layout: Layout, *, thinks: bool = True
     return model
 
 
-def switch_dropout_off(model: nn.Module) -> None:
-    """Set every dropout rate to 0: with dropout the log-probabilities of a thought would differ from those at sampling,
-    and the ratios of the policy loss would be wrong.
+def switch_noise_off(model: nn.Module) -> None:
+    """Set every dropout rate and the noise of routers to 0: with them the log-probabilities of a thought would differ
+    from those at sampling, and the ratios of the policy loss would be wrong.
     """
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
         for name, value in vars(module).items():
-            if isinstance(value, float) and "drop" in name:  # for example attention_dropout, layerdrop, attn_pdrop
+            # Dropout is also in attributes such as attention_dropout, layerdrop and attn_pdrop.
+            if isinstance(value, float) and ("drop" in name or name in NOISES):
                 setattr(module, name, 0.0)
 
 

@@ -166,8 +166,9 @@ def load_runtime(
         model = load_generative(name_or_path, config_path, seed, lora, dtype=dtype)
     writes = method.thinks and not method.scalar
     vllm = vllm if writes else None
-    model = place(model, compute, layout, thinks=writes and vllm is None)
-    if frozen or not method.trains:
+    trains = method.trains and not frozen
+    model = place(model, compute, layout, thinks=writes and vllm is None, trains=trains)
+    if not trains:
         model.requires_grad_(False)
         if ranks.mesh is None:
             cast_once(model, compute)
@@ -184,7 +185,7 @@ def load_runtime(
             sampler = split(_sampler(sharded.replica, dialog, compute, layout, limits), ranks, sharded.refresh)
         runtime = Runtime(sharded.model, dialog, compute, layout, sampler, ranks, sharded)
     if vllm is not None:
-        runtime = _with_vllm(runtime, vllm, limits, trains=not frozen and method.trains)
+        runtime = _with_vllm(runtime, vllm, limits, trains=trains)
     return _prefilled(runtime, card["prefilled_by"], limits) if "prefilled_by" in card else runtime
 
 
@@ -218,7 +219,7 @@ def load_writer(
     model. Every rank holds the whole model. Raises ModelError if it cannot be loaded.
     """
     dtype = _dtype(compute, ranks)
-    model = place(load_generative(name_or_path, None, 0, dtype=dtype), compute, layout, thinks=True)
+    model = place(load_generative(name_or_path, None, 0, dtype=dtype), compute, layout, trains=False)
     fingerprint = base_fingerprint(model.lm)
     model.requires_grad_(False)
     if dtype is None:
