@@ -50,6 +50,7 @@ SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap
 # The noise in training mode of routers, by their attributes: of Mixtral and MiniMax, PhiMoE, DBRX. Not the
 # router_jitter_noise of PhiMoE, which also decides in evaluation mode which experts are used.
 NOISES = ("jitter_noise", "input_jitter_noise", "moe_jitter_eps")
+SHORTEN = "shorten the texts (--max_length leaves longer ones out)"
 LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier_scale")
 
 
@@ -383,18 +384,28 @@ def check_positions(
 ) -> bool:
     """Warn if a sequence of `longest` tokens has more tokens than the model has positions. Returns whether it has.
 
-    remedy: the advice in the warning. Raises ModelError past `rotary_limit`, where scores would depend on the batch,
-    and for a model that has an embedding of positions (GPT-2, OPT), which has no further rows.
+    remedy: the advice in the warning. Raises ModelError like `refuse_past_positions`.
     """
-    refuse_past_rotary(model.lm, longest)
+    refuse_past_positions(model, longest, remedy)
     most = positions(model)
     if most is None or longest <= most:
         return False
-    said = f"Sequences may reach {longest} tokens, but the model has positions for {most}"
-    if _embeds_positions(model.lm, most):
-        raise ModelError(f"{said}, each with its own weights: {remedy}.")
-    logger.warning("%s: %s.", said, remedy)
+    logger.warning("%s: %s.", _reach(longest, most), remedy)
     return True
+
+
+def refuse_past_positions(model: "GenerativeModel | ScalarModel", longest: int, remedy: str) -> None:
+    """Raise ModelError if the model cannot compute a sequence of `longest` tokens: past `rotary_limit`, where scores
+    would depend on the batch, or past an embedding of positions (GPT-2, OPT), which has no further rows.
+    """
+    refuse_past_rotary(model.lm, longest)
+    most = positions(model)
+    if most is not None and longest > most and _embeds_positions(model.lm, most):
+        raise ModelError(f"{_reach(longest, most)}, each with its own weights: {remedy}.")
+
+
+def _reach(longest: int, most: int) -> str:
+    return f"Sequences may reach {longest} tokens, but the model has positions for {most}"
 
 
 def _embeds_positions(lm: Any, most: int) -> bool:

@@ -17,7 +17,14 @@ from dwrl_fast.errors import ModelError
 from dwrl_fast.methods import METHODS
 from dwrl_fast.models.adapters import Lora, base_fingerprint, plain_config
 from dwrl_fast.models.export import check_exported_names, exported
-from dwrl_fast.models.model import cast_once, load_generative, load_scalar, place
+from dwrl_fast.models.model import (
+    SHORTEN,
+    cast_once,
+    load_generative,
+    load_scalar,
+    place,
+    refuse_past_positions,
+)
 from dwrl_fast.models.sharding import Sharded, cost_of, narrow
 from dwrl_fast.ranks import ALONE, Ranks
 from dwrl_fast.sampling import KeptThoughts, Limits, Sampler, TransformersSampler, TreeSampler, split
@@ -91,8 +98,10 @@ class Runtime:
 
         The model is in evaluation mode, without gradients, in the run's dtype. `progress` counts responses. This is the
         only pass without gradients: for scores of every kind, old log-probs, and log-probs of a frozen model. Ranks
-        share the groups, and all ranks get all results.
+        share the groups, and all ranks get all results. Raises ModelError, before anything is computed, if a sequence
+        has more tokens than the model can compute.
         """
+        refuse_past_positions(self.model, max((group.longest for group in groups), default=0), SHORTEN)
         found: dict[Group, Result] = {}
         training = self.model.training
         share = self.share(groups)
