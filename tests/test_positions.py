@@ -15,8 +15,10 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadMo
 
 from dwrl_fast import compare, evaluate, train
 from dwrl_fast.data import Preference
+from dwrl_fast.doctor import parse_doctor
+from dwrl_fast.doctor.__main__ import run as examine
 from dwrl_fast.embedded.tokenizer import IDS
-from dwrl_fast.errors import ModelError
+from dwrl_fast.errors import ModelError, UserError
 from dwrl_fast.log import logger
 from dwrl_fast.models.model import GenerativeModel, ScalarModel
 from dwrl_fast.models.pretrained import CARD, save_pretrained
@@ -99,6 +101,17 @@ def test_a_run_refuses_held_out_rows_past_learned_positions(folder: Path, tmp_pa
     given += ["--output_dir", f"{tmp_path}/run", "--max_completion_length", "6"]
     with pytest.raises(ModelError, match=SAID):
         train.main([*given, "--eval_dataset_name", f"{tmp_path}/held-out.jsonl"])
+
+
+def test_a_stream_is_as_long_as_allowed_for_dry_run_and_doctor_too(folder: Path) -> None:
+    given = ["--model_name_or_path", f"{with_learned_positions(folder, 'dwrl', 200)}", "--max_steps", "1"]
+    given += ["--dataset_name", f"{folder}/pairs.jsonl", "--max_completion_length", "6", "--streaming"]
+    for argv in (given, [*given, "--dry_run"]):
+        with pytest.raises(UserError, match=f"may reach 306 tokens, {SAID} 200"):
+            train.main([*argv, "--max_length", "300", "--output_dir", f"{folder}/run"])
+    report = examine(parse_doctor([*given, "--max_length", "300"]), Console(quiet=True))
+    assert [found.name for found in report.findings if found.status == "fail"] == ["model"]
+    train.main([*given, "--max_length", "194", "--dry_run"])
 
 
 @pytest.mark.parametrize("name", ["dwrl", "bt"])
