@@ -25,8 +25,8 @@ from dwrl_fast.models.adapters import (
     Lora,
     adapted,
     adapter_base,
+    adapter_base_options,
     add_adapters,
-    base_options,
     holds_head,
     is_adapter,
     merged_adapter,
@@ -306,9 +306,9 @@ def _load_merged(auto: Any, folder: str, seed: int, lora: Lora | None, **extra: 
             f"{folder} is an adapter, and --use_peft trains a new one over a whole model: give the merged model "
             "(OUTPUT_DIR/model, next to OUTPUT_DIR/adapter)"
         )
-    name = adapter_base(folder)
+    name, options = adapter_base(folder), adapter_base_options(folder)
     try:
-        base = _load(auto, name, None, seed, None, None, new_head=holds_head(folder), **extra, **base_options(folder))
+        base = _load(auto, name, None, seed, None, None, new_head=holds_head(folder), **extra, **options)
     except ModelError as error:
         raise ModelError(
             f"{folder} holds adapters of {name}, which is also needed: put it back, or write its new place into "
