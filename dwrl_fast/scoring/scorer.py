@@ -259,6 +259,12 @@ class Scorer:
                     f"the stored temperature was fitted to scores of {fitted} thoughts, but these scores are of "
                     f"{votes}."
                 )
+            about = self._calibration.get("aspect", self.dialog.aspect)
+            if about != self.dialog.aspect:
+                warn_once(
+                    f"the stored temperature was fitted to scores about {about}, but these scores are about "
+                    f"{self.dialog.aspect}."
+                )
             scores = self.score(prompts, responses, votes, reference=reference, seed=seed)
             return (scores / self._calibration["temperature"]).sigmoid()
         if not isinstance(self._judging, GenerativeJudging):
