@@ -79,7 +79,7 @@ def admit(model: Any, packing: Packing, pad_id: int, compute: Compute, *, thinks
     return thinks and not sharing
 
 
-def difference(saved: Any, model: Any) -> str | None:
+def output_difference(saved: Any, model: Any) -> str | None:
     """In words, how the logits (or rewards) of `saved` differ from those of `model` on a few tokens; None if they
     differ only by rounding.
 
