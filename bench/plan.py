@@ -25,7 +25,7 @@ from rich.console import Console
 from bench import command
 from bench.machine import machine
 from bench.training.step import COMMON, MODELS, QWEN_7B
-from dwrl_fast.compute import Compute
+from dwrl_fast.compute import GIB, Compute
 from dwrl_fast.dialog import Dialog, Template
 from dwrl_fast.doctor.profile import measured
 from dwrl_fast.embedded.arrays import EVALUATE, RATE
@@ -34,7 +34,7 @@ from dwrl_fast.encode import Group
 from dwrl_fast.methods import METHODS
 from dwrl_fast.plan import PlanConfig, Profile, planned
 from dwrl_fast.plan.lengths import groups
-from dwrl_fast.plan.memory import GIB, memory
+from dwrl_fast.plan.memory import memory
 from dwrl_fast.plan.seconds import step
 from dwrl_fast.plan.trace import trace
 from dwrl_fast.ranks import ALONE, Ranks

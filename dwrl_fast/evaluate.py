@@ -94,7 +94,8 @@ def run(config: EvaluateConfig, console: Console) -> PairReport:
     report = with_extras(config, report, table, scored.rows, units)
     say_unread(report, sum(len(each) for row in scored.rows for each in row.verdicts))
     if config.calibrate:
-        calibrate(config, report, steps.votes)
+        aspects = sorted({row.aspect or scorer.dialog.aspect for row in rows})
+        calibrate(config, report, steps.votes, ", ".join(aspects))
     if folder is not None:  # before anything is printed, because a closed pipe may end the command there
         write(folder, report, table, scored.rows, rows, config.seed)
     show(console, report, time.monotonic() - started)
@@ -191,8 +192,10 @@ def with_extras(
     )
 
 
-def calibrate(config: EvaluateConfig, report: Report, votes: int) -> None:
-    """Store the fitted temperature in the model's card. votes: the thoughts per response that were scored."""
+def calibrate(config: EvaluateConfig, report: Report, votes: int, aspect: str) -> None:
+    """Store the fitted temperature in the model's card. votes: the thoughts per response that were scored. aspect: what
+    they were asked about.
+    """
     if report.temperature is None:
         logger.warning(
             "no temperature could be fitted, so none is stored: the model orders all of these pairs correctly, or "
@@ -206,6 +209,7 @@ def calibrate(config: EvaluateConfig, report: Report, votes: int) -> None:
             "pairs": report.all.pairs,
             "data": [part.dataset_name for part in config.dataset_name],
             "votes": votes,
+            "aspect": aspect,
         }
     }
     _replace(folder / CARD, json.dumps(card, indent=2) + "\n")

@@ -223,14 +223,14 @@ def train(
     else:
         logger.info("%s trains nothing: the model is evaluated unchanged, and saved for later use", config.method)
         feed, longest = Feed([], [], batch_size=config.rollout_batch_size, epochs=0, max_steps=0), 0
-    held_out, _ = read_rows(config.eval_dataset_name, config, dialog, display)
+    held_out, unseen = read_rows(config.eval_dataset_name, config, dialog, display)
     warn_of_shared_prompts(feed, held_out)
     method = METHODS[config.method](config, dialog)
     judging = load_judging(config, method, dialog, compute, ranks)
     model = judging.runtime.model
     check_vocabulary(model, max(len(dialog.tokenizer) - 1, dialog.pad_id))
     writes = method.thinks or bool(method.thoughts_each)
-    check_positions(model, longest + config.max_completion_length * writes)
+    check_positions(model, max(longest, unseen) + config.max_completion_length * writes)
     check_start(config, method, judging.runtime, longest)
     if config.gradient_checkpointing:
         model.lm.gradient_checkpointing_enable({"use_reentrant": False})

@@ -277,6 +277,12 @@ def test_the_stored_temperature_is_used(tmp_path: Path, caplog: pytest.LogCaptur
     with caplog.at_level(logging.WARNING, "dwrl_fast"):
         scorer.compare("3 5 0", "5", "2 7 1", votes=2)
     assert "fitted to scores of 1 thoughts, but these scores are of 2" in caplog.text
+    assert "scores about" not in caplog.text
+    calibration = {"temperature": 2.5, "aspect": "honesty"}
+    (path / CARD).write_text(json.dumps(card | {"calibration": calibration}))
+    with caplog.at_level(logging.WARNING, "dwrl_fast"):
+        Scorer.from_pretrained(path, dtype="fp32").compare("3 5 0", "5", "2 7 1")
+    assert "fitted to scores about honesty, but these scores are about correctness" in caplog.text
 
 
 def test_what_evaluate_calibrates_is_what_is_used(tmp_path: Path) -> None:
@@ -285,7 +291,9 @@ def test_what_evaluate_calibrates_is_what_is_used(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in pairs.read_text().splitlines()]
     pairs.write_text("".join(json.dumps({turned.get(k, k): v for k, v in row.items()}) + "\n" for row in rows))
     evaluate.main(["--model_name_or_path", str(path), "--dataset_name", str(pairs), "--calibrate"])
-    temperature = json.loads((path / CARD).read_text())["calibration"]["temperature"]
+    stored = json.loads((path / CARD).read_text())["calibration"]
+    temperature = stored["temperature"]
+    assert stored["aspect"] == "correctness"
     scorer = Scorer.from_pretrained(path, dtype="fp32")
     a, b = scorer.score(["3 5 0"] * 2, ["5", "2 7 1"]).tolist()
     assert scorer.compare("3 5 0", "5", "2 7 1") == pytest.approx(1 / (1 + math.exp((b - a) / temperature)), abs=1e-5)

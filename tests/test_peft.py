@@ -28,7 +28,7 @@ from dwrl_fast.encode import Group, Thought, closed_groups
 from dwrl_fast.errors import CheckpointError, ConfigError, ModelError, UserError
 from dwrl_fast.feed import open_feed
 from dwrl_fast.methods import METHODS, StepMetrics
-from dwrl_fast.models.adapters import Lora, plain
+from dwrl_fast.models.adapters import FOUR_BIT, QUANTIZATION, Lora, plain
 from dwrl_fast.models.model import GenerativeModel, load_generative, place
 from dwrl_fast.models.pretrained import save_pretrained
 from dwrl_fast.progress import Display
@@ -408,6 +408,24 @@ def test_a_run_in_4_bits(folder: Path, changes: dict[str, Any], monkeypatch: pyt
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "bitsandbytes" else object())
     with pytest.raises(UserError, match=r"trained on its base in 4 bits\. Give the merged model.*not installed"):
         scores(runs[0] / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ({"load_in_4bit": False, "load_in_8bit": True}, "a base with load_in_4bit = False; it can be loaded only with"),
+        ({"bnb_4bit_quant_type": "fp4"}, "quant_type = fp4; it can be loaded only with bnb_4bit_quant_type = nf4"),
+        ({"bnb_4bit_use_double_quant": True}, "use_double_quant = True; .* Merge them with the tool"),
+        ({"llm_int8_skip_modules": ["up_proj"]}, "skip_modules = .'up_proj'."),
+        (None, "cannot be read as a folder of adapters: quantization_config.json: Expecting value.*Copy it again"),
+    ],
+)
+def test_a_base_quantised_in_another_way_is_refused(tmp_path: Path, written: dict[str, Any] | None, said: str) -> None:
+    """The adapters were fitted to its rounding."""
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
+    (tmp_path / QUANTIZATION).write_text(json.dumps(FOUR_BIT | written) if written else "")
+    with pytest.raises(ModelError, match=rf"{QUANTIZATION}: .*{said}" if written else said):
+        load_generative(str(tmp_path), None, 0)
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from test_layouts import COMPUTE, CPU, SHARED, drawn
 from tiny import tiny_dialog, tiny_folder, tiny_pairs
 
-from dwrl_fast import train
+from dwrl_fast import Scorer, train
 from dwrl_fast.batching.layout import Layout
 from dwrl_fast.errors import ConfigError, ModelError, NotFiniteError, UserError
+from dwrl_fast.models import trial
 from dwrl_fast.models.adapters import Lora, add_adapters, plain
 from dwrl_fast.models.model import GenerativeModel, check_positions, load_generative, place
 from dwrl_fast.models.pretrained import save_pretrained, try_saving
@@ -29,7 +30,7 @@ LATENT |= {"first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "n
 LATENT |= {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12}
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {},
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "router_jitter_noise": 0.3},
     "qwen3_moe": EXPERTS,
     "qwen3_next": EXPERTS | STATES | {"shared_expert_intermediate_size": 16},
     "qwen3_5_text": STATES,
@@ -45,6 +46,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 32, "word_embed_proj_dim": 32},
     "gpt_bigcode": {"n_embd": 32, "n_layer": 2, "n_head": 4},
     "qwen2_moe": {},
+    "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "router_jitter_noise": 0.3},
+    "dbrx": {"d_model": 32, "n_heads": 4, "n_layers": 2}
+    | {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}}
+    | {"ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2, "moe_jitter_eps": 0.3}},
+    "phimoe": {},
     "afmoe": {"num_dense_layers": 1, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
 }
 
@@ -301,9 +307,11 @@ def test_every_soft_cap_of_logits_is_read() -> None:
     torch.testing.assert_close(model.head(states, states[:0]).logits(states), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["seed_oss", "opt", "gpt_bigcode", "gpt2"])
-def test_dropout_of_every_form_is_off_in_training(kind: str, tmp_path: Path) -> None:
-    """Seed-OSS and OPT apply it as a function of an attribute, GPT-BigCode passes it to the attention."""
+@pytest.mark.parametrize("kind", ["seed_oss", "opt", "gpt_bigcode", "gpt2", "mixtral", "minimax_m2", "dbrx"])
+def test_dropout_and_noise_of_every_form_are_off_in_training(kind: str, tmp_path: Path) -> None:
+    """Seed-OSS and OPT apply it as a function of an attribute, GPT-BigCode passes it to the attention. Routers multiply
+    their inputs by noise.
+    """
     made(kind).save_pretrained(tmp_path / kind)
     model = load_generative(str(tmp_path / kind), None, 0)
     lm = placed(model.lm).lm
@@ -319,6 +327,30 @@ def test_noise_in_training_that_cannot_be_switched_off_is_refused() -> None:
     layer.mlp.forward = lambda x: forward(torch.nn.functional.dropout(x, 0.1, layer.training))
     with pytest.raises(ModelError, match="LlamaForCausalLM cannot be used here: in training mode its states differ"):
         placed(lm)
+    placed(lm, trains=False)
+
+
+def test_what_is_noise_only_in_training_can_be_evaluated_unchanged() -> None:
+    """PhiMoE draws its experts in training. Its router_jitter_noise also decides in evaluation which of them count."""
+    kind = {"num_local_experts": 4, "router_jitter_noise": 0.2, "input_jitter_noise": 0.2, "sliding_window": None}
+    lm, ids = made("phimoe", **kind), torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        before = lm(ids).logits
+        without = made("phimoe", **kind | {"router_jitter_noise": 0.0})(ids).logits
+        assert not torch.allclose(before, without)
+        torch.testing.assert_close(placed(lm, trains=False).lm(ids).logits, before)
+    with pytest.raises(ModelError, match=r"in training mode .* it can only be evaluated\. Use another model"):
+        placed(lm)
+
+
+def test_only_what_is_trained_is_tried_in_training_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = tiny_pairs(tmp_path / "pairs.jsonl")
+    monkeypatch.setattr(trial, "_training_fault", lambda *_: "it trains otherwise")
+    given = ["--dry_run", "--model_name_or_path", str(tiny_folder(tmp_path / "tiny"))]
+    with pytest.raises(UserError, match="it trains otherwise"):
+        train.main([*given, "--dataset_name", str(pairs)])
+    train.main([*given, "--method", "judge", "--eval_dataset_name", str(pairs)])
+    Scorer.from_pretrained(tmp_path / "tiny")
 
 
 def test_a_config_that_does_not_compute_is_refused() -> None:

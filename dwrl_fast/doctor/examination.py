@@ -94,13 +94,15 @@ def _dialog(config: DoctorConfig, together: Ranks, report: Report) -> Dialog | S
 
 
 def _rows(config: DoctorConfig, dialog: Dialog | SingleTurn, display: Display) -> tuple[list[Preference], int]:
-    """The first usable rows of all files, and the tokens of the longest sequence."""
+    """The first usable rows of all files, and the tokens of the longest sequence (of a stream, as a run expects)."""
     method = METHODS[config.method]
     parts: Sequence[Part] = config.eval_dataset_name
     if method.trains:
         parts = config.dataset_mixture or (Part(str(config.dataset_name)),)
     each = -(-config.limit // len(parts))
     rows, longest = read_rows(parts, config, dialog, display, limit=each, imitated=method.imitates)
+    if config.streaming and method.trains:
+        longest = max(longest, config.max_length)
     return rows[: config.limit], longest
 
 
@@ -211,9 +213,8 @@ def embedded_task(config: DoctorConfig, display: Display, together: Ranks) -> It
     with ExitStack() as stack:
         made, which = together.from_first(lambda: _found_or_made(config, display, stack))
         yield made, which
-        together.gather(
-            None
-        )  # no rank reads it any more; after an error the ranks would wait here for the one that fails
+        # From here on no rank reads it. After an error the ranks would wait here for the one that fails.
+        together.gather(None)
 
 
 def _found_or_made(config: DoctorConfig, display: Display, stack: ExitStack) -> tuple[embedded.Embedded, str]:

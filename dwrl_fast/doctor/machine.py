@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dwrl_fast.compute import Compute, available, multiplies_bfloat16
+from dwrl_fast.compute import GIB, Compute, available, multiplies_bfloat16
 from dwrl_fast.config import TrainConfig
 from dwrl_fast.doctor.finding import Finding
 from dwrl_fast.log import logger
@@ -16,7 +16,6 @@ from dwrl_fast.ops.backend import choose_backend
 from dwrl_fast.ranks import Ranks
 from dwrl_fast.scoring import Runtime
 
-GIB = 2**30
 OPERATORS = ("linear_logprob", "linear_policy_loss", "yes_no_logprob", "tree_attention", "cache_attention")
 
 

@@ -30,8 +30,8 @@ class Method(ABC):
     scalar: the model has a scalar head instead of a language-model head.
     verdict: how the model gives its verdict, a name in `scoring.VERDICTS`.
     thinks: a thought precedes the verdict. contrasts: a single thought per context teaches nothing.
-    trains: False if the model is only evaluated and saved. imitates: trains on the best
-    response of several alone, and on rows with thought and verdict.
+    trains: False if the model is only evaluated and saved. imitates: trains on the best response of several alone, and
+    on rows with thought and verdict.
     old_policy: the old policy of its probability ratio; None without a ratio.
     selects: only some of the sampled thoughts are trained.
     limit: what its scores depend on, a sentence for the README of a model; empty if nothing.

@@ -24,6 +24,13 @@ from dwrl_fast.log import logger
 NAME = "default"  # name of the model's only adapter; peft's default
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 QUANTIZATION = "quantization_config.json"  # how the base was quantised, as transformers writes it
+# How a base is quantised: all that its values depend on.
+FOUR_BIT = {
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": False,
+    "llm_int8_skip_modules": None,
+}
 PREFIX = "base_model.model."  # prefix of every name in peft's files
 # In a model with several experts in one tensor, peft interprets these names as parts of that tensor, which this package
 # cannot merge.
@@ -174,20 +181,30 @@ def holds_head(folder: str) -> bool:
     return "score" in (_config(folder).get("modules_to_save") or ())
 
 
-def _config(folder: str) -> dict[str, Any]:
+def _config(folder: str, name: str = CONFIG) -> dict[str, Any]:
     try:
         check_folder(folder)
-        return dict(bounded_json(Path(folder) / CONFIG))
+        return dict(bounded_json(Path(folder) / name))
     except (OSError, ValueError, TypeError) as error:
-        raise ModelError(f"{folder} cannot be read as a folder of adapters: {error}. Copy it again") from None
+        raise ModelError(f"{folder} cannot be read as a folder of adapters: {name}: {error}. Copy it again") from None
 
 
-def base_options(folder: str) -> dict[str, Any]:
+def adapter_base_options(folder: str) -> dict[str, Any]:
     """The arguments of `from_pretrained` for the model that the adapters in `folder` belong to: in 4 bits if they were
     trained so, because the rounding of the base is part of what they were fitted to.
+
+    Raises ModelError if that base was quantised in another way.
     """
     if not (Path(folder) / QUANTIZATION).is_file():
         return {}
+    said = _config(folder, QUANTIZATION)
+    if others := [name for name, value in FOUR_BIT.items() if said.get(name) != value]:
+        raise ModelError(
+            f"{folder}/{QUANTIZATION}: the adapters were fitted to a base with "
+            f"{', '.join(f'{name} = {said.get(name)}' for name in others)}; it can be loaded only with "
+            f"{', '.join(f'{name} = {FOUR_BIT[name]}' for name in others)}. Merge them with the tool that trained "
+            "them, and give the merged model"
+        )
     _need_bitsandbytes(f"{folder} was trained on its base in 4 bits. Give the merged model next to it, or install it")
     return _four_bit(Compute.resolve("auto"))
 
@@ -195,9 +212,7 @@ def base_options(folder: str) -> dict[str, Any]:
 def _four_bit(compute: Compute) -> dict[str, Any]:
     from transformers import BitsAndBytesConfig
 
-    quantized = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=_base_dtype(compute)
-    )
+    quantized = BitsAndBytesConfig(**FOUR_BIT, bnb_4bit_compute_dtype=_base_dtype(compute))
     return {"quantization_config": quantized, "device_map": {"": compute.device}}
 
 

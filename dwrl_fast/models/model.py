@@ -25,8 +25,8 @@ from dwrl_fast.models.adapters import (
     Lora,
     adapted,
     adapter_base,
+    adapter_base_options,
     add_adapters,
-    base_options,
     holds_head,
     is_adapter,
     merged_adapter,
@@ -47,6 +47,10 @@ from dwrl_fast.sampling.cache import CachedPlan
 
 Model = TypeVar("Model", "GenerativeModel", "ScalarModel")
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # of Gemma, RecurrentGemma, xLSTM
+# The noise in training mode of routers, by their attributes: of Mixtral and MiniMax, PhiMoE, DBRX. Not the
+# router_jitter_noise of PhiMoE, which also decides in evaluation mode which experts are used.
+NOISES = ("jitter_noise", "input_jitter_noise", "moe_jitter_eps")
+SHORTEN = "shorten the texts (--max_length leaves longer ones out)"
 LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier_scale")
 
 
@@ -60,7 +64,7 @@ class PreferenceModel(nn.Module):
 
     def __init__(self, lm: Any):
         super().__init__()
-        switch_dropout_off(lm)
+        switch_noise_off(lm)
         keep_softcap(lm)
         keep_rotary(lm)
         self.lm = lm
@@ -302,9 +306,9 @@ def _load_merged(auto: Any, folder: str, seed: int, lora: Lora | None, **extra: 
             f"{folder} is an adapter, and --use_peft trains a new one over a whole model: give the merged model "
             "(OUTPUT_DIR/model, next to OUTPUT_DIR/adapter)"
         )
-    name = adapter_base(folder)
+    name, options = adapter_base(folder), adapter_base_options(folder)
     try:
-        base = _load(auto, name, None, seed, None, None, new_head=holds_head(folder), **extra, **base_options(folder))
+        base = _load(auto, name, None, seed, None, None, new_head=holds_head(folder), **extra, **options)
     except ModelError as error:
         raise ModelError(
             f"{folder} holds adapters of {name}, which is also needed: put it back, or write its new place into "
@@ -313,8 +317,9 @@ def _load_merged(auto: Any, folder: str, seed: int, lora: Lora | None, **extra: 
     return merged_adapter(base, folder)
 
 
-def place(model: Model, compute: Compute, layout: Layout, *, thinks: bool = True) -> Model:
-    """Move `model` to the device and try it there on batches of `layout` and, if it `thinks`, in sampling.
+def place(model: Model, compute: Compute, layout: Layout, *, thinks: bool = True, trains: bool = True) -> Model:
+    """Move `model` to the device and try it there on batches of `layout`; if it `thinks`, in sampling; and if it
+    `trains`, in training mode.
 
     Returns the model. Raises ModelError if it cannot run them, and NotFiniteError, which names the weights with NaN, if
     there are any.
@@ -322,7 +327,7 @@ def place(model: Model, compute: Compute, layout: Layout, *, thinks: bool = True
     model.to(compute.device)
     thinks = thinks and isinstance(model, GenerativeModel)
     try:
-        model.shares_cache = admit(model, layout.packing, layout.pad_id, compute, thinks=thinks)
+        model.shares_cache = admit(model, layout.packing, layout.pad_id, compute, thinks=thinks, trains=trains)
     except NotFiniteError as error:
         if wrong := not_finite(model.lm):
             raise NotFiniteError(
@@ -333,15 +338,16 @@ def place(model: Model, compute: Compute, layout: Layout, *, thinks: bool = True
     return model
 
 
-def switch_dropout_off(model: nn.Module) -> None:
-    """Set every dropout rate to 0: with dropout the log-probabilities of a thought would differ from those at sampling,
-    and the ratios of the policy loss would be wrong.
+def switch_noise_off(model: nn.Module) -> None:
+    """Set every dropout rate and the noise of routers to 0: with them the log-probabilities of a thought would differ
+    from those at sampling, and the ratios of the policy loss would be wrong.
     """
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
         for name, value in vars(module).items():
-            if isinstance(value, float) and "drop" in name:  # for example attention_dropout, layerdrop, attn_pdrop
+            # Dropout is also in attributes such as attention_dropout, layerdrop and attn_pdrop.
+            if isinstance(value, float) and ("drop" in name or name in NOISES):
                 setattr(module, name, 0.0)
 
 
@@ -378,18 +384,28 @@ def check_positions(
 ) -> bool:
     """Warn if a sequence of `longest` tokens has more tokens than the model has positions. Returns whether it has.
 
-    remedy: the advice in the warning. Raises ModelError past `rotary_limit`, where scores would depend on the batch,
-    and for a model that has an embedding of positions (GPT-2, OPT), which has no further rows.
+    remedy: the advice in the warning. Raises ModelError like `refuse_past_positions`.
     """
-    refuse_past_rotary(model.lm, longest)
+    refuse_past_positions(model, longest, remedy)
     most = positions(model)
     if most is None or longest <= most:
         return False
-    said = f"Sequences may reach {longest} tokens, but the model has positions for {most}"
-    if _embeds_positions(model.lm, most):
-        raise ModelError(f"{said}, each with its own weights: {remedy}.")
-    logger.warning("%s: %s.", said, remedy)
+    logger.warning("%s: %s.", _reach(longest, most), remedy)
     return True
+
+
+def refuse_past_positions(model: "GenerativeModel | ScalarModel", longest: int, remedy: str) -> None:
+    """Raise ModelError if the model cannot compute a sequence of `longest` tokens: past `rotary_limit`, where scores
+    would depend on the batch, or past an embedding of positions (GPT-2, OPT), which has no further rows.
+    """
+    refuse_past_rotary(model.lm, longest)
+    most = positions(model)
+    if most is not None and longest > most and _embeds_positions(model.lm, most):
+        raise ModelError(f"{_reach(longest, most)}, each with its own weights: {remedy}.")
+
+
+def _reach(longest: int, most: int) -> str:
+    return f"Sequences may reach {longest} tokens, but the model has positions for {most}"
 
 
 def _embeds_positions(lm: Any, most: int) -> bool:

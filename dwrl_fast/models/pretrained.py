@@ -18,7 +18,7 @@ from dwrl_fast.models import gguf
 from dwrl_fast.models.adapters import adapted, plain, write_adapter
 from dwrl_fast.models.liger import without_liger
 from dwrl_fast.models.model import GenerativeModel, PreferenceModel, load_generative, load_scalar, quiet
-from dwrl_fast.models.trial import difference
+from dwrl_fast.models.trial import output_difference
 from dwrl_fast.templates import DEFAULT, load_template
 
 CARD = "preference_model.json"
@@ -150,7 +150,7 @@ def _compare(folder: Path, model: PreferenceModel) -> None:
             saved: PreferenceModel = load_generative(str(folder), None, 0)
         else:
             saved = load_scalar(str(folder), None, 0, model.lm.config.pad_token_id)
-        apart = difference(saved, model)
+        apart = output_difference(saved, model)
     if apart:
         raise ModelError(
             f"what was saved in {folder} is not the model that was trained: {apart}. The folder is kept for "

@@ -31,10 +31,10 @@ NATS = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 WITHOUT_THOUGHTS = "gram, genrm, sft and dpo write none"
 
 
-def admit(model: Any, packing: Packing, pad_id: int, compute: Compute, *, thinks: bool) -> bool:
-    """Prepare `model`, which is on its device, for batches of `packing`, and try it on a few tokens: its head, its
-    training mode, the layout and, if it `thinks`, sampling. Returns whether it can sample with a shared cache
-    (`TreeSampler`). If not, this is logged, and each thought gets its own cache.
+def admit(model: Any, packing: Packing, pad_id: int, compute: Compute, *, thinks: bool, trains: bool) -> bool:
+    """Prepare `model`, which is on its device, for batches of `packing`, and try it on a few tokens: its head, if it
+    `trains` its training mode, the layout and, if it `thinks`, sampling. Returns whether it can sample with a shared
+    cache (`TreeSampler`). If not, this is logged, and each thought gets its own cache.
 
     Raises ModelError, with the reason and a remedy that was tried, if it cannot run, and NotFiniteError if its weights
     hold NaN.
@@ -50,7 +50,7 @@ def admit(model: Any, packing: Packing, pad_id: int, compute: Compute, *, thinks
             raise ModelError(
                 f"{name} cannot compute even a short sequence: {error}. Correct its config.json"
             ) from error
-        if unlike := _head_fault(model, alone) or _training_fault(lm, alone):
+        if unlike := _head_fault(model, alone) or (_training_fault(lm, alone) if trains else None):
             raise ModelError(f"{name} cannot be used here: {unlike}. Use another model (Llama, Qwen, Mistral, Gemma)")
         padded = _fault(lambda: _layout_fault(lm, "padded", pad_id, alone))
         shape: Packing = "tree" if packing == "padded" else packing
@@ -79,7 +79,7 @@ def admit(model: Any, packing: Packing, pad_id: int, compute: Compute, *, thinks
     return thinks and not sharing
 
 
-def difference(saved: Any, model: Any) -> str | None:
+def output_difference(saved: Any, model: Any) -> str | None:
     """In words, how the logits (or rewards) of `saved` differ from those of `model` on a few tokens; None if they
     differ only by rounding.
 
@@ -173,8 +173,8 @@ def _training_fault(lm: Any, alone: Tensor) -> str | None:
         apart = ((_alone(lm) - alone).norm() / alone.norm()).item()
     if not apart <= _allowed(STATES, lm):
         return (
-            f"in training mode its states differ by {apart:.1g} of their size, because of dropout or noise that its "
-            "layers add by themselves; set it to 0 in the model's config.json"
+            f"in training mode its states differ by {apart:.1g} of their size, because its layers add noise or "
+            "compute otherwise there; it can only be evaluated"
         )
     return None
 

@@ -15,12 +15,12 @@ from typing import NamedTuple
 
 import torch
 
+from dwrl_fast.compute import GIB
 from dwrl_fast.ops.products import workspace_bytes
 from dwrl_fast.plan.lengths import contexts
 from dwrl_fast.plan.setup import NF4, Setup, Weights
 from dwrl_fast.plan.trace import Traced
 
-GIB = 2**30
 STEP = 256  # step of the budget search, in tokens
 MOST = 1 << 20  # the largest budget of the search, in tokens
 Kinds = dict[str, float]

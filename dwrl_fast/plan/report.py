@@ -7,7 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dwrl_fast.plan.memory import GIB, Memory
+from dwrl_fast.compute import GIB
+from dwrl_fast.plan.memory import Memory
 from dwrl_fast.plan.seconds import flops
 from dwrl_fast.plan.setup import Setup
 from dwrl_fast.plan.sizing import Sized, room

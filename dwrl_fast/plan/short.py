@@ -4,10 +4,10 @@ from typing import Literal
 
 import torch
 
-from dwrl_fast.compute import available
+from dwrl_fast.compute import GIB, available
 from dwrl_fast.config import TrainConfig
 from dwrl_fast.plan.lengths import Lengths
-from dwrl_fast.plan.memory import GIB, memory
+from dwrl_fast.plan.memory import memory
 from dwrl_fast.plan.profile import Profile
 from dwrl_fast.plan.setup import planned
 from dwrl_fast.plan.trace import trace

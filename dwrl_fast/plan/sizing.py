@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from dwrl_fast.plan.memory import GIB, Memory, largest_budget, memory, parts
+from dwrl_fast.compute import GIB
+from dwrl_fast.plan.memory import Memory, largest_budget, memory, parts
 from dwrl_fast.plan.seconds import step
 from dwrl_fast.plan.setup import Setup, planned
 from dwrl_fast.plan.trace import Traced, trace

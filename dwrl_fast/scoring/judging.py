@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 from dwrl_fast.compute import step_seed
 from dwrl_fast.data import Preference
 from dwrl_fast.encode import Group, Request
+from dwrl_fast.models.model import SHORTEN, refuse_past_positions
 from dwrl_fast.sampling import sample_groups
 from dwrl_fast.scoring.runtime import Runtime
 from dwrl_fast.scoring.scored import ScoredGroup
@@ -50,14 +51,20 @@ class Judging(ABC):
     ) -> list[Group]:
         """One group per request with `votes` thoughts per context; a single thought is greedy. `progress` counts
         contexts. With `normalization` the thoughts have scores, if the sampler can give them.
+
+        Raises ModelError, before anything is sampled, if the model cannot compute a context with the longest thought.
         """
         assert self.runtime.sampler is not None
+        max_tokens: int = self.card["max_completion_length"]
+        contexts = (context for request in requests for context in request.contexts)
+        longest = max((len(self.dialog.sequence(context, []).ids) for context in contexts), default=0)
+        refuse_past_positions(self.runtime.model, longest + max_tokens, f"{SHORTEN}, or lower max_completion_length")
         return sample_groups(
             requests,
             self.dialog,
             self.runtime.sampler,
             votes,
-            max_tokens=self.card["max_completion_length"],
+            max_tokens=max_tokens,
             temperature=0.0 if votes == 1 else self.card["temperature"],
             seed=step_seed(seed, "votes", votes),
             progress=progress,

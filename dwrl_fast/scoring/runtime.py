@@ -17,7 +17,14 @@ from dwrl_fast.errors import ModelError
 from dwrl_fast.methods import METHODS
 from dwrl_fast.models.adapters import Lora, base_fingerprint, plain_config
 from dwrl_fast.models.export import check_exported_names, exported
-from dwrl_fast.models.model import cast_once, load_generative, load_scalar, place
+from dwrl_fast.models.model import (
+    SHORTEN,
+    cast_once,
+    load_generative,
+    load_scalar,
+    place,
+    refuse_past_positions,
+)
 from dwrl_fast.models.sharding import Sharded, cost_of, narrow
 from dwrl_fast.ranks import ALONE, Ranks
 from dwrl_fast.sampling import KeptThoughts, Limits, Sampler, TransformersSampler, TreeSampler, split
@@ -91,8 +98,10 @@ class Runtime:
 
         The model is in evaluation mode, without gradients, in the run's dtype. `progress` counts responses. This is the
         only pass without gradients: for scores of every kind, old log-probs, and log-probs of a frozen model. Ranks
-        share the groups, and all ranks get all results.
+        share the groups, and all ranks get all results. Raises ModelError, before anything is computed, if a sequence
+        has more tokens than the model can compute.
         """
+        refuse_past_positions(self.model, max((group.longest for group in groups), default=0), SHORTEN)
         found: dict[Group, Result] = {}
         training = self.model.training
         share = self.share(groups)
@@ -166,8 +175,9 @@ def load_runtime(
         model = load_generative(name_or_path, config_path, seed, lora, dtype=dtype)
     writes = method.thinks and not method.scalar
     vllm = vllm if writes else None
-    model = place(model, compute, layout, thinks=writes and vllm is None)
-    if frozen or not method.trains:
+    trains = method.trains and not frozen
+    model = place(model, compute, layout, thinks=writes and vllm is None, trains=trains)
+    if not trains:
         model.requires_grad_(False)
         if ranks.mesh is None:
             cast_once(model, compute)
@@ -184,7 +194,7 @@ def load_runtime(
             sampler = split(_sampler(sharded.replica, dialog, compute, layout, limits), ranks, sharded.refresh)
         runtime = Runtime(sharded.model, dialog, compute, layout, sampler, ranks, sharded)
     if vllm is not None:
-        runtime = _with_vllm(runtime, vllm, limits, trains=not frozen and method.trains)
+        runtime = _with_vllm(runtime, vllm, limits, trains=trains)
     return _prefilled(runtime, card["prefilled_by"], limits) if "prefilled_by" in card else runtime
 
 
@@ -218,7 +228,7 @@ def load_writer(
     model. Every rank holds the whole model. Raises ModelError if it cannot be loaded.
     """
     dtype = _dtype(compute, ranks)
-    model = place(load_generative(name_or_path, None, 0, dtype=dtype), compute, layout, thinks=True)
+    model = place(load_generative(name_or_path, None, 0, dtype=dtype), compute, layout, trains=False)
     fingerprint = base_fingerprint(model.lm)
     model.requires_grad_(False)
     if dtype is None:

@@ -24,7 +24,7 @@ from dwrl_fast.dialog import Dialog, Thinking
 from dwrl_fast.errors import DataError, ModelError, NotFiniteError
 from dwrl_fast.log import warn_once
 from dwrl_fast.models.hub import judge_folder
-from dwrl_fast.models.model import check_positions, positions
+from dwrl_fast.models.model import SHORTEN, check_positions, positions
 from dwrl_fast.options import given_by
 from dwrl_fast.sampling import Limits
 from dwrl_fast.scoring.judging import Judging, Progress
@@ -154,7 +154,8 @@ class Scorer:
 
         The groups are in the order of `rows`. An unreadable verdict counts as wrong: it counts for the response with
         the worse rank. `progress` counts responses. All other methods of this class, and evaluation, use this one.
-        Raises NotFiniteError if the model gives NaN.
+        Raises NotFiniteError if the model gives NaN, and ModelError, before anything is scored, if it cannot compute
+        sequences as long as these may become.
         """
         if votes < 1:
             raise DataError(f"votes = {votes}: must be at least 1")
@@ -175,10 +176,9 @@ class Scorer:
 
     def check_positions(self, longest: int) -> None:
         """Warn once if a sequence with `longest` tokens before its thought may have more tokens than the model has
-        positions.
+        positions. Raises ModelError if the model cannot compute it.
         """
-        remedy = "shorten the texts (--max_length leaves longer ones out)"
-        remedy += ", or lower max_completion_length" if self._thought_tokens else ""
+        remedy = SHORTEN + (", or lower max_completion_length" if self._thought_tokens else "")
         longest += self._thought_tokens
         self._said_past = self._said_past or check_positions(self._judging.runtime.model, longest, remedy)
 
@@ -258,6 +258,12 @@ class Scorer:
                 warn_once(
                     f"the stored temperature was fitted to scores of {fitted} thoughts, but these scores are of "
                     f"{votes}."
+                )
+            about = self._calibration.get("aspect", self.dialog.aspect)
+            if about != self.dialog.aspect:
+                warn_once(
+                    f"the stored temperature was fitted to scores about {about}, but these scores are about "
+                    f"{self.dialog.aspect}."
                 )
             scores = self.score(prompts, responses, votes, reference=reference, seed=seed)
             return (scores / self._calibration["temperature"]).sigmoid()

@@ -127,6 +127,8 @@ def _look_at_all(config: TrainConfig, ranks: Ranks, found: Findings) -> None:
     ):
         found.say("warning", said)
     longest = max((tokens for _, tokens in [*training, *held_out]), default=0)
+    if config.streaming and made.trains:  # the longest row is unknown: a run expects this
+        longest = max(longest, config.max_length)
     files = [rows for rows, _ in training]
     if trained and all(files):
         _say_updates(trained, files, config, found)
