@@ -221,7 +221,7 @@ def job(tmp_path: Path, seconds: float = 60) -> gpu.Job:
 def test_a_part_is_stopped(tmp_path: Path) -> None:
     slow = "import time; time.sleep(60)"
     script = f"import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', {slow!r}])"
-    status, output = job(tmp_path, 8).command(sys.executable, "-c", script)
+    status, output = job(tmp_path, 5).command(sys.executable, "-c", script)
     assert status == 124 and "begun" in output
     assert (tmp_path / "any_part.txt").read_text() == output
 
