@@ -6,6 +6,7 @@ When a template renders a sequence of roles for the first time, its steps are co
 """
 
 import ctypes
+import gc
 import os
 import resource
 import sys
@@ -84,6 +85,7 @@ def watched(render: Callable[[], Any], size: int) -> Any:
     for _ in range(TRIES - 1):
         with suppress(LargeError), Watched(size):
             return render()
+        gc.collect()  # jinja rewrites tracebacks, and cycles among them hold what the rendering made
     with Watched(size):
         return render()
 
