@@ -86,6 +86,7 @@ def watched(render: Callable[[], Any], size: int) -> Any:
         with suppress(LargeError), Watched(size):
             return render()
         gc.collect()  # jinja rewrites tracebacks, and cycles among them hold what the rendering made
+        _watch.held = _held(1)
     with Watched(size):
         return render()
 
