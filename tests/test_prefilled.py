@@ -157,6 +157,8 @@ def test_a_thought_may_hold_any_character_and_damaged_lines_are_dropped(
         (tmp_path / PREFILLED).write_bytes(intact.replace(b"\n", b"\n" + damage + b"\n", 1))
         assert thoughts().found == first.found and (tmp_path / PREFILLED).read_bytes() == intact
         assert caplog.text.count("prefilled.jsonl:2: this line is damaged; its thought is written again.") == number + 1
+    (tmp_path / PREFILLED).write_bytes(b"\n" + intact)
+    assert not thoughts().found and "do not begin with the line" in caplog.text
 
 
 def test_a_saved_model_scores_with_the_base_model_beside_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

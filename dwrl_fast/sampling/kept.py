@@ -91,7 +91,7 @@ def _read(file: Path, origin: dict[str, Any]) -> dict[str, list[int]]:
     # A killed run may leave an incomplete line. Other characters than \n that end a line may be within a thought.
     text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
     first, *lines = text.rpartition("\n")[0].split("\n")
-    if first and (theirs := _parsed(first)) != origin:
+    if "\n" in text and (theirs := _parsed(first)) != origin:
         _set_aside(file, theirs, origin)
         lines = []
     found, intact = {}, []
